@@ -1,0 +1,217 @@
+//! Names of things that the outside hands us: devices, rules, sessions, tenants, texts. Parsed once, at the edge.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+use uuid::Uuid;
+
+/// A device's identity: any UUID, whatever its version. Written in lower case with dashes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(transparent)]
+pub struct DeviceId(Uuid);
+
+impl DeviceId {
+    #[must_use]
+    pub const fn from_uuid(uuid: Uuid) -> Self {
+        Self(uuid)
+    }
+
+    #[must_use]
+    pub const fn as_uuid(self) -> Uuid {
+        self.0
+    }
+
+    #[must_use]
+    pub const fn as_bytes(&self) -> &[u8; 16] {
+        self.0.as_bytes()
+    }
+}
+
+/// Any letter case, with all four dashes or none; no braces, no `urn:`.
+impl FromStr for DeviceId {
+    type Err = InvalidDeviceId;
+
+    fn from_str(text: &str) -> Result<Self, InvalidDeviceId> {
+        if !matches!(text.len(), 32 | 36) {
+            return Err(InvalidDeviceId);
+        }
+        Uuid::try_parse(text).map(Self).map_err(|_| InvalidDeviceId)
+    }
+}
+
+impl fmt::Display for DeviceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.as_hyphenated().fmt(f)
+    }
+}
+
+impl<'de> Deserialize<'de> for DeviceId {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// The text is not a UUID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a UUID: expected 32 hexadecimal digits, with dashes as 8-4-4-4-12 or without")]
+pub struct InvalidDeviceId;
+
+/// A firmware rule's identity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RuleId(pub Uuid);
+
+impl fmt::Display for RuleId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.as_hyphenated().fmt(f)
+    }
+}
+
+/// One WebSocket session. Its counter is also the epoch that fences it: of two sessions of a device, the greater is the newer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SessionId(pub u64);
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+/// SHA-256 of a credential. Secrets of ours are 256 random bits, so that a plain hash is as strong as a slow one.
+#[derive(Clone, Copy)]
+pub struct SecretHash([u8; 32]);
+
+impl SecretHash {
+    #[must_use]
+    pub fn of(secret: &[u8]) -> Self {
+        Self(Sha256::digest(secret).into())
+    }
+
+    #[must_use]
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    #[must_use]
+    pub const fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+/// In constant time.
+impl PartialEq for SecretHash {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.ct_eq(&other.0).into()
+    }
+}
+
+impl Eq for SecretHash {}
+
+impl fmt::Debug for SecretHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SecretHash(..)")
+    }
+}
+
+/// A short text that a device says of itself (firmware version, model, tenant): 1 to 64 bytes of printable ASCII, spaces inside allowed, trimmed.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(transparent)]
+pub struct Label(Box<str>);
+
+impl Label {
+    /// Longest label, in bytes.
+    pub const LEN_MAX: usize = 64;
+
+    /// Trims `text`; `Ok(None)` where nothing is left of it.
+    ///
+    /// # Errors
+    /// Longer than 64 bytes after trimming, or a byte outside printable ASCII.
+    pub fn parse(text: &str) -> Result<Option<Self>, InvalidLabel> {
+        let text = text.trim_matches([' ', '\t']);
+        if text.len() > Self::LEN_MAX || !text.bytes().all(|byte| (0x20..=0x7e).contains(&byte)) {
+            return Err(InvalidLabel);
+        }
+        Ok((!text.is_empty()).then(|| Self(text.into())))
+    }
+
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::ops::Deref for Label {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Label {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+impl fmt::Display for Label {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Label {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
+        match Self::parse(&text) {
+            Ok(Some(label)) => Ok(label),
+            Ok(None) | Err(InvalidLabel) => Err(serde::de::Error::custom(InvalidLabel)),
+        }
+    }
+}
+
+/// The text is empty, too long, or has bytes outside printable ASCII.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected 1 to 64 bytes of printable ASCII")]
+pub struct InvalidLabel;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_id_takes_any_case_with_or_without_dashes() {
+        let id: DeviceId = "9B0C2E4A-11d2-7f00-8000-0000000000AA".parse().unwrap();
+
+        assert_eq!(id, "9b0c2e4a11d27f0080000000000000aa".parse().unwrap());
+        assert_eq!(id.to_string(), "9b0c2e4a-11d2-7f00-8000-0000000000aa");
+    }
+
+    #[test]
+    fn device_id_refuses_braces_urn_and_misplaced_dashes() {
+        for text in [
+            "",
+            "9b0c2e4a",
+            "{9b0c2e4a-11d2-7f00-8000-0000000000aa}",
+            "urn:uuid:9b0c2e4a-11d2-7f00-8000-0000000000aa",
+            "9b0c2e4a1-1d2-7f00-8000-0000000000aa",
+            "zb0c2e4a-11d2-7f00-8000-0000000000aa",
+            "9b0c2e4a-11d27f00-8000-0000000000aa0",
+        ] {
+            assert_eq!(text.parse::<DeviceId>(), Err(InvalidDeviceId), "{text}");
+        }
+    }
+
+    #[test]
+    fn label_is_trimmed_and_bounded() {
+        assert_eq!(Label::parse("  a b ").unwrap().unwrap().as_str(), "a b");
+        assert_eq!(Label::parse("   "), Ok(None));
+        assert!(Label::parse(&"x".repeat(64)).is_ok());
+        assert_eq!(Label::parse(&"x".repeat(65)), Err(InvalidLabel));
+        assert_eq!(Label::parse("a\u{e9}"), Err(InvalidLabel));
+        assert_eq!(Label::parse("a\nb"), Err(InvalidLabel));
+    }
+}

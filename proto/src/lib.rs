@@ -1,0 +1,9 @@
+//! Seawall's wire contract and all of its policy: input and `now` in, decision out.
+//!
+//! This crate has no sockets, no runtime, no database, no clock, no global random source and no metrics. The gateway,
+//! the simulated devices and the simulator run the very same code from here.
+//!
+//! Start with [`handshake`]: it holds the fixed order of decisions that a connecting device goes through.
+
+pub mod id;
+pub mod time;
