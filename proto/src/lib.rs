@@ -6,4 +6,5 @@
 //! Start with [`handshake`]: it holds the fixed order of decisions that a connecting device goes through.
 
 pub mod id;
+pub mod record;
 pub mod time;
