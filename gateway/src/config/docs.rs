@@ -1,0 +1,1 @@
+//! docs/CONFIG.md, made from the sections.

@@ -1,0 +1,259 @@
+//! Configuration: a file of sections, over it the environment, over that the flags. Start with [`Config`].
+//!
+//! `Config::default()` is production: every setting has a value that a gateway can run with. Nothing here opens a
+//! socket or a database; [`Config::validate`] looks at the settings alone. docs/CONFIG.md is made from this module.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+pub mod docs;
+pub mod section;
+mod sections;
+mod url;
+
+pub use sections::{Database, Drain, Events, Limits, LogFormat, Logging, Ops, RulesSync, Server, Session};
+pub use url::{DatabaseKind, DatabaseUrl, InvalidDatabaseUrl};
+
+/// Greatest configuration file, in bytes: more is a wrong file.
+const FILE_BYTES_MAX: u64 = 1024 * 1024;
+
+/// Every setting of one gateway.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    pub server: Server,
+    pub ops: Ops,
+    pub database: Database,
+    pub limits: Limits,
+    pub session: Session,
+    pub rules: RulesSync,
+    pub events: Events,
+    pub drain: Drain,
+    pub logging: Logging,
+}
+
+impl Config {
+    /// Reads a TOML file over the defaults. Does not validate: flags come over it first.
+    ///
+    /// # Errors
+    /// The file can't be read, is no TOML, or has an unknown key or a value of the wrong kind.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let unreadable = |source| ConfigError::Unreadable {
+            path: path.to_owned(),
+            source,
+        };
+        let length = std::fs::metadata(path).map_err(unreadable)?.len();
+        if length > FILE_BYTES_MAX {
+            return Err(unreadable(std::io::Error::other(format!(
+                "{length} bytes: no configuration is greater than 1 MiB"
+            ))));
+        }
+        let text = std::fs::read_to_string(path).map_err(unreadable)?;
+        Self::from_toml(&text).map_err(|problem| ConfigError::Invalid {
+            path: path.to_owned(),
+            problem,
+        })
+    }
+
+    /// Reads TOML over the defaults.
+    ///
+    /// # Errors
+    /// One line that names the key and, where it is known, the line of the file.
+    pub fn from_toml(text: &str) -> Result<Self, String> {
+        toml::from_str(text).map_err(|error| one_line(text, error))
+    }
+
+    /// Looks at every setting, and at those that must fit each other.
+    ///
+    /// # Errors
+    /// The first that is wrong, by its path.
+    pub fn validate(&self) -> Result<(), SettingError> {
+        self.server.check_bounds()?;
+        self.ops.check_bounds()?;
+        self.limits.check_bounds()?;
+        self.session.check_bounds()?;
+        self.rules.check_bounds()?;
+        self.events.check_bounds()?;
+        self.drain.check_bounds()?;
+        self.check_texts()?;
+        self.check_together()
+    }
+
+    /// The database in use: the one configured, else the file in the data directory.
+    #[must_use]
+    pub fn database_url(&self) -> DatabaseUrl {
+        self.database
+            .url
+            .clone()
+            .unwrap_or_else(|| DatabaseUrl::sqlite(&self.server.data_dir.join("seawall.db")))
+    }
+
+    fn check_texts(&self) -> Result<(), SettingError> {
+        if let Some(node) = &self.server.node
+            && !matches!(seawall_proto::id::Label::parse(node), Ok(Some(_)))
+        {
+            return Err(SettingError::new(
+                "server.node",
+                "expected 1 to 64 bytes of printable ASCII",
+            ));
+        }
+        if self.server.data_dir.as_os_str().is_empty() {
+            return Err(SettingError::new("server.data_dir", "is empty"));
+        }
+        crate::telemetry::parse_level(&self.logging.level)
+            .map(drop)
+            .map_err(|problem| SettingError::new("logging.level", problem.to_string()))
+    }
+
+    fn check_together(&self) -> Result<(), SettingError> {
+        if !self.ops.listen.ip().is_loopback() && !self.ops.insecure {
+            return Err(SettingError::new(
+                "ops.listen",
+                format!(
+                    "{} is outside loopback, where tokens would cross the network in clear text: give --insecure-ops if that is meant",
+                    self.ops.listen
+                ),
+            ));
+        }
+        if self.server.listen.port() != 0 && self.server.listen == self.ops.listen {
+            return Err(SettingError::new(
+                "ops.listen",
+                format!("{} is the address for devices too", self.ops.listen),
+            ));
+        }
+        if self.limits.frame_bytes_max > self.limits.message_bytes_max {
+            return Err(SettingError::new(
+                "limits.frame_bytes_max",
+                "is greater than limits.message_bytes_max",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// The message of a TOML error with its line number and the path of the key there, without the picture of the source.
+fn one_line(text: &str, error: toml::de::Error) -> String {
+    let message = error.message().split_whitespace().collect::<Vec<_>>().join(" ");
+    let Some(span) = error.span() else { return message };
+    let number = text.get(..span.start).unwrap_or(text).matches('\n').count();
+    let path = path_at(text, number);
+    format!(
+        "line {}: {path}{}{message}",
+        number + 1,
+        if path.is_empty() { "" } else { ": " }
+    )
+}
+
+/// The path of the key in a line, counted from 0, or of the table that begins there.
+fn path_at(text: &str, number: usize) -> String {
+    let mut path = "";
+    for line in text.lines().take(number + 1).map(str::trim) {
+        if let Some(table) = line.strip_prefix('[') {
+            path = table.split(']').next().unwrap_or(table);
+        }
+    }
+    let line = text.lines().nth(number).unwrap_or_default();
+    match line.split_once('=') {
+        Some((key, _)) if path.is_empty() => key.trim().to_owned(),
+        Some((key, _)) => format!("{path}.{}", key.trim()),
+        None => path.to_owned(),
+    }
+}
+
+/// A setting that can't be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SettingError {
+    /// Its path, as in `limits.head_bytes_max`.
+    pub field: String,
+    /// What is wrong with it, and what would be right.
+    pub problem: String,
+}
+
+impl SettingError {
+    #[must_use]
+    pub fn new(field: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self {
+            field: field.into(),
+            problem: problem.into(),
+        }
+    }
+}
+
+impl fmt::Display for SettingError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.field, self.problem)
+    }
+}
+
+impl std::error::Error for SettingError {}
+
+/// Why there is no configuration. Every message is one line.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file is missing, too large, or may not be read.
+    #[error("the configuration file {} can't be read: {source}", path.display())]
+    Unreadable { path: PathBuf, source: std::io::Error },
+    /// The file is no TOML, or holds an unknown key or a value of the wrong kind.
+    #[error("{}: {problem}", path.display())]
+    Invalid { path: PathBuf, problem: String },
+    /// A setting is out of its bounds, or doesn't fit another.
+    #[error(transparent)]
+    Setting(#[from] SettingError),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid_and_survive_a_file() {
+        let text = toml::to_string(&Config::default()).unwrap();
+
+        assert_eq!(Config::from_toml(&text), Ok(Config::default()));
+        assert_eq!(Config::default().validate(), Ok(()));
+        assert_eq!(Config::from_toml(""), Ok(Config::default()));
+    }
+
+    #[test]
+    fn unknown_and_wrong_settings_are_named_in_one_line() {
+        for (text, named) in [
+            ("[limits]\nhead_byte_max = 1\n", "limits.head_byte_max"),
+            ("[limit]\n", "limit"),
+            ("x = 1\n", "x"),
+            ("[limits]\nhead_bytes_max = \"8 KiB\"\n", "limits.head_bytes_max"),
+            ("[server]\nlisten = \"localhost\"\n", "server.listen"),
+            ("[limits]\nhead_bytes_max = -1\n", "limits.head_bytes_max"),
+            ("[logging]\nformat = \"xml\"\n", "logging.format"),
+            ("[limits\n", "line 1"),
+        ] {
+            let problem = Config::from_toml(text).unwrap_err();
+
+            assert!(problem.contains(named) && !problem.contains('\n'), "{problem}");
+        }
+    }
+
+    #[test]
+    fn figures_out_of_bounds_name_the_path_and_what_is_allowed() {
+        let config = Config::from_toml("[limits]\nhead_bytes_max = 1\n").unwrap();
+
+        let error = config.validate().unwrap_err();
+
+        assert_eq!(
+            error.to_string(),
+            "limits.head_bytes_max: 1 is out of range: 1024 to 65536 bytes are allowed"
+        );
+    }
+
+    #[test]
+    fn ops_address_outside_loopback_needs_consent() {
+        let open = Config::from_toml("[ops]\nlisten = \"0.0.0.0:8081\"\n").unwrap();
+        let meant = Config::from_toml("[ops]\nlisten = \"0.0.0.0:8081\"\ninsecure = true\n").unwrap();
+
+        assert!(open.validate().unwrap_err().to_string().contains("--insecure-ops"));
+        assert_eq!(meant.validate(), Ok(()));
+    }
+}

@@ -1,0 +1,195 @@
+//! The sections of the configuration that are the gateway's own. Start with [`Limits`].
+//!
+//! `[identity]` and `[admission]` are policy and live in `seawall_proto`.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{section::section, url::DatabaseUrl};
+
+section! {
+    /// Where devices connect, and where the gateway keeps its files.
+    pub struct Server = "server" {
+        /// Address for devices, as `IP:PORT`. Port 0 takes a free one, written to `addresses.json` in the data directory. Flag `--listen`, environment `SEAWALL_LISTEN`.
+        pub listen: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 8080));
+        /// Directory for the database (SQLite), keys, the admin token and `addresses.json`; made where it is missing, used by one gateway at a time. Flag `--data-dir`, environment `SEAWALL_DATA_DIR`.
+        pub data_dir: PathBuf = PathBuf::from("./seawall-data");
+        /// Name of this node in the API, logs and events: 1 to 64 bytes of printable ASCII. Not given: the name of the host.
+        pub node: Option<String> = None;
+        /// Memory that the gateway may plan with. 0: what the cgroup allows, else what the machine has. Flag `--max-memory`, environment `SEAWALL_MAX_MEMORY`.
+        pub max_memory_bytes: u64 = 0, "bytes", 0..=1 << 50;
+    }
+}
+
+section! {
+    /// The API, metrics and health checks.
+    pub struct Ops = "ops" {
+        /// Address of the API, as `IP:PORT`. Port 0 takes a free one. Flag `--ops-listen`, environment `SEAWALL_OPS_LISTEN`.
+        pub listen: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 8081));
+        /// Allows an address outside loopback although tokens then cross the network in clear text. Flag `--insecure-ops`.
+        pub insecure: bool = false;
+        /// Time for one API request, imports and event streams apart; then 503.
+        pub request_timeout_ms: u64 = 30_000, "milliseconds", 1_000..=600_000;
+        /// Greatest body of a request, imports apart; then 413.
+        pub body_bytes_max: usize = 256 * 1024, "bytes", 16_384..=16_777_216;
+        /// API connections open at a time; more wait to be accepted.
+        pub connections_max: usize = 256, "connections", 8..=10_000;
+        /// Readers of the event stream at a time; one more gets 503.
+        pub event_readers_max: usize = 32, "readers", 1..=1_000;
+    }
+}
+
+section! {
+    /// The registry of devices, rules, tokens and the audit log.
+    pub struct Database = "database" {
+        /// `postgres://USER:PASSWORD@HOST/NAME` or `sqlite:PATH`. Not given: `seawall.db` in the data directory, SQLite. Flag `--database`, environment `SEAWALL_DATABASE`.
+        pub url: Option<DatabaseUrl> = None;
+    }
+}
+
+section! {
+    /// What one gateway, one connection and one message may take. Each bound says what happens when it is reached.
+    pub struct Limits = "limits" {
+        /// Connections of devices at a time. 0: as many as memory and the limit on open files allow. One more is closed before it is read.
+        pub connections_max: usize = 0, "connections", 0..=10_000_000;
+        /// Handshakes under way, from accept to a complete head; more wait in the listen backlog. Devices waiting for a look-up have a bound of their own, in `[admission]`.
+        pub handshakes_max: usize = 500, "connections", 8..=100_000;
+        /// Greatest head of a device's request, and greatest target in it; then 431 and 414.
+        pub head_bytes_max: usize = 8 * 1024, "bytes", 1_024..=65_536;
+        /// Time for a complete head; then 408. A connection that sent nothing is closed without an answer.
+        pub head_timeout_ms: u64 = 5_000, "milliseconds", 100..=60_000;
+        /// Time for a refusal or an upgrade to be written to a device that reads slowly; then the connection is closed.
+        pub answer_timeout_ms: u64 = 5_000, "milliseconds", 100..=60_000;
+        /// Time for a frame to be written to a device that reads slowly; then the session ends.
+        pub write_timeout_ms: u64 = 20_000, "milliseconds", 1_000..=300_000;
+        /// Greatest frame from a device; then close 1009.
+        pub frame_bytes_max: usize = 64 * 1024, "bytes", 256..=1_048_576;
+        /// Greatest message from or to a device; then close 1009, or 413 from the API.
+        pub message_bytes_max: usize = 64 * 1024, "bytes", 256..=1_048_576;
+        /// Messages a second that one session may send for long. Over it: error `rate_limited`, and close 1008 when it goes on.
+        pub messages_per_second: u32 = 10, "messages a second", 1..=10_000;
+        /// Messages that one session may send at once.
+        pub messages_burst: u32 = 50, "messages", 1..=100_000;
+        /// Messages that wait for one device; one more is answered 429 by the API.
+        pub mailbox_len_max: usize = 16, "messages", 1..=1_024;
+        /// Connections from one address (IPv6: one /64). Not given: no fixed figure; over half of `connections_max` in use, each address gets a fair share.
+        pub connections_per_address_max: Option<usize> = None, "connections", 1..=10_000_000;
+        /// Handshakes a second from one address (IPv6: one /64). Not given: no fixed figure; over half of `handshakes_max` in use, each address gets a fair share.
+        pub handshakes_per_second_per_address_max: Option<u32> = None, "handshakes a second", 1..=1_000_000;
+    }
+}
+
+impl Limits {
+    /// [`Self::head_timeout_ms`] as a span.
+    #[must_use]
+    pub const fn head_timeout(&self) -> Duration {
+        Duration::from_millis(self.head_timeout_ms)
+    }
+
+    /// [`Self::answer_timeout_ms`] as a span.
+    #[must_use]
+    pub const fn answer_timeout(&self) -> Duration {
+        Duration::from_millis(self.answer_timeout_ms)
+    }
+
+    /// [`Self::write_timeout_ms`] as a span.
+    #[must_use]
+    pub const fn write_timeout(&self) -> Duration {
+        Duration::from_millis(self.write_timeout_ms)
+    }
+}
+
+section! {
+    /// What sessions are told when they begin, and when they are given up.
+    pub struct Session = "session" {
+        /// The gateway pings each session this often. No frame from the device for three times as long, at least 60 s: close 4001.
+        pub heartbeat_ms: u64 = 30_000, "milliseconds", 1_000..=3_600_000;
+        /// Longest wait of a device's own backoff, as the welcome frame tells it.
+        pub backoff_cap_ms: u64 = 60_000, "milliseconds", 1_000..=3_600_000;
+        /// Time for the acknowledgement of a message to a device; then the API answers 202 `sent`.
+        pub ack_timeout_ms: u64 = 10_000, "milliseconds", 100..=60_000;
+    }
+}
+
+impl Session {
+    /// [`Self::heartbeat_ms`] as a span.
+    #[must_use]
+    pub const fn heartbeat(&self) -> Duration {
+        Duration::from_millis(self.heartbeat_ms)
+    }
+
+    /// [`Self::ack_timeout_ms`] as a span.
+    #[must_use]
+    pub const fn ack_timeout(&self) -> Duration {
+        Duration::from_millis(self.ack_timeout_ms)
+    }
+}
+
+section! {
+    /// Firmware rules: how a node learns of changes.
+    pub struct RulesSync = "rules" {
+        /// How often the revision of the rules is read from the database.
+        pub poll_ms: u64 = 500, "milliseconds", 100..=10_000;
+    }
+}
+
+impl RulesSync {
+    /// [`Self::poll_ms`] as a span.
+    #[must_use]
+    pub const fn poll(&self) -> Duration {
+        Duration::from_millis(self.poll_ms)
+    }
+}
+
+section! {
+    /// Events for operators: presence, rules, alarms and messages of devices.
+    pub struct Events = "events" {
+        /// Events kept for readers that come back with `Last-Event-ID`; the oldest are dropped first.
+        pub buffer_len: usize = 4_096, "events", 16..=1_000_000;
+        /// Messages of devices in the buffer; while so many are younger than `message_hold_ms`, no further message is acknowledged.
+        pub buffer_bytes_max: usize = 16 * 1024 * 1024, "bytes", 65_536..=1_073_741_824;
+    }
+}
+
+section! {
+    /// Leaving: at SIGTERM, at Ctrl-C, and by `seawall drain start`.
+    pub struct Drain = "drain" {
+        /// Time to close sessions one by one; those left then get their 1012 at once. After a signal the process exits.
+        pub deadline_seconds: u64 = 25, "seconds", 1..=86_400;
+        /// Sessions closed a second. 0: as fast as the deadline asks for, and other nodes or this node's admission can take them back.
+        pub rate_per_second: u32 = 0, "sessions a second", 0..=1_000_000;
+    }
+}
+
+impl Drain {
+    /// [`Self::deadline_seconds`] as a span.
+    #[must_use]
+    pub const fn deadline(&self) -> Duration {
+        Duration::from_secs(self.deadline_seconds)
+    }
+}
+
+section! {
+    /// Logs, on standard error.
+    pub struct Logging = "logging" {
+        /// `json`: one object a line, for machines. `human`: for people.
+        pub format: LogFormat = LogFormat::Json;
+        /// `error`, `warn`, `info`, `debug` or `trace`, or directives such as `info,seawall_gateway::lookup=debug`. Read again from the file at SIGHUP; also changeable through the API while the gateway runs.
+        pub level: String = "info".to_owned();
+    }
+}
+
+/// How a log line is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// One JSON object a line.
+    Json,
+    /// Text for people, in colour on a terminal.
+    Human,
+}
