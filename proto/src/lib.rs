@@ -5,6 +5,9 @@
 //!
 //! Start with [`handshake`]: it holds the fixed order of decisions that a connecting device goes through.
 
+pub mod close;
+pub mod hello;
 pub mod id;
 pub mod record;
+pub mod refusal;
 pub mod time;

@@ -21,6 +21,19 @@ pub struct DeviceRecord {
     pub state: DeviceState,
 }
 
+impl DeviceRecord {
+    /// True where `presented` is the device's secret, or its last one within the overlap of a rotation.
+    ///
+    /// Both comparisons run in constant time and always, so that neither the secret nor the fact of a rotation shows in the answer's delay.
+    #[must_use]
+    pub fn accepts(&self, presented: &SecretHash, wall: WallTime) -> bool {
+        let is_current = self.secret == *presented;
+        let (previous, valid_until) = self.previous_secret.unwrap_or((self.secret, WallTime::default()));
+        let is_previous = previous == *presented;
+        is_current | (is_previous & (wall < valid_until))
+    }
+}
+
 /// Whether a device may connect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -42,5 +55,38 @@ impl DeviceState {
             Self::Disabled => "disabled",
             Self::Revoked => "revoked",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(previous_secret: Option<(SecretHash, WallTime)>) -> DeviceRecord {
+        DeviceRecord {
+            id: "9b0c2e4a-11d2-7f00-8000-0000000000aa".parse().unwrap(),
+            tenant: Label::parse("default").unwrap().unwrap(),
+            model: None,
+            secret: SecretHash::of(b"new"),
+            previous_secret,
+            state: DeviceState::Enabled,
+        }
+    }
+
+    #[test]
+    fn only_the_secret_is_accepted_where_none_was_rotated() {
+        let record = record(None);
+
+        assert!(record.accepts(&SecretHash::of(b"new"), WallTime::from_unix_ms(5)));
+        assert!(!record.accepts(&SecretHash::of(b"old"), WallTime::from_unix_ms(5)));
+    }
+
+    #[test]
+    fn previous_secret_counts_until_its_overlap_ends() {
+        let record = record(Some((SecretHash::of(b"old"), WallTime::from_unix_ms(10))));
+
+        assert!(record.accepts(&SecretHash::of(b"old"), WallTime::from_unix_ms(9)));
+        assert!(!record.accepts(&SecretHash::of(b"old"), WallTime::from_unix_ms(10)));
+        assert!(record.accepts(&SecretHash::of(b"new"), WallTime::from_unix_ms(10)));
     }
 }

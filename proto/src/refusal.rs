@@ -1,0 +1,553 @@
+//! The answer a refused device gets: always HTTP, always before the upgrade, always problem+json (RFC 9457).
+//!
+//! A [`Refusal`] is a value that carries its own labels: the status line, the body, the metric and the log line all come
+//! from it. It never holds what the device sent.
+
+use std::{borrow::Cow, ops::RangeInclusive, time::Duration};
+
+use rand::Rng;
+use serde::Serialize;
+
+use crate::id::RuleId;
+
+/// Why a device is refused. Closed: clients, metrics and the API know these words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Code {
+    BadRequest,
+    Unauthorized,
+    FirmwareBlocked,
+    DeviceDisabled,
+    NotFound,
+    MethodNotAllowed,
+    UpgradeRequired,
+    RequestTimeout,
+    UriTooLong,
+    HeadersTooLarge,
+    Throttled,
+    Overloaded,
+    RegistryUnavailable,
+    Draining,
+}
+
+impl Code {
+    /// Every code, in the order of the enum.
+    pub const ALL: [Self; 14] = [
+        Self::BadRequest,
+        Self::Unauthorized,
+        Self::FirmwareBlocked,
+        Self::DeviceDisabled,
+        Self::NotFound,
+        Self::MethodNotAllowed,
+        Self::UpgradeRequired,
+        Self::RequestTimeout,
+        Self::UriTooLong,
+        Self::HeadersTooLarge,
+        Self::Throttled,
+        Self::Overloaded,
+        Self::RegistryUnavailable,
+        Self::Draining,
+    ];
+
+    /// The HTTP status. Never 429: clients in the field treat it as final.
+    #[must_use]
+    pub const fn status(self) -> u16 {
+        match self {
+            Self::BadRequest => 400,
+            Self::Unauthorized => 401,
+            Self::FirmwareBlocked | Self::DeviceDisabled => 403,
+            Self::NotFound => 404,
+            Self::MethodNotAllowed => 405,
+            Self::RequestTimeout => 408,
+            Self::UriTooLong => 414,
+            Self::UpgradeRequired => 426,
+            Self::HeadersTooLarge => 431,
+            Self::Throttled | Self::Overloaded | Self::RegistryUnavailable | Self::Draining => 503,
+        }
+    }
+
+    /// The word in the body, in metrics and in logs.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::BadRequest => "bad_request",
+            Self::Unauthorized => "unauthorized",
+            Self::FirmwareBlocked => "firmware_blocked",
+            Self::DeviceDisabled => "device_disabled",
+            Self::NotFound => "not_found",
+            Self::MethodNotAllowed => "method_not_allowed",
+            Self::UpgradeRequired => "upgrade_required",
+            Self::RequestTimeout => "request_timeout",
+            Self::UriTooLong => "uri_too_long",
+            Self::HeadersTooLarge => "headers_too_large",
+            Self::Throttled => "throttled",
+            Self::Overloaded => "overloaded",
+            Self::RegistryUnavailable => "registry_unavailable",
+            Self::Draining => "draining",
+        }
+    }
+
+    /// The same for every refusal of this code (RFC 9457 §3.1.3).
+    #[must_use]
+    pub const fn title(self) -> &'static str {
+        match self {
+            Self::BadRequest => "The request is malformed",
+            Self::Unauthorized => "The device could not be authenticated",
+            Self::FirmwareBlocked => "This firmware is blocked",
+            Self::DeviceDisabled => "This device is disabled",
+            Self::NotFound => "Nothing here",
+            Self::MethodNotAllowed => "Only GET is allowed here",
+            Self::UpgradeRequired => "A WebSocket upgrade is required",
+            Self::RequestTimeout => "The request took too long",
+            Self::UriTooLong => "The request target is too long",
+            Self::HeadersTooLarge => "The request head is too large",
+            Self::Throttled => "Too many attempts",
+            Self::Overloaded => "The gateway is busy",
+            Self::RegistryUnavailable => "The device registry is unavailable",
+            Self::Draining => "This node is leaving",
+        }
+    }
+
+    const fn reason_phrase(self) -> &'static str {
+        match self {
+            Self::BadRequest => "Bad Request",
+            Self::Unauthorized => "Unauthorized",
+            Self::FirmwareBlocked | Self::DeviceDisabled => "Forbidden",
+            Self::NotFound => "Not Found",
+            Self::MethodNotAllowed => "Method Not Allowed",
+            Self::RequestTimeout => "Request Timeout",
+            Self::UriTooLong => "URI Too Long",
+            Self::UpgradeRequired => "Upgrade Required",
+            Self::HeadersTooLarge => "Request Header Fields Too Large",
+            Self::Throttled | Self::Overloaded | Self::RegistryUnavailable | Self::Draining => "Service Unavailable",
+        }
+    }
+
+    /// Header lines that belong to the code itself.
+    const fn header_lines(self) -> &'static str {
+        match self {
+            Self::Unauthorized => {
+                "WWW-Authenticate: Bearer realm=\"seawall\"\r\nWWW-Authenticate: Basic realm=\"seawall\"\r\n"
+            }
+            Self::MethodNotAllowed => "Allow: GET\r\n",
+            Self::UpgradeRequired => "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
+            Self::BadRequest
+            | Self::FirmwareBlocked
+            | Self::DeviceDisabled
+            | Self::NotFound
+            | Self::RequestTimeout
+            | Self::UriTooLong
+            | Self::HeadersTooLarge
+            | Self::Throttled
+            | Self::Overloaded
+            | Self::RegistryUnavailable
+            | Self::Draining => "",
+        }
+    }
+
+    /// The `Connection` header: an upgrade offered by 426 is hop by hop, and must be named in it (RFC 9110 §7.8).
+    const fn connection(self) -> &'static str {
+        match self {
+            Self::UpgradeRequired => "upgrade, close",
+            Self::BadRequest
+            | Self::Unauthorized
+            | Self::FirmwareBlocked
+            | Self::DeviceDisabled
+            | Self::NotFound
+            | Self::MethodNotAllowed
+            | Self::RequestTimeout
+            | Self::UriTooLong
+            | Self::HeadersTooLarge
+            | Self::Throttled
+            | Self::Overloaded
+            | Self::RegistryUnavailable
+            | Self::Draining => "close",
+        }
+    }
+}
+
+/// When to come back, and what to show then.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hint {
+    /// From now. Told in whole milliseconds.
+    pub after: Duration,
+    /// A slot token: gives priority at that time.
+    pub slot: Option<Box<str>>,
+}
+
+impl Hint {
+    /// A hint without a slot, drawn uniformly, to the millisecond, so that devices refused together don't return together.
+    pub fn draw(between: RangeInclusive<Duration>, rng: &mut impl Rng) -> Self {
+        Self {
+            after: draw(between, rng),
+            slot: None,
+        }
+    }
+
+    /// The hint in whole milliseconds.
+    #[must_use]
+    pub fn after_ms(&self) -> u64 {
+        millis(self.after)
+    }
+}
+
+/// A uniform draw in whole milliseconds; the bounds are included.
+pub(crate) fn draw(between: RangeInclusive<Duration>, rng: &mut impl Rng) -> Duration {
+    let from = millis(*between.start());
+    let to = millis(*between.end()).max(from);
+    Duration::from_millis(rng.random_range(from..=to))
+}
+
+fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Hints of contract section 3.
+mod hints {
+    use std::{ops::RangeInclusive, time::Duration};
+
+    pub(super) const UNAUTHORIZED: RangeInclusive<Duration> = Duration::from_secs(60)..=Duration::from_secs(300);
+    pub(super) const DISABLED: RangeInclusive<Duration> = Duration::from_secs(900)..=Duration::from_secs(1800);
+    pub(super) const DRAINING_WITH_PEERS: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(5);
+    pub(super) const DRAINING_ALONE: RangeInclusive<Duration> = Duration::from_secs(10)..=Duration::from_secs(30);
+    pub(super) const THROTTLED: RangeInclusive<Duration> = Duration::from_secs(5)..=Duration::from_secs(15);
+}
+
+/// Whether other nodes can take the devices of one that leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peers {
+    /// Come back soon: the balancer finds another node.
+    Some,
+    /// Come back when this node has restarted.
+    None,
+}
+
+impl Peers {
+    /// How long a device that meets a draining node should stay away.
+    #[must_use]
+    pub const fn hint_range(self) -> RangeInclusive<Duration> {
+        match self {
+            Self::Some => hints::DRAINING_WITH_PEERS,
+            Self::None => hints::DRAINING_ALONE,
+        }
+    }
+}
+
+/// A refused attempt: everything the device is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    pub code: Code,
+    /// For the people who debug a device. Fixed texts, or an operator's public reason; never what the device sent.
+    pub detail: Cow<'static, str>,
+    pub hint: Option<Hint>,
+    pub rule: Option<RuleId>,
+}
+
+impl Refusal {
+    /// A refusal without a hint.
+    #[must_use]
+    pub const fn plain(code: Code, detail: &'static str) -> Self {
+        Self {
+            code,
+            detail: Cow::Borrowed(detail),
+            hint: None,
+            rule: None,
+        }
+    }
+
+    const fn hinted(code: Code, detail: &'static str, hint: Hint) -> Self {
+        Self {
+            code,
+            detail: Cow::Borrowed(detail),
+            hint: Some(hint),
+            rule: None,
+        }
+    }
+
+    /// 400.
+    #[must_use]
+    pub const fn bad_request(detail: &'static str) -> Self {
+        Self::plain(Code::BadRequest, detail)
+    }
+
+    /// 401: the one answer for an unknown device, a wrong credential and none.
+    pub fn unauthorized(rng: &mut impl Rng) -> Self {
+        let hint = Hint::draw(hints::UNAUTHORIZED, rng);
+        Self::hinted(
+            Code::Unauthorized,
+            "unknown device, or wrong or missing credential",
+            hint,
+        )
+    }
+
+    /// 403 by a rule: `reason` is public, and the hint lies between `retry_after` and twice that.
+    pub fn firmware_blocked(rule: RuleId, reason: &str, retry_after: Duration, rng: &mut impl Rng) -> Self {
+        Self {
+            code: Code::FirmwareBlocked,
+            detail: Cow::Owned(reason.to_owned()),
+            hint: Some(Hint::draw(retry_after..=retry_after.saturating_mul(2), rng)),
+            rule: Some(rule),
+        }
+    }
+
+    /// 403: the credential was right, the device is disabled.
+    pub fn device_disabled(rng: &mut impl Rng) -> Self {
+        let hint = Hint::draw(hints::DISABLED, rng);
+        Self::hinted(Code::DeviceDisabled, "an operator has disabled this device", hint)
+    }
+
+    /// 404.
+    #[must_use]
+    pub const fn not_found() -> Self {
+        Self::plain(Code::NotFound, "devices connect at /v1/connect")
+    }
+
+    /// 405.
+    #[must_use]
+    pub const fn method_not_allowed() -> Self {
+        Self::plain(Code::MethodNotAllowed, "this resource answers GET only")
+    }
+
+    /// 426.
+    #[must_use]
+    pub const fn upgrade_required(detail: &'static str) -> Self {
+        Self::plain(Code::UpgradeRequired, detail)
+    }
+
+    /// 408.
+    #[must_use]
+    pub const fn request_timeout() -> Self {
+        Self::plain(Code::RequestTimeout, "the request head did not arrive in time")
+    }
+
+    /// 414.
+    #[must_use]
+    pub const fn uri_too_long() -> Self {
+        Self::plain(Code::UriTooLong, "the request target is longer than 8 KiB")
+    }
+
+    /// 431.
+    #[must_use]
+    pub const fn headers_too_large() -> Self {
+        Self::plain(
+            Code::HeadersTooLarge,
+            "the request head is larger than 8 KiB or has too many headers",
+        )
+    }
+
+    /// 503 by a limit on this tenant, address, cohort or id. Without a slot: priority is for devices that kept to the rules.
+    pub fn throttled(detail: &'static str, rng: &mut impl Rng) -> Self {
+        Self::hinted(Code::Throttled, detail, Hint::draw(hints::THROTTLED, rng))
+    }
+
+    /// 503 by admission.
+    #[must_use]
+    pub const fn overloaded(hint: Hint) -> Self {
+        Self::hinted(
+            Code::Overloaded,
+            "more devices connect than can be looked up: come back at the time given",
+            hint,
+        )
+    }
+
+    /// 503: nobody can be verified now.
+    #[must_use]
+    pub const fn registry_unavailable(hint: Hint) -> Self {
+        Self::hinted(
+            Code::RegistryUnavailable,
+            "the device registry can't be reached: come back at the time given",
+            hint,
+        )
+    }
+
+    /// 503: this node is leaving.
+    pub fn draining(peers: Peers, rng: &mut impl Rng) -> Self {
+        Self::hinted(
+            Code::Draining,
+            "this node is leaving",
+            Hint::draw(peers.hint_range(), rng),
+        )
+    }
+
+    /// Appends the whole HTTP/1.1 answer: status line, headers, body. The connection is to be closed behind it.
+    pub fn write_response(&self, out: &mut Vec<u8>) {
+        let body = self.body();
+        let hint_lines = self.hint.as_ref().map(hint_lines).unwrap_or_default();
+        out.reserve(HEAD_LEN_TYPICAL + hint_lines.len() + body.len());
+        out.extend_from_slice(
+            format!(
+                "HTTP/1.1 {} {}\r\nContent-Type: application/problem+json\r\nContent-Length: {}\r\nConnection: {}\r\nCache-Control: no-store\r\n{}{hint_lines}\r\n",
+                self.code.status(),
+                self.code.reason_phrase(),
+                body.len(),
+                self.code.connection(),
+                self.code.header_lines(),
+            )
+            .as_bytes(),
+        );
+        out.extend_from_slice(&body);
+    }
+
+    fn body(&self) -> Vec<u8> {
+        let problem = Problem {
+            problem_type: format!("urn:seawall:problem:{}", self.code.as_str()),
+            title: self.code.title(),
+            status: self.code.status(),
+            code: self.code.as_str(),
+            detail: &self.detail,
+            retry_after_ms: self.hint.as_ref().map(Hint::after_ms),
+            rule: self.rule,
+        };
+        serde_json::to_vec(&problem).expect("a struct of texts and numbers always has a JSON form")
+    }
+}
+
+/// Room for status line and headers in one allocation.
+const HEAD_LEN_TYPICAL: usize = 256;
+
+/// `Retry-After` knows whole seconds only, and is rounded up: early is worse than late.
+fn hint_lines(hint: &Hint) -> String {
+    let after_ms = hint.after_ms();
+    let seconds = after_ms.div_ceil(1000);
+    match &hint.slot {
+        Some(slot) => {
+            debug_assert!(
+                slot.bytes().all(|byte| byte.is_ascii_graphic()),
+                "slot tokens are base64url"
+            );
+            format!("Retry-After: {seconds}\r\nSeawall-Retry-After-Ms: {after_ms}\r\nSeawall-Slot: {slot}\r\n")
+        }
+        None => format!("Retry-After: {seconds}\r\nSeawall-Retry-After-Ms: {after_ms}\r\n"),
+    }
+}
+
+#[derive(Serialize)]
+struct Problem<'a> {
+    #[serde(rename = "type")]
+    problem_type: String,
+    title: &'static str,
+    status: u16,
+    code: &'static str,
+    detail: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    retry_after_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rule: Option<RuleId>,
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{SeedableRng, rngs::SmallRng};
+
+    use super::*;
+
+    fn rng() -> SmallRng {
+        SmallRng::seed_from_u64(7)
+    }
+
+    fn text(refusal: &Refusal) -> String {
+        let mut out = Vec::new();
+        refusal.write_response(&mut out);
+        String::from_utf8(out).unwrap()
+    }
+
+    fn header<'a>(response: &'a str, name: &str) -> Option<&'a str> {
+        let (head, _) = response.split_once("\r\n\r\n").unwrap();
+        head.lines()
+            .find_map(|line| line.strip_prefix(name).and_then(|rest| rest.strip_prefix(": ")))
+    }
+
+    fn body(response: &str) -> serde_json::Value {
+        let (_, body) = response.split_once("\r\n\r\n").unwrap();
+        assert_eq!(
+            header(response, "Content-Length"),
+            Some(body.len().to_string().as_str())
+        );
+        serde_json::from_str(body).unwrap()
+    }
+
+    #[test]
+    fn every_code_has_a_well_formed_answer_that_closes_the_connection() {
+        for code in Code::ALL {
+            let response = text(&Refusal::plain(code, "detail"));
+
+            let body = body(&response);
+            assert!(response.starts_with(&format!("HTTP/1.1 {} ", code.status())));
+            assert_eq!(header(&response, "Content-Type"), Some("application/problem+json"));
+            assert!(header(&response, "Connection").unwrap().ends_with("close"));
+            assert_eq!(header(&response, "Retry-After"), None);
+            assert_eq!(body["code"], code.as_str());
+            assert_eq!(body["status"], code.status());
+            assert_eq!(body.get("retry_after_ms"), None);
+            assert_eq!(body.get("rule"), None);
+            assert_ne!(code.status(), 429);
+        }
+    }
+
+    #[test]
+    fn codes_have_distinct_words() {
+        let words: std::collections::BTreeSet<_> = Code::ALL.into_iter().map(Code::as_str).collect();
+
+        assert_eq!(words.len(), Code::ALL.len());
+    }
+
+    #[test]
+    fn codes_bring_their_own_headers() {
+        let upgrade = text(&Refusal::upgrade_required("no upgrade"));
+        assert_eq!(header(&upgrade, "Upgrade"), Some("websocket"));
+        assert_eq!(header(&upgrade, "Sec-WebSocket-Version"), Some("13"));
+
+        assert_eq!(header(&text(&Refusal::method_not_allowed()), "Allow"), Some("GET"));
+        assert!(header(&text(&Refusal::unauthorized(&mut rng())), "WWW-Authenticate").is_some());
+    }
+
+    #[test]
+    fn hint_stands_in_both_headers_and_the_body_rounded_up_to_seconds_in_one() {
+        let hint = Hint {
+            after: Duration::from_millis(23_417),
+            slot: Some("c2xvdA".into()),
+        };
+
+        let response = text(&Refusal::overloaded(hint));
+
+        assert_eq!(header(&response, "Retry-After"), Some("24"));
+        assert_eq!(header(&response, "Seawall-Retry-After-Ms"), Some("23417"));
+        assert_eq!(header(&response, "Seawall-Slot"), Some("c2xvdA"));
+        assert_eq!(body(&response)["retry_after_ms"], 23_417);
+    }
+
+    #[test]
+    fn reason_of_an_operator_is_escaped_and_named_with_its_rule() {
+        let rule = RuleId(uuid::Uuid::from_u128(5));
+
+        let response = text(&Refusal::firmware_blocked(
+            rule,
+            "a \"b\"\r\nX-Evil: 1",
+            Duration::from_secs(900),
+            &mut rng(),
+        ));
+
+        assert_eq!(header(&response, "X-Evil"), None);
+        let body = body(&response);
+        assert_eq!(body["detail"], "a \"b\"\r\nX-Evil: 1");
+        assert_eq!(body["rule"], rule.to_string());
+        let after_ms = body["retry_after_ms"].as_u64().unwrap();
+        assert!((900_000..=1_800_000).contains(&after_ms));
+    }
+
+    #[test]
+    fn drawn_hints_cover_their_whole_range_and_stay_in_it() {
+        let mut rng = rng();
+        let mut spread = |draw: &dyn Fn(&mut SmallRng) -> Refusal, from_ms: u64, to_ms: u64| {
+            let drawn: Vec<u64> = (0..2000).map(|_| draw(&mut rng).hint.unwrap().after_ms()).collect();
+            let tenth = (to_ms - from_ms) / 10;
+            assert!(drawn.iter().all(|ms| (from_ms..=to_ms).contains(ms)));
+            assert!(drawn.iter().any(|&ms| ms < from_ms + tenth));
+            assert!(drawn.iter().any(|&ms| ms > to_ms - tenth));
+        };
+
+        spread(&|rng| Refusal::unauthorized(rng), 60_000, 300_000);
+        spread(&|rng| Refusal::device_disabled(rng), 900_000, 1_800_000);
+        spread(&|rng| Refusal::draining(Peers::Some, rng), 1_000, 5_000);
+        spread(&|rng| Refusal::draining(Peers::None, rng), 10_000, 30_000);
+    }
+}
