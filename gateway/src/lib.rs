@@ -1,4 +1,10 @@
 //! The gateway: sockets, databases, API and command line around the policy of `seawall_proto`.
 
+pub mod clock;
+pub mod cohorts;
 pub mod config;
+pub mod events;
+pub mod history;
+pub mod metrics;
+pub mod sessions;
 pub mod telemetry;

@@ -1,0 +1,287 @@
+//! The node's event buffer: what happened, numbered, for whoever listens on `GET /api/v1/events`.
+//!
+//! Two rings share one sequence of numbers. Notices (presence, rules, alarms) push out the oldest when their ring is full. Messages from
+//! devices were acknowledged, so one that nobody had time to read is never pushed out: while the ring is full of young messages, new
+//! ones are not taken, and the device gets no acknowledgement.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use seawall_proto::{
+    id::{DeviceId, RuleId},
+    time::WallTime,
+};
+use serde::Serialize;
+use serde_json::value::RawValue;
+use tokio::sync::watch;
+
+/// Notices kept. The oldest goes when a new one comes (`seawall_dropped_total{buffer="events"}` counts what a reader missed).
+pub const NOTICES_MAX: usize = 8_192;
+/// Messages kept.
+pub const MESSAGES_MAX: usize = 8_192;
+/// Most bytes of payload kept.
+pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// A message this old has been readable long enough to make room for a new one.
+pub const MESSAGE_KEPT_AT_LEAST: Duration = Duration::from_secs(10);
+
+/// Something that happened.
+#[derive(Debug, Clone, Serialize)]
+pub struct Event {
+    /// Counts up by one from the start of the process; unique on this node until it restarts.
+    pub id: u64,
+    #[serde(serialize_with = "rfc3339")]
+    pub at: WallTime,
+    #[serde(flatten)]
+    pub body: Body,
+}
+
+/// What happened. The tag is the SSE event name.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Body {
+    /// A device came online or went offline on this node.
+    Presence {
+        device: DeviceId,
+        state: &'static str,
+        reason: &'static str,
+        cohort: Arc<str>,
+    },
+    /// A rule was created, changed or deleted, or a revision came from another node.
+    Rules {
+        revision: u64,
+        rule: Option<RuleId>,
+        change: &'static str,
+    },
+    /// Something that a person should look at, or its end.
+    Alarm {
+        alarm: &'static str,
+        raised: bool,
+        detail: String,
+    },
+    /// The drain started, ended, or was cancelled.
+    Drain { state: &'static str },
+    /// A message from a device.
+    Message {
+        device: DeviceId,
+        message: Box<str>,
+        topic: Option<Box<str>>,
+        payload: Arc<RawValue>,
+    },
+}
+
+impl Body {
+    /// The SSE event name.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Presence { .. } => "presence",
+            Self::Rules { .. } => "rules",
+            Self::Alarm { .. } => "alarm",
+            Self::Drain { .. } => "drain",
+            Self::Message { .. } => "message",
+        }
+    }
+}
+
+/// A message was not taken: the buffer is full of messages that are too young to drop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the event buffer is full")]
+pub struct BufferFull;
+
+/// The buffer.
+#[derive(Debug)]
+pub struct Events {
+    rings: Mutex<Rings>,
+    newest: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Rings {
+    last_id: u64,
+    notices: VecDeque<Arc<Event>>,
+    messages: VecDeque<Arc<Event>>,
+    message_bytes: usize,
+}
+
+/// What a reader gets.
+#[derive(Debug)]
+pub struct Page {
+    pub events: Vec<Arc<Event>>,
+    /// Events after the reader's last one that are no longer there.
+    pub missed: bool,
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        Self {
+            rings: Mutex::default(),
+            newest: watch::Sender::new(0),
+        }
+    }
+}
+
+impl Events {
+    /// Tells of something. Never fails: the oldest notice makes room.
+    pub fn notice(&self, at: WallTime, body: Body) {
+        let mut rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
+        rings.last_id += 1;
+        let id = rings.last_id;
+        if rings.notices.len() == NOTICES_MAX {
+            rings.notices.pop_front();
+        }
+        rings.notices.push_back(Arc::new(Event { id, at, body }));
+        drop(rings);
+        self.newest.send_replace(id);
+    }
+
+    /// Takes a message from a device.
+    ///
+    /// # Errors
+    /// The buffer is full of messages younger than [`MESSAGE_KEPT_AT_LEAST`].
+    pub fn message(
+        &self,
+        at: WallTime,
+        device: DeviceId,
+        message: &str,
+        topic: Option<&str>,
+        payload: Box<RawValue>,
+    ) -> Result<(), BufferFull> {
+        let size = payload.get().len();
+        let mut rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
+        while rings.messages.len() >= MESSAGES_MAX || rings.message_bytes + size > MESSAGE_BYTES_MAX {
+            match rings.messages.front() {
+                Some(oldest) if at.saturating_since(oldest.at) >= MESSAGE_KEPT_AT_LEAST => rings.drop_message(),
+                Some(_) | None => return Err(BufferFull),
+            }
+        }
+        rings.last_id += 1;
+        let id = rings.last_id;
+        let body = Body::Message {
+            device,
+            message: message.into(),
+            topic: topic.map(Into::into),
+            payload: payload.into(),
+        };
+        rings.message_bytes += size;
+        rings.messages.push_back(Arc::new(Event { id, at, body }));
+        drop(rings);
+        self.newest.send_replace(id);
+        Ok(())
+    }
+
+    /// Up to `len_max` events after number `after`, oldest first.
+    #[must_use]
+    pub fn after(&self, after: u64, len_max: usize) -> Page {
+        let rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
+        let tail = |ring: &VecDeque<Arc<Event>>| -> Vec<Arc<Event>> {
+            let start = ring.partition_point(|event| event.id <= after);
+            ring.iter().skip(start).take(len_max).cloned().collect()
+        };
+        let available = |ring: &VecDeque<Arc<Event>>| ring.len() - ring.partition_point(|event| event.id <= after);
+        let present = available(&rings.notices) + available(&rings.messages);
+        let missed = u64::try_from(present).unwrap_or(u64::MAX) < rings.last_id.saturating_sub(after);
+        let mut events = tail(&rings.notices);
+        events.extend(tail(&rings.messages));
+        drop(rings);
+        events.sort_unstable_by_key(|event| event.id);
+        events.truncate(len_max);
+        Page { events, missed }
+    }
+
+    /// The number of the newest event; changes wake a reader.
+    #[must_use]
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.newest.subscribe()
+    }
+}
+
+impl Rings {
+    fn drop_message(&mut self) {
+        if let Some(event) = self.messages.pop_front()
+            && let Body::Message { payload, .. } = &event.body
+        {
+            self.message_bytes -= payload.get().len();
+        }
+    }
+}
+
+/// A time as RFC 3339 with milliseconds, in UTC.
+#[must_use]
+pub fn format_time(at: WallTime) -> String {
+    let time = std::time::UNIX_EPOCH + Duration::from_millis(at.as_unix_ms());
+    humantime::format_rfc3339_millis(time).to_string()
+}
+
+fn rfc3339<S: serde::Serializer>(at: &WallTime, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&format_time(*at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reader_gets_everything_after_its_last_event_in_order() {
+        let events = Events::default();
+        alarm(&events, 1);
+        message(&events, 2).unwrap();
+        alarm(&events, 3);
+
+        let page = events.after(1, 10);
+
+        assert_eq!(page.events.iter().map(|event| event.id).collect::<Vec<_>>(), [2, 3]);
+        assert!(!page.missed);
+    }
+
+    #[test]
+    fn a_late_reader_is_told_that_it_missed_some() {
+        let events = Events::default();
+        for n in 0..=NOTICES_MAX {
+            alarm(&events, n as u64);
+        }
+
+        assert!(events.after(0, 10).missed);
+        assert!(!events.after(1, 10).missed);
+    }
+
+    #[test]
+    fn a_full_buffer_takes_no_message_until_the_oldest_had_its_time() {
+        let events = Events::default();
+        for _ in 0..MESSAGES_MAX {
+            message(&events, 1_000).unwrap();
+        }
+
+        assert_eq!(message(&events, 10_999), Err(BufferFull));
+        assert_eq!(message(&events, 11_000), Ok(()));
+        alarm(&events, 11_000);
+    }
+
+    #[test]
+    fn the_sse_name_is_the_json_type() {
+        let events = Events::default();
+        alarm(&events, 5);
+
+        let json = serde_json::to_value(&*events.after(0, 1).events[0]).unwrap();
+
+        assert_eq!(json["type"], "alarm");
+        assert_eq!(json["at"], "1970-01-01T00:00:00.005Z");
+    }
+
+    fn alarm(events: &Events, at: u64) {
+        let body = Body::Alarm {
+            alarm: "test",
+            raised: true,
+            detail: String::new(),
+        };
+        events.notice(WallTime::from_unix_ms(at), body);
+    }
+
+    fn message(events: &Events, at: u64) -> Result<(), BufferFull> {
+        let payload = RawValue::from_string("{}".to_owned()).unwrap();
+        let device = DeviceId::from_uuid(uuid::Uuid::from_u128(1));
+        events.message(WallTime::from_unix_ms(at), device, "m", None, payload)
+    }
+}

@@ -1,0 +1,389 @@
+//! Every metric of the gateway, its name, its help text and its closed set of labels. Nothing else in the crate names a metric.
+//!
+//! One recorder a gateway, not one a process: tests run several gateways side by side. Handles are looked up once, here, so that
+//! counting on the way of a device is one atomic addition. The per-cohort series are rendered by [`crate::cohorts`], because their label
+//! set changes while the process runs.
+
+use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder, SharedString, Unit};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use seawall_proto::refusal::Code;
+
+const METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, None);
+
+/// Upper bounds, in seconds, of what a device waits for: from a local cache hit to the longest answer that the contract allows.
+const WAIT_BUCKETS_SECONDS: [f64; 14] = [
+    0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0,
+];
+/// Upper bounds, in seconds, of hints: from the shortest slot to the longest hint for a blocked device.
+const HINT_BUCKETS_SECONDS: [f64; 12] = [
+    0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1_800.0, 3_600.0,
+];
+
+/// Handles of all metrics with a fixed label set.
+pub struct Metrics {
+    handle: PrometheusHandle,
+    /// Live WebSocket sessions.
+    pub sessions: Gauge,
+    /// TCP connections that never became a request, by what became of them.
+    pub connections: Family,
+    /// Connect attempts (a connection that sent at least a byte of a request to /v1/connect), by outcome. The sum is every attempt.
+    pub handshakes: Family,
+    /// Time from accept to the answer of a connect attempt.
+    pub handshake_duration_seconds: Histogram,
+    /// Registry look-ups by outcome, one a device.
+    pub lookups: Family,
+    /// Time a look-up statement took, from sent to answered.
+    pub lookup_duration_seconds: Histogram,
+    /// Look-up statements sent to the database.
+    pub lookup_statements: Counter,
+    /// Distinct keys sent to the database and not yet answered. Never above `seawall_admission_limit`.
+    pub lookups_in_flight: Gauge,
+    /// The most keys that may be in flight now.
+    pub admission_limit: Gauge,
+    /// Devices waiting for a look-up.
+    pub admission_queue: Gauge,
+    /// Hints given to refused devices.
+    pub retry_hint_seconds: Histogram,
+    /// Sessions ended, by reason.
+    pub closes: Family,
+    /// Revision of the firmware rules in force on this node.
+    pub rules_revision: Gauge,
+    /// Time since the rules in force were last confirmed by the database.
+    pub rules_age_seconds: Gauge,
+    /// Registered devices that this node knows of, by presence.
+    pub presence_devices: GaugeFamily,
+    /// Messages from devices.
+    pub messages_in: Family,
+    /// Messages to devices.
+    pub messages_out: Family,
+    /// How late a task that asked to run at once did run.
+    pub event_loop_lag_seconds: Histogram,
+    /// Times that accepting paused because the process or the machine was out of files.
+    pub accept_pauses: Counter,
+    /// 1 while the plan guard sees a sequential scan on the connect path.
+    pub plan_alarm: Gauge,
+    /// Failed database operations by kind, look-ups apart.
+    pub database_errors: Family,
+    /// Sessions replaced by a newer session of the same device.
+    pub replacements: Counter,
+    /// Entries dropped because a bounded buffer was full, by buffer.
+    pub dropped: Family,
+}
+
+/// What became of a TCP connection that never was a request. Label `outcome` of `seawall_connections_total`.
+pub const CONNECTION_OUTCOMES: [&str; 6] = [
+    "request",
+    "silent",
+    "address_limited",
+    "connection_limit",
+    "accept_error",
+    "tls_failed",
+];
+/// Label `outcome` of `seawall_lookups_total`.
+pub const LOOKUP_OUTCOMES: [&str; 5] = ["found", "not_found", "cached", "failed", "timed_out"];
+/// Label `reason` of `seawall_closes_total`: the words of [`Close::as_str`](seawall_proto::close::Close::as_str), and how a peer ends one.
+pub const CLOSE_REASONS: [&str; 17] = [
+    "normal",
+    "protocol",
+    "wrong_kind",
+    "not_utf8",
+    "policy",
+    "too_big",
+    "draining",
+    "ageing",
+    "evicted",
+    "heartbeat_missed",
+    "disabled",
+    "disconnected",
+    "replaced",
+    "revoked",
+    "client_gone",
+    "slow_reader",
+    "shutdown",
+];
+/// Label `outcome` of `seawall_messages_total` for messages from devices.
+pub const MESSAGE_IN_OUTCOMES: [&str; 4] = ["accepted", "buffer_full", "bad_frame", "rate_limited"];
+/// Label `outcome` of `seawall_messages_total` for messages to devices.
+pub const MESSAGE_OUT_OUTCOMES: [&str; 4] = ["acked", "sent", "device_offline", "mailbox_full"];
+/// Label `operation` of `seawall_database_errors_total`.
+pub const DATABASE_OPERATIONS: [&str; 4] = ["rules", "devices", "tokens", "other"];
+/// Label `buffer` of `seawall_dropped_total`.
+pub const BUFFERS: [&str; 3] = ["events", "history", "slots"];
+
+impl Metrics {
+    /// All series at zero, so that rates exist from the first scrape on.
+    ///
+    /// # Panics
+    /// Never: the bucket lists are constants and not empty.
+    #[must_use]
+    pub fn new() -> Self {
+        let recorder = PrometheusBuilder::new()
+            .set_buckets_for_metric(
+                Matcher::Full("seawall_retry_hint_seconds".into()),
+                &HINT_BUCKETS_SECONDS,
+            )
+            .and_then(|builder| builder.set_buckets(&WAIT_BUCKETS_SECONDS))
+            .expect("bucket lists are constant and not empty")
+            .build_recorder();
+        let names = Names { recorder: &recorder };
+        let mut handshake_outcomes = vec!["admitted", "restricted", "abandoned"];
+        handshake_outcomes.extend(Code::ALL.iter().map(|code| code.as_str()));
+
+        Self {
+            handle: recorder.handle(),
+            sessions: names.gauge("seawall_sessions", "Live WebSocket sessions."),
+            connections: names.family(
+                "seawall_connections_total",
+                "TCP connections accepted, by what became of them; `request` went on to be a request.",
+                &[],
+                "outcome",
+                &CONNECTION_OUTCOMES,
+            ),
+            handshakes: names.family(
+                "seawall_handshakes_total",
+                "Connect attempts by outcome. The sum is every attempt.",
+                &[],
+                "outcome",
+                &handshake_outcomes,
+            ),
+            handshake_duration_seconds: names.histogram(
+                "seawall_handshake_duration_seconds",
+                "Time from accept to the answer of a connect attempt.",
+            ),
+            lookups: names.family(
+                "seawall_lookups_total",
+                "Registry look-ups by outcome, one a device.",
+                &[],
+                "outcome",
+                &LOOKUP_OUTCOMES,
+            ),
+            lookup_duration_seconds: names.histogram(
+                "seawall_lookup_duration_seconds",
+                "Time a look-up statement took, from sent to answered.",
+            ),
+            lookup_statements: names.counter(
+                "seawall_lookup_statements_total",
+                "Look-up statements sent to the database; each carries up to 256 keys.",
+            ),
+            lookups_in_flight: names.gauge(
+                "seawall_lookups_in_flight",
+                "Distinct keys sent to the database and not answered. Never above seawall_admission_limit.",
+            ),
+            admission_limit: names.gauge("seawall_admission_limit", "The most keys that may be in flight now."),
+            admission_queue: names.gauge("seawall_admission_queue", "Devices waiting for a look-up."),
+            retry_hint_seconds: names.histogram("seawall_retry_hint_seconds", "Hints given to refused devices."),
+            closes: names.family(
+                "seawall_closes_total",
+                "Sessions ended, by reason.",
+                &[],
+                "reason",
+                &CLOSE_REASONS,
+            ),
+            rules_revision: names.gauge("seawall_rules_revision", "Revision of the rules in force on this node."),
+            rules_age_seconds: names.gauge(
+                "seawall_rules_age_seconds",
+                "Time since the database last confirmed the rules in force.",
+            ),
+            presence_devices: names.gauges(
+                "seawall_presence_devices",
+                "Devices that this node has seen, by presence.",
+                "state",
+                &["online", "offline", "unknown"],
+            ),
+            messages_in: names.family(
+                "seawall_messages_total",
+                "Messages between operators and devices.",
+                &[("direction", "in")],
+                "outcome",
+                &MESSAGE_IN_OUTCOMES,
+            ),
+            messages_out: names.family(
+                "seawall_messages_total",
+                "Messages between operators and devices.",
+                &[("direction", "out")],
+                "outcome",
+                &MESSAGE_OUT_OUTCOMES,
+            ),
+            event_loop_lag_seconds: names.histogram(
+                "seawall_event_loop_lag_seconds",
+                "How late a task that asked to be woken did run.",
+            ),
+            accept_pauses: names.counter(
+                "seawall_accept_pauses_total",
+                "Times that accepting paused: out of files, or out of memory.",
+            ),
+            plan_alarm: names.gauge(
+                "seawall_plan_alarm",
+                "1 while a statement of the connect path is planned as a sequential scan.",
+            ),
+            database_errors: names.family(
+                "seawall_database_errors_total",
+                "Failed database operations, look-ups apart.",
+                &[],
+                "operation",
+                &DATABASE_OPERATIONS,
+            ),
+            replacements: names.counter(
+                "seawall_session_replacements_total",
+                "Sessions replaced by a newer one of the same device.",
+            ),
+            dropped: names.family(
+                "seawall_dropped_total",
+                "Entries dropped because a bounded buffer was full.",
+                &[],
+                "buffer",
+                &BUFFERS,
+            ),
+        }
+    }
+
+    /// Text of `/metrics`, in the Prometheus exposition format.
+    #[must_use]
+    pub fn render(&self) -> String {
+        self.handle.render()
+    }
+
+    /// Folds histogram samples together. To be called every few seconds: the exporter keeps each sample until then.
+    pub fn upkeep(&self) {
+        self.handle.run_upkeep();
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// One counter for each value of a closed label.
+pub struct Family(Box<[(&'static str, Counter)]>);
+
+impl Family {
+    /// Counts one. A value outside the closed set is a bug of the caller's, and counts nothing.
+    pub fn increment(&self, value: &'static str) {
+        self.add(value, 1);
+    }
+
+    /// Counts `n` at once.
+    pub fn add(&self, value: &'static str, n: u64) {
+        let found = self.0.iter().find(|(label, _)| *label == value);
+        debug_assert!(found.is_some(), "{value} is not in the closed set");
+        if let Some((_, counter)) = found {
+            counter.increment(n);
+        }
+    }
+}
+
+/// One gauge for each value of a closed label.
+pub struct GaugeFamily(Box<[(&'static str, Gauge)]>);
+
+impl GaugeFamily {
+    pub fn set(&self, value: &'static str, figure: f64) {
+        let found = self.0.iter().find(|(label, _)| *label == value);
+        debug_assert!(found.is_some(), "{value} is not in the closed set");
+        if let Some((_, gauge)) = found {
+            gauge.set(figure);
+        }
+    }
+}
+
+struct Names<'a> {
+    recorder: &'a PrometheusRecorder,
+}
+
+impl Names<'_> {
+    fn counter(&self, name: &'static str, help: &'static str) -> Counter {
+        self.recorder
+            .describe_counter(KeyName::from_const_str(name), None, SharedString::const_str(help));
+        let counter = self.recorder.register_counter(&Key::from_static_name(name), &METADATA);
+        counter.absolute(0);
+        counter
+    }
+
+    fn gauge(&self, name: &'static str, help: &'static str) -> Gauge {
+        self.recorder
+            .describe_gauge(KeyName::from_const_str(name), None, SharedString::const_str(help));
+        let gauge = self.recorder.register_gauge(&Key::from_static_name(name), &METADATA);
+        gauge.set(0.0);
+        gauge
+    }
+
+    fn histogram(&self, name: &'static str, help: &'static str) -> Histogram {
+        self.recorder.describe_histogram(
+            KeyName::from_const_str(name),
+            Some(Unit::Seconds),
+            SharedString::const_str(help),
+        );
+        self.recorder
+            .register_histogram(&Key::from_static_name(name), &METADATA)
+    }
+
+    fn family(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        fixed: &[(&'static str, &'static str)],
+        label: &'static str,
+        values: &[&'static str],
+    ) -> Family {
+        self.recorder
+            .describe_counter(KeyName::from_const_str(name), None, SharedString::const_str(help));
+        let handles = values.iter().map(|value| {
+            let mut labels: Vec<Label> = fixed.iter().map(|(name, value)| Label::new(*name, *value)).collect();
+            labels.push(Label::new(label, *value));
+            let counter = self
+                .recorder
+                .register_counter(&Key::from_parts(name, labels), &METADATA);
+            counter.absolute(0);
+            (*value, counter)
+        });
+        Family(handles.collect())
+    }
+
+    fn gauges(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        label: &'static str,
+        values: &[&'static str],
+    ) -> GaugeFamily {
+        self.recorder
+            .describe_gauge(KeyName::from_const_str(name), None, SharedString::const_str(help));
+        let handles = values.iter().map(|value| {
+            let key = Key::from_parts(name, vec![Label::new(label, *value)]);
+            let gauge = self.recorder.register_gauge(&key, &METADATA);
+            gauge.set(0.0);
+            (*value, gauge)
+        });
+        GaugeFamily(handles.collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_handshake_outcome_is_a_series_from_the_start() {
+        let metrics = Metrics::new();
+
+        let text = metrics.render();
+
+        for outcome in ["admitted", "restricted", "abandoned", "firmware_blocked", "overloaded"] {
+            assert!(
+                text.contains(&format!("seawall_handshakes_total{{outcome=\"{outcome}\"}} 0")),
+                "{outcome}: {text}"
+            );
+        }
+    }
+
+    #[test]
+    fn two_gateways_in_one_process_count_apart() {
+        let (one, other) = (Metrics::new(), Metrics::new());
+
+        one.lookups.increment("found");
+
+        assert!(one.render().contains("seawall_lookups_total{outcome=\"found\"} 1"));
+        assert!(other.render().contains("seawall_lookups_total{outcome=\"found\"} 0"));
+    }
+}

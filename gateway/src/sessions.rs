@@ -1,0 +1,343 @@
+//! The live sessions of this node: device id to handle, fenced by epoch, each with a bounded mailbox.
+//!
+//! Start with [`Sessions`]. A newer session of a device replaces the older one; what the older one does later (its close, its
+//! clean-up) never touches the newer, because every change names the epoch it means.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use seawall_proto::{
+    close::Close,
+    id::{DeviceId, SessionId},
+    time::WallTime,
+};
+use tokio::sync::{Notify, oneshot};
+
+use crate::cohorts::Cohort;
+
+/// Messages to one device that wait for its session task. A full mailbox answers 429 to the sender (`mailbox_full` in
+/// `seawall_messages_total`).
+pub const MAILBOX_LEN_MAX: usize = 16;
+/// Shards of the map: a power of two, enough that two cores rarely meet on one lock.
+const SHARDS: usize = 64;
+
+/// What is known of a session for as long as it lives.
+#[derive(Debug)]
+pub struct SessionInfo {
+    pub device: DeviceId,
+    pub tenant: Arc<str>,
+    /// Model and firmware version, interned: every session of a cohort shares one.
+    pub cohort: Arc<Cohort>,
+    /// The device speaks `seawall.v1`; otherwise its session is plain.
+    pub speaks_v1: bool,
+    pub peer: SocketAddr,
+    pub since: WallTime,
+}
+
+/// A session as others see it. Dropping the last handle means nothing: the session's task owns the socket.
+#[derive(Debug)]
+pub struct Session {
+    pub id: SessionId,
+    pub info: SessionInfo,
+    inbox: Mutex<Inbox>,
+    wake: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Inbox {
+    close: Option<Close>,
+    closed: bool,
+    messages: VecDeque<Outgoing>,
+}
+
+/// A message on its way to a device.
+#[derive(Debug)]
+pub struct Outgoing {
+    pub id: Box<str>,
+    pub body: OutgoingBody,
+    /// Told once how it went. Dropped without a word where the session ends first.
+    pub done: oneshot::Sender<Delivery>,
+}
+
+/// What a message carries.
+#[derive(Debug, Clone)]
+pub enum OutgoingBody {
+    /// JSON text: the payload of a `message` frame, or for a plain session the text of one text frame.
+    Json(Box<str>),
+    /// One binary frame of a plain session.
+    Binary(Bytes),
+}
+
+/// How far a message came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivery {
+    /// Written to a plain session, which has no acknowledgements.
+    Sent,
+    /// The device acknowledged it.
+    Acked,
+}
+
+/// What the session's task finds in its mailbox.
+#[derive(Debug)]
+pub enum Command {
+    Close(Close),
+    Deliver(Outgoing),
+}
+
+/// Why a message could not be posted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PostError {
+    #[error("the device has no session on this node")]
+    Offline,
+    #[error("the device's mailbox is full")]
+    MailboxFull,
+}
+
+impl Session {
+    /// Orders the session to end. The first order counts; later ones are ignored.
+    pub fn close(&self, order: Close) -> bool {
+        let mut inbox = self.inbox();
+        if inbox.closed || inbox.close.is_some() {
+            return false;
+        }
+        inbox.close = Some(order);
+        drop(inbox);
+        self.wake.notify_one();
+        true
+    }
+
+    /// Puts a message into the mailbox.
+    ///
+    /// # Errors
+    /// The mailbox is full, or the session is ending.
+    pub fn post(&self, message: Outgoing) -> Result<(), PostError> {
+        let mut inbox = self.inbox();
+        if inbox.closed || inbox.close.is_some() {
+            return Err(PostError::Offline);
+        }
+        if inbox.messages.len() >= MAILBOX_LEN_MAX {
+            return Err(PostError::MailboxFull);
+        }
+        inbox.messages.push_back(message);
+        drop(inbox);
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    /// Waits until the mailbox may hold something. For the session's task alone.
+    ///
+    /// # Cancel safety
+    /// Safe: a wake-up that was not taken stays for the next call.
+    pub async fn wait(&self) {
+        self.wake.notified().await;
+    }
+
+    /// The next command; an order to close goes before messages.
+    pub fn take(&self) -> Option<Command> {
+        let mut inbox = self.inbox();
+        if let Some(order) = inbox.close.take() {
+            inbox.closed = true;
+            return Some(Command::Close(order));
+        }
+        let message = inbox.messages.pop_front();
+        if inbox.messages.is_empty() {
+            inbox.messages.shrink_to_fit();
+        }
+        message.map(Command::Deliver)
+    }
+
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// All live sessions of this node.
+#[derive(Debug)]
+pub struct Sessions {
+    shards: Box<[Mutex<HashMap<DeviceId, Arc<Session>>>]>,
+    next: AtomicU64,
+    len: AtomicUsize,
+}
+
+/// What [`Sessions::register`] did.
+pub struct Registered {
+    pub session: Arc<Session>,
+    /// A session of the same device that this one replaced; it has been told to close.
+    pub replaced: Option<Arc<Session>>,
+}
+
+impl Sessions {
+    /// `boot` makes epochs of a later start greater than those of an earlier one: wall-clock time of the start.
+    #[must_use]
+    pub fn new(boot: WallTime) -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            next: AtomicU64::new(boot.as_unix_ms() << 20),
+            len: AtomicUsize::new(0),
+        }
+    }
+
+    /// Makes a session the one session of its device, and tells an older one to close (4500).
+    pub fn register(&self, info: SessionInfo) -> Registered {
+        let device = info.device;
+        let id = SessionId(self.next.fetch_add(1, Ordering::Relaxed));
+        info.cohort.session_opened();
+        let session = Arc::new(Session {
+            id,
+            info,
+            inbox: Mutex::default(),
+            wake: Notify::new(),
+        });
+        let replaced = self.shard(device).insert(device, Arc::clone(&session));
+        match &replaced {
+            Some(older) => {
+                older.info.cohort.session_closed();
+                older.close(Close::Replaced);
+            }
+            None => {
+                self.len.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        Registered { session, replaced }
+    }
+
+    /// Removes a session, if it is still its device's newest. Returns whether it was.
+    pub fn unregister(&self, session: &Session) -> bool {
+        let mut shard = self.shard(session.info.device);
+        let is_newest = shard
+            .get(&session.info.device)
+            .is_some_and(|newest| newest.id == session.id);
+        if is_newest {
+            shard.remove(&session.info.device);
+            drop(shard);
+            session.info.cohort.session_closed();
+            self.len.fetch_sub(1, Ordering::Relaxed);
+        }
+        is_newest
+    }
+
+    #[must_use]
+    pub fn get(&self, device: DeviceId) -> Option<Arc<Session>> {
+        self.shard(device).get(&device).cloned()
+    }
+
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len.load(Ordering::Relaxed)
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The sessions for which `wanted` holds, copied shard by shard, in the order of device ids.
+    pub fn matching(&self, mut wanted: impl FnMut(&Session) -> bool) -> Vec<Arc<Session>> {
+        let mut found = Vec::new();
+        for shard in &self.shards {
+            let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            found.extend(shard.values().filter(|session| wanted(session)).cloned());
+        }
+        found.sort_unstable_by_key(|session| session.info.device);
+        found
+    }
+
+    fn shard(&self, device: DeviceId) -> MutexGuard<'_, HashMap<DeviceId, Arc<Session>>> {
+        let bytes = device.as_bytes();
+        let index = usize::from(bytes[15] ^ bytes[7] ^ bytes[3]) % SHARDS;
+        self.shards[index].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cohorts::Cohorts;
+
+    #[test]
+    fn a_second_session_replaces_the_first() {
+        let (sessions, cohorts) = rig();
+
+        let first = sessions.register(info(&cohorts, 1)).session;
+        let second = sessions.register(info(&cohorts, 1));
+
+        assert!(matches!(first.take(), Some(Command::Close(Close::Replaced))));
+        assert_eq!(second.replaced.map(|older| older.id), Some(first.id));
+        assert!(second.session.id > first.id);
+        assert_eq!(sessions.len(), 1);
+    }
+
+    #[test]
+    fn a_late_close_does_not_evict_the_newer_session() {
+        let (sessions, cohorts) = rig();
+        let first = sessions.register(info(&cohorts, 1)).session;
+        let second = sessions.register(info(&cohorts, 1)).session;
+
+        assert!(!sessions.unregister(&first));
+
+        assert_eq!(sessions.get(device(1)).map(|session| session.id), Some(second.id));
+        assert!(sessions.unregister(&second));
+        assert!(!sessions.unregister(&second));
+        assert!(sessions.is_empty());
+    }
+
+    #[test]
+    fn cohort_counts_follow_the_newest_session_only() {
+        let (sessions, cohorts) = rig();
+        let first = sessions.register(info(&cohorts, 1)).session;
+        let second = sessions.register(info(&cohorts, 1)).session;
+
+        assert_eq!(second.info.cohort.sessions(), 1);
+        sessions.unregister(&first);
+        assert_eq!(second.info.cohort.sessions(), 1);
+        sessions.unregister(&second);
+        assert_eq!(second.info.cohort.sessions(), 0);
+    }
+
+    #[test]
+    fn a_full_mailbox_refuses_and_a_close_still_goes_first() {
+        let (sessions, cohorts) = rig();
+        let session = sessions.register(info(&cohorts, 1)).session;
+        let message = || Outgoing {
+            id: "m".into(),
+            body: OutgoingBody::Json("{}".into()),
+            done: oneshot::channel().0,
+        };
+        for _ in 0..MAILBOX_LEN_MAX {
+            session.post(message()).unwrap();
+        }
+
+        assert_eq!(session.post(message()), Err(PostError::MailboxFull));
+        assert!(session.close(Close::Revoked));
+        assert!(!session.close(Close::Replaced), "the first order counts");
+
+        assert!(matches!(session.take(), Some(Command::Close(Close::Revoked))));
+        assert_eq!(session.post(message()), Err(PostError::Offline));
+    }
+
+    fn rig() -> (Sessions, Cohorts) {
+        (Sessions::new(WallTime::from_unix_ms(1)), Cohorts::new())
+    }
+
+    fn device(n: u128) -> DeviceId {
+        DeviceId::from_uuid(uuid::Uuid::from_u128(n))
+    }
+
+    fn info(cohorts: &Cohorts, n: u128) -> SessionInfo {
+        SessionInfo {
+            device: device(n),
+            tenant: "default".into(),
+            cohort: cohorts.intern(None, Some("1.0")),
+            speaks_v1: true,
+            peer: SocketAddr::from(([127, 0, 0, 1], 1)),
+            since: WallTime::from_unix_ms(1),
+        }
+    }
+}
