@@ -6,8 +6,10 @@
 //! Start with [`handshake`]: it holds the fixed order of decisions that a connecting device goes through.
 
 pub mod close;
+pub mod frame;
 pub mod hello;
 pub mod id;
 pub mod record;
 pub mod refusal;
+pub mod session;
 pub mod time;

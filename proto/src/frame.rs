@@ -1,0 +1,451 @@
+//! Frames of `seawall.v1`: JSON text, one object a frame, unknown fields ignored (contract section 4).
+//!
+//! [`ServerFrame`] is what the gateway says, [`DeviceFrame`] what a device says; both ends write and read both, so that
+//! they can't drift apart. Payloads pass through as they are, never taken apart.
+
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::id::RuleId;
+
+/// Longest id of a message, in bytes. A longer one is a bad frame.
+pub const MESSAGE_ID_LEN_MAX: usize = 128;
+
+/// Longest topic, in bytes. A longer one is a bad frame.
+pub const TOPIC_LEN_MAX: usize = 256;
+
+/// A frame from the gateway.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ServerFrame<'a> {
+    /// The first frame of every session.
+    Welcome {
+        /// Names the session in logs and in the API.
+        session: Cow<'a, str>,
+        /// How often the gateway pings, and how often a device that can't answer pings should send a heartbeat.
+        heartbeat_ms: u64,
+        /// Longest wait between attempts that the device should use when it gets no hint.
+        backoff_cap_ms: u64,
+        /// A resume token, where this gateway gives them.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        resume: Option<Cow<'a, str>>,
+        /// RFC 3339, in UTC.
+        server_time: Cow<'a, str>,
+    },
+    /// A renewed resume token.
+    Resume { token: Cow<'a, str> },
+    /// From a backend or an operator; the device answers with an ack.
+    Message { id: Cow<'a, str>, payload: &'a RawValue },
+    /// The device's message is in the node's event buffer.
+    Ack { id: Cow<'a, str> },
+    /// Close 1012 follows at once.
+    Reconnect {
+        after_ms: u64,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        slot: Option<Cow<'a, str>>,
+        reason: Cow<'a, str>,
+    },
+    /// In a restricted session; close 4000 follows.
+    Update { rule: RuleId, update: &'a RawValue },
+    /// A frame was not understood, or came too soon. Says what was wrong, never what it was.
+    Error { code: ErrorCode, detail: Cow<'a, str> },
+}
+
+/// Why a frame of a device was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    BadFrame,
+    RateLimited,
+}
+
+impl<'a> ServerFrame<'a> {
+    /// Reads a text frame: the reference device's side. `None` where it is none that this version knows.
+    #[must_use]
+    pub fn parse(text: &'a str) -> Option<Self> {
+        let fields: ServerFields<'a> = serde_json::from_str(text).ok()?;
+        let text = |field: Option<Text<'a>>| field.map(|Text(text)| text);
+        Some(match fields.kind.0.as_ref() {
+            "welcome" => Self::Welcome {
+                session: text(fields.session)?,
+                heartbeat_ms: fields.heartbeat_ms?,
+                backoff_cap_ms: fields.backoff_cap_ms?,
+                resume: text(fields.resume),
+                server_time: text(fields.server_time)?,
+            },
+            "resume" => Self::Resume {
+                token: text(fields.token)?,
+            },
+            "message" => Self::Message {
+                id: text(fields.id)?,
+                payload: fields.payload?,
+            },
+            "ack" => Self::Ack { id: text(fields.id)? },
+            "reconnect" => Self::Reconnect {
+                after_ms: fields.after_ms?,
+                slot: text(fields.slot),
+                reason: text(fields.reason)?,
+            },
+            "update" => Self::Update {
+                rule: fields.rule?,
+                update: fields.update?,
+            },
+            "error" => Self::Error {
+                code: fields.code?,
+                detail: text(fields.detail)?,
+            },
+            _ => return None,
+        })
+    }
+
+    /// The text of the frame.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(self).expect("texts, numbers and raw JSON always have a JSON form")
+    }
+}
+
+/// A frame from a device.
+#[derive(Clone, Debug)]
+pub enum DeviceFrame<'a> {
+    /// Says nothing but that the device lives.
+    Heartbeat,
+    /// Answered by an ack once it is in the event buffer.
+    Message {
+        id: Cow<'a, str>,
+        topic: Option<Cow<'a, str>>,
+        payload: Option<&'a RawValue>,
+    },
+    /// The device has a message of the gateway's.
+    Ack { id: Cow<'a, str> },
+}
+
+impl<'a> DeviceFrame<'a> {
+    /// Reads a text frame.
+    ///
+    /// # Errors
+    /// No JSON object, no known type, or a field that is missing, too long or of the wrong kind.
+    pub fn parse(text: &'a str) -> Result<Self, BadFrame> {
+        let fields: Fields<'a> = serde_json::from_str(text).map_err(|_| BadFrame::classify(text))?;
+        match fields.kind.0.as_ref() {
+            "heartbeat" => Ok(Self::Heartbeat),
+            "message" => Ok(Self::Message {
+                id: message_id(fields.id)?,
+                topic: topic(fields.topic)?,
+                payload: fields.payload,
+            }),
+            "ack" => Ok(Self::Ack {
+                id: message_id(fields.id)?,
+            }),
+            _ => Err(BadFrame::UnknownType),
+        }
+    }
+
+    /// The text of the frame: the reference device's side.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        let fields = match self {
+            Self::Heartbeat => Written::of("heartbeat"),
+            Self::Message { id, topic, payload } => Written {
+                id: Some(id),
+                topic: topic.as_deref(),
+                payload: *payload,
+                ..Written::of("message")
+            },
+            Self::Ack { id } => Written {
+                id: Some(id),
+                ..Written::of("ack")
+            },
+        };
+        serde_json::to_string(&fields).expect("texts and raw JSON always have a JSON form")
+    }
+}
+
+fn message_id(id: Option<Text<'_>>) -> Result<Cow<'_, str>, BadFrame> {
+    match id {
+        Some(Text(id)) if (1..=MESSAGE_ID_LEN_MAX).contains(&id.len()) => Ok(id),
+        Some(_) => Err(BadFrame::BadId),
+        None => Err(BadFrame::MissingId),
+    }
+}
+
+fn topic(topic: Option<Text<'_>>) -> Result<Option<Cow<'_, str>>, BadFrame> {
+    match topic {
+        Some(Text(topic)) if topic.len() > TOPIC_LEN_MAX => Err(BadFrame::BadTopic),
+        topic => Ok(topic.map(|Text(topic)| topic)),
+    }
+}
+
+/// Why a device's frame is bad.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadFrame {
+    #[error("a frame is a JSON object")]
+    NoObject,
+    #[error("type, id or topic is missing, doubled or no text")]
+    BadFields,
+    #[error("this type is not known")]
+    UnknownType,
+    #[error("the id is missing")]
+    MissingId,
+    #[error("the id is empty or longer than 128 bytes")]
+    BadId,
+    #[error("the topic is longer than 256 bytes")]
+    BadTopic,
+}
+
+impl BadFrame {
+    fn classify(text: &str) -> Self {
+        let is_object =
+            text.trim_start().starts_with('{') && serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok();
+        if is_object { Self::BadFields } else { Self::NoObject }
+    }
+}
+
+/// Text that is borrowed from the frame where it has no escapes. (`Option<Cow<str>>` alone would always be copied.)
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+#[derive(Deserialize)]
+struct Fields<'a> {
+    #[serde(rename = "type", borrow)]
+    kind: Text<'a>,
+    #[serde(borrow)]
+    id: Option<Text<'a>>,
+    #[serde(borrow)]
+    topic: Option<Text<'a>>,
+    #[serde(borrow)]
+    payload: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct ServerFields<'a> {
+    #[serde(rename = "type", borrow)]
+    kind: Text<'a>,
+    #[serde(borrow)]
+    session: Option<Text<'a>>,
+    heartbeat_ms: Option<u64>,
+    backoff_cap_ms: Option<u64>,
+    #[serde(borrow)]
+    resume: Option<Text<'a>>,
+    #[serde(borrow)]
+    server_time: Option<Text<'a>>,
+    #[serde(borrow)]
+    token: Option<Text<'a>>,
+    #[serde(borrow)]
+    id: Option<Text<'a>>,
+    #[serde(borrow)]
+    payload: Option<&'a RawValue>,
+    after_ms: Option<u64>,
+    #[serde(borrow)]
+    slot: Option<Text<'a>>,
+    #[serde(borrow)]
+    reason: Option<Text<'a>>,
+    rule: Option<RuleId>,
+    #[serde(borrow)]
+    update: Option<&'a RawValue>,
+    code: Option<ErrorCode>,
+    #[serde(borrow)]
+    detail: Option<Text<'a>>,
+}
+
+#[derive(Serialize)]
+struct Written<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    topic: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    payload: Option<&'a RawValue>,
+}
+
+impl Written<'_> {
+    const fn of(kind: &'static str) -> Self {
+        Self {
+            kind,
+            id: None,
+            topic: None,
+            payload: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn bad(text: &str) -> BadFrame {
+        DeviceFrame::parse(text).unwrap_err()
+    }
+
+    #[test]
+    fn known_frames_are_read_whatever_else_is_in_them() {
+        assert!(matches!(
+            DeviceFrame::parse(" {\"x\":[1],\"type\":\"heartbeat\",\"payload\":null} "),
+            Ok(DeviceFrame::Heartbeat)
+        ));
+        let DeviceFrame::Message { id, topic, payload } =
+            DeviceFrame::parse(r#"{"type":"message","id":"1","topic":"t\u0041","payload":{"a": 1.0}}"#).unwrap()
+        else {
+            panic!("not a message");
+        };
+        assert_eq!((id.as_ref(), topic.as_deref()), ("1", Some("tA")));
+        assert_eq!(payload.unwrap().get(), r#"{"a": 1.0}"#);
+        assert!(matches!(
+            DeviceFrame::parse(r#"{"type":"ack","id":"7"}"#),
+            Ok(DeviceFrame::Ack { id: Cow::Borrowed("7") })
+        ));
+    }
+
+    #[test]
+    fn bad_frames_say_what_is_wrong() {
+        for text in ["", "[]", "\"heartbeat\"", "{\"type\":\"heartbeat\"", "{} x", "nonsense"] {
+            assert_eq!(bad(text), BadFrame::NoObject, "{text}");
+        }
+        for text in ["{}", "{\"type\":1}", "{\"type\":\"ack\",\"id\":7}"] {
+            assert_eq!(bad(text), BadFrame::BadFields, "{text}");
+        }
+        assert_eq!(bad("{\"type\":\"welcome\"}"), BadFrame::UnknownType);
+        assert_eq!(bad("{\"type\":\"ack\"}"), BadFrame::MissingId);
+        assert_eq!(bad("{\"type\":\"message\",\"id\":\"\"}"), BadFrame::BadId);
+        let long = "x".repeat(257);
+        assert_eq!(
+            bad(&format!("{{\"type\":\"message\",\"id\":\"{long}\"}}")),
+            BadFrame::BadId
+        );
+        assert_eq!(
+            bad(&format!("{{\"type\":\"message\",\"id\":\"1\",\"topic\":\"{long}\"}}")),
+            BadFrame::BadTopic
+        );
+    }
+
+    #[test]
+    fn deep_nesting_is_bad_or_passed_but_never_a_crash() {
+        let deep = format!(
+            "{{\"type\":\"message\",\"id\":\"1\",\"payload\":{}1{}}}",
+            "[".repeat(20_000),
+            "]".repeat(20_000)
+        );
+
+        let _ = DeviceFrame::parse(&deep);
+        let _ = DeviceFrame::parse(&deep[..20_000]);
+    }
+
+    #[test]
+    fn frames_of_the_gateway_have_the_contract_s_form() {
+        let payload = RawValue::from_string("{\"on\":true}".into()).unwrap();
+        let welcome = ServerFrame::Welcome {
+            session: "1f".into(),
+            heartbeat_ms: 30_000,
+            backoff_cap_ms: 60_000,
+            resume: None,
+            server_time: "2026-01-01T00:00:00Z".into(),
+        };
+
+        assert_eq!(
+            welcome.to_json(),
+            r#"{"type":"welcome","session":"1f","heartbeat_ms":30000,"backoff_cap_ms":60000,"server_time":"2026-01-01T00:00:00Z"}"#
+        );
+        assert_eq!(
+            ServerFrame::Message {
+                id: "a".into(),
+                payload: &payload
+            }
+            .to_json(),
+            r#"{"type":"message","id":"a","payload":{"on":true}}"#
+        );
+        assert_eq!(
+            ServerFrame::Reconnect {
+                after_ms: 7,
+                slot: Some("s".into()),
+                reason: "draining".into()
+            }
+            .to_json(),
+            r#"{"type":"reconnect","after_ms":7,"slot":"s","reason":"draining"}"#
+        );
+        assert_eq!(
+            ServerFrame::Error {
+                code: ErrorCode::BadFrame,
+                detail: "d".into()
+            }
+            .to_json(),
+            r#"{"type":"error","code":"bad_frame","detail":"d"}"#
+        );
+    }
+
+    #[test]
+    fn what_a_device_writes_is_what_the_gateway_reads() {
+        let payload = RawValue::from_string("[1]".into()).unwrap();
+        let frame = DeviceFrame::Message {
+            id: "\"1\"".into(),
+            topic: Some("t".into()),
+            payload: Some(&payload),
+        };
+
+        let text = frame.to_json();
+
+        assert_eq!(text, r#"{"type":"message","id":"\"1\"","topic":"t","payload":[1]}"#);
+        assert_eq!(DeviceFrame::parse(&text).unwrap().to_json(), text);
+    }
+
+    #[test]
+    fn what_the_gateway_writes_is_what_a_device_reads() {
+        let raw = RawValue::from_string("{\"url\":\"x\"}".into()).unwrap();
+        for frame in [
+            ServerFrame::Welcome {
+                session: "1f".into(),
+                heartbeat_ms: 1,
+                backoff_cap_ms: 2,
+                resume: Some("r".into()),
+                server_time: "t".into(),
+            },
+            ServerFrame::Resume { token: "r".into() },
+            ServerFrame::Message {
+                id: "a".into(),
+                payload: &raw,
+            },
+            ServerFrame::Ack { id: "a".into() },
+            ServerFrame::Reconnect {
+                after_ms: 7,
+                slot: None,
+                reason: "draining".into(),
+            },
+            ServerFrame::Update {
+                rule: RuleId(uuid::Uuid::from_u128(1)),
+                update: &raw,
+            },
+            ServerFrame::Error {
+                code: ErrorCode::RateLimited,
+                detail: "d".into(),
+            },
+        ] {
+            let text = frame.to_json();
+
+            assert_eq!(ServerFrame::parse(&text).unwrap().to_json(), text);
+        }
+        assert!(ServerFrame::parse("{\"type\":\"new\"}").is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_read_or_bad(text in ".{0,200}") {
+            let _ = DeviceFrame::parse(&text);
+        }
+
+        #[test]
+        fn any_nearly_right_frame_is_read_or_bad(
+            kind in "(heartbeat|message|ack|[a-z]{0,9})",
+            id in "[\\PC]{0,140}",
+            rest in "[\\{\\}\\[\\]\",:a-z0-9]{0,40}",
+        ) {
+            let id = serde_json::to_string(&id).unwrap();
+            let _ = DeviceFrame::parse(&format!("{{\"type\":\"{kind}\",\"id\":{id},\"payload\":{rest}}}"));
+            let _ = DeviceFrame::parse(&format!("{{\"id\":{id},{rest}}}"));
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! What the device sends: frames of `seawall.v1`, or opaque messages of a plain session.
+
+use crate::{
+    close::Close,
+    frame::{BadFrame, DeviceFrame, ErrorCode, ServerFrame},
+    hello::SessionKind,
+    session::{Action, BadFrames, Payload, Received, Session},
+    time::Instant,
+};
+
+impl Session {
+    /// A text frame came in, already checked to be UTF-8.
+    pub fn handle_text(&mut self, text: &str, now: Instant) {
+        if !self.heard(now) {
+            return;
+        }
+        match self.kind {
+            SessionKind::V1 => match DeviceFrame::parse(text) {
+                Ok(frame) => self.handle_frame(frame),
+                Err(bad) => self.handle_bad_frame(bad, now),
+            },
+            SessionKind::Plain => self.receive_opaque(Payload::Text(text.into())),
+        }
+    }
+
+    /// A binary frame came in. `seawall.v1` has none.
+    pub fn handle_binary(&mut self, bytes: &[u8], now: Instant) {
+        if !self.heard(now) {
+            return;
+        }
+        match self.kind {
+            SessionKind::V1 => self.handle_close(Close::WrongKind),
+            SessionKind::Plain => self.receive_opaque(Payload::Binary(bytes.into())),
+        }
+    }
+
+    /// Notes that the device lives. False where nothing more is to be done with the frame: the session is ending, or now
+    /// ends because the device sends too fast.
+    pub(super) fn heard(&mut self, now: Instant) -> bool {
+        if self.is_closing {
+            return false;
+        }
+        self.last_heard = now;
+        if self.rate.allows(&self.limits, now) {
+            return true;
+        }
+        if self.kind == SessionKind::V1 {
+            self.say(&ServerFrame::Error {
+                code: ErrorCode::RateLimited,
+                detail: "more frames than this session may send".into(),
+            });
+        }
+        self.handle_close(Close::Policy);
+        false
+    }
+
+    fn handle_frame(&mut self, frame: DeviceFrame<'_>) {
+        match frame {
+            DeviceFrame::Heartbeat => {}
+            DeviceFrame::Message { id, topic, payload } => self.actions.push_back(Action::Received(Received {
+                id: Some(id.into()),
+                topic: topic.map(Box::from),
+                payload: Payload::Json(payload.map_or("null", |payload| payload.get()).into()),
+            })),
+            DeviceFrame::Ack { id } => self.actions.push_back(Action::Acked(id.into())),
+        }
+    }
+
+    fn handle_bad_frame(&mut self, bad: BadFrame, now: Instant) {
+        let bad_frames = self.bad_frames.get_or_insert_with(Box::<BadFrames>::default);
+        if bad_frames.is_too_many(now) {
+            self.handle_close(Close::Policy);
+        } else {
+            self.say(&ServerFrame::Error {
+                code: ErrorCode::BadFrame,
+                detail: bad.to_string().into(),
+            });
+        }
+    }
+
+    fn receive_opaque(&mut self, payload: Payload) {
+        self.actions.push_back(Action::Received(Received {
+            id: None,
+            topic: None,
+            payload,
+        }));
+    }
+}

@@ -1,0 +1,97 @@
+//! How much of a device's bad manners a session takes: frames a second, and bad frames a minute.
+
+use std::{collections::VecDeque, time::Duration};
+
+use crate::{session::SessionLimits, time::Instant};
+
+/// The cell rate algorithm (GCRA) in one word: the time at which the device has used up nothing of its burst.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MessageRate {
+    settled_at: Instant,
+}
+
+impl MessageRate {
+    pub(super) const fn new(now: Instant) -> Self {
+        Self { settled_at: now }
+    }
+
+    /// Takes one frame from the budget. False where there is none left; that frame costs nothing.
+    pub(super) fn allows(&mut self, limits: &SessionLimits, now: Instant) -> bool {
+        let interval = Duration::from_secs(1) / limits.messages_per_second.max(1);
+        let tolerance = interval.saturating_mul(limits.messages_burst.saturating_sub(1));
+        let settled_at = self.settled_at.max(now);
+        if settled_at.saturating_since(now) > tolerance {
+            return false;
+        }
+        self.settled_at = settled_at + interval;
+        true
+    }
+}
+
+/// The tenth bad frame within a minute ends a session (contract section 4).
+const BAD_FRAMES_MAX: usize = 9;
+const BAD_FRAMES_WINDOW: Duration = Duration::from_secs(60);
+
+/// When the last bad frames came: never more than nine.
+#[derive(Debug, Default)]
+pub(super) struct BadFrames {
+    at: VecDeque<Instant>,
+}
+
+impl BadFrames {
+    /// Notes one more. True where it is the tenth within a minute.
+    pub(super) fn is_too_many(&mut self, now: Instant) -> bool {
+        while self
+            .at
+            .front()
+            .is_some_and(|&at| now.saturating_since(at) >= BAD_FRAMES_WINDOW)
+        {
+            self.at.pop_front();
+        }
+        if self.at.len() >= BAD_FRAMES_MAX {
+            return true;
+        }
+        self.at.push_back(now);
+        false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(ms: u64) -> Instant {
+        Instant::ZERO + Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn burst_passes_at_once_and_the_rate_for_ever() {
+        let limits = SessionLimits {
+            messages_per_second: 10,
+            messages_burst: 5,
+            ..SessionLimits::default()
+        };
+        let mut rate = MessageRate::new(at(0));
+
+        let passed = (0..20).filter(|_| rate.allows(&limits, at(0))).count();
+        let later = (1..=100).filter(|n| rate.allows(&limits, at(n * 100))).count();
+
+        assert_eq!(passed, 5);
+        assert_eq!(later, 100);
+    }
+
+    #[test]
+    fn tenth_bad_frame_within_a_minute_is_too_many() {
+        let mut bad_frames = BadFrames::default();
+
+        assert!((0..9).all(|n| !bad_frames.is_too_many(at(n * 1000))));
+        assert!(bad_frames.is_too_many(at(59_999)));
+    }
+
+    #[test]
+    fn bad_frames_spread_over_more_than_a_minute_are_not() {
+        let mut bad_frames = BadFrames::default();
+
+        assert!((0..100).all(|n| !bad_frames.is_too_many(at(n * 6_667))));
+    }
+}

@@ -1,0 +1,301 @@
+use rand::{SeedableRng, rngs::SmallRng};
+
+use super::*;
+use crate::{close::Restart, refusal::Hint};
+
+fn at(ms: u64) -> Instant {
+    Instant::ZERO + Duration::from_millis(ms)
+}
+
+fn rng() -> SmallRng {
+    SmallRng::seed_from_u64(3)
+}
+
+fn open(kind: SessionKind, limits: SessionLimits) -> Session {
+    Session::open(
+        kind,
+        SessionId(0x2a),
+        Arc::new(limits),
+        at(0),
+        WallTime::from_unix_ms(1_767_225_600_000),
+        &mut rng(),
+    )
+}
+
+/// A `seawall.v1` session whose welcome is out.
+fn v1() -> Session {
+    let mut session = open(SessionKind::V1, SessionLimits::default());
+    drain(&mut session);
+    session
+}
+
+fn plain() -> Session {
+    open(SessionKind::Plain, SessionLimits::default())
+}
+
+fn drain(session: &mut Session) -> Vec<Action> {
+    std::iter::from_fn(|| session.poll_action()).collect()
+}
+
+fn closed_with(session: &mut Session) -> Option<Close> {
+    drain(session).into_iter().find_map(|action| match action {
+        Action::Close(close) => Some(close),
+        Action::Text(_) | Action::Binary(_) | Action::Ping | Action::Received(_) | Action::Acked(_) => None,
+    })
+}
+
+fn text(json: &str) -> Action {
+    Action::Text(json.to_owned())
+}
+
+#[test]
+fn welcome_comes_first_and_only_in_v1() {
+    let mut v1 = open(SessionKind::V1, SessionLimits::default());
+
+    assert_eq!(
+        drain(&mut v1),
+        [text(
+            r#"{"type":"welcome","session":"000000000000002a","heartbeat_ms":30000,"backoff_cap_ms":60000,"server_time":"2026-01-01T00:00:00.000Z"}"#
+        )]
+    );
+    assert_eq!(drain(&mut plain()), []);
+}
+
+#[test]
+fn message_is_acknowledged_only_when_stored() {
+    let mut session = v1();
+
+    session.handle_text(r#"{"type":"message","id":"7","topic":"t","payload":[1]}"#, at(1));
+    let received = drain(&mut session);
+    session.handle_stored("7");
+
+    assert_eq!(
+        received,
+        [Action::Received(Received {
+            id: Some("7".into()),
+            topic: Some("t".into()),
+            payload: Payload::Json("[1]".into()),
+        })]
+    );
+    assert_eq!(drain(&mut session), [text(r#"{"type":"ack","id":"7"}"#)]);
+}
+
+#[test]
+fn message_to_a_device_is_framed_and_its_ack_reported() {
+    let mut session = v1();
+
+    session
+        .handle_message_out("a", OutBody::Json("{\"on\": true}"))
+        .unwrap();
+    session.handle_text(r#"{"type":"ack","id":"a"}"#, at(1));
+
+    assert_eq!(
+        drain(&mut session),
+        [
+            text(r#"{"type":"message","id":"a","payload":{"on": true}}"#),
+            Action::Acked("a".into())
+        ]
+    );
+    assert_eq!(
+        session.handle_message_out("b", OutBody::Json("{")),
+        Err(Unsendable::NotJson)
+    );
+    assert_eq!(
+        session.handle_message_out("b", OutBody::Binary(b"x")),
+        Err(Unsendable::BinaryInV1)
+    );
+}
+
+#[test]
+fn plain_session_passes_data_as_it_is_and_says_nothing_of_its_own() {
+    let mut session = plain();
+
+    session.handle_text("no json", at(1));
+    session.handle_binary(&[1, 2], at(2));
+    session.handle_message_out("a", OutBody::Json("hello")).unwrap();
+    session.handle_message_out("b", OutBody::Binary(b"x")).unwrap();
+
+    let opaque = |payload| {
+        Action::Received(Received {
+            id: None,
+            topic: None,
+            payload,
+        })
+    };
+    assert_eq!(
+        drain(&mut session),
+        [
+            opaque(Payload::Text("no json".into())),
+            opaque(Payload::Binary([1, 2].into())),
+            text("hello"),
+            Action::Binary(b"x".to_vec())
+        ]
+    );
+}
+
+#[test]
+fn binary_frame_ends_a_v1_session_with_1003() {
+    let mut session = v1();
+
+    session.handle_binary(b"x", at(1));
+
+    assert_eq!(closed_with(&mut session), Some(Close::WrongKind));
+}
+
+#[test]
+fn bad_frames_get_errors_without_an_echo_and_the_tenth_closes() {
+    let mut session = v1();
+
+    for n in 0..9 {
+        session.handle_text("{\"type\":\"zqzq\"}", at(n));
+    }
+    let errors = drain(&mut session);
+    session.handle_text("zqzq", at(10));
+
+    assert_eq!(
+        errors,
+        vec![text(r#"{"type":"error","code":"bad_frame","detail":"this type is not known"}"#); 9]
+    );
+    assert_eq!(closed_with(&mut session), Some(Close::Policy));
+}
+
+#[test]
+fn device_over_its_rate_is_told_then_closed() {
+    let limits = SessionLimits {
+        messages_burst: 3,
+        ..SessionLimits::default()
+    };
+    let mut session = open(SessionKind::V1, limits.clone());
+    drain(&mut session);
+    let mut plain = open(SessionKind::Plain, limits);
+
+    for _ in 0..5 {
+        session.handle_text("{\"type\":\"heartbeat\"}", at(1));
+        plain.handle_control(at(1));
+    }
+
+    assert_eq!(
+        drain(&mut session),
+        [
+            text(r#"{"type":"error","code":"rate_limited","detail":"more frames than this session may send"}"#),
+            Action::Close(Close::Policy)
+        ]
+    );
+    assert_eq!(drain(&mut plain), [Action::Close(Close::Policy)]);
+}
+
+#[test]
+fn both_kinds_are_pinged_each_heartbeat() {
+    for mut session in [v1(), plain()] {
+        let mut pings = Vec::new();
+        let mut rng = rng();
+        for _ in 0..3 {
+            let now = session.poll_timeout();
+            session.handle_timeout(now, &mut rng);
+            assert_eq!(drain(&mut session), [Action::Ping]);
+            session.handle_control(now);
+            pings.push(now);
+        }
+
+        assert!(pings[0] <= at(30_000));
+        assert_eq!(pings[1].saturating_since(pings[0]), Duration::from_secs(30));
+        assert_eq!(pings[2].saturating_since(pings[1]), Duration::from_secs(30));
+    }
+}
+
+#[test]
+fn silence_of_three_heartbeats_but_at_least_a_minute_ends_a_session() {
+    for (heartbeat, silence_ms) in [(30, 90_000), (5, 60_000)] {
+        let mut session = open(
+            SessionKind::Plain,
+            SessionLimits {
+                heartbeat: Duration::from_secs(heartbeat),
+                ..SessionLimits::default()
+            },
+        );
+        session.handle_control(at(1_000));
+
+        let mut rng = rng();
+        session.handle_timeout(at(1_000 + silence_ms - 1), &mut rng);
+        assert!(!session.is_closing());
+        session.handle_timeout(at(1_000 + silence_ms), &mut rng);
+
+        assert!(matches!(closed_with(&mut session), Some(Close::HeartbeatMissed { .. })));
+    }
+}
+
+#[test]
+fn frames_only_ever_move_the_deadline_later() {
+    let mut session = plain();
+    let mut last = session.poll_timeout();
+
+    for n in 1..100 {
+        session.handle_text("x", at(n * 10));
+
+        assert!(session.poll_timeout() >= last);
+        last = session.poll_timeout();
+    }
+}
+
+#[test]
+fn draining_v1_session_is_told_before_the_close() {
+    let close = Close::Restart {
+        why: Restart::Draining,
+        hint: Hint {
+            after: Duration::from_millis(1500),
+            slot: Some("s".into()),
+        },
+    };
+    let (mut v1, mut plain) = (v1(), plain());
+
+    v1.handle_close(close.clone());
+    plain.handle_close(close.clone());
+
+    assert_eq!(
+        drain(&mut v1),
+        [
+            text(r#"{"type":"reconnect","after_ms":1500,"slot":"s","reason":"draining"}"#),
+            Action::Close(close.clone())
+        ]
+    );
+    assert_eq!(drain(&mut plain), [Action::Close(close)]);
+}
+
+#[test]
+fn nothing_follows_a_close() {
+    let mut session = v1();
+
+    session.handle_close(Close::Replaced);
+    session.handle_close(Close::Revoked);
+    session.handle_text("{\"type\":\"message\",\"id\":\"1\"}", at(1));
+    session.handle_binary(b"x", at(1));
+    session.handle_stored("1");
+    session.handle_timeout(at(1_000_000), &mut rng());
+
+    assert_eq!(drain(&mut session), [Action::Close(Close::Replaced)]);
+    assert_eq!(
+        session.handle_message_out("a", OutBody::Json("1")),
+        Err(Unsendable::Closing)
+    );
+    assert_eq!(session.poll_timeout(), Instant::FAR_FUTURE);
+}
+
+#[test]
+fn idle_session_holds_no_queue() {
+    let mut session = v1();
+
+    session.handle_text("{\"type\":\"message\",\"id\":\"1\"}", at(1));
+    drain(&mut session);
+
+    assert_eq!(session.actions.capacity(), 0);
+    assert!(
+        std::mem::size_of::<Session>() <= 96,
+        "{}",
+        std::mem::size_of::<Session>()
+    );
+}
+
+#[test]
+fn farthest_wall_time_has_a_text() {
+    assert_eq!(rfc3339(WallTime::from_unix_ms(u64::MAX)), "9999-12-31T23:59:59.999Z");
+}
