@@ -5,6 +5,7 @@ pub mod cohorts;
 pub mod config;
 pub mod events;
 pub mod history;
+pub mod lifecycle;
 pub mod metrics;
 pub mod sessions;
 pub mod telemetry;

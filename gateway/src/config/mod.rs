@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use seawall_proto::hello::IdentityNames;
 use serde::{Deserialize, Serialize};
 
 pub mod docs;
@@ -28,6 +29,8 @@ pub struct Config {
     pub server: Server,
     pub ops: Ops,
     pub database: Database,
+    /// Where this fleet puts its identity.
+    pub identity: IdentityNames,
     pub limits: Limits,
     pub session: Session,
     pub rules: RulesSync,
@@ -74,6 +77,9 @@ impl Config {
     pub fn validate(&self) -> Result<(), SettingError> {
         self.server.check_bounds()?;
         self.ops.check_bounds()?;
+        self.identity
+            .validate()
+            .map_err(|error| SettingError::new(format!("identity.{}", error.setting), error.reason))?;
         self.limits.check_bounds()?;
         self.session.check_bounds()?;
         self.rules.check_bounds()?;
