@@ -7,5 +7,6 @@ pub mod events;
 pub mod history;
 pub mod lifecycle;
 pub mod metrics;
+pub mod presence;
 pub mod sessions;
 pub mod telemetry;
