@@ -10,8 +10,10 @@ use std::{
     time::Duration,
 };
 
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use seawall_proto::{
     id::{DeviceId, RuleId},
+    session::{Payload, Received},
     time::WallTime,
 };
 use serde::Serialize;
@@ -63,12 +65,17 @@ pub enum Body {
     },
     /// The drain started, ended, or was cancelled.
     Drain { state: &'static str },
-    /// A message from a device.
+    /// A message from a device. A plain session's text is a JSON string in `payload`, its binary data stands in `payload_base64`.
     Message {
         device: DeviceId,
-        message: Box<str>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        message: Option<Box<str>>,
+        #[serde(skip_serializing_if = "Option::is_none")]
         topic: Option<Box<str>>,
-        payload: Arc<RawValue>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        payload: Option<Arc<RawValue>>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        payload_base64: Option<Box<str>>,
     },
 }
 
@@ -82,6 +89,20 @@ impl Body {
             Self::Alarm { .. } => "alarm",
             Self::Drain { .. } => "drain",
             Self::Message { .. } => "message",
+        }
+    }
+
+    fn payload_len(&self) -> usize {
+        match self {
+            Self::Message {
+                payload,
+                payload_base64,
+                ..
+            } => {
+                payload.as_ref().map_or(0, |json| json.get().len())
+                    + payload_base64.as_ref().map_or(0, |text| text.len())
+            }
+            Self::Presence { .. } | Self::Rules { .. } | Self::Alarm { .. } | Self::Drain { .. } => 0,
         }
     }
 }
@@ -140,16 +161,21 @@ impl Events {
     /// Takes a message from a device.
     ///
     /// # Errors
-    /// The buffer is full of messages younger than [`MESSAGE_KEPT_AT_LEAST`].
-    pub fn message(
-        &self,
-        at: WallTime,
-        device: DeviceId,
-        message: &str,
-        topic: Option<&str>,
-        payload: Box<RawValue>,
-    ) -> Result<(), BufferFull> {
-        let size = payload.get().len();
+    /// The buffer is full of messages younger than [`MESSAGE_KEPT_AT_LEAST`], or the payload claims to be JSON and is not.
+    pub fn message(&self, at: WallTime, device: DeviceId, received: Received) -> Result<(), BufferFull> {
+        let (payload, payload_base64) = match received.payload {
+            Payload::Json(json) => (RawValue::from_string(json.into()).ok(), None),
+            Payload::Text(text) => (serde_json::value::to_raw_value(&text).ok(), None),
+            Payload::Binary(bytes) => (None, Some(BASE64_STANDARD.encode(bytes).into_boxed_str())),
+        };
+        let body = Body::Message {
+            device,
+            message: received.id,
+            topic: received.topic,
+            payload: payload.map(Arc::from),
+            payload_base64,
+        };
+        let size = body.payload_len();
         let mut rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
         while rings.messages.len() >= MESSAGES_MAX || rings.message_bytes + size > MESSAGE_BYTES_MAX {
             match rings.messages.front() {
@@ -159,12 +185,6 @@ impl Events {
         }
         rings.last_id += 1;
         let id = rings.last_id;
-        let body = Body::Message {
-            device,
-            message: message.into(),
-            topic: topic.map(Into::into),
-            payload: payload.into(),
-        };
         rings.message_bytes += size;
         rings.messages.push_back(Arc::new(Event { id, at, body }));
         drop(rings);
@@ -200,10 +220,8 @@ impl Events {
 
 impl Rings {
     fn drop_message(&mut self) {
-        if let Some(event) = self.messages.pop_front()
-            && let Body::Message { payload, .. } = &event.body
-        {
-            self.message_bytes -= payload.get().len();
+        if let Some(event) = self.messages.pop_front() {
+            self.message_bytes -= event.body.payload_len();
         }
     }
 }
@@ -280,8 +298,12 @@ mod tests {
     }
 
     fn message(events: &Events, at: u64) -> Result<(), BufferFull> {
-        let payload = RawValue::from_string("{}".to_owned()).unwrap();
         let device = DeviceId::from_uuid(uuid::Uuid::from_u128(1));
-        events.message(WallTime::from_unix_ms(at), device, "m", None, payload)
+        let received = Received {
+            id: Some("m".into()),
+            topic: None,
+            payload: Payload::Json("{}".into()),
+        };
+        events.message(WallTime::from_unix_ms(at), device, received)
     }
 }
