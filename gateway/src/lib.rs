@@ -9,4 +9,5 @@ pub mod lifecycle;
 pub mod metrics;
 pub mod presence;
 pub mod sessions;
+pub mod store;
 pub mod telemetry;

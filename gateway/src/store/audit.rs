@@ -1,0 +1,105 @@
+//! The audit log: written beside each change, in its transaction; read newest first.
+
+use serde_json::Value as Json;
+
+use super::{
+    Store,
+    connection::{Connection, Row, Sql, Value},
+    error::StoreError,
+    model::{Audit, AuditRecord, PAGE_MAX, Page, from_ms, to_ms},
+};
+
+const INSERT: Sql =
+    Sql::both("INSERT INTO audit (at, actor, action, subject, before, after) VALUES ($1, $2, $3, $4, $5, $6)");
+
+/// Index: audit's primary key.
+const PAGE: Sql = Sql::both(
+    "SELECT seq, at, actor, action, subject, before, after FROM audit WHERE seq <= $1 ORDER BY seq DESC LIMIT $2",
+);
+
+/// What a change was, in words that hold no secret.
+pub(super) struct Change {
+    pub subject: String,
+    pub before: Option<Json>,
+    pub after: Option<Json>,
+}
+
+/// Into the transaction that is open on `connection`.
+pub(super) async fn record(connection: &mut Connection, audit: &Audit, change: Change) -> Result<(), StoreError> {
+    let before = change.before.map(|json| json.to_string());
+    let after = change.after.map(|json| json.to_string());
+    let values = [
+        Value::from(to_ms(audit.at)),
+        Value::from(audit.actor.as_str()),
+        Value::from(audit.action),
+        Value::from(change.subject.as_str()),
+        Value::Text(before.as_deref()),
+        Value::Text(after.as_deref()),
+    ];
+    connection.run(INSERT, &values).await.map(drop)
+}
+
+impl Store {
+    /// Writes down an action that changes nothing in the database: a drain, a disconnect.
+    ///
+    /// # Errors
+    /// The database is away or full.
+    #[tracing::instrument(name = "db.audit.insert", level = "debug", skip_all)]
+    pub async fn audit_append(&self, audit: &Audit, subject: &str, details: Option<Json>) -> Result<(), StoreError> {
+        self.bounded(async {
+            let mut held = self.writes().take().await?;
+            let change = Change {
+                subject: subject.to_owned(),
+                before: None,
+                after: details,
+            };
+            record(&mut held, audit, change).await?;
+            held.give_back();
+            Ok(())
+        })
+        .await
+    }
+
+    /// The audit log, newest first, from `cursor` on; at most [`PAGE_MAX`] records.
+    ///
+    /// # Errors
+    /// The database is away.
+    #[tracing::instrument(name = "db.audit.page", level = "debug", skip_all)]
+    pub async fn audit_page(&self, cursor: Option<i64>, limit: u32) -> Result<Page<AuditRecord, i64>, StoreError> {
+        let limit = limit.clamp(1, PAGE_MAX);
+        self.bounded(async {
+            let mut held = self.reads().take().await?;
+            let values = [
+                Value::from(cursor.unwrap_or(i64::MAX)),
+                Value::from(i64::from(limit) + 1),
+            ];
+            let rows = held.all(PAGE, &values).await?;
+            held.give_back();
+            let records = rows.iter().map(from_row).collect::<Result<_, _>>()?;
+            Ok(Page::from_rows(records, limit, |record: &AuditRecord| record.seq))
+        })
+        .await
+    }
+}
+
+fn from_row(row: &Row) -> Result<AuditRecord, StoreError> {
+    Ok(AuditRecord {
+        seq: row.int("seq")?.unwrap_or_default(),
+        at: from_ms(row.int("at")?.unwrap_or_default()),
+        actor: row.text("actor")?.unwrap_or_default(),
+        action: row.text("action")?.unwrap_or_default(),
+        subject: row.text("subject")?.unwrap_or_default(),
+        before: json(row.text("before")?, "before")?,
+        after: json(row.text("after")?, "after")?,
+    })
+}
+
+fn json(text: Option<String>, column: &'static str) -> Result<Option<Json>, StoreError> {
+    text.map(|text| serde_json::from_str(&text))
+        .transpose()
+        .map_err(|error| StoreError::Corrupt {
+            table: "audit",
+            column,
+            detail: error.to_string(),
+        })
+}

@@ -1,0 +1,360 @@
+//! Devices, as operators see and change them. The connect path's read is in [`super::lookup`].
+
+use seawall_proto::{
+    id::{DeviceId, Label, SecretHash},
+    record::{DeviceRecord, DeviceState},
+};
+use serde_json::{Value as Json, json};
+
+use super::{
+    Store,
+    audit::{self, Change},
+    connection::{Row, Sql, Value},
+    error::StoreError,
+    model::{
+        Audit, DEFAULT_TENANT, DeviceChange, DeviceFilter, DeviceRow, NewDevice, PAGE_MAX, Page, Rotation, from_ms,
+        to_ms,
+    },
+};
+
+/// Index: devices' primary key.
+const FIND: Sql = Sql::both(
+    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+     FROM devices WHERE id = $1",
+);
+
+/// Index: devices' primary key. The row stays as it is until the transaction ends; SQLite has but one writer.
+const FIND_FOR_UPDATE: Sql = Sql {
+    sqlite: FIND.sqlite,
+    postgres: "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+               FROM devices WHERE id = $1 FOR UPDATE",
+};
+
+/// Index: devices' primary key.
+const PAGE: Sql = Sql::both(
+    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+     FROM devices WHERE id >= $1 AND ($2 IS NULL OR state = $2) ORDER BY id LIMIT $3",
+);
+
+/// Index: devices_by_tenant.
+const PAGE_OF_TENANT: Sql = Sql::both(
+    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+     FROM devices WHERE tenant = $4 AND id >= $1 AND ($2 IS NULL OR state = $2) AND ($5 IS NULL OR model = $5) \
+     ORDER BY id LIMIT $3",
+);
+
+/// Index: devices_by_model.
+const PAGE_OF_MODEL: Sql = Sql::both(
+    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+     FROM devices WHERE model = $4 AND id >= $1 AND ($2 IS NULL OR state = $2) ORDER BY id LIMIT $3",
+);
+
+const INSERT: Sql = Sql::both(
+    "INSERT INTO devices (id, tenant, model, secret_sha256, state, created_at, updated_at) \
+     VALUES ($1, $2, $3, $4, 0, $5, $5)",
+);
+
+/// Index: devices' primary key.
+const UPDATE: Sql = Sql::both(
+    "UPDATE devices SET tenant = $2, model = $3, secret_sha256 = $4, previous_secret_sha256 = $5, \
+     previous_valid_until = $6, state = $7, updated_at = $8 WHERE id = $1",
+);
+
+/// Index: devices' primary key.
+const DELETE: Sql = Sql::both("DELETE FROM devices WHERE id = $1");
+
+impl Store {
+    /// One device.
+    ///
+    /// # Errors
+    /// The database is away.
+    #[tracing::instrument(name = "db.devices.find", level = "debug", skip_all)]
+    pub async fn device(&self, id: DeviceId) -> Result<Option<DeviceRow>, StoreError> {
+        self.bounded(async {
+            let mut held = self.reads().take().await?;
+            let row = held.first(FIND, &[id.into()]).await?;
+            held.give_back();
+            row.as_ref().map(device_row).transpose()
+        })
+        .await
+    }
+
+    /// Devices in the order of their ids, from `cursor` on; at most [`PAGE_MAX`].
+    ///
+    /// # Errors
+    /// The database is away.
+    #[tracing::instrument(name = "db.devices.page", level = "debug", skip_all)]
+    pub async fn devices_page(
+        &self,
+        filter: &DeviceFilter,
+        cursor: Option<DeviceId>,
+        limit: u32,
+    ) -> Result<Page<DeviceRow, DeviceId>, StoreError> {
+        let limit = limit.clamp(1, PAGE_MAX);
+        let first = cursor.unwrap_or(DeviceId::from_uuid(uuid::Uuid::nil()));
+        let state = Value::Small(filter.state.map(state_to_small));
+        let common = [first.into(), state, Value::from(i64::from(limit) + 1)];
+        let (sql, values) = match (&filter.tenant, &filter.model) {
+            (Some(tenant), model) => (
+                PAGE_OF_TENANT,
+                [&common[..], &[Some(tenant).into(), model.as_ref().into()]].concat(),
+            ),
+            (None, Some(model)) => (PAGE_OF_MODEL, [&common[..], &[Some(model).into()]].concat()),
+            (None, None) => (PAGE, common.to_vec()),
+        };
+        self.bounded(async {
+            let mut held = self.reads().take().await?;
+            let rows = held.all(sql, &values).await?;
+            held.give_back();
+            let devices = rows.iter().map(device_row).collect::<Result<_, _>>()?;
+            Ok(Page::from_rows(devices, limit, |device: &DeviceRow| device.record.id))
+        })
+        .await
+    }
+
+    /// Registers a device, enabled.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] where the id is registered already. The database is away or full.
+    #[tracing::instrument(name = "db.devices.insert", level = "debug", skip_all)]
+    pub async fn device_insert(&self, new: &NewDevice, audit: &Audit) -> Result<DeviceRow, StoreError> {
+        let row = DeviceRow {
+            record: DeviceRecord {
+                id: new.id,
+                tenant: new.tenant.clone().unwrap_or_else(default_tenant),
+                model: new.model.clone(),
+                secret: new.secret,
+                previous_secret: None,
+                state: DeviceState::Enabled,
+            },
+            created_at: audit.at,
+            updated_at: audit.at,
+        };
+        self.bounded(async {
+            let mut held = self.writes().take().await?;
+            held.begin().await?;
+            let device = &row.record;
+            let values = [
+                device.id.into(),
+                Some(&device.tenant).into(),
+                device.model.as_ref().into(),
+                (&device.secret).into(),
+                Value::from(to_ms(audit.at)),
+            ];
+            match held.run(INSERT, &values).await {
+                Ok(_) => {}
+                Err(StoreError::Conflict(_)) => {
+                    held.rollback().await?;
+                    return Err(StoreError::Conflict(format!(
+                        "device {} is already registered",
+                        device.id
+                    )));
+                }
+                Err(error) => return Err(error),
+            }
+            let change = Change {
+                subject: device.id.to_string(),
+                before: None,
+                after: Some(describe(device)),
+            };
+            audit::record(&mut held, audit, change).await?;
+            held.commit().await?;
+            Ok(())
+        })
+        .await?;
+        Ok(row)
+    }
+
+    /// Changes state, tenant or model. `Ok(None)`: there is no such device.
+    ///
+    /// # Errors
+    /// The database is away, full, or another transaction holds the device for too long.
+    #[tracing::instrument(name = "db.devices.update", level = "debug", skip_all)]
+    pub async fn device_update(
+        &self,
+        id: DeviceId,
+        change: &DeviceChange,
+        audit: &Audit,
+    ) -> Result<Option<DeviceRow>, StoreError> {
+        self.device_replace(id, audit, |device| {
+            if let Some(state) = change.state {
+                device.state = state;
+            }
+            if let Some(tenant) = &change.tenant {
+                device.tenant = tenant.clone();
+            }
+            if let Some(model) = &change.model {
+                device.model = model.clone();
+            }
+        })
+        .await
+    }
+
+    /// Gives a device a new credential, and lets the old one go after the overlap. `Ok(None)`: there is no such device.
+    ///
+    /// # Errors
+    /// As [`Store::device_update`].
+    #[tracing::instrument(name = "db.devices.rotate", level = "debug", skip_all)]
+    pub async fn device_rotate(
+        &self,
+        id: DeviceId,
+        rotation: Rotation,
+        audit: &Audit,
+    ) -> Result<Option<DeviceRow>, StoreError> {
+        self.device_replace(id, audit, |device| {
+            let valid_until = audit.at + rotation.overlap;
+            device.previous_secret = (!rotation.overlap.is_zero()).then_some((device.secret, valid_until));
+            device.secret = rotation.secret;
+        })
+        .await
+    }
+
+    /// Forgets a device. `Ok(None)`: there was none.
+    ///
+    /// # Errors
+    /// As [`Store::device_update`].
+    #[tracing::instrument(name = "db.devices.delete", level = "debug", skip_all)]
+    pub async fn device_delete(&self, id: DeviceId, audit: &Audit) -> Result<Option<DeviceRow>, StoreError> {
+        self.bounded(async {
+            let mut held = self.writes().take().await?;
+            held.begin().await?;
+            let Some(row) = held.first(FIND_FOR_UPDATE, &[id.into()]).await? else {
+                held.rollback().await?;
+                return Ok(None);
+            };
+            let device = device_row(&row)?;
+            held.run(DELETE, &[id.into()]).await?;
+            let change = Change {
+                subject: id.to_string(),
+                before: Some(describe(&device.record)),
+                after: None,
+            };
+            audit::record(&mut held, audit, change).await?;
+            held.commit().await?;
+            Ok(Some(device))
+        })
+        .await
+    }
+
+    /// Reads a device, lets `alter` change it, and writes it back, in one transaction.
+    async fn device_replace(
+        &self,
+        id: DeviceId,
+        audit: &Audit,
+        alter: impl FnOnce(&mut DeviceRecord) + Send,
+    ) -> Result<Option<DeviceRow>, StoreError> {
+        self.bounded(async {
+            let mut held = self.writes().take().await?;
+            held.begin().await?;
+            let Some(row) = held.first(FIND_FOR_UPDATE, &[id.into()]).await? else {
+                held.rollback().await?;
+                return Ok(None);
+            };
+            let mut device = device_row(&row)?;
+            let before = describe(&device.record);
+            alter(&mut device.record);
+            device.updated_at = audit.at;
+            let record = &device.record;
+            let previous = record.previous_secret.as_ref();
+            let values = [
+                id.into(),
+                Some(&record.tenant).into(),
+                record.model.as_ref().into(),
+                (&record.secret).into(),
+                Value::Bytes(previous.map(|(hash, _)| &hash.as_bytes()[..])),
+                Value::Int(previous.map(|(_, until)| to_ms(*until))),
+                Value::Small(Some(state_to_small(record.state))),
+                Value::from(to_ms(audit.at)),
+            ];
+            held.run(UPDATE, &values).await?;
+            let change = Change {
+                subject: id.to_string(),
+                before: Some(before),
+                after: Some(describe(record)),
+            };
+            audit::record(&mut held, audit, change).await?;
+            held.commit().await?;
+            Ok(Some(device))
+        })
+        .await
+    }
+}
+
+/// What the audit log may know of a device: everything but its credentials.
+pub(super) fn describe(device: &DeviceRecord) -> Json {
+    json!({
+        "tenant": device.tenant,
+        "model": device.model,
+        "state": device.state,
+        "previous_secret_until_ms": device.previous_secret.as_ref().map(|(_, until)| until.as_unix_ms()),
+    })
+}
+
+fn device_row(row: &Row) -> Result<DeviceRow, StoreError> {
+    Ok(DeviceRow {
+        record: device_record(row)?,
+        created_at: from_ms(row.int("created_at")?.unwrap_or_default()),
+        updated_at: from_ms(row.int("updated_at")?.unwrap_or_default()),
+    })
+}
+
+pub(super) fn device_record(row: &Row) -> Result<DeviceRecord, StoreError> {
+    let previous_secret = match (hash(row, "previous_secret_sha256")?, row.int("previous_valid_until")?) {
+        (Some(hash), Some(until)) => Some((hash, from_ms(until))),
+        (_, None) | (None, Some(_)) => None,
+    };
+    Ok(DeviceRecord {
+        id: DeviceId::from_uuid(row.uuid("id")?),
+        tenant: label(row, "tenant")?.unwrap_or_else(default_tenant),
+        model: label(row, "model")?,
+        secret: hash(row, "secret_sha256")?.ok_or_else(|| corrupt("secret_sha256", "null"))?,
+        previous_secret,
+        state: state_from_small(row.small("state")?)?,
+    })
+}
+
+fn hash(row: &Row, column: &'static str) -> Result<Option<SecretHash>, StoreError> {
+    row.bytes(column)?
+        .map(|bytes| <[u8; 32]>::try_from(bytes).map(SecretHash::from_bytes))
+        .transpose()
+        .map_err(|_| corrupt(column, "not 32 bytes"))
+}
+
+fn label(row: &Row, column: &'static str) -> Result<Option<Label>, StoreError> {
+    match row.text(column)? {
+        Some(text) => Label::parse(&text).map_err(|error| corrupt(column, &error.to_string())),
+        None => Ok(None),
+    }
+}
+
+fn default_tenant() -> Label {
+    Label::parse(DEFAULT_TENANT)
+        .ok()
+        .flatten()
+        .expect("`default` is printable ASCII")
+}
+
+const fn state_to_small(state: DeviceState) -> i16 {
+    match state {
+        DeviceState::Enabled => 0,
+        DeviceState::Disabled => 1,
+        DeviceState::Revoked => 2,
+    }
+}
+
+fn state_from_small(number: i16) -> Result<DeviceState, StoreError> {
+    match number {
+        0 => Ok(DeviceState::Enabled),
+        1 => Ok(DeviceState::Disabled),
+        2 => Ok(DeviceState::Revoked),
+        _ => Err(corrupt("state", &number.to_string())),
+    }
+}
+
+fn corrupt(column: &'static str, detail: &str) -> StoreError {
+    StoreError::Corrupt {
+        table: "devices",
+        column,
+        detail: detail.to_owned(),
+    }
+}

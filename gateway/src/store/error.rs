@@ -1,0 +1,183 @@
+//! What can go wrong with the database, said from the caller's side: is it worth another try, and what should a person do.
+
+use sqlx::migrate::MigrateError;
+
+/// A failed call to the store. The text says what to do where something can be done.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Opening failed; names the database, without its password.
+    #[error("database {database}: {source}")]
+    Open { database: String, source: Box<StoreError> },
+    /// The database can't be reached, or refuses connections for now.
+    #[error("the database is away: {reason}")]
+    Unavailable {
+        reason: String,
+        #[source]
+        source: Option<sqlx::Error>,
+    },
+    /// No answer in the time the caller gave. Whether a write was done is not known.
+    #[error("the database did not answer in time")]
+    TimedOut,
+    /// Another process or transaction holds a lock.
+    #[error("the database is locked by another process or a long transaction: end it, or wait and try again")]
+    Locked(#[source] Option<sqlx::Error>),
+    #[error("the disk is full: free space on the database's disk, the gateway then goes on by itself")]
+    DiskFull(#[source] sqlx::Error),
+    #[error(
+        "the file can't be opened: check that it is a file, that its folder exists, and that the gateway's user may read and write both"
+    )]
+    Unreadable(#[source] Option<sqlx::Error>),
+    #[error("the file can't be written: give the gateway's user write permission to it and to its folder")]
+    ReadOnly(#[source] sqlx::Error),
+    #[error("the file is not an SQLite database: name another one, or move it away to start with an empty one")]
+    NotADatabase(#[source] sqlx::Error),
+    #[error("the database file is damaged: restore it from a backup")]
+    Damaged(#[source] sqlx::Error),
+    /// The database URL, or what a caller asked for, is not acceptable.
+    #[error("{0}")]
+    Invalid(String),
+    /// What is to be made is already there, or has changed since it was read.
+    #[error("{0}")]
+    Conflict(String),
+    /// A row that this version does not understand.
+    #[error("unexpected data in {table}.{column}: {detail}")]
+    Corrupt {
+        table: &'static str,
+        column: &'static str,
+        detail: String,
+    },
+    #[error("migrating the schema failed: {0}")]
+    Migration(String, #[source] Option<Box<MigrateError>>),
+    /// A statement failed for a reason that no rule above names.
+    #[error("the database refused a statement")]
+    Unexpected(#[source] sqlx::Error),
+}
+
+impl StoreError {
+    /// The same call may succeed later without anybody changing it.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Open { source, .. } => source.is_retryable(),
+            Self::Unavailable { .. } | Self::TimedOut | Self::Locked(_) | Self::DiskFull(_) => true,
+            Self::Unreadable(_)
+            | Self::ReadOnly(_)
+            | Self::NotADatabase(_)
+            | Self::Damaged(_)
+            | Self::Invalid(_)
+            | Self::Conflict(_)
+            | Self::Corrupt { .. }
+            | Self::Migration(..)
+            | Self::Unexpected(_) => false,
+        }
+    }
+
+    /// The database gave no answer at all: it is away, frozen or too slow.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        matches!(self, Self::Unavailable { .. } | Self::TimedOut)
+    }
+
+    /// A closed set, for metrics and logs.
+    #[must_use]
+    pub fn metric_label(&self) -> &'static str {
+        match self {
+            Self::Open { source, .. } => source.metric_label(),
+            Self::Unavailable { .. } => "unavailable",
+            Self::TimedOut => "timed_out",
+            Self::Locked(_) => "locked",
+            Self::DiskFull(_) => "disk_full",
+            Self::Unreadable(_) => "unreadable",
+            Self::ReadOnly(_) => "read_only",
+            Self::NotADatabase(_) => "not_a_database",
+            Self::Damaged(_) => "damaged",
+            Self::Invalid(_) => "invalid",
+            Self::Conflict(_) => "conflict",
+            Self::Corrupt { .. } => "corrupt",
+            Self::Migration(..) => "migration",
+            Self::Unexpected(_) => "unexpected",
+        }
+    }
+
+    pub(super) fn unavailable(reason: impl Into<String>, source: sqlx::Error) -> Self {
+        Self::Unavailable {
+            reason: reason.into(),
+            source: Some(source),
+        }
+    }
+}
+
+impl From<sqlx::Error> for StoreError {
+    fn from(error: sqlx::Error) -> Self {
+        if let sqlx::Error::Database(database) = &error {
+            let code = database.code().unwrap_or_default().into_owned();
+            let message = database.message().to_owned();
+            return match code.parse::<i32>() {
+                // SQLSTATEs have five characters; SQLite's extended result codes have at most four digits.
+                Ok(number) if code.len() < 5 => from_sqlite(number, error),
+                Ok(_) | Err(_) => from_postgres(&code, message, error),
+            };
+        }
+        if matches!(
+            error,
+            sqlx::Error::Io(_)
+                | sqlx::Error::Tls(_)
+                | sqlx::Error::Protocol(_)
+                | sqlx::Error::PoolTimedOut
+                | sqlx::Error::PoolClosed
+                | sqlx::Error::WorkerCrashed
+        ) {
+            return Self::unavailable(error.to_string(), error);
+        }
+        Self::Unexpected(error)
+    }
+}
+
+impl From<MigrateError> for StoreError {
+    fn from(error: MigrateError) -> Self {
+        if let MigrateError::Execute(cause) | MigrateError::ExecuteMigration(cause, _) = error {
+            return match Self::from(cause) {
+                Self::Unexpected(cause) => Self::Migration(cause.to_string(), None),
+                named => named,
+            };
+        }
+        Self::Migration(error.to_string(), Some(Box::new(error)))
+    }
+}
+
+/// Primary result codes of SQLite: <https://www.sqlite.org/rescode.html>.
+fn from_sqlite(extended: i32, error: sqlx::Error) -> StoreError {
+    const CONSTRAINT_PRIMARY_KEY: i32 = 1555;
+    const CONSTRAINT_UNIQUE: i32 = 2067;
+    match (extended, extended & 0xff) {
+        (CONSTRAINT_PRIMARY_KEY | CONSTRAINT_UNIQUE, _) => StoreError::Conflict("it is already there".into()),
+        (_, 5 | 6) => StoreError::Locked(Some(error)),
+        (_, 3 | 14) => StoreError::Unreadable(Some(error)),
+        (_, 8) => StoreError::ReadOnly(error),
+        (_, 10) => StoreError::unavailable("reading or writing the database file failed", error),
+        (_, 11) => StoreError::Damaged(error),
+        (_, 13) => StoreError::DiskFull(error),
+        (_, 26) => StoreError::NotADatabase(error),
+        _ => StoreError::Unexpected(error),
+    }
+}
+
+/// SQLSTATEs: <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
+fn from_postgres(code: &str, message: String, error: sqlx::Error) -> StoreError {
+    match code {
+        "23505" => StoreError::Conflict("it is already there".into()),
+        // Cancelled by statement_timeout: ours is as long as the caller's patience.
+        "57014" => StoreError::TimedOut,
+        "55P03" | "40001" | "40P01" => StoreError::Locked(Some(error)),
+        "53100" => StoreError::DiskFull(error),
+        "25006" => StoreError::unavailable("it is read-only: point the gateway at the primary", error),
+        "3D000" => StoreError::unavailable(format!("{message}: create it"), error),
+        "42P01" | "42703" => StoreError::unavailable(format!("{message}: the migrations have not run yet"), error),
+        _ => match code.get(..2) {
+            Some("28") => StoreError::unavailable(format!("{message}: check user and password"), error),
+            // Connection exceptions, insufficient resources, operator intervention.
+            Some("08" | "53" | "57") => StoreError::unavailable(message, error),
+            Some(_) | None => StoreError::Unexpected(error),
+        },
+    }
+}

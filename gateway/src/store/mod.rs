@@ -1,0 +1,228 @@
+//! Everything that is kept: devices, rules, tokens, the audit log; in SQLite (embedded) or PostgreSQL.
+//!
+//! All SQL of the gateway is here, and nothing else is: no policy, no caches. Each statement is a constant that names the
+//! index it relies on, in the words of both databases; the code around it is written once, over [`connection::Connection`].
+//! Every call is bounded in time, and a connection whose call failed, was cancelled or took too long is closed, not reused.
+//!
+//! Start with [`Store`]; the connect path uses [`LookupWorker`] only.
+
+mod audit;
+mod connection;
+mod devices;
+mod error;
+mod health;
+mod import;
+mod lane;
+mod lookup;
+mod migrations;
+mod model;
+mod plan;
+mod postgres;
+mod rules;
+mod sqlite;
+mod tokens;
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError},
+    time::timeout,
+};
+use tokio_util::task::AbortOnDropHandle;
+
+use self::{
+    connection::{Connector, Sql},
+    health::Health,
+    lane::Lane,
+    postgres::Purpose,
+};
+pub use self::{
+    error::StoreError,
+    health::{DatabaseState, DatabaseStatus},
+    import::{BadLine, Import, ImportLine, ImportReport, ImportRow, LINES_MAX, OnOtherCredential},
+    lookup::{KEYS_MAX, LookupWorker},
+    migrations::SCHEMA_VERSION,
+    model::{
+        Audit, AuditRecord, DEFAULT_TENANT, DeviceChange, DeviceFilter, DeviceRow, NewDevice, NewToken, PAGE_MAX, Page,
+        Role, Rotation, TokenRow,
+    },
+    plan::PlanReport,
+    tokens::TOKENS_MAX,
+};
+use crate::config::DatabaseUrl;
+
+/// Longest that any call takes, but for rules (2 s), look-ups (the caller says) and imports.
+const CALL_MAX: Duration = Duration::from_secs(5);
+/// Longest that a call about rules takes.
+const RULES_MAX_TIME: Duration = Duration::from_secs(2);
+/// Longest that [`Store::ping`] takes.
+const PING_MAX: Duration = Duration::from_secs(1);
+/// Connections for the ops API: more callers wait, at most 2 s.
+const OPS_CONNECTIONS_MAX: usize = 4;
+
+const PING: Sql = Sql::both("SELECT 1 AS one");
+
+/// A handle on the database; cloning it is cheap.
+#[derive(Clone, Debug)]
+pub struct Store(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    lookups: Arc<Connector>,
+    imports: Connector,
+    reads: Arc<Lane>,
+    writes: Arc<Lane>,
+    /// Rules are read and written here, never behind anything else. SQLite has one writer, whoever asks.
+    rules: Arc<Lane>,
+    /// One import at a time.
+    import_permit: Arc<Semaphore>,
+    health: Arc<Health>,
+    /// Waits for PostgreSQL; ends with the store.
+    _preparing: Option<AbortOnDropHandle<()>>,
+}
+
+impl Store {
+    /// Opens the database. SQLite is created and migrated before this returns. PostgreSQL is not waited for: a task of
+    /// the store's own migrates it as soon as it is reached, and [`Store::is_ready`] says when.
+    ///
+    /// # Errors
+    /// SQLite: the file can't be used; the text says why, and what to do. PostgreSQL: the URL is malformed.
+    pub async fn open(url: &DatabaseUrl) -> Result<Self, StoreError> {
+        let opened = match url.sqlite_path() {
+            Some(path) => Self::open_sqlite(&path).await,
+            None => Self::open_postgres(url.expose()),
+        };
+        opened.map_err(|error| in_database(url, error))
+    }
+
+    /// Brings the schema up to [`SCHEMA_VERSION`] and does nothing else.
+    ///
+    /// # Errors
+    /// The database can't be reached or used.
+    pub async fn migrate(url: &DatabaseUrl) -> Result<(), StoreError> {
+        let migrated = match url.sqlite_path() {
+            Some(path) => sqlite::prepare(&path).await,
+            None => match postgres::parse(url.expose()) {
+                Ok(options) => postgres::connect_and_migrate(&postgres::connector(&options, Purpose::Migrations)).await,
+                Err(error) => Err(error),
+            },
+        };
+        migrated.map_err(|error| in_database(url, error))
+    }
+
+    async fn open_sqlite(path: &std::path::Path) -> Result<Self, StoreError> {
+        sqlite::prepare(path).await?;
+        let writes = Lane::new(sqlite::writer(path), 1);
+        let health = Health::new();
+        health.set_ready();
+        Ok(Self(Arc::new(Inner {
+            lookups: Arc::new(sqlite::reader(path)),
+            imports: sqlite::writer(path),
+            reads: Lane::new(sqlite::reader(path), OPS_CONNECTIONS_MAX),
+            rules: Arc::clone(&writes),
+            writes,
+            import_permit: Arc::new(Semaphore::new(1)),
+            health: Arc::new(health),
+            _preparing: None,
+        })))
+    }
+
+    fn open_postgres(url: &str) -> Result<Self, StoreError> {
+        let options = postgres::parse(url)?;
+        let health = Arc::new(Health::new());
+        let migrations = postgres::connector(&options, Purpose::Migrations);
+        let preparing = tokio::spawn(postgres::prepare(migrations, Arc::clone(&health)));
+        let ops = Lane::new(postgres::connector(&options, Purpose::Ops), OPS_CONNECTIONS_MAX);
+        Ok(Self(Arc::new(Inner {
+            lookups: Arc::new(postgres::connector(&options, Purpose::Lookups)),
+            imports: postgres::connector(&options, Purpose::Import),
+            reads: Arc::clone(&ops),
+            writes: ops,
+            rules: Lane::new(postgres::connector(&options, Purpose::Rules), 1),
+            import_permit: Arc::new(Semaphore::new(1)),
+            health,
+            _preparing: Some(AbortOnDropHandle::new(preparing)),
+        })))
+    }
+
+    /// The schema was there at least once since the start.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.0.health.is_ready()
+    }
+
+    /// Waits until [`Store::is_ready`].
+    ///
+    /// # Cancel safety
+    /// Waiting changes nothing.
+    pub async fn ready(&self) {
+        self.0.health.ready().await;
+    }
+
+    /// Whether the database answers, as of the last call, and since when.
+    #[must_use]
+    pub fn state(&self) -> DatabaseState {
+        self.0.health.state()
+    }
+
+    /// Asks the database for a sign of life, for at most 1 s.
+    ///
+    /// # Errors
+    /// It gave none.
+    #[tracing::instrument(name = "db.ping", level = "debug", skip_all)]
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        let ping = async {
+            let mut held = self.reads().take().await?;
+            held.first(PING, &[]).await?;
+            held.give_back();
+            Ok(())
+        };
+        self.observed(PING_MAX, ping).await
+    }
+
+    /// Runs a call within [`CALL_MAX`].
+    async fn bounded<T>(&self, work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+        self.observed(CALL_MAX, work).await
+    }
+
+    async fn observed<T>(
+        &self,
+        limit: Duration,
+        work: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        let outcome = timeout(limit, work).await.unwrap_or(Err(StoreError::TimedOut));
+        self.0.health.observe(&outcome);
+        outcome
+    }
+
+    fn lookups(&self) -> &Arc<Connector> {
+        &self.0.lookups
+    }
+
+    fn reads(&self) -> &Arc<Lane> {
+        &self.0.reads
+    }
+
+    fn imports(&self) -> &Connector {
+        &self.0.imports
+    }
+
+    fn import_permit(&self) -> Result<OwnedSemaphorePermit, TryAcquireError> {
+        Arc::clone(&self.0.import_permit).try_acquire_owned()
+    }
+
+    fn rules_lane(&self) -> &Arc<Lane> {
+        &self.0.rules
+    }
+
+    fn writes(&self) -> &Arc<Lane> {
+        &self.0.writes
+    }
+}
+
+fn in_database(url: &DatabaseUrl, error: StoreError) -> StoreError {
+    StoreError::Open {
+        database: url.to_string(),
+        source: Box::new(error),
+    }
+}

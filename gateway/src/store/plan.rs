@@ -1,0 +1,252 @@
+//! The plan guard: reads how the database would run the statements of the connect path, before a storm finds out.
+//!
+//! PostgreSQL is asked over a connection with the look-ups' own settings, generic plan included, so that what is judged is
+//! what runs. A plan is good only if every table in it is reached through an index whose first column the statement asks for:
+//! with `enable_seqscan = off` a missing primary key could otherwise hide behind a full read of some other index.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use serde_json::Value as Json;
+use sqlx::{PgConnection, Row as _, SqliteConnection};
+use tokio::time::timeout;
+
+use super::{Store, connection::Connection, error::StoreError, lane, lookup::find};
+
+/// A PostgreSQL table below this size, in bytes, holds about a thousand devices or fewer: reading all of it is cheap.
+const SMALL_TABLE_BYTES: i64 = 128 * 1024;
+/// An SQLite table with fewer rows may be read as a whole.
+const SMALL_TABLE_ROWS: i64 = 1_000;
+/// Longest time for a whole check, connecting included. Then it counts as not made.
+const CHECK_MAX: Duration = Duration::from_secs(5);
+
+/// What the plan guard found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PlanReport {
+    /// Every statement of the connect path goes through an index, or reads a small table.
+    Indexed,
+    /// One does not. The text says which table is read how, for a person to act on.
+    Alarm(String),
+}
+
+impl PlanReport {
+    #[must_use]
+    pub const fn is_alarm(&self) -> bool {
+        matches!(self, Self::Alarm(_))
+    }
+}
+
+const PREPARE: &str = concat!("PREPARE seawall_plan (uuid[]) AS ", find!(postgres));
+
+/// With 1, 64 and 256 keys: a plan may depend on their number.
+const EXPLAIN: [&str; 3] = [
+    "EXPLAIN (FORMAT JSON) EXECUTE seawall_plan (string_to_array(\
+     repeat('00000000-0000-4000-8000-000000000000,', 0) || '00000000-0000-4000-8000-000000000000', ',')::uuid[])",
+    "EXPLAIN (FORMAT JSON) EXECUTE seawall_plan (string_to_array(\
+     repeat('00000000-0000-4000-8000-000000000000,', 63) || '00000000-0000-4000-8000-000000000000', ',')::uuid[])",
+    "EXPLAIN (FORMAT JSON) EXECUTE seawall_plan (string_to_array(\
+     repeat('00000000-0000-4000-8000-000000000000,', 255) || '00000000-0000-4000-8000-000000000000', ',')::uuid[])",
+];
+
+/// Relations by name, and of an index the column that it is sorted by first. A size is that of the table.
+const RELATIONS: &str = "SELECT c.relname::text AS name, pg_get_indexdef(c.oid, 1, true) AS first_column, \
+     pg_relation_size(coalesce(x.indrelid, c.oid))::bigint AS size \
+     FROM pg_class c LEFT JOIN pg_index x ON x.indexrelid = c.oid WHERE c.relname = ANY($1)";
+
+const EXPLAIN_SQLITE: &str = concat!("EXPLAIN QUERY PLAN ", find!(sqlite));
+const COUNT_SQLITE: &str = "SELECT count(*) FROM (SELECT 1 FROM devices LIMIT $1)";
+
+impl Store {
+    /// Reads the plans of the connect path, over a connection of its own.
+    ///
+    /// # Errors
+    /// The database is away, or took longer than 5 s: then nothing is known of its plans.
+    #[tracing::instrument(name = "db.devices.explain", level = "debug", skip_all)]
+    pub async fn plan_check(&self) -> Result<PlanReport, StoreError> {
+        let check = async {
+            match lane::connect(self.lookups()).await? {
+                Connection::Sqlite(mut connection) => check_sqlite(&mut connection).await,
+                Connection::Postgres(mut connection) => check_postgres(&mut connection).await,
+            }
+        };
+        timeout(CHECK_MAX, check).await.unwrap_or(Err(StoreError::TimedOut))
+    }
+}
+
+async fn check_postgres(connection: &mut PgConnection) -> Result<PlanReport, StoreError> {
+    sqlx::raw_sql(PREPARE).execute(&mut *connection).await?;
+    for explain in EXPLAIN {
+        let row = sqlx::raw_sql(explain).fetch_one(&mut *connection).await?;
+        let scans = scans(&row.try_get::<Json, _>(0)?);
+        let names: BTreeSet<_> = scans.iter().map(|scan| scan.relation.clone()).collect();
+        let names = names.into_iter().collect::<Vec<_>>();
+        let rows = sqlx::query(RELATIONS).bind(names).fetch_all(&mut *connection).await?;
+        let relations = rows.iter().map(|row| {
+            Ok(Relation {
+                name: row.try_get("name")?,
+                first_column: row.try_get("first_column")?,
+                size: row.try_get("size")?,
+            })
+        });
+        let relations = relations.collect::<Result<Vec<_>, sqlx::Error>>()?;
+        if let Some(alarm) = scans.iter().find_map(|scan| full_read(scan, &relations)) {
+            return Ok(PlanReport::Alarm(alarm));
+        }
+    }
+    Ok(PlanReport::Indexed)
+}
+
+/// A node of a plan that reads a table or an index.
+#[derive(Debug, PartialEq, Eq)]
+struct Scan {
+    node: String,
+    /// The table of a sequential scan, the index of an index scan.
+    relation: String,
+    /// What an index is asked for.
+    condition: Option<String>,
+}
+
+#[derive(Debug)]
+struct Relation {
+    name: String,
+    /// Of an index.
+    first_column: Option<String>,
+    size: i64,
+}
+
+/// Every such node of a plan, however deep.
+fn scans(plan: &Json) -> Vec<Scan> {
+    let mut found = Vec::new();
+    let mut open = vec![plan];
+    while let Some(json) = open.pop() {
+        match json {
+            Json::Array(items) => open.extend(items),
+            Json::Object(node) => {
+                let text = |key: &str| node.get(key).and_then(Json::as_str).map(str::to_owned);
+                let kind = text("Node Type").unwrap_or_default();
+                let relation = match kind.as_str() {
+                    "Seq Scan" | "Sample Scan" => text("Relation Name"),
+                    "Index Scan" | "Index Only Scan" | "Bitmap Index Scan" => text("Index Name"),
+                    // The other nodes read what these deliver.
+                    _ => None,
+                };
+                if let Some(relation) = relation {
+                    found.push(Scan {
+                        node: kind,
+                        relation,
+                        condition: text("Index Cond"),
+                    });
+                }
+                open.extend(node.values());
+            }
+            Json::Null | Json::Bool(_) | Json::Number(_) | Json::String(_) => {}
+        }
+    }
+    found
+}
+
+/// What is wrong with a scan, if anything.
+fn full_read(scan: &Scan, relations: &[Relation]) -> Option<String> {
+    let mut named = relations
+        .iter()
+        .filter(|relation| relation.name == scan.relation)
+        .peekable();
+    if named.peek().is_some() && named.clone().all(|relation| relation.size < SMALL_TABLE_BYTES) {
+        return None;
+    }
+    let condition = scan.condition.as_deref().unwrap_or_default();
+    let is_asked_by_first_column = named.any(|relation| {
+        relation.first_column.as_deref().is_some_and(|column| {
+            let mut words = condition.split(|c: char| !c.is_alphanumeric() && c != '_');
+            !column.is_empty() && words.any(|word| word == column.trim_matches('"'))
+        })
+    });
+    if is_asked_by_first_column {
+        return None;
+    }
+    Some(format!(
+        "looking devices up reads all of {} ({}): restore the primary key of devices, or make an index on its id",
+        scan.relation,
+        scan.node.to_lowercase()
+    ))
+}
+
+async fn check_sqlite(connection: &mut SqliteConnection) -> Result<PlanReport, StoreError> {
+    let rows = sqlx::query(EXPLAIN_SQLITE)
+        .bind("[]")
+        .fetch_all(&mut *connection)
+        .await?;
+    for row in rows {
+        let step: String = row.try_get("detail")?;
+        if !is_full_read_sqlite(&step) {
+            continue;
+        }
+        let rows = sqlx::query(COUNT_SQLITE)
+            .bind(SMALL_TABLE_ROWS)
+            .fetch_one(&mut *connection)
+            .await?;
+        if rows.try_get::<i64, _>(0)? >= SMALL_TABLE_ROWS {
+            return Ok(PlanReport::Alarm(format!(
+                "looking devices up reads all of a table ({step}): restore the primary key of devices"
+            )));
+        }
+    }
+    Ok(PlanReport::Indexed)
+}
+
+/// An automatic index is made for one statement, by reading the whole table.
+fn is_full_read_sqlite(step: &str) -> bool {
+    (step.starts_with("SCAN ") && !step.starts_with("SCAN json_each")) || step.contains(" AUTOMATIC ")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn verdict(plan: &Json, size: i64) -> Option<String> {
+        let relation = |name: &str, first_column: Option<&str>| Relation {
+            name: name.into(),
+            first_column: first_column.map(str::to_owned),
+            size,
+        };
+        let relations = [
+            relation("devices", None),
+            relation("devices_pkey", Some("id")),
+            relation("devices_by_tenant", Some("tenant")),
+        ];
+        scans(plan).iter().find_map(|scan| full_read(scan, &relations))
+    }
+
+    #[test]
+    fn sequential_scan_of_a_big_table_is_an_alarm_however_deep() {
+        let scan = json!({"Node Type": "Seq Scan", "Relation Name": "devices"});
+        let plan = json!([{"Plan": {"Node Type": "Limit", "Plans": [{"Node Type": "Append", "Plans": [scan]}]}}]);
+
+        assert!(verdict(&plan, 1 << 30).unwrap().contains("devices (seq scan)"));
+        assert_eq!(verdict(&plan, 8_192), None);
+    }
+
+    #[test]
+    fn index_is_good_only_if_its_first_column_is_asked_for() {
+        let index = |name: &str, condition: &str| {
+            json!([{"Plan": {"Node Type": "Bitmap Heap Scan", "Relation Name": "devices", "Plans": [
+                {"Node Type": "Bitmap Index Scan", "Index Name": name, "Index Cond": condition}]}}])
+        };
+
+        assert_eq!(verdict(&index("devices_pkey", "(id = ANY ($1))"), 1 << 30), None);
+        assert!(verdict(&index("devices_by_tenant", "(id = ANY ($1))"), 1 << 30).is_some());
+        assert!(verdict(&index("devices_pkey", ""), 1 << 30).is_some());
+        assert!(verdict(&index("unknown_index", "(id = ANY ($1))"), 1 << 30).is_some());
+    }
+
+    #[test]
+    fn sqlite_scan_and_automatic_index_are_full_reads() {
+        assert!(is_full_read_sqlite("SCAN devices"));
+        assert!(is_full_read_sqlite(
+            "SEARCH devices USING AUTOMATIC COVERING INDEX (id=?)"
+        ));
+        assert!(!is_full_read_sqlite("SEARCH devices USING PRIMARY KEY (id=?)"));
+        assert!(!is_full_read_sqlite("SCAN json_each VIRTUAL TABLE INDEX 1:"));
+    }
+}
