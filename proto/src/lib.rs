@@ -6,6 +6,7 @@
 //! Start with [`handshake`]: it holds the fixed order of decisions that a connecting device goes through.
 
 pub mod close;
+pub mod drain;
 pub mod frame;
 pub mod hello;
 pub mod id;
