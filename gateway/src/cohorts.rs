@@ -35,7 +35,10 @@ const OUTCOMES: usize = 2 + Code::ALL.len();
 pub struct Cohort {
     pub model: Option<Arc<str>>,
     pub firmware: Option<Arc<str>>,
-    is_other: bool,
+    /// Where there was no room for a row of its own: the row that counts instead.
+    counted_in: Option<Arc<Cohort>>,
+    /// The row of everything without a row of its own.
+    is_rest: bool,
     sessions: AtomicUsize,
     attempts: [AtomicU64; OUTCOMES],
     /// Sessions of a device that had another session within the last minutes.
@@ -79,11 +82,12 @@ impl Outcome {
 }
 
 impl Cohort {
-    fn new(model: Option<&str>, firmware: Option<&str>, is_other: bool) -> Self {
+    fn new(model: Option<&str>, firmware: Option<&str>, counted_in: Option<Arc<Self>>) -> Self {
         Self {
             model: model.map(Into::into),
             firmware: firmware.map(Into::into),
-            is_other,
+            counted_in,
+            is_rest: false,
             sessions: AtomicUsize::new(0),
             attempts: [const { AtomicU64::new(0) }; OUTCOMES],
             repeats: AtomicU64::new(0),
@@ -92,10 +96,14 @@ impl Cohort {
         }
     }
 
+    fn row(&self) -> &Self {
+        self.counted_in.as_deref().unwrap_or(self)
+    }
+
     /// `model/version`, as operators read it.
     #[must_use]
     pub fn name(&self) -> String {
-        if self.is_other {
+        if self.is_rest {
             return OTHER.to_owned();
         }
         format!(
@@ -106,11 +114,11 @@ impl Cohort {
     }
 
     pub fn session_opened(&self) {
-        self.sessions.fetch_add(1, Ordering::Relaxed);
+        self.row().sessions.fetch_add(1, Ordering::Relaxed);
     }
 
     pub fn session_closed(&self) {
-        self.sessions.fetch_sub(1, Ordering::Relaxed);
+        self.row().sessions.fetch_sub(1, Ordering::Relaxed);
     }
 
     #[must_use]
@@ -119,17 +127,18 @@ impl Cohort {
     }
 
     pub fn attempted(&self, outcome: Outcome) {
-        self.attempts[outcome.index()].fetch_add(1, Ordering::Relaxed);
+        self.row().attempts[outcome.index()].fetch_add(1, Ordering::Relaxed);
     }
 
     pub fn repeated(&self) {
-        self.repeats.fetch_add(1, Ordering::Relaxed);
+        self.row().repeats.fetch_add(1, Ordering::Relaxed);
     }
 
     /// One device's share of a look-up: it waited `micros` for the database.
     pub fn looked_up(&self, micros: u64) {
-        self.lookup_keys.fetch_add(1, Ordering::Relaxed);
-        self.lookup_micros.fetch_add(micros, Ordering::Relaxed);
+        let row = self.row();
+        row.lookup_keys.fetch_add(1, Ordering::Relaxed);
+        row.lookup_micros.fetch_add(micros, Ordering::Relaxed);
     }
 
     #[must_use]
@@ -181,11 +190,14 @@ impl Cohorts {
     pub fn new() -> Self {
         Self {
             rows: Mutex::default(),
-            other: Arc::new(Cohort::new(None, None, true)),
+            other: Arc::new(Cohort {
+                is_rest: true,
+                ..Cohort::new(None, None, None)
+            }),
         }
     }
 
-    /// The cohort of an authenticated device; made if there is room, else `other`.
+    /// The cohort of an authenticated device; with a row of its own if there is room, else counted in `other`.
     pub fn intern(&self, model: Option<&str>, firmware: Option<&str>) -> Arc<Cohort> {
         let name: Name = (model.map(Into::into), firmware.map(Into::into));
         let mut rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
@@ -193,9 +205,9 @@ impl Cohorts {
             return Arc::clone(cohort);
         }
         if rows.by_name.len() >= COHORTS_MAX && !rows.forget_idle() {
-            return Arc::clone(&self.other);
+            return Arc::new(Cohort::new(model, firmware, Some(Arc::clone(&self.other))));
         }
-        let cohort = Arc::new(Cohort::new(model, firmware, false));
+        let cohort = Arc::new(Cohort::new(model, firmware, None));
         rows.by_name.insert(name, Arc::clone(&cohort));
         cohort
     }
@@ -270,7 +282,7 @@ impl Cohorts {
         let mut rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
         let mut series = std::mem::take(&mut rows.series);
         series.retain(|cohort| by_size.iter().any(|other| Arc::ptr_eq(cohort, other)));
-        for candidate in by_size.iter().filter(|cohort| !cohort.is_other) {
+        for candidate in by_size.iter().filter(|cohort| !Arc::ptr_eq(cohort, &self.other)) {
             if series.iter().any(|chosen| Arc::ptr_eq(chosen, candidate)) {
                 continue;
             }
@@ -383,10 +395,18 @@ mod tests {
         }
 
         let beyond = cohorts.intern(None, Some("beyond"));
-        assert_eq!(beyond.name(), OTHER);
+        beyond.session_opened();
+        assert_eq!(
+            beyond.firmware.as_deref(),
+            Some("beyond"),
+            "rules still see the version"
+        );
+        assert_eq!(cohorts.rows().last().unwrap().sessions(), 1);
+        beyond.session_closed();
         cohorts.known(None, Some("7")).session_closed();
 
         assert_eq!(cohorts.intern(None, Some("beyond")).name(), "(none)/beyond");
+        assert!(cohorts.known(None, Some("7")).firmware.is_none(), "its row went");
         assert_eq!(cohorts.rows().len(), COHORTS_MAX + 1);
     }
 

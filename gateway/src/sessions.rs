@@ -113,6 +113,13 @@ impl Session {
         true
     }
 
+    /// The session has been told to end.
+    #[must_use]
+    pub fn is_closing(&self) -> bool {
+        let inbox = self.inbox();
+        inbox.closed || inbox.close.is_some()
+    }
+
     /// Puts a message into the mailbox.
     ///
     /// # Errors
