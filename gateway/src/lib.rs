@@ -1,13 +1,16 @@
 //! The gateway: sockets, databases, API and command line around the policy of `seawall_proto`.
 
+pub mod address;
 pub mod clock;
 pub mod cohorts;
 pub mod config;
 pub mod events;
+pub mod head;
 pub mod history;
 pub mod lifecycle;
 pub mod metrics;
 pub mod presence;
 pub mod sessions;
+pub mod socket;
 pub mod store;
 pub mod telemetry;

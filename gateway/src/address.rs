@@ -1,0 +1,333 @@
+//! What one address may hold. Only under pressure, unless the operator set fixed figures: 15,000 devices behind one address connect.
+//!
+//! Start with [`FairShare`]. While less than half of a bound is in use, nobody is counted against anybody. Above that an
+//! address may hold at most [`ALPHA`] times what is still free (a dynamic threshold: whoever comes first can never take
+//! everything), and always at least an even share. An IPv6 address stands for its /64, since a peer owns all of it.
+
+use std::{
+    collections::HashMap,
+    hash::{BuildHasher, RandomState},
+    net::IpAddr,
+    num::NonZeroU32,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+
+/// With 8, one address alone levels off at eight ninths of a bound, and the last ninth stays open to the others.
+const ALPHA: usize = 8;
+
+/// An address as limits see it: IPv4, or the upper half of IPv6. IPv4 in IPv6 is IPv4.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Network {
+    V4(u32),
+    V6(u64),
+}
+
+impl From<IpAddr> for Network {
+    fn from(address: IpAddr) -> Self {
+        match address.to_canonical() {
+            IpAddr::V4(address) => Self::V4(address.to_bits()),
+            IpAddr::V6(address) => {
+                let [a, b, c, d, e, f, g, h, ..] = address.octets();
+                Self::V6(u64::from_be_bytes([a, b, c, d, e, f, g, h]))
+            }
+        }
+    }
+}
+
+/// Which addresses a bound holds to their share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// All: what they hold stays held (connections).
+    Everyone,
+    /// Those with a [slow](Share::mark_slow) one: the others are about to give theirs back (handshakes), so that a crowd
+    /// behind one address waits for its turn instead of being sent away.
+    TheSlow,
+}
+
+/// A bound shared by all addresses. Its table has an entry for each address that holds something, so never more than the bound.
+#[derive(Debug)]
+pub struct FairShare {
+    bound: usize,
+    scope: Scope,
+    /// The operator's figure for each address, in force without pressure too.
+    fixed_max: Option<usize>,
+    held: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    used: usize,
+    by_network: HashMap<Network, Held>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Held {
+    count: usize,
+    slow: usize,
+}
+
+/// One unit of the bound, held until it is dropped.
+#[derive(Debug)]
+pub struct Share {
+    of: Arc<FairShare>,
+    network: Network,
+    is_slow: bool,
+}
+
+/// Why an address gets no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exhausted {
+    /// The bound itself is used up.
+    Bound,
+    /// This address has its share.
+    Address,
+}
+
+impl FairShare {
+    #[must_use]
+    pub fn new(bound: usize, scope: Scope, fixed_max: Option<usize>) -> Arc<Self> {
+        Arc::new(Self {
+            bound,
+            scope,
+            fixed_max,
+            held: Mutex::default(),
+        })
+    }
+
+    /// The bound.
+    #[must_use]
+    pub const fn bound(&self) -> usize {
+        self.bound
+    }
+
+    /// Takes one unit for `network`.
+    ///
+    /// # Errors
+    /// The bound is used up, or the address has its share.
+    pub fn take(self: &Arc<Self>, network: Network) -> Result<Share, Exhausted> {
+        let mut table = self.table();
+        if table.used >= self.bound {
+            return Err(Exhausted::Bound);
+        }
+        let held = table.by_network.get(&network).copied().unwrap_or_default();
+        if held.count >= self.share(&table, held) {
+            return Err(Exhausted::Address);
+        }
+        table.used += 1;
+        table.by_network.entry(network).or_default().count += 1;
+        drop(table);
+        Ok(Share {
+            of: Arc::clone(self),
+            network,
+            is_slow: false,
+        })
+    }
+
+    /// How many units are held.
+    #[must_use]
+    pub fn used(&self) -> usize {
+        self.table().used
+    }
+
+    /// The most an address that holds `held` may hold now.
+    fn share(&self, table: &Table, held: Held) -> usize {
+        let fixed = self.fixed_max.unwrap_or(usize::MAX);
+        let is_held_to_it = match self.scope {
+            Scope::Everyone => true,
+            Scope::TheSlow => held.slow > 0,
+        };
+        if table.used.saturating_mul(2) <= self.bound || !is_held_to_it {
+            return fixed;
+        }
+        fixed.min(self.fair(table))
+    }
+
+    /// One address more is reckoned with than is seen: the one that waits to be accepted.
+    fn fair(&self, table: &Table) -> usize {
+        let even = self.bound / (table.by_network.len() + 1);
+        let dynamic = (self.bound - table.used.min(self.bound)).saturating_mul(ALPHA);
+        dynamic.max(even).max(1)
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Share {
+    /// Notes that this unit takes long. True where it should be given up now: the bound is used up, and its address holds
+    /// more than its share, so that others wait because of it.
+    pub fn mark_slow(&mut self) -> bool {
+        let mut table = self.of.table();
+        let mut held = Held::default();
+        if let Some(entry) = table.by_network.get_mut(&self.network) {
+            entry.slow += usize::from(!self.is_slow);
+            held = *entry;
+        }
+        self.is_slow = true;
+        table.used >= self.of.bound && held.count > self.of.fair(&table)
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let mut table = self.of.table();
+        table.used = table.used.saturating_sub(1);
+        if let Some(held) = table.by_network.get_mut(&self.network) {
+            held.count = held.count.saturating_sub(1);
+            held.slow = held.slow.saturating_sub(usize::from(self.is_slow));
+            if held.count == 0 {
+                table.by_network.remove(&self.network);
+            }
+        }
+    }
+}
+
+/// Handshakes a second from one address, where the operator set a figure.
+///
+/// Networks fall into 65,536 cells by a keyed hash, so that its memory has a bound whatever addresses come: about 1.5 MB.
+/// Two networks that share a cell share its figure; a peer can't choose whom it shares one with.
+pub struct HandshakeRate {
+    limiter: DefaultKeyedRateLimiter<u16>,
+    hasher: RandomState,
+}
+
+impl HandshakeRate {
+    /// `per_second` for long, and as many at once.
+    #[must_use]
+    pub fn new(per_second: NonZeroU32) -> Self {
+        Self {
+            limiter: RateLimiter::keyed(Quota::per_second(per_second)),
+            hasher: RandomState::new(),
+        }
+    }
+
+    /// Takes one handshake. False where the address has used up its figure.
+    #[must_use]
+    pub fn allows(&self, network: Network) -> bool {
+        let [a, b, ..] = self.hasher.hash_one(network).to_be_bytes();
+        self.limiter.check_key(&u16::from_be_bytes([a, b])).is_ok()
+    }
+
+    /// Forgets addresses that have not come for a while. Takes the table's locks one after the other: not for an async task.
+    pub fn forget_idle(&self) {
+        self.limiter.retain_recent();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv6Addr;
+
+    use super::*;
+
+    fn v4(last: u32) -> Network {
+        Network::V4(last)
+    }
+
+    /// Takes until it is refused.
+    fn take_all(share: &Arc<FairShare>, network: Network) -> Vec<Share> {
+        std::iter::from_fn(|| share.take(network).ok()).collect()
+    }
+
+    #[test]
+    fn ipv6_counts_by_its_upper_half_and_mapped_ipv4_as_ipv4() {
+        let ipv6 = |text: &str| Network::from(IpAddr::V6(text.parse::<Ipv6Addr>().unwrap()));
+
+        assert_eq!(ipv6("2001:db8::1"), ipv6("2001:db8::ffff:1"));
+        assert_ne!(ipv6("2001:db8::1"), ipv6("2001:db8:0:1::1"));
+        assert_eq!(ipv6("::ffff:10.0.0.1"), Network::from(IpAddr::from([10, 0, 0, 1])));
+    }
+
+    #[test]
+    fn fifteen_thousand_devices_behind_one_address_fit_under_twenty_thousand() {
+        let share = FairShare::new(19_500, Scope::Everyone, None);
+
+        let held = take_all(&share, v4(1));
+
+        assert!(held.len() > 15_000, "{}", held.len());
+        assert_eq!(share.take(v4(1)).unwrap_err(), Exhausted::Address);
+    }
+
+    #[test]
+    fn one_address_never_takes_everything() {
+        let share = FairShare::new(900, Scope::Everyone, None);
+
+        let flood = take_all(&share, v4(1));
+
+        assert!((800..=801).contains(&flood.len()), "{}", flood.len());
+        let others: Vec<_> = (2..90).map(|n| share.take(v4(n)).unwrap()).collect();
+        assert_eq!(others.len(), 88);
+    }
+
+    #[test]
+    fn every_address_has_an_even_share_and_no_less() {
+        let share = FairShare::new(100, Scope::Everyone, None);
+        let first = take_all(&share, v4(1));
+        let second = take_all(&share, v4(2));
+        drop(first);
+
+        assert!(share.take(v4(3)).is_ok());
+        assert!(!second.is_empty());
+    }
+
+    #[test]
+    fn used_up_bound_is_told_apart() {
+        let share = FairShare::new(2, Scope::Everyone, None);
+        let _one = share.take(v4(1)).unwrap();
+        let _two = share.take(v4(2)).unwrap();
+
+        assert_eq!(share.take(v4(3)).unwrap_err(), Exhausted::Bound);
+    }
+
+    #[test]
+    fn what_is_dropped_is_free_again_and_forgotten() {
+        let share = FairShare::new(4, Scope::Everyone, None);
+
+        drop(take_all(&share, v4(1)));
+
+        assert_eq!(share.used(), 0);
+        assert!(share.table().by_network.is_empty());
+    }
+
+    #[test]
+    fn fixed_figure_holds_without_pressure() {
+        let share = FairShare::new(1_000, Scope::Everyone, Some(3));
+
+        assert_eq!(take_all(&share, v4(1)).len(), 3);
+        assert!(share.take(v4(2)).is_ok());
+    }
+
+    #[test]
+    fn crowd_of_quick_ones_may_use_the_whole_bound() {
+        let share = FairShare::new(500, Scope::TheSlow, None);
+
+        assert_eq!(take_all(&share, v4(1)).len(), 500);
+    }
+
+    #[test]
+    fn slow_ones_are_held_to_their_share_and_cut_when_others_wait() {
+        let share = FairShare::new(500, Scope::TheSlow, None);
+        let mut held = take_all(&share, v4(1));
+
+        let cut: Vec<bool> = held.iter_mut().map(Share::mark_slow).collect();
+        assert!(cut.iter().all(|&is_cut| is_cut));
+        held.truncate(250);
+
+        let more = take_all(&share, v4(1));
+        assert!(held.len() + more.len() < 450, "{}", more.len());
+        assert!(share.take(v4(2)).is_ok());
+    }
+
+    #[test]
+    fn handshake_rate_is_counted_by_address() {
+        let rate = HandshakeRate::new(NonZeroU32::new(2).unwrap());
+
+        assert_eq!((0..5).filter(|_| rate.allows(v4(1))).count(), 2);
+        rate.forget_idle();
+        assert!(!rate.allows(v4(1)));
+        assert!((2..100).any(|n| rate.allows(v4(n))));
+    }
+}

@@ -1,0 +1,270 @@
+//! Reads the head of a request off a socket: bounded in bytes and headers, whatever the peer does.
+//!
+//! hyper answers a bad or oversized head with an empty body and a late one with silence; the contract owes a device more.
+//! So the device listener reads heads itself, with `httparse`. Start with [`HeadReader::read`]. Deadlines are the caller's.
+
+use std::io;
+
+use bytes::BufMut;
+use seawall_proto::{hello::Head, refusal::Refusal};
+use tokio::net::TcpStream;
+
+/// Most header lines in a head; then 431. The limit on bytes alone would allow thousands.
+const HEADERS_MAX: usize = 64;
+
+/// A first read takes most heads whole.
+const FIRST_READ_LEN: usize = 1024;
+
+/// Collects a head. Its buffer is as large as the head, at most `len_max`, and goes when the reader goes.
+#[derive(Debug)]
+pub struct HeadReader {
+    buffer: Vec<u8>,
+    len_max: usize,
+    /// Parse again when this many bytes are there, so that a head that comes byte by byte is not parsed for each of them.
+    parse_at: usize,
+}
+
+/// A complete head, and what the peer sent behind it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Complete<T> {
+    pub parsed: T,
+    /// Bytes behind the head: the first frames of a peer that did not wait for the answer.
+    pub leftover: Vec<u8>,
+}
+
+/// Why there is no head.
+#[derive(Debug)]
+pub enum HeadError {
+    /// The peer left, or its connection broke.
+    PeerGone,
+    /// The head is malformed or too large: the answer to give.
+    Refused(Refusal),
+}
+
+impl HeadReader {
+    /// `len_max` bounds the head, and its target with it, in bytes.
+    #[must_use]
+    pub fn new(len_max: usize) -> Self {
+        Self {
+            buffer: Vec::new(),
+            len_max,
+            parse_at: 1,
+        }
+    }
+
+    /// Whether the peer has sent anything: only then was it an attempt.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        !self.buffer.is_empty()
+    }
+
+    /// Reads until the head is complete, and shows it to `parse`.
+    ///
+    /// # Errors
+    /// The peer left; or the head is malformed (400), its target too long (414), or it is too large (431).
+    ///
+    /// # Cancel safety
+    /// Safe: what was read stays in the reader.
+    pub async fn read<T>(
+        &mut self,
+        stream: &TcpStream,
+        mut parse: impl FnMut(&Head<'_>) -> T,
+    ) -> Result<Complete<T>, HeadError> {
+        loop {
+            let len_before = self.buffer.len();
+            self.fill(stream).await?;
+            let is_due = self.buffer.len() >= self.parse_at || has_end_of_head(&self.buffer, len_before);
+            if is_due && let Some(complete) = self.parse(&mut parse)? {
+                return Ok(complete);
+            }
+            if self.buffer.len() >= self.len_max {
+                return Err(HeadError::Refused(too_large(&self.buffer)));
+            }
+        }
+    }
+
+    /// One read, never over the limit.
+    async fn fill(&mut self, stream: &TcpStream) -> Result<(), HeadError> {
+        let room = (self.len_max - self.buffer.len()).min(self.buffer.len().max(FIRST_READ_LEN));
+        self.buffer.reserve(room);
+        loop {
+            stream.readable().await.map_err(|_| HeadError::PeerGone)?;
+            match stream.try_read_buf(&mut (&mut self.buffer).limit(room)) {
+                Ok(0) => return Err(HeadError::PeerGone),
+                Ok(_) => return Ok(()),
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(_) => return Err(HeadError::PeerGone),
+            }
+        }
+    }
+
+    fn parse<T>(&mut self, parse: &mut impl FnMut(&Head<'_>) -> T) -> Result<Option<Complete<T>>, HeadError> {
+        let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
+        let mut request = httparse::Request::new(&mut headers);
+        match request.parse(&self.buffer) {
+            Ok(httparse::Status::Complete(head_len)) => {
+                let mut pairs: [(&str, &[u8]); HEADERS_MAX] = [("", b""); HEADERS_MAX];
+                let headers_len = request.headers.len();
+                for (pair, header) in pairs.iter_mut().zip(request.headers.iter()) {
+                    *pair = (header.name, header.value);
+                }
+                let parsed = parse(&Head {
+                    method: request.method.unwrap_or_default(),
+                    target: request.path.unwrap_or_default(),
+                    http_minor: request.version.unwrap_or_default(),
+                    headers: &pairs[..headers_len],
+                });
+                Ok(Some(Complete {
+                    parsed,
+                    leftover: self.buffer[head_len..].to_vec(),
+                }))
+            }
+            Ok(httparse::Status::Partial) => {
+                self.parse_at = self.buffer.len().saturating_mul(2);
+                Ok(None)
+            }
+            Err(httparse::Error::TooManyHeaders) => Err(HeadError::Refused(Refusal::headers_too_large())),
+            Err(
+                httparse::Error::HeaderName
+                | httparse::Error::HeaderValue
+                | httparse::Error::NewLine
+                | httparse::Error::Status
+                | httparse::Error::Token
+                | httparse::Error::Version,
+            ) => Err(HeadError::Refused(Refusal::bad_request("this is no HTTP/1.1 request"))),
+        }
+    }
+}
+
+/// An empty line that ends at or behind `len_before`, with or without carriage returns.
+fn has_end_of_head(buffer: &[u8], len_before: usize) -> bool {
+    let fresh = &buffer[len_before.saturating_sub(3)..];
+    fresh.windows(2).any(|pair| pair == b"\n\n") || fresh.windows(4).any(|four| four == b"\r\n\r\n")
+}
+
+/// The head has used up its bytes: if the first line has not ended yet, it was the target that was too long.
+fn too_large(buffer: &[u8]) -> Refusal {
+    let first_line_ended = buffer
+        .iter()
+        .skip_while(|byte| matches!(byte, b'\r' | b'\n'))
+        .any(|&byte| byte == b'\n');
+    if first_line_ended {
+        Refusal::headers_too_large()
+    } else {
+        Refusal::uri_too_long()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use seawall_proto::refusal::Code;
+    use tokio::{io::AsyncWriteExt, net::TcpListener};
+
+    use super::*;
+
+    const LEN_MAX: usize = 8 * 1024;
+
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        (client, listener.accept().await.unwrap().0)
+    }
+
+    /// What the reader makes of these bytes, followed by the end of the stream.
+    async fn read(bytes: &[u8]) -> Result<Complete<(String, usize)>, HeadError> {
+        let (mut client, server) = pair().await;
+        let bytes = bytes.to_vec();
+        let writer = tokio::spawn(async move { client.write_all(&bytes).await });
+        let outcome = HeadReader::new(LEN_MAX)
+            .read(&server, |head| (head.target.to_owned(), head.headers.len()))
+            .await;
+        drop(server);
+        let _ = writer.await.unwrap();
+        outcome
+    }
+
+    fn code(outcome: Result<Complete<(String, usize)>, HeadError>) -> Option<Code> {
+        match outcome {
+            Err(HeadError::Refused(refusal)) => Some(refusal.code),
+            Ok(_) | Err(HeadError::PeerGone) => None,
+        }
+    }
+
+    #[tokio::test]
+    async fn head_is_read_and_what_follows_is_kept() {
+        let complete = read(b"GET /x HTTP/1.1\r\nA: b\r\n\r\n\x81\x00").await.unwrap();
+
+        assert_eq!(complete.parsed, ("/x".to_owned(), 1));
+        assert_eq!(complete.leftover, b"\x81\x00");
+    }
+
+    #[tokio::test]
+    async fn head_that_comes_byte_by_byte_is_read() {
+        let (mut client, server) = pair().await;
+        client.set_nodelay(true).unwrap();
+        let writer = tokio::spawn(async move {
+            for byte in b"GET / HTTP/1.1\nHost: x\n\n" {
+                client.write_all(&[*byte]).await.unwrap();
+                tokio::task::yield_now().await;
+            }
+            client
+        });
+
+        let complete = HeadReader::new(LEN_MAX)
+            .read(&server, |head| head.headers.len())
+            .await
+            .unwrap();
+
+        assert_eq!(complete.parsed, 1);
+        drop(writer.await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn peer_that_leaves_is_gone() {
+        let (client, server) = pair().await;
+        drop(client);
+        let mut reader = HeadReader::new(LEN_MAX);
+
+        assert!(matches!(reader.read(&server, |_| ()).await, Err(HeadError::PeerGone)));
+        assert!(!reader.has_begun());
+        assert!(matches!(read(b"GET / HT").await, Err(HeadError::PeerGone)));
+    }
+
+    #[tokio::test]
+    async fn what_is_no_http_is_refused_at_once() {
+        for bytes in [
+            b"\x16\x03\x01\x02\x00\x01\x00".as_slice(),
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+            b"GET / HTTP/1.1\r\nBad Name: x\r\n\r\n",
+            b"GET / HTTP/1.1\r\nX: \x00\r\n\r\n",
+            b"GET  HTTP/1.1\r\n\r\n",
+        ] {
+            assert_eq!(code(read(bytes).await), Some(Code::BadRequest), "{bytes:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn limits_have_their_own_answers() {
+        let long_target = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(LEN_MAX));
+        let long_header = format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(LEN_MAX));
+        let many_headers = format!("GET / HTTP/1.1\r\n{}\r\n", "X: y\r\n".repeat(HEADERS_MAX + 1));
+
+        assert_eq!(code(read(long_target.as_bytes()).await), Some(Code::UriTooLong));
+        assert_eq!(code(read(long_header.as_bytes()).await), Some(Code::HeadersTooLarge));
+        assert_eq!(code(read(many_headers.as_bytes()).await), Some(Code::HeadersTooLarge));
+    }
+
+    #[tokio::test]
+    async fn head_of_exactly_the_limit_is_taken_and_one_byte_more_is_not() {
+        let head = |len: usize| {
+            let frame = "GET / HTTP/1.1\r\nX: \r\n\r\n";
+            format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(len - frame.len()))
+        };
+
+        assert!(read(head(LEN_MAX).as_bytes()).await.is_ok());
+        assert_eq!(
+            code(read(head(LEN_MAX + 1).as_bytes()).await),
+            Some(Code::HeadersTooLarge)
+        );
+    }
+}
