@@ -14,3 +14,4 @@ pub mod sessions;
 pub mod socket;
 pub mod store;
 pub mod telemetry;
+pub mod tokens;

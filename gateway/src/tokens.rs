@@ -1,0 +1,490 @@
+//! Who may use the API: the admin token in the data directory, and a copy of the tokens in the database.
+//!
+//! Nothing here asks the database while a request waits. The admin token is checked against `admin.token`, never the database; the
+//! others against a copy in memory, which is kept in `tokens.json` (hashes only) and so outlives both database and process. Start
+//! with [`Tokens`].
+
+use std::{
+    fs, io,
+    io::Write as _,
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use rand::{TryRngCore as _, rngs::OsRng};
+use seawall_proto::{id::SecretHash, time::Instant};
+use serde::{Deserialize, Serialize};
+use subtle::ConstantTimeEq as _;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::store::{Role, Store, StoreError, TokenRow};
+
+/// File with the admin token, in the data directory, mode 0600.
+pub const ADMIN_TOKEN_FILE: &str = "admin.token";
+/// The admin token's name in the audit log. No other token may have it.
+pub const ADMIN_TOKEN_NAME: &str = "admin.token";
+/// Copy of the tokens, in the data directory, mode 0600, hashes only.
+const COPY_FILE: &str = "tokens.json";
+/// Greatest copy that is read: [`TOKENS_MAX`](crate::store::TOKENS_MAX) tokens with the longest names need a third of it.
+const COPY_BYTES_MAX: u64 = 1 << 20;
+/// How long a change of `admin.token` may stay unnoticed.
+const ADMIN_TOKEN_TRUSTED: Duration = Duration::from_secs(1);
+/// How often the tokens are read from the database: a token revoked on another node counts here for at most so long.
+const POLL: Duration = Duration::from_secs(5);
+/// Bytes of chance in a secret of ours: 256 bits.
+const SECRET_BYTES: usize = 32;
+/// Shortest admin token that is believed: a shorter one is a half-written file.
+const ADMIN_TOKEN_LEN_MIN: usize = 32;
+
+/// 256 bits from the operating system, as 43 characters that need no escaping in a URL.
+///
+/// # Panics
+/// The operating system has no random numbers to give; then no secret can be made at all.
+#[must_use]
+pub fn random_secret() -> String {
+    let mut bytes = [0; SECRET_BYTES];
+    OsRng
+        .try_fill_bytes(&mut bytes)
+        .expect("the operating system gives random numbers");
+    URL_SAFE_NO_PAD.encode(bytes)
+}
+
+/// Whose token a request carries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Principal {
+    /// The token's name, as the audit log has it.
+    pub name: Arc<str>,
+    pub role: Role,
+}
+
+/// All tokens in force. Clones share one copy.
+#[derive(Clone, Debug)]
+pub struct Tokens {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    data_dir: PathBuf,
+    admin: Mutex<Admin>,
+    issued: Mutex<Issued>,
+    /// Held while `tokens.json` is written, so that an older copy never replaces a newer.
+    file: Mutex<()>,
+}
+
+/// The admin token as it was read last.
+#[derive(Debug)]
+struct Admin {
+    /// `None`: the file is gone, or holds no token.
+    hash: Option<SecretHash>,
+    read_at: Instant,
+}
+
+#[derive(Debug, Default)]
+struct Issued {
+    tokens: Vec<Token>,
+    /// Counts local changes, so that what was read from the database before one never undoes it.
+    generation: u64,
+}
+
+/// A token of the database's.
+#[derive(Clone, Debug, PartialEq)]
+struct Token {
+    id: Uuid,
+    name: Arc<str>,
+    role: Role,
+    hash: SecretHash,
+}
+
+/// Why the tokens can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TokensError {
+    #[error("the admin token {} can't be read or made: {source}", path.display())]
+    Unusable { path: PathBuf, source: io::Error },
+    #[error("the admin token {} is not complete: delete the file, the next start makes a new one", path.display())]
+    Damaged { path: PathBuf },
+}
+
+impl Tokens {
+    /// Reads the tokens of a data directory; makes the admin token where there is none.
+    ///
+    /// # Errors
+    /// `admin.token` can't be read or made, or holds no token. An unusable `tokens.json` is only worth a warning: the database
+    /// has them all.
+    pub fn open(data_dir: &Path, now: Instant) -> Result<Self, TokensError> {
+        let path = data_dir.join(ADMIN_TOKEN_FILE);
+        let unusable = |source| TokensError::Unusable {
+            path: path.clone(),
+            source,
+        };
+        match make_admin_token(&path) {
+            Ok(()) => tracing::info!(path = %path.display(), "made an admin token"),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => warn_if_open_to_others(&path),
+            Err(error) => return Err(unusable(error)),
+        }
+        let hash = read_admin_token(&path).map_err(unusable)?;
+        if hash.is_none() {
+            return Err(TokensError::Damaged { path });
+        }
+        let tokens = read_copy(&data_dir.join(COPY_FILE)).unwrap_or_else(|error| {
+            tracing::warn!(error = %error, "the copy of the tokens can't be read: only the admin token works until the database answers");
+            Vec::new()
+        });
+        Ok(Self {
+            inner: Arc::new(Inner {
+                data_dir: data_dir.to_owned(),
+                admin: Mutex::new(Admin { hash, read_at: now }),
+                issued: Mutex::new(Issued { tokens, generation: 0 }),
+                file: Mutex::default(),
+            }),
+        })
+    }
+
+    /// Whose token this is. Takes as long for a wrong token as for a right one.
+    #[must_use]
+    pub fn authenticate(&self, presented: &str, now: Instant) -> Option<Principal> {
+        let presented = SecretHash::of(presented.as_bytes());
+        let is_admin = self
+            .admin_hash(now)
+            .is_some_and(|hash| bool::from(hash.as_bytes().ct_eq(presented.as_bytes())));
+        let mut found = is_admin.then(|| Principal {
+            name: ADMIN_TOKEN_NAME.into(),
+            role: Role::Admin,
+        });
+        for token in &self.issued().tokens {
+            if bool::from(token.hash.as_bytes().ct_eq(presented.as_bytes())) {
+                found = Some(Principal {
+                    name: Arc::clone(&token.name),
+                    role: token.role,
+                });
+            }
+        }
+        found
+    }
+
+    /// Tokens in force, the admin token apart.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.issued().tokens.len()
+    }
+
+    /// Whether there is no token but the admin token.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Puts a token that was just created in force. Blocks for the time of a small file write.
+    pub fn insert(&self, row: &TokenRow) {
+        let mut issued = self.issued();
+        issued.generation += 1;
+        issued.tokens.retain(|token| token.id != row.id);
+        issued.tokens.push(Token::of(row));
+        drop(issued);
+        self.write_copy();
+    }
+
+    /// Ends a token that was just revoked. Blocks for the time of a small file write.
+    pub fn remove(&self, id: Uuid) {
+        let mut issued = self.issued();
+        issued.generation += 1;
+        issued.tokens.retain(|token| token.id != id);
+        drop(issued);
+        self.write_copy();
+    }
+
+    /// Reads the tokens from the database every few seconds, until stopped. While the database is away, the copy stays in force.
+    pub async fn follow(self, store: Store, stop: CancellationToken) {
+        let mut was_read = true;
+        loop {
+            match self.refresh(&store).await {
+                Ok(()) => was_read = true,
+                Err(error) => {
+                    if was_read {
+                        tracing::warn!(error = %error, "tokens can't be read from the database: the copy stays in force");
+                    }
+                    was_read = false;
+                }
+            }
+            if stop.run_until_cancelled(tokio::time::sleep(POLL)).await.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// Takes over what the database has.
+    ///
+    /// # Errors
+    /// The database did not answer; the copy stays as it was.
+    pub async fn refresh(&self, store: &Store) -> Result<(), StoreError> {
+        let generation = self.issued().generation;
+        let rows = store.tokens().await?;
+        let tokens: Vec<Token> = rows
+            .iter()
+            .filter(|row| row.revoked_at.is_none())
+            .map(Token::of)
+            .collect();
+        if self.replace(generation, tokens) {
+            let tokens = self.clone();
+            // Ends with the file write; there is nobody to tell but the log.
+            let _ = tokio::task::spawn_blocking(move || tokens.write_copy()).await;
+        }
+        Ok(())
+    }
+
+    /// True where that changed something. What was read before a local change is dropped: the next reading has both.
+    fn replace(&self, generation: u64, tokens: Vec<Token>) -> bool {
+        let mut issued = self.issued();
+        if issued.generation != generation || issued.tokens == tokens {
+            return false;
+        }
+        issued.tokens = tokens;
+        true
+    }
+
+    fn admin_hash(&self, now: Instant) -> Option<SecretHash> {
+        let mut admin = self.inner.admin.lock().unwrap_or_else(PoisonError::into_inner);
+        if now.saturating_since(admin.read_at) >= ADMIN_TOKEN_TRUSTED {
+            admin.read_at = now;
+            admin.hash = read_admin_token(&self.inner.data_dir.join(ADMIN_TOKEN_FILE)).unwrap_or(None);
+        }
+        admin.hash
+    }
+
+    fn write_copy(&self) {
+        let _writing = self.inner.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let copy = CopyFile {
+            tokens: self.issued().tokens.iter().map(CopiedToken::of).collect(),
+        };
+        if let Err(error) = replace_file(&self.inner.data_dir.join(COPY_FILE), &copy) {
+            tracing::warn!(error = %error, "the copy of the tokens can't be written: a restart without the database would know an older one");
+        }
+    }
+
+    fn issued(&self) -> MutexGuard<'_, Issued> {
+        self.inner.issued.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Token {
+    fn of(row: &TokenRow) -> Self {
+        Self {
+            id: row.id,
+            name: row.name.as_str().into(),
+            role: row.role,
+            hash: row.sha256,
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CopyFile {
+    tokens: Vec<CopiedToken>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CopiedToken {
+    id: Uuid,
+    name: String,
+    role: Role,
+    /// Of the token, base64url.
+    sha256: String,
+}
+
+impl CopiedToken {
+    fn of(token: &Token) -> Self {
+        Self {
+            id: token.id,
+            name: token.name.to_string(),
+            role: token.role,
+            sha256: URL_SAFE_NO_PAD.encode(token.hash.as_bytes()),
+        }
+    }
+
+    fn into_token(self) -> Option<Token> {
+        let bytes = URL_SAFE_NO_PAD.decode(self.sha256).ok()?;
+        Some(Token {
+            id: self.id,
+            name: self.name.into(),
+            role: self.role,
+            hash: SecretHash::from_bytes(bytes.try_into().ok()?),
+        })
+    }
+}
+
+/// Fails where the file is there already.
+fn make_admin_token(path: &Path) -> io::Result<()> {
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    let written = writeln!(file, "{}", random_secret()).and_then(|()| file.sync_all());
+    if written.is_err() {
+        // Half a token on a full disk would stop the next start. The first error is the one to tell.
+        let _ = fs::remove_file(path);
+    }
+    written
+}
+
+/// `Ok(None)`: there is no file, or no token in it.
+fn read_admin_token(path: &Path) -> io::Result<Option<SecretHash>> {
+    match fs::read_to_string(path) {
+        Ok(text) => {
+            let token = text.trim();
+            Ok((token.len() >= ADMIN_TOKEN_LEN_MIN).then(|| SecretHash::of(token.as_bytes())))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn warn_if_open_to_others(path: &Path) {
+    if let Ok(metadata) = fs::metadata(path)
+        && metadata.permissions().mode() & 0o077 != 0
+    {
+        tracing::warn!(path = %path.display(), "the admin token can be read by other users: run chmod 600 on it");
+    }
+}
+
+fn read_copy(path: &Path) -> io::Result<Vec<Token>> {
+    let text = match fs::metadata(path) {
+        Ok(metadata) if metadata.len() > COPY_BYTES_MAX => {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is too large"));
+        }
+        Ok(_) => fs::read_to_string(path)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let copy: CopyFile = serde_json::from_str(&text)?;
+    Ok(copy.tokens.into_iter().filter_map(CopiedToken::into_token).collect())
+}
+
+/// Whole or not at all: a new file takes the old one's place.
+fn replace_file(path: &Path, copy: &CopyFile) -> io::Result<()> {
+    let beside = path.with_extension("json.new");
+    match fs::remove_file(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&beside)?;
+    serde_json::to_writer(&mut file, copy)?;
+    file.sync_all()?;
+    fs::rename(&beside, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use seawall_proto::time::WallTime;
+
+    use super::*;
+
+    const START: Instant = Instant::ZERO;
+
+    #[test]
+    fn first_start_makes_an_admin_token_that_only_the_owner_may_read() {
+        let dir = tempfile::tempdir().unwrap();
+
+        let tokens = Tokens::open(dir.path(), START).unwrap();
+
+        let path = dir.path().join(ADMIN_TOKEN_FILE);
+        let token = fs::read_to_string(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(URL_SAFE_NO_PAD.decode(token.trim()).unwrap().len(), SECRET_BYTES);
+        assert_eq!(
+            tokens.authenticate(token.trim(), START).map(|who| who.role),
+            Some(Role::Admin)
+        );
+        assert_eq!(tokens.authenticate("", START), None);
+        assert_eq!(tokens.authenticate(&random_secret(), START), None);
+    }
+
+    #[test]
+    fn a_replaced_or_deleted_admin_token_counts_within_a_second() {
+        let dir = tempfile::tempdir().unwrap();
+        let tokens = Tokens::open(dir.path(), START).unwrap();
+        let path = dir.path().join(ADMIN_TOKEN_FILE);
+        let old = fs::read_to_string(&path).unwrap();
+        let new = random_secret();
+
+        fs::write(&path, &new).unwrap();
+        let later = START + ADMIN_TOKEN_TRUSTED;
+
+        assert_eq!(tokens.authenticate(old.trim(), later), None);
+        assert!(tokens.authenticate(&new, later).is_some());
+        fs::remove_file(&path).unwrap();
+        assert_eq!(tokens.authenticate(&new, later + ADMIN_TOKEN_TRUSTED), None);
+    }
+
+    #[test]
+    fn an_admin_token_survives_a_restart_and_half_of_one_stops_it() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Tokens::open(dir.path(), START).unwrap());
+        let path = dir.path().join(ADMIN_TOKEN_FILE);
+        let token = fs::read_to_string(&path).unwrap();
+
+        let tokens = Tokens::open(dir.path(), START).unwrap();
+
+        assert!(tokens.authenticate(token.trim(), START).is_some());
+        fs::write(&path, "").unwrap();
+        assert!(matches!(
+            Tokens::open(dir.path(), START),
+            Err(TokensError::Damaged { .. })
+        ));
+    }
+
+    #[test]
+    fn the_copy_outlives_the_process_and_holds_hashes_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let secret = random_secret();
+        let row = row("ci", Role::Operator, &secret);
+        Tokens::open(dir.path(), START).unwrap().insert(&row);
+
+        let tokens = Tokens::open(dir.path(), START).unwrap();
+
+        let copy = dir.path().join(COPY_FILE);
+        assert!(!fs::read_to_string(&copy).unwrap().contains(&secret));
+        assert_eq!(fs::metadata(&copy).unwrap().permissions().mode() & 0o777, 0o600);
+        let who = tokens.authenticate(&secret, START).unwrap();
+        assert_eq!((&*who.name, who.role), ("ci", Role::Operator));
+        tokens.remove(row.id);
+        assert_eq!(tokens.authenticate(&secret, START), None);
+        assert!(Tokens::open(dir.path(), START).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_was_read_before_a_revocation_does_not_undo_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let tokens = Tokens::open(dir.path(), START).unwrap();
+        let secret = random_secret();
+        let row = row("ci", Role::Viewer, &secret);
+        tokens.insert(&row);
+        let generation = tokens.issued().generation;
+
+        tokens.remove(row.id);
+
+        assert!(!tokens.replace(generation, vec![Token::of(&row)]));
+        assert_eq!(tokens.authenticate(&secret, START), None);
+    }
+
+    fn row(name: &str, role: Role, token: &str) -> TokenRow {
+        TokenRow {
+            id: Uuid::from_u128(7),
+            name: name.to_owned(),
+            role,
+            sha256: SecretHash::of(token.as_bytes()),
+            created_at: WallTime::from_unix_ms(1),
+            revoked_at: None,
+        }
+    }
+}
