@@ -1,15 +1,18 @@
 //! The gateway: sockets, databases, API and command line around the policy of `seawall_proto`.
 
 pub mod address;
+pub mod cli;
 pub mod clock;
 pub mod cohorts;
 pub mod config;
+pub mod data_dir;
 pub mod events;
 pub mod head;
 pub mod history;
 pub mod lifecycle;
 pub mod metrics;
 pub mod presence;
+pub mod serve;
 pub mod sessions;
 pub mod socket;
 pub mod store;

@@ -1,1 +1,7 @@
-fn main() {}
+//! The binary `seawall`: everything is in the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    seawall_gateway::cli::run(std::env::args_os())
+}

@@ -5,7 +5,6 @@
 //!
 //! Start with [`handshake`]: it holds the fixed order of decisions that a connecting device goes through.
 
-pub mod admission;
 pub mod close;
 pub mod drain;
 pub mod frame;
@@ -14,5 +13,4 @@ pub mod id;
 pub mod record;
 pub mod refusal;
 pub mod session;
-pub mod slots;
 pub mod time;

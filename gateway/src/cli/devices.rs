@@ -1,0 +1,304 @@
+//! `seawall devices`: the registry, and what its devices do now.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::{Path, PathBuf},
+};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use clap::Subcommand;
+use seawall_proto::id::DeviceId;
+use serde_json::{Map, Value, json};
+
+use super::{
+    Common, Context, Failure,
+    client::{Answer, Method},
+    note, rules, seed, table,
+};
+
+/// Rows that one listing shows at most.
+const LIST_MAX: usize = 1_000_000;
+/// Bad lines of an import that are shown; the API reports no more.
+const BAD_LINES_SHOWN: usize = 100;
+
+#[derive(Debug, Subcommand)]
+pub enum Devices {
+    /// Registered devices
+    List {
+        #[arg(long)]
+        tenant: Option<String>,
+        #[arg(long)]
+        model: Option<String>,
+        /// Only devices that connected with this version
+        #[arg(long)]
+        firmware: Option<String>,
+        /// enabled, disabled or revoked
+        #[arg(long)]
+        state: Option<String>,
+        /// Most rows to show
+        #[arg(long, default_value_t = 100, value_parser = rows)]
+        limit: usize,
+        /// Where to go on, as the list before told
+        #[arg(long)]
+        cursor: Option<String>,
+    },
+    /// One device, with its last connection attempts
+    Show { id: DeviceId },
+    /// Register a device; its secret is shown this once
+    Add {
+        /// Its id; not given: a random one
+        id: Option<DeviceId>,
+        #[arg(long)]
+        tenant: Option<String>,
+        #[arg(long)]
+        model: Option<String>,
+    },
+    /// Register the devices of a CSV file, all of them or none: id, secret or secret_sha256, tenant, model
+    Import {
+        /// The file; `-`: standard input
+        file: PathBuf,
+        /// Give devices that are there already the file's credential
+        #[arg(long)]
+        update: bool,
+    },
+    /// Make devices with random secrets: written to a file for `devices import` and firmware-sim, and registered where a gateway answers
+    Seed(seed::Seed),
+    /// Let a disabled device connect again
+    Enable { id: DeviceId },
+    /// Refuse a device from now on, and close its session
+    Disable { id: DeviceId },
+    /// Give a device a new secret, which is shown this once
+    Rotate {
+        id: DeviceId,
+        /// How long the old secret stays valid, as in 24h
+        #[arg(long, value_name = "SPAN", value_parser = rules::span)]
+        overlap: Option<String>,
+    },
+    /// Remove a device from the registry
+    Delete { id: DeviceId },
+    /// Close a device's session; it comes back
+    Disconnect { id: DeviceId },
+    /// Send a device a message
+    Send {
+        id: DeviceId,
+        /// JSON; what is no JSON is sent as a text
+        #[arg(required_unless_present = "base64")]
+        payload: Option<String>,
+        /// A file to send as one binary frame of a plain session; `-`: standard input
+        #[arg(long, value_name = "FILE", conflicts_with = "payload")]
+        base64: Option<PathBuf>,
+    },
+}
+
+pub fn run(common: &Common, verb: Devices) -> Result<(), Failure> {
+    let ctx = Context::new(common)?;
+    match verb {
+        Devices::List {
+            tenant,
+            model,
+            firmware,
+            state,
+            limit,
+            cursor,
+        } => {
+            let filters = [
+                ("tenant", tenant),
+                ("model", model),
+                ("firmware", firmware),
+                ("state", state),
+                ("cursor", cursor),
+            ];
+            let query: Vec<_> = filters
+                .into_iter()
+                .filter_map(|(name, value)| Some((name, value?)))
+                .collect();
+            list(&ctx, &query, limit)
+        }
+        Devices::Show { id } => ctx.show(&ctx.client.get(&path(id), &[])?, shown),
+        Devices::Add { id, tenant, model } => add(&ctx, id, tenant, model),
+        Devices::Import { file, update } => import(&ctx, &file, update),
+        Devices::Seed(args) => seed::run(&ctx, &args),
+        Devices::Enable { id } => change(&ctx, id, "enabled"),
+        Devices::Disable { id } => change(&ctx, id, "disabled"),
+        Devices::Rotate { id, overlap } => {
+            let body = overlap.map_or_else(|| json!({}), |overlap| json!({"overlap": overlap}));
+            let answer = ctx
+                .client
+                .send(Method::Post, &format!("{}/secret", path(id)), Some(&body))?;
+            ctx.show(&answer, |answer| shown_secret(&id.to_string(), answer))
+        }
+        Devices::Delete { id } => {
+            let answer = ctx.client.send(Method::Delete, &path(id), None)?;
+            done(&ctx, &answer, format!("deleted {id}\n"))
+        }
+        Devices::Disconnect { id } => {
+            let answer = ctx
+                .client
+                .send(Method::Post, &format!("{}/disconnect", path(id)), None)?;
+            done(&ctx, &answer, format!("disconnected {id}\n"))
+        }
+        Devices::Send { id, payload, base64 } => send(&ctx, id, payload, base64.as_deref()),
+    }
+}
+
+fn path(id: DeviceId) -> String {
+    format!("/api/v1/devices/{id}")
+}
+
+fn rows(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(rows @ 1..=LIST_MAX) => Ok(rows),
+        Ok(_) | Err(_) => Err(format!("expected 1 to {LIST_MAX}")),
+    }
+}
+
+fn list(ctx: &Context, query: &[(&str, String)], limit: usize) -> Result<(), Failure> {
+    let answer = ctx.client.list("/api/v1/devices", query, limit)?;
+    ctx.show(&answer, |answer| {
+        let rows = table::list(answer).iter().map(|device| {
+            vec![
+                table::at(device, "id"),
+                table::at(device, "tenant"),
+                table::at(device, "model"),
+                table::at(device, "firmware"),
+                table::at(device, "state"),
+                table::at(device, "presence.state"),
+                table::when(device, "presence.since"),
+            ]
+        });
+        table::table(
+            &["ID", "TENANT", "MODEL", "FIRMWARE", "STATE", "PRESENCE", "SINCE"],
+            rows,
+        )
+    })?;
+    if !ctx.json && !answer["next_cursor"].is_null() {
+        note(&format!("more: --cursor {}", table::at(&answer, "next_cursor")));
+    }
+    Ok(())
+}
+
+fn shown(device: &Value) -> String {
+    let mut lines = table::facts(&[
+        ("id", table::at(device, "id")),
+        ("tenant", table::at(device, "tenant")),
+        ("model", table::at(device, "model")),
+        ("firmware", table::at(device, "firmware")),
+        ("state", table::at(device, "state")),
+        ("presence", table::at(device, "presence.state")),
+        ("since", table::when(device, "presence.since")),
+        ("as of", table::when(device, "presence.as_of")),
+        ("node", table::at(device, "presence.node")),
+        ("reason", table::at(device, "presence.reason")),
+        ("created", table::when(device, "created_at")),
+        ("updated", table::when(device, "updated_at")),
+    ]);
+    let attempts = device.get("attempts").map(table::list).unwrap_or_default().iter();
+    let rows = attempts.map(|attempt| {
+        vec![
+            table::when(attempt, "at"),
+            table::at(attempt, "outcome"),
+            table::at(attempt, "firmware"),
+        ]
+    });
+    lines.push_str("\nlast connection attempts\n");
+    lines.push_str(&table::table(&["AT", "OUTCOME", "FIRMWARE"], rows));
+    lines
+}
+
+fn add(ctx: &Context, id: Option<DeviceId>, tenant: Option<String>, model: Option<String>) -> Result<(), Failure> {
+    let id = id.unwrap_or_else(|| DeviceId::from_uuid(uuid::Uuid::new_v4()));
+    let mut body = Map::new();
+    body.insert("id".into(), id.to_string().into());
+    for (key, value) in [("tenant", tenant), ("model", model)] {
+        if let Some(value) = value {
+            body.insert(key.into(), value.into());
+        }
+    }
+    let answer = ctx.client.send(Method::Post, "/api/v1/devices", Some(&body.into()))?;
+    ctx.show(&answer, |answer| shown_secret(&id.to_string(), answer))
+}
+
+fn shown_secret(id: &str, answer: &Value) -> String {
+    table::facts(&[("id", id.to_owned()), ("secret", table::at(answer, "secret"))])
+}
+
+fn change(ctx: &Context, id: DeviceId, state: &str) -> Result<(), Failure> {
+    let answer = ctx
+        .client
+        .send(Method::Patch, &path(id), Some(&json!({"state": state})))?;
+    ctx.show(&answer, |_| format!("{state} {id}\n"))
+}
+
+fn done(ctx: &Context, answer: &Value, people: String) -> Result<(), Failure> {
+    if ctx.json && answer.is_null() {
+        Ok(())
+    } else {
+        ctx.show(answer, |_| people)
+    }
+}
+
+fn import(ctx: &Context, file: &Path, update: bool) -> Result<(), Failure> {
+    let answer = if file.as_os_str() == "-" {
+        upload(ctx, &mut io::stdin().lock(), update)?
+    } else {
+        let mut opened = File::open(file).map_err(|error| Failure::failed(format!("{}: {error}", file.display())))?;
+        upload(ctx, &mut opened, update)?
+    };
+    let report = accepted(answer)?;
+    ctx.show(&report, shown_import)
+}
+
+/// Sends a CSV as it is read.
+pub fn upload(ctx: &Context, lines: &mut dyn Read, update: bool) -> Result<Answer, Failure> {
+    let path = if update {
+        "/api/v1/devices/import?update=true"
+    } else {
+        "/api/v1/devices/import"
+    };
+    ctx.client.upload(path, "text/csv", lines)
+}
+
+/// The report of an import; its bad lines go to standard error.
+pub fn accepted(answer: Answer) -> Result<Value, Failure> {
+    let bad_lines = answer.body.get("bad_lines").map(table::list).unwrap_or_default();
+    for line in bad_lines.iter().take(BAD_LINES_SHOWN) {
+        note(&format!(
+            "line {}: {}",
+            table::at(line, "number"),
+            table::at(line, "reason")
+        ));
+    }
+    answer.ok()
+}
+
+/// One line of counts.
+pub fn shown_import(report: &Value) -> String {
+    let counts = ["added", "updated", "skipped"].map(|key| format!("{key} {}", table::at(report, key)));
+    format!("{}\n", counts.join(", "))
+}
+
+fn send(ctx: &Context, id: DeviceId, payload: Option<String>, binary: Option<&Path>) -> Result<(), Failure> {
+    let body = match (payload, binary) {
+        (Some(text), _) => {
+            json!({"payload": serde_json::from_str(&text).unwrap_or(Value::String(text))})
+        }
+        (None, Some(file)) => {
+            let mut bytes = Vec::new();
+            let read = if file.as_os_str() == "-" {
+                io::stdin().read_to_end(&mut bytes)
+            } else {
+                File::open(file).and_then(|mut opened| opened.read_to_end(&mut bytes))
+            };
+            read.map_err(|error| Failure::failed(format!("{}: {error}", file.display())))?;
+            json!({"payload_base64": STANDARD.encode(bytes)})
+        }
+        (None, None) => return Err(Failure::WrongUse("devices send: give a payload".into())),
+    };
+    let answer = ctx
+        .client
+        .send(Method::Post, &format!("{}/messages", path(id)), Some(&body))?;
+    ctx.show(&answer, |answer| {
+        format!("{} {}\n", table::at(answer, "state"), table::at(answer, "id"))
+    })
+}

@@ -1,0 +1,279 @@
+//! `seawall doctor`: what is wrong with this machine, the configuration and the gateway, in words.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::{Common, Failure, ServeArgs, client::Client, serve, table};
+use crate::{
+    config::{Config, DatabaseKind},
+    data_dir,
+    store::{PlanReport, Store},
+};
+
+/// Below so many open files a gateway takes too few devices to be worth it.
+const FILES_WANTED: u64 = 16_384;
+
+/// What was looked at, and what was found.
+#[derive(Default)]
+struct Findings {
+    lines: Vec<Finding>,
+}
+
+struct Finding {
+    level: Level,
+    text: String,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Level {
+    Fine,
+    /// Works, but a person should know.
+    Notice,
+    Wrong,
+}
+
+impl Level {
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Fine => "ok",
+            Self::Notice => "notice",
+            Self::Wrong => "wrong",
+        }
+    }
+}
+
+impl Findings {
+    fn fine(&mut self, text: impl Into<String>) {
+        self.lines.push(Finding {
+            level: Level::Fine,
+            text: text.into(),
+        });
+    }
+
+    fn notice(&mut self, text: impl Into<String>) {
+        self.lines.push(Finding {
+            level: Level::Notice,
+            text: text.into(),
+        });
+    }
+
+    fn wrong(&mut self, text: impl Into<String>) {
+        self.lines.push(Finding {
+            level: Level::Wrong,
+            text: text.into(),
+        });
+    }
+}
+
+/// Looks at everything it can reach; changes nothing.
+pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
+    let mut findings = Findings::default();
+    match args.load(common.data_dir.as_ref()) {
+        Ok(config) => {
+            findings.fine("configuration: every setting is known and within its bounds");
+            machine(&config, &mut findings);
+            let is_running = directory(&config.server.data_dir, &mut findings);
+            database(&config, is_running, &mut findings)?;
+        }
+        Err(error) => findings.wrong(format!("configuration: {error}")),
+    }
+    gateway(common, &mut findings)?;
+    report(common, &findings)
+}
+
+fn report(common: &Common, findings: &Findings) -> Result<(), Failure> {
+    let wrong = findings
+        .lines
+        .iter()
+        .filter(|finding| finding.level == Level::Wrong)
+        .count();
+    if common.json {
+        let items: Vec<Value> = findings
+            .lines
+            .iter()
+            .map(|finding| serde_json::json!({"level": finding.level.word(), "text": finding.text}))
+            .collect();
+        table::print(&table::json(
+            &serde_json::json!({"healthy": wrong == 0, "findings": items}),
+        ))?;
+    } else {
+        let lines: String = findings
+            .lines
+            .iter()
+            .map(|finding| format!("{:6}  {}\n", finding.level.word(), table::text(&finding.text)))
+            .collect();
+        table::print(&lines)?;
+    }
+    match wrong {
+        0 => Ok(()),
+        1 => Err(Failure::failed("one thing is wrong")),
+        several => Err(Failure::failed(format!("{several} things are wrong"))),
+    }
+}
+
+fn machine(config: &Config, findings: &mut Findings) {
+    let files = rustix::process::getrlimit(rustix::process::Resource::Nofile)
+        .maximum
+        .unwrap_or(u64::MAX);
+    if files < FILES_WANTED {
+        findings.notice(format!(
+            "open files: this process may have {files} at most, and each device takes one: raise the hard limit (ulimit -Hn, LimitNOFILE=)"
+        ));
+    } else {
+        findings.fine(format!("open files: up to {files}"));
+    }
+    if !config.ops.listen.ip().is_loopback() {
+        findings.notice(format!(
+            "ops.listen: {} is outside loopback: tokens cross the network in clear text",
+            config.ops.listen
+        ));
+    }
+}
+
+/// Whether a gateway runs on the directory.
+fn directory(path: &Path, findings: &mut Findings) -> bool {
+    let shown = path.display();
+    match std::fs::metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            findings.notice(format!(
+                "data directory: {shown} is not there yet; the first start makes it"
+            ));
+            return false;
+        }
+        Err(error) => {
+            findings.wrong(format!("data directory: {shown}: {error}"));
+            return false;
+        }
+        Ok(metadata) if !metadata.is_dir() => {
+            findings.wrong(format!(
+                "data directory: {shown} is a file: move it away, or name another directory"
+            ));
+            return false;
+        }
+        Ok(_) => {}
+    }
+    if let Err(error) = rustix::fs::access(path, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK) {
+        findings.wrong(format!(
+            "data directory: {shown} can't be written by this user: {error}"
+        ));
+    }
+    let is_running = match data_dir::is_in_use(path) {
+        Ok(is_running) => is_running,
+        Err(error) => {
+            findings.wrong(format!("data directory: {shown}: {error}"));
+            return false;
+        }
+    };
+    match (is_running, data_dir::read_addresses(path)) {
+        (true, Ok(Some(addresses))) => findings.fine(format!(
+            "data directory: a gateway runs on {shown}, with devices at {} and the API at {}",
+            addresses.devices, addresses.ops
+        )),
+        (true, Ok(None)) => findings.notice(format!(
+            "data directory: a gateway holds {shown}, but doesn't listen yet"
+        )),
+        (true, Err(error)) => findings.wrong(format!("data directory: {shown}/{}: {error}", data_dir::ADDRESSES)),
+        (false, _) => findings.fine(format!("data directory: {shown} is free; no gateway runs on it")),
+    }
+    is_running
+}
+
+fn database(config: &Config, is_running: bool, findings: &mut Findings) -> Result<(), Failure> {
+    let url = config.database_url();
+    // Opening an SQLite file makes and migrates it, which a doctor must not.
+    if url.kind() == DatabaseKind::Sqlite && !url.sqlite_path().is_some_and(|path| path.is_file()) {
+        findings.notice(format!("database: {url} is not there yet; the first start makes it"));
+        return Ok(());
+    }
+    if url.kind() == DatabaseKind::Sqlite && !is_running {
+        findings.fine(format!(
+            "database: {url} is there; the gateway that would use it does not run"
+        ));
+        return Ok(());
+    }
+    serve::runtime()?.block_on(async {
+        let store = match Store::open(&url).await {
+            Ok(store) => store,
+            Err(error) => return findings.wrong(error.to_string()),
+        };
+        if let Err(error) = store.ping().await {
+            return findings.wrong(format!("database: {url}: {error}"));
+        }
+        findings.fine(format!("database: {url} answers"));
+        match store.plan_check().await {
+            Ok(PlanReport::Indexed) => {
+                findings.fine("database: every look-up of a connecting device goes through an index")
+            }
+            Ok(PlanReport::Alarm(alarm)) => findings.wrong(format!(
+                "database: look-ups of connecting devices are too costly: {alarm}"
+            )),
+            Err(error) => findings.wrong(format!("database: the plans of look-ups can't be read: {error}")),
+        }
+    });
+    Ok(())
+}
+
+fn gateway(common: &Common, findings: &mut Findings) -> Result<(), Failure> {
+    let client = Client::new(&common.url, common.data_dir.as_deref())?;
+    let ready = match client.get_any("/readyz", &[]) {
+        Ok(answer) => answer.body,
+        Err(Failure::Failed(error)) => {
+            findings.notice(format!("gateway: {error}"));
+            return Ok(());
+        }
+        Err(other) => return Err(other),
+    };
+    let reasons: Vec<String> = ready
+        .get("reasons")
+        .map(table::list)
+        .unwrap_or_default()
+        .iter()
+        .map(table::cell)
+        .collect();
+    let reasons = reasons.join("; ");
+    match (ready.get("ready").and_then(Value::as_bool), reasons.is_empty()) {
+        (Some(true), true) => findings.fine(format!("gateway: {} is ready", client.base())),
+        (Some(true), false) => findings.notice(format!("gateway: {} is ready, but: {reasons}", client.base())),
+        (Some(false), _) => findings.wrong(format!("gateway: {} takes no devices: {reasons}", client.base())),
+        (None, _) => {
+            findings.wrong(format!("gateway: what answers at {} is no Seawall", client.base()));
+            return Ok(());
+        }
+    }
+    if !client.has_token() {
+        findings.notice("token: none: set SEAWALL_TOKEN, or --data-dir to the directory with admin.token");
+        return Ok(());
+    }
+    match client.get_any("/api/v1/node", &[])?.ok() {
+        Ok(node) => token_holder(&node, findings),
+        Err(Failure::Failed(error)) => findings.wrong(format!("token: {error}")),
+        Err(other) => return Err(other),
+    }
+    Ok(())
+}
+
+/// What only the API tells.
+fn token_holder(node: &Value, findings: &mut Findings) {
+    findings.fine(format!(
+        "token: accepted; {} devices are connected",
+        table::at(node, "sessions")
+    ));
+    let breaker = table::at(node, "admission.breaker");
+    if !matches!(breaker.as_str(), "closed" | "-") {
+        findings.wrong(format!(
+            "look-ups: the breaker is {breaker}: devices can't be verified, and get slots"
+        ));
+    }
+    let state = table::at(node, "database.state");
+    if !matches!(state.as_str(), "available" | "up" | "ok" | "-") {
+        findings.wrong(format!(
+            "database: the gateway says it is {state} since {}",
+            table::when(node, "database.since")
+        ));
+    }
+    let drain = table::at(node, "drain.state");
+    if matches!(drain.as_str(), "draining" | "running") {
+        findings.notice("drain: under way; `seawall drain cancel` ends it");
+    }
+}

@@ -1,0 +1,222 @@
+//! The command line: `seawall serve`, and the operator's verbs, which talk to a gateway's API. Start with [`run`].
+//!
+//! Exit status: 0 done, 1 refused or failed, 2 wrong use. What goes wrong is one line on standard error.
+
+use std::{ffi::OsString, fmt, io, path::PathBuf, process::ExitCode};
+
+use clap::{Args, Parser, Subcommand};
+
+mod audit;
+mod client;
+mod devices;
+mod doctor;
+mod drain;
+mod events;
+mod firmware;
+mod migrate;
+mod nodes;
+mod rules;
+mod seed;
+mod serve;
+mod table;
+mod tokens;
+mod versions;
+
+pub use serve::ServeArgs;
+
+use client::Client;
+
+/// Seawall, the device gateway that reconnect storms break against.
+#[derive(Debug, Parser)]
+#[command(name = "seawall", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+/// What every verb takes.
+#[derive(Debug, Args)]
+struct Common {
+    /// Data directory of the gateway: its files, and the admin token that verbs use where SEAWALL_TOKEN is not set [default: ./seawall-data]
+    #[arg(long, global = true, env = "SEAWALL_DATA_DIR", value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// API of the gateway that the verb is for
+    #[arg(long, global = true, env = "SEAWALL_URL", default_value = client::DEFAULT_URL, value_name = "URL")]
+    url: String,
+    /// Print the API's JSON instead of tables
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Run a gateway
+    Serve(ServeArgs),
+    /// Firmware rules: who may not connect
+    #[command(subcommand)]
+    Rules(rules::Rules),
+    /// The registry of devices, and what they do now
+    #[command(subcommand)]
+    Devices(devices::Devices),
+    /// What each firmware version does: connected, refused, repeated, its look-ups
+    Firmware(firmware::Firmware),
+    /// State of the gateway: sessions, admission, database, rules, drain
+    Nodes,
+    /// Send the sessions of a gateway away at a pace, before it leaves
+    #[command(subcommand)]
+    Drain(drain::Drain),
+    /// Follow presence, rules, alarms and messages of devices as they happen
+    Events(events::Events),
+    /// Access tokens for the API
+    #[command(subcommand)]
+    Tokens(tokens::Tokens),
+    /// Firmware version order; needs no gateway
+    #[command(subcommand)]
+    Versions(versions::Versions),
+    /// Who changed what, newest first
+    Audit(audit::Audit),
+    /// Say in words what is wrong with this machine, the configuration and the gateway
+    Doctor(ServeArgs),
+    /// Bring the tables of the database to this version
+    Migrate(ServeArgs),
+}
+
+/// Runs one command line and returns its exit status.
+#[must_use]
+pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    match dispatch(&cli.common, cli.verb) {
+        // Whoever read the output has seen enough.
+        Ok(()) | Err(Failure::OutputClosed) => ExitCode::SUCCESS,
+        Err(Failure::Failed(error)) => complain(&format!("{error:#}"), 1),
+        Err(Failure::WrongUse(problem)) => complain(&problem, 2),
+    }
+}
+
+fn dispatch(common: &Common, verb: Verb) -> Result<(), Failure> {
+    match verb {
+        Verb::Serve(args) => serve::run(common, args),
+        Verb::Rules(verb) => rules::run(&Context::new(common)?, verb),
+        Verb::Devices(verb) => devices::run(common, verb),
+        Verb::Firmware(verb) => firmware::run(&Context::new(common)?, &verb),
+        Verb::Nodes => nodes::run(&Context::new(common)?),
+        Verb::Drain(verb) => drain::run(&Context::new(common)?, &verb),
+        Verb::Events(verb) => events::run(&Context::new(common)?, &verb),
+        Verb::Tokens(verb) => tokens::run(&Context::new(common)?, verb),
+        Verb::Versions(verb) => versions::run(verb),
+        Verb::Audit(verb) => audit::run(&Context::new(common)?, &verb),
+        Verb::Doctor(args) => doctor::run(common, args),
+        Verb::Migrate(args) => migrate::run(common, args),
+    }
+}
+
+/// What an operator's verb works with.
+struct Context {
+    client: Client,
+    json: bool,
+}
+
+impl Context {
+    fn new(common: &Common) -> Result<Self, Failure> {
+        Ok(Self {
+            client: Client::new(&common.url, common.data_dir.as_deref())?,
+            json: common.json,
+        })
+    }
+
+    /// Prints the API's JSON where it was asked for, else what `people` makes of it.
+    fn show(
+        &self,
+        answer: &serde_json::Value,
+        people: impl FnOnce(&serde_json::Value) -> String,
+    ) -> Result<(), Failure> {
+        table::print(&if self.json { table::json(answer) } else { people(answer) })
+    }
+}
+
+/// Why a verb did not do what it was asked.
+#[derive(Debug)]
+enum Failure {
+    /// Refused, unreachable, broken. Exit 1.
+    Failed(anyhow::Error),
+    /// The command line or a setting is wrong. Exit 2.
+    WrongUse(String),
+    /// Nobody reads standard output any more. Exit 0.
+    OutputClosed,
+}
+
+impl Failure {
+    fn failed(problem: impl fmt::Display + fmt::Debug + Send + Sync + 'static) -> Self {
+        Self::Failed(anyhow::Error::msg(problem))
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        if error.kind() == io::ErrorKind::BrokenPipe {
+            Self::OutputClosed
+        } else {
+            Self::Failed(error.into())
+        }
+    }
+}
+
+/// One line on standard error; control characters escaped.
+fn complain(problem: &str, status: u8) -> ExitCode {
+    let line = problem
+        .split('\n')
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
+        .collect::<Vec<_>>()
+        .join(" ");
+    note(&format!("error: {line}"));
+    ExitCode::from(status)
+}
+
+/// A line on standard error for people; nothing is left to do where that fails.
+fn note(line: &str) {
+    let _ = io::Write::write_all(&mut io::stderr(), format!("{}\n", table::text(line)).as_bytes());
+}
+
+/// Help and version as clap prints them; a mistake as one line.
+fn usage(error: &clap::Error) -> ExitCode {
+    use clap::error::ErrorKind;
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            let _ = error.print();
+            ExitCode::SUCCESS
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = error.print();
+            ExitCode::from(2)
+        }
+        _ => {
+            let rendered = error.to_string();
+            let problem = rendered.split("\n\n").next().unwrap_or_default();
+            complain(problem.trim_start_matches("error: "), 2)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

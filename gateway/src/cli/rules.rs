@@ -1,0 +1,475 @@
+//! `seawall rules`: see, preview, add, change and remove firmware rules.
+
+use std::{
+    io::{self, Read},
+    path::PathBuf,
+    time::SystemTime,
+};
+
+use clap::{Args, Subcommand};
+use serde_json::{Map, Value, json};
+
+use super::{
+    Context, Failure,
+    client::{Answer, Method},
+    note, table,
+};
+
+/// Rules on one node; more than this is not asked for.
+const RULES_MAX: usize = 10_000;
+/// Shortest beginning of a rule id that is taken for it.
+const PREFIX_LEN_MIN: usize = 4;
+/// Greatest file for `rules add --file`.
+const FILE_BYTES_MAX: u64 = 64 * 1024;
+
+#[derive(Debug, Subcommand)]
+pub enum Rules {
+    /// Every rule
+    List,
+    /// Add a rule of any effect
+    Add {
+        #[command(flatten)]
+        rule: RuleArgs,
+        /// What matched devices get: block, restrict or throttle
+        #[arg(long, default_value = "block", value_name = "EFFECT")]
+        effect: String,
+        /// enforce, or dry_run to count only
+        #[arg(long, default_value = "enforce", value_name = "MODE")]
+        mode: String,
+        /// Share of the matched devices that is let in all the same
+        #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=100), value_name = "PERCENT")]
+        admit_percent: u8,
+        /// The rule as JSON (`-`: standard input) instead of arguments
+        #[arg(long, value_name = "FILE", conflicts_with_all = ["firmware", "model", "tenant", "reason", "effect", "mode", "admit_percent", "retry_after", "expires", "evict"])]
+        file: Option<PathBuf>,
+    },
+    /// Refuse a range of firmware versions: seawall rules block '>=3.8.0-b3' --reason 'storms'
+    Block {
+        #[command(flatten)]
+        rule: RuleArgs,
+    },
+    /// Remove a rule, named by its id, the beginning of it, or its range
+    Unblock {
+        /// Id, its beginning, or the range as it was given
+        #[arg(value_name = "ID|RANGE")]
+        rule: String,
+        /// Of several rules with that range, the one for this model
+        #[arg(long)]
+        model: Option<String>,
+        /// Of several rules with that range, the one for this tenant
+        #[arg(long)]
+        tenant: Option<String>,
+    },
+    /// What a rule would hit now; adds nothing
+    Preview {
+        #[command(flatten)]
+        rule: RuleArgs,
+    },
+    /// Change a rule; what isn't given stays
+    Edit {
+        /// Id of the rule, or its beginning
+        #[arg(value_name = "ID")]
+        rule: String,
+        /// New range of versions
+        #[arg(long, value_name = "RANGE")]
+        firmware: Option<String>,
+        /// New reason; devices see it
+        #[arg(long)]
+        reason: Option<String>,
+        /// New shortest time before a refused device comes back, as in 15m
+        #[arg(long, value_name = "SPAN", value_parser = span)]
+        retry_after: Option<String>,
+        /// New end: RFC 3339, a span from now as in 2h, or `never`
+        #[arg(long, value_name = "TIME")]
+        expires: Option<String>,
+        /// Close matching sessions too, at a pace
+        #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+        evict: Option<bool>,
+        /// New share of the matched devices that is let in all the same
+        #[arg(long, value_parser = clap::value_parser!(u8).range(0..=100), value_name = "PERCENT")]
+        admit_percent: Option<u8>,
+        /// Do it even if it refuses over 30 % of the connected devices
+        #[arg(long)]
+        confirm: bool,
+    },
+}
+
+/// What a rule matches, and what matched devices are told.
+#[derive(Debug, Args)]
+pub struct RuleArgs {
+    /// Range of versions, as in '>=3.8.0-b3', '3.8.*', '>=3.8,<3.9' or '=(none)'
+    #[arg(value_name = "RANGE")]
+    firmware: Option<String>,
+    /// Only devices of this model
+    #[arg(long)]
+    model: Option<String>,
+    /// Only devices of this tenant
+    #[arg(long)]
+    tenant: Option<String>,
+    /// Why; refused devices and everyone in between can read it
+    #[arg(long)]
+    reason: Option<String>,
+    /// Shortest time before a refused device comes back, as in 15m; it is told up to twice that [default: 15m]
+    #[arg(long, value_name = "SPAN", value_parser = span)]
+    retry_after: Option<String>,
+    /// When the rule ends by itself: RFC 3339, or a span from now as in 2h
+    #[arg(long, value_name = "TIME")]
+    expires: Option<String>,
+    /// Close matching sessions too, at a pace
+    #[arg(long)]
+    evict: bool,
+    /// Do it even if it refuses over 30 % of the connected devices
+    #[arg(long)]
+    confirm: bool,
+}
+
+pub fn run(ctx: &Context, verb: Rules) -> Result<(), Failure> {
+    match verb {
+        Rules::List => ctx.show(&ctx.client.list("/api/v1/rules", &[], RULES_MAX)?, shown_rules),
+        Rules::Add {
+            rule,
+            effect,
+            mode,
+            admit_percent,
+            file,
+        } => {
+            let body = match file {
+                Some(path) => with_confirm(from_file(&path)?, rule.confirm),
+                None => {
+                    let mut body = rule.body(Reason::Needed)?;
+                    body.insert("effect".into(), effect.into());
+                    body.insert("mode".into(), mode.into());
+                    body.insert("admit_percent".into(), admit_percent.into());
+                    body
+                }
+            };
+            add(ctx, body)
+        }
+        Rules::Block { rule } => {
+            let mut body = rule.body(Reason::Needed)?;
+            body.insert("effect".into(), "block".into());
+            add(ctx, body)
+        }
+        Rules::Unblock { rule, model, tenant } => unblock(ctx, &rule, model.as_deref(), tenant.as_deref()),
+        Rules::Preview { rule } => {
+            let mut body = rule.body(Reason::Optional)?;
+            body.insert("effect".into(), "block".into());
+            ctx.show(
+                &ctx.client
+                    .send(Method::Post, "/api/v1/rules/preview", Some(&body.into()))?,
+                shown_preview,
+            )
+        }
+        Rules::Edit {
+            rule,
+            firmware,
+            reason,
+            retry_after,
+            expires,
+            evict,
+            admit_percent,
+            confirm,
+        } => {
+            let rule = find(ctx, &rule, None, None)?;
+            let mut body = Map::new();
+            if let Some(firmware) = firmware {
+                let mut matches = rule
+                    .get("match")
+                    .and_then(Value::as_object)
+                    .cloned()
+                    .unwrap_or_default();
+                matches.insert("firmware".into(), firmware.into());
+                body.insert("match".into(), matches.into());
+            }
+            insert(&mut body, "reason", reason);
+            insert(&mut body, "retry_after", retry_after);
+            match expires.as_deref() {
+                Some("never") => drop(body.insert("expires_at".into(), Value::Null)),
+                Some(time) => drop(body.insert("expires_at".into(), point(time)?.into())),
+                None => {}
+            }
+            insert(&mut body, "evict", evict);
+            insert(&mut body, "admit_percent", admit_percent);
+            if body.is_empty() {
+                return Err(Failure::WrongUse(
+                    "rules edit: name what should change, as in --reason or --expires".into(),
+                ));
+            }
+            let path = format!("/api/v1/rules/{}", id_of(&rule)?);
+            let answer = ctx
+                .client
+                .send_any(Method::Patch, &path, Some(&with_confirm(body, confirm).into()))?;
+            ctx.show(&confirmed(answer)?, |rule| shown_rules(&json!([rule])))
+        }
+    }
+}
+
+/// Whether a rule must say why it is there.
+enum Reason {
+    Needed,
+    Optional,
+}
+
+impl RuleArgs {
+    fn body(self, reason: Reason) -> Result<Map<String, Value>, Failure> {
+        if self.firmware.is_none() && self.model.is_none() && self.tenant.is_none() {
+            return Err(Failure::WrongUse(
+                "name what the rule matches: a RANGE such as '>=3.8.0-b3', --model or --tenant".into(),
+            ));
+        }
+        let reason = match (self.reason, reason) {
+            (None, Reason::Needed) => {
+                return Err(Failure::WrongUse(
+                    "--reason: say why; refused devices and whoever looks after them will read it".into(),
+                ));
+            }
+            (None, Reason::Optional) => "preview".to_owned(),
+            (Some(reason), Reason::Needed | Reason::Optional) => reason,
+        };
+        let mut matches = Map::new();
+        insert(&mut matches, "firmware", self.firmware);
+        insert(&mut matches, "model", self.model);
+        insert(&mut matches, "tenant", self.tenant);
+        let mut body = Map::new();
+        body.insert("match".into(), matches.into());
+        body.insert("reason".into(), reason.into());
+        insert(&mut body, "retry_after", self.retry_after);
+        insert(&mut body, "expires_at", self.expires.as_deref().map(point).transpose()?);
+        body.insert("evict".into(), self.evict.into());
+        Ok(with_confirm(body, self.confirm))
+    }
+}
+
+fn with_confirm(mut body: Map<String, Value>, is_confirmed: bool) -> Map<String, Value> {
+    if is_confirmed {
+        body.insert("confirm".into(), true.into());
+    }
+    body
+}
+
+fn insert(body: &mut Map<String, Value>, key: &str, value: Option<impl Into<Value>>) {
+    if let Some(value) = value {
+        body.insert(key.into(), value.into());
+    }
+}
+
+fn from_file(path: &PathBuf) -> Result<Map<String, Value>, Failure> {
+    let mut text = String::new();
+    let read = if path.as_os_str() == "-" {
+        io::stdin().take(FILE_BYTES_MAX).read_to_string(&mut text)
+    } else {
+        std::fs::File::open(path).and_then(|file| file.take(FILE_BYTES_MAX).read_to_string(&mut text))
+    };
+    read.map_err(|error| Failure::failed(format!("{}: {error}", path.display())))?;
+    serde_json::from_str(&text).map_err(|error| Failure::WrongUse(format!("{}: {error}", path.display())))
+}
+
+fn add(ctx: &Context, body: Map<String, Value>) -> Result<(), Failure> {
+    let answer = ctx.client.send_any(Method::Post, "/api/v1/rules", Some(&body.into()))?;
+    ctx.show(&confirmed(answer)?, |rule| {
+        format!(
+            "{}undo with: seawall rules unblock {}\n",
+            shown_rules(&json!([rule])),
+            table::at(rule, "id")
+        )
+    })
+}
+
+/// The rule; where it asks for confirmation, what it would hit and how to confirm.
+fn confirmed(answer: Answer) -> Result<Value, Failure> {
+    if answer.code() == Some("needs_confirmation") {
+        if let Some(preview) = answer.body.get("preview") {
+            note_lines(&shown_preview(preview));
+        }
+        return Err(Failure::failed(format!(
+            "{}; repeat with --confirm if that is meant",
+            answer.refusal()
+        )));
+    }
+    answer.ok()
+}
+
+fn note_lines(text: &str) {
+    text.lines().for_each(note);
+}
+
+fn unblock(ctx: &Context, named: &str, model: Option<&str>, tenant: Option<&str>) -> Result<(), Failure> {
+    let rule = find(ctx, named, model, tenant)?;
+    let id = id_of(&rule)?;
+    ctx.client.send(Method::Delete, &format!("/api/v1/rules/{id}"), None)?;
+    ctx.show(&rule, |rule| {
+        format!("removed {id}, which matched {}\n", shown_match(rule))
+    })
+}
+
+/// The one rule that an operator named.
+fn find(ctx: &Context, named: &str, model: Option<&str>, tenant: Option<&str>) -> Result<Value, Failure> {
+    let rules = ctx.client.list("/api/v1/rules", &[], RULES_MAX)?;
+    let lower = named.to_ascii_lowercase();
+    let is_beginning = |rule: &Value| {
+        lower.len() >= PREFIX_LEN_MIN
+            && rule
+                .get("id")
+                .and_then(Value::as_str)
+                .is_some_and(|id| id.starts_with(&lower))
+    };
+    let has = |rule: &Value, key: &str, wanted: Option<&str>| {
+        wanted.is_none_or(|wanted| rule.pointer(&format!("/match/{key}")).and_then(Value::as_str) == Some(wanted))
+    };
+    let has_range = |rule: &Value| {
+        rule.pointer("/match/firmware")
+            .and_then(Value::as_str)
+            .is_some_and(|range| same_range(range, named))
+            && has(rule, "model", model)
+            && has(rule, "tenant", tenant)
+    };
+    let found: Vec<&Value> = table::list(&rules)
+        .iter()
+        .filter(|rule| is_beginning(rule) || has_range(rule))
+        .collect();
+    match found.as_slice() {
+        [rule] => Ok((*rule).clone()),
+        [] => Err(Failure::failed(format!("no rule has the id or the range {named}"))),
+        several => {
+            note_lines(&shown_rules(&Value::Array(
+                several.iter().map(|rule| (*rule).clone()).collect(),
+            )));
+            Err(Failure::failed(format!(
+                "{} rules go by {named}: name one by its id",
+                several.len()
+            )))
+        }
+    }
+}
+
+fn same_range(a: &str, b: &str) -> bool {
+    let bare = |text: &str| text.chars().filter(|c| !c.is_whitespace()).collect::<String>();
+    bare(a) == bare(b)
+}
+
+fn id_of(rule: &Value) -> Result<uuid::Uuid, Failure> {
+    rule.get("id")
+        .and_then(Value::as_str)
+        .and_then(|id| id.parse().ok())
+        .ok_or_else(|| Failure::failed("the gateway named a rule without an id"))
+}
+
+/// Text of a span that the API takes, as in `15m`.
+pub fn span(text: &str) -> Result<String, humantime::DurationError> {
+    humantime::parse_duration(text).map(|_| text.to_owned())
+}
+
+/// RFC 3339 from a point in time, or from a span from now.
+fn point(text: &str) -> Result<String, Failure> {
+    let wrong = || {
+        Failure::WrongUse(format!(
+            "--expires: {text}: expected RFC 3339, as in 2026-01-31T12:00:00Z, or a span from now, as in 2h"
+        ))
+    };
+    let time = match humantime::parse_duration(text) {
+        Ok(span) => SystemTime::now().checked_add(span).ok_or_else(wrong)?,
+        Err(_) => humantime::parse_rfc3339_weak(text).map_err(|_| wrong())?,
+    };
+    Ok(humantime::format_rfc3339_seconds(time).to_string())
+}
+
+fn shown_rules(rules: &Value) -> String {
+    let rows = table::list(rules).iter().map(|rule| {
+        vec![
+            table::at(rule, "id"),
+            shown_match(rule),
+            table::at(rule, "effect"),
+            table::at(rule, "mode"),
+            table::at(rule, "retry_after"),
+            table::when(rule, "expires_at"),
+            table::at(rule, "evict"),
+            table::at(rule, "reason"),
+        ]
+    });
+    table::table(
+        &[
+            "ID",
+            "MATCH",
+            "EFFECT",
+            "MODE",
+            "RETRY AFTER",
+            "EXPIRES",
+            "EVICT",
+            "REASON",
+        ],
+        rows,
+    )
+}
+
+fn shown_match(rule: &Value) -> String {
+    let parts = ["firmware", "model", "tenant"].iter().filter_map(|key| {
+        let text = rule.pointer(&format!("/match/{key}"))?.as_str()?;
+        Some(if *key == "firmware" {
+            table::text(text)
+        } else {
+            format!("{key}={}", table::text(text))
+        })
+    });
+    parts.collect::<Vec<_>>().join(" ")
+}
+
+fn shown_preview(preview: &Value) -> String {
+    let figures = preview
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(_, value)| !value.is_array() && !value.is_object());
+    let mut lines: String = figures
+        .map(|(name, value)| format!("{}: {}\n", name.replace('_', " "), table::cell(value)))
+        .collect();
+    for (name, value) in preview.as_object().into_iter().flatten() {
+        match value {
+            Value::Array(rows) if !rows.is_empty() => {
+                let head: Vec<String> = rows[0]
+                    .as_object()
+                    .into_iter()
+                    .flatten()
+                    .map(|(key, _)| key.clone())
+                    .collect();
+                let names: Vec<&str> = head.iter().map(String::as_str).collect();
+                let cells = rows
+                    .iter()
+                    .map(|row| head.iter().map(|key| table::at(row, key)).collect());
+                lines.push_str(&format!(
+                    "\n{}\n{}",
+                    name.replace('_', " "),
+                    table::table(&names, cells)
+                ));
+            }
+            Value::Object(map) => {
+                lines.push_str(&format!("\n{}\n", name.replace('_', " ")));
+                lines.extend(
+                    map.iter()
+                        .map(|(key, value)| format!("  {}: {}\n", table::text(key), table::cell(value))),
+                );
+            }
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => {}
+        }
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn expiry_is_a_point_or_a_span_from_now() {
+        assert_eq!(point("2099-01-31T12:00:00Z").unwrap(), "2099-01-31T12:00:00Z");
+        assert!(point("2h").unwrap() > humantime::format_rfc3339_seconds(SystemTime::now()).to_string());
+        for text in ["tomorrow", "", "99999999999999999999y"] {
+            assert!(matches!(point(text), Err(Failure::WrongUse(_))), "{text}");
+        }
+    }
+
+    #[test]
+    fn ranges_are_the_same_whatever_their_spaces() {
+        assert!(same_range(">= 3.8.0-b3, <3.9", ">=3.8.0-b3,<3.9"));
+        assert!(!same_range(">=3.8.0-b3", ">3.8.0-b3"));
+    }
+}

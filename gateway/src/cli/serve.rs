@@ -1,0 +1,127 @@
+//! `seawall serve`: settings from flags, environment and file, then a gateway until a signal.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::Args;
+
+use super::{Common, Failure};
+use crate::{
+    config::{Config, ConfigError, LogFormat, SettingError},
+    serve::{self, StartError},
+    telemetry,
+};
+
+/// Settings of a gateway; a flag wins over the environment, that over the file, that over the default.
+#[derive(Clone, Debug, Args)]
+pub struct ServeArgs {
+    /// Configuration file (TOML); docs/CONFIG.md tells its settings
+    #[arg(long, env = "SEAWALL_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// postgres://… or sqlite:PATH [default: seawall.db in the data directory]
+    #[arg(long, env = "SEAWALL_DATABASE", value_name = "URL", hide_env_values = true)]
+    database: Option<String>,
+    /// Address for devices [default: 127.0.0.1:8080]
+    #[arg(long, env = "SEAWALL_LISTEN", value_name = "ADDR")]
+    listen: Option<SocketAddr>,
+    /// Address for the API, metrics and health checks [default: 127.0.0.1:8081]
+    #[arg(long, env = "SEAWALL_OPS_LISTEN", value_name = "ADDR")]
+    ops_listen: Option<SocketAddr>,
+    /// Certificate for devices; not available yet
+    #[arg(long, env = "SEAWALL_TLS_CERT", value_name = "FILE")]
+    tls_cert: Option<PathBuf>,
+    /// Key of the certificate; not available yet
+    #[arg(long, env = "SEAWALL_TLS_KEY", value_name = "FILE")]
+    tls_key: Option<PathBuf>,
+    /// Allow an API address outside loopback although tokens then cross the network in clear text
+    #[arg(long)]
+    insecure_ops: bool,
+    /// Memory to plan with, in bytes [default: what the cgroup allows, else what the machine has]
+    #[arg(long, env = "SEAWALL_MAX_MEMORY", value_name = "BYTES")]
+    max_memory: Option<u64>,
+    /// How log lines are written
+    #[arg(long, env = "SEAWALL_LOG_FORMAT", value_name = "FORMAT")]
+    log_format: Option<LogFormat>,
+    /// What is logged: a level, or directives such as info,seawall_gateway::lookup=debug
+    #[arg(long, env = "SEAWALL_LOG_LEVEL", value_name = "LEVEL")]
+    log_level: Option<String>,
+}
+
+impl ServeArgs {
+    /// Reads the file, puts the flags over it, and looks at the whole.
+    ///
+    /// # Errors
+    /// A setting is wrong; the message is one line that names it.
+    pub fn load(&self, data_dir: Option<&PathBuf>) -> Result<Config, ConfigError> {
+        if self.tls_cert.is_some() || self.tls_key.is_some() {
+            return Err(SettingError::new("--tls-cert, --tls-key", "TLS for devices is not available yet").into());
+        }
+        let mut config = self
+            .config
+            .as_deref()
+            .map_or_else(|| Ok(Config::default()), Config::from_file)?;
+        if let Some(url) = &self.database {
+            config.database.url = Some(
+                url.parse()
+                    .map_err(|error| SettingError::new("--database", format!("{error}")))?,
+            );
+        }
+        let Self {
+            listen,
+            ops_listen,
+            max_memory,
+            log_format,
+            log_level,
+            ..
+        } = self.clone();
+        replace(&mut config.server.listen, listen);
+        replace(&mut config.server.data_dir, data_dir.cloned());
+        replace(&mut config.server.max_memory_bytes, max_memory);
+        replace(&mut config.ops.listen, ops_listen);
+        config.ops.insecure |= self.insecure_ops;
+        replace(&mut config.logging.format, log_format);
+        replace(&mut config.logging.level, log_level);
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+fn replace<T>(setting: &mut T, given: Option<T>) {
+    if let Some(given) = given {
+        *setting = given;
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::WrongUse(error.to_string())
+    }
+}
+
+impl From<StartError> for Failure {
+    fn from(error: StartError) -> Self {
+        if error.is_setting() {
+            Self::WrongUse(error.to_string())
+        } else {
+            Self::failed(error)
+        }
+    }
+}
+
+pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
+    let config = args.load(common.data_dir.as_ref())?;
+    let log = telemetry::start(&config.logging)?;
+    let data_dir = common.data_dir.clone();
+    let reload = move || args.load(data_dir.as_ref()).map(|config| config.logging.level);
+    let outcome = runtime()?.block_on(serve::until_signal(config, reload));
+    // The last lines of the log come before the one that says why the process ends.
+    drop(log);
+    Ok(outcome?)
+}
+
+/// A runtime for what a verb does with sockets or a database.
+pub fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    Ok(tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("seawall")
+        .build()?)
+}

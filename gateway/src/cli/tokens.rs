@@ -1,0 +1,64 @@
+//! `seawall tokens`: who may use the API, and as what.
+
+use clap::Subcommand;
+use serde_json::json;
+
+use super::{Context, Failure, client::Method, table};
+
+/// Tokens of one gateway; more than this is not asked for.
+const TOKENS_MAX: usize = 10_000;
+const PATH: &str = "/api/v1/tokens";
+
+#[derive(Debug, Subcommand)]
+pub enum Tokens {
+    /// Make a token; it is shown this once
+    Create {
+        /// Whose it is, or what for
+        name: String,
+        /// viewer reads; operator also changes rules, drains and disconnects; admin also manages devices and tokens
+        #[arg(long, value_parser = ["viewer", "operator", "admin"])]
+        role: String,
+    },
+    /// Every token, without its secret
+    List,
+    /// End a token
+    Revoke { id: uuid::Uuid },
+}
+
+pub fn run(ctx: &Context, verb: Tokens) -> Result<(), Failure> {
+    match verb {
+        Tokens::Create { name, role } => {
+            let answer = ctx
+                .client
+                .send(Method::Post, PATH, Some(&json!({"name": name, "role": role})))?;
+            ctx.show(&answer, |answer| {
+                table::facts(&[
+                    ("id", table::at(answer, "id")),
+                    ("name", table::at(answer, "name")),
+                    ("role", table::at(answer, "role")),
+                    ("token", table::at(answer, "token")),
+                ])
+            })
+        }
+        Tokens::List => ctx.show(&ctx.client.list(PATH, &[], TOKENS_MAX)?, |answer| {
+            let rows = table::list(answer).iter().map(|token| {
+                vec![
+                    table::at(token, "id"),
+                    table::at(token, "name"),
+                    table::at(token, "role"),
+                    table::when(token, "created_at"),
+                    table::when(token, "revoked_at"),
+                ]
+            });
+            table::table(&["ID", "NAME", "ROLE", "CREATED", "REVOKED"], rows)
+        }),
+        Tokens::Revoke { id } => {
+            let answer = ctx.client.send(Method::Delete, &format!("{PATH}/{id}"), None)?;
+            if ctx.json && answer.is_null() {
+                Ok(())
+            } else {
+                ctx.show(&answer, |_| format!("revoked {id}\n"))
+            }
+        }
+    }
+}
