@@ -136,10 +136,11 @@ impl From<sqlx::Error> for StoreError {
 impl From<MigrateError> for StoreError {
     fn from(error: MigrateError) -> Self {
         if let MigrateError::Execute(cause) | MigrateError::ExecuteMigration(cause, _) = error {
-            return match Self::from(cause) {
-                Self::Unexpected(cause) => Self::Migration(cause.to_string(), None),
-                named => named,
+            let error = Self::from(cause);
+            let Self::Unexpected(cause) = error else {
+                return error;
             };
+            return Self::Migration(cause.to_string(), None);
         }
         Self::Migration(error.to_string(), Some(Box::new(error)))
     }
