@@ -1,0 +1,471 @@
+//! The reference device, without its socket: events and `now` in, waits and actions out.
+//!
+//! [`Device`] decides when to connect, what to do with each refusal, frame and close code, and how long to stay away
+//! (contract sections 3 to 5, overload.md section 4). It opens no socket, reads no clock and owns no random source: the
+//! driver runs it on real connections, the simulator ten million of it in virtual time.
+
+mod limits;
+#[cfg(test)]
+mod tests;
+
+use std::time::Duration;
+
+use rand::Rng;
+use seawall_proto::{frame::ServerFrame, refusal::Hint, time::Instant};
+use serde::Deserialize;
+
+pub use self::limits::*;
+use crate::{
+    backoff::{
+        Attempts, BASE, Backoff, CAP_DEFAULT, CAP_MAX, Exponential, FIRST_RETURN_MAX, FirstReturn, Fixed, FullJitter,
+        Hinted, between, up_to,
+    },
+    profile::{FLAPPING_RETURN_MAX, FLAPPING_SESSION, HALF_OPEN_SILENCE, IMMEDIATE, Profile},
+};
+
+/// One device's client machine.
+///
+/// The caller owes it three things: a `handle_*` call for each event, [`handle_timeout`](Self::handle_timeout) once the
+/// time of [`poll_timeout`](Self::poll_timeout) has come, and after each of them [`poll_action`](Self::poll_action) until
+/// it is empty. An event that does not fit the phase (the close of a session that is over) changes nothing.
+#[derive(Debug)]
+pub struct Device {
+    profile: Profile,
+    attempts: Attempts,
+    connect_timeout_ms: u32,
+    backoff_cap_ms: u32,
+    /// 0 until a welcome names it, and for ever in a plain session.
+    heartbeat_ms: u32,
+    phase: Phase,
+    slot: Option<Box<str>>,
+    resume: Option<Box<str>>,
+    action: Option<Action>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Phase {
+    Waiting { until: Instant },
+    Connecting { deadline: Instant },
+    Online(Online),
+    Stopped { code: u16 },
+}
+
+/// A session, as times.
+#[derive(Clone, Copy, Debug)]
+struct Online {
+    since: Instant,
+    /// The gateway was last heard.
+    heard_at: Instant,
+    /// The device last said something, be it the pong that the socket layer sends for each ping.
+    spoke_at: Instant,
+    /// When the profile ends the session by itself.
+    leave_at: Instant,
+    /// When a `reconnect` frame asked the device to come back.
+    return_at: Option<Instant>,
+}
+
+/// What the caller must do now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Open a connection, showing [`Device::slot`] and [`Device::resume`]; then report `handle_connected`,
+    /// `handle_refused` or `handle_failed`.
+    Connect,
+    /// Send `{"type":"heartbeat"}`.
+    SendHeartbeat,
+    /// Send `{"type":"ack","id":…}`.
+    SendAck { id: Box<str> },
+    /// Reset the connection, or give up the attempt under way. Nothing to report: the machine has gone on.
+    Abort,
+}
+
+/// What a device is doing, for counting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Until the time that `poll_timeout` tells.
+    Waiting,
+    Connecting,
+    Online,
+    /// A close code told it not to come back by itself.
+    Stopped {
+        code: u16,
+    },
+}
+
+/// A close frame, as received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CloseFrame<'a> {
+    pub code: u16,
+    pub reason: &'a str,
+}
+
+impl Device {
+    /// A device that makes its first attempt at `first_attempt_at`.
+    #[must_use]
+    pub const fn new(profile: Profile, first_attempt_at: Instant) -> Self {
+        Self {
+            profile,
+            attempts: Attempts::NONE,
+            connect_timeout_ms: CONNECT_TIMEOUT_DEFAULT_MS,
+            backoff_cap_ms: CAP_DEFAULT.as_millis() as u32,
+            heartbeat_ms: 0,
+            phase: Phase::Waiting {
+                until: first_attempt_at,
+            },
+            slot: None,
+            resume: None,
+            action: None,
+        }
+    }
+
+    /// Waits this long for an answer, instead of [`CONNECT_TIMEOUT_DEFAULT_MS`]. 1 ms to 49 days.
+    #[must_use]
+    pub fn with_connect_timeout(mut self, timeout: Duration) -> Self {
+        self.connect_timeout_ms = millis(timeout).max(1);
+        self
+    }
+
+    #[must_use]
+    pub const fn profile(&self) -> Profile {
+        self.profile
+    }
+
+    #[must_use]
+    pub const fn state(&self) -> State {
+        match self.phase {
+            Phase::Waiting { .. } => State::Waiting,
+            Phase::Connecting { .. } => State::Connecting,
+            Phase::Online(_) => State::Online,
+            Phase::Stopped { code } => State::Stopped { code },
+        }
+    }
+
+    /// The slot token to show at the next attempt (header `Seawall-Slot`).
+    #[must_use]
+    pub fn slot(&self) -> Option<&str> {
+        self.slot.as_deref()
+    }
+
+    /// The resume token to show at the next attempt (header `Seawall-Resume`).
+    #[must_use]
+    pub fn resume(&self) -> Option<&str> {
+        self.resume.as_deref()
+    }
+
+    /// Attempts and unstable sessions since the last stable one.
+    #[must_use]
+    pub const fn attempts(&self) -> u8 {
+        self.attempts.get()
+    }
+
+    /// When [`handle_timeout`](Self::handle_timeout) has something to do. `None`: nothing but an event can move the device.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        match &self.phase {
+            Phase::Waiting { until } => Some(*until),
+            Phase::Connecting { deadline } => Some(*deadline),
+            Phase::Online(online) => {
+                let due = online
+                    .leave_at
+                    .min(self.silence_ends(online))
+                    .min(self.heartbeat_due(online));
+                (due != Instant::FAR_FUTURE).then_some(due)
+            }
+            Phase::Stopped { .. } => None,
+        }
+    }
+
+    /// What is to be done. At most one action waits at a time.
+    pub const fn poll_action(&mut self) -> Option<Action> {
+        self.action.take()
+    }
+
+    /// The time of [`poll_timeout`](Self::poll_timeout) has come. Does nothing where it has not.
+    pub fn handle_timeout(&mut self, now: Instant, rng: &mut impl Rng) {
+        match self.phase {
+            Phase::Waiting { until } if until <= now => {
+                self.phase = Phase::Connecting {
+                    deadline: now + Duration::from_millis(self.connect_timeout_ms.into()),
+                };
+                self.act(Action::Connect);
+            }
+            Phase::Connecting { deadline } if deadline <= now => {
+                self.act(Action::Abort);
+                self.handle_failed(now, rng);
+            }
+            Phase::Online(online) => self.handle_online_timeout(online, now, rng),
+            Phase::Waiting { .. } | Phase::Connecting { .. } | Phase::Stopped { .. } => {}
+        }
+    }
+
+    /// The gateway refused the attempt, with a hint or without one.
+    pub fn handle_refused(&mut self, hint: Option<Hint>, now: Instant, rng: &mut impl Rng) {
+        if !matches!(self.phase, Phase::Connecting { .. }) {
+            return;
+        }
+        match hint.filter(|_| self.profile.obeys_hints()) {
+            Some(hint) => {
+                // A refusal without a slot takes none away: the one before keeps its seniority at other nodes.
+                self.slot = hint.slot.or(self.slot.take());
+                let mut policy = Hinted {
+                    attempts: &mut self.attempts,
+                    hint: hint.after,
+                };
+                let wait = policy.next_backoff();
+                self.wait(wait, now);
+            }
+            None => self.handle_failed(now, rng),
+        }
+    }
+
+    /// The attempt got no answer: refused by the network, reset, timed out, not HTTP.
+    pub fn handle_failed(&mut self, now: Instant, rng: &mut impl Rng) {
+        if !matches!(self.phase, Phase::Connecting { .. }) {
+            return;
+        }
+        let (attempts, cap) = (&mut self.attempts, Duration::from_millis(self.backoff_cap_ms.into()));
+        let wait = match self.profile {
+            Profile::Fixed { seconds } => Fixed(Duration::from_secs(seconds.into())).next_backoff(),
+            Profile::Immediate => Fixed(IMMEDIATE).next_backoff(),
+            Profile::ExponentialNoJitter => Exponential { attempts, cap }.next_backoff(),
+            Profile::WellBehaved
+            | Profile::IgnoresHints
+            | Profile::SlowReader
+            | Profile::HalfOpen
+            | Profile::Flapping
+            | Profile::DuplicateId => FullJitter { attempts, cap, rng }.next_backoff(),
+        };
+        self.wait(wait, now);
+    }
+
+    /// The gateway answered 101.
+    pub fn handle_connected(&mut self, now: Instant, rng: &mut impl Rng) {
+        if !matches!(self.phase, Phase::Connecting { .. }) {
+            return;
+        }
+        self.slot = None;
+        self.heartbeat_ms = 0;
+        let leave_at = match self.profile {
+            Profile::HalfOpen => now + HALF_OPEN_SILENCE,
+            Profile::Flapping => now + between(FLAPPING_SESSION.0, FLAPPING_SESSION.1, rng),
+            Profile::WellBehaved
+            | Profile::Fixed { .. }
+            | Profile::Immediate
+            | Profile::IgnoresHints
+            | Profile::ExponentialNoJitter
+            | Profile::SlowReader
+            | Profile::DuplicateId => Instant::FAR_FUTURE,
+        };
+        self.phase = Phase::Online(Online {
+            since: now,
+            heard_at: now,
+            spoke_at: now,
+            leave_at,
+            return_at: None,
+        });
+    }
+
+    /// A text frame came. One that this version does not know says no more than that the gateway lives.
+    pub fn handle_text(&mut self, text: &str, now: Instant) {
+        let Phase::Online(online) = &mut self.phase else {
+            return;
+        };
+        online.heard_at = now;
+        match ServerFrame::parse(text) {
+            Some(ServerFrame::Welcome {
+                heartbeat_ms,
+                backoff_cap_ms,
+                resume,
+                ..
+            }) => {
+                self.heartbeat_ms = clamp_ms(heartbeat_ms, HEARTBEAT_MIN, HEARTBEAT_MAX);
+                self.backoff_cap_ms = clamp_ms(backoff_cap_ms, BASE, CAP_MAX);
+                if let Some(resume) = resume {
+                    self.resume = Some(resume.into());
+                }
+            }
+            Some(ServerFrame::Resume { token }) => self.resume = Some(token.into()),
+            Some(ServerFrame::Message { id, .. }) => {
+                online.spoke_at = now;
+                self.act(Action::SendAck { id: id.into() });
+            }
+            Some(ServerFrame::Reconnect { after_ms, slot, .. }) if self.profile.obeys_hints() => {
+                online.return_at = Some(now + Duration::from_millis(after_ms));
+                self.slot = slot.map(Box::from);
+            }
+            // A real device would start its update here; close 4000 with the hint follows either way.
+            Some(ServerFrame::Update { .. }) => {}
+            Some(ServerFrame::Reconnect { .. } | ServerFrame::Ack { .. } | ServerFrame::Error { .. }) | None => {}
+        }
+    }
+
+    /// A ping came, and the socket layer answers it: both ends have spoken.
+    pub const fn handle_ping(&mut self, now: Instant) {
+        if let Phase::Online(online) = &mut self.phase {
+            online.heard_at = now;
+            online.spoke_at = now;
+        }
+    }
+
+    /// The session has ended, with a close frame or (`None`) without one.
+    pub fn handle_closed(&mut self, frame: Option<CloseFrame<'_>>, now: Instant, rng: &mut impl Rng) {
+        let Phase::Online(online) = self.phase else {
+            return;
+        };
+        self.count_session(&online, now);
+        if !self.profile.obeys_hints() {
+            return self.return_by_itself(now, rng);
+        }
+        match frame.map_or(0, |frame| frame.code) {
+            CODE_REPLACED if self.profile.yields_to_newer_session() => {
+                self.slot = None;
+                let (least, most) = REPLACED_WAIT;
+                self.wait(Some(between(least, most, rng)), now);
+            }
+            code @ 4501..=4999 => {
+                (self.slot, self.resume) = (None, None);
+                self.phase = Phase::Stopped { code };
+            }
+            code => {
+                let reason = frame
+                    .filter(|_| code == CODE_RESTART || (4000..=4499).contains(&code))
+                    .and_then(|frame| serde_json::from_str::<CloseReason>(frame.reason).ok());
+                self.return_as_told(reason, online.return_at, now, rng);
+            }
+        }
+    }
+
+    /// The device itself starts anew, as after an update: its connection is gone, and what it kept in memory too. It is
+    /// back within [`FIRST_RETURN_MAX`]. A stopped device stays stopped.
+    pub fn handle_restart(&mut self, now: Instant, rng: &mut impl Rng) {
+        match self.phase {
+            Phase::Stopped { .. } => return,
+            Phase::Connecting { .. } | Phase::Online(_) => self.act(Action::Abort),
+            Phase::Waiting { .. } => {}
+        }
+        self.attempts.reset();
+        (self.slot, self.resume) = (None, None);
+        self.wait(Some(up_to(FIRST_RETURN_MAX, rng)), now);
+    }
+
+    fn handle_online_timeout(&mut self, online: Online, now: Instant, rng: &mut impl Rng) {
+        if online.leave_at <= now || self.silence_ends(&online) <= now {
+            self.act(Action::Abort);
+            self.handle_closed(None, now, rng);
+        } else if self.heartbeat_due(&online) <= now {
+            self.phase = Phase::Online(Online {
+                spoke_at: now,
+                ..online
+            });
+            self.act(Action::SendHeartbeat);
+        }
+    }
+
+    /// A close's own hint goes before the `reconnect` frame's, which goes before the device's own backoff.
+    fn return_as_told(
+        &mut self,
+        reason: Option<CloseReason>,
+        return_at: Option<Instant>,
+        now: Instant,
+        rng: &mut impl Rng,
+    ) {
+        let (hint_ms, slot) = reason.map_or((None, None), |reason| (reason.retry_after_ms, reason.slot));
+        self.slot = slot.or(self.slot.take());
+        let hint = hint_ms
+            .map(Duration::from_millis)
+            .or_else(|| return_at.map(|at| at.saturating_since(now)));
+        let Some(hint) = hint else {
+            return self.return_by_itself(now, rng);
+        };
+        // The session has been counted: this wait counts in a copy.
+        let mut attempts = self.attempts;
+        let mut policy = Hinted {
+            attempts: &mut attempts,
+            hint,
+        };
+        let wait = policy.next_backoff();
+        self.wait(wait, now);
+    }
+
+    /// Back from a session that ended without a hint, or from one whose hint this profile does not know.
+    fn return_by_itself(&mut self, now: Instant, rng: &mut impl Rng) {
+        let (attempts, cap) = (self.attempts, Duration::from_millis(self.backoff_cap_ms.into()));
+        let wait = match self.profile {
+            Profile::Fixed { seconds } => Fixed(Duration::from_secs(seconds.into())).next_backoff(),
+            Profile::Immediate => Fixed(IMMEDIATE).next_backoff(),
+            Profile::ExponentialNoJitter => {
+                let mut attempts = attempts;
+                Exponential {
+                    attempts: &mut attempts,
+                    cap,
+                }
+                .next_backoff()
+            }
+            Profile::Flapping => Some(up_to(FLAPPING_RETURN_MAX, rng)),
+            Profile::WellBehaved
+            | Profile::IgnoresHints
+            | Profile::SlowReader
+            | Profile::HalfOpen
+            | Profile::DuplicateId => FirstReturn { attempts, cap, rng }.next_backoff(),
+        };
+        self.wait(wait, now);
+    }
+
+    /// Only a session of a minute proves that the way is free; a shorter one counts as one more attempt.
+    fn count_session(&mut self, online: &Online, now: Instant) {
+        if now.saturating_since(online.since) >= STABLE {
+            self.attempts.reset();
+        } else {
+            self.attempts.count();
+        }
+    }
+
+    /// No policy here ever gives up (`None`); one that did would leave the device at its cap.
+    fn wait(&mut self, wait: Option<Duration>, now: Instant) {
+        let wait = wait.unwrap_or(Duration::from_millis(self.backoff_cap_ms.into()));
+        self.phase = Phase::Waiting { until: now + wait };
+    }
+
+    fn heartbeat_due(&self, online: &Online) -> Instant {
+        if self.heartbeat_ms == 0 || self.profile.is_silent() {
+            return Instant::FAR_FUTURE;
+        }
+        let heartbeat = Duration::from_millis(self.heartbeat_ms.into());
+        online.spoke_at + heartbeat + heartbeat / HEARTBEAT_SLACK_DIVISOR
+    }
+
+    fn silence_ends(&self, online: &Online) -> Instant {
+        if self.profile.is_silent() {
+            return Instant::FAR_FUTURE;
+        }
+        let heartbeat = match self.heartbeat_ms {
+            0 => HEARTBEAT_DEFAULT,
+            heartbeat_ms => Duration::from_millis(heartbeat_ms.into()),
+        };
+        online.heard_at + (heartbeat * HEARTBEATS_MISSED_MAX).max(SILENCE_MIN)
+    }
+
+    fn act(&mut self, action: Action) {
+        debug_assert!(
+            self.action.is_none(),
+            "poll_action was not drained after the last event"
+        );
+        self.action = Some(action);
+    }
+}
+
+/// The reason of 1012 and of 4000 to 4499. A text that is none of these is no hint.
+#[derive(Deserialize)]
+struct CloseReason {
+    #[serde(default)]
+    retry_after_ms: Option<u64>,
+    #[serde(default)]
+    slot: Option<Box<str>>,
+}
+
+fn clamp_ms(ms: u64, least: Duration, most: Duration) -> u32 {
+    millis(Duration::from_millis(ms).clamp(least, most))
+}
+
+fn millis(span: Duration) -> u32 {
+    u32::try_from(span.as_millis()).unwrap_or(u32::MAX)
+}
