@@ -1,12 +1,19 @@
 //! `seawall audit`: who changed what, and when.
 
-use clap::Args;
-use serde_json::Value;
-
 use super::{Context, Failure, note, table};
+use clap::Args;
 
 /// Lines that one listing shows at most.
 const LIST_MAX: u64 = 100_000;
+
+const COLUMNS: [(&str, &str); 6] = [
+    ("AT", "at"),
+    ("ACTOR", "actor"),
+    ("ACTION", "action"),
+    ("SUBJECT", "subject"),
+    ("BEFORE", "before"),
+    ("AFTER", "after"),
+];
 
 #[derive(Debug, Args)]
 pub struct Audit {
@@ -22,23 +29,9 @@ pub fn run(ctx: &Context, args: &Audit) -> Result<(), Failure> {
     let query: Vec<_> = args.cursor.iter().map(|cursor| ("cursor", cursor.clone())).collect();
     let limit = usize::try_from(args.limit).unwrap_or(usize::MAX);
     let answer = ctx.client.list("/api/v1/audit", &query, limit)?;
-    ctx.show(&answer, shown)?;
+    ctx.show(&answer, |answer| table::items(answer, &COLUMNS))?;
     if !ctx.json && !answer["next_cursor"].is_null() {
         note(&format!("more: --cursor {}", table::at(&answer, "next_cursor")));
     }
     Ok(())
-}
-
-fn shown(answer: &Value) -> String {
-    let rows = table::list(answer).iter().map(|line| {
-        vec![
-            table::when(line, "at"),
-            table::at(line, "actor"),
-            table::at(line, "action"),
-            table::at(line, "subject"),
-            table::at(line, "before"),
-            table::at(line, "after"),
-        ]
-    });
-    table::table(&["AT", "ACTOR", "ACTION", "SUBJECT", "BEFORE", "AFTER"], rows)
 }

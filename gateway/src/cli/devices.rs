@@ -22,6 +22,16 @@ const LIST_MAX: usize = 1_000_000;
 /// Bad lines of an import that are shown; the API reports no more.
 const BAD_LINES_SHOWN: usize = 100;
 
+const COLUMNS: [(&str, &str); 7] = [
+    ("ID", "id"),
+    ("TENANT", "tenant"),
+    ("MODEL", "model"),
+    ("FIRMWARE", "firmware"),
+    ("STATE", "state"),
+    ("PRESENCE", "presence.state"),
+    ("SINCE", "presence.since"),
+];
+
 #[derive(Debug, Subcommand)]
 pub enum Devices {
     /// Registered devices
@@ -155,23 +165,7 @@ fn rows(text: &str) -> Result<usize, String> {
 
 fn list(ctx: &Context, query: &[(&str, String)], limit: usize) -> Result<(), Failure> {
     let answer = ctx.client.list("/api/v1/devices", query, limit)?;
-    ctx.show(&answer, |answer| {
-        let rows = table::list(answer).iter().map(|device| {
-            vec![
-                table::at(device, "id"),
-                table::at(device, "tenant"),
-                table::at(device, "model"),
-                table::at(device, "firmware"),
-                table::at(device, "state"),
-                table::at(device, "presence.state"),
-                table::when(device, "presence.since"),
-            ]
-        });
-        table::table(
-            &["ID", "TENANT", "MODEL", "FIRMWARE", "STATE", "PRESENCE", "SINCE"],
-            rows,
-        )
-    })?;
+    ctx.show(&answer, |answer| table::items(answer, &COLUMNS))?;
     if !ctx.json && !answer["next_cursor"].is_null() {
         note(&format!("more: --cursor {}", table::at(&answer, "next_cursor")));
     }
@@ -186,23 +180,19 @@ fn shown(device: &Value) -> String {
         ("firmware", table::at(device, "firmware")),
         ("state", table::at(device, "state")),
         ("presence", table::at(device, "presence.state")),
-        ("since", table::when(device, "presence.since")),
-        ("as of", table::when(device, "presence.as_of")),
+        ("since", table::at(device, "presence.since")),
+        ("as of", table::at(device, "presence.as_of")),
         ("node", table::at(device, "presence.node")),
         ("reason", table::at(device, "presence.reason")),
-        ("created", table::when(device, "created_at")),
-        ("updated", table::when(device, "updated_at")),
+        ("created", table::at(device, "created_at")),
+        ("updated", table::at(device, "updated_at")),
     ]);
-    let attempts = device.get("attempts").map(table::list).unwrap_or_default().iter();
-    let rows = attempts.map(|attempt| {
-        vec![
-            table::when(attempt, "at"),
-            table::at(attempt, "outcome"),
-            table::at(attempt, "firmware"),
-        ]
-    });
     lines.push_str("\nlast connection attempts\n");
-    lines.push_str(&table::table(&["AT", "OUTCOME", "FIRMWARE"], rows));
+    let attempts = device.get("attempts").unwrap_or(&Value::Null);
+    lines.push_str(&table::items(
+        attempts,
+        &[("AT", "at"), ("OUTCOME", "outcome"), ("FIRMWARE", "firmware")],
+    ));
     lines
 }
 

@@ -269,7 +269,7 @@ fn token_holder(node: &Value, findings: &mut Findings) {
     if !matches!(state.as_str(), "available" | "up" | "ok" | "-") {
         findings.wrong(format!(
             "database: the gateway says it is {state} since {}",
-            table::when(node, "database.since")
+            table::at(node, "database.since")
         ));
     }
     let drain = table::at(node, "drain.state");

@@ -92,11 +92,7 @@ fn shown(ctx: &Context, event: &Event) -> String {
     } else {
         table::cell(&data)
     };
-    format!(
-        "{}  {:10}  {facts}\n",
-        table::when(&data, "at"),
-        table::text(&event.name)
-    )
+    format!("{}  {:10}  {facts}\n", table::at(&data, "at"), table::text(&event.name))
 }
 
 /// The next event of a stream of server-sent events; `None` at its end.

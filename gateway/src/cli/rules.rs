@@ -381,7 +381,7 @@ fn shown_rules(rules: &Value) -> String {
             table::at(rule, "effect"),
             table::at(rule, "mode"),
             table::at(rule, "retry_after"),
-            table::when(rule, "expires_at"),
+            table::at(rule, "expires_at"),
             table::at(rule, "evict"),
             table::at(rule, "reason"),
         ]

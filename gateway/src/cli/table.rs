@@ -38,28 +38,25 @@ pub fn cell(value: &Value) -> String {
     }
 }
 
-/// The value at a path like `presence.state`, as one cell.
+/// The value at a path like `presence.state`, as one cell. Times are text, whether the API tells them as text or as
+/// milliseconds since 1970.
 pub fn at(value: &Value, path: &str) -> String {
-    cell(
-        path.split('.')
-            .try_fold(value, |value, key| value.get(key))
-            .unwrap_or(&Value::Null),
-    )
-}
-
-/// A time at a path, whether the API tells it as text or as milliseconds since 1970.
-pub fn when(value: &Value, path: &str) -> String {
-    match path
+    let found = path
         .split('.')
         .try_fold(value, |value, key| value.get(key))
-        .and_then(Value::as_u64)
-    {
-        Some(unix_ms) => UNIX_EPOCH.checked_add(Duration::from_millis(unix_ms)).map_or_else(
+        .unwrap_or(&Value::Null);
+    match found.as_u64() {
+        Some(unix_ms) if is_time(path) => UNIX_EPOCH.checked_add(Duration::from_millis(unix_ms)).map_or_else(
             || unix_ms.to_string(),
             |time| humantime::format_rfc3339_seconds(time).to_string(),
         ),
-        None => at(value, path),
+        Some(_) | None => cell(found),
     }
+}
+
+fn is_time(path: &str) -> bool {
+    let key = path.rsplit('.').next().unwrap_or(path);
+    matches!(key, "at" | "since" | "as_of") || key.ends_with("_at")
 }
 
 /// Rows under a head, aligned, without borders; a line in words where there are none. Cells must be escaped already.

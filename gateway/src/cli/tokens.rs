@@ -41,16 +41,16 @@ pub fn run(ctx: &Context, verb: Tokens) -> Result<(), Failure> {
             })
         }
         Tokens::List => ctx.show(&ctx.client.list(PATH, &[], TOKENS_MAX)?, |answer| {
-            let rows = table::list(answer).iter().map(|token| {
-                vec![
-                    table::at(token, "id"),
-                    table::at(token, "name"),
-                    table::at(token, "role"),
-                    table::when(token, "created_at"),
-                    table::when(token, "revoked_at"),
-                ]
-            });
-            table::table(&["ID", "NAME", "ROLE", "CREATED", "REVOKED"], rows)
+            table::items(
+                answer,
+                &[
+                    ("ID", "id"),
+                    ("NAME", "name"),
+                    ("ROLE", "role"),
+                    ("CREATED", "created_at"),
+                    ("REVOKED", "revoked_at"),
+                ],
+            )
         }),
         Tokens::Revoke { id } => {
             let answer = ctx.client.send(Method::Delete, &format!("{PATH}/{id}"), None)?;

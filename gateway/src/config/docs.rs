@@ -1,1 +1,176 @@
-//! docs/CONFIG.md, made from the sections.
+//! docs/CONFIG.md, made from the sections: nothing in it is written twice.
+
+use std::fmt::Write;
+
+use super::{
+    Config, Database, Drain, Events, Limits, Logging, Ops, RulesSync, Server, Session,
+    section::{Field, Section},
+};
+
+const HEAD: &str = "\
+# Configuration
+
+<!-- Generated from gateway/src/config; `UPDATE=1 cargo test -p seawall-gateway --lib config` writes it anew. -->
+
+`seawall serve --config FILE` reads a TOML file with the sections below; `SEAWALL_CONFIG` names one too. Every setting has a
+default that a gateway can run with in production, so that an empty file, or none, is a valid configuration. A flag wins
+over the environment, the environment over the file, the file over the default.
+
+A setting that is unknown, of the wrong kind or out of its bounds stops the start with one line that names it, exit 2.
+`seawall doctor` looks at a configuration without starting anything.
+
+SIGHUP makes a running gateway read `logging.level` again; every other setting needs a restart.
+
+```toml
+[server]
+listen = \"0.0.0.0:8080\"
+data_dir = \"/var/lib/seawall\"
+
+[database]
+url = \"postgres://seawall:secret@db.example/seawall\"
+
+[identity]
+device_header = \"X-Device-Id\"
+firmware_query = \"fw\"
+```
+";
+
+/// The whole text of docs/CONFIG.md.
+#[must_use]
+pub fn markdown() -> String {
+    let defaults = toml::Table::try_from(Config::default()).unwrap_or_default();
+    let mut text = HEAD.to_owned();
+    for section in sections() {
+        let values = defaults.get(section.name).and_then(toml::Value::as_table);
+        // Writing to a text never fails.
+        let _ = write!(
+            text,
+            "\n## `[{}]`\n\n{}\n\n| setting | default | allowed | |\n|---|---|---|---|\n",
+            section.name, section.text
+        );
+        for field in &section.fields {
+            let default = values.and_then(|values| values.get(field.name));
+            let _ = writeln!(
+                text,
+                "| `{}` | {} | {} | {} |",
+                field.name,
+                default.map_or_else(|| "not given".to_owned(), |value| shown(value, field.unit)),
+                allowed(field),
+                field.text.replace('|', "\\|")
+            );
+        }
+    }
+    text
+}
+
+/// Every section, in the order of [`Config`].
+fn sections() -> Vec<Section> {
+    vec![
+        Server::describe(),
+        Ops::describe(),
+        Database::describe(),
+        identity(),
+        Limits::describe(),
+        Session::describe(),
+        RulesSync::describe(),
+        Events::describe(),
+        Drain::describe(),
+        Logging::describe(),
+    ]
+}
+
+fn shown(value: &toml::Value, unit: &str) -> String {
+    if unit.is_empty() {
+        format!("`{value}`")
+    } else {
+        format!("`{value}` {unit}")
+    }
+}
+
+fn allowed(field: &Field) -> String {
+    field
+        .bounds
+        .as_ref()
+        .map_or_else(String::new, |bounds| format!("{} to {}", bounds.start(), bounds.end()))
+}
+
+/// `[identity]` is policy: its struct lives in `seawall_proto`, its rows here.
+fn identity() -> Section {
+    let field = |name, text: &str| Field {
+        name,
+        text: text.to_owned(),
+        unit: "",
+        bounds: None,
+    };
+    Section {
+        name: "identity",
+        text: "Where this fleet puts its identity: firmware in the field can't be changed, so the names can. Each setting \
+               replaces the default name of a header (any letter case) or of a query parameter (exact); 1 to 64 bytes."
+            .to_owned(),
+        fields: vec![
+            field("device_header", "Header with the device id."),
+            field("device_query", "Query parameter with the device id."),
+            field("firmware_header", "Header with the firmware version."),
+            field("firmware_query", "Query parameter with the firmware version."),
+            field("model_header", "Header with the model."),
+            field("model_query", "Query parameter with the model."),
+            field("tenant_header", "Header with the tenant that the device claims."),
+            field("tenant_query", "Query parameter with the tenant that the device claims."),
+            field("resume_header", "Header with the resume token."),
+            field("slot_header", "Header with the reconnect slot, in requests and refusals."),
+        ],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, fs, path::Path};
+
+    use super::*;
+
+    #[test]
+    fn config_page_says_what_the_code_says() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/CONFIG.md");
+
+        if std::env::var_os("UPDATE").is_some() {
+            fs::write(&path, markdown()).unwrap();
+        }
+
+        let page = fs::read_to_string(&path).unwrap_or_default();
+        assert!(
+            page == markdown(),
+            "docs/CONFIG.md is not what the code says: run this test with UPDATE=1"
+        );
+    }
+
+    #[test]
+    fn every_setting_is_on_the_page() {
+        let mut config = Config::default();
+        config.server.node = Some("n".into());
+        config.database.url = Some("sqlite:x".parse().unwrap());
+        config.limits.connections_per_address_max = Some(1);
+        config.limits.handshakes_per_second_per_address_max = Some(1);
+
+        let settings: BTreeSet<String> = toml::Table::try_from(config)
+            .unwrap()
+            .iter()
+            .flat_map(|(section, keys)| {
+                keys.as_table()
+                    .unwrap()
+                    .keys()
+                    .map(move |key| format!("{section}.{key}"))
+            })
+            .collect();
+        let described: BTreeSet<String> = sections()
+            .iter()
+            .flat_map(|section| {
+                section
+                    .fields
+                    .iter()
+                    .map(|field| format!("{}.{}", section.name, field.name))
+            })
+            .collect();
+
+        assert_eq!(settings, described);
+    }
+}
