@@ -4,6 +4,8 @@
 //! counting on the way of a device is one atomic addition. The per-cohort series are rendered by [`crate::cohorts`], because their label
 //! set changes while the process runs.
 
+use std::cell::RefCell;
+
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder, SharedString, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use seawall_proto::refusal::Code;
@@ -22,6 +24,7 @@ const HINT_BUCKETS_SECONDS: [f64; 12] = [
 /// Handles of all metrics with a fixed label set.
 pub struct Metrics {
     handle: PrometheusHandle,
+    catalog: Vec<Definition>,
     /// Live WebSocket sessions.
     pub sessions: Gauge,
     /// TCP connections that never became a request, by what became of them.
@@ -125,12 +128,16 @@ impl Metrics {
             .and_then(|builder| builder.set_buckets(&WAIT_BUCKETS_SECONDS))
             .expect("bucket lists are constant and not empty")
             .build_recorder();
-        let names = Names { recorder: &recorder };
+        let names = Names {
+            recorder: &recorder,
+            catalog: RefCell::default(),
+        };
         let mut handshake_outcomes = vec!["admitted", "restricted", "abandoned"];
         handshake_outcomes.extend(Code::ALL.iter().map(|code| code.as_str()));
 
-        Self {
+        let mut metrics = Self {
             handle: recorder.handle(),
+            catalog: Vec::new(),
             sessions: names.gauge("seawall_sessions", "Live WebSocket sessions."),
             connections: names.family(
                 "seawall_connections_total",
@@ -234,13 +241,41 @@ impl Metrics {
                 "buffer",
                 &BUFFERS,
             ),
-        }
+        };
+        metrics.catalog = names.catalog.into_inner();
+        metrics
     }
 
     /// Text of `/metrics`, in the Prometheus exposition format.
     #[must_use]
     pub fn render(&self) -> String {
         self.handle.render()
+    }
+
+    /// docs/METRICS.md.
+    #[must_use]
+    pub fn document(&self) -> String {
+        let mut text = String::from(DOCUMENT_HEAD);
+        let mut rows: Vec<&Definition> = self.catalog.iter().chain(&COHORT_SERIES).collect();
+        rows.sort_by_key(|row| row.name);
+        for row in rows {
+            let labels: Vec<String> = row
+                .labels
+                .iter()
+                .map(|(label, values)| match values.as_slice() {
+                    [] => format!("`{label}`"),
+                    values => format!("`{label}`: {}", values.join(", ")),
+                })
+                .collect();
+            text.push_str(&format!(
+                "| `{}` | {} | {} | {} |\n",
+                row.name,
+                row.kind,
+                row.help,
+                labels.join("; ")
+            ));
+        }
+        text
     }
 
     /// Folds histogram samples together. To be called every few seconds: the exporter keeps each sample until then.
@@ -254,6 +289,41 @@ impl Default for Metrics {
         Self::new()
     }
 }
+
+/// One metric, as docs/METRICS.md shows it.
+struct Definition {
+    name: &'static str,
+    kind: &'static str,
+    help: &'static str,
+    labels: Vec<(&'static str, Vec<&'static str>)>,
+}
+
+/// What [`crate::cohorts`] renders.
+static COHORT_SERIES: [Definition; 2] = [
+    Definition {
+        name: "seawall_cohort_sessions",
+        kind: "gauge",
+        help: "Live sessions. `cohort` is model/version, escaped, at most 64 bytes; at most 50 of them, the rest as `other`.",
+        labels: Vec::new(),
+    },
+    Definition {
+        name: "seawall_cohort_handshakes_total",
+        kind: "counter",
+        help: "Connect attempts. `cohort` as above, `outcome` as for `seawall_handshakes_total`.",
+        labels: Vec::new(),
+    },
+];
+
+const DOCUMENT_HEAD: &str = "\
+<!-- Made from gateway/src/metrics.rs by its test; UPDATE=1 cargo test -p seawall-gateway metrics writes it anew. -->
+# Metrics
+
+`GET /metrics` on the ops listener, in the Prometheus exposition format, without a token. Base units; label sets are closed: a device id, an
+address or a raw firmware text is never a label. Histograms have fixed buckets, so that they can be summed over nodes.
+
+| name | kind | what | labels |
+|---|---|---|---|
+";
 
 /// One counter for each value of a closed label.
 pub struct Family(Box<[(&'static str, Counter)]>);
@@ -289,10 +359,32 @@ impl GaugeFamily {
 
 struct Names<'a> {
     recorder: &'a PrometheusRecorder,
+    catalog: RefCell<Vec<Definition>>,
 }
 
 impl Names<'_> {
+    fn define(
+        &self,
+        name: &'static str,
+        kind: &'static str,
+        help: &'static str,
+        labels: &[(&'static str, &[&'static str])],
+    ) {
+        let labels = labels.iter().map(|(label, values)| (*label, values.to_vec())).collect();
+        let mut catalog = self.catalog.borrow_mut();
+        match catalog.iter_mut().find(|row| row.name == name) {
+            Some(row) => merge(&mut row.labels, labels),
+            None => catalog.push(Definition {
+                name,
+                kind,
+                help,
+                labels,
+            }),
+        }
+    }
+
     fn counter(&self, name: &'static str, help: &'static str) -> Counter {
+        self.define(name, "counter", help, &[]);
         self.recorder
             .describe_counter(KeyName::from_const_str(name), None, SharedString::const_str(help));
         let counter = self.recorder.register_counter(&Key::from_static_name(name), &METADATA);
@@ -301,6 +393,7 @@ impl Names<'_> {
     }
 
     fn gauge(&self, name: &'static str, help: &'static str) -> Gauge {
+        self.define(name, "gauge", help, &[]);
         self.recorder
             .describe_gauge(KeyName::from_const_str(name), None, SharedString::const_str(help));
         let gauge = self.recorder.register_gauge(&Key::from_static_name(name), &METADATA);
@@ -309,6 +402,7 @@ impl Names<'_> {
     }
 
     fn histogram(&self, name: &'static str, help: &'static str) -> Histogram {
+        self.define(name, "histogram", help, &[]);
         self.recorder.describe_histogram(
             KeyName::from_const_str(name),
             Some(Unit::Seconds),
@@ -326,6 +420,12 @@ impl Names<'_> {
         label: &'static str,
         values: &[&'static str],
     ) -> Family {
+        let mut labels: Vec<(&'static str, &[&'static str])> = fixed
+            .iter()
+            .map(|(label, value)| (*label, std::slice::from_ref(value)))
+            .collect();
+        labels.push((label, values));
+        self.define(name, "counter", help, &labels);
         self.recorder
             .describe_counter(KeyName::from_const_str(name), None, SharedString::const_str(help));
         let handles = values.iter().map(|value| {
@@ -347,6 +447,7 @@ impl Names<'_> {
         label: &'static str,
         values: &[&'static str],
     ) -> GaugeFamily {
+        self.define(name, "gauge", help, &[(label, values)]);
         self.recorder
             .describe_gauge(KeyName::from_const_str(name), None, SharedString::const_str(help));
         let handles = values.iter().map(|value| {
@@ -359,9 +460,39 @@ impl Names<'_> {
     }
 }
 
+/// Two families of one name differ in a fixed label: the values of both are its values.
+fn merge(labels: &mut [(&'static str, Vec<&'static str>)], more: Vec<(&'static str, Vec<&'static str>)>) {
+    for (label, values) in more {
+        if let Some((_, known)) = labels.iter_mut().find(|(name, _)| *name == label) {
+            known.extend(
+                values
+                    .into_iter()
+                    .filter(|value| !known.contains(value))
+                    .collect::<Vec<_>>(),
+            );
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_page_of_metrics_is_what_the_code_defines() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/METRICS.md");
+        let text = Metrics::new().document();
+
+        if std::env::var_os("UPDATE").is_some() {
+            std::fs::write(path, &text).unwrap();
+        }
+
+        assert_eq!(
+            std::fs::read_to_string(path).unwrap(),
+            text,
+            "run UPDATE=1 cargo test -p seawall-gateway metrics"
+        );
+    }
 
     #[test]
     fn every_handshake_outcome_is_a_series_from_the_start() {

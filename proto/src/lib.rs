@@ -5,6 +5,7 @@
 //!
 //! Start with [`handshake`]: it holds the fixed order of decisions that a connecting device goes through.
 
+pub mod admission;
 pub mod close;
 pub mod drain;
 pub mod frame;
@@ -13,4 +14,5 @@ pub mod id;
 pub mod record;
 pub mod refusal;
 pub mod session;
+pub mod slots;
 pub mod time;

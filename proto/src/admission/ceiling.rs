@@ -1,0 +1,109 @@
+//! The ceiling: keys looked up a second, node-wide. A hard figure, never adapted upward. `governor` on a clock that is told.
+
+use std::{
+    num::NonZeroU32,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use governor::{
+    Quota, RateLimiter,
+    clock::Clock,
+    middleware::NoOpMiddleware,
+    nanos::Nanos,
+    state::{InMemoryState, NotKeyed},
+};
+
+use crate::time::Instant;
+
+/// Keys that an idle ceiling lets through at once, as a part of a second's: a tenth, so that no second has more than 1.1 times its share.
+const BURST_PART: u32 = 10;
+
+/// Shows the time it was last told.
+#[derive(Clone, Debug, Default)]
+struct ToldClock(Arc<AtomicU64>);
+
+impl Clock for ToldClock {
+    type Instant = Nanos;
+
+    fn now(&self) -> Nanos {
+        Nanos::from(self.0.load(Ordering::Relaxed))
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Ceiling {
+    clock: ToldClock,
+    limiter: RateLimiter<NotKeyed, InMemoryState, ToldClock, NoOpMiddleware<Nanos>>,
+    /// When a key may go that may not now.
+    blocked_until: Option<Instant>,
+}
+
+impl Ceiling {
+    pub fn new(keys_per_second: u32, now: Instant) -> Self {
+        let clock = ToldClock::default();
+        clock.0.store(nanos(now), Ordering::Relaxed);
+        let rate = NonZeroU32::new(keys_per_second).unwrap_or(NonZeroU32::MIN);
+        let burst = NonZeroU32::new(keys_per_second / BURST_PART).unwrap_or(NonZeroU32::MIN);
+        let quota = Quota::per_second(rate).allow_burst(burst);
+        Self {
+            limiter: RateLimiter::direct_with_clock(quota, clock.clone()),
+            clock,
+            blocked_until: None,
+        }
+    }
+
+    /// Whether one more key may go now; it counts as gone.
+    pub fn take(&mut self, now: Instant) -> bool {
+        self.clock.0.store(nanos(now), Ordering::Relaxed);
+        match self.limiter.check() {
+            Ok(()) => {
+                self.blocked_until = None;
+                true
+            }
+            Err(not_until) => {
+                let micros = not_until.earliest_possible().as_u64().div_ceil(1_000);
+                self.blocked_until = Some(Instant::from_micros(micros));
+                false
+            }
+        }
+    }
+
+    /// When a key may go, if the last was stopped.
+    pub const fn blocked_until(&self) -> Option<Instant> {
+        self.blocked_until
+    }
+}
+
+fn nanos(now: Instant) -> u64 {
+    now.as_micros().saturating_mul(1_000)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn lets_the_rate_through_and_says_when_the_next_may_go() {
+        let mut now = Instant::ZERO + Duration::from_secs(5);
+        let mut ceiling = Ceiling::new(1_000, now);
+        let end = now + Duration::from_secs(10);
+        let mut taken = 0;
+
+        while now < end {
+            if ceiling.take(now) {
+                taken += 1;
+            } else {
+                let next = ceiling.blocked_until().unwrap();
+                assert!(next > now);
+                now = next;
+            }
+        }
+
+        assert!((10_000..=10_101).contains(&taken), "{taken}");
+    }
+}

@@ -1,0 +1,512 @@
+//! Admission: who may be looked up in the registry now, and when everybody else should come back.
+//!
+//! Four bounds, each independent of the others: a ceiling on keys a second, a limit on keys in flight, queues bounded in
+//! time, and a deadline for each device. A breaker in front answers at once while the database is away. Whoever is refused
+//! gets a slot (see [`crate::slots`]).
+//!
+//! Start with [`Admission`]. It runs no query: the caller sends each [`Batch`] that [`Admission::poll_batch`] gives, and
+//! carries out each [`Action`]. It authenticates nobody, and knows neither rules nor connections.
+
+use std::{collections::VecDeque, time::Duration};
+
+use rand::Rng;
+
+mod breaker;
+mod ceiling;
+mod config;
+mod limit;
+mod queue;
+mod throttle;
+
+pub use breaker::BreakerState;
+pub use config::{AdmissionConfig, Figure, InvalidAdmission};
+pub use limit::{Limit, Window};
+pub use queue::{Batch, BatchId, Ticket};
+
+use self::{
+    breaker::Breaker,
+    ceiling::Ceiling,
+    limit::{Meter, Reference},
+    queue::{Class, Ended, Late, Queue, Waiter},
+    throttle::Throttle,
+};
+use crate::{
+    id::DeviceId,
+    refusal::{Code, Hint, Refusal, draw},
+    slots::{HINT_MIN, SlotKeys, Slots, Standing},
+    time::{Instant, WallTime},
+};
+
+/// Slot holders waiting are bounded to what the reference capacity answers in this time. Then they get a new slot.
+const HOLDERS_QUEUE: Duration = Duration::from_secs(2);
+/// The same for devices without a due slot: they use what holders leave.
+const WALK_INS_QUEUE: Duration = Duration::from_millis(100);
+/// A device is looked up at most this long after its arrival: a look-up of [`LOOKUP_MAX`] then still ends in time.
+pub const SEND_WITHIN: Duration = Duration::from_millis(1_800);
+/// A device is answered at the latest this long after its arrival. The contract allows 3 s.
+pub const ANSWER_WITHIN: Duration = Duration::from_millis(2_800);
+/// Longest look-up statement. The caller enforces it, and says [`BatchOutcome::TimedOut`] then.
+pub const LOOKUP_MAX: Duration = Duration::from_secs(1);
+/// Statements in flight. Two: while one runs, the next gathers.
+pub const BATCHES_IN_FLIGHT_MAX: usize = 2;
+/// A throttled device gets a slot not before a time drawn from here.
+const THROTTLED_FOR: std::ops::RangeInclusive<Duration> = Duration::from_secs(5)..=Duration::from_secs(15);
+
+/// A device that wants to be looked up.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival<'a> {
+    pub device: DeviceId,
+    pub slot_token: Option<&'a str>,
+    /// When its request was complete. Deadlines count from here.
+    pub arrived: Instant,
+    /// The caller remembers that there is no such device. Throttles come first all the same.
+    pub is_known_absent: bool,
+}
+
+/// What admission says of an arrival.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// It waits. An [`Action`] with this ticket follows, unless [`Admission::abandon`] is called before.
+    Queued(Ticket),
+    /// There is no such device; nothing was asked of the database.
+    KnownAbsent,
+    /// To be answered now.
+    Refused(Refused),
+}
+
+/// A refusal that names the limit which refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    pub cause: Cause,
+    /// With a slot, always.
+    pub hint: Hint,
+}
+
+/// Why admission refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Cause {
+    /// Wrong credentials too often with this id.
+    Throttle,
+    /// Too many devices wait.
+    QueueFull,
+    /// It waited too long for its turn.
+    Deadline,
+    /// The database is away, or was never there.
+    Breaker,
+    /// The look-up failed twice, or was not answered in time.
+    LookupFailed,
+}
+
+impl Cause {
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Throttle => "throttle",
+            Self::QueueFull => "queue_full",
+            Self::Deadline => "deadline",
+            Self::Breaker => "breaker",
+            Self::LookupFailed => "lookup_failed",
+        }
+    }
+
+    #[must_use]
+    pub const fn code(self) -> Code {
+        match self {
+            Self::Throttle => Code::Throttled,
+            Self::QueueFull | Self::Deadline => Code::Overloaded,
+            Self::Breaker | Self::LookupFailed => Code::RegistryUnavailable,
+        }
+    }
+}
+
+impl From<Refused> for Refusal {
+    fn from(refused: Refused) -> Self {
+        match refused.cause {
+            Cause::Throttle => Self {
+                hint: Some(refused.hint),
+                ..Self::plain(Code::Throttled, "too many attempts with wrong credentials for this id")
+            },
+            Cause::QueueFull | Cause::Deadline => Self::overloaded(refused.hint),
+            Cause::Breaker | Cause::LookupFailed => Self::registry_unavailable(refused.hint),
+        }
+    }
+}
+
+/// What the caller owes a waiting device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Tell it what the statement just ended said of `device`: its record, or that there is none.
+    Answer { ticket: Ticket, device: DeviceId },
+    /// Refuse it.
+    Refuse { ticket: Ticket, refused: Refused },
+}
+
+/// What became of a statement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BatchOutcome {
+    /// The database answered; keys may be missing from the answer.
+    Answered,
+    /// It failed, and says nothing about its keys.
+    Failed,
+    /// No answer within [`LOOKUP_MAX`]. Not tried again: there would be no time.
+    TimedOut,
+}
+
+/// Figures for people and metrics.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdmissionState {
+    /// Keys that may be in flight.
+    pub limit: u32,
+    /// Keys sent and not answered.
+    pub in_flight: u32,
+    /// Devices waiting for an answer.
+    pub queue: usize,
+    /// Keys a second that slots are given out by.
+    pub k_ref: f64,
+    /// The best rate measured in the last minutes, in keys a second; 0 where none was.
+    pub k_peak: f64,
+    pub breaker: BreakerState,
+    /// Devices whose slot is remembered.
+    pub slots: usize,
+    /// Slots given out so far that live in their token alone.
+    pub slots_stateless: u64,
+    /// Devices remembered as seen authenticated.
+    pub known: usize,
+}
+
+/// An answer that waits to be fetched.
+#[derive(Debug)]
+enum Owed {
+    Answer {
+        ticket: Ticket,
+        device: DeviceId,
+    },
+    Refuse {
+        ticket: Ticket,
+        waiter: Waiter,
+        cause: Cause,
+    },
+}
+
+/// Everything between "the rules have nothing against it" and "here is its record", for one node.
+#[derive(Debug)]
+pub struct Admission {
+    config: AdmissionConfig,
+    slots: Slots,
+    queue: Queue,
+    limit: Limit,
+    meter: Meter,
+    reference: Reference,
+    ceiling: Ceiling,
+    breaker: Breaker,
+    throttle: Throttle,
+    /// Bounded by the devices that wait.
+    owed: VecDeque<Owed>,
+}
+
+impl Admission {
+    /// Look-ups go through from the start; where there was no contact with the registry yet, call
+    /// [`handle_registry_absent`](Self::handle_registry_absent).
+    #[must_use]
+    pub fn new(config: AdmissionConfig, keys: SlotKeys, now: Instant) -> Self {
+        Self {
+            slots: Slots::new(&config, keys),
+            queue: Queue::default(),
+            limit: Limit::fixed(config.keys_in_flight_max),
+            meter: Meter::default(),
+            reference: Reference::new(config.lookups_per_second_max, now),
+            ceiling: Ceiling::new(config.lookups_per_second_max, now),
+            breaker: Breaker::new(now),
+            throttle: Throttle::default(),
+            owed: VecDeque::new(),
+            config,
+        }
+    }
+
+    /// A device wants to be looked up.
+    pub fn attempt(&mut self, arrival: &Arrival<'_>, now: Instant, wall: WallTime, rng: &mut impl Rng) -> Decision {
+        let device = arrival.device;
+        let standing = self.slots.standing(device, arrival.slot_token, now, wall);
+        if !standing.is_due && self.throttle.is_throttled(device, now) {
+            let at_least = draw(THROTTLED_FOR, rng);
+            return self.refuse(device, &standing, Cause::Throttle, at_least, (now, wall), rng);
+        }
+        if arrival.is_known_absent {
+            return Decision::KnownAbsent;
+        }
+        if !self.breaker.is_closed() {
+            let at_least = self.breaker.floor(now, rng);
+            return self.refuse(device, &standing, Cause::Breaker, at_least, (now, wall), rng);
+        }
+        match self.admit_to_queue(arrival, &standing, now) {
+            Some(ticket) => Decision::Queued(ticket),
+            None => self.refuse(device, &standing, Cause::QueueFull, HINT_MIN, (now, wall), rng),
+        }
+    }
+
+    fn admit_to_queue(&mut self, arrival: &Arrival<'_>, standing: &Standing, now: Instant) -> Option<Ticket> {
+        if self.queue.len() >= self.config.waiting_max {
+            return None;
+        }
+        let device = arrival.device;
+        let class = self.class_with_room(device, standing, now);
+        let waiter = Waiter {
+            device,
+            standing: *standing,
+            send_by: arrival.arrived + SEND_WITHIN,
+            answer_by: arrival.arrived + ANSWER_WITHIN,
+        };
+        if self.queue.holds(device) {
+            return self.queue.join(waiter, class);
+        }
+        class.map(|class| self.queue.enqueue(waiter, class))
+    }
+
+    /// The best class that the device may wait in, if any has room.
+    fn class_with_room(&self, device: DeviceId, standing: &Standing, now: Instant) -> Option<Class> {
+        let reference = self.reference.keys_per_second(now);
+        let holders_max = keys_in(HOLDERS_QUEUE, reference);
+        let walk_ins_max = keys_in(WALK_INS_QUEUE, reference);
+        let is_trusted = standing.tenant.is_some() && !self.throttle.is_disputed(device, now);
+        let len = |classes: &[Class]| self.queue.line_len(classes);
+        let known = len(&[Class::Holder, Class::WalkIn]);
+        let all = known + len(&[Class::StrangerHolder, Class::StrangerWalkIn]);
+        let candidates = if is_trusted {
+            [
+                (standing.is_due, Class::Holder, len(&[Class::Holder]) < holders_max),
+                (true, Class::WalkIn, known < walk_ins_max),
+            ]
+        } else {
+            let holders = len(&[Class::Holder, Class::StrangerHolder]);
+            [
+                (standing.is_due, Class::StrangerHolder, holders < holders_max),
+                (true, Class::StrangerWalkIn, all < walk_ins_max),
+            ]
+        };
+        candidates
+            .into_iter()
+            .find(|(is_entitled, _, has_room)| *is_entitled && *has_room)
+            .map(|(_, class, _)| class)
+    }
+
+    fn refuse(
+        &mut self,
+        device: DeviceId,
+        standing: &Standing,
+        cause: Cause,
+        at_least: Duration,
+        times: (Instant, WallTime),
+        rng: &mut impl Rng,
+    ) -> Decision {
+        let rate = self.reference.keys_per_second(times.0);
+        let hint = self.slots.refuse(device, standing, at_least, rate, times, rng);
+        Decision::Refused(Refused { cause, hint })
+    }
+
+    /// The device has gone. Unless its key is under way already, or others wait for it, it never reaches the database.
+    pub fn abandon(&mut self, ticket: Ticket) {
+        self.queue.leave(ticket);
+    }
+
+    /// The next statement to send, if one may be sent now. Call until `None`, after every other call.
+    pub fn poll_batch(&mut self, now: Instant) -> Option<Batch> {
+        self.handle_timeout(now);
+        if self.queue.batches_in_flight() >= BATCHES_IN_FLIGHT_MAX {
+            return None;
+        }
+        if !self.breaker.is_closed() {
+            return self.breaker.take_probe(now).then(|| self.queue.probe());
+        }
+        let free = to_usize(self.limit.keys()).saturating_sub(self.queue.in_flight());
+        if free > 0 && !self.queue.has_unsent() {
+            self.meter.handle_idle();
+            return None;
+        }
+        // Half of the limit each, so that one statement can gather while the other runs, however small the limit.
+        let share = to_usize(self.limit.keys()).div_ceil(BATCHES_IN_FLIGHT_MAX);
+        let keys_max = to_usize(self.config.batch_keys_max).min(share).min(free);
+        let ceiling = &mut self.ceiling;
+        let batch = self.queue.next_batch(keys_max, || ceiling.take(now));
+        self.meter.handle_sent(to_u32(self.queue.in_flight()));
+        batch
+    }
+
+    /// A statement ended.
+    pub fn handle_batch_done(&mut self, id: BatchId, outcome: BatchOutcome, now: Instant) {
+        let is_answered = outcome == BatchOutcome::Answered;
+        let ended = match outcome {
+            BatchOutcome::Answered => self.queue.handle_answered(id),
+            BatchOutcome::Failed => self.queue.handle_failed(id, self.breaker.is_closed()),
+            BatchOutcome::TimedOut => self.queue.handle_failed(id, false),
+        };
+        let keys = match ended {
+            Ended::Unknown => return,
+            Ended::Probe => return self.breaker.handle_probed(is_answered, now),
+            Ended::Split { keys } => keys,
+            Ended::Answered { keys, waiters } => {
+                for (ticket, device) in waiters {
+                    self.queue.finish(ticket);
+                    self.owed.push_back(Owed::Answer { ticket, device });
+                }
+                self.breaker.handle_outcome(true, now);
+                keys
+            }
+            Ended::Failed { keys, waiters } => {
+                for ticket in waiters {
+                    if let Some(waiter) = self.queue.finish(ticket) {
+                        let cause = Cause::LookupFailed;
+                        self.owed.push_back(Owed::Refuse { ticket, waiter, cause });
+                    }
+                }
+                if self.breaker.handle_outcome(false, now) {
+                    self.refuse_all_waiting();
+                }
+                keys
+            }
+        };
+        let in_flight = to_u32(self.queue.in_flight());
+        if let Some(window) = self.meter.handle_ended(keys, is_answered, in_flight, now) {
+            if window.is_backlogged {
+                self.reference.handle_measured(window.rate(), now);
+            }
+            self.limit.handle_window(window);
+        }
+    }
+
+    fn refuse_all_waiting(&mut self) {
+        let cause = Cause::Breaker;
+        let waiting = self.queue.drain();
+        self.owed.extend(
+            waiting
+                .into_iter()
+                .map(|(ticket, waiter)| Owed::Refuse { ticket, waiter, cause }),
+        );
+    }
+
+    /// There is no contact with the registry yet: everybody is refused at once.
+    pub fn handle_registry_absent(&mut self, now: Instant) {
+        if self.breaker.handle_absent(now) {
+            self.refuse_all_waiting();
+        }
+    }
+
+    /// The registry is there: once a few probes are answered, look-ups go through.
+    pub fn handle_registry_present(&mut self, now: Instant) {
+        self.breaker.handle_present(now);
+    }
+
+    /// The device was authenticated, and is let in. Its slot is used; it is no stranger from now on. `tenant` is the registry's.
+    pub fn handle_admitted(&mut self, device: DeviceId, tenant: &str) {
+        self.slots.handle_admitted(device, tenant);
+    }
+
+    /// The device was not authenticated: wrong credential, or no such device.
+    pub fn handle_wrong_credential(&mut self, device: DeviceId, now: Instant) {
+        self.throttle.handle_wrong(device, now);
+    }
+
+    /// A slot for a device whose session is closed, not before `now + at_least`.
+    pub fn slot_for_close(
+        &mut self,
+        device: DeviceId,
+        at_least: Duration,
+        now: Instant,
+        wall: WallTime,
+        rng: &mut impl Rng,
+    ) -> Hint {
+        let standing = self.slots.standing(device, None, now, wall);
+        let rate = self.reference.keys_per_second(now);
+        self.slots.refuse(device, &standing, at_least, rate, (now, wall), rng)
+    }
+
+    /// The plan guard found, or no longer finds, a look-up that reads a whole table: the limit is cut to 2.
+    pub const fn set_limit_cut(&mut self, is_cut: bool) {
+        self.limit.set_cut(is_cut);
+    }
+
+    /// The best rate of an earlier life, in keys a second, to give slots out by until one is measured.
+    pub const fn set_last_known_good(&mut self, keys_per_second: f64) {
+        self.reference.set_last_known_good(keys_per_second);
+    }
+
+    /// Time has passed: devices whose deadline is over are refused.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        while let Some((ticket, waiter, late)) = self.queue.pop_late(now) {
+            let cause = match late {
+                Late::NotSent => Cause::Deadline,
+                Late::NotAnswered => Cause::LookupFailed,
+            };
+            self.owed.push_back(Owed::Refuse { ticket, waiter, cause });
+        }
+    }
+
+    /// When to call [`poll_batch`](Self::poll_batch) and [`poll_action`](Self::poll_action) next, if nothing else happens.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let may_send = self.queue.batches_in_flight() < BATCHES_IN_FLIGHT_MAX
+            && self.queue.in_flight() < to_usize(self.limit.keys())
+            && self.queue.has_unsent();
+        let probe_may_go = self.queue.batches_in_flight() < BATCHES_IN_FLIGHT_MAX;
+        [
+            self.queue.next_deadline(),
+            self.breaker.poll_timeout().filter(|_| probe_may_go),
+            self.ceiling.blocked_until().filter(|_| may_send),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// The next thing owed to a device. Call until `None`, after every other call.
+    pub fn poll_action(&mut self, now: Instant, wall: WallTime, rng: &mut impl Rng) -> Option<Action> {
+        match self.owed.pop_front()? {
+            Owed::Answer { ticket, device } => Some(Action::Answer { ticket, device }),
+            Owed::Refuse { ticket, waiter, cause } => {
+                let at_least = self.breaker.floor(now, rng).max(HINT_MIN);
+                let rate = self.reference.keys_per_second(now);
+                let hint = self
+                    .slots
+                    .refuse(waiter.device, &waiter.standing, at_least, rate, (now, wall), rng);
+                let refused = Refused { cause, hint };
+                Some(Action::Refuse { ticket, refused })
+            }
+        }
+    }
+
+    /// Figures for people and metrics.
+    #[must_use]
+    pub fn state(&self, now: Instant) -> AdmissionState {
+        AdmissionState {
+            limit: self.limit.keys(),
+            in_flight: to_u32(self.queue.in_flight()),
+            queue: self.queue.len(),
+            k_ref: self.reference.keys_per_second(now),
+            k_peak: self.reference.peak(now),
+            breaker: self.breaker.state(),
+            slots: self.slots.remembered(),
+            slots_stateless: self.slots.stateless(),
+            known: self.slots.known(),
+        }
+    }
+}
+
+/// Keys answered in `span` at `rate` a second; at least one, or a slow registry would let nobody in.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "positive, and a float too large saturates"
+)]
+fn keys_in(span: Duration, rate: f64) -> usize {
+    ((span.as_secs_f64() * rate) as usize).max(1)
+}
+
+fn to_usize(number: u32) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
+
+fn to_u32(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests;

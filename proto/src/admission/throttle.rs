@@ -1,0 +1,103 @@
+//! The throttle of wrong credentials, by device id: a GCRA each, in bounded memory.
+//!
+//! It can't lock a device out: with a due slot nobody is throttled, and a throttled attempt is given a slot. But an id that
+//! someone guesses at is *disputed* and loses its priority to others for a while, or guessing would be a way to the front.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
+
+use crate::{id::DeviceId, time::Instant};
+
+/// Wrong credentials in a row that are looked up without delay.
+const BURST: u32 = 10;
+/// One more is forgiven each. A device that keeps to the hints of 401 (1 to 5 min) never reaches the throttle.
+const FORGIVEN_EVERY: Duration = Duration::from_secs(30);
+/// Ids watched, about 40 bytes each. Then the one watched longest is forgotten: an attacker with more ids than that is slowed
+/// by the strangers' small queue instead.
+const IDS_MAX: usize = 65_536;
+
+#[derive(Debug, Default)]
+pub(super) struct Throttle {
+    /// The time at which all is forgiven.
+    clean_at: BTreeMap<DeviceId, Instant>,
+    order: VecDeque<DeviceId>,
+}
+
+impl Throttle {
+    /// A look-up ended with a wrong credential, or no such device: the two must look the same.
+    pub fn handle_wrong(&mut self, device: DeviceId, now: Instant) {
+        let worst = now + FORGIVEN_EVERY * BURST;
+        if let Some(clean_at) = self.clean_at.get_mut(&device) {
+            *clean_at = ((*clean_at).max(now) + FORGIVEN_EVERY).min(worst);
+            return;
+        }
+        if self.clean_at.len() >= IDS_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.clean_at.remove(&oldest);
+        }
+        self.order.push_back(device);
+        self.clean_at.insert(device, now + FORGIVEN_EVERY);
+    }
+
+    /// Too many, too lately.
+    pub fn is_throttled(&self, device: DeviceId, now: Instant) -> bool {
+        self.clean_at
+            .get(&device)
+            .is_some_and(|clean_at| clean_at.saturating_since(now) > FORGIVEN_EVERY * (BURST - 1))
+    }
+
+    /// More than one lately.
+    pub fn is_disputed(&self, device: DeviceId, now: Instant) -> bool {
+        self.clean_at
+            .get(&device)
+            .is_some_and(|clean_at| clean_at.saturating_since(now) > FORGIVEN_EVERY)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(n: u128) -> DeviceId {
+        DeviceId::from_uuid(uuid::Uuid::from_u128(n))
+    }
+
+    #[test]
+    fn eleventh_wrong_credential_in_a_row_is_throttled_and_forgiven_later() {
+        let mut throttle = Throttle::default();
+        for _ in 0..BURST {
+            assert!(!throttle.is_throttled(device(1), Instant::ZERO));
+            throttle.handle_wrong(device(1), Instant::ZERO);
+        }
+
+        assert!(throttle.is_throttled(device(1), Instant::ZERO));
+        assert!(!throttle.is_throttled(device(2), Instant::ZERO));
+        assert!(!throttle.is_throttled(device(1), Instant::ZERO + FORGIVEN_EVERY));
+    }
+
+    #[test]
+    fn device_that_keeps_to_the_hint_is_never_throttled() {
+        let mut throttle = Throttle::default();
+
+        for minute in 0..1_000 {
+            let now = Instant::ZERO + Duration::from_secs(60 * minute);
+            assert!(!throttle.is_throttled(device(1), now));
+            throttle.handle_wrong(device(1), now);
+        }
+    }
+
+    #[test]
+    fn memory_is_bounded() {
+        let mut throttle = Throttle::default();
+
+        for n in 0..200_000 {
+            throttle.handle_wrong(device(n), Instant::ZERO);
+        }
+
+        assert_eq!(throttle.clean_at.len(), IDS_MAX);
+        assert_eq!(throttle.order.len(), IDS_MAX);
+    }
+}

@@ -1,0 +1,220 @@
+//! Reconnect slots: the time at which a refused device should come back, so that the fleet returns at the rate that the
+//! database can take. A slot gives priority at its time, and never authenticates.
+//!
+//! Start with [`Slots`]. It does not decide who is refused; see [`crate::admission`].
+
+use std::time::Duration;
+
+use rand::Rng;
+
+mod memory;
+mod tenants;
+mod token;
+
+pub(crate) use tenants::STRANGERS_SHARE;
+pub use token::{SlotKeys, TOKEN_TEXT_LEN, TenantTag};
+
+use self::{
+    memory::{Known, SlotMemory},
+    tenants::Tenants,
+    token::Claims,
+};
+use crate::{
+    admission::AdmissionConfig,
+    id::DeviceId,
+    refusal::{Hint, draw},
+    time::{Instant, WallTime},
+};
+
+/// A slot helps from this long before its time. Contract section 3.
+pub const SLOT_EARLY: Duration = Duration::from_millis(300);
+/// A slot helps until this long after its time. Contract section 3.
+pub const SLOT_GOOD_FOR: Duration = Duration::from_secs(60);
+/// Shortest hint of a slot.
+pub const HINT_MIN: Duration = Duration::from_millis(500);
+/// Longest hint of a slot. A slot further ahead is told by a hint drawn from [`HINT_FAR_MIN`] to this.
+pub const HINT_MAX: Duration = Duration::from_secs(600);
+/// See [`HINT_MAX`].
+pub const HINT_FAR_MIN: Duration = Duration::from_secs(450);
+/// A slot at least this far ahead is kept on an early retry; a nearer one counts as used.
+const SLOT_KEPT: Duration = Duration::from_millis(200);
+/// How much the wall clocks of two nodes may differ for tokens to count in full. overload.md section 4.
+const CLOCK_TOLERANCE: Duration = Duration::from_secs(5);
+
+/// A place in the virtual queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Slot {
+    pub at: Instant,
+    /// When the device was first refused, for seniority.
+    pub first_unix_s: u32,
+    /// How often it has been given a slot; stops at 255.
+    pub bounces: u8,
+    /// `None`: a stranger's.
+    pub tenant: Option<TenantTag>,
+}
+
+impl Slot {
+    pub const fn is_strangers(&self) -> bool {
+        self.tenant.is_none()
+    }
+}
+
+/// Where an arriving device stands.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Standing {
+    /// `None`: a stranger, never seen authenticated.
+    pub tenant: Option<TenantTag>,
+    pub slot: Option<Slot>,
+    /// Its slot helps it now.
+    pub is_due: bool,
+}
+
+/// All slots given out here, and the tokens to take elsewhere.
+#[derive(Debug)]
+pub struct Slots {
+    keys: SlotKeys,
+    memory: SlotMemory,
+    known: Known,
+    tenants: Tenants,
+    /// Slots that found no room in memory.
+    stateless: u64,
+}
+
+impl Slots {
+    #[must_use]
+    pub fn new(config: &AdmissionConfig, keys: SlotKeys) -> Self {
+        Self {
+            keys,
+            memory: SlotMemory::new(config.slots_max),
+            known: Known::new(config.known_max),
+            tenants: Tenants::new(&config.tenant_weights, config.tenants_max),
+            stateless: 0,
+        }
+    }
+
+    /// Slots remembered here.
+    #[must_use]
+    pub fn remembered(&self) -> usize {
+        self.memory.len()
+    }
+
+    /// Devices remembered as seen authenticated.
+    #[must_use]
+    pub fn known(&self) -> usize {
+        self.known.len()
+    }
+
+    /// Slots given out so far that found no room in memory, and live in their token alone.
+    #[must_use]
+    pub const fn stateless(&self) -> u64 {
+        self.stateless
+    }
+
+    /// What memory and token say of a device. A token that doesn't count is ignored.
+    pub(crate) fn standing(&self, device: DeviceId, token: Option<&str>, now: Instant, wall: WallTime) -> Standing {
+        let carried = token.and_then(|text| self.carried(device, text, now, wall));
+        let remembered = self.memory.get(device, now);
+        // Of two, the one given later counts: a device must not come twice with one slot by keeping its first token.
+        let (slot, early) = match (remembered, carried) {
+            (Some(remembered), Some(carried)) if carried.bounces > remembered.bounces => {
+                (Some(carried), CLOCK_TOLERANCE)
+            }
+            (Some(remembered), _) => (Some(remembered), SLOT_EARLY),
+            (None, carried) => (carried, CLOCK_TOLERANCE),
+        };
+        Standing {
+            tenant: self.known.tenant_of(device).or(slot.and_then(|slot| slot.tenant)),
+            slot,
+            is_due: slot.is_some_and(|slot| now + early >= slot.at),
+        }
+    }
+
+    fn carried(&self, device: DeviceId, text: &str, now: Instant, wall: WallTime) -> Option<Slot> {
+        let claims = self.keys.verify(device, text)?;
+        let is_from_the_future =
+            claims.issued_unix_s > unix_s(wall).saturating_add(u32::try_from(CLOCK_TOLERANCE.as_secs()).unwrap_or(0));
+        let is_past = wall > claims.slot + SLOT_GOOD_FOR + CLOCK_TOLERANCE;
+        if is_from_the_future || is_past {
+            return None;
+        }
+        Some(Slot {
+            at: now + claims.slot.saturating_since(wall) - wall.saturating_since(claims.slot),
+            first_unix_s: claims.first_unix_s,
+            bounces: claims.bounces,
+            tenant: claims.tenant,
+        })
+    }
+
+    /// Tells a refused device when to come back: at the slot it has, if that is still ahead, else at a new one, not before
+    /// `now + at_least`. `rate` slots a second are given out.
+    pub(crate) fn refuse(
+        &mut self,
+        device: DeviceId,
+        standing: &Standing,
+        at_least: Duration,
+        rate: f64,
+        (now, wall): (Instant, WallTime),
+        rng: &mut impl Rng,
+    ) -> Hint {
+        // Memory is asked again: another connection of the device may have been refused since it was asked first.
+        let newest = match (self.memory.get(device, now), standing.slot) {
+            (Some(remembered), Some(slot)) if slot.bounces > remembered.bounces => Some(slot),
+            (Some(remembered), _) => Some(remembered),
+            (None, slot) => slot,
+        };
+        let slot = match newest {
+            Some(slot) if slot.at > now + SLOT_KEPT => slot,
+            previous => {
+                let place = self.tenants.take(standing.tenant, now + HINT_MIN, rate);
+                Slot {
+                    at: place.max(now + at_least),
+                    first_unix_s: previous.map_or(unix_s(wall), |slot| slot.first_unix_s),
+                    bounces: previous.map_or(0, |slot| slot.bounces.saturating_add(1)),
+                    tenant: standing.tenant,
+                }
+            }
+        };
+        if !self.memory.put(device, slot, now) {
+            self.stateless += 1;
+        }
+        self.hint(device, &slot, now, wall, rng)
+    }
+
+    /// A device was authenticated and admitted: its slot is used, and it is known from now on.
+    pub(crate) fn handle_admitted(&mut self, device: DeviceId, tenant: &str) {
+        self.memory.remove(device);
+        self.known.meet(device, TenantTag::of(tenant));
+    }
+
+    fn hint(&self, device: DeviceId, slot: &Slot, now: Instant, wall: WallTime, rng: &mut impl Rng) -> Hint {
+        let wait = slot.at.saturating_since(now);
+        let after = if wait > HINT_MAX {
+            draw(HINT_FAR_MIN..=HINT_MAX, rng)
+        } else {
+            wait.max(HINT_MIN)
+        };
+        let claims = Claims {
+            slot: wall + wait,
+            first_unix_s: slot.first_unix_s,
+            bounces: slot.bounces,
+            tenant: slot.tenant,
+            issued_unix_s: unix_s(wall),
+        };
+        Hint {
+            after,
+            slot: Some(self.keys.sign(device, &claims)),
+        }
+    }
+}
+
+/// Wraps in 2106.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "four bytes of the token are for it, until 2106"
+)]
+const fn unix_s(wall: WallTime) -> u32 {
+    (wall.as_unix_ms() / 1_000) as u32
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,224 @@
+//! The virtual queues that slots are taken from: one a tenant, weighted, and one for all strangers.
+//!
+//! Taking a place is a GCRA that commits although the device is refused: the committed time is its slot. A tenant is slowed
+//! down only by tenants that are still backlogged at the time in question, so that the whole rate is given out.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use super::token::TenantTag;
+use crate::time::Instant;
+
+/// Share of the rate that strangers get while tenants are backlogged. The contract allows 20 %; a twentieth keeps a flood of
+/// random ids from slowing the fleet by more than that.
+pub(crate) const STRANGERS_SHARE: f64 = 0.05;
+/// A place further ahead than this is given to several strangers: their ids are free to invent, and must not fill the queue for days.
+const STRANGERS_HORIZON: Duration = Duration::from_secs(3_600);
+/// The same for tenants, whose queue moves once a slot and device: reached only if the memory of slots is full.
+const TENANTS_HORIZON: Duration = Duration::from_secs(24 * 3_600);
+
+/// The tails of all virtual queues.
+#[derive(Debug)]
+pub(super) struct Tenants {
+    /// Only tenants that were backlogged lately; bounded by `tenants_max`.
+    tails: BTreeMap<TenantTag, Tail>,
+    /// Tenants beyond `tenants_max`, together.
+    rest: Tail,
+    strangers: Tail,
+    weights: BTreeMap<TenantTag, f64>,
+    tenants_max: usize,
+}
+
+/// The end of one queue. Nanoseconds: at a million slots a second, microseconds would round by too much.
+#[derive(Clone, Copy, Debug)]
+struct Tail {
+    nanos: u64,
+    weight: f64,
+}
+
+impl Tail {
+    const fn empty(weight: f64) -> Self {
+        Self { nanos: 0, weight }
+    }
+
+    fn base(&self, from: Instant, horizon: Duration) -> u64 {
+        self.nanos.clamp(nanos(from), nanos(from + horizon))
+    }
+}
+
+impl Tenants {
+    pub fn new(weights: &BTreeMap<String, u32>, tenants_max: usize) -> Self {
+        Self {
+            tails: BTreeMap::new(),
+            rest: Tail::empty(1.0),
+            strangers: Tail::empty(1.0),
+            weights: weights
+                .iter()
+                .map(|(name, weight)| (TenantTag::of(name), f64::from(*weight)))
+                .collect(),
+            tenants_max,
+        }
+    }
+
+    /// The next place not before `from` in the queue of `tenant` (of the strangers if `None`), where `rate` places a second
+    /// are given out in all.
+    pub fn take(&mut self, tenant: Option<TenantTag>, from: Instant, rate: f64) -> Instant {
+        let Some(tenant) = tenant else {
+            return self.take_as_stranger(from, rate);
+        };
+        let queue = self.queue_of(tenant, from);
+        let own = *self.tail(queue);
+        let base = own.base(from, TENANTS_HORIZON);
+        let all: f64 = self
+            .queues()
+            .filter(|tail| tail.nanos > base)
+            .map(|tail| tail.weight)
+            .sum();
+        // The own tail is not after its own base, unless the horizon cut it: then it is among the rivals already.
+        let all = if own.nanos > base { all } else { all + own.weight };
+        let tail = self.tail(queue);
+        tail.nanos = base.saturating_add(step(rate * own.weight / all));
+        Instant::from_micros(base / 1_000)
+    }
+
+    /// Strangers don't move a tenant's tail, and tenants that are backlogged leave them a small share.
+    fn take_as_stranger(&mut self, from: Instant, rate: f64) -> Instant {
+        let base = self.strangers.base(from, STRANGERS_HORIZON);
+        let contended = self.queues().any(|tail| tail.nanos > base);
+        let share = if contended { STRANGERS_SHARE } else { 1.0 };
+        self.strangers.nanos = base.saturating_add(step(rate * share));
+        Instant::from_micros(base / 1_000)
+    }
+
+    /// `None`: the shared queue of the rest.
+    fn queue_of(&mut self, tenant: TenantTag, from: Instant) -> Option<TenantTag> {
+        if self.tails.contains_key(&tenant) {
+            return Some(tenant);
+        }
+        if self.tails.len() >= self.tenants_max {
+            let from = nanos(from);
+            self.tails.retain(|_, tail| tail.nanos > from);
+        }
+        if self.tails.len() >= self.tenants_max {
+            return None;
+        }
+        let weight = self.weights.get(&tenant).copied().unwrap_or(1.0);
+        self.tails.insert(tenant, Tail::empty(weight));
+        Some(tenant)
+    }
+
+    fn tail(&mut self, queue: Option<TenantTag>) -> &mut Tail {
+        match queue {
+            Some(tenant) => self.tails.entry(tenant).or_insert(Tail::empty(1.0)),
+            None => &mut self.rest,
+        }
+    }
+
+    fn queues(&self) -> impl Iterator<Item = &Tail> {
+        self.tails.values().chain([&self.rest])
+    }
+}
+
+fn nanos(at: Instant) -> u64 {
+    at.as_micros().saturating_mul(1_000)
+}
+
+/// Nanoseconds between two places at `rate` a second.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the rate is positive; a float too large saturates"
+)]
+fn step(rate: f64) -> u64 {
+    (1e9 / rate.max(1e-3)) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RATE: f64 = 1_000.0;
+
+    fn tenants(max: usize) -> Tenants {
+        Tenants::new(&BTreeMap::from([("heavy".to_owned(), 3)]), max)
+    }
+
+    fn last_of(tenants: &mut Tenants, name: &str, count: usize) -> Duration {
+        let from = Instant::ZERO;
+        (0..count)
+            .map(|_| tenants.take(Some(TenantTag::of(name)), from, RATE))
+            .last()
+            .unwrap_or(from)
+            .saturating_since(from)
+    }
+
+    #[test]
+    fn slots_of_one_tenant_are_given_out_at_the_rate() {
+        let mut tenants = tenants(16);
+
+        assert_eq!(last_of(&mut tenants, "a", 1_001), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn small_tenant_waits_its_share_of_a_great_ones_backlog() {
+        let mut tenants = tenants(16);
+        last_of(&mut tenants, "great", 90_000);
+
+        let small = last_of(&mut tenants, "small", 501);
+
+        assert_eq!(small, Duration::from_secs(1), "half of the rate, not behind 90 s");
+    }
+
+    #[test]
+    fn heavy_tenant_gets_its_weight() {
+        let mut tenants = tenants(16);
+        last_of(&mut tenants, "light", 10_000);
+
+        let heavy = last_of(&mut tenants, "heavy", 751);
+
+        assert!(
+            heavy.abs_diff(Duration::from_secs(1)) < Duration::from_millis(1),
+            "{heavy:?}"
+        );
+    }
+
+    #[test]
+    fn strangers_never_move_a_tenants_tail() {
+        let mut tenants = tenants(16);
+        for _ in 0..100_000 {
+            tenants.take(None, Instant::ZERO, RATE);
+        }
+
+        assert_eq!(last_of(&mut tenants, "a", 1_001), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn strangers_get_the_whole_rate_alone_and_a_small_share_under_contention() {
+        let mut alone = tenants(16);
+        let mut contended = tenants(16);
+        last_of(&mut contended, "a", 50_000);
+
+        let last = |tenants: &mut Tenants| (0..101).map(|_| tenants.take(None, Instant::ZERO, RATE)).last();
+
+        assert_eq!(last(&mut alone), Some(Instant::from_micros(100_000)));
+        assert_eq!(last(&mut contended), Some(Instant::from_micros(2_000_000)));
+    }
+
+    #[test]
+    fn tenants_are_bounded_and_the_rest_share_a_queue() {
+        let mut tenants = tenants(4);
+        for n in 0..1_000 {
+            last_of(&mut tenants, &format!("t{n}"), 2);
+        }
+
+        assert_eq!(tenants.tails.len(), 4);
+    }
+
+    #[test]
+    fn endless_strangers_stay_within_the_horizon() {
+        let mut tenants = tenants(4);
+
+        let last = (0..100_000).map(|_| tenants.take(None, Instant::ZERO, 1.0)).last();
+
+        assert!(last <= Some(Instant::ZERO + STRANGERS_HORIZON), "{last:?}");
+    }
+}

@@ -1,0 +1,207 @@
+//! Slot tokens: a slot that the device carries itself, so that any node with the keys knows it, after a restart too.
+//!
+//! A token gives priority at a time, to one device. It is never authentication. 39 bytes, 52 characters of base64url:
+//! `version and flags 1 | key id 1 | slot, unix ms 6 | first refusal, unix s 4 | bounces 1 | tenant 6 | issued, unix s 4 | MAC 16`.
+//! The MAC (HMAC-SHA-256, cut) covers the device's id too, which is not in the token.
+
+use std::{fmt, num::NonZeroU64};
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::{Digest, Sha256};
+
+use crate::{id::DeviceId, time::WallTime};
+
+const VERSION: u8 = 1;
+/// The device had been seen authenticated when the token was issued.
+const FLAG_KNOWN: u8 = 1;
+const BODY_LEN: usize = 23;
+const MAC_LEN: usize = 16;
+const TOKEN_LEN: usize = BODY_LEN + MAC_LEN;
+/// Length of every slot token, in characters.
+pub const TOKEN_TEXT_LEN: usize = 52;
+/// Keeps this MAC apart from others made with keys of the same root.
+const MAC_DOMAIN: &[u8] = b"seawall slot 1";
+/// Most keys that are accepted beside the newest.
+const OLDER_MAX: usize = 3;
+
+/// The keys that slot tokens are signed with. Nodes that share them accept each other's tokens.
+#[derive(Clone)]
+pub struct SlotKeys {
+    newest: (u8, [u8; 32]),
+    older: Vec<(u8, [u8; 32])>,
+}
+
+impl fmt::Debug for SlotKeys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SlotKeys")
+            .field("key_id", &self.newest.0)
+            .finish_non_exhaustive()
+    }
+}
+
+impl SlotKeys {
+    /// A single key. `key_id` is in every token signed with it.
+    #[must_use]
+    pub const fn new(key_id: u8, secret: [u8; 32]) -> Self {
+        Self {
+            newest: (key_id, secret),
+            older: Vec::new(),
+        }
+    }
+
+    /// Accepts tokens signed with an older key, too; at most three, then the one given first is forgotten.
+    #[must_use]
+    pub fn with_older(mut self, key_id: u8, secret: [u8; 32]) -> Self {
+        if self.older.len() == OLDER_MAX {
+            self.older.remove(0);
+        }
+        self.older.push((key_id, secret));
+        self
+    }
+
+    pub(super) fn sign(&self, device: DeviceId, claims: &Claims) -> Box<str> {
+        let (key_id, secret) = &self.newest;
+        let mut token = [0; TOKEN_LEN];
+        token[0] = VERSION << 4 | if claims.tenant.is_some() { FLAG_KNOWN } else { 0 };
+        token[1] = *key_id;
+        token[2..8].copy_from_slice(&low_bytes(claims.slot.as_unix_ms()));
+        token[8..12].copy_from_slice(&claims.first_unix_s.to_be_bytes());
+        token[12] = claims.bounces;
+        token[13..19].copy_from_slice(&low_bytes(claims.tenant.map_or(0, TenantTag::as_u64)));
+        token[19..23].copy_from_slice(&claims.issued_unix_s.to_be_bytes());
+        let mac = mac(secret, device, &token[..BODY_LEN]).finalize().into_bytes();
+        token[BODY_LEN..].copy_from_slice(&mac[..MAC_LEN]);
+        URL_SAFE_NO_PAD.encode(token).into()
+    }
+
+    /// What the token says, if one of our keys signed it for this device. Whether it is still good is the caller's to judge.
+    pub(super) fn verify(&self, device: DeviceId, text: &str) -> Option<Claims> {
+        if text.len() != TOKEN_TEXT_LEN {
+            return None;
+        }
+        let mut token = [0; TOKEN_LEN];
+        let len = URL_SAFE_NO_PAD.decode_slice(text, &mut token).ok()?;
+        if len != TOKEN_LEN || token[0] >> 4 != VERSION {
+            return None;
+        }
+        let (_, secret) = std::iter::once(&self.newest)
+            .chain(&self.older)
+            .find(|(key_id, _)| *key_id == token[1])?;
+        mac(secret, device, &token[..BODY_LEN])
+            .verify_truncated_left(&token[BODY_LEN..])
+            .ok()?;
+        let known = token[0] & FLAG_KNOWN != 0;
+        Some(Claims {
+            slot: WallTime::from_unix_ms(number(&token[2..8])),
+            first_unix_s: u32::from_be_bytes([token[8], token[9], token[10], token[11]]),
+            bounces: token[12],
+            tenant: known.then(|| TenantTag::from_u64(number(&token[13..19]))).flatten(),
+            issued_unix_s: u32::from_be_bytes([token[19], token[20], token[21], token[22]]),
+        })
+    }
+}
+
+/// What a token says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Claims {
+    pub slot: WallTime,
+    pub first_unix_s: u32,
+    pub bounces: u8,
+    /// The tenant of a known device; `None` for a stranger.
+    pub tenant: Option<TenantTag>,
+    pub issued_unix_s: u32,
+}
+
+/// A tenant in six bytes: the beginning of the SHA-256 of its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TenantTag(NonZeroU64);
+
+impl TenantTag {
+    #[must_use]
+    pub fn of(name: &str) -> Self {
+        let digest = Sha256::digest(name.as_bytes());
+        Self::from_u64(number(&digest[..6])).unwrap_or(Self(NonZeroU64::MIN))
+    }
+
+    const fn as_u64(self) -> u64 {
+        self.0.get()
+    }
+
+    fn from_u64(tag: u64) -> Option<Self> {
+        NonZeroU64::new(tag).map(Self)
+    }
+}
+
+fn mac(secret: &[u8; 32], device: DeviceId, body: &[u8]) -> Hmac<Sha256> {
+    let mut mac = Hmac::<Sha256>::new_from_slice(secret).expect("HMAC takes keys of any length");
+    mac.update(MAC_DOMAIN);
+    mac.update(device.as_bytes());
+    mac.update(body);
+    mac
+}
+
+/// The six low bytes, the highest first.
+fn low_bytes(number: u64) -> [u8; 6] {
+    let [_, _, bytes @ ..] = number.to_be_bytes();
+    bytes
+}
+
+fn number(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(n: u128) -> DeviceId {
+        DeviceId::from_uuid(uuid::Uuid::from_u128(n))
+    }
+
+    fn claims() -> Claims {
+        Claims {
+            slot: WallTime::from_unix_ms(1_800_000_012_345),
+            first_unix_s: 1_800_000_000,
+            bounces: 3,
+            tenant: Some(TenantTag::of("acme")),
+            issued_unix_s: 1_800_000_001,
+        }
+    }
+
+    #[test]
+    fn token_says_what_was_signed_and_fits_a_close_reason() {
+        let keys = SlotKeys::new(7, [1; 32]);
+
+        let token = keys.sign(device(1), &claims());
+
+        assert_eq!(token.len(), TOKEN_TEXT_LEN);
+        assert_eq!(keys.verify(device(1), &token), Some(claims()));
+    }
+
+    #[test]
+    fn token_of_another_device_or_key_or_with_any_changed_character_does_not_count() {
+        let keys = SlotKeys::new(7, [1; 32]);
+        let token = keys.sign(device(1), &claims());
+
+        assert_eq!(keys.verify(device(2), &token), None);
+        assert_eq!(SlotKeys::new(7, [2; 32]).verify(device(1), &token), None);
+        assert_eq!(SlotKeys::new(8, [1; 32]).verify(device(1), &token), None);
+        for at in 0..token.len() {
+            let mut forged = token.as_bytes().to_vec();
+            forged[at] = if forged[at] == b'A' { b'B' } else { b'A' };
+            assert_eq!(keys.verify(device(1), std::str::from_utf8(&forged).unwrap()), None);
+        }
+        for text in ["", "x", &"=".repeat(52), &"\u{e9}".repeat(26), &token[..51]] {
+            assert_eq!(keys.verify(device(1), text), None);
+        }
+    }
+
+    #[test]
+    fn rotated_keys_accept_older_tokens() {
+        let token = SlotKeys::new(1, [1; 32]).sign(device(1), &claims());
+        let rotated = SlotKeys::new(2, [2; 32]).with_older(1, [1; 32]);
+
+        assert_eq!(rotated.verify(device(1), &token), Some(claims()));
+    }
+}
