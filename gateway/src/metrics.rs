@@ -74,8 +74,9 @@ pub struct Metrics {
 }
 
 /// What became of a TCP connection that never was a request. Label `outcome` of `seawall_connections_total`.
-pub const CONNECTION_OUTCOMES: [&str; 6] = [
+pub const CONNECTION_OUTCOMES: [&str; 7] = [
     "request",
+    "probe",
     "silent",
     "address_limited",
     "connection_limit",
@@ -141,7 +142,7 @@ impl Metrics {
             sessions: names.gauge("seawall_sessions", "Live WebSocket sessions."),
             connections: names.family(
                 "seawall_connections_total",
-                "TCP connections accepted, by what became of them; `request` went on to be a request.",
+                "TCP connections accepted, by what became of them; `request` is counted in seawall_handshakes_total, `probe` asked for /readyz.",
                 &[],
                 "outcome",
                 &CONNECTION_OUTCOMES,

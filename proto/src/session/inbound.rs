@@ -44,6 +44,7 @@ impl Session {
         if self.rate.allows(&self.limits, now) {
             return true;
         }
+        self.actions.push_back(Action::Complained(ErrorCode::RateLimited));
         if self.kind == SessionKind::V1 {
             self.say(&ServerFrame::Error {
                 code: ErrorCode::RateLimited,
@@ -67,6 +68,7 @@ impl Session {
     }
 
     fn handle_bad_frame(&mut self, bad: BadFrame, now: Instant) {
+        self.actions.push_back(Action::Complained(ErrorCode::BadFrame));
         let bad_frames = self.bad_frames.get_or_insert_with(Box::<BadFrames>::default);
         if bad_frames.is_too_many(now) {
             self.handle_close(Close::Policy);

@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 
 use crate::{
     close::Close,
-    frame::ServerFrame,
+    frame::{ErrorCode, ServerFrame},
     hello::SessionKind,
     id::SessionId,
     time::{Instant, WallTime},
@@ -69,6 +69,8 @@ pub enum Action {
     Ping,
     /// Put a device's message into the event buffer, and call [`Session::handle_stored`] if it was taken.
     Received(Received),
+    /// Count it: the device sent what it should not.
+    Complained(ErrorCode),
     /// The device has the gateway's message of this id: tell whoever waits for it.
     Acked(Box<str>),
     /// Send a close frame with this code and reason, and end the session. Nothing follows.

@@ -40,7 +40,12 @@ fn drain(session: &mut Session) -> Vec<Action> {
 fn closed_with(session: &mut Session) -> Option<Close> {
     drain(session).into_iter().find_map(|action| match action {
         Action::Close(close) => Some(close),
-        Action::Text(_) | Action::Binary(_) | Action::Ping | Action::Received(_) | Action::Acked(_) => None,
+        Action::Text(_)
+        | Action::Binary(_)
+        | Action::Ping
+        | Action::Received(_)
+        | Action::Complained(_)
+        | Action::Acked(_) => None,
     })
 }
 
@@ -152,10 +157,11 @@ fn bad_frames_get_errors_without_an_echo_and_the_tenth_closes() {
     let errors = drain(&mut session);
     session.handle_text("zqzq", at(10));
 
-    assert_eq!(
-        errors,
-        vec![text(r#"{"type":"error","code":"bad_frame","detail":"this type is not known"}"#); 9]
-    );
+    let each = [
+        Action::Complained(ErrorCode::BadFrame),
+        text(r#"{"type":"error","code":"bad_frame","detail":"this type is not known"}"#),
+    ];
+    assert_eq!(errors, vec![each; 9].concat());
     assert_eq!(closed_with(&mut session), Some(Close::Policy));
 }
 
@@ -177,11 +183,15 @@ fn device_over_its_rate_is_told_then_closed() {
     assert_eq!(
         drain(&mut session),
         [
+            Action::Complained(ErrorCode::RateLimited),
             text(r#"{"type":"error","code":"rate_limited","detail":"more frames than this session may send"}"#),
             Action::Close(Close::Policy)
         ]
     );
-    assert_eq!(drain(&mut plain), [Action::Close(Close::Policy)]);
+    assert_eq!(
+        drain(&mut plain),
+        [Action::Complained(ErrorCode::RateLimited), Action::Close(Close::Policy)]
+    );
 }
 
 #[test]
