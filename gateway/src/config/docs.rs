@@ -70,6 +70,7 @@ fn sections() -> Vec<Section> {
         Ops::describe(),
         Database::describe(),
         identity(),
+        admission(),
         Limits::describe(),
         Session::describe(),
         RulesSync::describe(),
@@ -119,6 +120,30 @@ fn identity() -> Section {
             field("resume_header", "Header with the resume token."),
             field("slot_header", "Header with the reconnect slot, in requests and refusals."),
         ],
+    }
+}
+
+/// `[admission]` is policy, too, and describes its figures itself.
+fn admission() -> Section {
+    let config = Config::default().admission;
+    let figures = config.figures().into_iter().map(|figure| Field {
+        name: figure.name,
+        text: figure.text.to_owned(),
+        unit: figure.unit,
+        bounds: Some(figure.bounds),
+    });
+    let weights = Field {
+        name: "tenant_weights",
+        text: "Weight of a tenant among those that wait for slots, by name, as in `{ big = 10 }`; 1 to 1000. A tenant that is \
+               not named weighs 1."
+            .to_owned(),
+        unit: "",
+        bounds: None,
+    };
+    Section {
+        name: "admission",
+        text: "Who may be looked up in the registry, and when everybody else returns.".to_owned(),
+        fields: figures.chain([weights]).collect(),
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use seawall_proto::hello::IdentityNames;
+use seawall_proto::{admission::AdmissionConfig, hello::IdentityNames};
 use serde::{Deserialize, Serialize};
 
 pub mod docs;
@@ -31,6 +31,8 @@ pub struct Config {
     pub database: Database,
     /// Where this fleet puts its identity.
     pub identity: IdentityNames,
+    /// Who may be looked up, and when everybody else returns.
+    pub admission: AdmissionConfig,
     pub limits: Limits,
     pub session: Session,
     pub rules: RulesSync,
@@ -80,6 +82,9 @@ impl Config {
         self.identity
             .validate()
             .map_err(|error| SettingError::new(format!("identity.{}", error.setting), error.reason))?;
+        self.admission
+            .validate()
+            .map_err(|error| SettingError::new(format!("admission.{}", error.setting), error.reason))?;
         self.limits.check_bounds()?;
         self.session.check_bounds()?;
         self.rules.check_bounds()?;
