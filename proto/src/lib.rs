@@ -8,11 +8,13 @@
 pub mod admission;
 pub mod close;
 pub mod drain;
+pub mod firmware;
 pub mod frame;
 pub mod hello;
 pub mod id;
 pub mod record;
 pub mod refusal;
+pub mod rules;
 pub mod session;
 pub mod slots;
 pub mod time;

@@ -1,0 +1,12 @@
+//! Firmware versions as fleets write them: their order, and ranges over it.
+//!
+//! This module gives a text its place and says which texts a range holds. It does not know rules, devices or refusals
+//! (see [`crate::rules`]). Read [`Version`] first.
+
+mod range;
+mod token;
+mod version;
+
+pub(crate) use range::{Cut, Exact, Span};
+pub use range::{MISSING, Problem, Range, RangeError};
+pub use version::{Version, compare};

@@ -1,0 +1,214 @@
+//! The order of firmware versions (docs/VERSIONS.md): what people mean, not SemVer. Any text has a place in it.
+//!
+//! Read [`Version`] first. A text is split into the parts that count, and versions compare part by part: as every part
+//! has a total order, so have versions.
+
+use std::cmp::Ordering;
+
+use super::token::{Token, Tokens, compare_numbers, compare_text, compare_tokens, is_post_word, starts_with_git_hash};
+
+/// Compares two firmware texts: [`Version`]s, taken apart on the fly. Total for any text, never fails, allocates nothing,
+/// takes time in proportion to the length of the texts.
+#[must_use]
+pub fn compare(left: &str, right: &str) -> Ordering {
+    Version::of(left).cmp(&Version::of(right))
+}
+
+/// A firmware text, taken apart: what it compares by, borrowed from the text.
+///
+/// Equality is that of the order: `v3.8` and `3.8.0+build5` are equal. A total preorder over texts, a total order over what counts in them.
+#[derive(Clone, Copy, Debug)]
+pub struct Version<'a> {
+    form: Form<'a>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Form<'a> {
+    /// A text without a digit: first of all, by its lower-case text.
+    Text(&'a str),
+    Numbered(Numbered<'a>),
+}
+
+/// A version with release numbers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Numbered<'a> {
+    /// From the first digit to the last digit of the release numbers.
+    pub(super) release: &'a str,
+    pub(super) stage: Stage,
+    /// All that follows, up to the build metadata.
+    pub(super) suffix: &'a str,
+}
+
+/// Where a version stands to its own release.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Stage {
+    Before,
+    Release,
+    After,
+}
+
+impl<'a> Version<'a> {
+    /// Takes `text` apart. White space around it, letter case and build metadata (from the first `+` behind other text) do not count.
+    #[must_use]
+    pub fn of(text: &'a str) -> Self {
+        let text = without_metadata(text.trim());
+        let form = match text.find(|character: char| character.is_ascii_digit()) {
+            None => Form::Text(text),
+            Some(start) => Form::Numbered(Numbered::of(&text[start..])),
+        };
+        Self { form }
+    }
+
+    /// A text that is known to be without a digit and build metadata.
+    pub(crate) const fn of_text(text: &'a str) -> Self {
+        Self { form: Form::Text(text) }
+    }
+
+    /// Whether the text has release numbers; those without sort first, and only an exact range holds them.
+    #[must_use]
+    pub const fn is_numbered(&self) -> bool {
+        matches!(self.form, Form::Numbered(_))
+    }
+
+    pub(crate) const fn numbered(self) -> Option<Numbered<'a>> {
+        match self.form {
+            Form::Text(_) => None,
+            Form::Numbered(numbered) => Some(numbered),
+        }
+    }
+
+    /// What counts of a text without a digit.
+    pub(crate) const fn text(self) -> Option<&'a str> {
+        match self.form {
+            Form::Text(text) => Some(text),
+            Form::Numbered(_) => None,
+        }
+    }
+}
+
+impl<'a> Numbered<'a> {
+    /// `text` begins with a digit and has no build metadata.
+    pub(super) fn of(text: &'a str) -> Self {
+        let (release_len, ends_in_build_number) = scan_release(text.as_bytes());
+        let (release, suffix) = text.split_at(release_len);
+        let stage = stage_of(suffix, ends_in_build_number);
+        Self { release, stage, suffix }
+    }
+
+    /// By release numbers only.
+    pub(super) fn compare_release(&self, other: &Self) -> Ordering {
+        compare_releases(self.release, other.release)
+    }
+
+    /// By what follows the release numbers; of use only where these are equal.
+    pub(super) fn compare_suffix(&self, other: &Self) -> Ordering {
+        self.stage
+            .cmp(&other.stage)
+            .then_with(|| compare_tokens(Tokens::of(self.suffix), Tokens::of(other.suffix)))
+    }
+}
+
+impl Ord for Version<'_> {
+    fn cmp(&self, other: &Self) -> Ordering {
+        match (&self.form, &other.form) {
+            (Form::Text(left), Form::Text(right)) => compare_text(left, right),
+            (Form::Text(_), Form::Numbered(_)) => Ordering::Less,
+            (Form::Numbered(_), Form::Text(_)) => Ordering::Greater,
+            (Form::Numbered(left), Form::Numbered(right)) => {
+                left.compare_release(right).then_with(|| left.compare_suffix(right))
+            }
+        }
+    }
+}
+
+impl PartialOrd for Version<'_> {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Version<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Version<'_> {}
+
+/// Cuts at the first `+` that has something in front of it: a leading `+` is a prefix like any other.
+fn without_metadata(text: &str) -> &str {
+    let signs = text.len() - text.trim_start_matches('+').len();
+    match text[signs..].find('+') {
+        Some(at) => text[..signs + at].trim_end(),
+        None => text,
+    }
+}
+
+/// Length of the release numbers at the start of `bytes`, and whether a hyphen stands before the last of them.
+///
+/// Parts are divided by dots, and where the first number has four digits (a year) by a hyphen, `_` or `/` between digits, too.
+fn scan_release(bytes: &[u8]) -> (usize, bool) {
+    let digits_from = |start: usize| bytes[start..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+    let mut end = digits_from(0);
+    let is_dated = end == 4;
+    let mut ends_in_build_number = false;
+    loop {
+        let dots = bytes[end..].iter().take_while(|byte| **byte == b'.').count();
+        let is_hyphen = matches!(bytes.get(end), Some(b'-' | b'_' | b'/'));
+        let divider = if is_dated && is_hyphen { 1 } else { dots };
+        let digits = digits_from(end + divider);
+        if divider == 0 || digits == 0 {
+            return (end, ends_in_build_number);
+        }
+        end += divider + digits;
+        ends_in_build_number = is_hyphen;
+    }
+}
+
+/// Stage of a version by what follows its release numbers; a `~` ends what is looked at here.
+///
+/// `after_build_number`: the last number of the release came with a hyphen, so that a hash behind it is git describe's.
+fn stage_of(suffix: &str, after_build_number: bool) -> Stage {
+    let mut tokens = Tokens::of(suffix);
+    let mut has_build_number = false;
+    loop {
+        let ahead = tokens.rest();
+        match tokens.next() {
+            Some(Token::Number(_)) => has_build_number = true,
+            None | Some(Token::Tilde) if has_build_number => return Stage::After,
+            None => return Stage::Release,
+            Some(Token::Tilde) => return Stage::Before,
+            Some(Token::Word(word)) => {
+                let is_glued = ahead.starts_with(word);
+                let is_last = matches!(tokens.clone().next(), None | Some(Token::Tilde));
+                let is_letter = is_glued && is_last && word.chars().count() == 1;
+                let hash = &suffix[suffix.len() - tokens.rest().len() - word.len()..];
+                let is_described = (has_build_number || after_build_number) && starts_with_git_hash(hash);
+                return if is_letter || is_post_word(word) || is_described {
+                    Stage::After
+                } else {
+                    Stage::Before
+                };
+            }
+        }
+    }
+}
+
+/// Part by part as numbers; a part that is not there is zero.
+fn compare_releases(left: &str, right: &str) -> Ordering {
+    let (mut left, mut right) = (Tokens::of(left), Tokens::of(right));
+    loop {
+        let (a, b) = (left.next(), right.next());
+        if a.is_none() && b.is_none() {
+            return Ordering::Equal;
+        }
+        let number = |token| match token {
+            Some(Token::Number(digits)) => digits,
+            None | Some(Token::Tilde | Token::Word(_)) => "",
+        };
+        let order = compare_numbers(number(a), number(b));
+        if order.is_ne() {
+            return order;
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! Firmware rules: which devices an operator refuses, and the set of rules as a node asks it.
+//!
+//! This module decides what rules say of a device. It does not store them, close sessions or write answers. Read [`RuleSet`] first.
+
+mod compiled;
+mod preview;
+mod spec;
+mod text;
+
+pub use compiled::{RuleSet, Subject};
+pub use preview::{Preview, Seen, VersionHit};
+pub use spec::{Effect, Match, Mode, Rule, RuleSpec, SpecError};
