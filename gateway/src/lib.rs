@@ -1,6 +1,7 @@
 //! The gateway: sockets, databases, API and command line around the policy of `seawall_proto`.
 
 pub mod address;
+pub mod capacity;
 pub mod cli;
 pub mod clock;
 pub mod cohorts;
@@ -9,6 +10,7 @@ pub mod data_dir;
 pub mod events;
 pub mod head;
 pub mod history;
+pub mod keys;
 pub mod lifecycle;
 pub mod metrics;
 pub mod presence;

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::{
-    Config, Database, Drain, Events, Limits, Logging, Ops, RulesSync, Server, Session,
+    Config, Database, Drain, Limits, Logging, Ops, RulesSync, Server, Session,
     section::{Field, Section},
 };
 
@@ -74,7 +74,6 @@ fn sections() -> Vec<Section> {
         Limits::describe(),
         Session::describe(),
         RulesSync::describe(),
-        Events::describe(),
         Drain::describe(),
         Logging::describe(),
     ]

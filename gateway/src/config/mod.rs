@@ -16,7 +16,7 @@ pub mod section;
 mod sections;
 mod url;
 
-pub use sections::{Database, Drain, Events, Limits, LogFormat, Logging, Ops, RulesSync, Server, Session};
+pub use sections::{Database, Drain, Limits, LogFormat, Logging, Ops, RulesSync, Server, Session};
 pub use url::{DatabaseKind, DatabaseUrl, InvalidDatabaseUrl};
 
 /// Greatest configuration file, in bytes: more is a wrong file.
@@ -36,7 +36,6 @@ pub struct Config {
     pub limits: Limits,
     pub session: Session,
     pub rules: RulesSync,
-    pub events: Events,
     pub drain: Drain,
     pub logging: Logging,
 }
@@ -88,7 +87,6 @@ impl Config {
         self.limits.check_bounds()?;
         self.session.check_bounds()?;
         self.rules.check_bounds()?;
-        self.events.check_bounds()?;
         self.drain.check_bounds()?;
         self.check_texts()?;
         self.check_together()

@@ -75,8 +75,6 @@ section! {
         pub messages_per_second: u32 = 10, "messages a second", 1..=10_000;
         /// Messages that one session may send at once.
         pub messages_burst: u32 = 50, "messages", 1..=100_000;
-        /// Messages that wait for one device; one more is answered 429 by the API.
-        pub mailbox_len_max: usize = 16, "messages", 1..=1_024;
         /// Connections from one address (IPv6: one /64). Not given: no fixed figure; over half of `connections_max` in use, each address gets a fair share.
         pub connections_per_address_max: Option<usize> = None, "connections", 1..=10_000_000;
         /// Handshakes a second from one address (IPv6: one /64). Not given: no fixed figure; over half of `handshakes_max` in use, each address gets a fair share.
@@ -147,16 +145,6 @@ impl RulesSync {
 }
 
 section! {
-    /// Events for operators: presence, rules, alarms and messages of devices.
-    pub struct Events = "events" {
-        /// Events kept for readers that come back with `Last-Event-ID`; the oldest are dropped first.
-        pub buffer_len: usize = 4_096, "events", 16..=1_000_000;
-        /// Messages of devices in the buffer; while so many are younger than `message_hold_ms`, no further message is acknowledged.
-        pub buffer_bytes_max: usize = 16 * 1024 * 1024, "bytes", 65_536..=1_073_741_824;
-    }
-}
-
-section! {
     /// Leaving: at SIGTERM, at Ctrl-C, and by `seawall drain start`.
     pub struct Drain = "drain" {
         /// Time to close sessions one by one; those left then get their 1012 at once. After a signal the process exits.
@@ -179,7 +167,7 @@ section! {
     pub struct Logging = "logging" {
         /// `json`: one object a line, for machines. `human`: for people.
         pub format: LogFormat = LogFormat::Json;
-        /// `error`, `warn`, `info`, `debug` or `trace`, or directives such as `info,seawall_gateway::lookup=debug`. Read again from the file at SIGHUP; also changeable through the API while the gateway runs.
+        /// `error`, `warn`, `info`, `debug` or `trace`, or directives such as `info,seawall_gateway::lookup=debug`. SIGHUP makes a running gateway read it again.
         pub level: String = "info".to_owned();
     }
 }
