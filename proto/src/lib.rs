@@ -10,6 +10,7 @@ pub mod close;
 pub mod drain;
 pub mod firmware;
 pub mod frame;
+pub mod handshake;
 pub mod hello;
 pub mod id;
 pub mod record;
