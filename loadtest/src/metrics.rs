@@ -1,0 +1,286 @@
+//! What a server says of itself while it runs: `/metrics` and `/api/v1/node`, asked ten times a second by a thread of its own.
+//!
+//! The one type to read is [`Sampler`]. The naive server answers `/metrics` under the gateway's names.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::Pid;
+
+use crate::process;
+
+/// How often the server is asked.
+pub const SAMPLE_EVERY: Duration = Duration::from_millis(100);
+/// A server that has not answered by then is busy: the sample is left out, and the next one asked for.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(2);
+/// Greatest answer, in bytes.
+const BODY_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// The ops side of a server: base address, and the token where it asks for one.
+#[derive(Clone, Debug)]
+pub struct Ops {
+    url: String,
+    token: Option<String>,
+    agent: ureq::Agent,
+}
+
+/// Values of `/metrics` by their full name, labels included, as they stand in the text.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Metrics {
+    values: BTreeMap<String, f64>,
+}
+
+/// One look at the server.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sample {
+    pub at: Instant,
+    pub sessions: f64,
+    pub in_flight: f64,
+    /// None: the server has no limit.
+    pub limit: Option<f64>,
+    pub queue: f64,
+    pub statements: f64,
+    pub lookups: f64,
+    pub rss_bytes: Option<u64>,
+}
+
+/// Asks until it is dropped.
+#[derive(Debug)]
+pub struct Sampler {
+    samples: Arc<Mutex<Vec<Sample>>>,
+    ends: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Ops {
+    #[must_use]
+    pub fn new(url: &str, token: Option<String>) -> Self {
+        let agent = ureq::Agent::config_builder()
+            .timeout_global(Some(ANSWER_TIME_MAX))
+            .http_status_as_error(false)
+            .proxy(None)
+            .build()
+            .into();
+        Self { url: url.trim_end_matches('/').to_owned(), token, agent }
+    }
+
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Blocks.
+    ///
+    /// # Errors
+    /// No answer in time, or none of 200.
+    pub fn metrics(&self) -> Result<Metrics> {
+        Ok(Metrics::parse(&self.get("/metrics")?))
+    }
+
+    /// Blocks. In flight and limit as `/api/v1/node` has them: both of one moment.
+    ///
+    /// # Errors
+    /// No answer in time, none of 200, or no such fields.
+    pub fn admission(&self) -> Result<(f64, f64)> {
+        let node: serde_json::Value = serde_json::from_str(&self.get("/api/v1/node")?).context("reading the node's state")?;
+        let figure = |name: &str| {
+            node.pointer(&format!("/admission/{name}"))
+                .and_then(serde_json::Value::as_f64)
+                .with_context(|| format!("no admission.{name} in the node's state"))
+        };
+        Ok((figure("in_flight")?, figure("limit")?))
+    }
+
+    /// Blocks. Does the server take devices now?
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.get("/readyz").is_ok()
+    }
+
+    fn get(&self, path: &str) -> Result<String> {
+        let mut request = self.agent.get(format!("{}{path}", self.url));
+        if let Some(token) = &self.token {
+            request = request.header("Authorization", format!("Bearer {token}"));
+        }
+        let mut answer = request.call().with_context(|| format!("asking {}{path}", self.url))?;
+        ensure!(answer.status() == 200, "{}{path} answered {}", self.url, answer.status());
+        answer
+            .body_mut()
+            .with_config()
+            .limit(BODY_BYTES_MAX)
+            .read_to_string()
+            .with_context(|| format!("reading the answer of {path}"))
+    }
+}
+
+impl Metrics {
+    /// Lines of the text format; what is no value (comments, timestamps behind it) is passed over.
+    #[must_use]
+    pub fn parse(text: &str) -> Self {
+        let values = text
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+            .filter_map(|line| {
+                // Label values may hold spaces: the name ends behind the bracket.
+                let at = line.rfind('}').map_or_else(|| line.find(' '), |at| Some(at + 1))?;
+                let (name, rest) = line.split_at_checked(at)?;
+                let value = rest.split_ascii_whitespace().next()?.parse().ok()?;
+                Some((name.to_owned(), value))
+            })
+            .collect();
+        Self { values }
+    }
+
+    /// Sum of a metric over all its labels. 0 where there is none: a counter that never counted.
+    #[must_use]
+    pub fn sum(&self, name: &str) -> f64 {
+        self.series(name).map(|(_, value)| value).sum()
+    }
+
+    /// A metric without labels.
+    #[must_use]
+    pub fn value(&self, name: &str) -> Option<f64> {
+        self.values.get(name).copied()
+    }
+
+    /// A metric's values with their labels, as text between the brackets.
+    pub fn series<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (&'a str, f64)> {
+        self.values.range(name.to_owned()..).map_while(move |(full, value)| {
+            let rest = full.strip_prefix(name)?;
+            Some((rest, *value))
+        })
+        .filter_map(|(rest, value)| {
+            if rest.is_empty() {
+                return Some(("", value));
+            }
+            Some((rest.strip_prefix('{')?.strip_suffix('}')?, value))
+        })
+    }
+}
+
+/// The value of one label among those of [`Metrics::series`], unescaped.
+#[must_use]
+pub fn label(labels: &str, name: &str) -> Option<String> {
+    let mut rest = labels;
+    loop {
+        let (key, behind) = rest.split_once("=\"")?;
+        let mut value = String::new();
+        let mut characters = behind.char_indices();
+        let end = loop {
+            match characters.next()? {
+                (_, '\\') => value.push(match characters.next()?.1 {
+                    'n' => '\n',
+                    other => other,
+                }),
+                (at, '"') => break at,
+                (_, other) => value.push(other),
+            }
+        };
+        if key.trim_start_matches(',') == name {
+            return Some(value);
+        }
+        rest = behind.get(end + 1..)?;
+    }
+}
+
+impl Sampler {
+    /// `pid`: the server's process, where it is one of this machine.
+    #[must_use]
+    pub fn start(ops: Ops, pid: Option<Pid>) -> Self {
+        let samples = Arc::new(Mutex::new(Vec::new()));
+        let ends = Arc::new(AtomicBool::new(false));
+        let thread = std::thread::spawn({
+            let (samples, ends) = (Arc::clone(&samples), Arc::clone(&ends));
+            move || {
+                while !ends.load(Ordering::Relaxed) {
+                    let started = Instant::now();
+                    if let Ok(sample) = take(&ops, pid) {
+                        samples.lock().unwrap_or_else(PoisonError::into_inner).push(sample);
+                    }
+                    std::thread::sleep(SAMPLE_EVERY.saturating_sub(started.elapsed()));
+                }
+            }
+        });
+        Self { samples, ends, thread: Some(thread) }
+    }
+
+    /// The newest.
+    #[must_use]
+    pub fn last(&self) -> Option<Sample> {
+        self.samples.lock().unwrap_or_else(PoisonError::into_inner).last().copied()
+    }
+
+    /// All so far.
+    #[must_use]
+    pub fn all(&self) -> Vec<Sample> {
+        self.samples.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Drop for Sampler {
+    fn drop(&mut self) {
+        self.ends.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            drop(thread.join()); // a sampler that failed has no more samples, and nothing else to say
+        }
+    }
+}
+
+fn take(ops: &Ops, pid: Option<Pid>) -> Result<Sample> {
+    let metrics = ops.metrics()?;
+    let mut in_flight = metrics.sum("seawall_lookups_in_flight");
+    let mut limit = metrics.value("seawall_admission_limit");
+    if let Ok((node_in_flight, node_limit)) = ops.admission() {
+        // The metrics' two figures are not of one moment; of these the worse for the server counts.
+        in_flight = in_flight.max(node_in_flight);
+        limit = Some(limit.map_or(node_limit, |limit| limit.max(node_limit)));
+    }
+    Ok(Sample {
+        at: Instant::now(),
+        sessions: metrics.sum("seawall_sessions"),
+        in_flight,
+        limit,
+        queue: metrics.sum("seawall_admission_queue"),
+        statements: metrics.sum("seawall_lookup_statements_total"),
+        lookups: metrics.sum("seawall_lookups_total"),
+        rss_bytes: pid.and_then(process::resident_bytes),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = r#"# HELP seawall_sessions Open sessions.
+# TYPE seawall_sessions gauge
+seawall_sessions 12
+seawall_handshakes_total{outcome="admitted"} 10
+seawall_handshakes_total{outcome="overloaded"} 2.5e1
+seawall_handshakes_total_created 7
+seawall_cohort_sessions{cohort="a \"b\", c/3.8.0-b2"} 4
+seawall_cohort_sessions{x="1",cohort="other"} 3 1700000000
+"#;
+
+    #[test]
+    fn metrics_are_read_with_their_labels() {
+        let metrics = Metrics::parse(TEXT);
+
+        assert_eq!(metrics.value("seawall_sessions"), Some(12.0));
+        assert_eq!(metrics.sum("seawall_handshakes_total"), 35.0);
+        assert_eq!(metrics.sum("seawall_never_total"), 0.0);
+        let cohorts: Vec<_> = metrics
+            .series("seawall_cohort_sessions")
+            .map(|(labels, value)| (label(labels, "cohort").unwrap(), value))
+            .collect();
+        assert_eq!(cohorts, [("a \"b\", c/3.8.0-b2".to_owned(), 4.0), ("other".to_owned(), 3.0)]);
+        assert_eq!(label("a=\"b\"", "c"), None);
+    }
+}

@@ -1,0 +1,276 @@
+//! The server of 2020, as a measure: every connection is taken, each asks the database by itself, and nothing is bounded.
+//!
+//! It is a real server (WebSockets by tokio-tungstenite, PostgreSQL by sqlx) and no straw man: the statement is the gateway's, the
+//! pool is a pool as anyone would configure it, and the check of the credential is right. What it lacks is what Seawall is for:
+//! a limit with a queue bounded in time, and an answer for those who must wait. A device that gave up leaves its look-up in the
+//! pool's queue.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use futures_util::{SinkExt, StreamExt};
+use seawall_proto::id::{DeviceId, SecretHash};
+use sqlx::{
+    PgPool, Row,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    time::MissedTickBehavior,
+};
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{
+        Message,
+        handshake::derive_accept_key,
+        protocol::{Role, WebSocketConfig},
+    },
+};
+use tokio_util::task::TaskTracker;
+
+/// The statement of the gateway's look-up, for one device. Relies on the primary key of `devices`.
+const LOOK_UP: &str = "SELECT secret_sha256, state FROM devices WHERE id = ANY($1)";
+/// Greatest head of a request, in bytes.
+const HEAD_BYTES_MAX: usize = 8 * 1024;
+/// Headers of a request.
+const HEADERS_MAX: usize = 64;
+/// Patience with the pool: practically none is ever lost, as with the defaults of 2020.
+const POOL_PATIENCE: Duration = Duration::from_secs(600);
+const PING_EVERY: Duration = Duration::from_secs(30);
+const READ_BUFFER_BYTES: usize = 1024;
+const WELCOME: &str = r#"{"type":"welcome","session":"naive","heartbeat_ms":30000,"backoff_cap_ms":60000,"resume":"","server_time":"2020-02-08T03:10:00Z"}"#;
+
+/// A running naive server. It ends with this value.
+#[derive(Debug)]
+pub struct Naive {
+    devices: SocketAddr,
+    ops: SocketAddr,
+    tasks: TaskTracker,
+    accepting: [tokio::task::JoinHandle<()>; 2],
+}
+
+/// What `/metrics` tells.
+#[derive(Debug, Default)]
+struct Counts {
+    sessions: AtomicI64,
+    /// Taken by a connection of the pool, or waiting for one.
+    asked: AtomicI64,
+    statements: AtomicU64,
+    admitted: AtomicU64,
+    unauthorized: AtomicU64,
+    abandoned: AtomicU64,
+}
+
+/// What a device says in its request.
+#[derive(Debug, PartialEq)]
+struct Hello {
+    device: DeviceId,
+    secret: String,
+    key: String,
+    offers_v1: bool,
+}
+
+impl Naive {
+    /// Listens on two free ports: devices, and `/metrics`.
+    ///
+    /// # Errors
+    /// No port, or no database.
+    pub async fn start(database: PgConnectOptions, pool_size: u32) -> Result<Self> {
+        let pool = PgPoolOptions::new()
+            .max_connections(pool_size)
+            .acquire_timeout(POOL_PATIENCE)
+            .test_before_acquire(false)
+            .connect_with(database)
+            .await
+            .context("connecting to the database")?;
+        let counts = Arc::new(Counts::default());
+        let tasks = TaskTracker::new();
+        let devices = TcpListener::bind(("127.0.0.1", 0)).await.context("listening for devices")?;
+        let ops = TcpListener::bind(("127.0.0.1", 0)).await.context("listening for the sampler")?;
+        let addresses = (devices.local_addr()?, ops.local_addr()?);
+        let accepting = [
+            tokio::spawn(accept_devices(devices, pool.clone(), Arc::clone(&counts), tasks.clone())),
+            tokio::spawn(accept_ops(ops, pool, pool_size, counts)),
+        ];
+        Ok(Self { devices: addresses.0, ops: addresses.1, tasks, accepting })
+    }
+
+    #[must_use]
+    pub const fn devices(&self) -> SocketAddr {
+        self.devices
+    }
+
+    #[must_use]
+    pub const fn ops(&self) -> SocketAddr {
+        self.ops
+    }
+
+    /// Connections it holds, whatever their state.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.tasks.len()
+    }
+}
+
+impl Drop for Naive {
+    fn drop(&mut self) {
+        self.accepting.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+async fn accept_devices(listener: TcpListener, pool: PgPool, counts: Arc<Counts>, tasks: TaskTracker) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let (pool, counts) = (pool.clone(), Arc::clone(&counts));
+                tasks.spawn(async move {
+                    // Whatever goes wrong with one device ends that device's connection, and is its own to count.
+                    drop(serve(stream, &pool, &counts).await);
+                });
+            }
+            // Out of open files, most likely: the one courtesy it has is not to spin.
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
+async fn serve(mut stream: TcpStream, pool: &PgPool, counts: &Counts) -> Result<()> {
+    stream.set_nodelay(true)?;
+    let head = read_head(&mut stream).await?;
+    let Some(hello) = parse(&head) else {
+        stream.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n").await?;
+        bail!("not a device's request");
+    };
+    if !is_known(&hello, pool, counts).await? {
+        counts.unauthorized.fetch_add(1, Ordering::Relaxed);
+        stream.write_all(b"HTTP/1.1 401 Unauthorized\r\nConnection: close\r\nContent-Length: 0\r\n\r\n").await?;
+        return Ok(());
+    }
+    let protocol = if hello.offers_v1 { "Sec-WebSocket-Protocol: seawall.v1\r\n" } else { "" };
+    let answer = format!(
+        "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: {}\r\n{protocol}\r\n",
+        derive_accept_key(hello.key.as_bytes())
+    );
+    if let Err(error) = stream.write_all(answer.as_bytes()).await {
+        counts.abandoned.fetch_add(1, Ordering::Relaxed);
+        return Err(error.into());
+    }
+    counts.admitted.fetch_add(1, Ordering::Relaxed);
+    counts.sessions.fetch_add(1, Ordering::Relaxed);
+    let ended = session(stream, hello.offers_v1).await;
+    counts.sessions.fetch_sub(1, Ordering::Relaxed);
+    ended
+}
+
+/// One query a connect. In a task of its own, as a framework's handler would go on after its client has left.
+async fn is_known(hello: &Hello, pool: &PgPool, counts: &Counts) -> Result<bool> {
+    counts.asked.fetch_add(1, Ordering::Relaxed);
+    let answer = sqlx::query(LOOK_UP).bind(vec![hello.device.as_uuid()]).fetch_optional(pool).await;
+    counts.asked.fetch_sub(1, Ordering::Relaxed);
+    counts.statements.fetch_add(1, Ordering::Relaxed);
+    let Some(row) = answer.context("looking the device up")? else {
+        return Ok(false);
+    };
+    let hash: Vec<u8> = row.try_get("secret_sha256").context("reading the credential's hash")?;
+    let state: i16 = row.try_get("state").context("reading the device's state")?;
+    let is_right = hash.try_into().is_ok_and(|hash| SecretHash::from_bytes(hash) == SecretHash::of(hello.secret.as_bytes()));
+    Ok(is_right && state == 0)
+}
+
+async fn session(stream: TcpStream, is_v1: bool) -> Result<()> {
+    let config = WebSocketConfig::default().read_buffer_size(READ_BUFFER_BYTES).write_buffer_size(0);
+    let mut socket = WebSocketStream::from_raw_socket(stream, Role::Server, Some(config)).await;
+    if is_v1 {
+        socket.send(Message::text(WELCOME)).await?;
+    }
+    let mut ping = tokio::time::interval(PING_EVERY);
+    ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ping.reset();
+    loop {
+        tokio::select! {
+            message = socket.next() => match message {
+                None => return Ok(()),
+                Some(message) => drop(message?),
+            },
+            _ = ping.tick() => socket.send(Message::Ping(bytes::Bytes::new())).await?,
+        }
+    }
+}
+
+async fn read_head(stream: &mut TcpStream) -> Result<Vec<u8>> {
+    let mut head = Vec::with_capacity(512);
+    while !head.ends_with(b"\r\n\r\n") {
+        if head.len() >= HEAD_BYTES_MAX || stream.read_buf(&mut head).await? == 0 {
+            bail!("no complete request");
+        }
+    }
+    Ok(head)
+}
+
+/// The device's id and credential, as a Basic or Bearer `Authorization` with the gateway's header names.
+fn parse(head: &[u8]) -> Option<Hello> {
+    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
+    let mut request = httparse::Request::new(&mut headers);
+    if !request.parse(head).ok()?.is_complete() {
+        return None;
+    }
+    let header = |name: &str| {
+        let found = request.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name))?;
+        std::str::from_utf8(found.value).ok()
+    };
+    Some(Hello {
+        device: header("Seawall-Device")?.parse().ok()?,
+        secret: header("Authorization")?.strip_prefix("Bearer ")?.to_owned(),
+        key: header("Sec-WebSocket-Key")?.to_owned(),
+        offers_v1: header("Sec-WebSocket-Protocol").is_some_and(|offers| offers.contains("seawall.v1")),
+    })
+}
+
+/// Any request on this port is answered with the metrics.
+async fn accept_ops(listener: TcpListener, pool: PgPool, pool_size: u32, counts: Arc<Counts>) {
+    loop {
+        let Ok((mut stream, _)) = listener.accept().await else {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
+        };
+        let Ok(head) = read_head(&mut stream).await else {
+            continue;
+        };
+        let is_metrics = head.starts_with(b"GET /metrics ");
+        let text = if is_metrics { counts.text(&pool, pool_size) } else { String::new() };
+        let status = if is_metrics { "200 OK" } else { "404 Not Found" };
+        let answer = format!(
+            "HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{text}",
+            text.len()
+        );
+        drop(stream.write_all(answer.as_bytes()).await); // a sampler that has gone asks again
+    }
+}
+
+impl Counts {
+    fn text(&self, pool: &PgPool, pool_size: u32) -> String {
+        let asked = self.asked.load(Ordering::Relaxed).max(0);
+        let busy = i64::from(pool.size()) - i64::try_from(pool.num_idle()).unwrap_or(0);
+        let sent = asked.min(busy.clamp(0, i64::from(pool_size)));
+        let statements = self.statements.load(Ordering::Relaxed);
+        format!(
+            "seawall_sessions {}\nseawall_lookups_in_flight {sent}\nseawall_admission_queue {}\n\
+             seawall_lookup_statements_total {statements}\nseawall_lookups_total {statements}\n\
+             seawall_handshakes_total{{outcome=\"admitted\"}} {}\nseawall_handshakes_total{{outcome=\"unauthorized\"}} {}\n\
+             seawall_handshakes_total{{outcome=\"abandoned\"}} {}\n",
+            self.sessions.load(Ordering::Relaxed),
+            asked - sent,
+            self.admitted.load(Ordering::Relaxed),
+            self.unauthorized.load(Ordering::Relaxed),
+            self.abandoned.load(Ordering::Relaxed),
+        )
+    }
+}
