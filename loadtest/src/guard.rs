@@ -122,7 +122,7 @@ pub(crate) fn end_tree(root: Pid) -> Vec<Pid> {
     let tree = tree(root);
     for pid in &tree {
         // It may have ended since we looked.
-        drop(kill_process(*pid, Signal::KILL));
+        let _ = kill_process(*pid, Signal::KILL);
     }
     tree
 }

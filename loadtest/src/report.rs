@@ -247,7 +247,7 @@ impl Report {
     pub fn to_text(&self) -> String {
         let mut text = String::new();
         // Writing to a String can't fail.
-        drop(self.write_text(&mut text));
+        let _ = self.write_text(&mut text);
         text
     }
 

@@ -497,7 +497,7 @@ mod tests {
             ("devices = 100", "device = 100", "unknown field `device`"),
             ("0.7", "0.8", "`fleet.displays.firmware`: parts must add up to 1"),
             ("\"drop-all\"", "\"drop-some\"", "unknown variant `drop-some`"),
-            ("per_second = 50 }", "per_second = 50, x = 1 }", "unknown field `x`"),
+            ("per_second = 50 }", "per_second = 50, x = 1 }", "unexpected keys in table: x"),
             ("\"drop-all\"", "{ database = \"frozen\" }", "only a PostgreSQL can be slow, frozen or killed"),
             ("\"storm\"\n        seconds", "\"connect\"\n        seconds", "`connect` is there twice"),
             ("churn_group = \"healthy\"", "churn_group = \"well\"", "no group `well`"),
