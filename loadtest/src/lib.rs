@@ -5,14 +5,23 @@
 //!
 //! Nothing here depends on the gateway's code: it is started, watched and judged from outside, like any other program.
 
+pub mod demo;
+pub mod fleet;
 pub mod guard;
 pub mod html;
 pub mod metrics;
 pub mod naive;
+pub mod phases;
+pub mod plan;
 pub mod postgres;
 pub mod process;
+pub mod programs;
+pub mod progress;
 pub mod recorder;
 pub mod report;
+pub mod run;
 pub mod scenario;
+pub mod server;
+pub mod signals;
+pub mod slow;
 pub mod threshold;
-pub mod fleet { pub struct Profile; impl std::str::FromStr for Profile { type Err = String; fn from_str(s:&str)->Result<Self,String>{ if s=="rude" {Err("rude".into())} else {Ok(Self)} } } }

@@ -1,1 +1,145 @@
-fn main() {}
+//! `loadtest`: runs a scenario of real devices against a real gateway, and says whether it held.
+
+use std::{fs, path::PathBuf, process::ExitCode};
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use loadtest::{
+    guard, html,
+    naive::Naive,
+    progress::Progress,
+    report::{self, Report},
+    run::{Order, run},
+    scenario::Scenario,
+    server::{External, NAIVE_DATABASE},
+    signals,
+};
+use tokio_util::sync::CancellationToken;
+
+/// Load tests for Seawall.
+#[derive(Parser)]
+#[command(name = "loadtest", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a scenario with real sockets. Exit 0 only if all of its thresholds hold, 1 if not, 2 for a wrong scenario.
+    Run(RunArguments),
+    /// The server that `[naive]` in a scenario asks for.
+    #[command(hide = true)]
+    NaiveServer(NaiveArguments),
+}
+
+#[derive(Args)]
+struct RunArguments {
+    /// The scenario: docs/SCENARIOS.md has its format.
+    scenario: PathBuf,
+    /// Devices, instead of the scenario's number.
+    #[arg(long)]
+    devices: Option<u32>,
+    /// Seed, instead of the scenario's.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Write the report as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the report as a page with charts.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Use the gateway that runs here, such as ws://127.0.0.1:8080, and start none.
+    #[arg(long, value_name = "URL", requires_all = ["ops", "token"])]
+    gateway: Option<String>,
+    /// The ops address of that gateway, such as http://127.0.0.1:8081.
+    #[arg(long, value_name = "URL", requires = "gateway")]
+    ops: Option<String>,
+    /// An admin's token of that gateway.
+    #[arg(long, env = "SEAWALL_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+}
+
+#[derive(Args)]
+struct NaiveArguments {
+    /// Connections to the database.
+    #[arg(long)]
+    pool: u32,
+    /// File for the addresses it listens on.
+    #[arg(long)]
+    addresses: PathBuf,
+}
+
+fn main() -> ExitCode {
+    if let Err(error) = guard::start() {
+        eprintln!("error: starting the guard that cleans up: {error}");
+        return ExitCode::FAILURE;
+    }
+    let done = match Cli::parse().command {
+        Command::Run(arguments) => run_scenario(arguments),
+        Command::NaiveServer(arguments) => serve_naive(&arguments),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run_scenario(arguments: RunArguments) -> Result<ExitCode> {
+    let scenario = match read(&arguments) {
+        Ok(scenario) => scenario,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            return Ok(ExitCode::from(2));
+        }
+    };
+    let external = arguments
+        .gateway
+        .zip(arguments.ops)
+        .zip(arguments.token)
+        .map(|((gateway, ops), token)| External { gateway, ops, token });
+    let order = Order { scenario, external, interrupted: CancellationToken::new() };
+    let report = runtime()?.block_on(async {
+        tokio::spawn(signals::cancel(order.interrupted.clone()));
+        run(&order, &Progress::new()).await
+    })?;
+    print!("{}", report.to_text());
+    if let Some(path) = &arguments.json {
+        let json = serde_json::to_vec_pretty(&report).context("writing the report")?;
+        fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;
+    }
+    if let Some(path) = &arguments.html {
+        fs::write(path, html::page(&report)).with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(verdict(&report))
+}
+
+/// Everything that can be wrong before a minute is spent on it.
+fn read(arguments: &RunArguments) -> Result<Scenario> {
+    let scenario = Scenario::from_file(&arguments.scenario, arguments.devices, arguments.seed)?;
+    report::check_names(&scenario, &scenario.thresholds()?)
+        .with_context(|| arguments.scenario.display().to_string())?;
+    Ok(scenario)
+}
+
+fn verdict(report: &Report) -> ExitCode {
+    if report.passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn serve_naive(arguments: &NaiveArguments) -> Result<ExitCode> {
+    let database = std::env::var(NAIVE_DATABASE).with_context(|| format!("{NAIVE_DATABASE} is not set"))?;
+    let database = database.parse().context("reading the database's address")?;
+    runtime()?.block_on(async {
+        let ended = CancellationToken::new();
+        tokio::spawn(signals::cancel(ended.clone()));
+        let naive = Naive::start(database, arguments.pool).await?;
+        let addresses = serde_json::json!({"devices": naive.devices(), "ops": naive.ops()});
+        fs::write(&arguments.addresses, addresses.to_string()).context("writing the addresses")?;
+        ended.cancelled().await;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")
+}

@@ -21,6 +21,8 @@ use crate::process;
 pub const SAMPLE_EVERY: Duration = Duration::from_millis(100);
 /// A server that has not answered by then is busy: the sample is left out, and the next one asked for.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(2);
+/// Time for an import of a million devices.
+const IMPORT_TIME_MAX: Duration = Duration::from_secs(600);
 /// Greatest answer, in bytes.
 const BODY_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
@@ -105,20 +107,70 @@ impl Ops {
         self.get("/readyz").is_ok()
     }
 
-    fn get(&self, path: &str) -> Result<String> {
-        let mut request = self.agent.get(format!("{}{path}", self.url));
-        if let Some(token) = &self.token {
-            request = request.header("Authorization", format!("Bearer {token}"));
-        }
-        let mut answer = request.call().with_context(|| format!("asking {}{path}", self.url))?;
-        ensure!(answer.status() == 200, "{}{path} answered {}", self.url, answer.status());
-        answer
-            .body_mut()
-            .with_config()
-            .limit(BODY_BYTES_MAX)
-            .read_to_string()
-            .with_context(|| format!("reading the answer of {path}"))
+    /// Blocks. Registers devices, in the form that `devices import` reads.
+    ///
+    /// # Errors
+    /// They were refused, or there was no answer in time.
+    pub fn import(&self, csv: &str) -> Result<()> {
+        let path = "/api/v1/devices/import";
+        let request = self.agent.post(format!("{}{path}", self.url)).header("Content-Type", "text/csv");
+        let request = self.with_token(request).config().timeout_global(Some(IMPORT_TIME_MAX)).build();
+        read(path, request.send(csv).with_context(|| format!("importing at {}", self.url))?).map(drop)
     }
+
+    /// Blocks. Makes a rule that blocks; returns its id.
+    ///
+    /// # Errors
+    /// It was refused, or there was no answer in time.
+    pub fn block(&self, range: &str, reason: &str, evict: bool, retry_after: Option<&str>) -> Result<String> {
+        let path = "/api/v1/rules";
+        let mut rule = serde_json::json!({
+            "match": {"firmware": range}, "effect": "block", "reason": reason, "evict": evict, "confirm": true,
+        });
+        if let Some(retry_after) = retry_after {
+            rule["retry_after"] = retry_after.into();
+        }
+        let request = self.with_token(self.agent.post(format!("{}{path}", self.url)));
+        let answer = request.send_json(&rule).with_context(|| format!("making a rule at {}", self.url))?;
+        let answer: serde_json::Value = serde_json::from_str(&read(path, answer)?).context("reading the new rule")?;
+        let id = answer.get("id").or_else(|| answer.pointer("/rule/id")).and_then(serde_json::Value::as_str);
+        id.map(str::to_owned).context("no id in the answer to a new rule")
+    }
+
+    /// Blocks. Removes a rule.
+    ///
+    /// # Errors
+    /// It was refused, or there was no answer in time.
+    pub fn remove_rule(&self, id: &str) -> Result<()> {
+        let path = format!("/api/v1/rules/{id}");
+        let request = self.with_token(self.agent.delete(format!("{}{path}", self.url)));
+        read(&path, request.call().with_context(|| format!("removing a rule at {}", self.url))?).map(drop)
+    }
+
+    fn get(&self, path: &str) -> Result<String> {
+        let request = self.with_token(self.agent.get(format!("{}{path}", self.url)));
+        read(path, request.call().with_context(|| format!("asking {}{path}", self.url))?)
+    }
+
+    fn with_token<B>(&self, request: ureq::RequestBuilder<B>) -> ureq::RequestBuilder<B> {
+        match &self.token {
+            Some(token) => request.header("Authorization", format!("Bearer {token}")),
+            None => request,
+        }
+    }
+}
+
+/// The body of an answer of success.
+fn read(path: &str, mut answer: ureq::http::Response<ureq::Body>) -> Result<String> {
+    let status = answer.status();
+    let body = answer
+        .body_mut()
+        .with_config()
+        .limit(BODY_BYTES_MAX)
+        .read_to_string()
+        .with_context(|| format!("reading the answer of {path}"))?;
+    ensure!(status.is_success(), "{path} answered {status}: {}", body.trim());
+    Ok(body)
 }
 
 impl Metrics {

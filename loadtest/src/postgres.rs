@@ -111,6 +111,15 @@ impl Postgres {
         options(self.port, &self.password)
     }
 
+    /// Lines of its log that hold `text`.
+    ///
+    /// # Errors
+    /// The log can't be read.
+    pub fn count_in_log(&self, text: &str) -> io::Result<u64> {
+        let log = fs::read(self.folder.path().join("log"))?;
+        Ok(String::from_utf8_lossy(&log).lines().map(|line| u64::from(line.contains(text))).sum())
+    }
+
     /// # Errors
     /// It has ended by itself.
     pub fn check(&mut self) -> Result<()> {
@@ -206,7 +215,8 @@ async fn serve(account: Option<Account>, programs: &Path, folder: &Path, port: u
         .args(["-c", "listen_addresses=127.0.0.1"])
         .args(["-c", &format!("max_connections={CONNECTIONS_MAX}")])
         .args(["-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off"])
-        .args(["-c", "shared_buffers=128MB", "-c", "max_wal_size=1GB", "-c", "autovacuum_naptime=10s"]);
+        .args(["-c", "shared_buffers=128MB", "-c", "max_wal_size=1GB", "-c", "autovacuum_naptime=10s"])
+        .args(["-c", "log_error_verbosity=terse"]);
     let mut server = Process::start("postgres", &mut postgres, &folder.join("log"))?;
     let deadline = tokio::time::Instant::now() + START_TIME_MAX;
     loop {

@@ -32,13 +32,17 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command` in a process group of its own, without input, its output and errors in `log`.
+    /// Starts `command` in a process group of its own, without input, its output and errors at the end of `log`.
     ///
     /// # Errors
     /// The log can't be written, or the program can't be started.
     pub fn start(name: impl Into<String>, command: &mut Command, log: &Path) -> Result<Self> {
         let name = name.into();
-        let out = File::create(log).with_context(|| format!("creating {}", log.display()))?;
+        let out = File::options()
+            .create(true)
+            .append(true)
+            .open(log)
+            .with_context(|| format!("opening {}", log.display()))?;
         let err = out.try_clone().context("duplicating the log's handle")?;
         let child = command
             .stdin(Stdio::null())

@@ -79,6 +79,8 @@ struct Phase {
     returned: Vec<Duration>,
     lost_sessions: u64,
     missing: u64,
+    /// Count of slow look-ups at its start and at its end.
+    slow_lookups: (u64, u64),
     groups: Vec<GroupBook>,
 }
 
@@ -104,6 +106,7 @@ pub struct PhaseFigures {
     pub attempts_per_device: Option<f64>,
     pub lost_sessions: u64,
     pub missing: u64,
+    pub slow_lookups: u64,
     pub groups: BTreeMap<String, Group>,
 }
 
@@ -142,10 +145,10 @@ impl Recorder {
         Self { books: Mutex::new(books) }
     }
 
-    /// Begins the next phase, and ends the one before.
-    pub fn begin_phase(&self, now: Instant) {
+    /// Begins the next phase, and ends the one before. `slow_lookups`: the count of them so far.
+    pub fn begin_phase(&self, now: Instant, slow_lookups: u64) {
         let mut books = self.books();
-        books.end_phase(now);
+        books.end_phase(now, slow_lookups);
         let groups = books.group_names.iter().map(|_| GroupBook::new()).collect();
         books.phases.push(Phase {
             started: now,
@@ -155,6 +158,7 @@ impl Recorder {
             returned: Vec::new(),
             lost_sessions: 0,
             missing: 0,
+            slow_lookups: (slow_lookups, slow_lookups),
             groups,
         });
     }
@@ -180,13 +184,16 @@ impl Recorder {
 
     #[must_use]
     pub fn standing(&self) -> Standing {
-        let books = self.books();
-        Standing {
-            connected: books.connected,
-            missing: books.missing(),
-            blocked: books.devices.iter().map(|device| u64::from(device.is_blocked)).sum(),
-            lost_sessions: books.phases.iter().map(|phase| phase.lost_sessions).sum(),
-        }
+        self.books().standing()
+    }
+
+    /// The same, noted for the second that `now` is in.
+    pub fn tick(&self, now: Instant) -> Standing {
+        let mut books = self.books();
+        let standing = books.standing();
+        let started = books.started;
+        second(&mut books.seconds, started, now).connected = standing.connected;
+        standing
     }
 
     /// Is the device connected, as far as it told?
@@ -207,9 +214,9 @@ impl Recorder {
 
     /// Ends the run: devices that still wait count with the time they have waited.
     #[must_use]
-    pub fn finish(&self, now: Instant) -> (Vec<PhaseFigures>, Vec<Second>) {
+    pub fn finish(&self, now: Instant, slow_lookups: u64) -> (Vec<PhaseFigures>, Vec<Second>) {
         let mut books = self.books();
-        books.end_phase(now);
+        books.end_phase(now, slow_lookups);
         books.count_waiting(now);
         let started = books.started;
         let names = books.group_names.clone();
@@ -339,17 +346,27 @@ impl Books {
         }
     }
 
+    fn standing(&self) -> Standing {
+        Standing {
+            connected: self.connected,
+            missing: self.missing(),
+            blocked: self.devices.iter().map(|device| u64::from(device.is_blocked)).sum(),
+            lost_sessions: self.phases.iter().map(|phase| phase.lost_sessions).sum(),
+        }
+    }
+
     fn missing(&self) -> u64 {
         self.devices.iter().map(|device| u64::from(device.due.is_some())).sum()
     }
 
-    fn end_phase(&mut self, now: Instant) {
+    fn end_phase(&mut self, now: Instant, slow_lookups: u64) {
         let missing = self.missing();
         let Some(phase) = self.phases.last_mut().filter(|phase| phase.ended.is_none()) else {
             return;
         };
         phase.ended = Some(now);
         phase.missing = missing;
+        phase.slow_lookups.1 = slow_lookups;
         for device in &self.devices {
             for group in &device.groups {
                 if let Some(book) = phase.groups.get_mut(*group) {
@@ -439,6 +456,7 @@ impl Phase {
             attempts_per_device,
             lost_sessions: self.lost_sessions,
             missing: self.missing,
+            slow_lookups: self.slow_lookups.1.saturating_sub(self.slow_lookups.0),
             groups,
         }
     }
@@ -462,7 +480,7 @@ mod tests {
     fn return_times_count_from_the_drop_and_attempts_are_averaged() {
         let (recorder, t0) = connected(100);
 
-        recorder.begin_phase(after(t0, 10.0));
+        recorder.begin_phase(after(t0, 10.0), 0);
         for index in 0..100 {
             recorder.due(index, after(t0, 10.0), true);
         }
@@ -473,7 +491,7 @@ mod tests {
             let back = if index == 99 { 20.0 } else { 11.0 };
             recorder.handle(index, Event::Connected, after(t0, back));
         }
-        let (phases, seconds) = recorder.finish(after(t0, 30.0));
+        let (phases, seconds) = recorder.finish(after(t0, 30.0), 0);
 
         assert_eq!(phases[1].t99_seconds, Some(1.0));
         assert_eq!(phases[1].t100_seconds, Some(10.0));
@@ -488,13 +506,13 @@ mod tests {
     fn devices_that_never_return_count_with_the_time_they_waited() {
         let (recorder, t0) = connected(2);
 
-        recorder.begin_phase(after(t0, 1.0));
+        recorder.begin_phase(after(t0, 1.0), 0);
         recorder.due(0, after(t0, 1.0), true);
         recorder.due(1, after(t0, 1.0), true);
         recorder.handle(1, Event::Connected, after(t0, 2.0));
-        recorder.begin_phase(after(t0, 5.0));
+        recorder.begin_phase(after(t0, 5.0), 0);
         assert_eq!(recorder.standing(), Standing { connected: 1, missing: 1, ..Standing::default() });
-        let (phases, _) = recorder.finish(after(t0, 61.0));
+        let (phases, _) = recorder.finish(after(t0, 61.0), 0);
 
         assert_eq!(phases[1].t100_seconds, None);
         assert_eq!((phases[1].missing, phases[2].missing), (1, 1));
@@ -507,13 +525,13 @@ mod tests {
     fn blocked_devices_are_not_waited_for() {
         let (recorder, t0) = connected(2);
 
-        recorder.begin_phase(after(t0, 1.0));
+        recorder.begin_phase(after(t0, 1.0), 0);
         recorder.due(0, after(t0, 1.0), true);
         recorder.handle(0, Event::Refused(Some(Code::FirmwareBlocked)), after(t0, 1.1));
         recorder.handle(1, Event::Closed(Some(CLOSE_EVICTED)), after(t0, 1.2));
 
         assert_eq!(recorder.standing(), Standing { blocked: 2, ..Standing::default() });
-        let (phases, _) = recorder.finish(after(t0, 2.0));
+        let (phases, _) = recorder.finish(after(t0, 2.0), 0);
         assert_eq!((phases[1].wanted, phases[1].lost_sessions, phases[1].missing), (0, 0, 0));
     }
 
@@ -532,12 +550,12 @@ mod tests {
         let groups = BTreeMap::from([("marked".to_owned(), vec!["b3".to_owned()])]);
         let t0 = Instant::now();
         let recorder = Recorder::new(&["b2", "b3"], &groups, t0);
-        recorder.begin_phase(t0);
+        recorder.begin_phase(t0, 0);
 
         assert!(recorder.is_in(1, "marked") && !recorder.is_in(0, "marked"));
         recorder.upgraded(0, "b3");
         recorder.handle(0, Event::Attempt, t0);
-        let (phases, _) = recorder.finish(t0);
+        let (phases, _) = recorder.finish(t0, 0);
 
         assert_eq!(phases[0].groups["marked"].attempts, 1);
         assert_eq!(phases[0].groups["marked"].devices, 2);
@@ -547,7 +565,7 @@ mod tests {
     fn connected(count: usize) -> (Recorder, Instant) {
         let t0 = Instant::now();
         let recorder = Recorder::new(&vec!["b2"; count], &BTreeMap::new(), t0);
-        recorder.begin_phase(t0);
+        recorder.begin_phase(t0, 0);
         for index in 0..count {
             recorder.due(index, t0, true);
             recorder.handle(index, Event::Attempt, t0);

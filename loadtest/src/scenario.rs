@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use firmware_sim::profile::{Profile, UnknownProfile};
 use serde::Deserialize;
 
 use crate::threshold::{Threshold, ThresholdError};
@@ -291,9 +292,13 @@ impl Scenario {
             check(adds_up(fleet.firmware.values()), field("firmware"), "parts must add up to 1")?;
             check(adds_up(fleet.profile.values()), field("profile"), "parts must add up to 1")?;
             for profile in fleet.profile.keys() {
-                profile
-                    .parse::<crate::fleet::Profile>()
-                    .map_err(|error| problem(field("profile"), error.to_string()))?;
+                let profile: Profile =
+                    profile.parse().map_err(|error: UnknownProfile| problem(field("profile"), error.to_string()))?;
+                check(
+                    profile.devices_per_identity() == 1,
+                    field("profile"),
+                    format!("{profile}: two devices of one identity have no place in the books of a load test"),
+                )?;
             }
             for version in fleet.firmware.keys() {
                 check_label(version, &field("firmware"))?;

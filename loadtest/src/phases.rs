@@ -1,0 +1,316 @@
+//! Drives one run through the phases of its scenario: who connects, drops, churns and changes version, and when.
+//!
+//! Arrivals are open loop: their times are drawn without regard to how the server does, and latency counts from them.
+
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use rand::{Rng, rngs::StdRng};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    fleet::Fleet,
+    metrics::Sampler,
+    plan::Plan,
+    postgres::Postgres,
+    progress::Progress,
+    recorder::{Recorder, Standing},
+    scenario::{Action, GROUP_ALL, Phase, Scenario, Trouble, Until},
+    server::Server,
+    slow,
+};
+
+/// How often it is looked whether something is due.
+const TICK: Duration = Duration::from_millis(5);
+/// How often the books are looked at: whether the phase is over, and for the progress.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Tries to find a connected device of a group by chance, before the group is taken to have none.
+const DRAWS_MAX: u32 = 64;
+
+/// Everything that a run has on its stage.
+pub struct Stage<'a> {
+    pub run: &'a str,
+    pub scenario: &'a Scenario,
+    pub plan: &'a mut Plan,
+    pub fleet: &'a Fleet,
+    pub recorder: &'a Recorder,
+    pub server: &'a mut Server,
+    pub sampler: &'a Sampler,
+    pub postgres: Option<&'a mut Postgres>,
+    pub progress: &'a Progress,
+    pub interrupted: &'a CancellationToken,
+    pub rng: StdRng,
+    /// Devices that have been told to connect; those behind have not.
+    pub begun: usize,
+    /// Rules that this run made.
+    pub rules: Vec<String>,
+}
+
+/// What is still to be done in a phase.
+struct Agenda {
+    started: Instant,
+    length: Duration,
+    /// Devices that connect first, at this rate.
+    connect_per_second: f64,
+    /// Devices that change version, evenly over the phase, in this order.
+    upgrades: Vec<usize>,
+    /// How many of this phase's devices have been told to connect, or to change.
+    done: usize,
+    /// They wait for their upgrade: churn leaves them alone.
+    set_aside: HashSet<usize>,
+    churn_next: Option<Instant>,
+}
+
+impl Stage<'_> {
+    /// # Errors
+    /// A process died, the API refused, or it was interrupted.
+    pub async fn play(&mut self) -> Result<()> {
+        let scenario = self.scenario;
+        for phase in &scenario.phases {
+            self.phase(phase).await.with_context(|| format!("in phase `{}` of run `{}`", phase.name, self.run))?;
+        }
+        Ok(())
+    }
+
+    /// Look-ups of slow devices so far.
+    ///
+    /// # Errors
+    /// The database's log can't be read.
+    pub fn slow_lookups(&self) -> Result<u64> {
+        match &self.postgres {
+            Some(postgres) if !self.scenario.database.slow_firmware.is_empty() => slow::count(postgres),
+            _ => Ok(0),
+        }
+    }
+
+    async fn phase(&mut self, phase: &Phase) -> Result<()> {
+        self.recorder.begin_phase(Instant::now(), self.slow_lookups()?);
+        self.progress.note(&format!("{}: {} ({})", self.run, phase.name, describe(&phase.action)));
+        let mut agenda = self.begin(phase).await?;
+        let mut look_at = agenda.started;
+        loop {
+            let now = Instant::now();
+            let is_over = now >= agenda.started + agenda.length;
+            self.do_what_is_due(phase, &mut agenda, now.min(agenda.started + agenda.length));
+            if is_over || now >= look_at {
+                look_at = now + LOOK_EVERY;
+                let standing = self.recorder.tick(now);
+                self.progress.update(|| self.status(phase, &agenda, standing, now));
+                if is_over || (phase.until == Some(Until::Connected) && self.is_settled(&agenda, standing)) {
+                    break;
+                }
+                self.check_processes(phase)?;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(TICK) => {}
+                () = self.interrupted.cancelled() => bail!("interrupted"),
+            }
+        }
+        if matches!(phase.action, Action::Database(_))
+            && let Some(postgres) = &mut self.postgres
+        {
+            postgres.mend().await.context("mending the database")?;
+        }
+        Ok(())
+    }
+
+    fn check_processes(&mut self, phase: &Phase) -> Result<()> {
+        self.server.check()?;
+        match &mut self.postgres {
+            Some(postgres) if !matches!(phase.action, Action::Database(_)) => postgres.check(),
+            _ => Ok(()),
+        }
+    }
+
+    /// What happens at once, and the agenda of what follows.
+    async fn begin(&mut self, phase: &Phase) -> Result<Agenda> {
+        let mut agenda = Agenda {
+            started: Instant::now(),
+            length: phase.time_max(),
+            connect_per_second: 0.0,
+            upgrades: Vec::new(),
+            done: 0,
+            set_aside: HashSet::new(),
+            churn_next: None,
+        };
+        match &phase.action {
+            Action::Hold => {}
+            Action::Connect { per_second } => agenda.connect_per_second = *per_second,
+            Action::DropAll => self.drop_all(agenda.started),
+            Action::Grow { firmware, to } => {
+                agenda.upgrades = self.plan.to_upgrade(firmware, *to, &mut self.rng);
+                agenda.set_aside = agenda.upgrades.iter().copied().collect();
+                if self.scenario.database.slow_firmware.contains(firmware) {
+                    self.mark(&agenda.upgrades).await?;
+                    agenda.started = Instant::now();
+                }
+            }
+            Action::Database(trouble) => {
+                if let Some(postgres) = &mut self.postgres {
+                    match trouble {
+                        Trouble::Slow { factor } => postgres.slow_down(*factor),
+                        Trouble::Frozen => postgres.freeze(),
+                        Trouble::Killed => postgres.kill(),
+                    }
+                }
+            }
+            Action::Block { range, reason, evict, retry_after } => {
+                // The naive server has no rules: there the phase is time alone, as it was for those on call in 2020.
+                if self.run == crate::report::MAIN_RUN {
+                    let ops = self.server.ops().clone();
+                    let (range, reason, evict, retry_after) = (range.clone(), reason.clone(), *evict, retry_after.clone());
+                    let id = tokio::task::spawn_blocking(move || ops.block(&range, &reason, evict, retry_after.as_deref()))
+                        .await
+                        .context("the task that makes the rule")??;
+                    self.rules.push(id);
+                }
+            }
+            Action::Unblock => self.remove_rules().await?,
+        }
+        if phase.churn_per_second > 0.0 {
+            agenda.churn_next = Some(agenda.started + self.pause(phase.churn_per_second));
+        }
+        Ok(agenda)
+    }
+
+    /// Removes the rules that this run has made.
+    ///
+    /// # Errors
+    /// The API refused.
+    pub async fn remove_rules(&mut self) -> Result<()> {
+        for id in std::mem::take(&mut self.rules) {
+            let ops = self.server.ops().clone();
+            tokio::task::spawn_blocking(move || ops.remove_rule(&id)).await.context("the task that removes the rule")??;
+        }
+        Ok(())
+    }
+
+    fn do_what_is_due(&mut self, phase: &Phase, agenda: &mut Agenda, now: Instant) {
+        while agenda.connect_per_second > 0.0 && self.begun < self.plan.devices.len() {
+            // The first of this phase is due at its start, even where an earlier phase has begun some.
+            let at = agenda.started + Duration::from_secs_f64(to_f64(agenda.done) / agenda.connect_per_second);
+            if at > now {
+                break;
+            }
+            self.recorder.due(self.begun, at, true);
+            self.fleet.connect(self.begun);
+            self.begun += 1;
+            agenda.done += 1;
+        }
+        if let Action::Grow { firmware, .. } = &phase.action {
+            while let Some(index) = agenda.upgrades.get(agenda.done).copied() {
+                let part = to_f64(agenda.done) / to_f64(agenda.upgrades.len());
+                let at = agenda.started + agenda.length.mul_f64(part);
+                if at > now {
+                    break;
+                }
+                self.upgrade(index, firmware, at);
+                agenda.set_aside.remove(&index);
+                agenda.done += 1;
+            }
+        }
+        while let Some(at) = agenda.churn_next.filter(|at| *at <= now) {
+            let group = phase.churn_group.as_deref().unwrap_or(GROUP_ALL);
+            if let Some(index) = self.draw_connected(group, &agenda.set_aside) {
+                self.recorder.due(index, at, false);
+                self.fleet.restart(index);
+            }
+            agenda.churn_next = Some(at + self.pause(phase.churn_per_second));
+        }
+    }
+
+    fn drop_all(&mut self, now: Instant) {
+        for index in 0..self.begun {
+            if self.recorder.is_connected(index) {
+                self.recorder.due(index, now, true);
+                self.fleet.drop_connection(index);
+            }
+        }
+    }
+
+    fn upgrade(&mut self, index: usize, firmware: &str, at: Instant) {
+        if let Some(device) = self.plan.devices.get_mut(index) {
+            firmware.clone_into(&mut device.firmware);
+        }
+        self.recorder.upgraded(index, firmware);
+        if index < self.begun {
+            self.recorder.due(index, at, true);
+            self.fleet.upgrade(index, firmware);
+        }
+    }
+
+    async fn mark(&mut self, indices: &[usize]) -> Result<()> {
+        let devices: Vec<_> = indices.iter().filter_map(|index| Some(self.plan.devices.get(*index)?.id)).collect();
+        match &self.postgres {
+            Some(postgres) => slow::mark(&postgres.options(), &devices).await,
+            None => Ok(()),
+        }
+    }
+
+    fn draw_connected(&mut self, group: &str, set_aside: &HashSet<usize>) -> Option<usize> {
+        if self.begun == 0 {
+            return None;
+        }
+        (0..DRAWS_MAX).find_map(|_| {
+            let index = self.rng.random_range(0..self.begun);
+            let fits = !set_aside.contains(&index)
+                && self.recorder.is_connected(index)
+                && self.recorder.is_in(index, group);
+            fits.then_some(index)
+        })
+    }
+
+    /// Time to the next arrival of a Poisson process.
+    fn pause(&mut self, per_second: f64) -> Duration {
+        let uniform: f64 = self.rng.random();
+        Duration::from_secs_f64(-(1.0 - uniform).ln() / per_second)
+    }
+
+    fn is_settled(&self, agenda: &Agenda, standing: Standing) -> bool {
+        let has_begun_all = agenda.connect_per_second == 0.0 || self.begun == self.plan.devices.len();
+        let has_upgraded_all = agenda.upgrades.is_empty() || agenda.done == agenda.upgrades.len();
+        has_begun_all && has_upgraded_all && standing.missing == 0
+    }
+
+    fn status(&self, phase: &Phase, agenda: &Agenda, standing: Standing, now: Instant) -> String {
+        let sample = self.sampler.last();
+        let figure = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.0}"));
+        format!(
+            "{} {:<12} {:5.1}/{:.0} s  connected {}  missing {}  blocked {}  in flight {}/{}  queue {}",
+            self.run,
+            phase.name,
+            now.saturating_duration_since(agenda.started).as_secs_f64(),
+            agenda.length.as_secs_f64(),
+            standing.connected,
+            standing.missing,
+            standing.blocked,
+            figure(sample.map(|sample| sample.in_flight)),
+            figure(sample.and_then(|sample| sample.limit)),
+            figure(sample.map(|sample| sample.queue)),
+        )
+    }
+}
+
+/// The action in words.
+#[must_use]
+pub fn describe(action: &Action) -> String {
+    match action {
+        Action::Hold => "hold".to_owned(),
+        Action::Connect { per_second } => format!("connect {per_second} a second"),
+        Action::DropAll => "drop all".to_owned(),
+        Action::Grow { firmware, to } => format!("grow {firmware} to {:.0} %", to * 100.0),
+        Action::Database(Trouble::Slow { factor }) => format!("database {factor}x slower"),
+        Action::Database(Trouble::Frozen) => "database frozen".to_owned(),
+        Action::Database(Trouble::Killed) => "database killed".to_owned(),
+        Action::Block { range, evict, .. } => format!("block {range}{}", if *evict { " and evict" } else { "" }),
+        Action::Unblock => "unblock".to_owned(),
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "at most 18,000 devices")]
+const fn to_f64(count: usize) -> f64 {
+    count as f64
+}

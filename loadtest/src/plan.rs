@@ -1,0 +1,196 @@
+//! Which devices a scenario has: their ids, secrets, versions and behaviours, drawn from the seed.
+
+use std::collections::BTreeMap;
+
+use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
+use uuid::Uuid;
+
+use crate::scenario::Scenario;
+
+/// A device of a fleet.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Device {
+    pub id: Uuid,
+    pub secret: String,
+    pub firmware: String,
+    pub profile: String,
+    pub tenant: Option<String>,
+    pub model: Option<String>,
+}
+
+/// All devices of a scenario.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub devices: Vec<Device>,
+    /// Registered devices that no fleet has.
+    bystanders: u32,
+    seed: u64,
+}
+
+impl Plan {
+    /// The same scenario and seed give the same devices.
+    #[must_use]
+    pub fn new(scenario: &Scenario) -> Self {
+        let mut rng = StdRng::seed_from_u64(scenario.seed);
+        let total = usize::try_from(scenario.devices).unwrap_or(usize::MAX);
+        let fleet_shares: Vec<f64> = scenario.fleets.iter().map(|fleet| fleet.share).collect();
+        let mut devices = Vec::with_capacity(total);
+        for (fleet, count) in scenario.fleets.iter().zip(apportion(total, &fleet_shares)) {
+            let versions = dealt(count, &fleet.firmware, &mut rng);
+            let profiles = dealt(count, &fleet.profile, &mut rng);
+            for (firmware, profile) in versions.into_iter().zip(profiles) {
+                devices.push(Device {
+                    id: uuid(&mut rng),
+                    secret: secret(&mut rng),
+                    firmware: firmware.to_owned(),
+                    profile: profile.to_owned(),
+                    tenant: fleet.tenant.clone(),
+                    model: fleet.model.clone(),
+                });
+            }
+        }
+        devices.shuffle(&mut rng);
+        let bystanders = scenario.database.registered.saturating_sub(scenario.devices);
+        Self { devices, bystanders, seed: scenario.seed }
+    }
+
+    /// Everything that is registered, as `devices import` reads it.
+    #[must_use]
+    pub fn csv(&self) -> String {
+        let mut out = csv::Writer::from_writer(Vec::new());
+        // Writing to memory can't fail, and each record has the four fields of the first.
+        let _ = out.write_record(["id", "secret", "tenant", "model"]);
+        for device in &self.devices {
+            let (tenant, model) = (device.tenant.as_deref(), device.model.as_deref());
+            let id = device.id.to_string();
+            let _ = out.write_record([&id, device.secret.as_str(), tenant.unwrap_or(""), model.unwrap_or("")]);
+        }
+        let mut rng = StdRng::seed_from_u64(!self.seed);
+        for _ in 0..self.bystanders {
+            let _ = out.write_record([uuid(&mut rng).to_string().as_str(), &secret(&mut rng), "", ""]);
+        }
+        out.into_inner().ok().and_then(|bytes| String::from_utf8(bytes).ok()).unwrap_or_default()
+    }
+
+    /// Draws devices of other versions until `firmware` has the share `to` of all. Returns their indices, in the order in which they
+    /// change.
+    #[must_use]
+    pub fn to_upgrade(&self, firmware: &str, to: f64, rng: &mut impl Rng) -> Vec<usize> {
+        let has = self.devices.iter().filter(|device| device.firmware == firmware).count();
+        let wanted = apportion(self.devices.len(), &[to, 1.0 - to]).first().copied().unwrap_or(0);
+        let mut others: Vec<usize> =
+            (0..self.devices.len()).filter(|index| self.devices.get(*index).is_some_and(|device| device.firmware != firmware)).collect();
+        others.shuffle(rng);
+        others.truncate(wanted.saturating_sub(has));
+        others
+    }
+}
+
+/// Parts of a whole, rounded so that they add up: the greatest remainders get the rest.
+fn apportion(total: usize, shares: &[f64]) -> Vec<usize> {
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "at most 18,000 devices, and shares of 0 to 1"
+    )]
+    let mut parts: Vec<(usize, f64)> = shares
+        .iter()
+        .map(|share| {
+            let exact = total as f64 * share;
+            (exact.floor() as usize, exact.fract())
+        })
+        .collect();
+    let mut order: Vec<usize> = (0..parts.len()).collect();
+    order.sort_by(|a, b| parts[*b].1.total_cmp(&parts[*a].1));
+    let given: usize = parts.iter().map(|part| part.0).sum();
+    for index in order.into_iter().cycle().take(total.saturating_sub(given).min(total)) {
+        parts[index].0 += 1;
+    }
+    parts.into_iter().map(|part| part.0).collect()
+}
+
+/// `count` names in the proportions of `mix`, shuffled.
+fn dealt<'a>(count: usize, mix: &'a BTreeMap<String, f64>, rng: &mut impl Rng) -> Vec<&'a str> {
+    let shares: Vec<f64> = mix.values().copied().collect();
+    let mut names: Vec<&str> = mix
+        .keys()
+        .zip(apportion(count, &shares))
+        .flat_map(|(name, count)| std::iter::repeat_n(name.as_str(), count))
+        .collect();
+    names.shuffle(rng);
+    names
+}
+
+fn uuid(rng: &mut impl Rng) -> Uuid {
+    uuid::Builder::from_random_bytes(rng.random()).into_uuid()
+}
+
+/// 256 bits, as hexadecimal digits.
+fn secret(rng: &mut impl Rng) -> String {
+    format!("{:032x}{:032x}", rng.random::<u128>(), rng.random::<u128>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_add_up_to_the_whole() {
+        assert_eq!(apportion(10, &[0.7, 0.3]), [7, 3]);
+        assert_eq!(apportion(10, &[0.333, 0.333, 0.334]).iter().sum::<usize>(), 10);
+        assert_eq!(apportion(1, &[0.5, 0.5]).iter().sum::<usize>(), 1);
+        assert_eq!(apportion(0, &[1.0]), [0]);
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_devices() {
+        let (a, b) = (Plan::new(&scenario(1)), Plan::new(&scenario(1)));
+
+        assert_eq!(a.devices, b.devices);
+        assert_ne!(a.devices, Plan::new(&scenario(2)).devices);
+        let with = |version: &str| a.devices.iter().filter(|device| device.firmware == version).count();
+        assert_eq!((with("b2"), with("b3")), (75, 25));
+    }
+
+    #[test]
+    fn every_registered_device_is_in_the_import_once() {
+        let csv = Plan::new(&scenario(1)).csv();
+
+        let ids: std::collections::BTreeSet<&str> = csv.lines().skip(1).map(|line| line.split(',').next().unwrap()).collect();
+        assert_eq!(csv.lines().next(), Some("id,secret,tenant,model"));
+        assert_eq!(ids.len(), 250);
+    }
+
+    #[test]
+    fn a_version_grows_to_its_share() {
+        let plan = Plan::new(&scenario(1));
+        let mut rng = StdRng::seed_from_u64(1);
+
+        let upgraded = plan.to_upgrade("b3", 0.6, &mut rng);
+
+        assert_eq!(upgraded.len(), 35);
+        assert!(upgraded.iter().all(|index| plan.devices[*index].firmware == "b2"));
+        assert!(plan.to_upgrade("b3", 0.1, &mut rng).is_empty());
+    }
+
+    fn scenario(seed: u64) -> Scenario {
+        let text = format!(
+            r#"name = "s"
+            about = ""
+            devices = 100
+            seed = {seed}
+            capacity_per_second = 1
+            thresholds = ["missing == 0"]
+            database = {{ registered = 250 }}
+            [[fleet]]
+            name = "f"
+            tenant = "t"
+            firmware = {{ b2 = 0.75, b3 = 0.25 }}
+            [[phase]]
+            name = "p"
+            seconds = 1"#
+        );
+        toml::from_str(&text).unwrap()
+    }
+}

@@ -1,0 +1,56 @@
+//! Where the programs are that we start, and building them first where cargo runs us.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// Builds the programs that lie beside this one, where cargo started us; so that a load test never runs yesterday's gateway.
+///
+/// # Errors
+/// The build failed; cargo has said why.
+pub fn build(names: &[&str]) -> Result<()> {
+    let Some(cargo) = env::var_os("CARGO") else {
+        return Ok(());
+    };
+    let mut build = Command::new(cargo);
+    build.args(["build", "--locked", "--quiet"]);
+    let folder = folder()?;
+    match folder.file_name().and_then(|name| name.to_str()) {
+        Some("debug") | None => {}
+        Some(profile) => {
+            build.arg("--profile").arg(profile);
+        }
+    }
+    for name in names {
+        build.arg("--bin").arg(name);
+    }
+    if let Some(manifest) = env::var_os("CARGO_MANIFEST_DIR") {
+        // From wherever we were started: `--bin` looks through the whole workspace, not only this package.
+        let manifest = Path::new(&manifest);
+        build.current_dir(manifest.parent().unwrap_or(manifest));
+    }
+    let status = build.stdin(Stdio::null()).status().context("starting cargo")?;
+    ensure!(status.success(), "cargo could not build {}", names.join(" and "));
+    Ok(())
+}
+
+/// A program beside this one.
+///
+/// # Errors
+/// It is not there.
+pub fn find(name: &str) -> Result<PathBuf> {
+    let path = folder()?.join(name);
+    if !path.exists() {
+        bail!("no `{name}` beside this program ({}): build it with `cargo build --release --bin {name}`", path.display());
+    }
+    Ok(path)
+}
+
+fn folder() -> Result<PathBuf> {
+    let this = env::current_exe().context("looking for this program's own file")?;
+    Ok(this.parent().map(Path::to_path_buf).unwrap_or_default())
+}

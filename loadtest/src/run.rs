@@ -1,0 +1,294 @@
+//! A load test from start to end: registry, servers, devices, phases, report. Start with [`run`].
+
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use rand::{SeedableRng, rngs::StdRng};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    fleet::Fleet,
+    guard::TempDir,
+    metrics::{SAMPLE_EVERY, Sample, Sampler},
+    phases::{Stage, describe},
+    plan::Plan,
+    postgres::Postgres,
+    programs,
+    progress::Progress,
+    recorder::{PhaseFigures, Recorder},
+    report::{self, MAIN_RUN, PhaseReport, Report, Run, Second, Summary},
+    scenario::Scenario,
+    server::{External, Server},
+    slow,
+};
+
+/// A load test to do.
+pub struct Order {
+    pub scenario: Scenario,
+    /// None: servers and database are started, and ended.
+    pub external: Option<External>,
+    pub interrupted: CancellationToken,
+}
+
+/// Does a load test. Everything it started has ended when it returns, whatever it returns.
+///
+/// # Errors
+/// A program is missing, can't be started, or died; or it was interrupted.
+pub async fn run(order: &Order, progress: &Progress) -> Result<Report> {
+    let scenario = &order.scenario;
+    let thresholds = scenario.thresholds()?;
+    report::check_names(scenario, &thresholds)?;
+    let started_at = humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string();
+    let plan = Plan::new(scenario);
+    let runs = match &order.external {
+        Some(external) => vec![against(external, order, &plan, progress).await?],
+        None => with_own_servers(order, &plan, progress).await?,
+    };
+    progress.finish();
+    Ok(Report::new(scenario, &thresholds, started_at, runs))
+}
+
+async fn against(external: &External, order: &Order, plan: &Plan, progress: &Progress) -> Result<Run> {
+    if order.scenario.is_postgres() {
+        bail!("a scenario with a database of its own can't be run against a gateway that runs already");
+    }
+    let server = Server::external(external)?;
+    import(&server, plan, progress).await?;
+    through_phases(MAIN_RUN, order, plan.clone(), server, None, progress).await
+}
+
+async fn with_own_servers(order: &Order, plan: &Plan, progress: &Progress) -> Result<Vec<Run>> {
+    let scenario = &order.scenario;
+    programs::build(&["seawall"])?;
+    let folder = TempDir::new("loadtest").context("creating a temporary folder")?;
+    let mut postgres = None;
+    if scenario.is_postgres() {
+        progress.note("starting PostgreSQL");
+        postgres = Some(Postgres::start().await?);
+    }
+    let runs = order.interrupted.run_until_cancelled(runs(order, plan, folder.path(), postgres.as_mut(), progress)).await;
+    if let Some(postgres) = postgres {
+        postgres.stop().await;
+    }
+    runs.unwrap_or_else(|| bail!("interrupted"))
+}
+
+async fn runs(
+    order: &Order,
+    plan: &Plan,
+    folder: &Path,
+    mut postgres: Option<&mut Postgres>,
+    progress: &Progress,
+) -> Result<Vec<Run>> {
+    let scenario = &order.scenario;
+    let url = postgres.as_ref().map(|postgres| postgres.url());
+    let data = folder.join("data");
+    let server = Server::gateway(&data, &scenario.gateway.config, url.as_deref()).await?;
+    import(&server, plan, progress).await?;
+    server.stop().await;
+    if let Some(postgres) = &postgres
+        && !scenario.database.slow_firmware.is_empty()
+    {
+        slow::install(&postgres.options()).await?;
+    }
+    let mut runs = Vec::new();
+    for name in scenario.run_names() {
+        if let Some(postgres) = &postgres
+            && !scenario.database.slow_firmware.is_empty()
+        {
+            slow::mark_only(&postgres.options(), &slow_ids(scenario, plan)).await?;
+        }
+        let server = match (&scenario.naive, &url) {
+            (Some(naive), Some(url)) if name != MAIN_RUN => Server::naive(folder, naive, url).await?,
+            _ => Server::gateway(&data, &scenario.gateway.config, url.as_deref()).await?,
+        };
+        runs.push(through_phases(name, order, plan.clone(), server, postgres.as_deref_mut(), progress).await?);
+    }
+    Ok(runs)
+}
+
+fn slow_ids(scenario: &Scenario, plan: &Plan) -> Vec<uuid::Uuid> {
+    let is_slow = |firmware: &String| scenario.database.slow_firmware.contains(firmware);
+    plan.devices.iter().filter(|device| is_slow(&device.firmware)).map(|device| device.id).collect()
+}
+
+async fn import(server: &Server, plan: &Plan, progress: &Progress) -> Result<()> {
+    progress.note("registering devices");
+    let (ops, csv) = (server.ops().clone(), plan.csv());
+    tokio::task::spawn_blocking(move || ops.import(&csv)).await.context("the task that imports")?
+}
+
+async fn through_phases(
+    name: &str,
+    order: &Order,
+    mut plan: Plan,
+    mut server: Server,
+    postgres: Option<&mut Postgres>,
+    progress: &Progress,
+) -> Result<Run> {
+    let scenario = &order.scenario;
+    let started = Instant::now();
+    let versions: Vec<&str> = plan.devices.iter().map(|device| device.firmware.as_str()).collect();
+    let recorder = Arc::new(Recorder::new(&versions, &scenario.groups, started));
+    let sampler = Sampler::start(server.ops().clone(), server.pid());
+    let fleet = Fleet::start(&plan.devices, server.url(), Arc::clone(&recorder), scenario.seed)?;
+    let mut stage = Stage {
+        run: name,
+        scenario,
+        plan: &mut plan,
+        fleet: &fleet,
+        recorder: &recorder,
+        server: &mut server,
+        sampler: &sampler,
+        postgres,
+        progress,
+        interrupted: &order.interrupted,
+        rng: StdRng::seed_from_u64(scenario.seed ^ 0x5ea_3a11),
+        begun: 0,
+        rules: Vec::new(),
+    };
+    stage.play().await?;
+    let (phases, seconds) = recorder.finish(Instant::now(), stage.slow_lookups()?);
+    if server.pid().is_none() {
+        // A gateway that goes on after us keeps nothing of ours.
+        stage.remove_rules().await?;
+    }
+    tokio::time::sleep(2 * SAMPLE_EVERY).await;
+    let samples = sampler.all();
+    drop(sampler);
+    fleet.stop().await;
+    server.stop().await;
+    Ok(assemble(name, scenario, started, phases, seconds, &samples))
+}
+
+fn assemble(
+    name: &str,
+    scenario: &Scenario,
+    started: Instant,
+    phases: Vec<PhaseFigures>,
+    mut seconds: Vec<Second>,
+    samples: &[Sample],
+) -> Run {
+    add_samples(&mut seconds, started, samples);
+    let mut reports = Vec::new();
+    for (phase, figures) in scenario.phases.iter().zip(phases) {
+        let from = started + Duration::from_secs_f64(figures.starts_seconds);
+        let mut summary = of_samples(samples, from, from + Duration::from_secs_f64(figures.seconds));
+        summary.t99_seconds = figures.t99_seconds;
+        summary.t100_seconds = figures.t100_seconds;
+        #[expect(clippy::cast_precision_loss, reason = "counts of a load test are far below 2^52")]
+        {
+            summary.optimum_seconds =
+                (figures.wanted > 0).then(|| figures.wanted as f64 / scenario.capacity_per_second);
+            summary.lost_sessions = figures.lost_sessions as f64;
+            summary.missing = figures.missing as f64;
+            summary.slow_lookups = figures.slow_lookups as f64;
+        }
+        summary.attempts_per_device = figures.attempts_per_device;
+        reports.push(PhaseReport {
+            name: phase.name.clone(),
+            action: describe(&phase.action),
+            starts_seconds: figures.starts_seconds,
+            seconds: figures.seconds,
+            summary,
+            groups: figures.groups,
+        });
+    }
+    let summary = of_run(scenario, &reports);
+    Run { name: name.to_owned(), summary, phases: reports, samples: seconds }
+}
+
+/// See [`Summary`] for what of it is the leading phase's, and what is everyone's.
+fn of_run(scenario: &Scenario, phases: &[PhaseReport]) -> Summary {
+    let leading = report::leading_phase(scenario)
+        .and_then(|index| phases.get(index))
+        .map(|phase| phase.summary.clone())
+        .unwrap_or_default();
+    let most = |figure: fn(&Summary) -> f64| phases.iter().map(|phase| figure(&phase.summary)).fold(0.0, f64::max);
+    let sum = |figure: fn(&Summary) -> f64| phases.iter().map(|phase| figure(&phase.summary)).sum();
+    let most_of = |figure: fn(&Summary) -> Option<f64>| {
+        phases.iter().filter_map(|phase| figure(&phase.summary)).reduce(f64::max)
+    };
+    Summary {
+        in_flight_max: most(|summary| summary.in_flight_max),
+        limit_max: most_of(|summary| summary.limit_max),
+        over_limit: sum(|summary| summary.over_limit),
+        queue_max: most(|summary| summary.queue_max),
+        lost_sessions: sum(|summary| summary.lost_sessions),
+        missing: phases.last().map_or(0.0, |phase| phase.summary.missing),
+        slow_lookups: sum(|summary| summary.slow_lookups),
+        rss_start_bytes: phases.iter().find_map(|phase| phase.summary.rss_start_bytes),
+        rss_max_bytes: most_of(|summary| summary.rss_max_bytes),
+        ..leading
+    }
+}
+
+fn of_samples(samples: &[Sample], from: Instant, to: Instant) -> Summary {
+    let before = samples.iter().rev().find(|sample| sample.at <= from);
+    let within: Vec<&Sample> = samples.iter().filter(|sample| sample.at > from && sample.at <= to).collect();
+    let most = |figure: fn(&Sample) -> f64| within.iter().map(|sample| figure(sample)).fold(0.0, f64::max);
+    #[expect(clippy::cast_precision_loss, reason = "bytes of memory are far below 2^52")]
+    let rss = |sample: &Sample| sample.rss_bytes.map(|bytes| bytes as f64);
+    let first = before.or_else(|| within.first().copied());
+    let at_start = first.map_or(0.0, |sample| sample.statements);
+    // A server that just started had sent none, though nobody had asked it yet.
+    let at_start = if before.is_none() { 0.0 } else { at_start };
+    let over = within.iter().filter(|sample| sample.limit.is_some_and(|limit| sample.in_flight > limit)).count();
+    Summary {
+        statements: (within.last().map_or(at_start, |sample| sample.statements) - at_start).max(0.0),
+        in_flight_max: most(|sample| sample.in_flight),
+        limit_max: within.iter().filter_map(|sample| sample.limit).reduce(f64::max),
+        over_limit: u32::try_from(over).map_or(f64::INFINITY, f64::from),
+        queue_max: most(|sample| sample.queue),
+        rss_start_bytes: first.and_then(rss),
+        rss_max_bytes: within.iter().filter_map(|sample| rss(sample)).reduce(f64::max),
+        ..Summary::default()
+    }
+}
+
+fn add_samples(seconds: &mut [Second], started: Instant, samples: &[Sample]) {
+    let mut statements_before = 0.0;
+    for sample in samples {
+        let at = usize::try_from(sample.at.saturating_duration_since(started).as_secs()).unwrap_or(usize::MAX);
+        if let Some(second) = seconds.get_mut(at) {
+            second.in_flight = second.in_flight.max(sample.in_flight);
+            second.queue = second.queue.max(sample.queue);
+            second.limit = sample.limit.or(second.limit);
+            second.rss_bytes = second.rss_bytes.max(sample.rss_bytes);
+            second.statements += (sample.statements - statements_before).max(0.0);
+        }
+        statements_before = sample.statements;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_phase_takes_the_samples_of_its_own_time() {
+        let t0 = Instant::now();
+        let at = |seconds: u64| t0 + Duration::from_secs(seconds);
+        let samples: Vec<Sample> = (0..10_u32)
+            .map(|n| Sample {
+                at: at(u64::from(n)),
+                sessions: 0.0,
+                in_flight: f64::from(n),
+                limit: Some(5.0),
+                queue: 0.0,
+                statements: f64::from(n) * 10.0,
+                lookups: 0.0,
+                rss_bytes: Some(u64::from(n) + 100),
+            })
+            .collect();
+
+        let summary = of_samples(&samples, at(2), at(7));
+
+        assert_eq!((summary.statements, summary.in_flight_max, summary.over_limit), (50.0, 7.0, 2.0));
+        assert_eq!((summary.rss_start_bytes, summary.rss_max_bytes), (Some(102.0), Some(107.0)));
+    }
+}
