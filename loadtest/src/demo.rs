@@ -92,7 +92,6 @@ struct Storm {
 pub async fn run(options: Options, interrupted: &CancellationToken) -> Result<()> {
     let progress = Progress::new();
     progress.note("building the gateway and the simulated devices (the first time takes minutes)");
-    programs::build(&["seawall", "firmware-sim"])?;
     let folder = TempDir::new("demo").context("creating a temporary folder")?;
     // Whatever is awaited when the interrupt comes is dropped, and its processes with it.
     let done = interrupted.run_until_cancelled(show(options, folder.path(), &progress)).await;
@@ -101,6 +100,7 @@ pub async fn run(options: Options, interrupted: &CancellationToken) -> Result<()
 }
 
 async fn show(options: Options, folder: &Path, progress: &Progress) -> Result<()> {
+    programs::build(&["seawall", "firmware-sim"]).await?;
     let data = folder.join("data");
     let mut server = Server::gateway(&data, &toml::Table::new(), None).await?;
     let seawall = Cli { program: programs::find("seawall")?, url: server.ops().url().to_owned(), token: data.join("admin.token") };

@@ -93,8 +93,9 @@ impl Stage<'_> {
         let mut look_at = agenda.started;
         loop {
             let now = Instant::now();
-            let is_over = now >= agenda.started + agenda.length;
-            self.do_what_is_due(phase, &mut agenda, now.min(agenda.started + agenda.length));
+            let end = agenda.started + agenda.length;
+            let is_over = now >= end;
+            self.do_what_is_due(phase, &mut agenda, now.min(end));
             if is_over || now >= look_at {
                 look_at = now + LOOK_EVERY;
                 let standing = self.recorder.tick(now);

@@ -1,6 +1,6 @@
 //! Which devices a scenario has: their ids, secrets, versions and behaviours, drawn from the seed.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use uuid::Uuid;
@@ -16,6 +16,7 @@ pub struct Device {
     pub profile: String,
     pub tenant: Option<String>,
     pub model: Option<String>,
+    pub connect_timeout: Duration,
 }
 
 /// All devices of a scenario.
@@ -46,6 +47,7 @@ impl Plan {
                     profile: profile.to_owned(),
                     tenant: fleet.tenant.clone(),
                     model: fleet.model.clone(),
+                    connect_timeout: Duration::from_secs_f64(fleet.connect_timeout_seconds),
                 });
             }
         }

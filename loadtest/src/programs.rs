@@ -3,16 +3,20 @@
 use std::{
     env,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Stdio,
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use tokio::process::Command;
 
 /// Builds the programs that lie beside this one, where cargo started us; so that a load test never runs yesterday's gateway.
 ///
 /// # Errors
 /// The build failed; cargo has said why.
-pub fn build(names: &[&str]) -> Result<()> {
+///
+/// # Cancel safety
+/// Dropped, it ends cargo.
+pub async fn build(names: &[&str]) -> Result<()> {
     let Some(cargo) = env::var_os("CARGO") else {
         return Ok(());
     };
@@ -33,7 +37,7 @@ pub fn build(names: &[&str]) -> Result<()> {
         let manifest = Path::new(&manifest);
         build.current_dir(manifest.parent().unwrap_or(manifest));
     }
-    let status = build.stdin(Stdio::null()).status().context("starting cargo")?;
+    let status = build.stdin(Stdio::null()).kill_on_drop(true).status().await.context("starting cargo")?;
     ensure!(status.success(), "cargo could not build {}", names.join(" and "));
     Ok(())
 }

@@ -63,7 +63,7 @@ async fn against(external: &External, order: &Order, plan: &Plan, progress: &Pro
 
 async fn with_own_servers(order: &Order, plan: &Plan, progress: &Progress) -> Result<Vec<Run>> {
     let scenario = &order.scenario;
-    programs::build(&["seawall"])?;
+    programs::build(&["seawall"]).await?;
     let folder = TempDir::new("loadtest").context("creating a temporary folder")?;
     let mut postgres = None;
     if scenario.is_postgres() {
@@ -153,7 +153,7 @@ async fn through_phases(
     };
     stage.play().await?;
     let (phases, seconds) = recorder.finish(Instant::now(), stage.slow_lookups()?);
-    if server.pid().is_none() {
+    if stage.server.pid().is_none() {
         // A gateway that goes on after us keeps nothing of ours.
         stage.remove_rules().await?;
     }

@@ -109,6 +109,9 @@ pub struct Fleet {
     pub profile: BTreeMap<String, f64>,
     pub tenant: Option<String>,
     pub model: Option<String>,
+    /// How long a device waits for an answer before it tries again. 0.1 to 600. Default: 60, as the reference device.
+    #[serde(default = "minute")]
+    pub connect_timeout_seconds: f64,
 }
 
 /// A stretch of time with figures of its own.
@@ -300,6 +303,11 @@ impl Scenario {
                     format!("{profile}: two devices of one identity have no place in the books of a load test"),
                 )?;
             }
+            check(
+                (0.1..=600.0).contains(&fleet.connect_timeout_seconds),
+                field("connect_timeout_seconds"),
+                "expected 0.1 to 600",
+            )?;
             for version in fleet.firmware.keys() {
                 check_label(version, &field("firmware"))?;
             }
@@ -435,6 +443,10 @@ fn adds_up<'a>(parts: impl Iterator<Item = &'a f64>) -> bool {
 
 const fn one() -> u64 {
     1
+}
+
+const fn minute() -> f64 {
+    60.0
 }
 
 const fn whole() -> f64 {

@@ -1,0 +1,484 @@
+//! The devices of a run: the reference device's machine on real sockets, one task each, told what to do by the phases.
+//!
+//! A device decides by itself when to come back; an [`Order`] is what happens to it from outside. Of several orders that it has not
+//! seen yet the newest counts, so that nothing queues up.
+
+use std::{
+    future::Future,
+    net::{SocketAddr, ToSocketAddrs},
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use firmware_sim::{
+    device::{Action, CloseFrame, Device as Machine, State},
+    profile::Profile,
+};
+use futures_util::{SinkExt, StreamExt};
+use rand::{SeedableRng, rngs::SmallRng};
+use seawall_proto::time::Instant;
+use tokio::sync::watch;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    dial::{NotConnected, Socket, dial},
+    plan::Device,
+    recorder::{Event, Recorder},
+};
+
+/// What a slow reader takes for a message.
+const SLOW_READ: Duration = Duration::from_secs(1);
+
+/// All devices of a run. They end with [`Fleet::stop`], and with this value.
+#[derive(Debug)]
+pub struct Fleet {
+    orders: Vec<watch::Sender<Order>>,
+    tasks: TaskTracker,
+    ended: CancellationToken,
+}
+
+/// What happens to a device.
+#[derive(Clone, Debug)]
+enum Order {
+    /// Nothing yet.
+    Stay,
+    /// It starts: its first attempt is now.
+    Start,
+    /// Its connection is reset under it.
+    LoseConnection,
+    /// It starts anew, with an attempt at once; as another version, where one is given.
+    Restart { firmware: Option<String> },
+}
+
+/// What all devices share.
+#[derive(Debug)]
+struct Shared {
+    address: SocketAddr,
+    recorder: Arc<Recorder>,
+    origin: std::time::Instant,
+    ended: CancellationToken,
+}
+
+impl Fleet {
+    /// Makes a task for each device; they wait for [`Self::connect`].
+    ///
+    /// # Errors
+    /// `url` is no `ws://HOST:PORT`, or HOST has no address.
+    pub fn start(devices: &[Device], url: &str, recorder: Arc<Recorder>, seed: u64) -> Result<Self> {
+        let address = address_of(url)?;
+        let ended = CancellationToken::new();
+        let shared = Arc::new(Shared { address, recorder, origin: std::time::Instant::now(), ended: ended.clone() });
+        let tasks = TaskTracker::new();
+        let mut orders = Vec::with_capacity(devices.len());
+        for (index, device) in devices.iter().enumerate() {
+            let (order, ordered) = watch::channel(Order::Stay);
+            let profile = device.profile.parse().context("reading a device's profile")?;
+            let task = Task {
+                index,
+                device: device.clone(),
+                profile,
+                shared: Arc::clone(&shared),
+                rng: SmallRng::seed_from_u64(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(index as u64)),
+                machine: Machine::new(profile, Instant::FAR_FUTURE),
+                link: Link::None,
+            };
+            tasks.spawn(task.live(ordered));
+            orders.push(order);
+        }
+        tasks.close();
+        Ok(Self { orders, tasks, ended })
+    }
+
+    /// The device makes its first attempt.
+    pub fn connect(&self, index: usize) {
+        self.order(index, Order::Start);
+    }
+
+    /// The device's connection is reset; when it comes back is its own decision.
+    pub fn drop_connection(&self, index: usize) {
+        self.order(index, Order::LoseConnection);
+    }
+
+    /// The device loses its connection and what it kept in memory, and connects at once.
+    pub fn restart(&self, index: usize) {
+        self.order(index, Order::Restart { firmware: None });
+    }
+
+    /// The same, and runs another version from then on.
+    pub fn upgrade(&self, index: usize, firmware: &str) {
+        self.order(index, Order::Restart { firmware: Some(firmware.to_owned()) });
+    }
+
+    /// Ends all devices; their connections are reset.
+    pub async fn stop(self) {
+        self.ended.cancel();
+        self.tasks.wait().await;
+    }
+
+    fn order(&self, index: usize, order: Order) {
+        if let Some(sender) = self.orders.get(index) {
+            sender.send_modify(|waiting| *waiting = order.over(waiting));
+        }
+    }
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        self.ended.cancel();
+    }
+}
+
+impl Order {
+    /// The newer order, that does not forget a version that the older one brought and that the device may not have seen.
+    fn over(self, older: &Self) -> Self {
+        match (self, older) {
+            (Self::Restart { firmware: None }, Self::Restart { firmware }) => Self::Restart { firmware: firmware.clone() },
+            (newer, _) => newer,
+        }
+    }
+}
+
+/// One device.
+struct Task {
+    index: usize,
+    device: Device,
+    profile: Profile,
+    shared: Arc<Shared>,
+    rng: SmallRng,
+    machine: Machine,
+    link: Link,
+}
+
+enum Link {
+    None,
+    Dialing(Pin<Box<dyn Future<Output = Result<Socket, NotConnected>> + Send>>),
+    Open(Box<Socket>),
+    /// A slow reader that is not reading just now.
+    Resting(Box<Socket>, tokio::time::Instant),
+}
+
+/// What a link tells.
+enum News {
+    Dialed(Result<Socket, NotConnected>),
+    Received(Message),
+    /// None: without a close frame.
+    Closed(Option<(u16, String)>),
+    Rested,
+}
+
+impl Task {
+    /// One loop: an event, one call of the machine, and what it wants done.
+    async fn live(mut self, mut orders: watch::Receiver<Order>) {
+        let ended = self.shared.ended.clone();
+        loop {
+            let wake = self.machine.poll_timeout().filter(|at| *at != Instant::FAR_FUTURE).map(|at| self.clock(at));
+            tokio::select! {
+                () = ended.cancelled() => break,
+                changed = orders.changed() => {
+                    if changed.is_err() {
+                        break;
+                    }
+                    let order = orders.borrow_and_update().clone();
+                    self.obey(order);
+                }
+                news = self.link.news(self.profile) => self.hear(news),
+                () = tokio::time::sleep_until(wake.unwrap_or_else(tokio::time::Instant::now)), if wake.is_some() => self.wake(),
+            }
+            self.act().await;
+        }
+        self.reset();
+    }
+
+    fn obey(&mut self, order: Order) {
+        let now = self.now();
+        match order {
+            Order::Stay => {}
+            Order::Start => self.machine = self.machine_from(now),
+            Order::LoseConnection => {
+                if self.machine.state() == State::Online {
+                    self.reset();
+                    self.machine.handle_closed(None, now, &mut self.rng);
+                }
+            }
+            Order::Restart { firmware } => {
+                self.reset();
+                if let Some(firmware) = firmware {
+                    self.device.firmware = firmware;
+                }
+                self.machine = self.machine_from(now);
+            }
+        }
+    }
+
+    fn hear(&mut self, news: News) {
+        let now = self.now();
+        match news {
+            News::Dialed(Ok(socket)) => {
+                self.link = Link::Open(Box::new(socket));
+                self.tell(Event::Connected);
+                self.machine.handle_connected(now, &mut self.rng);
+            }
+            News::Dialed(Err(NotConnected::Refused { code, hint })) => {
+                self.link = Link::None;
+                self.tell(Event::Refused(code));
+                self.machine.handle_refused(hint, now, &mut self.rng);
+            }
+            News::Dialed(Err(NotConnected::Failed)) => {
+                self.link = Link::None;
+                self.tell(Event::Failed);
+                self.machine.handle_failed(now, &mut self.rng);
+            }
+            News::Received(message) => {
+                match message {
+                    Message::Text(text) => self.machine.handle_text(&text, now),
+                    // The socket has queued the pong, and sends it as it goes on reading.
+                    Message::Ping(_) => self.machine.handle_ping(now),
+                    Message::Pong(_) | Message::Binary(_) | Message::Close(_) | Message::Frame(_) => {}
+                }
+                if self.profile == Profile::SlowReader {
+                    self.link = match std::mem::replace(&mut self.link, Link::None) {
+                        Link::Open(socket) => Link::Resting(socket, tokio::time::Instant::now() + SLOW_READ),
+                        other => other,
+                    };
+                }
+            }
+            News::Rested => {
+                self.link = match std::mem::replace(&mut self.link, Link::None) {
+                    Link::Resting(socket, _) => Link::Open(socket),
+                    other => other,
+                };
+            }
+            News::Closed(frame) => {
+                self.link = Link::None;
+                self.tell(Event::Closed(frame.as_ref().map(|(code, _)| *code)));
+                let frame = frame.as_ref().map(|(code, reason)| CloseFrame { code: *code, reason });
+                self.machine.handle_closed(frame, now, &mut self.rng);
+            }
+        }
+    }
+
+    fn wake(&mut self) {
+        let before = self.machine.state();
+        self.machine.handle_timeout(self.now(), &mut self.rng);
+        match (before, self.machine.state()) {
+            (State::Connecting, State::Waiting) => self.tell(Event::Failed),
+            // A flapping or half-open device has left by itself: nobody lost it.
+            (State::Online, State::Waiting) if matches!(self.profile, Profile::Flapping | Profile::HalfOpen) => {
+                self.shared.recorder.due(self.index, std::time::Instant::now(), false);
+            }
+            (State::Online, State::Waiting) => self.tell(Event::Closed(None)),
+            _ => {}
+        }
+    }
+
+    async fn act(&mut self) {
+        while let Some(action) = self.machine.poll_action() {
+            match action {
+                Action::Connect => {
+                    self.tell(Event::Attempt);
+                    let (address, device) = (self.shared.address, self.device.clone());
+                    let (slot, resume) = (self.machine.slot().map(str::to_owned), self.machine.resume().map(str::to_owned));
+                    self.link =
+                        Link::Dialing(Box::pin(async move { dial(address, &device, slot.as_deref(), resume.as_deref()).await }));
+                }
+                Action::Abort => self.reset(),
+                Action::SendHeartbeat => self.send(r#"{"type":"heartbeat"}"#.to_owned()).await,
+                Action::SendAck { id } => self.send(serde_json::json!({"type": "ack", "id": id}).to_string()).await,
+            }
+        }
+    }
+
+    /// A frame that can't be sent means a connection that has ended, which reading will tell.
+    async fn send(&mut self, text: String) {
+        if let Link::Open(socket) | Link::Resting(socket, _) = &mut self.link {
+            drop(socket.send(Message::text(text)).await);
+        }
+    }
+
+    /// Ends the connection by a reset, as a device that lost its power or its network, and leaves no TIME_WAIT behind.
+    fn reset(&mut self) {
+        if let Link::Open(socket) | Link::Resting(socket, _) = &self.link {
+            // Without it the connection ends in order: a little less true, and no harm.
+            drop(socket.get_ref().set_zero_linger());
+        }
+        self.link = Link::None;
+    }
+
+    fn machine_from(&self, first_attempt_at: Instant) -> Machine {
+        Machine::new(self.profile, first_attempt_at).with_connect_timeout(self.device.connect_timeout)
+    }
+
+    fn tell(&self, event: Event) {
+        self.shared.recorder.handle(self.index, event, std::time::Instant::now());
+    }
+
+    fn now(&self) -> Instant {
+        Instant::ZERO + self.shared.origin.elapsed()
+    }
+
+    fn clock(&self, at: Instant) -> tokio::time::Instant {
+        tokio::time::Instant::from_std(self.shared.origin + at.saturating_since(Instant::ZERO))
+    }
+}
+
+impl Link {
+    /// # Cancel safety
+    /// Safe: nothing that was received is lost when it is dropped.
+    async fn news(&mut self, profile: Profile) -> News {
+        match self {
+            Self::None => std::future::pending().await,
+            Self::Dialing(dialing) => News::Dialed(dialing.await),
+            Self::Resting(_, until) => {
+                tokio::time::sleep_until(*until).await;
+                News::Rested
+            }
+            Self::Open(_) if profile.is_silent() => std::future::pending().await,
+            Self::Open(socket) => match socket.next().await {
+                Some(Ok(Message::Close(frame))) => {
+                    News::Closed(frame.map(|frame| (frame.code.into(), frame.reason.to_string())))
+                }
+                Some(Ok(message)) => News::Received(message),
+                Some(Err(_)) | None => News::Closed(None),
+            },
+        }
+    }
+}
+
+fn address_of(url: &str) -> Result<SocketAddr> {
+    let rest = url.strip_prefix("ws://").with_context(|| format!("`{url}` is no ws:// address"))?;
+    let host = rest.split('/').next().unwrap_or(rest);
+    let mut addresses = host.to_socket_addrs().with_context(|| format!("looking for the address of `{host}`"))?;
+    addresses.next().with_context(|| format!("`{host}` has no address"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use seawall_proto::refusal::Code;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::{TcpListener, TcpStream},
+    };
+    use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+
+    use super::*;
+
+    const OVERLOADED: &str = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nSeawall-Retry-After-Ms: 120\r\nSeawall-Slot: token\r\n\
+        Content-Length: 21\r\nConnection: close\r\n\r\n{\"code\":\"overloaded\"}";
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_device_obeys_the_hint_shows_its_slot_and_connects_again_when_dropped() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let url = format!("ws://{}", listener.local_addr().unwrap());
+        let (fleet, recorder) = fleet_of_one(&url);
+
+        fleet.connect(0);
+        let (mut first, head) = accept(&listener).await;
+        assert!(head.contains("Seawall-Firmware: 3.8.0-b2\r\n") && !head.contains("Seawall-Slot"), "{head}");
+        first.write_all(OVERLOADED.as_bytes()).await.unwrap();
+        let (mut second, head) = accept(&listener).await;
+        assert!(head.contains("Seawall-Slot: token\r\n"), "{head}");
+        upgrade(&mut second, &head).await;
+        await_connected(&recorder, true).await;
+
+        recorder.due(0, std::time::Instant::now(), true);
+        fleet.upgrade(0, "3.8.0-b3");
+        assert_eq!(second.read(&mut [0; 16]).await.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+        let (mut third, head) = accept(&listener).await;
+        assert!(head.contains("Seawall-Firmware: 3.8.0-b3\r\n"), "{head}");
+        upgrade(&mut third, &head).await;
+        await_connected(&recorder, true).await;
+        fleet.stop().await;
+
+        let (phases, _) = recorder.finish(std::time::Instant::now(), 0);
+        let all = &phases[0].groups["all"];
+        assert_eq!((all.attempts, all.admitted, all.failed), (3, 2, 0));
+        assert_eq!(all.refused, BTreeMap::from([(Code::Overloaded.as_str(), 1)]));
+        assert_eq!((phases[0].lost_sessions, all.latency.count), (0, 2));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_session_that_the_server_closes_is_lost_and_no_http_is_a_failure() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let url = format!("ws://{}", listener.local_addr().unwrap());
+        let (fleet, recorder) = fleet_of_one(&url);
+
+        fleet.connect(0);
+        let (mut first, head) = accept(&listener).await;
+        upgrade(&mut first, &head).await;
+        await_connected(&recorder, true).await;
+        drop(first);
+        await_connected(&recorder, false).await;
+        assert_eq!(recorder.standing().lost_sessions, 1);
+        let (mut second, _) = accept(&listener).await;
+        second.write_all(b"who are you?\r\n\r\n").await.unwrap();
+        drop(second);
+        let third = accept(&listener).await;
+        fleet.stop().await;
+
+        drop(third);
+        let (phases, _) = recorder.finish(std::time::Instant::now(), 0);
+        assert_eq!(phases[0].groups["all"].failed, 1);
+        assert_eq!(phases[0].missing, 1);
+    }
+
+    #[test]
+    fn an_address_is_read_from_its_url() {
+        assert_eq!(address_of("ws://127.0.0.1:8080/v1/connect").unwrap().port(), 8080);
+        assert!(address_of("http://127.0.0.1:8080").is_err());
+        assert!(address_of("ws://127.0.0.1").is_err());
+    }
+
+    fn fleet_of_one(url: &str) -> (Fleet, Arc<Recorder>) {
+        let now = std::time::Instant::now();
+        let recorder = Arc::new(Recorder::new(&["3.8.0-b2"], &BTreeMap::new(), now));
+        recorder.begin_phase(now, 0);
+        recorder.due(0, now, true);
+        let device = Device {
+            id: uuid::Uuid::new_v4(),
+            secret: "s".repeat(64),
+            firmware: "3.8.0-b2".to_owned(),
+            profile: "well-behaved".to_owned(),
+            tenant: None,
+            model: Some("display".to_owned()),
+            connect_timeout: Duration::from_secs(10),
+        };
+        (Fleet::start(&[device], url, Arc::clone(&recorder), 1).unwrap(), recorder)
+    }
+
+    async fn accept(listener: &TcpListener) -> (TcpStream, String) {
+        let (mut stream, _) = within(listener.accept()).await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            assert_ne!(within(stream.read_buf(&mut head)).await.unwrap(), 0);
+        }
+        (stream, String::from_utf8(head).unwrap())
+    }
+
+    async fn upgrade(stream: &mut TcpStream, head: &str) {
+        let key = head.lines().find_map(|line| line.strip_prefix("Sec-WebSocket-Key: ")).unwrap();
+        let answer = format!(
+            "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: {}\r\n\
+             Sec-WebSocket-Protocol: seawall.v1\r\n\r\n",
+            derive_accept_key(key.as_bytes())
+        );
+        stream.write_all(answer.as_bytes()).await.unwrap();
+    }
+
+    async fn await_connected(recorder: &Recorder, is_connected: bool) {
+        within(async {
+            while recorder.is_connected(0) != is_connected {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+    }
+
+    async fn within<T>(work: impl Future<Output = T>) -> T {
+        tokio::time::timeout(Duration::from_secs(20), work).await.expect("within 20 s")
+    }
+}
