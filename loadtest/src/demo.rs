@@ -94,7 +94,9 @@ pub async fn run(options: Options, interrupted: &CancellationToken) -> Result<()
     progress.note("building the gateway and the simulated devices (the first time takes minutes)");
     let folder = TempDir::new("demo").context("creating a temporary folder")?;
     // Whatever is awaited when the interrupt comes is dropped, and its processes with it.
-    let done = interrupted.run_until_cancelled(show(options, folder.path(), &progress)).await;
+    let done = interrupted
+        .run_until_cancelled(show(options, folder.path(), &progress))
+        .await;
     progress.finish();
     done.unwrap_or(Ok(()))
 }
@@ -103,11 +105,21 @@ async fn show(options: Options, folder: &Path, progress: &Progress) -> Result<()
     programs::build(&["seawall", "firmware-sim"]).await?;
     let data = folder.join("data");
     let mut server = Server::gateway(&data, &toml::Table::new(), None).await?;
-    let seawall = Cli { program: programs::find("seawall")?, url: server.ops().url().to_owned(), token: data.join("admin.token") };
+    let seawall = Cli {
+        program: programs::find("seawall")?,
+        url: server.ops().url().to_owned(),
+        token: data.join("admin.token"),
+    };
     progress.note(&format!("registering {} devices", options.devices));
     let parts = seawall.register(options.devices, folder).await?;
     progress.note(&invitation(options.devices, &server, &seawall));
-    let mut fleet = Fleet { parts, folder: folder.to_owned(), url: server.url().to_owned(), sims: Vec::new(), starts: 0 };
+    let mut fleet = Fleet {
+        parts,
+        folder: folder.to_owned(),
+        url: server.url().to_owned(),
+        sims: Vec::new(),
+        starts: 0,
+    };
     fleet.start()?;
     let started = Instant::now();
     let mut story = Story::default();
@@ -117,7 +129,10 @@ async fn show(options: Options, folder: &Path, progress: &Progress) -> Result<()
         fleet.check()?;
         let ops = server.ops().clone();
         // A gateway that is busy for a moment misses one look, not the demo.
-        if let Ok(metrics) = tokio::task::spawn_blocking(move || ops.metrics()).await.context("the task that looks")? {
+        if let Ok(metrics) = tokio::task::spawn_blocking(move || ops.metrics())
+            .await
+            .context("the task that looks")?
+        {
             last = Figures::of(&metrics);
         }
         if story.advance(options, &last, progress) {
@@ -149,7 +164,10 @@ impl Cli {
     async fn register(&self, devices: usize, folder: &Path) -> Result<Vec<PathBuf>> {
         let all = folder.join("devices.csv");
         let mut seed = self.command()?;
-        seed.args(["devices", "seed", "--count"]).arg(devices.to_string()).arg("--out").arg(&all);
+        seed.args(["devices", "seed", "--count"])
+            .arg(devices.to_string())
+            .arg("--out")
+            .arg(&all);
         process::output("seawall devices seed", seed, COMMAND_TIME_MAX).await?;
         let mut import = self.command()?;
         import.args(["devices", "import"]).arg(&all);
@@ -160,7 +178,9 @@ impl Cli {
     fn command(&self) -> Result<Command> {
         let token = fs::read_to_string(&self.token).context("reading the admin token")?;
         let mut command = Command::new(&self.program);
-        without_settings(&mut command).env("SEAWALL_URL", &self.url).env("SEAWALL_TOKEN", token.trim());
+        without_settings(&mut command)
+            .env("SEAWALL_URL", &self.url)
+            .env("SEAWALL_TOKEN", token.trim());
         Ok(command)
     }
 
@@ -235,14 +255,20 @@ impl Figures {
             .series("seawall_cohort_sessions")
             .filter_map(|(labels, value)| Some((label(labels, "cohort")?, whole(value))))
             .map(|(cohort, count)| (version_of(&cohort).to_owned(), count))
-            .fold(BTreeMap::new(), |mut versions: BTreeMap<String, u64>, (version, count)| {
-                *versions.entry(version).or_default() += count;
-                versions
-            });
+            .fold(
+                BTreeMap::new(),
+                |mut versions: BTreeMap<String, u64>, (version, count)| {
+                    *versions.entry(version).or_default() += count;
+                    versions
+                },
+            );
         Self {
             connected: whole(metrics.sum("seawall_sessions")),
             admitted: by_outcome.get("admitted").copied().unwrap_or(0),
-            refused: by_outcome.into_iter().filter(|(outcome, count)| outcome != "admitted" && *count > 0).collect(),
+            refused: by_outcome
+                .into_iter()
+                .filter(|(outcome, count)| outcome != "admitted" && *count > 0)
+                .collect(),
             lookups: whole(metrics.sum("seawall_lookups_total")),
             statements: whole(metrics.sum("seawall_lookup_statements_total")),
             versions,
@@ -270,7 +296,11 @@ impl Story {
                 if storm.was_seen && is_complete {
                     let took = storm.began.elapsed();
                     storm.took = Some(took);
-                    progress.note(&format!("recovered: all {} devices are back after {:.1} s", options.devices, took.as_secs_f64()));
+                    progress.note(&format!(
+                        "recovered: all {} devices are back after {:.1} s",
+                        options.devices,
+                        took.as_secs_f64()
+                    ));
                 }
                 false
             }
@@ -278,7 +308,11 @@ impl Story {
             None => {
                 let is_time = options.has_storm && self.all_connected_at.is_some_and(|at| at.elapsed() >= CALM);
                 if is_time {
-                    self.storm = Some(Storm { began: now, was_seen: false, took: None });
+                    self.storm = Some(Storm {
+                        began: now,
+                        was_seen: false,
+                        took: None,
+                    });
                 }
                 is_time
             }
@@ -294,9 +328,15 @@ impl Story {
             figures.connected,
             options.devices
         );
-        let unexpected: Vec<&String> =
-            figures.refused.keys().filter(|outcome| !EXPECTED_OUTCOMES.contains(&outcome.as_str())).collect();
-        ensure!(unexpected.is_empty(), "devices were refused for reasons that a demo has none for: {unexpected:?}");
+        let unexpected: Vec<&String> = figures
+            .refused
+            .keys()
+            .filter(|outcome| !EXPECTED_OUTCOMES.contains(&outcome.as_str()))
+            .collect();
+        ensure!(
+            unexpected.is_empty(),
+            "devices were refused for reasons that a demo has none for: {unexpected:?}"
+        );
         if options.has_storm {
             match self.storm {
                 None => bail!("there was no time for the storm: give more --seconds"),
@@ -347,7 +387,9 @@ fn invitation(devices: usize, server: &Server, seawall: &Cli) -> String {
         url = server.url(),
         ops = seawall.url,
         token = seawall.token.display(),
-        block = seawall.line(&format!("rules block '{BLOCKED_RANGE}' --reason 'scans the device table at every connect' --evict --confirm")),
+        block = seawall.line(&format!(
+            "rules block '{BLOCKED_RANGE}' --reason 'scans the device table at every connect' --evict --confirm"
+        )),
         firmware = seawall.line("firmware"),
     )
 }
@@ -357,7 +399,11 @@ fn split(all: &Path, folder: &Path) -> Result<Vec<PathBuf>> {
     let text = fs::read_to_string(all).context("reading the seeded devices")?;
     let (header, rows) = text.split_once('\n').context("the seeded devices have no header")?;
     let rows: Vec<&str> = rows.lines().filter(|row| !row.is_empty()).collect();
-    let parts = rows.len().div_ceil(DEVICES_PER_PROCESS).max(PROCESSES_MIN).min(rows.len().max(1));
+    let parts = rows
+        .len()
+        .div_ceil(DEVICES_PER_PROCESS)
+        .max(PROCESSES_MIN)
+        .min(rows.len().max(1));
     let mut files = Vec::new();
     for (index, rows) in rows.chunks(rows.len().div_ceil(parts).max(1)).enumerate() {
         let file = folder.join(format!("devices-{index}.csv"));
@@ -374,11 +420,21 @@ fn version_of(cohort: &str) -> &str {
 
 fn quoted(path: &Path) -> String {
     let text = path.display().to_string();
-    let is_plain = text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '-' | '_'));
-    if is_plain { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
+    let is_plain = text
+        .chars()
+        .all(|c| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '-' | '_'));
+    if is_plain {
+        text
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
 }
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "counts; negative ones become 0")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "counts; negative ones become 0"
+)]
 const fn whole(value: f64) -> u64 {
     value as u64
 }
@@ -403,24 +459,49 @@ mod tests {
 
         assert_eq!((figures.connected, figures.admitted), (7, 9));
         assert_eq!(figures.refused, BTreeMap::from([("overloaded".to_owned(), 2)]));
-        assert_eq!(figures.versions, BTreeMap::from([("3.8.0-b2".to_owned(), 5), ("other".to_owned(), 2)]));
+        assert_eq!(
+            figures.versions,
+            BTreeMap::from([("3.8.0-b2".to_owned(), 5), ("other".to_owned(), 2)])
+        );
     }
 
     #[test]
     fn a_demo_ends_well_only_if_everyone_was_there_and_is_back() {
-        let options = Options { devices: 10, has_storm: true, length: None };
+        let options = Options {
+            devices: 10,
+            has_storm: true,
+            length: None,
+        };
         let progress = Progress::new();
         let mut story = Story::default();
-        let with = |connected| Figures { connected, ..Figures::default() };
+        let with = |connected| Figures {
+            connected,
+            ..Figures::default()
+        };
 
         assert!(!story.advance(options, &with(9), &progress));
-        assert!(story.judge(options, &with(9)).unwrap_err().to_string().contains("9 of 10"));
+        assert!(
+            story
+                .judge(options, &with(9))
+                .unwrap_err()
+                .to_string()
+                .contains("9 of 10")
+        );
         assert!(!story.advance(options, &with(10), &progress));
-        assert!(story.judge(options, &with(10)).unwrap_err().to_string().contains("no time for the storm"));
+        assert!(
+            story
+                .judge(options, &with(10))
+                .unwrap_err()
+                .to_string()
+                .contains("no time for the storm")
+        );
         story.all_connected_at = story.all_connected_at.map(|at| at - CALM);
         assert!(story.advance(options, &with(10), &progress));
         assert!(!story.advance(options, &with(10), &progress));
-        assert!(story.judge(options, &with(10)).is_err(), "the gateway has not even seen the storm");
+        assert!(
+            story.judge(options, &with(10)).is_err(),
+            "the gateway has not even seen the storm"
+        );
         story.advance(options, &with(0), &progress);
         story.advance(options, &with(10), &progress);
         story.judge(options, &with(10)).unwrap();
@@ -440,7 +521,10 @@ mod tests {
             let files = split(&all, folder.path()).unwrap();
 
             assert_eq!(files.len(), parts);
-            let lines: usize = files.iter().map(|file| fs::read_to_string(file).unwrap().lines().count() - 1).sum();
+            let lines: usize = files
+                .iter()
+                .map(|file| fs::read_to_string(file).unwrap().lines().count() - 1)
+                .sum();
             assert_eq!(lines, count);
         }
     }

@@ -54,10 +54,12 @@ pub async fn dial(
     device: &Device,
     slot: Option<&str>,
     resume: Option<&str>,
-) -> Result<Socket, NotConnected> {
+) -> Result<Box<Socket>, NotConnected> {
     let mut stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
-    stream.write_all(request(address, device, slot, resume).as_bytes()).await?;
+    stream
+        .write_all(request(address, device, slot, resume).as_bytes())
+        .await?;
     let (head, rest) = read_head(&mut stream).await?;
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut answer = httparse::Response::new(&mut headers);
@@ -67,10 +69,13 @@ pub async fn dial(
             .read_buffer_size(READ_BUFFER_BYTES)
             .write_buffer_size(0)
             .max_write_buffer_size(WRITE_BUFFER_BYTES_MAX);
-        return Ok(WebSocketStream::from_partially_read(stream, rest, Role::Client, Some(config)).await);
+        let socket = WebSocketStream::from_partially_read(stream, rest, Role::Client, Some(config)).await;
+        return Ok(Box::new(socket));
     }
     let hint = hint(answer.headers);
-    let length = text_of(answer.headers, "Content-Length").and_then(|text| text.parse().ok()).unwrap_or(0);
+    let length = text_of(answer.headers, "Content-Length")
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(0);
     let body = read_body(&mut stream, rest, length).await?;
     let problem: Option<Problem> = serde_json::from_slice(&body).ok();
     let code = problem.and_then(|problem| Code::ALL.into_iter().find(|code| code.as_str() == problem.code));
@@ -138,7 +143,10 @@ fn hint(headers: &[httparse::Header<'_>]) -> Option<Hint> {
     let after = number("Seawall-Retry-After-Ms")
         .map(Duration::from_millis)
         .or_else(|| number("Retry-After").map(Duration::from_secs))?;
-    Some(Hint { after, slot: text_of(headers, "Seawall-Slot").map(Box::from) })
+    Some(Hint {
+        after,
+        slot: text_of(headers, "Seawall-Slot").map(Box::from),
+    })
 }
 
 fn text_of<'a>(headers: &[httparse::Header<'a>], name: &str) -> Option<&'a str> {

@@ -70,7 +70,12 @@ impl Fleet {
     pub fn start(devices: &[Device], url: &str, recorder: Arc<Recorder>, seed: u64) -> Result<Self> {
         let address = address_of(url)?;
         let ended = CancellationToken::new();
-        let shared = Arc::new(Shared { address, recorder, origin: std::time::Instant::now(), ended: ended.clone() });
+        let shared = Arc::new(Shared {
+            address,
+            recorder,
+            origin: std::time::Instant::now(),
+            ended: ended.clone(),
+        });
         let tasks = TaskTracker::new();
         let mut orders = Vec::with_capacity(devices.len());
         for (index, device) in devices.iter().enumerate() {
@@ -109,7 +114,12 @@ impl Fleet {
 
     /// The same, and runs another version from then on.
     pub fn upgrade(&self, index: usize, firmware: &str) {
-        self.order(index, Order::Restart { firmware: Some(firmware.to_owned()) });
+        self.order(
+            index,
+            Order::Restart {
+                firmware: Some(firmware.to_owned()),
+            },
+        );
     }
 
     /// Ends all devices; their connections are reset.
@@ -135,7 +145,9 @@ impl Order {
     /// The newer order, that does not forget a version that the older one brought and that the device may not have seen.
     fn over(self, older: &Self) -> Self {
         match (self, older) {
-            (Self::Restart { firmware: None }, Self::Restart { firmware }) => Self::Restart { firmware: firmware.clone() },
+            (Self::Restart { firmware: None }, Self::Restart { firmware }) => Self::Restart {
+                firmware: firmware.clone(),
+            },
             (newer, _) => newer,
         }
     }
@@ -154,15 +166,17 @@ struct Task {
 
 enum Link {
     None,
-    Dialing(Pin<Box<dyn Future<Output = Result<Socket, NotConnected>> + Send>>),
-    Open(Box<Socket>),
-    /// A slow reader that is not reading just now.
-    Resting(Box<Socket>, tokio::time::Instant),
+    Dialing(Pin<Box<dyn Future<Output = Result<Box<Socket>, NotConnected>> + Send>>),
+    Open {
+        socket: Box<Socket>,
+        /// Until then a slow reader does not read.
+        resting: Option<tokio::time::Instant>,
+    },
 }
 
 /// What a link tells.
 enum News {
-    Dialed(Result<Socket, NotConnected>),
+    Dialed(Result<Box<Socket>, NotConnected>),
     Received(Message),
     /// None: without a close frame.
     Closed(Option<(u16, String)>),
@@ -174,7 +188,11 @@ impl Task {
     async fn live(mut self, mut orders: watch::Receiver<Order>) {
         let ended = self.shared.ended.clone();
         loop {
-            let wake = self.machine.poll_timeout().filter(|at| *at != Instant::FAR_FUTURE).map(|at| self.clock(at));
+            let wake = self
+                .machine
+                .poll_timeout()
+                .filter(|at| *at != Instant::FAR_FUTURE)
+                .map(|at| self.clock(at));
             tokio::select! {
                 () = ended.cancelled() => break,
                 changed = orders.changed() => {
@@ -217,7 +235,7 @@ impl Task {
         let now = self.now();
         match news {
             News::Dialed(Ok(socket)) => {
-                self.link = Link::Open(Box::new(socket));
+                self.link = Link::Open { socket, resting: None };
                 self.tell(Event::Connected);
                 self.machine.handle_connected(now, &mut self.rng);
             }
@@ -238,18 +256,14 @@ impl Task {
                     Message::Ping(_) => self.machine.handle_ping(now),
                     Message::Pong(_) | Message::Binary(_) | Message::Close(_) | Message::Frame(_) => {}
                 }
-                if self.profile == Profile::SlowReader {
-                    self.link = match std::mem::replace(&mut self.link, Link::None) {
-                        Link::Open(socket) => Link::Resting(socket, tokio::time::Instant::now() + SLOW_READ),
-                        other => other,
-                    };
+                if let (Profile::SlowReader, Link::Open { resting, .. }) = (self.profile, &mut self.link) {
+                    *resting = Some(tokio::time::Instant::now() + SLOW_READ);
                 }
             }
             News::Rested => {
-                self.link = match std::mem::replace(&mut self.link, Link::None) {
-                    Link::Resting(socket, _) => Link::Open(socket),
-                    other => other,
-                };
+                if let Link::Open { resting, .. } = &mut self.link {
+                    *resting = None;
+                }
             }
             News::Closed(frame) => {
                 self.link = Link::None;
@@ -280,27 +294,34 @@ impl Task {
                 Action::Connect => {
                     self.tell(Event::Attempt);
                     let (address, device) = (self.shared.address, self.device.clone());
-                    let (slot, resume) = (self.machine.slot().map(str::to_owned), self.machine.resume().map(str::to_owned));
-                    self.link =
-                        Link::Dialing(Box::pin(async move { dial(address, &device, slot.as_deref(), resume.as_deref()).await }));
+                    let (slot, resume) = (
+                        self.machine.slot().map(str::to_owned),
+                        self.machine.resume().map(str::to_owned),
+                    );
+                    self.link = Link::Dialing(Box::pin(async move {
+                        dial(address, &device, slot.as_deref(), resume.as_deref()).await
+                    }));
                 }
                 Action::Abort => self.reset(),
                 Action::SendHeartbeat => self.send(r#"{"type":"heartbeat"}"#.to_owned()).await,
-                Action::SendAck { id } => self.send(serde_json::json!({"type": "ack", "id": id}).to_string()).await,
+                Action::SendAck { id } => {
+                    self.send(serde_json::json!({"type": "ack", "id": id}).to_string())
+                        .await
+                }
             }
         }
     }
 
     /// A frame that can't be sent means a connection that has ended, which reading will tell.
     async fn send(&mut self, text: String) {
-        if let Link::Open(socket) | Link::Resting(socket, _) = &mut self.link {
+        if let Link::Open { socket, .. } = &mut self.link {
             drop(socket.send(Message::text(text)).await);
         }
     }
 
     /// Ends the connection by a reset, as a device that lost its power or its network, and leaves no TIME_WAIT behind.
     fn reset(&mut self) {
-        if let Link::Open(socket) | Link::Resting(socket, _) = &self.link {
+        if let Link::Open { socket, .. } = &self.link {
             // Without it the connection ends in order: a little less true, and no harm.
             drop(socket.get_ref().set_zero_linger());
         }
@@ -312,7 +333,9 @@ impl Task {
     }
 
     fn tell(&self, event: Event) {
-        self.shared.recorder.handle(self.index, event, std::time::Instant::now());
+        self.shared
+            .recorder
+            .handle(self.index, event, std::time::Instant::now());
     }
 
     fn now(&self) -> Instant {
@@ -331,12 +354,14 @@ impl Link {
         match self {
             Self::None => std::future::pending().await,
             Self::Dialing(dialing) => News::Dialed(dialing.await),
-            Self::Resting(_, until) => {
+            Self::Open { .. } if profile.is_silent() => std::future::pending().await,
+            Self::Open {
+                resting: Some(until), ..
+            } => {
                 tokio::time::sleep_until(*until).await;
                 News::Rested
             }
-            Self::Open(_) if profile.is_silent() => std::future::pending().await,
-            Self::Open(socket) => match socket.next().await {
+            Self::Open { socket, resting: None } => match socket.next().await {
                 Some(Ok(Message::Close(frame))) => {
                     News::Closed(frame.map(|frame| (frame.code.into(), frame.reason.to_string())))
                 }
@@ -348,9 +373,13 @@ impl Link {
 }
 
 fn address_of(url: &str) -> Result<SocketAddr> {
-    let rest = url.strip_prefix("ws://").with_context(|| format!("`{url}` is no ws:// address"))?;
+    let rest = url
+        .strip_prefix("ws://")
+        .with_context(|| format!("`{url}` is no ws:// address"))?;
     let host = rest.split('/').next().unwrap_or(rest);
-    let mut addresses = host.to_socket_addrs().with_context(|| format!("looking for the address of `{host}`"))?;
+    let mut addresses = host
+        .to_socket_addrs()
+        .with_context(|| format!("looking for the address of `{host}`"))?;
     addresses.next().with_context(|| format!("`{host}` has no address"))
 }
 
@@ -378,7 +407,10 @@ mod tests {
 
         fleet.connect(0);
         let (mut first, head) = accept(&listener).await;
-        assert!(head.contains("Seawall-Firmware: 3.8.0-b2\r\n") && !head.contains("Seawall-Slot"), "{head}");
+        assert!(
+            head.contains("Seawall-Firmware: 3.8.0-b2\r\n") && !head.contains("Seawall-Slot"),
+            "{head}"
+        );
         first.write_all(OVERLOADED.as_bytes()).await.unwrap();
         let (mut second, head) = accept(&listener).await;
         assert!(head.contains("Seawall-Slot: token\r\n"), "{head}");
@@ -387,7 +419,10 @@ mod tests {
 
         recorder.due(0, std::time::Instant::now(), true);
         fleet.upgrade(0, "3.8.0-b3");
-        assert_eq!(second.read(&mut [0; 16]).await.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+        assert_eq!(
+            second.read(&mut [0; 16]).await.unwrap_err().kind(),
+            std::io::ErrorKind::ConnectionReset
+        );
         let (mut third, head) = accept(&listener).await;
         assert!(head.contains("Seawall-Firmware: 3.8.0-b3\r\n"), "{head}");
         upgrade(&mut third, &head).await;
@@ -447,7 +482,10 @@ mod tests {
             model: Some("display".to_owned()),
             connect_timeout: Duration::from_secs(10),
         };
-        (Fleet::start(&[device], url, Arc::clone(&recorder), 1).unwrap(), recorder)
+        (
+            Fleet::start(&[device], url, Arc::clone(&recorder), 1).unwrap(),
+            recorder,
+        )
     }
 
     async fn accept(listener: &TcpListener) -> (TcpStream, String) {
@@ -460,7 +498,10 @@ mod tests {
     }
 
     async fn upgrade(stream: &mut TcpStream, head: &str) {
-        let key = head.lines().find_map(|line| line.strip_prefix("Sec-WebSocket-Key: ")).unwrap();
+        let key = head
+            .lines()
+            .find_map(|line| line.strip_prefix("Sec-WebSocket-Key: "))
+            .unwrap();
         let answer = format!(
             "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: {}\r\n\
              Sec-WebSocket-Protocol: seawall.v1\r\n\r\n",
@@ -479,6 +520,8 @@ mod tests {
     }
 
     async fn within<T>(work: impl Future<Output = T>) -> T {
-        tokio::time::timeout(Duration::from_secs(20), work).await.expect("within 20 s")
+        tokio::time::timeout(Duration::from_secs(20), work)
+            .await
+            .expect("within 20 s")
     }
 }

@@ -77,7 +77,9 @@ impl TempDir {
     /// # Errors
     /// The system's folder for temporary files can't be written to.
     pub fn new(purpose: &str) -> io::Result<Self> {
-        let inner = tempfile::Builder::new().prefix(&format!("seawall-{purpose}-")).tempdir()?;
+        let inner = tempfile::Builder::new()
+            .prefix(&format!("seawall-{purpose}-"))
+            .tempdir()?;
         tell(&format!("d{}", inner.path().display()));
         Ok(Self { inner })
     }

@@ -33,7 +33,11 @@ pub fn page(report: &Report) -> String {
 }
 
 fn write(report: &Report, out: &mut String) -> std::fmt::Result {
-    let verdict = if report.passed { ("ok", "passed") } else { ("bad", "failed") };
+    let verdict = if report.passed {
+        ("ok", "passed")
+    } else {
+        ("bad", "failed")
+    };
     write!(
         out,
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>\
@@ -101,7 +105,11 @@ fn summary(run: &Run, out: &mut String) -> std::fmt::Result {
 fn charts(run: &Run, out: &mut String) -> std::fmt::Result {
     let line = |name, value: &dyn Fn(&Second) -> Option<f64>| Line {
         name,
-        points: run.samples.iter().filter_map(|second| Some((second.at_seconds, value(second)?))).collect(),
+        points: run
+            .samples
+            .iter()
+            .filter_map(|second| Some((second.at_seconds, value(second)?)))
+            .collect(),
     };
     #[expect(clippy::cast_precision_loss, reason = "a chart's points")]
     let count = |value: u64| Some(value as f64);
@@ -122,21 +130,54 @@ fn charts(run: &Run, out: &mut String) -> std::fmt::Result {
         ],
         out,
     )?;
-    chart(run, "Look-ups in flight", &[line("in flight", &|s| Some(s.in_flight)), line("limit", &|s| s.limit)], out)?;
-    chart(run, "Devices waiting for a look-up", &[line("queue", &|s| Some(s.queue))], out)?;
-    chart(run, "Statements a second", &[line("statements", &|s| Some(s.statements))], out)?;
-    chart(run, "Memory of the server, MiB", &[line("resident", &|s| s.rss_bytes.map(mib))], out)
+    chart(
+        run,
+        "Look-ups in flight",
+        &[line("in flight", &|s| Some(s.in_flight)), line("limit", &|s| s.limit)],
+        out,
+    )?;
+    chart(
+        run,
+        "Devices waiting for a look-up",
+        &[line("queue", &|s| Some(s.queue))],
+        out,
+    )?;
+    chart(
+        run,
+        "Statements a second",
+        &[line("statements", &|s| Some(s.statements))],
+        out,
+    )?;
+    chart(
+        run,
+        "Memory of the server, MiB",
+        &[line("resident", &|s| s.rss_bytes.map(mib))],
+        out,
+    )
 }
 
 fn chart(run: &Run, title: &str, lines: &[Line<'_>], out: &mut String) -> std::fmt::Result {
     if lines.iter().all(|line| line.points.is_empty()) {
         return Ok(());
     }
-    let x_max = run.phases.iter().map(|phase| phase.starts_seconds + phase.seconds).fold(1.0, f64::max);
-    let y_max = nice(lines.iter().flat_map(|line| &line.points).map(|point| point.1).fold(0.0, f64::max));
+    let x_max = run
+        .phases
+        .iter()
+        .map(|phase| phase.starts_seconds + phase.seconds)
+        .fold(1.0, f64::max);
+    let y_max = nice(
+        lines
+            .iter()
+            .flat_map(|line| &line.points)
+            .map(|point| point.1)
+            .fold(0.0, f64::max),
+    );
     let x = |seconds: f64| LEFT + (WIDTH - LEFT) * (seconds / x_max).min(1.0);
     let y = |value: f64| TOP + (HEIGHT - TOP - BOTTOM) * (1.0 - value / y_max);
-    write!(out, "<h3>{title}</h3><svg viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='{title}'>")?;
+    write!(
+        out,
+        "<h3>{title}</h3><svg viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='{title}'>"
+    )?;
     for (index, phase) in run.phases.iter().enumerate() {
         let (from, to) = (x(phase.starts_seconds), x(phase.starts_seconds + phase.seconds));
         let fill = if index % 2 == 0 { "#f4f6f7" } else { "#e8edef" };
@@ -149,7 +190,11 @@ fn chart(run: &Run, title: &str, lines: &[Line<'_>], out: &mut String) -> std::f
             escape(&phase.name),
             from + 3.0,
             HEIGHT - 6.0,
-            if to - from > 40.0 { escape(&phase.name) } else { String::new() },
+            if to - from > 40.0 {
+                escape(&phase.name)
+            } else {
+                String::new()
+            },
         )?;
     }
     for part in [0.0, 0.5, 1.0] {
@@ -163,9 +208,16 @@ fn chart(run: &Run, title: &str, lines: &[Line<'_>], out: &mut String) -> std::f
         )?;
     }
     for (line, colour) in lines.iter().zip(COLOURS) {
-        let points: Vec<String> =
-            line.points.iter().map(|(seconds, value)| format!("{:.1},{:.1}", x(*seconds), y(*value))).collect();
-        write!(out, "<polyline points='{}' fill=none stroke='{colour}' stroke-width=1.5 />", points.join(" "))?;
+        let points: Vec<String> = line
+            .points
+            .iter()
+            .map(|(seconds, value)| format!("{:.1},{:.1}", x(*seconds), y(*value)))
+            .collect();
+        write!(
+            out,
+            "<polyline points='{}' fill=none stroke='{colour}' stroke-width=1.5 />",
+            points.join(" ")
+        )?;
     }
     out.push_str("</svg><div class=key>");
     for (line, colour) in lines.iter().zip(COLOURS) {
@@ -220,7 +272,13 @@ fn nice(value: f64) -> f64 {
 fn number(value: Option<f64>) -> String {
     value.map_or_else(
         || "–".to_owned(),
-        |value| if value.fract() == 0.0 || value.abs() >= 1000.0 { format!("{value:.0}") } else { format!("{value:.2}") },
+        |value| {
+            if value.fract() == 0.0 || value.abs() >= 1000.0 {
+                format!("{value:.0}")
+            } else {
+                format!("{value:.2}")
+            }
+        },
     )
 }
 
@@ -252,8 +310,18 @@ mod tests {
         let run = Run {
             name: "seawall".to_owned(),
             summary: Summary::default(),
-            phases: vec![PhaseReport { name: "storm".to_owned(), seconds: 10.0, ..PhaseReport::default() }],
-            samples: vec![Second { connected: 7, ..Second::default() }; 3],
+            phases: vec![PhaseReport {
+                name: "storm".to_owned(),
+                seconds: 10.0,
+                ..PhaseReport::default()
+            }],
+            samples: vec![
+                Second {
+                    connected: 7,
+                    ..Second::default()
+                };
+                3
+            ],
         };
         let report = Report {
             scenario: "s".to_owned(),
@@ -263,7 +331,12 @@ mod tests {
             started_at: String::new(),
             passed: false,
             summary: Summary::default(),
-            thresholds: vec![Outcome { expression: "a < 1".to_owned(), left: None, right: Some(1.0), passed: false }],
+            thresholds: vec![Outcome {
+                expression: "a < 1".to_owned(),
+                left: None,
+                right: Some(1.0),
+                passed: false,
+            }],
             runs: vec![run],
         };
 
@@ -278,6 +351,9 @@ mod tests {
 
     #[test]
     fn axes_end_at_round_numbers() {
-        assert_eq!([0.0, 1.0, 1.5, 3.0, 51.0, 18_000.0].map(nice), [1.0, 1.0, 2.0, 5.0, 100.0, 20_000.0]);
+        assert_eq!(
+            [0.0, 1.0, 1.5, 3.0, 51.0, 18_000.0].map(nice),
+            [1.0, 1.0, 2.0, 5.0, 100.0, 20_000.0]
+        );
     }
 }

@@ -98,7 +98,11 @@ fn run_scenario(arguments: RunArguments) -> Result<ExitCode> {
         .zip(arguments.ops)
         .zip(arguments.token)
         .map(|((gateway, ops), token)| External { gateway, ops, token });
-    let order = Order { scenario, external, interrupted: CancellationToken::new() };
+    let order = Order {
+        scenario,
+        external,
+        interrupted: CancellationToken::new(),
+    };
     let report = runtime()?.block_on(async {
         tokio::spawn(signals::cancel(order.interrupted.clone()));
         run(&order, &Progress::new()).await
@@ -123,7 +127,11 @@ fn read(arguments: &RunArguments) -> Result<Scenario> {
 }
 
 fn verdict(report: &Report) -> ExitCode {
-    if report.passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if report.passed {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 fn serve_naive(arguments: &NaiveArguments) -> Result<ExitCode> {
@@ -141,5 +149,8 @@ fn serve_naive(arguments: &NaiveArguments) -> Result<ExitCode> {
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("starting the runtime")
 }

@@ -71,7 +71,11 @@ impl Ops {
             .proxy(None)
             .build()
             .into();
-        Self { url: url.trim_end_matches('/').to_owned(), token, agent }
+        Self {
+            url: url.trim_end_matches('/').to_owned(),
+            token,
+            agent,
+        }
     }
 
     #[must_use]
@@ -92,7 +96,8 @@ impl Ops {
     /// # Errors
     /// No answer in time, none of 200, or no such fields.
     pub fn admission(&self) -> Result<(f64, f64)> {
-        let node: serde_json::Value = serde_json::from_str(&self.get("/api/v1/node")?).context("reading the node's state")?;
+        let node: serde_json::Value =
+            serde_json::from_str(&self.get("/api/v1/node")?).context("reading the node's state")?;
         let figure = |name: &str| {
             node.pointer(&format!("/admission/{name}"))
                 .and_then(serde_json::Value::as_f64)
@@ -113,9 +118,22 @@ impl Ops {
     /// They were refused, or there was no answer in time.
     pub fn import(&self, csv: &str) -> Result<()> {
         let path = "/api/v1/devices/import";
-        let request = self.agent.post(format!("{}{path}", self.url)).header("Content-Type", "text/csv");
-        let request = self.with_token(request).config().timeout_global(Some(IMPORT_TIME_MAX)).build();
-        read(path, request.send(csv).with_context(|| format!("importing at {}", self.url))?).map(drop)
+        let request = self
+            .agent
+            .post(format!("{}{path}", self.url))
+            .header("Content-Type", "text/csv");
+        let request = self
+            .with_token(request)
+            .config()
+            .timeout_global(Some(IMPORT_TIME_MAX))
+            .build();
+        read(
+            path,
+            request
+                .send(csv)
+                .with_context(|| format!("importing at {}", self.url))?,
+        )
+        .map(drop)
     }
 
     /// Blocks. Makes a rule that blocks; returns its id.
@@ -131,9 +149,14 @@ impl Ops {
             rule["retry_after"] = retry_after.into();
         }
         let request = self.with_token(self.agent.post(format!("{}{path}", self.url)));
-        let answer = request.send_json(&rule).with_context(|| format!("making a rule at {}", self.url))?;
+        let answer = request
+            .send_json(&rule)
+            .with_context(|| format!("making a rule at {}", self.url))?;
         let answer: serde_json::Value = serde_json::from_str(&read(path, answer)?).context("reading the new rule")?;
-        let id = answer.get("id").or_else(|| answer.pointer("/rule/id")).and_then(serde_json::Value::as_str);
+        let id = answer
+            .get("id")
+            .or_else(|| answer.pointer("/rule/id"))
+            .and_then(serde_json::Value::as_str);
         id.map(str::to_owned).context("no id in the answer to a new rule")
     }
 
@@ -144,12 +167,21 @@ impl Ops {
     pub fn remove_rule(&self, id: &str) -> Result<()> {
         let path = format!("/api/v1/rules/{id}");
         let request = self.with_token(self.agent.delete(format!("{}{path}", self.url)));
-        read(&path, request.call().with_context(|| format!("removing a rule at {}", self.url))?).map(drop)
+        read(
+            &path,
+            request
+                .call()
+                .with_context(|| format!("removing a rule at {}", self.url))?,
+        )
+        .map(drop)
     }
 
     fn get(&self, path: &str) -> Result<String> {
         let request = self.with_token(self.agent.get(format!("{}{path}", self.url)));
-        read(path, request.call().with_context(|| format!("asking {}{path}", self.url))?)
+        read(
+            path,
+            request.call().with_context(|| format!("asking {}{path}", self.url))?,
+        )
     }
 
     fn with_token<B>(&self, request: ureq::RequestBuilder<B>) -> ureq::RequestBuilder<B> {
@@ -205,16 +237,18 @@ impl Metrics {
 
     /// A metric's values with their labels, as text between the brackets.
     pub fn series<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (&'a str, f64)> {
-        self.values.range(name.to_owned()..).map_while(move |(full, value)| {
-            let rest = full.strip_prefix(name)?;
-            Some((rest, *value))
-        })
-        .filter_map(|(rest, value)| {
-            if rest.is_empty() {
-                return Some(("", value));
-            }
-            Some((rest.strip_prefix('{')?.strip_suffix('}')?, value))
-        })
+        self.values
+            .range(name.to_owned()..)
+            .map_while(move |(full, value)| {
+                let rest = full.strip_prefix(name)?;
+                Some((rest, *value))
+            })
+            .filter_map(|(rest, value)| {
+                if rest.is_empty() {
+                    return Some(("", value));
+                }
+                Some((rest.strip_prefix('{')?.strip_suffix('}')?, value))
+            })
     }
 }
 
@@ -261,13 +295,21 @@ impl Sampler {
                 }
             }
         });
-        Self { samples, ends, thread: Some(thread) }
+        Self {
+            samples,
+            ends,
+            thread: Some(thread),
+        }
     }
 
     /// The newest.
     #[must_use]
     pub fn last(&self) -> Option<Sample> {
-        self.samples.lock().unwrap_or_else(PoisonError::into_inner).last().copied()
+        self.samples
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .last()
+            .copied()
     }
 
     /// All so far.
@@ -332,7 +374,10 @@ seawall_cohort_sessions{x="1",cohort="other"} 3 1700000000
             .series("seawall_cohort_sessions")
             .map(|(labels, value)| (label(labels, "cohort").unwrap(), value))
             .collect();
-        assert_eq!(cohorts, [("a \"b\", c/3.8.0-b2".to_owned(), 4.0), ("other".to_owned(), 3.0)]);
+        assert_eq!(
+            cohorts,
+            [("a \"b\", c/3.8.0-b2".to_owned(), 4.0), ("other".to_owned(), 3.0)]
+        );
         assert_eq!(label("a=\"b\"", "c"), None);
     }
 }

@@ -93,14 +93,28 @@ impl Naive {
             .context("connecting to the database")?;
         let counts = Arc::new(Counts::default());
         let tasks = TaskTracker::new();
-        let devices = TcpListener::bind(("127.0.0.1", 0)).await.context("listening for devices")?;
-        let ops = TcpListener::bind(("127.0.0.1", 0)).await.context("listening for the sampler")?;
+        let devices = TcpListener::bind(("127.0.0.1", 0))
+            .await
+            .context("listening for devices")?;
+        let ops = TcpListener::bind(("127.0.0.1", 0))
+            .await
+            .context("listening for the sampler")?;
         let addresses = (devices.local_addr()?, ops.local_addr()?);
         let accepting = [
-            tokio::spawn(accept_devices(devices, pool.clone(), Arc::clone(&counts), tasks.clone())),
+            tokio::spawn(accept_devices(
+                devices,
+                pool.clone(),
+                Arc::clone(&counts),
+                tasks.clone(),
+            )),
             tokio::spawn(accept_ops(ops, pool, pool_size, counts)),
         ];
-        Ok(Self { devices: addresses.0, ops: addresses.1, tasks, accepting })
+        Ok(Self {
+            devices: addresses.0,
+            ops: addresses.1,
+            tasks,
+            accepting,
+        })
     }
 
     #[must_use]
@@ -146,15 +160,23 @@ async fn serve(mut stream: TcpStream, pool: &PgPool, counts: &Counts) -> Result<
     stream.set_nodelay(true)?;
     let head = read_head(&mut stream).await?;
     let Some(hello) = parse(&head) else {
-        stream.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n").await?;
+        stream
+            .write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            .await?;
         bail!("not a device's request");
     };
     if !is_known(&hello, pool, counts).await? {
         counts.unauthorized.fetch_add(1, Ordering::Relaxed);
-        stream.write_all(b"HTTP/1.1 401 Unauthorized\r\nConnection: close\r\nContent-Length: 0\r\n\r\n").await?;
+        stream
+            .write_all(b"HTTP/1.1 401 Unauthorized\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            .await?;
         return Ok(());
     }
-    let protocol = if hello.offers_v1 { "Sec-WebSocket-Protocol: seawall.v1\r\n" } else { "" };
+    let protocol = if hello.offers_v1 {
+        "Sec-WebSocket-Protocol: seawall.v1\r\n"
+    } else {
+        ""
+    };
     let answer = format!(
         "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: {}\r\n{protocol}\r\n",
         derive_accept_key(hello.key.as_bytes())
@@ -173,7 +195,10 @@ async fn serve(mut stream: TcpStream, pool: &PgPool, counts: &Counts) -> Result<
 /// One query a connect. In a task of its own, as a framework's handler would go on after its client has left.
 async fn is_known(hello: &Hello, pool: &PgPool, counts: &Counts) -> Result<bool> {
     counts.asked.fetch_add(1, Ordering::Relaxed);
-    let answer = sqlx::query(LOOK_UP).bind(vec![hello.device.as_uuid()]).fetch_optional(pool).await;
+    let answer = sqlx::query(LOOK_UP)
+        .bind(vec![hello.device.as_uuid()])
+        .fetch_optional(pool)
+        .await;
     counts.asked.fetch_sub(1, Ordering::Relaxed);
     counts.statements.fetch_add(1, Ordering::Relaxed);
     let Some(row) = answer.context("looking the device up")? else {
@@ -181,12 +206,16 @@ async fn is_known(hello: &Hello, pool: &PgPool, counts: &Counts) -> Result<bool>
     };
     let hash: Vec<u8> = row.try_get("secret_sha256").context("reading the credential's hash")?;
     let state: i16 = row.try_get("state").context("reading the device's state")?;
-    let is_right = hash.try_into().is_ok_and(|hash| SecretHash::from_bytes(hash) == SecretHash::of(hello.secret.as_bytes()));
+    let is_right = hash
+        .try_into()
+        .is_ok_and(|hash| SecretHash::from_bytes(hash) == SecretHash::of(hello.secret.as_bytes()));
     Ok(is_right && state == 0)
 }
 
 async fn session(stream: TcpStream, is_v1: bool) -> Result<()> {
-    let config = WebSocketConfig::default().read_buffer_size(READ_BUFFER_BYTES).write_buffer_size(0);
+    let config = WebSocketConfig::default()
+        .read_buffer_size(READ_BUFFER_BYTES)
+        .write_buffer_size(0);
     let mut socket = WebSocketStream::from_raw_socket(stream, Role::Server, Some(config)).await;
     if is_v1 {
         socket.send(Message::text(WELCOME)).await?;
@@ -223,7 +252,10 @@ fn parse(head: &[u8]) -> Option<Hello> {
         return None;
     }
     let header = |name: &str| {
-        let found = request.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name))?;
+        let found = request
+            .headers
+            .iter()
+            .find(|header| header.name.eq_ignore_ascii_case(name))?;
         std::str::from_utf8(found.value).ok()
     };
     Some(Hello {
@@ -245,7 +277,11 @@ async fn accept_ops(listener: TcpListener, pool: PgPool, pool_size: u32, counts:
             continue;
         };
         let is_metrics = head.starts_with(b"GET /metrics ");
-        let text = if is_metrics { counts.text(&pool, pool_size) } else { String::new() };
+        let text = if is_metrics {
+            counts.text(&pool, pool_size)
+        } else {
+            String::new()
+        };
         let status = if is_metrics { "200 OK" } else { "404 Not Found" };
         let answer = format!(
             "HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{text}",
@@ -295,10 +331,19 @@ mod tests {
         let stranger = connect(naive.devices(), Uuid::new_v4(), "secret-of-the-device").await;
 
         assert!(known.0.starts_with("HTTP/1.1 101 "), "{}", known.0);
-        assert!(known.0.contains("Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"), "{}", known.0);
+        assert!(
+            known
+                .0
+                .contains("Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"),
+            "{}",
+            known.0
+        );
         assert!(wrong.0.starts_with("HTTP/1.1 401 ") && stranger.0.starts_with("HTTP/1.1 401 "));
         let ops = Ops::new(&format!("http://{}", naive.ops()), None);
-        let metrics = tokio::task::spawn_blocking(move || ops.metrics()).await.unwrap().unwrap();
+        let metrics = tokio::task::spawn_blocking(move || ops.metrics())
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!(metrics.value("seawall_sessions"), Some(1.0));
         assert_eq!(metrics.value("seawall_lookup_statements_total"), Some(3.0));
         assert_eq!(metrics.value("seawall_lookups_in_flight"), Some(0.0));
@@ -320,10 +365,12 @@ mod tests {
 
     async fn register(postgres: &Postgres, device: Uuid, secret: &str) {
         let mut connection = PgConnection::connect_with(&postgres.options()).await.unwrap();
-        sqlx::query("CREATE TABLE devices (id UUID PRIMARY KEY, secret_sha256 BYTEA NOT NULL, state SMALLINT NOT NULL)")
-            .execute(&mut connection)
-            .await
-            .unwrap();
+        sqlx::query(
+            "CREATE TABLE devices (id UUID PRIMARY KEY, secret_sha256 BYTEA NOT NULL, state SMALLINT NOT NULL)",
+        )
+        .execute(&mut connection)
+        .await
+        .unwrap();
         sqlx::query("INSERT INTO devices VALUES ($1, $2, 0)")
             .bind(device)
             .bind(SecretHash::of(secret.as_bytes()).as_bytes().to_vec())
@@ -340,7 +387,10 @@ mod tests {
              Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSeawall-Device: {device}\r\nAuthorization: Bearer {secret}\r\n\r\n"
         );
         stream.write_all(request.as_bytes()).await.unwrap();
-        let head = tokio::time::timeout(Duration::from_secs(10), read_head(&mut stream)).await.unwrap().unwrap();
+        let head = tokio::time::timeout(Duration::from_secs(10), read_head(&mut stream))
+            .await
+            .unwrap()
+            .unwrap();
         (String::from_utf8(head).unwrap(), stream)
     }
 }

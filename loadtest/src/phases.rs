@@ -70,7 +70,9 @@ impl Stage<'_> {
     pub async fn play(&mut self) -> Result<()> {
         let scenario = self.scenario;
         for phase in &scenario.phases {
-            self.phase(phase).await.with_context(|| format!("in phase `{}` of run `{}`", phase.name, self.run))?;
+            self.phase(phase)
+                .await
+                .with_context(|| format!("in phase `{}` of run `{}`", phase.name, self.run))?;
         }
         Ok(())
     }
@@ -88,7 +90,8 @@ impl Stage<'_> {
 
     async fn phase(&mut self, phase: &Phase) -> Result<()> {
         self.recorder.begin_phase(Instant::now(), self.slow_lookups()?);
-        self.progress.note(&format!("{}: {} ({})", self.run, phase.name, describe(&phase.action)));
+        self.progress
+            .note(&format!("{}: {} ({})", self.run, phase.name, describe(&phase.action)));
         let mut agenda = self.begin(phase).await?;
         let mut look_at = agenda.started;
         loop {
@@ -158,14 +161,21 @@ impl Stage<'_> {
                     }
                 }
             }
-            Action::Block { range, reason, evict, retry_after } => {
+            Action::Block {
+                range,
+                reason,
+                evict,
+                retry_after,
+            } => {
                 // The naive server has no rules: there the phase is time alone, as it was for those on call in 2020.
                 if self.run == crate::report::MAIN_RUN {
                     let ops = self.server.ops().clone();
-                    let (range, reason, evict, retry_after) = (range.clone(), reason.clone(), *evict, retry_after.clone());
-                    let id = tokio::task::spawn_blocking(move || ops.block(&range, &reason, evict, retry_after.as_deref()))
-                        .await
-                        .context("the task that makes the rule")??;
+                    let (range, reason, evict, retry_after) =
+                        (range.clone(), reason.clone(), *evict, retry_after.clone());
+                    let id =
+                        tokio::task::spawn_blocking(move || ops.block(&range, &reason, evict, retry_after.as_deref()))
+                            .await
+                            .context("the task that makes the rule")??;
                     self.rules.push(id);
                 }
             }
@@ -184,7 +194,9 @@ impl Stage<'_> {
     pub async fn remove_rules(&mut self) -> Result<()> {
         for id in std::mem::take(&mut self.rules) {
             let ops = self.server.ops().clone();
-            tokio::task::spawn_blocking(move || ops.remove_rule(&id)).await.context("the task that removes the rule")??;
+            tokio::task::spawn_blocking(move || ops.remove_rule(&id))
+                .await
+                .context("the task that removes the rule")??;
         }
         Ok(())
     }
@@ -244,7 +256,10 @@ impl Stage<'_> {
     }
 
     async fn mark(&mut self, indices: &[usize]) -> Result<()> {
-        let devices: Vec<_> = indices.iter().filter_map(|index| Some(self.plan.devices.get(*index)?.id)).collect();
+        let devices: Vec<_> = indices
+            .iter()
+            .filter_map(|index| Some(self.plan.devices.get(*index)?.id))
+            .collect();
         match &self.postgres {
             Some(postgres) => slow::mark(&postgres.options(), &devices).await,
             None => Ok(()),
@@ -257,9 +272,8 @@ impl Stage<'_> {
         }
         (0..DRAWS_MAX).find_map(|_| {
             let index = self.rng.random_range(0..self.begun);
-            let fits = !set_aside.contains(&index)
-                && self.recorder.is_connected(index)
-                && self.recorder.is_in(index, group);
+            let fits =
+                !set_aside.contains(&index) && self.recorder.is_connected(index) && self.recorder.is_in(index, group);
             fits.then_some(index)
         })
     }

@@ -53,7 +53,11 @@ impl Plan {
         }
         devices.shuffle(&mut rng);
         let bystanders = scenario.database.registered.saturating_sub(scenario.devices);
-        Self { devices, bystanders, seed: scenario.seed }
+        Self {
+            devices,
+            bystanders,
+            seed: scenario.seed,
+        }
     }
 
     /// Everything that is registered, as `devices import` reads it.
@@ -71,7 +75,10 @@ impl Plan {
         for _ in 0..self.bystanders {
             let _ = out.write_record([uuid(&mut rng).to_string().as_str(), &secret(&mut rng), "", ""]);
         }
-        out.into_inner().ok().and_then(|bytes| String::from_utf8(bytes).ok()).unwrap_or_default()
+        out.into_inner()
+            .ok()
+            .and_then(|bytes| String::from_utf8(bytes).ok())
+            .unwrap_or_default()
     }
 
     /// Draws devices of other versions until `firmware` has the share `to` of all. Returns their indices, in the order in which they
@@ -79,9 +86,17 @@ impl Plan {
     #[must_use]
     pub fn to_upgrade(&self, firmware: &str, to: f64, rng: &mut impl Rng) -> Vec<usize> {
         let has = self.devices.iter().filter(|device| device.firmware == firmware).count();
-        let wanted = apportion(self.devices.len(), &[to, 1.0 - to]).first().copied().unwrap_or(0);
-        let mut others: Vec<usize> =
-            (0..self.devices.len()).filter(|index| self.devices.get(*index).is_some_and(|device| device.firmware != firmware)).collect();
+        let wanted = apportion(self.devices.len(), &[to, 1.0 - to])
+            .first()
+            .copied()
+            .unwrap_or(0);
+        let mut others: Vec<usize> = (0..self.devices.len())
+            .filter(|index| {
+                self.devices
+                    .get(*index)
+                    .is_some_and(|device| device.firmware != firmware)
+            })
+            .collect();
         others.shuffle(rng);
         others.truncate(wanted.saturating_sub(has));
         others
@@ -159,7 +174,11 @@ mod tests {
     fn every_registered_device_is_in_the_import_once() {
         let csv = Plan::new(&scenario(1)).csv();
 
-        let ids: std::collections::BTreeSet<&str> = csv.lines().skip(1).map(|line| line.split(',').next().unwrap()).collect();
+        let ids: std::collections::BTreeSet<&str> = csv
+            .lines()
+            .skip(1)
+            .map(|line| line.split(',').next().unwrap())
+            .collect();
         assert_eq!(csv.lines().next(), Some("id,secret,tenant,model"));
         assert_eq!(ids.len(), 250);
     }

@@ -73,17 +73,28 @@ impl Postgres {
         let password = uuid::Uuid::new_v4().simple().to_string();
         let password_file = folder.path().join("password");
         fs::write(&password_file, &password).context("writing the password file")?;
-        fs::set_permissions(&password_file, fs::Permissions::from_mode(0o600)).context("protecting the password file")?;
+        fs::set_permissions(&password_file, fs::Permissions::from_mode(0o600))
+            .context("protecting the password file")?;
         if let Some(account) = account {
             for path in [folder.path(), &password_file] {
-                chown(path, Some(account.uid), Some(account.gid)).context("handing the folder to PostgreSQL's account")?;
+                chown(path, Some(account.uid), Some(account.gid))
+                    .context("handing the folder to PostgreSQL's account")?;
             }
         }
         let mut initdb = command(account, &programs.join("initdb"), folder.path());
         initdb
             .arg("-D")
             .arg(folder.path().join("data"))
-            .args(["-U", "seawall", "-E", "UTF8", "--locale=C", "--no-sync", "-A", "scram-sha-256"])
+            .args([
+                "-U",
+                "seawall",
+                "-E",
+                "UTF8",
+                "--locale=C",
+                "--no-sync",
+                "-A",
+                "scram-sha-256",
+            ])
             .arg("--pwfile")
             .arg(&password_file);
         process::output("initdb", initdb, INITDB_TIME_MAX).await?;
@@ -97,7 +108,15 @@ impl Postgres {
                 Err(error) => return Err(error),
             }
         };
-        Ok(Self { programs, account, port, password, server, trouble: None, folder })
+        Ok(Self {
+            programs,
+            account,
+            port,
+            password,
+            server,
+            trouble: None,
+            folder,
+        })
     }
 
     /// Its address, for the gateway's `--database`.
@@ -117,7 +136,10 @@ impl Postgres {
     /// The log can't be read.
     pub fn count_in_log(&self, text: &str) -> io::Result<u64> {
         let log = fs::read(self.folder.path().join("log"))?;
-        Ok(String::from_utf8_lossy(&log).lines().map(|line| u64::from(line.contains(text))).sum())
+        Ok(String::from_utf8_lossy(&log)
+            .lines()
+            .map(|line| u64::from(line.contains(text)))
+            .sum())
     }
 
     /// # Errors
@@ -152,7 +174,10 @@ impl Postgres {
                 std::thread::sleep(running);
             }
         });
-        self.trouble = Some(TroubleTask { ends, thread: Some(thread) });
+        self.trouble = Some(TroubleTask {
+            ends,
+            thread: Some(thread),
+        });
     }
 
     /// Kills all of its processes, as a crash would.
@@ -167,8 +192,14 @@ impl Postgres {
     pub async fn mend(&mut self) -> Result<()> {
         self.trouble = None;
         if self.server.ended().is_some() {
-            self.server =
-                serve(self.account, &self.programs, self.folder.path(), self.port, &self.password).await?;
+            self.server = serve(
+                self.account,
+                &self.programs,
+                self.folder.path(),
+                self.port,
+                &self.password,
+            )
+            .await?;
         } else {
             self.thaw();
         }
@@ -214,8 +245,22 @@ async fn serve(account: Option<Account>, programs: &Path, folder: &Path, port: u
         .arg(folder)
         .args(["-c", "listen_addresses=127.0.0.1"])
         .args(["-c", &format!("max_connections={CONNECTIONS_MAX}")])
-        .args(["-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off"])
-        .args(["-c", "shared_buffers=128MB", "-c", "max_wal_size=1GB", "-c", "autovacuum_naptime=10s"])
+        .args([
+            "-c",
+            "fsync=off",
+            "-c",
+            "synchronous_commit=off",
+            "-c",
+            "full_page_writes=off",
+        ])
+        .args([
+            "-c",
+            "shared_buffers=128MB",
+            "-c",
+            "max_wal_size=1GB",
+            "-c",
+            "autovacuum_naptime=10s",
+        ])
         .args(["-c", "log_error_verbosity=terse"]);
     let mut server = Process::start("postgres", &mut postgres, &folder.join("log"))?;
     let deadline = tokio::time::Instant::now() + START_TIME_MAX;
@@ -273,7 +318,10 @@ fn account() -> Result<Option<Account>> {
 fn account_in(passwd: &str) -> Option<Account> {
     let line = passwd.lines().find_map(|line| line.strip_prefix("postgres:"))?;
     let mut fields = line.split(':').skip(1);
-    Some(Account { uid: fields.next()?.parse().ok()?, gid: fields.next()?.parse().ok()? })
+    Some(Account {
+        uid: fields.next()?.parse().ok()?,
+        gid: fields.next()?.parse().ok()?,
+    })
 }
 
 /// Folder with `initdb` and `postgres`: `SEAWALL_PG_BIN`, Debian's newest, or on the path.
@@ -307,7 +355,11 @@ mod tests {
         let mut connection = PgConnection::connect_with(&postgres.options()).await.unwrap();
 
         postgres.freeze();
-        assert!(tokio::time::timeout(Duration::from_millis(200), connection.ping()).await.is_err());
+        assert!(
+            tokio::time::timeout(Duration::from_millis(200), connection.ping())
+                .await
+                .is_err()
+        );
         postgres.mend().await.unwrap();
         connection.ping().await.unwrap();
 
@@ -328,7 +380,8 @@ mod tests {
 
     #[test]
     fn the_account_is_found_by_name() {
-        let account = account_in("root:x:0:0::/root:/bin/sh\npostgres:x:103:107:,,,:/var/lib/postgresql:/bin/bash\n").unwrap();
+        let account =
+            account_in("root:x:0:0::/root:/bin/sh\npostgres:x:103:107:,,,:/var/lib/postgresql:/bin/bash\n").unwrap();
 
         assert_eq!((account.uid, account.gid), (103, 107));
         assert!(account_in("postgresql:x:1:1::/:/bin/sh").is_none());

@@ -53,7 +53,13 @@ impl Process {
             .with_context(|| format!("starting {name} ({})", command.get_program().display()))?;
         let pid = Pid::from_child(&child);
         guard::add_process(pid);
-        Ok(Self { name, child, pid, log: log.to_owned(), ended: None })
+        Ok(Self {
+            name,
+            child,
+            pid,
+            log: log.to_owned(),
+            ended: None,
+        })
     }
 
     #[must_use]
@@ -127,7 +133,10 @@ impl Process {
             return status;
         }
         guard::end_tree(self.pid);
-        let status = self.child.wait().unwrap_or_else(|_| ExitStatus::from_raw(Signal::KILL.as_raw()));
+        let status = self
+            .child
+            .wait()
+            .unwrap_or_else(|_| ExitStatus::from_raw(Signal::KILL.as_raw()));
         guard::forget_process(self.pid);
         self.ended = Some(status);
         status
@@ -166,7 +175,11 @@ pub async fn output(name: &str, command: Command, time_max: Duration) -> Result<
         .with_context(|| format!("starting {name}"))?;
     if !output.status.success() {
         let words = [output.stdout, output.stderr].concat();
-        bail!("{name} failed ({}): {}", how(output.status), String::from_utf8_lossy(&words).trim());
+        bail!(
+            "{name} failed ({}): {}",
+            how(output.status),
+            String::from_utf8_lossy(&words).trim()
+        );
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -188,7 +201,11 @@ pub async fn await_from<T>(
         }
         process.check()?;
         if Instant::now() >= deadline {
-            bail!("{} gave no {what} within {time_max:?}; {}", process.name(), process.tail());
+            bail!(
+                "{} gave no {what} within {time_max:?}; {}",
+                process.name(),
+                process.tail()
+            );
         }
         tokio::time::sleep(POLL_EVERY).await;
     }
@@ -234,7 +251,9 @@ mod tests {
         )
         .unwrap();
         await_from(&mut process, "word", Duration::from_secs(5), || {
-            fs::read_to_string(&log).is_ok_and(|text| text.contains("ready")).then_some(())
+            fs::read_to_string(&log)
+                .is_ok_and(|text| text.contains("ready"))
+                .then_some(())
         })
         .await
         .unwrap();
@@ -254,7 +273,9 @@ mod tests {
         )
         .unwrap();
 
-        let error = await_from(&mut process, "address", Duration::from_secs(5), || None::<()>).await.unwrap_err();
+        let error = await_from(&mut process, "address", Duration::from_secs(5), || None::<()>)
+            .await
+            .unwrap_err();
 
         let text = error.to_string();
         assert!(text.contains("exit 2") && text.contains("no such setting"), "{text}");

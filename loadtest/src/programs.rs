@@ -37,7 +37,12 @@ pub async fn build(names: &[&str]) -> Result<()> {
         let manifest = Path::new(&manifest);
         build.current_dir(manifest.parent().unwrap_or(manifest));
     }
-    let status = build.stdin(Stdio::null()).kill_on_drop(true).status().await.context("starting cargo")?;
+    let status = build
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .status()
+        .await
+        .context("starting cargo")?;
     ensure!(status.success(), "cargo could not build {}", names.join(" and "));
     Ok(())
 }
@@ -49,7 +54,10 @@ pub async fn build(names: &[&str]) -> Result<()> {
 pub fn find(name: &str) -> Result<PathBuf> {
     let path = folder()?.join(name);
     if !path.exists() {
-        bail!("no `{name}` beside this program ({}): build it with `cargo build --release --bin {name}`", path.display());
+        bail!(
+            "no `{name}` beside this program ({}): build it with `cargo build --release --bin {name}`",
+            path.display()
+        );
     }
     Ok(path)
 }

@@ -34,7 +34,10 @@ impl Progress {
             }
             bar
         });
-        Self { live, said: Mutex::new(None) }
+        Self {
+            live,
+            said: Mutex::new(None),
+        }
     }
 
     /// How things stand. On a terminal it replaces what stood there; it may have several lines, of which a plain line joins all.

@@ -124,15 +124,22 @@ impl Recorder {
     /// `versions`: the version of each device, in order. `groups`: versions of each group, `all` apart.
     #[must_use]
     pub fn new(versions: &[&str], groups: &BTreeMap<String, Vec<String>>, now: Instant) -> Self {
-        let group_names: Vec<String> =
-            std::iter::once(crate::scenario::GROUP_ALL.to_owned()).chain(groups.keys().cloned()).collect();
+        let group_names: Vec<String> = std::iter::once(crate::scenario::GROUP_ALL.to_owned())
+            .chain(groups.keys().cloned())
+            .collect();
         let mut groups_of: BTreeMap<String, Vec<usize>> = BTreeMap::new();
         for (index, versions) in groups.values().enumerate() {
             for version in versions {
-                groups_of.entry(version.clone()).or_insert_with(|| vec![0]).push(index + 1);
+                groups_of
+                    .entry(version.clone())
+                    .or_insert_with(|| vec![0])
+                    .push(index + 1);
             }
         }
-        let devices = versions.iter().map(|version| Device::new(groups_of.get(*version))).collect();
+        let devices = versions
+            .iter()
+            .map(|version| Device::new(groups_of.get(*version)))
+            .collect();
         let books = Books {
             started: now,
             devices,
@@ -142,7 +149,9 @@ impl Recorder {
             seconds: Vec::new(),
             connected: 0,
         };
-        Self { books: Mutex::new(books) }
+        Self {
+            books: Mutex::new(books),
+        }
     }
 
     /// Begins the next phase, and ends the one before. `slow_lookups`: the count of them so far.
@@ -199,7 +208,10 @@ impl Recorder {
     /// Is the device connected, as far as it told?
     #[must_use]
     pub fn is_connected(&self, index: usize) -> bool {
-        self.books().devices.get(index).is_some_and(|device| device.is_connected)
+        self.books()
+            .devices
+            .get(index)
+            .is_some_and(|device| device.is_connected)
     }
 
     /// Does it belong to this group now?
@@ -209,7 +221,10 @@ impl Recorder {
         let Some(group) = books.group_names.iter().position(|name| name == group) else {
             return false;
         };
-        books.devices.get(index).is_some_and(|device| device.groups.contains(&group))
+        books
+            .devices
+            .get(index)
+            .is_some_and(|device| device.groups.contains(&group))
     }
 
     /// Ends the run: devices that still wait count with the time they have waited.
@@ -220,7 +235,11 @@ impl Recorder {
         books.count_waiting(now);
         let started = books.started;
         let names = books.group_names.clone();
-        let phases = books.phases.iter().map(|phase| phase.figures(started, &names)).collect();
+        let phases = books
+            .phases
+            .iter()
+            .map(|phase| phase.figures(started, &names))
+            .collect();
         (phases, std::mem::take(&mut books.seconds))
     }
 
@@ -317,7 +336,10 @@ impl Books {
                     self.excuse(index);
                 } else {
                     phase.lost_sessions += 1;
-                    device.due = Some(Due { at: now, phase: current });
+                    device.due = Some(Due {
+                        at: now,
+                        phase: current,
+                    });
                 }
             }
         }
@@ -378,8 +400,11 @@ impl Books {
     }
 
     fn count_waiting(&mut self, now: Instant) {
-        let waiting: Vec<(Vec<usize>, Due)> =
-            self.devices.iter_mut().filter_map(|device| Some((device.groups.clone(), device.due.take()?))).collect();
+        let waiting: Vec<(Vec<usize>, Due)> = self
+            .devices
+            .iter_mut()
+            .filter_map(|device| Some((device.groups.clone(), device.due.take()?)))
+            .collect();
         for (groups, due) in waiting {
             self.record(&groups, due, now);
         }
@@ -467,7 +492,10 @@ fn second(seconds: &mut Vec<Second>, started: Instant, now: Instant) -> &mut Sec
     while seconds.len() <= index {
         #[expect(clippy::cast_precision_loss, reason = "seconds of a load test are far below 2^52")]
         let at_seconds = seconds.len() as f64;
-        seconds.push(Second { at_seconds, ..Second::default() });
+        seconds.push(Second {
+            at_seconds,
+            ..Second::default()
+        });
     }
     &mut seconds[index]
 }
@@ -498,7 +526,10 @@ mod tests {
         assert_eq!(phases[1].attempts_per_device, Some(2.0));
         assert_eq!(phases[1].lost_sessions, 0);
         let all = &phases[1].groups["all"];
-        assert_eq!((all.connected, all.refused["overloaded"], all.latency.count), (100, 100, 100));
+        assert_eq!(
+            (all.connected, all.refused["overloaded"], all.latency.count),
+            (100, 100, 100)
+        );
         assert_eq!(seconds[10].refused, 100);
     }
 
@@ -511,7 +542,14 @@ mod tests {
         recorder.due(1, after(t0, 1.0), true);
         recorder.handle(1, Event::Connected, after(t0, 2.0));
         recorder.begin_phase(after(t0, 5.0), 0);
-        assert_eq!(recorder.standing(), Standing { connected: 1, missing: 1, ..Standing::default() });
+        assert_eq!(
+            recorder.standing(),
+            Standing {
+                connected: 1,
+                missing: 1,
+                ..Standing::default()
+            }
+        );
         let (phases, _) = recorder.finish(after(t0, 61.0), 0);
 
         assert_eq!(phases[1].t100_seconds, None);
@@ -530,9 +568,18 @@ mod tests {
         recorder.handle(0, Event::Refused(Some(Code::FirmwareBlocked)), after(t0, 1.1));
         recorder.handle(1, Event::Closed(Some(CLOSE_EVICTED)), after(t0, 1.2));
 
-        assert_eq!(recorder.standing(), Standing { blocked: 2, ..Standing::default() });
+        assert_eq!(
+            recorder.standing(),
+            Standing {
+                blocked: 2,
+                ..Standing::default()
+            }
+        );
         let (phases, _) = recorder.finish(after(t0, 2.0), 0);
-        assert_eq!((phases[1].wanted, phases[1].lost_sessions, phases[1].missing), (0, 0, 0));
+        assert_eq!(
+            (phases[1].wanted, phases[1].lost_sessions, phases[1].missing),
+            (0, 0, 0)
+        );
     }
 
     #[test]
@@ -542,7 +589,14 @@ mod tests {
         recorder.handle(0, Event::Closed(Some(1012)), after(t0, 1.0));
         recorder.handle(0, Event::Closed(None), after(t0, 1.0));
 
-        assert_eq!(recorder.standing(), Standing { missing: 1, lost_sessions: 1, ..Standing::default() });
+        assert_eq!(
+            recorder.standing(),
+            Standing {
+                missing: 1,
+                lost_sessions: 1,
+                ..Standing::default()
+            }
+        );
     }
 
     #[test]

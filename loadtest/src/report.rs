@@ -202,7 +202,12 @@ impl Group {
         let refused = seawall_proto::refusal::Code::ALL
             .into_iter()
             .map(|code| code.as_str())
-            .map(|code| (format!("refused_{code}"), Some(count(self.refused.get(code).copied().unwrap_or(0)))));
+            .map(|code| {
+                (
+                    format!("refused_{code}"),
+                    Some(count(self.refused.get(code).copied().unwrap_or(0))),
+                )
+            });
         counts
             .into_iter()
             .map(|(name, value)| (name.to_owned(), Some(count(value))))
@@ -222,7 +227,11 @@ impl Report {
     pub fn new(scenario: &Scenario, thresholds: &[Threshold], started_at: String, runs: Vec<Run>) -> Self {
         let figures = figures(&runs);
         let outcomes: Vec<Outcome> = thresholds.iter().map(|threshold| threshold.judge(&figures)).collect();
-        let summary = runs.iter().find(|run| run.name == MAIN_RUN).map(|run| run.summary.clone()).unwrap_or_default();
+        let summary = runs
+            .iter()
+            .find(|run| run.name == MAIN_RUN)
+            .map(|run| run.summary.clone())
+            .unwrap_or_default();
         Self {
             scenario: scenario.name.clone(),
             about: scenario.about.clone(),
@@ -263,14 +272,16 @@ impl Report {
                 seconds(s.t99_seconds),
                 seconds(s.t100_seconds),
                 seconds(s.optimum_seconds),
-                s.attempts_per_device.map_or_else(|| "-".to_owned(), |figure| format!("{figure:.2}")),
+                s.attempts_per_device
+                    .map_or_else(|| "-".to_owned(), |figure| format!("{figure:.2}")),
                 s.statements,
             )?;
             writeln!(
                 out,
                 "  in flight {:.0} at most, limit {}  queue {:.0}  lost sessions {:.0}  missing {:.0}  memory {} -> {}",
                 s.in_flight_max,
-                s.limit_max.map_or_else(|| "none".to_owned(), |limit| format!("{limit:.0}")),
+                s.limit_max
+                    .map_or_else(|| "none".to_owned(), |limit| format!("{limit:.0}")),
                 s.queue_max,
                 s.lost_sessions,
                 s.missing,
@@ -280,7 +291,17 @@ impl Report {
             writeln!(
                 out,
                 "  {:<16} {:<12} {:>7} {:>9} {:>9} {:>9} {:>8} {:>7} {:>10} {:>10} {:>10}",
-                "phase", "group", "seconds", "connected", "attempts", "admitted", "refused", "failed", "p50 ms", "p99 ms", "max ms"
+                "phase",
+                "group",
+                "seconds",
+                "connected",
+                "attempts",
+                "admitted",
+                "refused",
+                "failed",
+                "p50 ms",
+                "p99 ms",
+                "max ms"
             )?;
             for phase in &run.phases {
                 for (name, group) in &phase.groups {
@@ -336,17 +357,27 @@ pub fn check_names(scenario: &Scenario, thresholds: &[Threshold]) -> Result<(), 
 
 /// What the runs of a scenario will look like, without any figures.
 fn outline(scenario: &Scenario) -> Vec<Run> {
-    let groups: BTreeMap<String, Group> =
-        scenario.group_names().map(|name| (name.to_owned(), Group::default())).collect();
+    let groups: BTreeMap<String, Group> = scenario
+        .group_names()
+        .map(|name| (name.to_owned(), Group::default()))
+        .collect();
     let phases: Vec<PhaseReport> = scenario
         .phases
         .iter()
-        .map(|phase| PhaseReport { name: phase.name.clone(), groups: groups.clone(), ..PhaseReport::default() })
+        .map(|phase| PhaseReport {
+            name: phase.name.clone(),
+            groups: groups.clone(),
+            ..PhaseReport::default()
+        })
         .collect();
     scenario
         .run_names()
         .into_iter()
-        .map(|name| Run { name: name.to_owned(), phases: phases.clone(), ..Run::default() })
+        .map(|name| Run {
+            name: name.to_owned(),
+            phases: phases.clone(),
+            ..Run::default()
+        })
         .collect()
 }
 
@@ -355,10 +386,11 @@ fn outline(scenario: &Scenario) -> Vec<Run> {
 pub fn leading_phase(scenario: &Scenario) -> Option<usize> {
     let is_storm = |action: &Action| *action == Action::DropAll;
     let phases = &scenario.phases;
-    phases
-        .iter()
-        .rposition(|phase| is_storm(&phase.action))
-        .or_else(|| phases.iter().position(|phase| matches!(phase.action, Action::Connect { .. })))
+    phases.iter().rposition(|phase| is_storm(&phase.action)).or_else(|| {
+        phases
+            .iter()
+            .position(|phase| matches!(phase.action, Action::Connect { .. }))
+    })
 }
 
 fn figures(runs: &[Run]) -> Figures {
@@ -398,9 +430,16 @@ fn megabytes(value: Option<f64>) -> String {
 }
 
 fn figure(value: Option<f64>) -> String {
-    value.map_or_else(|| "not reached".to_owned(), |value| {
-        if value.fract() == 0.0 { format!("{value:.0}") } else { format!("{value:.3}") }
-    })
+    value.map_or_else(
+        || "not reached".to_owned(),
+        |value| {
+            if value.fract() == 0.0 {
+                format!("{value:.0}")
+            } else {
+                format!("{value:.3}")
+            }
+        },
+    )
 }
 
 #[cfg(test)]
@@ -423,13 +462,20 @@ mod tests {
 
     #[test]
     fn figures_of_the_main_run_stand_at_the_top_too() {
-        let group = Group { refused: BTreeMap::from([("overloaded", 3)]), ..Group::default() };
+        let group = Group {
+            refused: BTreeMap::from([("overloaded", 3)]),
+            ..Group::default()
+        };
         let phase = PhaseReport {
             name: "storm".to_owned(),
             groups: BTreeMap::from([("all".to_owned(), group)]),
             ..PhaseReport::default()
         };
-        let summary = Summary { t99_seconds: Some(3.0), optimum_seconds: Some(2.0), ..Summary::default() };
+        let summary = Summary {
+            t99_seconds: Some(3.0),
+            optimum_seconds: Some(2.0),
+            ..Summary::default()
+        };
         let runs = ["naive", MAIN_RUN].map(|name| Run {
             name: name.to_owned(),
             summary: summary.clone(),

@@ -70,7 +70,10 @@ async fn with_own_servers(order: &Order, plan: &Plan, progress: &Progress) -> Re
         progress.note("starting PostgreSQL");
         postgres = Some(Postgres::start().await?);
     }
-    let runs = order.interrupted.run_until_cancelled(runs(order, plan, folder.path(), postgres.as_mut(), progress)).await;
+    let runs = order
+        .interrupted
+        .run_until_cancelled(runs(order, plan, folder.path(), postgres.as_mut(), progress))
+        .await;
     if let Some(postgres) = postgres {
         postgres.stop().await;
     }
@@ -113,13 +116,19 @@ async fn runs(
 
 fn slow_ids(scenario: &Scenario, plan: &Plan) -> Vec<uuid::Uuid> {
     let is_slow = |firmware: &String| scenario.database.slow_firmware.contains(firmware);
-    plan.devices.iter().filter(|device| is_slow(&device.firmware)).map(|device| device.id).collect()
+    plan.devices
+        .iter()
+        .filter(|device| is_slow(&device.firmware))
+        .map(|device| device.id)
+        .collect()
 }
 
 async fn import(server: &Server, plan: &Plan, progress: &Progress) -> Result<()> {
     progress.note("registering devices");
     let (ops, csv) = (server.ops().clone(), plan.csv());
-    tokio::task::spawn_blocking(move || ops.import(&csv)).await.context("the task that imports")?
+    tokio::task::spawn_blocking(move || ops.import(&csv))
+        .await
+        .context("the task that imports")?
 }
 
 async fn through_phases(
@@ -199,7 +208,12 @@ fn assemble(
         });
     }
     let summary = of_run(scenario, &reports);
-    Run { name: name.to_owned(), summary, phases: reports, samples: seconds }
+    Run {
+        name: name.to_owned(),
+        summary,
+        phases: reports,
+        samples: seconds,
+    }
 }
 
 /// See [`Summary`] for what of it is the leading phase's, and what is everyone's.
@@ -211,7 +225,10 @@ fn of_run(scenario: &Scenario, phases: &[PhaseReport]) -> Summary {
     let most = |figure: fn(&Summary) -> f64| phases.iter().map(|phase| figure(&phase.summary)).fold(0.0, f64::max);
     let sum = |figure: fn(&Summary) -> f64| phases.iter().map(|phase| figure(&phase.summary)).sum();
     let most_of = |figure: fn(&Summary) -> Option<f64>| {
-        phases.iter().filter_map(|phase| figure(&phase.summary)).reduce(f64::max)
+        phases
+            .iter()
+            .filter_map(|phase| figure(&phase.summary))
+            .reduce(f64::max)
     };
     Summary {
         in_flight_max: most(|summary| summary.in_flight_max),
@@ -229,7 +246,10 @@ fn of_run(scenario: &Scenario, phases: &[PhaseReport]) -> Summary {
 
 fn of_samples(samples: &[Sample], from: Instant, to: Instant) -> Summary {
     let before = samples.iter().rev().find(|sample| sample.at <= from);
-    let within: Vec<&Sample> = samples.iter().filter(|sample| sample.at > from && sample.at <= to).collect();
+    let within: Vec<&Sample> = samples
+        .iter()
+        .filter(|sample| sample.at > from && sample.at <= to)
+        .collect();
     let most = |figure: fn(&Sample) -> f64| within.iter().map(|sample| figure(sample)).fold(0.0, f64::max);
     #[expect(clippy::cast_precision_loss, reason = "bytes of memory are far below 2^52")]
     let rss = |sample: &Sample| sample.rss_bytes.map(|bytes| bytes as f64);
@@ -237,7 +257,10 @@ fn of_samples(samples: &[Sample], from: Instant, to: Instant) -> Summary {
     let at_start = first.map_or(0.0, |sample| sample.statements);
     // A server that just started had sent none, though nobody had asked it yet.
     let at_start = if before.is_none() { 0.0 } else { at_start };
-    let over = within.iter().filter(|sample| sample.limit.is_some_and(|limit| sample.in_flight > limit)).count();
+    let over = within
+        .iter()
+        .filter(|sample| sample.limit.is_some_and(|limit| sample.in_flight > limit))
+        .count();
     Summary {
         statements: (within.last().map_or(at_start, |sample| sample.statements) - at_start).max(0.0),
         in_flight_max: most(|sample| sample.in_flight),
@@ -288,7 +311,13 @@ mod tests {
 
         let summary = of_samples(&samples, at(2), at(7));
 
-        assert_eq!((summary.statements, summary.in_flight_max, summary.over_limit), (50.0, 7.0, 2.0));
-        assert_eq!((summary.rss_start_bytes, summary.rss_max_bytes), (Some(102.0), Some(107.0)));
+        assert_eq!(
+            (summary.statements, summary.in_flight_max, summary.over_limit),
+            (50.0, 7.0, 2.0)
+        );
+        assert_eq!(
+            (summary.rss_start_bytes, summary.rss_max_bytes),
+            (Some(102.0), Some(107.0))
+        );
     }
 }

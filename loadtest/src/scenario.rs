@@ -205,14 +205,23 @@ impl Scenario {
     /// # Errors
     /// It can't be read, is no scenario, or contradicts itself.
     pub fn from_file(path: &Path, devices: Option<u32>, seed: Option<u64>) -> Result<Self, ScenarioError> {
-        let unreadable = |source| ScenarioError::Unreadable { path: path.to_owned(), source };
-        let invalid = |problem| ScenarioError::Invalid { path: path.to_owned(), problem };
+        let unreadable = |source| ScenarioError::Unreadable {
+            path: path.to_owned(),
+            source,
+        };
+        let invalid = |problem| ScenarioError::Invalid {
+            path: path.to_owned(),
+            problem,
+        };
         let bytes = std::fs::metadata(path).map_err(unreadable)?.len();
         if bytes > FILE_BYTES_MAX {
-            return Err(invalid(format!("{bytes} bytes, more than a scenario of {FILE_BYTES_MAX} can have")));
+            return Err(invalid(format!(
+                "{bytes} bytes, more than a scenario of {FILE_BYTES_MAX} can have"
+            )));
         }
         let text = std::fs::read_to_string(path).map_err(unreadable)?;
-        let mut scenario: Self = toml::from_str(&text).map_err(|error| invalid(error.to_string().trim_end().to_owned()))?;
+        let mut scenario: Self =
+            toml::from_str(&text).map_err(|error| invalid(error.to_string().trim_end().to_owned()))?;
         scenario.devices = devices.unwrap_or(scenario.devices);
         scenario.seed = seed.unwrap_or(scenario.seed);
         scenario.check().map_err(|error| invalid(error.to_string()))?;
@@ -222,8 +231,16 @@ impl Scenario {
     /// # Errors
     /// The first setting that can't be, by its path. Names of figures are checked by the report, which knows them.
     pub fn check(&self) -> Result<(), FieldError> {
-        check(is_name(&self.name, '-'), "name", "expected lower-case letters, digits and `-`")?;
-        check((1..=DEVICES_MAX).contains(&self.devices), "devices", "expected 1 to 18000")?;
+        check(
+            is_name(&self.name, '-'),
+            "name",
+            "expected lower-case letters, digits and `-`",
+        )?;
+        check(
+            (1..=DEVICES_MAX).contains(&self.devices),
+            "devices",
+            "expected 1 to 18000",
+        )?;
         check(
             self.capacity_per_second.is_finite() && self.capacity_per_second > 0.0,
             "capacity_per_second",
@@ -253,10 +270,16 @@ impl Scenario {
     /// # Errors
     /// The first that can't be read.
     pub fn thresholds(&self) -> Result<Vec<Threshold>, FieldError> {
-        check(!self.thresholds.is_empty(), "thresholds", "a load test without thresholds proves nothing")?;
+        check(
+            !self.thresholds.is_empty(),
+            "thresholds",
+            "a load test without thresholds proves nothing",
+        )?;
         self.thresholds
             .iter()
-            .map(|text| Threshold::parse(text).map_err(|error: ThresholdError| problem("thresholds", error.to_string())))
+            .map(|text| {
+                Threshold::parse(text).map_err(|error: ThresholdError| problem("thresholds", error.to_string()))
+            })
             .collect()
     }
 
@@ -290,13 +313,30 @@ impl Scenario {
         let mut names = BTreeSet::new();
         for fleet in &self.fleets {
             let field = |key: &str| format!("fleet.{}.{key}", fleet.name);
-            check(is_name(&fleet.name, '-'), "fleet.name", "expected lower-case letters, digits and `-`")?;
-            check(names.insert(&fleet.name), "fleet.name", format!("`{}` is there twice", fleet.name))?;
-            check(adds_up(fleet.firmware.values()), field("firmware"), "parts must add up to 1")?;
-            check(adds_up(fleet.profile.values()), field("profile"), "parts must add up to 1")?;
+            check(
+                is_name(&fleet.name, '-'),
+                "fleet.name",
+                "expected lower-case letters, digits and `-`",
+            )?;
+            check(
+                names.insert(&fleet.name),
+                "fleet.name",
+                format!("`{}` is there twice", fleet.name),
+            )?;
+            check(
+                adds_up(fleet.firmware.values()),
+                field("firmware"),
+                "parts must add up to 1",
+            )?;
+            check(
+                adds_up(fleet.profile.values()),
+                field("profile"),
+                "parts must add up to 1",
+            )?;
             for profile in fleet.profile.keys() {
-                let profile: Profile =
-                    profile.parse().map_err(|error: UnknownProfile| problem(field("profile"), error.to_string()))?;
+                let profile: Profile = profile
+                    .parse()
+                    .map_err(|error: UnknownProfile| problem(field("profile"), error.to_string()))?;
                 check(
                     profile.devices_per_identity() == 1,
                     field("profile"),
@@ -317,12 +357,19 @@ impl Scenario {
                 }
             }
         }
-        check(adds_up(self.fleets.iter().map(|fleet| &fleet.share)), "fleet.share", "shares must add up to 1")
+        check(
+            adds_up(self.fleets.iter().map(|fleet| &fleet.share)),
+            "fleet.share",
+            "shares must add up to 1",
+        )
     }
 
     fn check_versions(&self) -> Result<(), FieldError> {
-        let mut known: BTreeSet<&str> =
-            self.fleets.iter().flat_map(|fleet| fleet.firmware.keys().map(String::as_str)).collect();
+        let mut known: BTreeSet<&str> = self
+            .fleets
+            .iter()
+            .flat_map(|fleet| fleet.firmware.keys().map(String::as_str))
+            .collect();
         for phase in &self.phases {
             if let Action::Grow { firmware, .. } = &phase.action {
                 check_label(firmware, &format!("phase.{}.action.grow.firmware", phase.name))?;
@@ -330,7 +377,11 @@ impl Scenario {
             }
         }
         for (name, versions) in &self.groups {
-            check(is_name(name, '_') && name != GROUP_ALL, "groups", format!("`{name}` can't be a group's name"))?;
+            check(
+                is_name(name, '_') && name != GROUP_ALL,
+                "groups",
+                format!("`{name}` can't be a group's name"),
+            )?;
             check(!versions.is_empty(), format!("groups.{name}"), "is empty")?;
             for version in versions {
                 check(
@@ -355,8 +406,16 @@ impl Scenario {
         let mut names = BTreeSet::new();
         for phase in &self.phases {
             let field = |key: &str| format!("phase.{}.{key}", phase.name);
-            check(is_name(&phase.name, '_'), "phase.name", "expected lower-case letters, digits and `_`")?;
-            check(names.insert(&phase.name), "phase.name", format!("`{}` is there twice", phase.name))?;
+            check(
+                is_name(&phase.name, '_'),
+                "phase.name",
+                "expected lower-case letters, digits and `_`",
+            )?;
+            check(
+                names.insert(&phase.name),
+                "phase.name",
+                format!("`{}` is there twice", phase.name),
+            )?;
             check(
                 phase.seconds > 0.0 && phase.seconds <= SECONDS_MAX,
                 field("seconds"),
@@ -382,14 +441,22 @@ impl Scenario {
     fn check_action(&self, action: &Action, field: &str) -> Result<(), FieldError> {
         match action {
             Action::Hold | Action::DropAll | Action::Unblock => Ok(()),
-            Action::Connect { per_second } => {
-                check((0.1..=100_000.0).contains(per_second), field, "per_second: expected 0.1 to 100000")
-            }
+            Action::Connect { per_second } => check(
+                (0.1..=100_000.0).contains(per_second),
+                field,
+                "per_second: expected 0.1 to 100000",
+            ),
             Action::Grow { to, .. } => check((0.0..=1.0).contains(to), field, "to: expected 0 to 1"),
             Action::Database(trouble) => {
-                check(self.is_postgres(), field, "only a PostgreSQL can be slow, frozen or killed")?;
+                check(
+                    self.is_postgres(),
+                    field,
+                    "only a PostgreSQL can be slow, frozen or killed",
+                )?;
                 match trouble {
-                    Trouble::Slow { factor } => check((1.5..=100.0).contains(factor), field, "factor: expected 1.5 to 100"),
+                    Trouble::Slow { factor } => {
+                        check((1.5..=100.0).contains(factor), field, "factor: expected 1.5 to 100")
+                    }
                     Trouble::Frozen | Trouble::Killed => Ok(()),
                 }
             }
@@ -413,7 +480,10 @@ fn check(holds: bool, field: impl Into<String>, otherwise: impl Into<String>) ->
 }
 
 fn problem(field: impl Into<String>, problem: impl Into<String>) -> FieldError {
-    FieldError { field: field.into(), problem: problem.into() }
+    FieldError {
+        field: field.into(),
+        problem: problem.into(),
+    }
 }
 
 fn check_label(text: &str, field: &str) -> Result<(), FieldError> {
@@ -426,7 +496,9 @@ fn check_label(text: &str, field: &str) -> Result<(), FieldError> {
 
 fn is_name(text: &str, and: char) -> bool {
     text.starts_with(|c: char| c.is_ascii_lowercase())
-        && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == and)
+        && text
+            .chars()
+            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == and)
 }
 
 /// Parts between 0 and 1 that make a whole, as well as decimal fractions can.
@@ -514,15 +586,35 @@ mod tests {
             ("devices = 100", "device = 100", "unknown field `device`"),
             ("0.7", "0.8", "`fleet.displays.firmware`: parts must add up to 1"),
             ("\"drop-all\"", "\"drop-some\"", "unknown variant `drop-some`"),
-            ("per_second = 50 }", "per_second = 50, x = 1 }", "unexpected keys in table: x"),
-            ("\"drop-all\"", "{ database = \"frozen\" }", "only a PostgreSQL can be slow, frozen or killed"),
-            ("\"storm\"\n        seconds", "\"connect\"\n        seconds", "`connect` is there twice"),
+            (
+                "per_second = 50 }",
+                "per_second = 50, x = 1 }",
+                "unexpected keys in table: x",
+            ),
+            (
+                "\"drop-all\"",
+                "{ database = \"frozen\" }",
+                "only a PostgreSQL can be slow, frozen or killed",
+            ),
+            (
+                "\"storm\"\n        seconds",
+                "\"connect\"\n        seconds",
+                "`connect` is there twice",
+            ),
             ("churn_group = \"healthy\"", "churn_group = \"well\"", "no group `well`"),
             ("[\"3.8.0-b2\"]", "[\"3.8.0\"]", "no fleet ever runs version 3.8.0"),
-            ("[\"lost_sessions == 0\"]", "[\"lost_sessions = 0\"]", "expected <, <=, ==, !=, >= or >"),
+            (
+                "[\"lost_sessions == 0\"]",
+                "[\"lost_sessions = 0\"]",
+                "expected <, <=, ==, !=, >= or >",
+            ),
             ("[\"lost_sessions == 0\"]", "[]", "proves nothing"),
             ("seconds = 10", "seconds = -1", "expected more than 0"),
-            ("name = \"displays\"", "name = \"displays\"\n profile = { rude = 1.0 }", "rude"),
+            (
+                "name = \"displays\"",
+                "name = \"displays\"\n profile = { rude = 1.0 }",
+                "rude",
+            ),
             ("about", "naive = { pool = 10 }\n about", "need \"postgres\""),
         ] {
             let text = GOOD.replacen(from, to, 1);

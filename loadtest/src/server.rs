@@ -2,12 +2,7 @@
 //!
 //! The one type to read is [`Server`].
 
-use std::{
-    fs,
-    path::Path,
-    process::Command,
-    time::Duration,
-};
+use std::{fs, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal};
@@ -82,8 +77,15 @@ impl Server {
         let token_file = data.join("admin.token");
         let token = process::await_from(&mut process, "admin token", START_TIME_MAX, || read_word(&token_file)).await?;
         let ops = Ops::new(&format!("http://{}", addresses.ops), Some(token));
-        process::await_from(&mut process, "readiness", START_TIME_MAX, || ops.is_ready().then_some(())).await?;
-        Ok(Self { url: format!("ws://{}", addresses.devices), ops, process: Some(process) })
+        process::await_from(&mut process, "readiness", START_TIME_MAX, || {
+            ops.is_ready().then_some(())
+        })
+        .await?;
+        Ok(Self {
+            url: format!("ws://{}", addresses.devices),
+            ops,
+            process: Some(process),
+        })
     }
 
     /// Starts the naive server as a process of its own: this program again.
@@ -104,7 +106,11 @@ impl Server {
         let mut process = Process::start("naive", &mut command, &folder.join("naive.log"))?;
         let addresses = await_addresses(&mut process, &addresses).await?;
         let ops = Ops::new(&format!("http://{}", addresses.ops), None);
-        Ok(Self { url: format!("ws://{}", addresses.devices), ops, process: Some(process) })
+        Ok(Self {
+            url: format!("ws://{}", addresses.devices),
+            ops,
+            process: Some(process),
+        })
     }
 
     /// # Errors
@@ -112,7 +118,11 @@ impl Server {
     pub fn external(external: &External) -> Result<Self> {
         let ops = Ops::new(&external.ops, Some(external.token.clone()));
         ensure!(ops.is_ready(), "{} is not ready", ops.url());
-        Ok(Self { url: external.gateway.trim_end_matches('/').to_owned(), ops, process: None })
+        Ok(Self {
+            url: external.gateway.trim_end_matches('/').to_owned(),
+            ops,
+            process: None,
+        })
     }
 
     #[must_use]

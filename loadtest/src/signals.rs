@@ -5,7 +5,8 @@ use tokio_util::sync::CancellationToken;
 
 /// At the first signal everything is to be ended in order; at the second the process ends at once, and the guard cleans up.
 pub async fn cancel(interrupted: CancellationToken) {
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
         return; // then they end the process at once, as they do by default
     };
     for is_last in [false, true] {

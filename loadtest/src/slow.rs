@@ -36,8 +36,13 @@ const UNMARK_ALL: &str = "TRUNCATE slow_devices";
 /// # Errors
 /// The database refuses.
 pub async fn install(database: &PgConnectOptions) -> Result<()> {
-    let mut connection = PgConnection::connect_with(database).await.context("connecting to the database")?;
-    sqlx::raw_sql(INSTALL).execute(&mut connection).await.context("putting the slow view in front of the devices")?;
+    let mut connection = PgConnection::connect_with(database)
+        .await
+        .context("connecting to the database")?;
+    sqlx::raw_sql(INSTALL)
+        .execute(&mut connection)
+        .await
+        .context("putting the slow view in front of the devices")?;
     connection.close().await.context("closing the connection")
 }
 
@@ -46,8 +51,13 @@ pub async fn install(database: &PgConnectOptions) -> Result<()> {
 /// # Errors
 /// The database refuses.
 pub async fn mark_only(database: &PgConnectOptions, devices: &[Uuid]) -> Result<()> {
-    let mut connection = PgConnection::connect_with(database).await.context("connecting to the database")?;
-    sqlx::query(UNMARK_ALL).execute(&mut connection).await.context("taking the marks away")?;
+    let mut connection = PgConnection::connect_with(database)
+        .await
+        .context("connecting to the database")?;
+    sqlx::query(UNMARK_ALL)
+        .execute(&mut connection)
+        .await
+        .context("taking the marks away")?;
     mark_with(&mut connection, devices).await
 }
 
@@ -56,7 +66,9 @@ pub async fn mark_only(database: &PgConnectOptions, devices: &[Uuid]) -> Result<
 /// # Errors
 /// The database refuses.
 pub async fn mark(database: &PgConnectOptions, devices: &[Uuid]) -> Result<()> {
-    let mut connection = PgConnection::connect_with(database).await.context("connecting to the database")?;
+    let mut connection = PgConnection::connect_with(database)
+        .await
+        .context("connecting to the database")?;
     mark_with(&mut connection, devices).await
 }
 
@@ -69,7 +81,11 @@ pub fn count(postgres: &Postgres) -> Result<u64> {
 }
 
 async fn mark_with(connection: &mut PgConnection, devices: &[Uuid]) -> Result<()> {
-    sqlx::query(MARK_DEVICES).bind(devices).execute(connection).await.context("marking devices")?;
+    sqlx::query(MARK_DEVICES)
+        .bind(devices)
+        .execute(connection)
+        .await
+        .context("marking devices")?;
     Ok(())
 }
 
@@ -93,17 +109,26 @@ mod tests {
         .execute(&mut connection)
         .await
         .unwrap();
-        let ids: Vec<Uuid> = sqlx::query_scalar("SELECT id FROM devices LIMIT 20").fetch_all(&mut connection).await.unwrap();
+        let ids: Vec<Uuid> = sqlx::query_scalar("SELECT id FROM devices LIMIT 20")
+            .fetch_all(&mut connection)
+            .await
+            .unwrap();
 
         install(&options).await.unwrap();
         mark_only(&options, &ids[..1]).await.unwrap();
         // As the gateway does: by a transaction that may only read.
-        sqlx::raw_sql("SET default_transaction_read_only = on").execute(&mut connection).await.unwrap();
+        sqlx::raw_sql("SET default_transaction_read_only = on")
+            .execute(&mut connection)
+            .await
+            .unwrap();
         look_up(&mut connection, &ids[1..]).await;
         let healthy = look_up(&mut connection, &ids[1..]).await;
         let slow = look_up(&mut connection, &ids[..1]).await;
 
-        assert!(slow > 3 * healthy, "a scan takes {slow:?}, 19 look-ups by key {healthy:?}");
+        assert!(
+            slow > 3 * healthy,
+            "a scan takes {slow:?}, 19 look-ups by key {healthy:?}"
+        );
         assert_eq!(count(&postgres).unwrap(), 1);
         postgres.check().unwrap();
         postgres.stop().await;

@@ -89,7 +89,12 @@ impl Threshold {
         if reader.at < text.len() {
             return Err(reader.error("something behind the comparison"));
         }
-        Ok(Self { text: text.to_owned(), left, comparison, right })
+        Ok(Self {
+            text: text.to_owned(),
+            left,
+            comparison,
+            right,
+        })
     }
 
     /// The figures it names.
@@ -109,7 +114,12 @@ impl Threshold {
             (Some(left), Some(right)) => self.comparison.holds(left, right),
             _ => false,
         };
-        Outcome { expression: self.text.clone(), left, right, passed }
+        Outcome {
+            expression: self.text.clone(),
+            left,
+            right,
+            passed,
+        }
     }
 }
 
@@ -292,7 +302,11 @@ impl Reader<'_> {
 
     fn error(&self, problem: impl Into<String>) -> ThresholdError {
         let at = self.text.get(..self.at).unwrap_or_default().chars().count() + 1;
-        ThresholdError { text: self.text.to_owned(), at, problem: problem.into() }
+        ThresholdError {
+            text: self.text.to_owned(),
+            at,
+            problem: problem.into(),
+        }
     }
 }
 
@@ -313,13 +327,23 @@ mod tests {
             ("lost_sessions < 0", false),
             ("min(4,5)<4.5", true),
         ] {
-            assert_eq!(Threshold::parse(text).unwrap().judge(&figures()).passed, passed, "{text}");
+            assert_eq!(
+                Threshold::parse(text).unwrap().judge(&figures()).passed,
+                passed,
+                "{text}"
+            );
         }
     }
 
     #[test]
     fn a_figure_that_was_not_reached_fails_every_comparison() {
-        for text in ["t100_seconds <= 1", "t100_seconds > 1", "t100_seconds != 1", "1 / lost_sessions > 0", "absent == 0"] {
+        for text in [
+            "t100_seconds <= 1",
+            "t100_seconds > 1",
+            "t100_seconds != 1",
+            "1 / lost_sessions > 0",
+            "absent == 0",
+        ] {
             let outcome = Threshold::parse(text).unwrap().judge(&figures());
 
             assert!(!outcome.passed, "{text}");

@@ -23,7 +23,10 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    match guard::start().context("starting the guard that cleans up").and_then(|()| run()) {
+    match guard::start()
+        .context("starting the guard that cleans up")
+        .and_then(|()| run())
+    {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -39,8 +42,10 @@ fn run() -> Result<()> {
         has_storm: cli.storm,
         length: cli.seconds.map(|seconds| Duration::from_secs(seconds.into())),
     };
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("starting the runtime")?;
     runtime.block_on(async {
         let interrupted = CancellationToken::new();
         tokio::spawn(signals::cancel(interrupted.clone()));
