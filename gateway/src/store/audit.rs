@@ -40,7 +40,7 @@ pub(super) async fn record(connection: &mut Connection, audit: &Audit, change: C
 }
 
 impl Store {
-    /// Writes down an action that changes nothing in the database: a drain, a disconnect.
+    /// Writes down an action that changes nothing in the database: a drain, a disconnect. `details` must hold no secret.
     ///
     /// # Errors
     /// The database is away or full.

@@ -1,20 +1,18 @@
 //! What can go wrong with the database, said from the caller's side: is it worth another try, and what should a person do.
 
+use std::error::Error as _;
+
 use sqlx::migrate::MigrateError;
 
 /// A failed call to the store. The text says what to do where something can be done.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// Opening failed; names the database, without its password.
-    #[error("database {database}: {source}")]
-    Open { database: String, source: Box<StoreError> },
-    /// The database can't be reached, or refuses connections for now.
-    #[error("the database is away: {reason}")]
-    Unavailable {
-        reason: String,
-        #[source]
-        source: Option<sqlx::Error>,
-    },
+    #[error("database {database}: {}", in_one_line(.error))]
+    Open { database: String, error: Box<StoreError> },
+    /// The database can't be reached, or refuses connections for now. The text is all that is known.
+    #[error("the database is away: {0}")]
+    Unavailable(String),
     /// No answer in the time the caller gave. Whether a write was done is not known.
     #[error("the database did not answer in time")]
     TimedOut,
@@ -47,7 +45,7 @@ pub enum StoreError {
         detail: String,
     },
     #[error("migrating the schema failed: {0}")]
-    Migration(String, #[source] Option<Box<MigrateError>>),
+    Migration(String),
     /// A statement failed for a reason that no rule above names.
     #[error("the database refused a statement")]
     Unexpected(#[source] sqlx::Error),
@@ -58,8 +56,8 @@ impl StoreError {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Open { source, .. } => source.is_retryable(),
-            Self::Unavailable { .. } | Self::TimedOut | Self::Locked(_) | Self::DiskFull(_) => true,
+            Self::Open { error, .. } => error.is_retryable(),
+            Self::Unavailable(_) | Self::TimedOut | Self::Locked(_) | Self::DiskFull(_) => true,
             Self::Unreadable(_)
             | Self::ReadOnly(_)
             | Self::NotADatabase(_)
@@ -67,7 +65,7 @@ impl StoreError {
             | Self::Invalid(_)
             | Self::Conflict(_)
             | Self::Corrupt { .. }
-            | Self::Migration(..)
+            | Self::Migration(_)
             | Self::Unexpected(_) => false,
         }
     }
@@ -75,15 +73,24 @@ impl StoreError {
     /// The database gave no answer at all: it is away, frozen or too slow.
     #[must_use]
     pub fn is_away(&self) -> bool {
-        matches!(self, Self::Unavailable { .. } | Self::TimedOut)
+        matches!(self, Self::Unavailable(_) | Self::TimedOut)
+    }
+
+    /// Somebody configured what can't work: not a matter of the database's state.
+    #[must_use]
+    pub fn is_bad_setting(&self) -> bool {
+        if let Self::Open { error, .. } = self {
+            return error.is_bad_setting();
+        }
+        matches!(self, Self::Invalid(_))
     }
 
     /// A closed set, for metrics and logs.
     #[must_use]
     pub fn metric_label(&self) -> &'static str {
         match self {
-            Self::Open { source, .. } => source.metric_label(),
-            Self::Unavailable { .. } => "unavailable",
+            Self::Open { error, .. } => error.metric_label(),
+            Self::Unavailable(_) => "unavailable",
             Self::TimedOut => "timed_out",
             Self::Locked(_) => "locked",
             Self::DiskFull(_) => "disk_full",
@@ -94,17 +101,16 @@ impl StoreError {
             Self::Invalid(_) => "invalid",
             Self::Conflict(_) => "conflict",
             Self::Corrupt { .. } => "corrupt",
-            Self::Migration(..) => "migration",
+            Self::Migration(_) => "migration",
             Self::Unexpected(_) => "unexpected",
         }
     }
+}
 
-    pub(super) fn unavailable(reason: impl Into<String>, source: sqlx::Error) -> Self {
-        Self::Unavailable {
-            reason: reason.into(),
-            source: Some(source),
-        }
-    }
+/// The error with its causes.
+pub(super) fn in_one_line(error: &StoreError) -> String {
+    let causes = std::iter::successors(error.source(), |cause| (*cause).source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 impl From<sqlx::Error> for StoreError {
@@ -127,7 +133,7 @@ impl From<sqlx::Error> for StoreError {
                 | sqlx::Error::PoolClosed
                 | sqlx::Error::WorkerCrashed
         ) {
-            return Self::unavailable(error.to_string(), error);
+            return Self::Unavailable(error.to_string());
         }
         Self::Unexpected(error)
     }
@@ -140,9 +146,9 @@ impl From<MigrateError> for StoreError {
             let Self::Unexpected(cause) = error else {
                 return error;
             };
-            return Self::Migration(cause.to_string(), None);
+            return Self::Migration(cause.to_string());
         }
-        Self::Migration(error.to_string(), Some(Box::new(error)))
+        Self::Migration(error.to_string())
     }
 }
 
@@ -155,7 +161,7 @@ fn from_sqlite(extended: i32, error: sqlx::Error) -> StoreError {
         (_, 5 | 6) => StoreError::Locked(Some(error)),
         (_, 3 | 14) => StoreError::Unreadable(Some(error)),
         (_, 8) => StoreError::ReadOnly(error),
-        (_, 10) => StoreError::unavailable("reading or writing the database file failed", error),
+        (_, 10) => StoreError::Unavailable(format!("reading or writing its file failed: {error}")),
         (_, 11) => StoreError::Damaged(error),
         (_, 13) => StoreError::DiskFull(error),
         (_, 26) => StoreError::NotADatabase(error),
@@ -171,13 +177,13 @@ fn from_postgres(code: &str, message: String, error: sqlx::Error) -> StoreError 
         "57014" => StoreError::TimedOut,
         "55P03" | "40001" | "40P01" => StoreError::Locked(Some(error)),
         "53100" => StoreError::DiskFull(error),
-        "25006" => StoreError::unavailable("it is read-only: point the gateway at the primary", error),
-        "3D000" => StoreError::unavailable(format!("{message}: create it"), error),
-        "42P01" | "42703" => StoreError::unavailable(format!("{message}: the migrations have not run yet"), error),
+        "25006" => StoreError::Unavailable("it is read-only: point the gateway at the primary".into()),
+        "3D000" => StoreError::Unavailable(format!("{message}: create it")),
+        "42P01" | "42703" => StoreError::Unavailable(format!("{message}: the migrations have not run yet")),
         _ => match code.get(..2) {
-            Some("28") => StoreError::unavailable(format!("{message}: check user and password"), error),
+            Some("28") => StoreError::Unavailable(format!("{message}: check user and password")),
             // Connection exceptions, insufficient resources, operator intervention.
-            Some("08" | "53" | "57") => StoreError::unavailable(message, error),
+            Some("08" | "53" | "57") => StoreError::Unavailable(message),
             Some(_) | None => StoreError::Unexpected(error),
         },
     }

@@ -1,7 +1,6 @@
 //! Whether the database answers, since when, and whether it was ever ready.
 
 use std::{
-    error::Error as _,
     sync::{Mutex, PoisonError},
     time::SystemTime,
 };
@@ -9,7 +8,7 @@ use std::{
 use seawall_proto::time::WallTime;
 use tokio::sync::watch;
 
-use super::error::StoreError;
+use super::error::{StoreError, in_one_line};
 
 /// What is known of the database, from the calls made to it (look-ups aside: those have their breaker).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,10 +99,7 @@ impl Health {
 
     /// Logs each change once, not each failed call.
     pub fn set_away(&self, error: &StoreError) {
-        let reason = match error.source() {
-            Some(source) => format!("{error}: {source}"),
-            None => error.to_string(),
-        };
+        let reason = in_one_line(error);
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let status = match state.status {
             DatabaseStatus::Starting => DatabaseStatus::Starting,
@@ -112,7 +108,10 @@ impl Health {
         if state.status != status {
             state.since = now();
         }
-        if state.status != status || state.reason.is_none() {
+        // At start it matters what it is that is still missing; later, only that the database went away.
+        let is_news =
+            state.status != status || (status == DatabaseStatus::Starting && state.reason.as_ref() != Some(&reason));
+        if is_news {
             tracing::warn!(reason, "database is away");
         }
         state.status = status;

@@ -211,7 +211,7 @@ impl Import {
                 Err(reason) => self.report.note_bad(line.number, reason),
             }
         }
-        let mut connection = self.connection.take().ok_or(StoreError::TimedOut)?;
+        let mut connection = self.connection.take().ok_or_else(over)?;
         let work = collect(&mut connection, &rows);
         let collected = timeout(PUSH_MAX, work).await.unwrap_or(Err(StoreError::TimedOut))?;
         self.connection = Some(connection);
@@ -230,7 +230,7 @@ impl Import {
     /// known; importing the same file again is safe then.
     #[tracing::instrument(name = "db.devices.import", level = "debug", skip_all)]
     pub async fn finish(mut self, audit: &Audit) -> Result<ImportReport, StoreError> {
-        let mut connection = self.connection.take().ok_or(StoreError::TimedOut)?;
+        let mut connection = self.connection.take().ok_or_else(over)?;
         let work = self.move_rows(&mut connection, audit);
         timeout(FINISH_MAX, work).await.unwrap_or(Err(StoreError::TimedOut))?;
         Ok(self.report)
@@ -355,6 +355,10 @@ async fn collect(connection: &mut Connection, rows: &[(u64, ImportRow)]) -> Resu
         }
     }
     Ok(collected)
+}
+
+fn over() -> StoreError {
+    StoreError::Invalid("the import has failed already: begin again".into())
 }
 
 fn as_json(rows: &[(u64, ImportRow)]) -> String {

@@ -94,10 +94,9 @@ pub(super) async fn connect(connector: &Connector) -> Result<Connection, StoreEr
         Connector::Postgres(_) => {
             timeout(CONNECT_MAX, connector.connect())
                 .await
-                .unwrap_or(Err(StoreError::Unavailable {
-                    reason: "it accepts no connection".into(),
-                    source: None,
-                }))
+                .unwrap_or(Err(StoreError::Unavailable(
+                    "it accepts no connection within 1 s".into(),
+                )))
         }
     }
 }

@@ -80,7 +80,7 @@ impl LookupWorker {
         let was_reused = self.connection.is_some();
         match self.attempt(keys, deadline).await {
             // The server may have closed an idle connection, by restarting: that is no reason to refuse anybody.
-            Err(StoreError::Unavailable { .. }) if was_reused => self.attempt(keys, deadline).await,
+            Err(StoreError::Unavailable(_)) if was_reused => self.attempt(keys, deadline).await,
             outcome => outcome,
         }
     }

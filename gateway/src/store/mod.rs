@@ -47,6 +47,7 @@ pub use self::{
         Role, Rotation, TokenRow,
     },
     plan::PlanReport,
+    rules::{RULES_MAX, StoredRules},
     tokens::TOKENS_MAX,
 };
 use crate::config::DatabaseUrl;
@@ -54,7 +55,7 @@ use crate::config::DatabaseUrl;
 /// Longest that any call takes, but for rules (2 s), look-ups (the caller says) and imports.
 const CALL_MAX: Duration = Duration::from_secs(5);
 /// Longest that a call about rules takes.
-const RULES_MAX_TIME: Duration = Duration::from_secs(2);
+const RULES_TIME_MAX: Duration = Duration::from_secs(2);
 /// Longest that [`Store::ping`] takes.
 const PING_MAX: Duration = Duration::from_secs(1);
 /// Connections for the ops API: more callers wait, at most 2 s.
@@ -223,6 +224,6 @@ impl Store {
 fn in_database(url: &DatabaseUrl, error: StoreError) -> StoreError {
     StoreError::Open {
         database: url.to_string(),
-        source: Box::new(error),
+        error: Box::new(error),
     }
 }

@@ -1,22 +1,67 @@
 //! Firmware rules and their revision, over a connection of their own: a storm of look-ups never delays a rule.
 
-use super::{
-    RULES_MAX_TIME, Store,
-    connection::{Row, Sql},
-    error::StoreError,
+use seawall_proto::{
+    id::RuleId,
+    rules::{Rule, RuleSpec},
 };
+use serde_json::Value as Json;
+
+use super::{
+    RULES_TIME_MAX, Store,
+    audit::{self, Change},
+    connection::{Connection, Row, Sql, Value},
+    error::StoreError,
+    model::{Audit, from_ms, to_ms},
+};
+
+/// Most rules. One more is a [`StoreError::Conflict`].
+pub const RULES_MAX: i64 = 10_000;
+
+/// Every rule as of one revision.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredRules {
+    /// Grows with every change of any rule; 0 before the first.
+    pub revision: u64,
+    /// In the order in which they were made.
+    pub rules: Vec<Rule>,
+}
 
 /// Index: meta's primary key.
 const REVISION: Sql = Sql::both("SELECT value AS revision FROM meta WHERE key = 'rules_revision'");
 
+/// Reads the whole table, see [`RULES_MAX`]. One statement, so that rules and revision belong together.
+const ALL: Sql = Sql::both(
+    "SELECT m.value AS revision, r.id, r.spec, r.created_at, r.revision AS changed_at FROM meta AS m \
+     LEFT JOIN rules AS r ON 1 = 1 WHERE m.key = 'rules_revision' ORDER BY r.created_at, r.id",
+);
+
+/// Index: meta's primary key. First in each transaction: writers of rules queue up here.
+const NEXT_REVISION: Sql = Sql::both(
+    "UPDATE meta SET value = CAST(CAST(value AS BIGINT) + 1 AS TEXT) WHERE key = 'rules_revision' \
+     RETURNING value AS revision",
+);
+
+const COUNT: Sql = Sql::both("SELECT count(*) AS count FROM rules");
+
+/// Index: rules' primary key.
+const FIND: Sql = Sql::both("SELECT id, spec, created_at, revision AS changed_at FROM rules WHERE id = $1");
+
+const INSERT: Sql = Sql::both("INSERT INTO rules (id, spec, created_at, revision) VALUES ($1, $2, $3, $4)");
+
+/// Index: rules' primary key.
+const UPDATE: Sql = Sql::both("UPDATE rules SET spec = $2, revision = $3 WHERE id = $1");
+
+/// Index: rules' primary key.
+const DELETE: Sql = Sql::both("DELETE FROM rules WHERE id = $1");
+
 impl Store {
-    /// The revision of the rule set: it grows with every change of any rule.
+    /// The revision of the rule set, to be asked for often.
     ///
     /// # Errors
     /// The database did not answer within 2 s.
     #[tracing::instrument(name = "db.meta.find", level = "debug", skip_all)]
     pub async fn rules_revision(&self) -> Result<u64, StoreError> {
-        self.observed(RULES_MAX_TIME, async {
+        self.observed(RULES_TIME_MAX, async {
             let mut held = self.rules_lane().take().await?;
             let row = held.first(REVISION, &[]).await?;
             held.give_back();
@@ -24,15 +69,188 @@ impl Store {
         })
         .await
     }
+
+    /// Every rule, and the revision that this is.
+    ///
+    /// # Errors
+    /// The database did not answer within 2 s; [`StoreError::Corrupt`] where one rule can't be read: then none may be taken.
+    #[tracing::instrument(name = "db.rules.all", level = "debug", skip_all)]
+    pub async fn rules(&self) -> Result<StoredRules, StoreError> {
+        self.observed(RULES_TIME_MAX, async {
+            let mut held = self.rules_lane().take().await?;
+            let rows = held.all(ALL, &[]).await?;
+            held.give_back();
+            let revision = revision(rows.first())?;
+            // Without rules the join has one row, of nulls.
+            let rules = if matches!(&rows[..], [only] if only.text("spec")?.is_none()) {
+                Vec::new()
+            } else {
+                rows.iter().map(rule).collect::<Result<_, _>>()?
+            };
+            Ok(StoredRules { revision, rules })
+        })
+        .await
+    }
+
+    /// Adds a rule. Its revision is that of the rule set from now on.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`]: the id is taken, or there are [`RULES_MAX`] rules. Not done within 2 s.
+    #[tracing::instrument(name = "db.rules.insert", level = "debug", skip_all)]
+    pub async fn rule_insert(&self, id: RuleId, spec: RuleSpec, audit: &Audit) -> Result<Rule, StoreError> {
+        self.observed(RULES_TIME_MAX, async {
+            let mut held = self.rules_lane().take().await?;
+            held.begin().await?;
+            let revision = next_revision(&mut held).await?;
+            let count = held.first(COUNT, &[]).await?;
+            if count
+                .map(|row| row.int("count"))
+                .transpose()?
+                .flatten()
+                .unwrap_or_default()
+                >= RULES_MAX
+            {
+                held.rollback().await?;
+                return Err(StoreError::Conflict(format!(
+                    "there are {RULES_MAX} rules already: delete some first"
+                )));
+            }
+            let text = as_text(&spec)?;
+            let values = [
+                Value::Uuid(id.0),
+                Value::from(text.as_str()),
+                Value::from(to_ms(audit.at)),
+                Value::from(revision),
+            ];
+            held.run(INSERT, &values).await?;
+            record(&mut held, audit, id, None, Some(&spec)).await?;
+            held.commit().await?;
+            Ok(Rule {
+                id,
+                spec,
+                created_at: audit.at,
+                revision: revision.unsigned_abs(),
+            })
+        })
+        .await
+    }
+
+    /// Replaces a rule's spec, if the rule is still as the caller saw it. `Ok(None)`: there is no such rule.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] where the rule is no longer at `seen_revision`. Not done within 2 s.
+    #[tracing::instrument(name = "db.rules.update", level = "debug", skip_all)]
+    pub async fn rule_update(
+        &self,
+        id: RuleId,
+        seen_revision: u64,
+        spec: RuleSpec,
+        audit: &Audit,
+    ) -> Result<Option<Rule>, StoreError> {
+        self.observed(RULES_TIME_MAX, async {
+            let mut held = self.rules_lane().take().await?;
+            held.begin().await?;
+            let revision = next_revision(&mut held).await?;
+            let Some(row) = held.first(FIND, &[Value::Uuid(id.0)]).await? else {
+                held.rollback().await?;
+                return Ok(None);
+            };
+            let before = rule(&row)?;
+            if before.revision != seen_revision {
+                held.rollback().await?;
+                return Err(StoreError::Conflict(
+                    "the rule was changed meanwhile: look at it again".into(),
+                ));
+            }
+            let text = as_text(&spec)?;
+            let values = [Value::Uuid(id.0), Value::from(text.as_str()), Value::from(revision)];
+            held.run(UPDATE, &values).await?;
+            record(&mut held, audit, id, Some(&before.spec), Some(&spec)).await?;
+            held.commit().await?;
+            Ok(Some(Rule {
+                spec,
+                revision: revision.unsigned_abs(),
+                ..before
+            }))
+        })
+        .await
+    }
+
+    /// Deletes a rule; the revision of the rule set from now on. `Ok(None)`: there is no such rule.
+    ///
+    /// # Errors
+    /// Not done within 2 s.
+    #[tracing::instrument(name = "db.rules.delete", level = "debug", skip_all)]
+    pub async fn rule_delete(&self, id: RuleId, audit: &Audit) -> Result<Option<u64>, StoreError> {
+        self.observed(RULES_TIME_MAX, async {
+            let mut held = self.rules_lane().take().await?;
+            held.begin().await?;
+            let revision = next_revision(&mut held).await?;
+            let Some(row) = held.first(FIND, &[Value::Uuid(id.0)]).await? else {
+                held.rollback().await?;
+                return Ok(None);
+            };
+            // A rule that this version can't read can be deleted all the same.
+            let before = rule(&row).ok();
+            held.run(DELETE, &[Value::Uuid(id.0)]).await?;
+            record(&mut held, audit, id, before.as_ref().map(|rule| &rule.spec), None).await?;
+            held.commit().await?;
+            Ok(Some(revision.unsigned_abs()))
+        })
+        .await
+    }
+}
+
+async fn next_revision(connection: &mut Connection) -> Result<i64, StoreError> {
+    let row = connection.first(NEXT_REVISION, &[]).await?;
+    let revision = revision(row.as_ref())?;
+    i64::try_from(revision).map_err(|_| corrupt("meta", "value", "rules_revision is out of range"))
+}
+
+async fn record(
+    connection: &mut Connection,
+    audit: &Audit,
+    id: RuleId,
+    before: Option<&RuleSpec>,
+    after: Option<&RuleSpec>,
+) -> Result<(), StoreError> {
+    let change = Change {
+        subject: id.to_string(),
+        before: before.map(as_json).transpose()?,
+        after: after.map(as_json).transpose()?,
+    };
+    audit::record(connection, audit, change).await
+}
+
+fn rule(row: &Row) -> Result<Rule, StoreError> {
+    let spec = row.text("spec")?.unwrap_or_default();
+    Ok(Rule {
+        id: RuleId(row.uuid("id")?),
+        spec: serde_json::from_str(&spec).map_err(|error| corrupt("rules", "spec", &error.to_string()))?,
+        created_at: from_ms(row.int("created_at")?.unwrap_or_default()),
+        revision: row.int("changed_at")?.unwrap_or_default().unsigned_abs(),
+    })
 }
 
 /// Stored as text, as every value of `meta`.
 fn revision(row: Option<&Row>) -> Result<u64, StoreError> {
     let text = row.map(|row| row.text("revision")).transpose()?.flatten();
     text.and_then(|text| text.parse().ok())
-        .ok_or_else(|| StoreError::Corrupt {
-            table: "meta",
-            column: "value",
-            detail: "rules_revision is not a number".into(),
-        })
+        .ok_or_else(|| corrupt("meta", "value", "rules_revision is not a number"))
+}
+
+fn as_text(spec: &RuleSpec) -> Result<String, StoreError> {
+    as_json(spec).map(|json| json.to_string())
+}
+
+fn as_json(spec: &RuleSpec) -> Result<Json, StoreError> {
+    serde_json::to_value(spec).map_err(|error| StoreError::Invalid(format!("the rule can't be written down: {error}")))
+}
+
+fn corrupt(table: &'static str, column: &'static str, detail: &str) -> StoreError {
+    StoreError::Corrupt {
+        table,
+        column,
+        detail: detail.to_owned(),
+    }
 }

@@ -17,10 +17,10 @@ async fn open_error(path: &std::path::Path) -> StoreError {
         error.to_string().contains(&path.display().to_string()),
         "{error} does not name the file"
     );
-    let StoreError::Open { source, .. } = error else {
+    let StoreError::Open { error: cause, .. } = error else {
         panic!("{error}");
     };
-    *source
+    *cause
 }
 
 #[tokio::test]

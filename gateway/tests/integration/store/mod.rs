@@ -7,6 +7,7 @@ mod import;
 mod lookup;
 mod plan;
 mod records;
+mod rules;
 mod schema;
 
 use std::{future::Future, time::Duration};

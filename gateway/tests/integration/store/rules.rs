@@ -1,0 +1,245 @@
+//! Firmware rules: stored with a revision, beside their audit records.
+
+use std::time::{Duration, Instant};
+
+use seawall_gateway::store::{StoreError, StoredRules};
+use seawall_proto::{id::RuleId, rules::RuleSpec};
+use serde_json::json;
+use uuid::Uuid;
+
+use super::{Fixture, audit, on_both};
+
+on_both!(
+    first_revision_is_zero_without_rules,
+    rule_is_read_back_as_it_was_written,
+    every_change_moves_the_revision_by_one,
+    change_of_a_rule_seen_at_another_revision_is_a_conflict,
+    failed_change_leaves_the_revision,
+    rule_that_cannot_be_read_is_an_error_but_can_be_deleted,
+    changes_and_audit_stand_together,
+    writes_side_by_side_each_have_a_revision,
+    rule_is_written_while_every_ops_connection_is_busy,
+);
+
+fn id(number: u128) -> RuleId {
+    RuleId(Uuid::from_u128(number))
+}
+
+fn spec(firmware: &str) -> RuleSpec {
+    let json = json!({
+        "match": {"firmware": firmware, "model": "m"},
+        "effect": "block",
+        "reason": "crash loop",
+        "retry_after": "20m",
+        "expires_at": "2030-01-02T03:04:05Z",
+        "evict": true,
+    });
+    serde_json::from_value(json).expect("a good rule")
+}
+
+async fn first_revision_is_zero_without_rules(fixture: &Fixture) {
+    assert_eq!(fixture.store.rules_revision().await.unwrap(), 0);
+    let empty = StoredRules {
+        revision: 0,
+        rules: Vec::new(),
+    };
+    assert_eq!(fixture.store.rules().await.unwrap(), empty);
+}
+
+async fn rule_is_read_back_as_it_was_written(fixture: &Fixture) {
+    let made = fixture
+        .store
+        .rule_insert(id(1), spec(">=3.8.0-b3"), &audit("rule.create", 7))
+        .await
+        .unwrap();
+
+    assert_eq!((made.id, made.revision, made.created_at.as_unix_ms()), (id(1), 1, 7));
+    assert_eq!(made.spec, spec(">=3.8.0-b3"));
+    let stored = fixture.store.rules().await.unwrap();
+    assert_eq!((stored.revision, stored.rules), (1, vec![made]));
+}
+
+async fn every_change_moves_the_revision_by_one(fixture: &Fixture) {
+    let store = &fixture.store;
+    store
+        .rule_insert(id(1), spec("1.*"), &audit("rule.create", 1))
+        .await
+        .unwrap();
+    store
+        .rule_insert(id(2), spec("2.*"), &audit("rule.create", 2))
+        .await
+        .unwrap();
+
+    let updated = store
+        .rule_update(id(1), 1, spec("3.*"), &audit("rule.update", 3))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!((updated.revision, updated.created_at.as_unix_ms()), (3, 1));
+    assert_eq!(store.rules().await.unwrap().rules[0], updated);
+
+    assert_eq!(
+        store.rule_delete(id(2), &audit("rule.delete", 4)).await.unwrap(),
+        Some(4)
+    );
+    assert_eq!(store.rules_revision().await.unwrap(), 4);
+    assert_eq!(store.rules().await.unwrap().rules, [updated]);
+}
+
+async fn change_of_a_rule_seen_at_another_revision_is_a_conflict(fixture: &Fixture) {
+    let store = &fixture.store;
+    store
+        .rule_insert(id(1), spec("1.*"), &audit("rule.create", 1))
+        .await
+        .unwrap();
+    store
+        .rule_update(id(1), 1, spec("2.*"), &audit("rule.update", 2))
+        .await
+        .unwrap();
+
+    let late = store.rule_update(id(1), 1, spec("3.*"), &audit("rule.update", 3)).await;
+
+    assert!(matches!(late, Err(StoreError::Conflict(_))), "{late:?}");
+    assert_eq!(store.rules().await.unwrap().rules[0].spec, spec("2.*"));
+}
+
+async fn failed_change_leaves_the_revision(fixture: &Fixture) {
+    let store = &fixture.store;
+    store
+        .rule_insert(id(1), spec("1.*"), &audit("rule.create", 1))
+        .await
+        .unwrap();
+
+    let twice = store.rule_insert(id(1), spec("2.*"), &audit("rule.create", 2)).await;
+    assert!(matches!(twice, Err(StoreError::Conflict(_))), "{twice:?}");
+    assert_eq!(
+        store
+            .rule_update(id(9), 1, spec("2.*"), &audit("rule.update", 2))
+            .await
+            .unwrap(),
+        None
+    );
+    assert_eq!(store.rule_delete(id(9), &audit("rule.delete", 2)).await.unwrap(), None);
+
+    assert_eq!(store.rules_revision().await.unwrap(), 1);
+    assert_eq!(store.audit_page(None, 10).await.unwrap().items.len(), 1);
+}
+
+async fn rule_that_cannot_be_read_is_an_error_but_can_be_deleted(fixture: &Fixture) {
+    let store = &fixture.store;
+    store
+        .rule_insert(id(1), spec("1.*"), &audit("rule.create", 1))
+        .await
+        .unwrap();
+    store
+        .rule_insert(id(2), spec("2.*"), &audit("rule.create", 2))
+        .await
+        .unwrap();
+    fixture
+        .db_run("UPDATE rules SET spec = '{\"effect\":\"of a later release\"}' WHERE revision = 2")
+        .await;
+
+    assert!(matches!(
+        store.rules().await,
+        Err(StoreError::Corrupt { table: "rules", .. })
+    ));
+    assert_eq!(
+        store.rule_delete(id(2), &audit("rule.delete", 3)).await.unwrap(),
+        Some(3)
+    );
+
+    assert_eq!(store.rules().await.unwrap().rules.len(), 1);
+}
+
+async fn changes_and_audit_stand_together(fixture: &Fixture) {
+    let store = &fixture.store;
+    store
+        .rule_insert(id(1), spec("1.*"), &audit("rule.create", 1))
+        .await
+        .unwrap();
+    store
+        .rule_update(id(1), 1, spec("2.*"), &audit("rule.update", 2))
+        .await
+        .unwrap();
+    store.rule_delete(id(1), &audit("rule.delete", 3)).await.unwrap();
+
+    let records = store.audit_page(None, 10).await.unwrap().items;
+
+    let firmware = |side: &Option<serde_json::Value>| side.as_ref().map(|spec| spec["match"]["firmware"].clone());
+    let [deleted, updated, created] = &records[..] else {
+        panic!("{records:?}");
+    };
+    assert_eq!(
+        (firmware(&created.before), firmware(&created.after)),
+        (None, Some(json!("1.*")))
+    );
+    assert_eq!(
+        (firmware(&updated.before), firmware(&updated.after)),
+        (Some(json!("1.*")), Some(json!("2.*")))
+    );
+    assert_eq!(
+        (firmware(&deleted.before), firmware(&deleted.after)),
+        (Some(json!("2.*")), None)
+    );
+    assert!(records.iter().all(|record| record.subject == id(1).to_string()));
+
+    // Where the record can't be written, the change is not made either.
+    fixture.db_run("ALTER TABLE audit RENAME TO elsewhere").await;
+    store
+        .rule_insert(id(2), spec("2.*"), &audit("rule.create", 4))
+        .await
+        .unwrap_err();
+    assert_eq!(store.rules().await.unwrap().rules, []);
+}
+
+async fn writes_side_by_side_each_have_a_revision(fixture: &Fixture) {
+    let writes = (1..=20).map(|number| {
+        let store = fixture.store.clone();
+        tokio::spawn(async move {
+            store
+                .rule_insert(id(number), spec("1.*"), &audit("rule.create", 1))
+                .await
+                .unwrap()
+                .revision
+        })
+    });
+
+    let mut revisions = Vec::new();
+    for write in writes.collect::<Vec<_>>() {
+        revisions.push(write.await.unwrap());
+    }
+
+    revisions.sort_unstable();
+    assert_eq!(revisions, (1..=20).collect::<Vec<_>>());
+}
+
+async fn rule_is_written_while_every_ops_connection_is_busy(fixture: &Fixture) {
+    if fixture.url.sqlite_path().is_some() {
+        // SQLite has one writer; reads don't hold it up.
+        return;
+    }
+    fixture.db_fill(1).await;
+    fixture
+        .db_run(
+            "ALTER TABLE devices RENAME TO stored; CREATE VIEW devices AS SELECT stored.* FROM stored, pg_sleep(30)",
+        )
+        .await;
+    let busy = (0..8).map(|_| {
+        let store = fixture.store.clone();
+        tokio::spawn(async move { store.devices_page(&Default::default(), None, 1).await })
+    });
+    let busy: Vec<_> = busy.collect();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+
+    let started = Instant::now();
+    fixture
+        .store
+        .rule_insert(id(1), spec("1.*"), &audit("rule.create", 1))
+        .await
+        .unwrap();
+
+    assert!(started.elapsed() < Duration::from_secs(1));
+    for call in busy {
+        assert!(call.await.unwrap().is_err());
+    }
+}
