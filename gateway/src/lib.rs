@@ -12,6 +12,7 @@ pub mod head;
 pub mod history;
 pub mod keys;
 pub mod lifecycle;
+pub mod lookup;
 pub mod metrics;
 pub mod presence;
 pub mod serve;

@@ -290,8 +290,14 @@ mod tests {
 
         assert!(screen_by(hello("1"), &by_tenant, None).is_ok());
         let code = |result: Result<Admitted, Refusal>| result.unwrap_err().code;
-        assert_eq!(code(conclude_by(hello("1"), Some(&record), &by_tenant)), Code::FirmwareBlocked);
-        assert_eq!(code(conclude_by(hello("1"), Some(&record), &by_model)), Code::FirmwareBlocked);
+        assert_eq!(
+            code(conclude_by(hello("1"), Some(&record), &by_tenant)),
+            Code::FirmwareBlocked
+        );
+        assert_eq!(
+            code(conclude_by(hello("1"), Some(&record), &by_model)),
+            Code::FirmwareBlocked
+        );
         assert!(conclude_by(other_model, Some(&record), &by_model).is_ok());
     }
 

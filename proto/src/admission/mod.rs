@@ -93,8 +93,10 @@ pub enum Cause {
     Deadline,
     /// The database is away, or was never there.
     Breaker,
-    /// The look-up failed twice, or was not answered in time.
+    /// The look-up failed twice.
     LookupFailed,
+    /// The look-up was not answered in time.
+    LookupTimedOut,
 }
 
 impl Cause {
@@ -106,6 +108,7 @@ impl Cause {
             Self::Deadline => "deadline",
             Self::Breaker => "breaker",
             Self::LookupFailed => "lookup_failed",
+            Self::LookupTimedOut => "lookup_timed_out",
         }
     }
 
@@ -114,7 +117,7 @@ impl Cause {
         match self {
             Self::Throttle => Code::Throttled,
             Self::QueueFull | Self::Deadline => Code::Overloaded,
-            Self::Breaker | Self::LookupFailed => Code::RegistryUnavailable,
+            Self::Breaker | Self::LookupFailed | Self::LookupTimedOut => Code::RegistryUnavailable,
         }
     }
 }
@@ -127,7 +130,7 @@ impl From<Refused> for Refusal {
                 ..Self::plain(Code::Throttled, "too many attempts with wrong credentials for this id")
             },
             Cause::QueueFull | Cause::Deadline => Self::overloaded(refused.hint),
-            Cause::Breaker | Cause::LookupFailed => Self::registry_unavailable(refused.hint),
+            Cause::Breaker | Cause::LookupFailed | Cause::LookupTimedOut => Self::registry_unavailable(refused.hint),
         }
     }
 }
@@ -352,9 +355,12 @@ impl Admission {
                 keys
             }
             Ended::Failed { keys, waiters } => {
+                let cause = match outcome {
+                    BatchOutcome::TimedOut => Cause::LookupTimedOut,
+                    BatchOutcome::Failed | BatchOutcome::Answered => Cause::LookupFailed,
+                };
                 for ticket in waiters {
                     if let Some(waiter) = self.queue.finish(ticket) {
-                        let cause = Cause::LookupFailed;
                         self.owed.push_back(Owed::Refuse { ticket, waiter, cause });
                     }
                 }
@@ -434,7 +440,7 @@ impl Admission {
         while let Some((ticket, waiter, late)) = self.queue.pop_late(now) {
             let cause = match late {
                 Late::NotSent => Cause::Deadline,
-                Late::NotAnswered => Cause::LookupFailed,
+                Late::NotAnswered => Cause::LookupTimedOut,
             };
             self.owed.push_back(Owed::Refuse { ticket, waiter, cause });
         }

@@ -1,0 +1,428 @@
+//! The gate: where `seawall_proto`'s admission meets the database.
+//!
+//! Connection tasks wait here; [`Workers`](worker) send what admission lets through, each statement in a task of its own, so
+//! that a device which hangs up drops a channel and never a query. A keeper task minds deadlines. Admission is behind a mutex
+//! that is held for a few microseconds at a time, and never across an `.await`.
+//!
+//! Start with [`Gate`]. No policy is here.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use rand::{SeedableRng as _, rngs::SmallRng};
+use seawall_proto::{
+    admission::{
+        Action, Admission, AdmissionConfig, AdmissionState, Arrival, BATCHES_IN_FLIGHT_MAX, Batch, BatchOutcome, Cause,
+        Decision, Refused, Ticket,
+    },
+    handshake::{self, Admitted, Screened},
+    id::DeviceId,
+    record::DeviceRecord,
+    refusal::{Code, Hint, Refusal},
+    rules::RuleSet,
+    slots::SlotKeys,
+    time::{Instant, WallTime},
+};
+use tokio::sync::{Notify, oneshot};
+
+mod absent;
+mod worker;
+
+use self::absent::{Absent, Epoch};
+use crate::{clock::Clock, lifecycle::Lifecycle, metrics::Metrics, store::Store};
+
+/// Longest sleep of the keeper: gauges that fade with time are published at least this often.
+const KEEPER_SLEEP_MAX: Duration = Duration::from_secs(1);
+
+/// What a look-up came to.
+#[derive(Clone, Debug)]
+pub enum LookUp {
+    /// The registry's record.
+    Found(Found),
+    /// There is no such device.
+    Absent,
+    /// It was not looked up: come back later.
+    Refused(Refused),
+}
+
+/// What became of a screened device.
+#[derive(Debug)]
+pub struct Concluded {
+    pub result: Result<Admitted, Refusal>,
+    /// How long the database took for the statement that found it; `None` where it was not found.
+    pub took: Option<Duration>,
+}
+
+/// A record, and what it cost.
+#[derive(Clone, Debug)]
+pub struct Found {
+    pub record: Arc<DeviceRecord>,
+    /// How long the database took for the statement.
+    pub took: Duration,
+}
+
+/// The way to the registry for connecting devices. Clones are the same gate.
+#[derive(Clone)]
+pub struct Gate(Arc<Inner>);
+
+struct Inner {
+    core: Mutex<Core>,
+    absent: Absent,
+    /// Something may be sent.
+    work: Notify,
+    /// The keeper sleeps too long.
+    rearm: Notify,
+    clock: Clock,
+    metrics: Arc<Metrics>,
+}
+
+/// Behind the mutex.
+struct Core {
+    admission: Admission,
+    /// Bounded by admission's `waiting_max`.
+    waiting: BTreeMap<Ticket, oneshot::Sender<LookUp>>,
+    rng: SmallRng,
+    keeper_wakes: Instant,
+}
+
+/// A statement, with what was known when it was sent.
+struct Sent {
+    batch: Batch,
+    epochs: Vec<Epoch>,
+}
+
+impl Gate {
+    /// Starts the gate and its tasks, which end with `life`. Until the store was ready once, devices are refused with slots.
+    #[must_use]
+    pub fn start(
+        config: AdmissionConfig,
+        keys: SlotKeys,
+        store: &Store,
+        clock: Clock,
+        metrics: Arc<Metrics>,
+        life: &Lifecycle,
+    ) -> Self {
+        let now = clock.now();
+        let mut admission = Admission::new(config, keys, now);
+        if !store.is_ready() {
+            admission.handle_registry_absent(now);
+        }
+        let gate = Self(Arc::new(Inner {
+            core: Mutex::new(Core {
+                admission,
+                waiting: BTreeMap::new(),
+                rng: SmallRng::from_os_rng(),
+                keeper_wakes: now,
+            }),
+            absent: Absent::new(),
+            work: Notify::new(),
+            rearm: Notify::new(),
+            clock,
+            metrics,
+        }));
+        gate.0.publish(&gate.0.lock(), now);
+        for _ in 0..BATCHES_IN_FLIGHT_MAX {
+            life.spawn(
+                "lookup worker",
+                worker::run(Arc::clone(&gate.0), store.lookup_worker(), life.hard().clone()),
+            );
+        }
+        let (inner, hard) = (Arc::clone(&gate.0), life.hard().clone());
+        life.spawn("lookup keeper", async move {
+            tokio::select! {
+                () = inner.keep() => {}
+                () = hard.cancelled() => {}
+            }
+        });
+        let (inner, hard, store) = (Arc::clone(&gate.0), life.hard().clone(), store.clone());
+        life.spawn("registry contact", async move {
+            tokio::select! {
+                () = store.ready() => inner.handle_registry_present(),
+                () = hard.cancelled() => {}
+            }
+        });
+        gate
+    }
+
+    /// All that is between a screened device and its session: throttles, admission, look-up, credential, rules by registry
+    /// data. `rules` is asked after the look-up, so that a rule made meanwhile counts.
+    ///
+    /// # Cancel safety
+    /// As for [`look_up`](Self::look_up).
+    pub async fn admit(&self, screened: Screened, arrived: Instant, rules: impl FnOnce() -> Arc<RuleSet>) -> Concluded {
+        let device = screened.device();
+        let answer = self.look_up(device, screened.hello().slot.as_deref(), arrived).await;
+        let found = match answer {
+            LookUp::Found(found) => Some(found),
+            LookUp::Absent => None,
+            LookUp::Refused(refused) => {
+                return Concluded {
+                    result: Err(refused.into()),
+                    took: None,
+                };
+            }
+        };
+        let record = found.as_ref().map(|found| &*found.record);
+        let result = handshake::conclude(screened, record, &rules(), self.0.clock.wall(), &mut rand::rng());
+        match &result {
+            Ok(admitted) => self.handle_admitted(device, &admitted.tenant),
+            Err(refusal) if refusal.code == Code::Unauthorized => self.handle_wrong_credential(device),
+            Err(_) => {}
+        }
+        Concluded {
+            result,
+            took: found.map(|found| found.took),
+        }
+    }
+
+    /// Looks a device up, if admission lets it. `arrived` is when its request was complete: the answer comes in under 3 s from then.
+    ///
+    /// # Cancel safety
+    /// Dropping the future takes the device out of the queue; its key is not sent, unless others wait for it or it is under way.
+    pub async fn look_up(&self, device: DeviceId, slot_token: Option<&str>, arrived: Instant) -> LookUp {
+        let arrival = Arrival {
+            device,
+            slot_token,
+            arrived,
+            is_known_absent: self.0.absent.contains(device),
+        };
+        let (mut waiting, answer) = match self.0.enter(&arrival) {
+            Entered::Answered(answer) => return answer,
+            Entered::Waiting(waiting, answer) => (waiting, answer),
+        };
+        match answer.await {
+            Ok(answer) => {
+                waiting.ticket = None;
+                answer
+            }
+            // The sender goes without a word only when the gate itself ends.
+            Err(_) => LookUp::Refused(Refused {
+                cause: Cause::Breaker,
+                hint: self.slot_for_close(device, Duration::ZERO),
+            }),
+        }
+    }
+
+    /// The device was authenticated, and is let in. `tenant` is the registry's.
+    pub fn handle_admitted(&self, device: DeviceId, tenant: &str) {
+        self.0.lock().admission.handle_admitted(device, tenant);
+    }
+
+    /// The device was not authenticated: wrong credential, or no such device.
+    pub fn handle_wrong_credential(&self, device: DeviceId) {
+        let now = self.0.clock.now();
+        self.0.lock().admission.handle_wrong_credential(device, now);
+    }
+
+    /// A slot for a device whose session is closed, not before `at_least` from now.
+    #[must_use]
+    pub fn slot_for_close(&self, device: DeviceId, at_least: Duration) -> Hint {
+        let (now, wall) = (self.0.clock.now(), self.0.clock.wall());
+        let core = &mut *self.0.lock();
+        core.admission
+            .slot_for_close(device, at_least, now, wall, &mut core.rng)
+    }
+
+    /// A device was registered, or changed: whatever is remembered of its absence no longer counts.
+    pub fn forget(&self, device: DeviceId) {
+        self.0.absent.forget(device);
+    }
+
+    /// Many devices were registered.
+    pub fn forget_all(&self) {
+        self.0.absent.forget_all();
+    }
+
+    /// The plan guard found, or no longer finds, a look-up that reads a whole table: the limit is cut to 2 keys.
+    pub fn set_limit_cut(&self, is_cut: bool) {
+        let now = self.0.clock.now();
+        let mut core = self.0.lock();
+        core.admission.set_limit_cut(is_cut);
+        self.0.publish(&core, now);
+    }
+
+    /// Devices a second that can be taken back, on what is known.
+    #[must_use]
+    pub fn k_ref(&self) -> f64 {
+        self.state().k_ref
+    }
+
+    /// Figures for people.
+    #[must_use]
+    pub fn state(&self) -> AdmissionState {
+        self.0.lock().admission.state(self.0.clock.now())
+    }
+}
+
+enum Entered {
+    Answered(LookUp),
+    Waiting(Waiting, oneshot::Receiver<LookUp>),
+}
+
+/// A device that waits. Dropped before its answer came, it has gone.
+struct Waiting {
+    gate: Arc<Inner>,
+    ticket: Option<Ticket>,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let Some(ticket) = self.ticket {
+            let mut core = self.gate.lock();
+            core.waiting.remove(&ticket);
+            core.admission.abandon(ticket);
+        }
+    }
+}
+
+impl Inner {
+    /// A panic while the lock was held is a bug that ends the gateway elsewhere; those who still wait get their answers meanwhile.
+    fn lock(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enter(self: &Arc<Self>, arrival: &Arrival<'_>) -> Entered {
+        let (now, wall) = (self.clock.now(), self.clock.wall());
+        let guard = &mut *self.lock();
+        let decision = guard.admission.attempt(arrival, now, wall, &mut guard.rng);
+        let ticket = match decision {
+            Decision::Queued(ticket) => ticket,
+            Decision::Refused(refused) => return Entered::Answered(LookUp::Refused(refused)),
+            Decision::KnownAbsent => {
+                self.metrics.lookups.increment("cached");
+                return Entered::Answered(LookUp::Absent);
+            }
+        };
+        let (sender, answer) = oneshot::channel();
+        guard.waiting.insert(ticket, sender);
+        self.publish(guard, now);
+        self.work.notify_one();
+        self.rearm_keeper(guard);
+        let waiting = Waiting {
+            gate: Arc::clone(self),
+            ticket: Some(ticket),
+        };
+        Entered::Waiting(waiting, answer)
+    }
+
+    /// The next statement to send.
+    fn next_batch(&self) -> Option<Sent> {
+        let (now, wall) = (self.clock.now(), self.clock.wall());
+        let core = &mut *self.lock();
+        let batch = core.admission.poll_batch(now);
+        self.answer_all(core, now, wall, |_| None);
+        self.publish(core, now);
+        self.rearm_keeper(core);
+        let batch = batch?;
+        let epochs = batch.keys.iter().map(|device| self.absent.epoch(*device)).collect();
+        // There may be more, for the other worker.
+        self.work.notify_one();
+        Some(Sent { batch, epochs })
+    }
+
+    /// A statement ended.
+    fn handle_done(&self, sent: &Sent, found: Result<Vec<DeviceRecord>, BatchOutcome>, took: Duration) {
+        let (now, wall) = (self.clock.now(), self.clock.wall());
+        let (outcome, records) = match found {
+            Ok(records) => (BatchOutcome::Answered, records),
+            Err(outcome) => (outcome, Vec::new()),
+        };
+        let records: BTreeMap<DeviceId, Arc<DeviceRecord>> = records
+            .into_iter()
+            .map(|record| (record.id, Arc::new(record)))
+            .collect();
+        let core = &mut *self.lock();
+        if outcome == BatchOutcome::Answered && !sent.batch.is_probe {
+            for (device, epoch) in sent.batch.keys.iter().zip(&sent.epochs) {
+                if !records.contains_key(device) {
+                    self.absent.learn(*device, *epoch, &mut core.rng);
+                }
+            }
+        }
+        core.admission.handle_batch_done(sent.batch.id, outcome, now);
+        self.answer_all(core, now, wall, |device| {
+            let record = Arc::clone(records.get(&device)?);
+            Some(Found { record, took })
+        });
+        self.publish(core, now);
+        self.rearm_keeper(core);
+        self.work.notify_one();
+    }
+
+    /// Tells the devices what admission owes them; `find` has the records of the statement just ended.
+    fn answer_all(&self, core: &mut Core, now: Instant, wall: WallTime, find: impl Fn(DeviceId) -> Option<Found>) {
+        while let Some(action) = core.admission.poll_action(now, wall, &mut core.rng) {
+            let (ticket, answer) = match action {
+                Action::Answer { ticket, device } => (ticket, find(device).map_or(LookUp::Absent, LookUp::Found)),
+                Action::Refuse { ticket, refused } => (ticket, LookUp::Refused(refused)),
+            };
+            if let Some(outcome) = outcome_label(&answer) {
+                self.metrics.lookups.increment(outcome);
+            }
+            if let Some(sender) = core.waiting.remove(&ticket) {
+                // A device that went at this very moment needs no answer.
+                let _ = sender.send(answer);
+            }
+        }
+    }
+
+    /// Wakes devices whose time is over, and workers when something may be sent that could not before.
+    async fn keep(&self) {
+        loop {
+            let rearmed = self.rearm.notified();
+            let wake = {
+                let (now, wall) = (self.clock.now(), self.clock.wall());
+                let core = &mut *self.lock();
+                core.admission.handle_timeout(now);
+                self.answer_all(core, now, wall, |_| None);
+                self.publish(core, now);
+                let latest = now + KEEPER_SLEEP_MAX;
+                core.keeper_wakes = core.admission.poll_timeout().map_or(latest, |due| due.min(latest));
+                core.keeper_wakes
+            };
+            tokio::select! {
+                () = tokio::time::sleep_until(self.clock.deadline(wake)) => self.work.notify_one(),
+                () = rearmed => {}
+            }
+        }
+    }
+
+    fn rearm_keeper(&self, core: &Core) {
+        if core.admission.poll_timeout().is_some_and(|due| due < core.keeper_wakes) {
+            self.rearm.notify_one();
+        }
+    }
+
+    fn handle_registry_present(&self) {
+        let now = self.clock.now();
+        let mut core = self.lock();
+        core.admission.handle_registry_present(now);
+        self.publish(&core, now);
+        drop(core);
+        self.work.notify_one();
+    }
+
+    /// Under the lock, so that no scrape sees more keys in flight than the limit.
+    fn publish(&self, core: &Core, now: Instant) {
+        let state = core.admission.state(now);
+        self.metrics.admission_limit.set(f64::from(state.limit));
+        self.metrics.lookups_in_flight.set(f64::from(state.in_flight));
+        self.metrics.admission_queue.set(state.queue as f64);
+    }
+}
+
+/// Label of `seawall_lookups_total`; `None` where no key was sent for the device.
+fn outcome_label(answer: &LookUp) -> Option<&'static str> {
+    match answer {
+        LookUp::Found(_) => Some("found"),
+        LookUp::Absent => Some("not_found"),
+        LookUp::Refused(refused) => match refused.cause {
+            Cause::LookupFailed => Some("failed"),
+            Cause::LookupTimedOut => Some("timed_out"),
+            Cause::Throttle | Cause::QueueFull | Cause::Deadline | Cause::Breaker => None,
+        },
+    }
+}

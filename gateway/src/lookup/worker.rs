@@ -1,0 +1,46 @@
+//! A worker: one connection, one statement at a time, for as long as the gateway lives.
+
+use std::sync::Arc;
+
+use seawall_proto::{
+    admission::{BatchOutcome, LOOKUP_MAX},
+    record::DeviceRecord,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{Inner, Sent};
+use crate::store::{LookupWorker, StoreError};
+
+/// Sends what admission lets through until `hard` is cancelled.
+pub(super) async fn run(gate: Arc<Inner>, mut worker: LookupWorker, hard: CancellationToken) {
+    loop {
+        let woken = gate.work.notified();
+        let Some(sent) = gate.next_batch() else {
+            tokio::select! {
+                () = woken => continue,
+                () = hard.cancelled() => return,
+            }
+        };
+        let begun = gate.clock.now();
+        gate.metrics.lookup_statements.increment(1);
+        let found = tokio::select! {
+            found = worker.find(&sent.batch.keys, LOOKUP_MAX) => found,
+            () = hard.cancelled() => return,
+        };
+        let took = gate.clock.now().saturating_since(begun);
+        gate.metrics.lookup_duration_seconds.record(took.as_secs_f64());
+        gate.handle_done(&sent, outcome(&sent, found), took);
+    }
+}
+
+/// Logged at most once a statement, and statements are few while the breaker is open: one probe a second.
+fn outcome(sent: &Sent, found: Result<Vec<DeviceRecord>, StoreError>) -> Result<Vec<DeviceRecord>, BatchOutcome> {
+    found.map_err(|error| {
+        tracing::warn!(keys = sent.batch.keys.len(), is_probe = sent.batch.is_probe, %error, "look-up failed");
+        if matches!(error, StoreError::TimedOut) {
+            BatchOutcome::TimedOut
+        } else {
+            BatchOutcome::Failed
+        }
+    })
+}
