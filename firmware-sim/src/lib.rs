@@ -4,7 +4,11 @@
 //! - [`device`]: the client machine, pure; the simulator runs it in virtual time. Read this first.
 //! - [`profile`], [`backoff`]: how devices behave, from well-behaved to hostile, and how long they wait.
 //! - [`connection`]: one connection by hand, for tests and tools.
+//! - [`target`]: the gateway's URL, and the local addresses that devices connect from.
 
 pub mod backoff;
+pub mod connection;
 pub mod device;
+mod handshake;
 pub mod profile;
+pub mod target;

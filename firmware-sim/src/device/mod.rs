@@ -17,8 +17,8 @@ use serde::Deserialize;
 pub use self::limits::*;
 use crate::{
     backoff::{
-        Attempts, BASE, Backoff, CAP_DEFAULT, CAP_MAX, Exponential, FIRST_RETURN_MAX, FirstReturn, Fixed, FullJitter,
-        Hinted, between, up_to,
+        Attempts, BASE, Backoff, CAP_DEFAULT, CAP_MAX, Exponential, FirstReturn, Fixed, FullJitter, Hinted, between,
+        up_to,
     },
     profile::{FLAPPING_RETURN_MAX, FLAPPING_SESSION, HALF_OPEN_SILENCE, IMMEDIATE, Profile},
 };
@@ -99,7 +99,7 @@ pub struct CloseFrame<'a> {
 }
 
 impl Device {
-    /// A device that makes its first attempt at `first_attempt_at`.
+    /// A device that makes its first attempt at `first_attempt_at`; at [`Instant::FAR_FUTURE`], once it is restarted.
     #[must_use]
     pub const fn new(profile: Profile, first_attempt_at: Instant) -> Self {
         Self {
@@ -161,7 +161,7 @@ impl Device {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         match &self.phase {
-            Phase::Waiting { until } => Some(*until),
+            Phase::Waiting { until } => (*until != Instant::FAR_FUTURE).then_some(*until),
             Phase::Connecting { deadline } => Some(*deadline),
             Phase::Online(online) => {
                 let due = online
@@ -298,6 +298,13 @@ impl Device {
         }
     }
 
+    /// A pong or a binary frame came.
+    pub const fn handle_heard(&mut self, now: Instant) {
+        if let Phase::Online(online) = &mut self.phase {
+            online.heard_at = now;
+        }
+    }
+
     /// A ping came, and the socket layer answers it: both ends have spoken.
     pub const fn handle_ping(&mut self, now: Instant) {
         if let Phase::Online(online) = &mut self.phase {
@@ -334,9 +341,9 @@ impl Device {
         }
     }
 
-    /// The device itself starts anew, as after an update: its connection is gone, and what it kept in memory too. It is
-    /// back within [`FIRST_RETURN_MAX`]. A stopped device stays stopped.
-    pub fn handle_restart(&mut self, now: Instant, rng: &mut impl Rng) {
+    /// The device itself starts anew, as after an update: its connection is gone, and what it kept in memory too. Its next
+    /// attempt is `after` from now (a fleet spreads it over [`FIRST_RETURN_MAX`](crate::backoff::FIRST_RETURN_MAX)). A stopped device stays stopped.
+    pub fn handle_restart(&mut self, after: Duration, now: Instant) {
         match self.phase {
             Phase::Stopped { .. } => return,
             Phase::Connecting { .. } | Phase::Online(_) => self.act(Action::Abort),
@@ -344,7 +351,7 @@ impl Device {
         }
         self.attempts.reset();
         (self.slot, self.resume) = (None, None);
-        self.wait(Some(up_to(FIRST_RETURN_MAX, rng)), now);
+        self.wait(Some(after), now);
     }
 
     fn handle_online_timeout(&mut self, online: Online, now: Instant, rng: &mut impl Rng) {

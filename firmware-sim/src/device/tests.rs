@@ -299,7 +299,7 @@ fn revoked_device_and_unknown_final_codes_never_come_back() {
         assert_eq!(rig.device.state(), State::Stopped { code });
         assert_eq!(rig.device.poll_timeout(), None);
         assert_eq!(rig.device.resume(), None);
-        rig.device.handle_restart(rig.now, &mut rig.rng);
+        rig.device.handle_restart(SECOND, rig.now);
         assert_eq!(rig.device.state(), State::Stopped { code });
     }
 }
@@ -431,11 +431,21 @@ fn restarted_device_forgets_what_it_had_in_memory() {
     let mut rig = Rig::online(Profile::WellBehaved);
     rig.welcome();
 
-    rig.device.handle_restart(rig.now, &mut rig.rng);
+    rig.device.handle_restart(SECOND, rig.now);
 
     assert_eq!(rig.device.poll_action(), Some(Action::Abort));
-    assert!(rig.wait() <= FIRST_RETURN_MAX);
+    assert_eq!(rig.wait(), SECOND);
     assert_eq!((rig.device.resume(), rig.device.attempts()), (None, 0));
+}
+
+#[test]
+fn device_without_a_first_attempt_waits_to_be_started() {
+    let mut device = Device::new(Profile::WellBehaved, Instant::FAR_FUTURE);
+    assert_eq!(device.poll_timeout(), None);
+
+    device.handle_restart(Duration::ZERO, Instant::ZERO);
+
+    assert_eq!(device.poll_timeout(), Some(Instant::ZERO));
 }
 
 #[test]
@@ -477,7 +487,7 @@ proptest! {
                 6 => rig.close(code % 5000, &format!("{{\"retry_after_ms\":{ms}}}")),
                 7 => rig.lose(),
                 8 => rig.device.handle_text("{\"type\":\"message\",\"id\":\"1\",\"payload\":1}", rig.now),
-                _ => rig.device.handle_restart(rig.now, &mut rig.rng),
+                _ => rig.device.handle_restart(SECOND, rig.now),
             }
             rig.device.poll_action();
             prop_assert!(rig.device.poll_action().is_none());

@@ -1,0 +1,182 @@
+//! Where the gateway is, and from which of this machine's addresses a device goes there.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use tokio_tungstenite::tungstenite::http::Uri;
+
+/// What a URL without a path means. Contract section 2.
+const PATH_DEFAULT: &str = "/v1/connect";
+
+/// Devices of one source address: far from the 28,000 ports that Linux hands out for one (`ip_local_port_range`), so that
+/// a port is found at once, with as many still closing.
+pub const DEVICES_PER_SOURCE: usize = 4_000;
+
+/// Addresses of 127.0.0.0/24 that a fleet uses, from 127.0.0.1 up.
+const SOURCES_MAX: usize = 250;
+
+/// A gateway's address and what to ask it for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    addr: SocketAddr,
+    uri: Uri,
+}
+
+impl Target {
+    /// Reads `ws://host:port[/path][?query]`, or `host:port` alone, and looks up the host's address. The path defaults to
+    /// `/v1/connect`, the port to 80. The gateway itself need not be there.
+    ///
+    /// # Errors
+    /// No such URL, `wss` (not available yet), or a host without an address.
+    pub async fn resolve(url: &str) -> Result<Self, TargetError> {
+        let (uri, host, port) = parse(url)?;
+        let no_address = |source| TargetError::NoAddress {
+            host: host.clone(),
+            source,
+        };
+        let addr = tokio::net::lookup_host((host.as_str(), port))
+            .await
+            .map_err(|error| no_address(Some(error)))?
+            .next()
+            .ok_or_else(|| no_address(None))?;
+        Ok(Self { addr, uri })
+    }
+
+    #[must_use]
+    pub const fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    #[must_use]
+    pub const fn uri(&self) -> &Uri {
+        &self.uri
+    }
+}
+
+fn parse(url: &str) -> Result<(Uri, String, u16), TargetError> {
+    let bad = |why: &str| TargetError::BadUrl {
+        url: url.into(),
+        why: why.into(),
+    };
+    let full = if url.contains("://") {
+        url.to_owned()
+    } else {
+        format!("ws://{url}")
+    };
+    let uri: Uri = full.parse().map_err(|error| bad(&format!("{error}")))?;
+    match uri.scheme_str() {
+        Some("ws") => {}
+        Some("wss") => return Err(bad("TLS (wss) is not available yet")),
+        Some(_) | None => return Err(bad("expected ws://host:port")),
+    }
+    let authority = uri.authority().ok_or_else(|| bad("the host is missing"))?.as_str();
+    if authority.contains('@') {
+        return Err(bad("ids and secrets come from the devices file, not from the URL"));
+    }
+    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+    if host.is_empty() {
+        return Err(bad("the host is missing"));
+    }
+    let path = match uri.path() {
+        "" | "/" => PATH_DEFAULT,
+        path => path,
+    };
+    let query = uri.query().map(|query| format!("?{query}")).unwrap_or_default();
+    let port = uri.port_u16().unwrap_or(80);
+    let uri = format!("ws://{authority}{path}{query}")
+        .parse()
+        .map_err(|error| bad(&format!("{error}")))?;
+    Ok((uri, host, port))
+}
+
+/// Why there is no gateway to connect to.
+#[derive(Debug, thiserror::Error)]
+pub enum TargetError {
+    #[error("the gateway's URL {url:?} is no use: {why}")]
+    BadUrl { url: String, why: String },
+    #[error("the gateway's host {host:?} has no address")]
+    NoAddress {
+        host: String,
+        #[source]
+        source: Option<std::io::Error>,
+    },
+}
+
+/// Local addresses that devices connect from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sources(Vec<IpAddr>);
+
+impl Sources {
+    /// These, in turn; without any: 127.0.0.1 and its neighbours, [`DEVICES_PER_SOURCE`] each, for a gateway on IPv4
+    /// loopback, and whatever the system picks for one elsewhere.
+    #[must_use]
+    pub const fn new(addresses: Vec<IpAddr>) -> Self {
+        Self(addresses)
+    }
+
+    /// The address of the device with this number in the fleet. `None`: the system picks.
+    #[must_use]
+    pub fn of(&self, number: usize, target: &Target) -> Option<IpAddr> {
+        if !self.0.is_empty() {
+            return self.0.get(number % self.0.len()).copied();
+        }
+        match target.addr.ip() {
+            IpAddr::V4(address) if address.is_loopback() => {
+                let last = u8::try_from(number / DEVICES_PER_SOURCE % SOURCES_MAX + 1).unwrap_or(1);
+                Some(Ipv4Addr::new(127, 0, 0, last).into())
+            }
+            IpAddr::V4(_) | IpAddr::V6(_) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn url_gets_the_contract_s_path_and_keeps_its_query() {
+        for (url, uri) in [
+            ("ws://127.0.0.1:8080", "ws://127.0.0.1:8080/v1/connect"),
+            ("127.0.0.1:8080", "ws://127.0.0.1:8080/v1/connect"),
+            ("ws://127.0.0.1:8080/?x=1", "ws://127.0.0.1:8080/v1/connect?x=1"),
+            ("ws://[::1]:8080/other", "ws://[::1]:8080/other"),
+        ] {
+            assert_eq!(Target::resolve(url).await.unwrap().uri().to_string(), uri);
+        }
+    }
+
+    #[tokio::test]
+    async fn bad_urls_say_what_is_wrong() {
+        for (url, words) in [
+            ("wss://127.0.0.1:1", "TLS"),
+            ("http://127.0.0.1:1", "ws://"),
+            ("ws://id:secret@127.0.0.1:1", "devices file"),
+            ("ws://:80", ""),
+            ("", ""),
+        ] {
+            let message = Target::resolve(url).await.unwrap_err().to_string();
+
+            assert!(message.contains(words), "{message}");
+        }
+    }
+
+    #[tokio::test]
+    async fn fleet_on_loopback_spreads_over_addresses() {
+        let target = Target::resolve("127.0.0.1:1").await.unwrap();
+        let source = |number| Sources::default().of(number, &target).unwrap().to_string();
+
+        assert_eq!(
+            [source(0), source(3_999), source(4_000), source(999_999)],
+            ["127.0.0.1", "127.0.0.1", "127.0.0.2", "127.0.0.250"]
+        );
+    }
+
+    #[tokio::test]
+    async fn gateway_elsewhere_is_reached_from_wherever_the_system_likes() {
+        let target = Target::resolve("192.0.2.1:80").await.unwrap();
+
+        assert_eq!(Sources::default().of(7, &target), None);
+        let own: IpAddr = "192.0.2.9".parse().unwrap();
+        assert_eq!(Sources::new(vec![own]).of(7, &target), Some(own));
+    }
+}
