@@ -168,10 +168,12 @@ impl Session {
 /// All live sessions of this node.
 #[derive(Debug)]
 pub struct Sessions {
-    shards: Box<[Mutex<HashMap<DeviceId, Arc<Session>>>]>,
+    shards: Box<[Mutex<Shard>]>,
     next: AtomicU64,
     len: AtomicUsize,
 }
+
+type Shard = HashMap<DeviceId, Arc<Session>>;
 
 /// What [`Sessions::register`] did.
 pub struct Registered {
@@ -256,7 +258,7 @@ impl Sessions {
         found
     }
 
-    fn shard(&self, device: DeviceId) -> MutexGuard<'_, HashMap<DeviceId, Arc<Session>>> {
+    fn shard(&self, device: DeviceId) -> MutexGuard<'_, Shard> {
         let bytes = device.as_bytes();
         let index = usize::from(bytes[15] ^ bytes[7] ^ bytes[3]) % SHARDS;
         self.shards[index].lock().unwrap_or_else(PoisonError::into_inner)

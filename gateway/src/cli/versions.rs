@@ -35,7 +35,9 @@ pub fn run(verb: Versions) -> Result<(), Failure> {
     match verb {
         Versions::Sort { file } => print(&sorted(&read(file.as_deref())?)),
         Versions::Match { range, file } => {
-            let range: Range = range.parse().map_err(|error| Failure::WrongUse(format!("RANGE: {error}")))?;
+            let range: Range = range
+                .parse()
+                .map_err(|error| Failure::WrongUse(format!("RANGE: {error}")))?;
             print(&matching(&read(file.as_deref())?, &range))
         }
     }
@@ -43,7 +45,9 @@ pub fn run(verb: Versions) -> Result<(), Failure> {
 
 /// The lines in the order of versions, each unchanged; equal ones in the order they came.
 fn sorted(list: &[u8]) -> Vec<&[u8]> {
-    let mut lines: Vec<_> = lines(list).map(|line| (String::from_utf8_lossy(line.trim_ascii()), line)).collect();
+    let mut lines: Vec<_> = lines(list)
+        .map(|line| (String::from_utf8_lossy(line.trim_ascii()), line))
+        .collect();
     lines.sort_by(|(left, _), (right, _)| compare(left, right));
     lines.into_iter().map(|(_, line)| line).collect()
 }
@@ -59,7 +63,10 @@ fn matching<'a>(list: &'a [u8], range: &Range) -> Vec<&'a [u8]> {
 
 /// Without their line feeds. What follows the last line feed is a line only if there is something.
 fn lines(list: &[u8]) -> impl Iterator<Item = &[u8]> {
-    list.strip_suffix(b"\n").unwrap_or(list).split(|byte| *byte == b'\n').filter(|_| !list.is_empty())
+    list.strip_suffix(b"\n")
+        .unwrap_or(list)
+        .split(|byte| *byte == b'\n')
+        .filter(|_| !list.is_empty())
 }
 
 fn read(file: Option<&Path>) -> Result<Vec<u8>, Failure> {
@@ -97,7 +104,15 @@ mod tests {
 
         let lines = sorted(list);
 
-        let expected: [&[u8]; 7] = [b"", b"\xff", b"FW_3.8.0-b3", b"3.8.0-b10", b"3.8.0\r", b" v3.8", b"3.10"];
+        let expected: [&[u8]; 7] = [
+            b"",
+            b"\xff",
+            b"FW_3.8.0-b3",
+            b"3.8.0-b10",
+            b"3.8.0\r",
+            b" v3.8",
+            b"3.10",
+        ];
         assert_eq!(lines, expected);
     }
 

@@ -1,0 +1,238 @@
+//! Emptying this node: sessions leave at a pace, each with a slot, and nobody new comes in.
+//!
+//! [`Drain`] holds the order and what became of it; [`run`] carries it out. SIGTERM, Ctrl-C and `POST /api/v1/drain` give the same order.
+
+use std::{
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use rand::{SeedableRng as _, rngs::SmallRng};
+use seawall_proto::{
+    close::{Close, Restart},
+    drain::Pacing,
+    refusal::{Hint, Peers},
+};
+use serde::Serialize;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::{events::Body, state::Shared};
+
+/// How a drain shall go.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Order {
+    /// Sessions closed a second; `None`: as fast as admission could take them back.
+    pub rate_per_second: Option<f64>,
+    /// When the last session has been told.
+    pub deadline: Duration,
+}
+
+/// Where a drain stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DrainState {
+    /// Nobody asked for one.
+    Idle,
+    /// Sessions are leaving; new devices are refused.
+    Draining,
+    /// All have left; new devices are refused.
+    Drained,
+}
+
+/// What the API tells of a drain.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct DrainStatus {
+    pub state: DrainState,
+    /// Sessions that are still here.
+    pub left: usize,
+    /// Sessions closed a second.
+    pub rate: f64,
+}
+
+/// A drain is under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a drain is under way: look at it with GET /api/v1/drain, or cancel it first")]
+pub struct AlreadyDraining;
+
+/// The order to drain.
+#[derive(Debug)]
+pub struct Drain {
+    inner: Mutex<Inner>,
+    is_draining: AtomicBool,
+    wake: Notify,
+}
+
+#[derive(Debug)]
+struct Inner {
+    state: DrainState,
+    order: Option<Order>,
+    is_hurried: bool,
+    rate: f64,
+}
+
+impl Default for Drain {
+    fn default() -> Self {
+        let inner = Inner {
+            state: DrainState::Idle,
+            order: None,
+            is_hurried: false,
+            rate: 0.0,
+        };
+        Self {
+            inner: Mutex::new(inner),
+            is_draining: AtomicBool::new(false),
+            wake: Notify::new(),
+        }
+    }
+}
+
+impl Drain {
+    /// Starts one. New devices are refused from now on.
+    ///
+    /// # Errors
+    /// One is under way.
+    pub fn start(&self, order: Order) -> Result<(), AlreadyDraining> {
+        let mut inner = self.inner();
+        if inner.state != DrainState::Idle {
+            return Err(AlreadyDraining);
+        }
+        *inner = Inner {
+            state: DrainState::Draining,
+            order: Some(order),
+            is_hurried: false,
+            rate: 0.0,
+        };
+        self.is_draining.store(true, Ordering::Relaxed);
+        drop(inner);
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    /// Ends one: who is still here stays, and new devices are welcome. Returns whether there was one.
+    pub fn cancel(&self) -> bool {
+        let mut inner = self.inner();
+        let was_on = inner.state != DrainState::Idle;
+        *inner = Inner {
+            state: DrainState::Idle,
+            order: None,
+            is_hurried: false,
+            rate: 0.0,
+        };
+        self.is_draining.store(false, Ordering::Relaxed);
+        drop(inner);
+        self.wake.notify_one();
+        was_on
+    }
+
+    /// Closes everything that is left now, each with its hint: the second signal.
+    pub fn hurry(&self) {
+        self.inner().is_hurried = true;
+        self.wake.notify_one();
+    }
+
+    /// New devices are refused.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.is_draining.load(Ordering::Relaxed)
+    }
+
+    /// What refused devices are told while this node is leaving; `None` while it is not. One node has no peers.
+    #[must_use]
+    pub fn peers(&self) -> Option<Peers> {
+        self.is_draining().then_some(Peers::None)
+    }
+
+    /// `sessions`: how many there are now.
+    #[must_use]
+    pub fn status(&self, sessions: usize) -> DrainStatus {
+        let inner = self.inner();
+        DrainStatus {
+            state: inner.state,
+            left: sessions,
+            rate: inner.rate,
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Carries out drains until `stop`.
+pub async fn run(state: Shared, stop: CancellationToken) {
+    loop {
+        let order = state.drain.inner().order.take();
+        if let Some(order) = order {
+            drain_once(&state, order, &stop).await;
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = state.drain.wake.notified() => {}
+        }
+    }
+}
+
+async fn drain_once(state: &Shared, order: Order, stop: &CancellationToken) {
+    let mut rng = SmallRng::from_os_rng();
+    let now = state.clock.now();
+    let rate = order.rate_per_second.unwrap_or_else(|| state.gate.k_ref());
+    let mut pacing = Pacing::drain(rate, state.sessions.len(), order.deadline, now);
+    state.drain.inner().rate = pacing.rate_per_second();
+    state
+        .events
+        .notice(state.clock.wall(), Body::Drain { state: "draining" });
+    tracing::info!(
+        sessions = state.sessions.len(),
+        rate_per_second = pacing.rate_per_second(),
+        "drain started"
+    );
+
+    let mut batch = Vec::new();
+    loop {
+        // Handshakes that had passed the question for draining may still add a session: look again until there is none.
+        if batch.is_empty() {
+            batch = state.sessions.matching(|session| !session.is_closing());
+        }
+        if batch.is_empty() && state.sessions.is_empty() {
+            break;
+        }
+        let now = state.clock.now();
+        for session in batch.drain(..pacing.take_due(batch.len(), now)) {
+            let back = Hint::draw(Peers::None.hint_range(), &mut rng).after;
+            let hint = state.gate.slot_for_close(session.info.device, back);
+            session.close(Close::Restart {
+                why: Restart::Draining,
+                hint,
+            });
+        }
+        let next = pacing.poll_timeout().max(now + Duration::from_millis(10));
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = state.drain.wake.notified() => {}
+            () = tokio::time::sleep_until(state.clock.deadline(next)) => {}
+        }
+        let inner = state.drain.inner();
+        if inner.state != DrainState::Draining {
+            state
+                .events
+                .notice(state.clock.wall(), Body::Drain { state: "cancelled" });
+            tracing::info!(sessions = state.sessions.len(), "drain cancelled");
+            return;
+        }
+        if inner.is_hurried {
+            pacing.hurry(state.clock.now());
+        }
+    }
+    let mut inner = state.drain.inner();
+    if inner.state == DrainState::Draining {
+        inner.state = DrainState::Drained;
+        state
+            .events
+            .notice(state.clock.wall(), Body::Drain { state: "drained" });
+        tracing::info!("drain ended: no session is left");
+    }
+}
