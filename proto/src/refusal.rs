@@ -322,7 +322,10 @@ impl Refusal {
     /// 414.
     #[must_use]
     pub const fn uri_too_long() -> Self {
-        Self::plain(Code::UriTooLong, "the request target is longer than 8 KiB")
+        Self::plain(
+            Code::UriTooLong,
+            "the request target is over the limit, 8 KiB unless configured",
+        )
     }
 
     /// 431.
@@ -330,7 +333,7 @@ impl Refusal {
     pub const fn headers_too_large() -> Self {
         Self::plain(
             Code::HeadersTooLarge,
-            "the request head is larger than 8 KiB or has too many headers",
+            "the request head is over the limit, 8 KiB unless configured, or has over 64 headers",
         )
     }
 

@@ -55,13 +55,13 @@ section! {
 section! {
     /// What one gateway, one connection and one message may take. Each bound says what happens when it is reached.
     pub struct Limits = "limits" {
-        /// Connections of devices at a time. 0: as many as memory and the limit on open files allow. One more is closed before it is read.
+        /// Connections of devices at a time. 0: as many as memory and the limit on open files allow. One more is answered 503 `overloaded` before it is read, and closed.
         pub connections_max: usize = 0, "connections", 0..=10_000_000;
-        /// Handshakes under way, from accept to a complete head; more wait in the listen backlog. Devices waiting for a look-up have a bound of their own, in `[admission]`.
+        /// Handshakes under way, from accept to a complete head; more wait in the listen backlog. Never more than half of the connections. Devices waiting for a look-up have a bound of their own, in `[admission]`.
         pub handshakes_max: usize = 500, "connections", 8..=100_000;
         /// Greatest head of a device's request, and greatest target in it; then 431 and 414.
         pub head_bytes_max: usize = 8 * 1024, "bytes", 1_024..=65_536;
-        /// Time for a complete head; then 408. A connection that sent nothing is closed without an answer.
+        /// Time for a complete head; then 408.
         pub head_timeout_ms: u64 = 5_000, "milliseconds", 100..=60_000;
         /// Time for a refusal or an upgrade to be written to a device that reads slowly; then the connection is closed.
         pub answer_timeout_ms: u64 = 5_000, "milliseconds", 100..=60_000;
@@ -71,10 +71,10 @@ section! {
         pub frame_bytes_max: usize = 64 * 1024, "bytes", 256..=1_048_576;
         /// Greatest message from or to a device; then close 1009, or 413 from the API.
         pub message_bytes_max: usize = 64 * 1024, "bytes", 256..=1_048_576;
-        /// Messages a second that one session may send for long. Over it: error `rate_limited`, and close 1008 when it goes on.
-        pub messages_per_second: u32 = 10, "messages a second", 1..=10_000;
+        /// Messages a second that one session may send for long. Heartbeats, pings and pongs count too. Over it: error `rate_limited`, then close 1008.
+        pub messages_per_second: u32 = 100, "messages a second", 1..=10_000;
         /// Messages that one session may send at once.
-        pub messages_burst: u32 = 50, "messages", 1..=100_000;
+        pub messages_burst: u32 = 500, "messages", 1..=100_000;
         /// Connections from one address (IPv6: one /64). Not given: no fixed figure; over half of `connections_max` in use, each address gets a fair share.
         pub connections_per_address_max: Option<usize> = None, "connections", 1..=10_000_000;
         /// Handshakes a second from one address (IPv6: one /64). Not given: no fixed figure; over half of `handshakes_max` in use, each address gets a fair share.

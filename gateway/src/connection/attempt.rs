@@ -1,0 +1,124 @@
+//! One attempt to connect, counted once: whatever comes of it, exactly one of the methods that take `self` is called.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use seawall_proto::{
+    hello::Hello,
+    id::{DeviceId, Label},
+    refusal::Refusal,
+    time::Instant,
+};
+
+use crate::{
+    cohorts::{Cohort, Outcome},
+    state::Shared,
+};
+
+/// An attempt whose outcome is still open.
+pub(super) struct Attempt {
+    shared: Shared,
+    peer: SocketAddr,
+    begun_at: Instant,
+    claims: Option<Claims>,
+}
+
+/// What the device said of itself, for the record.
+struct Claims {
+    device: DeviceId,
+    firmware: Option<Label>,
+    /// The cohort it claims to be of, if authenticated devices made that one.
+    cohort: Arc<Cohort>,
+    /// How long the database took to find it, if it was asked and did.
+    lookup_took: Option<Duration>,
+}
+
+impl Attempt {
+    pub(super) fn begin(shared: &Shared, peer: SocketAddr) -> Self {
+        Self {
+            shared: Arc::clone(shared),
+            peer,
+            begun_at: shared.clock.now(),
+            claims: None,
+        }
+    }
+
+    /// The hello was read: from here on the attempt is a device's.
+    pub(super) fn by(mut self, hello: &Hello) -> Self {
+        self.claims = Some(Claims {
+            device: hello.device,
+            firmware: hello.firmware.clone(),
+            cohort: self
+                .shared
+                .cohorts
+                .known(hello.model.as_deref(), hello.firmware.as_deref()),
+            lookup_took: None,
+        });
+        self
+    }
+
+    /// What the look-up cost, where there was one.
+    pub(super) fn looked_up(&mut self, took: Option<Duration>) {
+        if let Some(claims) = &mut self.claims {
+            claims.lookup_took = took;
+        }
+    }
+
+    pub(super) const fn peer(&self) -> SocketAddr {
+        self.peer
+    }
+
+    /// The device is upgraded. `cohort` is that of the authenticated device, which may be new.
+    pub(super) fn admitted(mut self, cohort: Arc<Cohort>) {
+        if let Some(claims) = &mut self.claims {
+            claims.cohort = cohort;
+        }
+        self.count(Outcome::Admitted);
+    }
+
+    /// The device is about to be told no.
+    pub(super) fn refused(self, refusal: &Refusal) {
+        if let Some(hint) = &refusal.hint {
+            self.shared.metrics.retry_hint_seconds.record(hint.after.as_secs_f64());
+        }
+        self.count(Outcome::Refused(refusal.code));
+    }
+
+    /// Counts the outcome in metrics, cohort and history, and logs it where somebody asked for that.
+    pub(super) fn count(self, outcome: Outcome) {
+        let Self {
+            shared,
+            peer,
+            begun_at,
+            claims,
+        } = self;
+        let took = shared.clock.now().saturating_since(begun_at);
+        shared.metrics.connections.increment("request");
+        shared.metrics.handshakes.increment(outcome.as_str());
+        shared.metrics.handshake_duration_seconds.record(took.as_secs_f64());
+        let Some(claims) = claims else {
+            tracing::debug!(outcome = outcome.as_str(), peer.addr = %peer, "connection attempt ended without a device id");
+            return;
+        };
+        claims.cohort.attempted(outcome);
+        if let Some(took) = claims.lookup_took {
+            claims
+                .cohort
+                .looked_up(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        }
+        let wall = shared.clock.wall();
+        match outcome {
+            Outcome::Admitted => shared.history.admitted(claims.device, wall),
+            Outcome::Abandoned | Outcome::Refused(_) => {
+                shared.history.refused(claims.device, wall, outcome.as_str());
+            }
+        }
+        tracing::debug!(
+            outcome = outcome.as_str(),
+            device.id = %claims.device,
+            firmware.version = claims.firmware.as_deref(),
+            peer.addr = %peer,
+            duration_ms = took.as_millis(),
+            "connection attempt ended"
+        );
+    }
+}

@@ -1,0 +1,272 @@
+//! A session, from its 101 to its close: one loop over mailbox, socket and timer, in a task of its own.
+//!
+//! [`seawall_proto::session::Session`] decides everything; this carries its actions out.
+
+use std::sync::Arc;
+
+use seawall_proto::{
+    close::Close,
+    frame::ErrorCode,
+    hello::SessionKind,
+    session::{self, Action, OutBody, Received},
+};
+use tokio::{
+    net::TcpStream,
+    sync::oneshot,
+    time::{Sleep, sleep_until},
+};
+
+use crate::{
+    address::Share,
+    connection::online::Online,
+    sessions::{Command, Delivery, Outgoing, OutgoingBody},
+    socket::{Inbound, SendError, Socket, SocketLimits},
+    state::Shared,
+};
+
+/// Messages whose delivery somebody waits for. Beyond it the oldest is no longer waited for: it counts as sent.
+const WAITING_MAX: usize = 64;
+
+/// How a session ended.
+enum End {
+    /// We close it.
+    Closed(Close),
+    /// The peer broke the protocol.
+    Failed(Close),
+    /// The peer said goodbye.
+    Goodbye,
+    /// The connection broke.
+    Gone,
+    /// The peer does not read.
+    Slow,
+}
+
+impl End {
+    /// The label of `seawall_closes_total`.
+    const fn reason(&self) -> &'static str {
+        match self {
+            Self::Closed(close) | Self::Failed(close) => close.as_str(),
+            Self::Goodbye => Close::Normal.as_str(),
+            Self::Gone => "client_gone",
+            Self::Slow => "slow_reader",
+        }
+    }
+}
+
+impl From<SendError> for End {
+    fn from(error: SendError) -> Self {
+        match error {
+            SendError::Slow => Self::Slow,
+            SendError::Gone => Self::Gone,
+        }
+    }
+}
+
+struct Live {
+    shared: Shared,
+    online: Online,
+    machine: session::Session,
+    socket: Socket,
+    /// Whoever waits to hear that a message arrived, oldest first.
+    waiting: Vec<(Box<str>, oneshot::Sender<Delivery>)>,
+    kind: SessionKind,
+    messages_in: u64,
+    messages_out: u64,
+}
+
+/// Runs the session to its end. `_connection` is its place among the node's connections.
+pub(super) async fn run(
+    shared: Shared,
+    online: Online,
+    stream: TcpStream,
+    leftover: Vec<u8>,
+    kind: SessionKind,
+    _connection: Share,
+) {
+    let limits = &shared.config.limits;
+    let socket_limits = SocketLimits {
+        frame_len_max: limits.frame_bytes_max,
+        message_len_max: limits.message_bytes_max,
+        write_timeout: limits.write_timeout(),
+    };
+    let machine = session::Session::open(
+        kind,
+        online.session().id,
+        Arc::clone(&shared.session_limits),
+        shared.clock.now(),
+        shared.clock.wall(),
+        &mut rand::rng(),
+    );
+    let mut live = Live {
+        socket: Socket::new(stream, leftover, socket_limits).await,
+        shared,
+        online,
+        machine,
+        waiting: Vec::new(),
+        kind,
+        messages_in: 0,
+        messages_out: 0,
+    };
+    let end = live.until_end().await;
+    live.farewell(end).await;
+}
+
+impl Live {
+    async fn until_end(&mut self) -> End {
+        let handle = Arc::clone(self.online.session());
+        let timer = sleep_until(self.shared.clock.deadline(self.machine.poll_timeout()));
+        tokio::pin!(timer);
+        loop {
+            if let Err(end) = self.act().await {
+                return end;
+            }
+            // In this order: orders are few and bounded; what a device has sent counts before its silence does.
+            tokio::select! {
+                biased;
+                () = handle.wait() => self.obey(),
+                inbound = self.socket.next() => {
+                    if let Some(end) = self.hear(inbound) {
+                        return end;
+                    }
+                }
+                () = &mut timer => self.tick(timer.as_mut()),
+            }
+        }
+    }
+
+    /// Carries out what the machine decided, in its order, and writes it in one go.
+    async fn act(&mut self) -> Result<(), End> {
+        let mut has_fed = false;
+        while let Some(action) = self.machine.poll_action() {
+            match action {
+                Action::Text(text) => self.socket.feed_text(text).await?,
+                Action::Binary(bytes) => self.socket.feed_binary(bytes).await?,
+                Action::Ping => self.socket.feed_ping().await?,
+                Action::Received(received) => {
+                    self.store(received);
+                    continue;
+                }
+                Action::Complained(error) => {
+                    self.shared.metrics.messages_in.increment(match error {
+                        ErrorCode::BadFrame => "bad_frame",
+                        ErrorCode::RateLimited => "rate_limited",
+                    });
+                    continue;
+                }
+                Action::Acked(id) => {
+                    self.acknowledged(&id);
+                    continue;
+                }
+                Action::Close(close) => return Err(End::Closed(close)),
+            }
+            has_fed = true;
+        }
+        if has_fed {
+            self.socket.flush().await?;
+            if self.kind == SessionKind::Plain {
+                // A plain session has no acknowledgements: written is all that can be known.
+                for (_, done) in self.waiting.drain(..) {
+                    // Nobody waits any more.
+                    let _ = done.send(Delivery::Sent);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn obey(&mut self) {
+        while let Some(command) = self.online.session().take() {
+            match command {
+                Command::Close(close) => self.machine.handle_close(close),
+                Command::Deliver(message) => self.deliver(message),
+            }
+        }
+    }
+
+    fn deliver(&mut self, message: Outgoing) {
+        let body = match &message.body {
+            OutgoingBody::Json(json) => OutBody::Json(json),
+            OutgoingBody::Binary(bytes) => OutBody::Binary(bytes),
+        };
+        // What can't be said is dropped with its sender, who hears of it by that.
+        if self.machine.handle_message_out(&message.id, body).is_ok() {
+            self.messages_out += 1;
+            self.waiting.retain(|(_, done)| !done.is_closed());
+            if self.waiting.len() >= WAITING_MAX {
+                self.waiting.remove(0);
+            }
+            self.waiting.push((message.id, message.done));
+        }
+    }
+
+    fn hear(&mut self, inbound: Inbound) -> Option<End> {
+        let now = self.shared.clock.now();
+        match inbound {
+            Inbound::Text(text) => self.machine.handle_text(&text, now),
+            Inbound::Binary(bytes) => self.machine.handle_binary(&bytes, now),
+            Inbound::Control => self.machine.handle_control(now),
+            Inbound::Goodbye => return Some(End::Goodbye),
+            Inbound::Broken(close) => return Some(End::Failed(close)),
+            Inbound::Gone => return Some(End::Gone),
+        }
+        None
+    }
+
+    fn tick(&mut self, timer: std::pin::Pin<&mut Sleep>) {
+        self.machine.handle_timeout(self.shared.clock.now(), &mut rand::rng());
+        timer.reset(self.shared.clock.deadline(self.machine.poll_timeout()));
+    }
+
+    /// Into the event buffer; a full one means no acknowledgement, so that the device keeps its message.
+    fn store(&mut self, received: Received) {
+        self.messages_in += 1;
+        let device = self.online.session().info.device;
+        let id = received.id.clone();
+        let outcome = match self.shared.events.message(self.shared.clock.wall(), device, received) {
+            Ok(()) => {
+                if let Some(id) = id {
+                    self.machine.handle_stored(&id);
+                }
+                "accepted"
+            }
+            Err(_) => "buffer_full",
+        };
+        self.shared.metrics.messages_in.increment(outcome);
+    }
+
+    fn acknowledged(&mut self, id: &str) {
+        if let Some(at) = self.waiting.iter().position(|(waiting, _)| **waiting == *id) {
+            let (_, done) = self.waiting.remove(at);
+            if self.waiting.is_empty() {
+                self.waiting = Vec::new();
+            }
+            // The one who waited may have given up.
+            let _ = done.send(Delivery::Acked);
+        }
+    }
+
+    /// Offline first, then the courtesies: nobody waits for a peer's goodbye.
+    async fn farewell(self, end: End) {
+        let reason = end.reason();
+        let session = Arc::clone(self.online.session());
+        self.online.end(reason);
+        drop(self.waiting);
+        tracing::debug!(
+            reason,
+            device.id = %session.info.device,
+            session.id = %session.id,
+            firmware.version = session.info.cohort.firmware.as_deref(),
+            peer.addr = %session.info.peer,
+            duration_ms = self.shared.clock.wall().saturating_since(session.info.since).as_millis(),
+            messages_in = self.messages_in,
+            messages_out = self.messages_out,
+            "session ended"
+        );
+        match end {
+            End::Closed(close) => self.socket.close(&close).await,
+            End::Failed(close) => self.socket.fail(&close).await,
+            End::Goodbye => self.socket.finish().await,
+            End::Gone | End::Slow => {}
+        }
+    }
+}

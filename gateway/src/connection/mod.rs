@@ -1,0 +1,191 @@
+//! The life of a device's connection, top to bottom: head, hello, decisions, answer, and the hand-over to its session.
+//!
+//! [`serve`] is that life until the answer. Behind a 101 the session goes on in a task of its own ([`live`]), because a
+//! task is as large as its largest moment. No policy in here: what to decide is `seawall_proto`'s, this asks and obeys.
+
+mod answer;
+mod attempt;
+mod live;
+mod online;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use seawall_proto::{
+    handshake::{self, Admitted, Policy},
+    hello::{self, Hello, Request, SessionKind},
+    refusal::Refusal,
+};
+use tokio::{net::TcpStream, time::timeout};
+
+use crate::{
+    address::Share,
+    cohorts::Outcome,
+    connection::{answer::Linger, attempt::Attempt, online::Online},
+    head::{Complete, HeadError, HeadReader},
+    listener::{Door, Handshake},
+    lookup::Concluded,
+    sessions::SessionInfo,
+    state::Shared,
+};
+
+pub use answer::{Turned, turn_away};
+
+/// A head that takes longer counts as slow: under pressure its address is then held to a fair share.
+const SLOW_AFTER: Duration = Duration::from_millis(500);
+
+/// From accept to the answer; an upgraded connection goes on as a session, in another task.
+pub async fn serve(
+    shared: Shared,
+    door: Arc<Door>,
+    stream: TcpStream,
+    peer: SocketAddr,
+    connection: Share,
+    mut handshake: Handshake,
+) {
+    let attempt = Attempt::begin(&shared, peer);
+    let head = read_head(&shared, &stream, &mut handshake).await;
+    drop(handshake);
+
+    let Complete { parsed, leftover } = match head {
+        Ok(complete) => complete,
+        Err(NoHead::PeerGone { has_begun: true }) => return attempt.count(Outcome::Abandoned),
+        Err(NoHead::PeerGone { has_begun: false }) => return shared.metrics.connections.increment("silent"),
+        Err(NoHead::Silent) => {
+            shared.metrics.connections.increment("silent");
+            return answer::refuse(&shared, &door, stream, &Refusal::request_timeout(), Linger::Unread).await;
+        }
+        Err(NoHead::Refused(refusal)) => {
+            attempt.refused(&refusal);
+            return answer::refuse(&shared, &door, stream, &refusal, Linger::Unread).await;
+        }
+    };
+    let hello = match parsed {
+        Ok(Request::Connect(hello)) => hello,
+        Ok(Request::Ready) => return answer::readiness(&shared, stream).await,
+        Err(refusal) => {
+            attempt.refused(&refusal);
+            return answer::refuse(&shared, &door, stream, &refusal, Linger::Unread).await;
+        }
+    };
+    let mut attempt = attempt.by(&hello);
+    let decided = tokio::select! {
+        biased;
+        decision = decide(&shared, hello) => decision,
+        // Dropping the decision takes the device out of the queue: it never reaches the database.
+        () = peer_gone(&stream) => return attempt.count(Outcome::Abandoned),
+    };
+    attempt.looked_up(decided.took);
+    match decided.result {
+        Ok(admitted) => upgrade(shared, door, stream, leftover, attempt, admitted, connection).await,
+        Err(refusal) => {
+            attempt.refused(&refusal);
+            let linger = if leftover.is_empty() {
+                Linger::AllRead
+            } else {
+                Linger::Unread
+            };
+            answer::refuse(&shared, &door, stream, &refusal, linger).await;
+        }
+    }
+}
+
+/// Why a connection never showed a complete head.
+enum NoHead {
+    PeerGone {
+        has_begun: bool,
+    },
+    /// The deadline passed without a byte.
+    Silent,
+    Refused(Refusal),
+}
+
+async fn read_head(
+    shared: &Shared,
+    stream: &TcpStream,
+    handshake: &mut Handshake,
+) -> Result<Complete<Result<Request, Refusal>>, NoHead> {
+    let limits = &shared.config.limits;
+    let mut reader = HeadReader::new(limits.head_bytes_max);
+    let mut parse = |head: &hello::Head<'_>| hello::parse(head, &shared.config.identity);
+    let slow_after = SLOW_AFTER.min(limits.head_timeout());
+    let mut read = timeout(slow_after, reader.read(stream, &mut parse)).await;
+    if read.is_err() && !handshake.share.mark_slow() {
+        let rest = limits.head_timeout().saturating_sub(slow_after);
+        read = timeout(rest, reader.read(stream, &mut parse)).await;
+    }
+    match read {
+        Ok(Ok(complete)) => Ok(complete),
+        Ok(Err(HeadError::PeerGone)) => Err(NoHead::PeerGone {
+            has_begun: reader.has_begun(),
+        }),
+        Ok(Err(HeadError::Refused(refusal))) => Err(NoHead::Refused(refusal)),
+        Err(_) if reader.has_begun() => Err(NoHead::Refused(Refusal::request_timeout())),
+        Err(_) => Err(NoHead::Silent),
+    }
+}
+
+/// The order of `seawall_proto::handshake`, with the look-up in its place.
+async fn decide(shared: &Shared, hello: Hello) -> Concluded {
+    let arrived = shared.clock.now();
+    let screened = {
+        let rules = shared.rules.current();
+        let policy = Policy {
+            rules: &rules,
+            draining: shared.drain.peers(),
+            wall: shared.clock.wall(),
+        };
+        handshake::screen(hello, &policy, &mut rand::rng())
+    };
+    match screened {
+        Ok(screened) => shared.gate.admit(screened, arrived, || shared.rules.current()).await,
+        Err(refusal) => Concluded {
+            result: Err(refusal),
+            took: None,
+        },
+    }
+}
+
+/// Ready once the peer has closed its side or broken the connection. A peer that sends on is still there.
+async fn peer_gone(stream: &TcpStream) {
+    if let Ok(1..) = stream.peek(&mut [0]).await {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Registers the session, answers 101, and starts the session's own task.
+async fn upgrade(
+    shared: Shared,
+    door: Arc<Door>,
+    mut stream: TcpStream,
+    leftover: Vec<u8>,
+    attempt: Attempt,
+    admitted: Admitted,
+    connection: Share,
+) {
+    let hello = &admitted.hello;
+    let switching = answer::switching_protocols(&hello.websocket_key, hello.protocol.as_deref());
+    let kind = hello.session_kind;
+    let cohort = shared
+        .cohorts
+        .intern(admitted.model.as_deref(), hello.firmware.as_deref());
+    // Before the 101, so that whoever has read it finds the device online.
+    let online = Online::begin(
+        &shared,
+        SessionInfo {
+            device: hello.device,
+            tenant: admitted.tenant.as_str().into(),
+            cohort: Arc::clone(&cohort),
+            speaks_v1: kind == SessionKind::V1,
+            peer: attempt.peer(),
+            since: shared.clock.wall(),
+        },
+    );
+    let written = answer::write(&shared, &mut stream, &switching).await;
+    if written.is_err() {
+        online.end("client_gone");
+        return attempt.count(Outcome::Abandoned);
+    }
+    attempt.admitted(cohort);
+    let tasks = door.tasks.clone();
+    tasks.spawn(live::run(shared, online, stream, leftover, kind, connection));
+}

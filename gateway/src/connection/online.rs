@@ -1,0 +1,76 @@
+//! A device's presence on this node, for as long as its session lives: registered at the beginning, taken back at the end.
+
+use std::sync::Arc;
+
+use crate::{
+    events::Body,
+    sessions::{Session, SessionInfo},
+    state::Shared,
+};
+
+/// Holds a session registered. Ends it when it is dropped, so that no way out of a task leaves a dead session behind.
+pub(super) struct Online {
+    shared: Shared,
+    session: Arc<Session>,
+    /// A label of `seawall_closes_total`.
+    reason: &'static str,
+}
+
+impl Online {
+    /// Makes this the one session of its device; an older one is told to close.
+    pub(super) fn begin(shared: &Shared, info: SessionInfo) -> Self {
+        let since = info.since;
+        let registered = shared.sessions.register(info);
+        let session = registered.session;
+        if registered.replaced.is_some() {
+            shared.metrics.replacements.increment(1);
+        } else {
+            shared.events.notice(since, presence(&session, "online", "connected"));
+        }
+        shared.metrics.sessions.set(len_of(shared));
+        Self {
+            shared: Arc::clone(shared),
+            session,
+            reason: "shutdown",
+        }
+    }
+
+    pub(super) const fn session(&self) -> &Arc<Session> {
+        &self.session
+    }
+
+    /// The session ended, for this reason: a label of `seawall_closes_total`.
+    pub(super) fn end(mut self, reason: &'static str) {
+        self.reason = reason;
+    }
+}
+
+impl Drop for Online {
+    fn drop(&mut self) {
+        let shared = &self.shared;
+        shared.metrics.closes.increment(self.reason);
+        // A session that was replaced says nothing about its device, which is online in the newer one.
+        if shared.sessions.unregister(&self.session) {
+            let now = shared.clock.wall();
+            shared.history.went_offline(self.session.info.device, now, self.reason);
+            shared
+                .events
+                .notice(now, presence(&self.session, "offline", self.reason));
+        }
+        shared.metrics.sessions.set(len_of(shared));
+    }
+}
+
+fn presence(session: &Session, state: &'static str, reason: &'static str) -> Body {
+    Body::Presence {
+        device: session.info.device,
+        state,
+        reason,
+        cohort: session.info.cohort.name().into(),
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a node holds far fewer than 2^52 sessions")]
+fn len_of(shared: &Shared) -> f64 {
+    shared.sessions.len() as f64
+}

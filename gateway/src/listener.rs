@@ -1,0 +1,387 @@
+//! The door for devices: accepts connections, bounded, and hands each to [`connection`](crate::connection).
+//!
+//! Start with [`Listener::run`]. While [`Bounds::handshakes`] connections have not yet shown a complete head, nothing is
+//! accepted: newcomers wait in the kernel's backlog, which costs nothing, and live sessions keep the machine. An accept
+//! that fails for want of files or memory pauses; it never spins.
+
+use std::{io, net::SocketAddr, num::NonZeroU32, sync::Arc, time::Duration};
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::sleep,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    address::{Exhausted, FairShare, HandshakeRate, Network, Scope, Share},
+    config::Limits,
+    connection::{self, Turned},
+    metrics::Metrics,
+    state::Shared,
+};
+
+/// Connections that the kernel holds for us before they are accepted; more get no answer, and try again after 1 s.
+const BACKLOG: i32 = 4096;
+
+/// Files kept free for databases, the API, logs and refusals.
+const FILES_RESERVED: usize = 256;
+
+/// First and longest pause after an accept that failed for want of something.
+const PAUSE_MIN: Duration = Duration::from_millis(20);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// Refused connections whose peer gets time to read its answer; more are closed at once, as only a flood brings them.
+const LINGERING_MAX: usize = 64;
+
+/// How often addresses that stay away are forgotten, where handshakes by address are counted.
+const FORGET_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How many connections this process can take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// Connections at a time, sessions and handshakes together.
+    pub connections: usize,
+    /// Handshakes under way: accepted, head not complete.
+    pub handshakes: usize,
+}
+
+impl Bounds {
+    /// From the settings, and from the limit on open files, which is raised as far as it goes.
+    #[must_use]
+    pub fn of_process(limits: &Limits) -> Self {
+        Self::from_files(limits, raise_open_files())
+    }
+
+    fn from_files(limits: &Limits, files: usize) -> Self {
+        let possible = files.saturating_sub(FILES_RESERVED.min(files / 2)).max(1);
+        let connections = match limits.connections_max {
+            0 => possible,
+            wanted => wanted.min(possible),
+        };
+        Self {
+            connections,
+            handshakes: limits.handshakes_max.min(connections.div_ceil(2)).max(1),
+        }
+    }
+}
+
+/// Sets the soft limit on open files to the hard one, and says what it is.
+fn raise_open_files() -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    let effective = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum,
+        Err(_) => limit.current,
+    };
+    effective.map_or(usize::MAX, |files| usize::try_from(files).unwrap_or(usize::MAX))
+}
+
+/// What all connections share at the door.
+pub struct Door {
+    /// One for each handshake under way; given back when the head is complete.
+    handshakes: Arc<Semaphore>,
+    handshake_shares: Arc<FairShare>,
+    connection_shares: Arc<FairShare>,
+    /// Only where the operator set a figure.
+    handshake_rate: Option<HandshakeRate>,
+    pub(crate) lingering: Semaphore,
+    /// Every connection's task.
+    pub(crate) tasks: TaskTracker,
+}
+
+/// What a connection holds until its head is complete.
+pub struct Handshake {
+    _permit: OwnedSemaphorePermit,
+    pub(crate) share: Share,
+}
+
+impl Door {
+    fn new(bounds: Bounds, limits: &Limits) -> Self {
+        let rate = limits.handshakes_per_second_per_address_max.and_then(NonZeroU32::new);
+        Self {
+            handshakes: Arc::new(Semaphore::new(bounds.handshakes)),
+            handshake_shares: FairShare::new(bounds.handshakes, Scope::TheSlow, None),
+            connection_shares: FairShare::new(bounds.connections, Scope::Everyone, limits.connections_per_address_max),
+            handshake_rate: rate.map(HandshakeRate::new),
+            lingering: Semaphore::new(LINGERING_MAX),
+            tasks: TaskTracker::new(),
+        }
+    }
+
+    /// What a connection from `network` needs, or why it can't have it.
+    fn admit(&self, network: Network, permit: OwnedSemaphorePermit) -> Result<(Share, Handshake), Turned> {
+        let connection = self
+            .connection_shares
+            .take(network)
+            .map_err(|exhausted| match exhausted {
+                Exhausted::Bound => Turned::NodeFull,
+                Exhausted::Address => Turned::AddressShare,
+            })?;
+        if !self.handshake_rate.as_ref().is_none_or(|rate| rate.allows(network)) {
+            return Err(Turned::AddressRate);
+        }
+        let share = self.handshake_shares.take(network).map_err(|_| Turned::AddressShare)?;
+        let handshake = Handshake { _permit: permit, share };
+        Ok((connection, handshake))
+    }
+}
+
+/// A bound and listening socket.
+pub struct Listener {
+    tcp: TcpListener,
+    door: Arc<Door>,
+}
+
+impl Listener {
+    /// Binds `address`; port 0 takes a free one.
+    ///
+    /// # Errors
+    /// The address is taken, or is none of this machine's.
+    pub fn bind(address: SocketAddr, bounds: Bounds, limits: &Limits) -> io::Result<Self> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        // A restart takes the port while old connections of it are still dying.
+        socket.set_reuse_address(true)?;
+        socket.set_nonblocking(true)?;
+        // Accepted sockets inherit these on Linux: no system call for each of them.
+        socket.set_tcp_nodelay(true)?;
+        socket.set_keepalive(true)?;
+        socket.set_tcp_keepalive(
+            &TcpKeepalive::new()
+                .with_time(Duration::from_secs(60))
+                .with_interval(Duration::from_secs(20))
+                .with_retries(3),
+        )?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        Ok(Self {
+            tcp: TcpListener::from_std(socket.into())?,
+            door: Arc::new(Door::new(bounds, limits)),
+        })
+    }
+
+    /// The address in use.
+    ///
+    /// # Errors
+    /// The socket is broken.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.tcp.local_addr()
+    }
+
+    /// Accepts until `hard` is cancelled, then waits for every connection to end. While the node drains it still accepts:
+    /// devices are owed an answer.
+    pub async fn run(self, shared: Shared, hard: CancellationToken) {
+        let mut pause = Pause::default();
+        let forgetting = forget_idle(Arc::clone(&self.door));
+        tokio::pin!(forgetting);
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = hard.cancelled() => break,
+                () = &mut forgetting => continue,
+                accepted = self.accept() => accepted,
+            };
+            match accepted {
+                Ok((stream, peer, permit)) => {
+                    pause.end();
+                    self.receive(&shared, stream, peer, permit);
+                }
+                Err(error) if is_the_peers(&error) => shared.metrics.connections.increment("accept_error"),
+                Err(error) => {
+                    let span = pause.begin(&error, &shared.metrics);
+                    tokio::select! {
+                        () = hard.cancelled() => break,
+                        () = sleep(span) => {}
+                    }
+                }
+            }
+        }
+        drop(self.tcp);
+        self.door.tasks.close();
+        self.door.tasks.wait().await;
+    }
+
+    /// The next connection, once there is room for its handshake.
+    ///
+    /// # Cancel safety
+    /// Safe: a connection is either returned or still in the backlog.
+    async fn accept(&self) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
+        let permit = Arc::clone(&self.door.handshakes)
+            .acquire_owned()
+            .await
+            .map_err(io::Error::other)?;
+        let (stream, peer) = self.tcp.accept().await?;
+        Ok((stream, peer, permit))
+    }
+
+    fn receive(&self, shared: &Shared, stream: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
+        let door = Arc::clone(&self.door);
+        let shared = Arc::clone(shared);
+        match self.door.admit(Network::from(peer.ip()), permit) {
+            Ok((connection, handshake)) => {
+                let life = connection::serve(shared, door, stream, peer, connection, handshake);
+                self.door.tasks.spawn(life);
+            }
+            Err(turned) => {
+                self.door
+                    .tasks
+                    .spawn(connection::turn_away(shared, door, stream, turned));
+            }
+        }
+    }
+}
+
+/// Never ready; keeps the table of handshakes by address small, off the runtime's workers.
+async fn forget_idle(door: Arc<Door>) {
+    if door.handshake_rate.is_none() {
+        std::future::pending::<()>().await;
+    }
+    loop {
+        sleep(FORGET_INTERVAL).await;
+        let door = Arc::clone(&door);
+        let sweep = tokio::task::spawn_blocking(move || door.handshake_rate.as_ref().map(HandshakeRate::forget_idle));
+        // Cancelled only where the runtime ends.
+        let _ = sweep.await;
+    }
+}
+
+/// The connection was gone before it was accepted: nothing is wrong with us.
+fn is_the_peers(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::Interrupted
+            | io::ErrorKind::NotConnected
+            | io::ErrorKind::HostUnreachable
+            | io::ErrorKind::NetworkUnreachable
+    )
+}
+
+/// Out of files or memory: waits longer each time, and says so once.
+#[derive(Debug, Default)]
+struct Pause {
+    last: Option<Duration>,
+}
+
+impl Pause {
+    fn begin(&mut self, error: &io::Error, metrics: &Metrics) -> Duration {
+        metrics.accept_pauses.increment(1);
+        if self.last.is_none() {
+            tracing::warn!(error = %error, "accepting devices paused: the system gives no more connections");
+        }
+        let span = self.last.map_or(PAUSE_MIN, |last| (last * 2).min(PAUSE_MAX));
+        self.last = Some(span);
+        span
+    }
+
+    fn end(&mut self) {
+        if self.last.take().is_some() {
+            tracing::info!("accepting devices goes on");
+        }
+    }
+}
+
+/// The options that accepted sockets inherit, read back by a test.
+#[cfg(test)]
+fn options_of(stream: &TcpStream) -> io::Result<(bool, bool)> {
+    let socket = socket2::SockRef::from(stream);
+    Ok((socket.tcp_nodelay()?, socket.keepalive()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits() -> Limits {
+        Limits::default()
+    }
+
+    #[tokio::test]
+    async fn accepted_sockets_inherit_their_options() {
+        let listener = Listener::bind(
+            SocketAddr::from(([127, 0, 0, 1], 0)),
+            Bounds {
+                connections: 4,
+                handshakes: 2,
+            },
+            &limits(),
+        )
+        .unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+
+        let (stream, ..) = listener.accept().await.unwrap();
+
+        assert_eq!(options_of(&stream).unwrap(), (true, true));
+    }
+
+    #[test]
+    fn taken_port_is_an_error() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let _guard = runtime.enter();
+        let bounds = Bounds {
+            connections: 4,
+            handshakes: 2,
+        };
+        let first = Listener::bind(SocketAddr::from(([127, 0, 0, 1], 0)), bounds, &limits()).unwrap();
+
+        let second = Listener::bind(first.local_addr().unwrap(), bounds, &limits());
+
+        assert_eq!(second.err().map(|error| error.kind()), Some(io::ErrorKind::AddrInUse));
+    }
+
+    #[test]
+    fn bounds_leave_files_for_the_rest_of_the_process() {
+        let bounds = |files| Bounds::from_files(&limits(), files);
+
+        assert_eq!(
+            bounds(20_000),
+            Bounds {
+                connections: 19_744,
+                handshakes: 500
+            }
+        );
+        assert_eq!(
+            bounds(256),
+            Bounds {
+                connections: 128,
+                handshakes: 64
+            }
+        );
+        assert!(bounds(0).connections >= 1);
+    }
+
+    #[test]
+    fn configured_bound_counts_where_the_files_allow_it() {
+        let limits = Limits {
+            connections_max: 100,
+            ..limits()
+        };
+
+        assert_eq!(Bounds::from_files(&limits, 20_000).connections, 100);
+        assert_eq!(Bounds::from_files(&limits, 64).connections, 32);
+    }
+
+    #[test]
+    fn pause_grows_to_a_second_and_starts_over() {
+        let metrics = Metrics::new();
+        let error = io::Error::other("out of files");
+        let mut pause = Pause::default();
+
+        let spans: Vec<Duration> = (0..8).map(|_| pause.begin(&error, &metrics)).collect();
+        pause.end();
+
+        assert_eq!(spans[0], PAUSE_MIN);
+        assert_eq!(spans[7], PAUSE_MAX);
+        assert_eq!(pause.begin(&error, &metrics), PAUSE_MIN);
+    }
+}
