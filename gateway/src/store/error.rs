@@ -16,9 +16,12 @@ pub enum StoreError {
     /// No answer in the time the caller gave. Whether a write was done is not known.
     #[error("the database did not answer in time")]
     TimedOut,
+    /// Every connection of the kind that is needed is in use, and none came free in time.
+    #[error("too many calls to the database at once: try again")]
+    Busy,
     /// Another process or transaction holds a lock.
     #[error("the database is locked by another process or a long transaction: end it, or wait and try again")]
-    Locked(#[source] Option<sqlx::Error>),
+    Locked(#[source] sqlx::Error),
     #[error("the disk is full: free space on the database's disk, the gateway then goes on by itself")]
     DiskFull(#[source] sqlx::Error),
     #[error(
@@ -57,7 +60,7 @@ impl StoreError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Open { error, .. } => error.is_retryable(),
-            Self::Unavailable(_) | Self::TimedOut | Self::Locked(_) | Self::DiskFull(_) => true,
+            Self::Unavailable(_) | Self::TimedOut | Self::Busy | Self::Locked(_) | Self::DiskFull(_) => true,
             Self::Unreadable(_)
             | Self::ReadOnly(_)
             | Self::NotADatabase(_)
@@ -92,6 +95,7 @@ impl StoreError {
             Self::Open { error, .. } => error.metric_label(),
             Self::Unavailable(_) => "unavailable",
             Self::TimedOut => "timed_out",
+            Self::Busy => "busy",
             Self::Locked(_) => "locked",
             Self::DiskFull(_) => "disk_full",
             Self::Unreadable(_) => "unreadable",
@@ -158,7 +162,7 @@ fn from_sqlite(extended: i32, error: sqlx::Error) -> StoreError {
     const CONSTRAINT_UNIQUE: i32 = 2067;
     match (extended, extended & 0xff) {
         (CONSTRAINT_PRIMARY_KEY | CONSTRAINT_UNIQUE, _) => StoreError::Conflict("it is already there".into()),
-        (_, 5 | 6) => StoreError::Locked(Some(error)),
+        (_, 5 | 6) => StoreError::Locked(error),
         (_, 3 | 14) => StoreError::Unreadable(Some(error)),
         (_, 8) => StoreError::ReadOnly(error),
         (_, 10) => StoreError::Unavailable(format!("reading or writing its file failed: {error}")),
@@ -175,7 +179,7 @@ fn from_postgres(code: &str, message: String, error: sqlx::Error) -> StoreError 
         "23505" => StoreError::Conflict("it is already there".into()),
         // Cancelled by statement_timeout: ours is as long as the caller's patience.
         "57014" => StoreError::TimedOut,
-        "55P03" | "40001" | "40P01" => StoreError::Locked(Some(error)),
+        "55P03" | "40001" | "40P01" => StoreError::Locked(error),
         "53100" => StoreError::DiskFull(error),
         "25006" => StoreError::Unavailable("it is read-only: point the gateway at the primary".into()),
         "3D000" => StoreError::Unavailable(format!("{message}: create it")),

@@ -20,7 +20,7 @@ use super::{
     error::StoreError,
 };
 
-/// Longest wait for a free connection of a lane. Then the caller gets [`StoreError::Locked`].
+/// Longest wait for a free connection of a lane. Then the caller gets [`StoreError::Busy`].
 const TAKE_MAX: Duration = Duration::from_secs(2);
 /// Longest wait for a new connection to answer.
 pub(super) const CONNECT_MAX: Duration = Duration::from_secs(1);
@@ -60,7 +60,7 @@ impl Lane {
     pub async fn take(self: &Arc<Self>) -> Result<Held, StoreError> {
         let permit = match timeout(TAKE_MAX, Arc::clone(&self.slots).acquire_owned()).await {
             Ok(Ok(permit)) => permit,
-            Ok(Err(_)) | Err(_) => return Err(StoreError::Locked(None)),
+            Ok(Err(_)) | Err(_) => return Err(StoreError::Busy),
         };
         let connection = match self.take_idle().await {
             Some(connection) => connection,

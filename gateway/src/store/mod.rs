@@ -73,7 +73,7 @@ struct Inner {
     imports: Connector,
     reads: Arc<Lane>,
     writes: Arc<Lane>,
-    /// Rules are read and written here, never behind anything else. SQLite has one writer, whoever asks.
+    /// Rules are read and written here, never behind anything else; in SQLite a write waits for the one other writer, at most 1.5 s.
     rules: Arc<Lane>,
     /// One import at a time.
     import_permit: Arc<Semaphore>,
@@ -113,15 +113,14 @@ impl Store {
 
     async fn open_sqlite(path: &std::path::Path) -> Result<Self, StoreError> {
         sqlite::prepare(path).await?;
-        let writes = Lane::new(sqlite::writer(path), 1);
         let health = Health::new();
         health.set_ready();
         Ok(Self(Arc::new(Inner {
             lookups: Arc::new(sqlite::reader(path)),
             imports: sqlite::writer(path),
             reads: Lane::new(sqlite::reader(path), OPS_CONNECTIONS_MAX),
-            rules: Arc::clone(&writes),
-            writes,
+            writes: Lane::new(sqlite::writer(path), 1),
+            rules: Lane::new(sqlite::writer(path), 1),
             import_permit: Arc::new(Semaphore::new(1)),
             health: Arc::new(health),
             _preparing: None,

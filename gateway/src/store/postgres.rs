@@ -70,6 +70,8 @@ impl Purpose {
             Self::Migrations => &[
                 ("lock_timeout", "10000"),
                 ("idle_in_transaction_session_timeout", "60000"),
+                // Without the notices that a table is there already.
+                ("client_min_messages", "warning"),
             ],
         }
     }

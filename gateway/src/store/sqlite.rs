@@ -1,6 +1,6 @@
 //! The embedded database: one file, write-ahead log, one writer beside readers.
 
-use std::{path::Path, time::Duration};
+use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt, path::Path, time::Duration};
 
 use sqlx::{
     ConnectOptions,
@@ -39,7 +39,10 @@ pub(super) async fn prepare(path: &Path) -> Result<(), StoreError> {
     // SQLite answers "unable to open" to all of these; the file system knows better.
     match std::fs::metadata(path) {
         Ok(metadata) if !metadata.is_file() => return Err(StoreError::Unreadable(None)),
-        Ok(_) | Err(_) => {}
+        Ok(_) => {}
+        // Made here, so that nobody else can read the hashes in it; its companion files get the same mode. Where this fails,
+        // so does SQLite, and says why.
+        Err(_) => drop(OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)),
     }
     let mut connection = lane::connect(&writer(path)).await?;
     migrations::migrate(&mut connection).await

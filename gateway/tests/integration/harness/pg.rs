@@ -8,7 +8,7 @@ use std::{
     fs,
     io::{BufRead, BufReader, Write},
     net::TcpListener,
-    os::unix::fs::PermissionsExt,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::{
@@ -30,8 +30,10 @@ const START_MAX: Duration = Duration::from_secs(30);
 const PORTS_TRIED_MAX: u32 = 5;
 
 /// Reads `start PORT` lines; at the end of its input (this process is gone) it ends the server and removes the files.
-/// Stopped processes can't die of a polite signal, hence KILL.
+/// Stopped processes can't die of a polite signal, hence KILL; and the kernel hangs up on a group with stopped processes in
+/// it that has lost its parent, hence the trap.
 const GUARDIAN: &str = r#"
+trap '' HUP INT TERM
 dir=$1; shift
 server=
 while read -r verb port; do
@@ -103,6 +105,8 @@ impl Cluster {
         ] {
             guardian.args(["-c", setting]);
         }
+        // Out of reach of a Ctrl-C, or of a test runner that kills the whole group of this process.
+        guardian.process_group(0);
         guardian
             .current_dir(&directory)
             .stdin(Stdio::piped())

@@ -104,6 +104,27 @@ async fn write_behind_a_lock_ends_within_its_time_and_succeeds_afterwards() {
 }
 
 #[tokio::test]
+async fn only_the_owner_may_read_the_file_and_its_companions() {
+    let fixture = super::Fixture::sqlite().await;
+    let path = fixture.url.sqlite_path().unwrap();
+    fixture
+        .store
+        .device_insert(&new_device(1), &audit("device.create", 1))
+        .await
+        .unwrap();
+
+    for entry in fs::read_dir(path.parent().unwrap()).unwrap() {
+        let entry = entry.unwrap();
+        assert_eq!(
+            entry.metadata().unwrap().permissions().mode() & 0o777,
+            0o600,
+            "{:?}",
+            entry.path()
+        );
+    }
+}
+
+#[tokio::test]
 async fn write_ahead_log_is_on() {
     let fixture = super::Fixture::sqlite().await;
     let path = fixture.url.sqlite_path().unwrap();
@@ -140,4 +161,23 @@ async fn full_disk_is_told_apart() {
 
     assert!(matches!(error, StoreError::DiskFull(_)), "{error}");
     assert!(error.is_retryable() && error.to_string().contains("free space"));
+}
+
+#[tokio::test]
+async fn rules_are_read_while_a_device_write_waits_for_a_lock() {
+    let fixture = super::Fixture::sqlite().await;
+    let path = fixture.url.sqlite_path().unwrap();
+    let mut other = SqliteConnection::connect(&format!("sqlite:{}", path.display()))
+        .await
+        .unwrap();
+    sqlx::raw_sql("BEGIN IMMEDIATE").execute(&mut other).await.unwrap();
+    let store = fixture.store.clone();
+    let waiting = tokio::spawn(async move { store.device_insert(&new_device(1), &audit("device.create", 1)).await });
+    tokio::task::yield_now().await;
+
+    let started = std::time::Instant::now();
+    assert_eq!(fixture.store.rules_revision().await.unwrap(), 0);
+
+    assert!(started.elapsed() < std::time::Duration::from_millis(500));
+    assert!(waiting.await.unwrap().is_err());
 }
