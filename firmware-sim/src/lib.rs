@@ -3,12 +3,17 @@
 //! # Layout
 //! - [`device`]: the client machine, pure; the simulator runs it in virtual time. Read this first.
 //! - [`profile`], [`backoff`]: how devices behave, from well-behaved to hostile, and how long they wait.
+//! - [`driver`]: machines on real sockets, a task each; [`fleet`]: thousands of them, with figures ([`stats`]).
+//! - [`identity`], [`mix`]: who the devices are, and what they run.
 //! - [`connection`]: one connection by hand, for tests and tools.
 //! - [`target`]: the gateway's URL, and the local addresses that devices connect from.
 
 pub mod backoff;
 pub mod connection;
 pub mod device;
+pub mod driver;
 mod handshake;
+pub mod identity;
+pub mod mix;
 pub mod profile;
 pub mod target;

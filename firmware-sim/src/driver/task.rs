@@ -1,0 +1,136 @@
+//! A device's life: wait, attempt, session, and again. The attempt and the session live in boxes of their own, so that a
+//! waiting device is small, and an idle session does not keep the room of its handshake.
+
+use std::{future::pending, sync::Arc};
+
+use rand::rngs::SmallRng;
+use seawall_proto::{id::DeviceId, time::Instant};
+use tokio::time::sleep_until;
+
+use super::{Context, Event, SUBPROTOCOL, lever::Lever};
+use crate::{
+    device::{Action, Device, State},
+    handshake::{Credential, Hello, OpenError, Socket, SocketOptions, open},
+};
+
+pub(super) struct DeviceTask {
+    pub(super) context: Arc<Context>,
+    pub(super) lever: Arc<Lever>,
+    pub(super) device: Device,
+    pub(super) rng: SmallRng,
+    pub(super) number: usize,
+    pub(super) id: DeviceId,
+    pub(super) credential: Credential,
+    pub(super) tenant: Option<Arc<str>>,
+    pub(super) model: Option<Arc<str>>,
+    pub(super) firmware: Option<Arc<str>>,
+    pub(super) socket: SocketOptions,
+    pub(super) is_ending: bool,
+}
+
+impl DeviceTask {
+    pub(super) async fn live(mut self) {
+        while let Some(intended) = self.wait().await {
+            self.report(Event::Attempt { intended });
+            if let Some(socket) = Box::pin(self.attempt()).await {
+                self.report(Event::Connected);
+                Box::pin(self.session(socket)).await;
+            }
+        }
+    }
+
+    /// Until the device wants to connect; tells since when. `None`: it is over.
+    async fn wait(&mut self) -> Option<Instant> {
+        while !self.is_ending {
+            let due = self.device.poll_timeout();
+            tokio::select! {
+                () = self.until(due) => self.device.handle_timeout(self.context.now(), &mut self.rng),
+                () = self.lever.pulled() => self.obey(),
+            }
+            if let Some(Action::Connect) = self.device.poll_action() {
+                return due;
+            }
+        }
+        None
+    }
+
+    /// From the first SYN to the gateway's answer. `None`: the device has gone back to waiting.
+    async fn attempt(&mut self) -> Option<Socket> {
+        let context = Arc::clone(&self.context);
+        let request = self.hello().request(&context.target);
+        let options = self.socket;
+        let mut opening = std::pin::pin!(async { open(&context.target, request?, options).await });
+        while self.device.state() == State::Connecting && !self.is_ending {
+            let deadline = self.device.poll_timeout();
+            tokio::select! {
+                answer = &mut opening => return self.answered(answer.map(|(socket, _)| socket)),
+                () = self.until(deadline) => self.device.handle_timeout(self.context.now(), &mut self.rng),
+                () = self.lever.pulled() => self.obey(),
+            }
+        }
+        // `Abort` asks for what leaving this function does: the socket goes with the future that opens it.
+        self.device.poll_action();
+        self.report(Event::Failed);
+        None
+    }
+
+    fn answered(&mut self, answer: Result<Socket, OpenError>) -> Option<Socket> {
+        let now = self.context.now();
+        match answer {
+            Ok(socket) => {
+                self.device.handle_connected(now, &mut self.rng);
+                Some(socket)
+            }
+            Err(OpenError::Refused(refused)) => {
+                self.device.handle_refused(refused.hint(), now, &mut self.rng);
+                self.report(Event::Refused(&refused));
+                None
+            }
+            Err(error) => {
+                tracing::trace!(device.id = %self.id, %error, "attempt failed");
+                self.device.handle_failed(now, &mut self.rng);
+                self.report(Event::Failed);
+                None
+            }
+        }
+    }
+
+    fn hello(&self) -> Hello<'_> {
+        Hello {
+            device: self.id,
+            credential: &self.credential,
+            firmware: self.firmware.as_deref(),
+            model: self.model.as_deref(),
+            tenant: self.tenant.as_deref(),
+            slot: self.device.slot(),
+            resume: self.device.resume(),
+            protocols: Some(SUBPROTOCOL),
+        }
+    }
+
+    /// Passes waiting orders to the machine.
+    pub(super) fn obey(&mut self) {
+        let orders = self.lever.take();
+        let now = self.context.now();
+        self.is_ending |= orders.end;
+        self.firmware = orders.firmware;
+        if orders.drop_connection {
+            self.device.handle_failed(now, &mut self.rng);
+            self.device.handle_closed(None, now, &mut self.rng);
+        }
+        if let Some(after) = orders.restart_after {
+            self.device.handle_restart(after, now);
+        }
+    }
+
+    pub(super) fn report(&self, event: Event<'_>) {
+        self.context.observer.observe(self.number, event, self.context.now());
+    }
+
+    pub(super) async fn until(&self, due: Option<Instant>) {
+        match due {
+            Some(due) => sleep_until(self.context.at(due)).await,
+            None => pending().await,
+        }
+    }
+}
