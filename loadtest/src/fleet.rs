@@ -395,6 +395,7 @@ mod tests {
     use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
     use super::*;
+    use crate::recorder::Counters;
 
     const OVERLOADED: &str = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nSeawall-Retry-After-Ms: 120\r\nSeawall-Slot: token\r\n\
         Content-Length: 21\r\nConnection: close\r\n\r\n{\"code\":\"overloaded\"}";
@@ -429,7 +430,7 @@ mod tests {
         await_connected(&recorder, true).await;
         fleet.stop().await;
 
-        let (phases, _) = recorder.finish(std::time::Instant::now(), 0);
+        let (phases, _) = recorder.finish(std::time::Instant::now(), Counters::default());
         let all = &phases[0].groups["all"];
         assert_eq!((all.attempts, all.admitted, all.failed), (3, 2, 0));
         assert_eq!(all.refused, BTreeMap::from([(Code::Overloaded.as_str(), 1)]));
@@ -456,7 +457,7 @@ mod tests {
         fleet.stop().await;
 
         drop(third);
-        let (phases, _) = recorder.finish(std::time::Instant::now(), 0);
+        let (phases, _) = recorder.finish(std::time::Instant::now(), Counters::default());
         assert_eq!(phases[0].groups["all"].failed, 1);
         assert_eq!(phases[0].missing, 1);
     }
@@ -471,7 +472,7 @@ mod tests {
     fn fleet_of_one(url: &str) -> (Fleet, Arc<Recorder>) {
         let now = std::time::Instant::now();
         let recorder = Arc::new(Recorder::new(&["3.8.0-b2"], &BTreeMap::new(), now));
-        recorder.begin_phase(now, 0);
+        recorder.begin_phase(now, Counters::default());
         recorder.due(0, now, true);
         let device = Device {
             id: uuid::Uuid::new_v4(),

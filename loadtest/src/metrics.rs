@@ -19,6 +19,8 @@ use crate::process;
 
 /// How often the server is asked.
 pub const SAMPLE_EVERY: Duration = Duration::from_millis(100);
+/// Counter of look-up statements.
+pub const STATEMENTS: &str = "seawall_lookup_statements_total";
 /// A server that has not answered by then is busy: the sample is left out, and the next one asked for.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(2);
 /// Time for an import of a million devices.
@@ -343,7 +345,7 @@ fn take(ops: &Ops, pid: Option<Pid>) -> Result<Sample> {
         in_flight,
         limit,
         queue: metrics.sum("seawall_admission_queue"),
-        statements: metrics.sum("seawall_lookup_statements_total"),
+        statements: metrics.sum(STATEMENTS),
         lookups: metrics.sum("seawall_lookups_total"),
         rss_bytes: pid.and_then(process::resident_bytes),
     })

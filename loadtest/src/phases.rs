@@ -13,11 +13,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     fleet::Fleet,
-    metrics::Sampler,
+    metrics::{STATEMENTS, Sampler},
     plan::Plan,
     postgres::Postgres,
     progress::Progress,
-    recorder::{Recorder, Standing},
+    recorder::{Counters, Recorder, Standing},
     scenario::{Action, GROUP_ALL, Phase, Scenario, Trouble, Until},
     server::Server,
     slow,
@@ -77,19 +77,32 @@ impl Stage<'_> {
         Ok(())
     }
 
-    /// Look-ups of slow devices so far.
+    /// The counters as they stand now; a server that does not answer is taken at its last word.
     ///
     /// # Errors
     /// The database's log can't be read.
-    pub fn slow_lookups(&self) -> Result<u64> {
-        match &self.postgres {
-            Some(postgres) if !self.scenario.database.slow_firmware.is_empty() => slow::count(postgres),
-            _ => Ok(0),
-        }
+    pub async fn counters(&self) -> Result<Counters> {
+        let ops = self.server.ops().clone();
+        let metrics = tokio::task::spawn_blocking(move || ops.metrics())
+            .await
+            .context("the task that asks")?;
+        let statements = match metrics {
+            Ok(metrics) => metrics.sum(STATEMENTS),
+            Err(_) => self.sampler.last().map_or(0.0, |sample| sample.statements),
+        };
+        let slow_lookups = match &self.postgres {
+            Some(postgres) if !self.scenario.database.slow_firmware.is_empty() => slow::count(postgres)?,
+            _ => 0,
+        };
+        Ok(Counters {
+            statements,
+            slow_lookups,
+        })
     }
 
     async fn phase(&mut self, phase: &Phase) -> Result<()> {
-        self.recorder.begin_phase(Instant::now(), self.slow_lookups()?);
+        let counters = self.counters().await?;
+        self.recorder.begin_phase(Instant::now(), counters);
         self.progress
             .note(&format!("{}: {} ({})", self.run, phase.name, describe(&phase.action)));
         let mut agenda = self.begin(phase).await?;

@@ -79,8 +79,8 @@ struct Phase {
     returned: Vec<Duration>,
     lost_sessions: u64,
     missing: u64,
-    /// Count of slow look-ups at its start and at its end.
-    slow_lookups: (u64, u64),
+    /// At its start and at its end.
+    counters: (Counters, Counters),
     groups: Vec<GroupBook>,
 }
 
@@ -106,8 +106,18 @@ pub struct PhaseFigures {
     pub attempts_per_device: Option<f64>,
     pub lost_sessions: u64,
     pub missing: u64,
-    pub slow_lookups: u64,
+    /// What was counted in it.
+    pub counters: Counters,
     pub groups: BTreeMap<String, Group>,
+}
+
+/// Counters outside of the devices, read where one phase ends and the next begins.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counters {
+    /// Look-up statements that the server has sent.
+    pub statements: f64,
+    /// Look-ups of slow devices that the database has seen.
+    pub slow_lookups: u64,
 }
 
 /// How things stand now.
@@ -118,6 +128,15 @@ pub struct Standing {
     pub missing: u64,
     pub blocked: u64,
     pub lost_sessions: u64,
+}
+
+impl Counters {
+    fn since(self, earlier: Self) -> Self {
+        Self {
+            statements: (self.statements - earlier.statements).max(0.0),
+            slow_lookups: self.slow_lookups.saturating_sub(earlier.slow_lookups),
+        }
+    }
 }
 
 impl Recorder {
@@ -154,10 +173,10 @@ impl Recorder {
         }
     }
 
-    /// Begins the next phase, and ends the one before. `slow_lookups`: the count of them so far.
-    pub fn begin_phase(&self, now: Instant, slow_lookups: u64) {
+    /// Begins the next phase, and ends the one before. `counters`: as they stand now.
+    pub fn begin_phase(&self, now: Instant, counters: Counters) {
         let mut books = self.books();
-        books.end_phase(now, slow_lookups);
+        books.end_phase(now, counters);
         let groups = books.group_names.iter().map(|_| GroupBook::new()).collect();
         books.phases.push(Phase {
             started: now,
@@ -167,7 +186,7 @@ impl Recorder {
             returned: Vec::new(),
             lost_sessions: 0,
             missing: 0,
-            slow_lookups: (slow_lookups, slow_lookups),
+            counters: (counters, counters),
             groups,
         });
     }
@@ -229,9 +248,9 @@ impl Recorder {
 
     /// Ends the run: devices that still wait count with the time they have waited.
     #[must_use]
-    pub fn finish(&self, now: Instant, slow_lookups: u64) -> (Vec<PhaseFigures>, Vec<Second>) {
+    pub fn finish(&self, now: Instant, counters: Counters) -> (Vec<PhaseFigures>, Vec<Second>) {
         let mut books = self.books();
-        books.end_phase(now, slow_lookups);
+        books.end_phase(now, counters);
         books.count_waiting(now);
         let started = books.started;
         let names = books.group_names.clone();
@@ -381,14 +400,14 @@ impl Books {
         self.devices.iter().map(|device| u64::from(device.due.is_some())).sum()
     }
 
-    fn end_phase(&mut self, now: Instant, slow_lookups: u64) {
+    fn end_phase(&mut self, now: Instant, counters: Counters) {
         let missing = self.missing();
         let Some(phase) = self.phases.last_mut().filter(|phase| phase.ended.is_none()) else {
             return;
         };
         phase.ended = Some(now);
         phase.missing = missing;
-        phase.slow_lookups.1 = slow_lookups;
+        phase.counters.1 = counters;
         for device in &self.devices {
             for group in &device.groups {
                 if let Some(book) = phase.groups.get_mut(*group) {
@@ -481,7 +500,7 @@ impl Phase {
             attempts_per_device,
             lost_sessions: self.lost_sessions,
             missing: self.missing,
-            slow_lookups: self.slow_lookups.1.saturating_sub(self.slow_lookups.0),
+            counters: self.counters.1.since(self.counters.0),
             groups,
         }
     }
@@ -508,7 +527,7 @@ mod tests {
     fn return_times_count_from_the_drop_and_attempts_are_averaged() {
         let (recorder, t0) = connected(100);
 
-        recorder.begin_phase(after(t0, 10.0), 0);
+        recorder.begin_phase(after(t0, 10.0), Counters::default());
         for index in 0..100 {
             recorder.due(index, after(t0, 10.0), true);
         }
@@ -519,7 +538,7 @@ mod tests {
             let back = if index == 99 { 20.0 } else { 11.0 };
             recorder.handle(index, Event::Connected, after(t0, back));
         }
-        let (phases, seconds) = recorder.finish(after(t0, 30.0), 0);
+        let (phases, seconds) = recorder.finish(after(t0, 30.0), Counters::default());
 
         assert_eq!(phases[1].t99_seconds, Some(1.0));
         assert_eq!(phases[1].t100_seconds, Some(10.0));
@@ -537,11 +556,11 @@ mod tests {
     fn devices_that_never_return_count_with_the_time_they_waited() {
         let (recorder, t0) = connected(2);
 
-        recorder.begin_phase(after(t0, 1.0), 0);
+        recorder.begin_phase(after(t0, 1.0), Counters::default());
         recorder.due(0, after(t0, 1.0), true);
         recorder.due(1, after(t0, 1.0), true);
         recorder.handle(1, Event::Connected, after(t0, 2.0));
-        recorder.begin_phase(after(t0, 5.0), 0);
+        recorder.begin_phase(after(t0, 5.0), Counters::default());
         assert_eq!(
             recorder.standing(),
             Standing {
@@ -550,7 +569,7 @@ mod tests {
                 ..Standing::default()
             }
         );
-        let (phases, _) = recorder.finish(after(t0, 61.0), 0);
+        let (phases, _) = recorder.finish(after(t0, 61.0), Counters::default());
 
         assert_eq!(phases[1].t100_seconds, None);
         assert_eq!((phases[1].missing, phases[2].missing), (1, 1));
@@ -563,7 +582,7 @@ mod tests {
     fn blocked_devices_are_not_waited_for() {
         let (recorder, t0) = connected(2);
 
-        recorder.begin_phase(after(t0, 1.0), 0);
+        recorder.begin_phase(after(t0, 1.0), Counters::default());
         recorder.due(0, after(t0, 1.0), true);
         recorder.handle(0, Event::Refused(Some(Code::FirmwareBlocked)), after(t0, 1.1));
         recorder.handle(1, Event::Closed(Some(CLOSE_EVICTED)), after(t0, 1.2));
@@ -575,7 +594,7 @@ mod tests {
                 ..Standing::default()
             }
         );
-        let (phases, _) = recorder.finish(after(t0, 2.0), 0);
+        let (phases, _) = recorder.finish(after(t0, 2.0), Counters::default());
         assert_eq!(
             (phases[1].wanted, phases[1].lost_sessions, phases[1].missing),
             (0, 0, 0)
@@ -604,12 +623,12 @@ mod tests {
         let groups = BTreeMap::from([("marked".to_owned(), vec!["b3".to_owned()])]);
         let t0 = Instant::now();
         let recorder = Recorder::new(&["b2", "b3"], &groups, t0);
-        recorder.begin_phase(t0, 0);
+        recorder.begin_phase(t0, Counters::default());
 
         assert!(recorder.is_in(1, "marked") && !recorder.is_in(0, "marked"));
         recorder.upgraded(0, "b3");
         recorder.handle(0, Event::Attempt, t0);
-        let (phases, _) = recorder.finish(t0, 0);
+        let (phases, _) = recorder.finish(t0, Counters::default());
 
         assert_eq!(phases[0].groups["marked"].attempts, 1);
         assert_eq!(phases[0].groups["marked"].devices, 2);
@@ -619,7 +638,7 @@ mod tests {
     fn connected(count: usize) -> (Recorder, Instant) {
         let t0 = Instant::now();
         let recorder = Recorder::new(&vec!["b2"; count], &BTreeMap::new(), t0);
-        recorder.begin_phase(t0, 0);
+        recorder.begin_phase(t0, Counters::default());
         for index in 0..count {
             recorder.due(index, t0, true);
             recorder.handle(index, Event::Attempt, t0);

@@ -161,7 +161,7 @@ async fn through_phases(
         rules: Vec::new(),
     };
     stage.play().await?;
-    let (phases, seconds) = recorder.finish(Instant::now(), stage.slow_lookups()?);
+    let (phases, seconds) = recorder.finish(Instant::now(), stage.counters().await?);
     if stage.server.pid().is_none() {
         // A gateway that goes on after us keeps nothing of ours.
         stage.remove_rules().await?;
@@ -195,8 +195,9 @@ fn assemble(
                 (figures.wanted > 0).then(|| figures.wanted as f64 / scenario.capacity_per_second);
             summary.lost_sessions = figures.lost_sessions as f64;
             summary.missing = figures.missing as f64;
-            summary.slow_lookups = figures.slow_lookups as f64;
+            summary.slow_lookups = figures.counters.slow_lookups as f64;
         }
+        summary.statements = figures.counters.statements;
         summary.attempts_per_device = figures.attempts_per_device;
         reports.push(PhaseReport {
             name: phase.name.clone(),
@@ -254,15 +255,11 @@ fn of_samples(samples: &[Sample], from: Instant, to: Instant) -> Summary {
     #[expect(clippy::cast_precision_loss, reason = "bytes of memory are far below 2^52")]
     let rss = |sample: &Sample| sample.rss_bytes.map(|bytes| bytes as f64);
     let first = before.or_else(|| within.first().copied());
-    let at_start = first.map_or(0.0, |sample| sample.statements);
-    // A server that just started had sent none, though nobody had asked it yet.
-    let at_start = if before.is_none() { 0.0 } else { at_start };
     let over = within
         .iter()
         .filter(|sample| sample.limit.is_some_and(|limit| sample.in_flight > limit))
         .count();
     Summary {
-        statements: (within.last().map_or(at_start, |sample| sample.statements) - at_start).max(0.0),
         in_flight_max: most(|sample| sample.in_flight),
         limit_max: within.iter().filter_map(|sample| sample.limit).reduce(f64::max),
         over_limit: u32::try_from(over).map_or(f64::INFINITY, f64::from),
@@ -290,7 +287,11 @@ fn add_samples(seconds: &mut [Second], started: Instant, samples: &[Sample]) {
 
 #[cfg(test)]
 mod tests {
+    use seawall_proto::id::SecretHash;
+    use sqlx::{Connection, PgConnection};
+
     use super::*;
+    use crate::naive::Naive;
 
     #[test]
     fn a_phase_takes_the_samples_of_its_own_time() {
@@ -311,13 +312,114 @@ mod tests {
 
         let summary = of_samples(&samples, at(2), at(7));
 
-        assert_eq!(
-            (summary.statements, summary.in_flight_max, summary.over_limit),
-            (50.0, 7.0, 2.0)
-        );
+        assert_eq!((summary.in_flight_max, summary.over_limit), (7.0, 2.0));
         assert_eq!(
             (summary.rss_start_bytes, summary.rss_max_bytes),
             (Some(102.0), Some(107.0))
         );
+    }
+
+    const DROPS: &str = r#"
+        name = "drops"
+        about = ""
+        devices = 60
+        capacity_per_second = 60
+        database = { kind = "postgres", slow_firmware = ["b3"] }
+        groups = { marked = ["b3"] }
+        thresholds = [
+            "missing == 0",
+            "lost_sessions == 0",
+            "attempts_per_device == 1",
+            "optimum_seconds == 1",
+            "t100_seconds > 0",
+            "statements == 60",
+            "seawall.growth.marked.devices == 30",
+            "seawall.growth.slow_lookups >= 24",
+            "seawall.calm.all.connects > 10",
+            "rss_growth > 1",
+        ]
+        [[fleet]]
+        name = "all"
+        firmware = { b2 = 0.9, b3 = 0.1 }
+        profile = { fixed-1s = 1.0 }
+        [[phase]]
+        name = "connect"
+        seconds = 20
+        until = "connected"
+        action = { connect = { per_second = 200 } }
+        [[phase]]
+        name = "storm"
+        seconds = 30
+        until = "connected"
+        action = "drop-all"
+        [[phase]]
+        name = "calm"
+        seconds = 1
+        churn_per_second = 50
+        [[phase]]
+        name = "growth"
+        seconds = 1
+        action = { grow = { firmware = "b3", to = 0.5 } }
+        [[phase]]
+        name = "frozen"
+        seconds = 0.5
+        action = { database = "frozen" }
+    "#;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn devices_go_through_the_phases_against_a_real_server_and_database() {
+        let scenario: Scenario = toml::from_str(DROPS).unwrap();
+        scenario.check().unwrap();
+        let thresholds = scenario.thresholds().unwrap();
+        report::check_names(&scenario, &thresholds).unwrap();
+        let plan = Plan::new(&scenario);
+        let mut postgres = Postgres::start().await.unwrap();
+        register(&postgres, &plan).await;
+        slow::install(&postgres.options()).await.unwrap();
+        slow::mark_only(&postgres.options(), &slow_ids(&scenario, &plan))
+            .await
+            .unwrap();
+        let naive = Naive::start(postgres.options(), 8).await.unwrap();
+        let server = Server::of(naive.devices(), naive.ops());
+        let order = Order {
+            scenario,
+            external: None,
+            interrupted: CancellationToken::new(),
+        };
+
+        let run = through_phases(MAIN_RUN, &order, plan, server, Some(&mut postgres), &Progress::new())
+            .await
+            .unwrap();
+
+        let report = Report::new(&order.scenario, &thresholds, String::new(), vec![run]);
+        let failed: Vec<_> = report
+            .thresholds
+            .iter()
+            .filter(|outcome| !outcome.passed)
+            .map(|outcome| &outcome.expression)
+            .collect();
+        // The test's server is this process, whose memory is nobody's figure.
+        assert_eq!(failed, ["rss_growth > 1"], "{}", report.to_text());
+        assert!(report.runs[0].samples.iter().any(|second| second.connected == 60));
+        drop(naive);
+        postgres.stop().await;
+    }
+
+    async fn register(postgres: &Postgres, plan: &Plan) {
+        let mut connection = PgConnection::connect_with(&postgres.options()).await.unwrap();
+        sqlx::query(
+            "CREATE TABLE devices (id UUID PRIMARY KEY, secret_sha256 BYTEA NOT NULL, state SMALLINT NOT NULL)",
+        )
+        .execute(&mut connection)
+        .await
+        .unwrap();
+        for device in &plan.devices {
+            sqlx::query("INSERT INTO devices VALUES ($1, $2, 0)")
+                .bind(device.id)
+                .bind(SecretHash::of(device.secret.as_bytes()).as_bytes().to_vec())
+                .execute(&mut connection)
+                .await
+                .unwrap();
+        }
     }
 }

@@ -639,6 +639,31 @@ mod tests {
         assert!(error.contains("`devices`"), "{error}");
     }
 
+    #[test]
+    fn the_scenarios_that_we_deliver_can_be_run() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
+        let mut count = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+
+            let scenario = Scenario::from_file(&path, None, None).unwrap();
+            crate::report::check_names(&scenario, &scenario.thresholds().unwrap()).unwrap();
+
+            assert_eq!(path.file_stem().unwrap().to_str(), Some(scenario.name.as_str()));
+            count += 1;
+        }
+        assert!(count >= 3);
+    }
+
+    #[test]
+    fn a_threshold_on_a_figure_that_there_is_not_is_a_mistake() {
+        let scenario = parse(&GOOD.replace("lost_sessions == 0", "naive.lost_sessions == 0")).unwrap();
+
+        let error = crate::report::check_names(&scenario, &scenario.thresholds().unwrap()).unwrap_err();
+
+        assert!(error.to_string().contains("no figure `naive.lost_sessions`"), "{error}");
+    }
+
     fn parse(text: &str) -> Result<Scenario, String> {
         let scenario: Scenario = toml::from_str(text).map_err(|error| error.to_string())?;
         scenario.check().map_err(|error| error.to_string())?;

@@ -125,6 +125,17 @@ impl Server {
         })
     }
 
+    /// A server that a test runs itself.
+    #[cfg(test)]
+    pub(crate) fn of(devices: std::net::SocketAddr, ops: std::net::SocketAddr) -> Self {
+        let ops = Ops::new(&format!("http://{ops}"), None);
+        Self {
+            url: format!("ws://{devices}"),
+            ops,
+            process: None,
+        }
+    }
+
     #[must_use]
     pub fn url(&self) -> &str {
         &self.url
