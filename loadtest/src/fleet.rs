@@ -3,28 +3,21 @@
 //! A device decides by itself when to come back; an [`Order`] is what happens to it from outside. Of several orders that it has not
 //! seen yet the newest counts, so that nothing queues up.
 
-use std::{
-    future::Future,
-    net::{SocketAddr, ToSocketAddrs},
-    pin::Pin,
-    sync::Arc,
-    time::Duration,
-};
+use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use firmware_sim::{
+    connection::{Connection, DeviceConfig, OpenError, Received},
     device::{Action, CloseFrame, Device as Machine, State},
     profile::Profile,
+    target::{Sources, Target},
 };
-use futures_util::{SinkExt, StreamExt};
 use rand::{SeedableRng, rngs::SmallRng};
-use seawall_proto::time::Instant;
+use seawall_proto::{id::DeviceId, time::Instant};
 use tokio::sync::watch;
-use tokio_tungstenite::tungstenite::Message;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    dial::{NotConnected, Socket, dial},
     plan::Device,
     recorder::{Event, Recorder},
 };
@@ -56,7 +49,7 @@ enum Order {
 /// What all devices share.
 #[derive(Debug)]
 struct Shared {
-    address: SocketAddr,
+    url: String,
     recorder: Arc<Recorder>,
     origin: std::time::Instant,
     ended: CancellationToken,
@@ -66,12 +59,13 @@ impl Fleet {
     /// Makes a task for each device; they wait for [`Self::connect`].
     ///
     /// # Errors
-    /// `url` is no `ws://HOST:PORT`, or HOST has no address.
-    pub fn start(devices: &[Device], url: &str, recorder: Arc<Recorder>, seed: u64) -> Result<Self> {
-        let address = address_of(url)?;
+    /// `url` is no `ws://HOST:PORT`, HOST has no address, or a profile has an unknown name.
+    pub async fn start(devices: &[Device], url: &str, recorder: Arc<Recorder>, seed: u64) -> Result<Self> {
+        let target = Target::resolve(url).await?;
+        let sources = Sources::default();
         let ended = CancellationToken::new();
         let shared = Arc::new(Shared {
-            address,
+            url: url.to_owned(),
             recorder,
             origin: std::time::Instant::now(),
             ended: ended.clone(),
@@ -81,9 +75,17 @@ impl Fleet {
         for (index, device) in devices.iter().enumerate() {
             let (order, ordered) = watch::channel(Order::Stay);
             let profile = device.profile.parse().context("reading a device's profile")?;
+            let mut config =
+                DeviceConfig::new(DeviceId::from_uuid(device.id), &device.secret).firmware(&device.firmware);
+            config.model.clone_from(&device.model);
+            config.tenant.clone_from(&device.tenant);
+            config.source = sources.of(index, &target);
+            // The machine gives up first: its patience is the device's.
+            config.open_timeout = 2 * device.connect_timeout;
             let task = Task {
                 index,
-                device: device.clone(),
+                config,
+                connect_timeout: device.connect_timeout,
                 profile,
                 shared: Arc::clone(&shared),
                 rng: SmallRng::seed_from_u64(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(index as u64)),
@@ -156,7 +158,8 @@ impl Order {
 /// One device.
 struct Task {
     index: usize,
-    device: Device,
+    config: DeviceConfig,
+    connect_timeout: Duration,
     profile: Profile,
     shared: Arc<Shared>,
     rng: SmallRng,
@@ -166,20 +169,20 @@ struct Task {
 
 enum Link {
     None,
-    Dialing(Pin<Box<dyn Future<Output = Result<Box<Socket>, NotConnected>> + Send>>),
+    Dialing(Pin<Box<dyn Future<Output = Dialed> + Send>>),
     Open {
-        socket: Box<Socket>,
+        connection: Box<Connection>,
         /// Until then a slow reader does not read.
         resting: Option<tokio::time::Instant>,
     },
 }
 
+type Dialed = Result<Box<Connection>, OpenError>;
+
 /// What a link tells.
 enum News {
-    Dialed(Result<Box<Socket>, NotConnected>),
-    Received(Message),
-    /// None: without a close frame.
-    Closed(Option<(u16, String)>),
+    Dialed(Dialed),
+    Received(Received),
     Rested,
 }
 
@@ -224,7 +227,7 @@ impl Task {
             Order::Restart { firmware } => {
                 self.reset();
                 if let Some(firmware) = firmware {
-                    self.device.firmware = firmware;
+                    self.config.firmware = Some(firmware);
                 }
                 self.machine = self.machine_from(now);
             }
@@ -234,43 +237,54 @@ impl Task {
     fn hear(&mut self, news: News) {
         let now = self.now();
         match news {
-            News::Dialed(Ok(socket)) => {
-                self.link = Link::Open { socket, resting: None };
+            News::Dialed(Ok(connection)) => {
+                self.link = Link::Open {
+                    connection,
+                    resting: None,
+                };
                 self.tell(Event::Connected);
                 self.machine.handle_connected(now, &mut self.rng);
             }
-            News::Dialed(Err(NotConnected::Refused { code, hint })) => {
+            News::Dialed(Err(error)) => {
                 self.link = Link::None;
-                self.tell(Event::Refused(code));
-                self.machine.handle_refused(hint, now, &mut self.rng);
-            }
-            News::Dialed(Err(NotConnected::Failed)) => {
-                self.link = Link::None;
-                self.tell(Event::Failed);
-                self.machine.handle_failed(now, &mut self.rng);
-            }
-            News::Received(message) => {
-                match message {
-                    Message::Text(text) => self.machine.handle_text(&text, now),
-                    // The socket has queued the pong, and sends it as it goes on reading.
-                    Message::Ping(_) => self.machine.handle_ping(now),
-                    Message::Pong(_) | Message::Binary(_) | Message::Close(_) | Message::Frame(_) => {}
-                }
-                if let (Profile::SlowReader, Link::Open { resting, .. }) = (self.profile, &mut self.link) {
-                    *resting = Some(tokio::time::Instant::now() + SLOW_READ);
+                if let Some(refused) = error.refused() {
+                    self.tell(Event::Refused(refused.known_code()));
+                    self.machine.handle_refused(refused.hint(), now, &mut self.rng);
+                } else {
+                    self.tell(Event::Failed);
+                    self.machine.handle_failed(now, &mut self.rng);
                 }
             }
+            News::Received(received) => self.receive(received),
             News::Rested => {
                 if let Link::Open { resting, .. } = &mut self.link {
                     *resting = None;
                 }
             }
-            News::Closed(frame) => {
+        }
+    }
+
+    fn receive(&mut self, received: Received) {
+        let now = self.now();
+        match received {
+            Received::Text(text) => self.machine.handle_text(&text, now),
+            // The socket has queued the pong, and sends it as it goes on reading.
+            Received::Ping(_) => self.machine.handle_ping(now),
+            Received::Pong(_) | Received::Binary(_) => {}
+            Received::Closed { code, reason } => {
                 self.link = Link::None;
-                self.tell(Event::Closed(frame.as_ref().map(|(code, _)| *code)));
-                let frame = frame.as_ref().map(|(code, reason)| CloseFrame { code: *code, reason });
-                self.machine.handle_closed(frame, now, &mut self.rng);
+                self.tell(Event::Closed(Some(code)));
+                let frame = CloseFrame { code, reason: &reason };
+                self.machine.handle_closed(Some(frame), now, &mut self.rng);
             }
+            Received::Lost => {
+                self.link = Link::None;
+                self.tell(Event::Closed(None));
+                self.machine.handle_closed(None, now, &mut self.rng);
+            }
+        }
+        if let (Profile::SlowReader, Link::Open { resting, .. }) = (self.profile, &mut self.link) {
+            *resting = Some(tokio::time::Instant::now() + SLOW_READ);
         }
     }
 
@@ -293,43 +307,36 @@ impl Task {
             match action {
                 Action::Connect => {
                     self.tell(Event::Attempt);
-                    let (address, device) = (self.shared.address, self.device.clone());
-                    let (slot, resume) = (
-                        self.machine.slot().map(str::to_owned),
-                        self.machine.resume().map(str::to_owned),
-                    );
+                    self.config.slot = self.machine.slot().map(str::to_owned);
+                    self.config.resume = self.machine.resume().map(str::to_owned);
+                    let (shared, config) = (Arc::clone(&self.shared), self.config.clone());
                     self.link = Link::Dialing(Box::pin(async move {
-                        dial(address, &device, slot.as_deref(), resume.as_deref()).await
+                        Connection::open(&shared.url, &config).await.map(Box::new)
                     }));
                 }
                 Action::Abort => self.reset(),
-                Action::SendHeartbeat => self.send(r#"{"type":"heartbeat"}"#.to_owned()).await,
-                Action::SendAck { id } => {
-                    self.send(serde_json::json!({"type": "ack", "id": id}).to_string())
-                        .await
-                }
+                Action::SendHeartbeat => self.send(&serde_json::json!({"type": "heartbeat"})).await,
+                Action::SendAck { id } => self.send(&serde_json::json!({"type": "ack", "id": id})).await,
             }
         }
     }
 
     /// A frame that can't be sent means a connection that has ended, which reading will tell.
-    async fn send(&mut self, text: String) {
-        if let Link::Open { socket, .. } = &mut self.link {
-            drop(socket.send(Message::text(text)).await);
+    async fn send(&mut self, frame: &serde_json::Value) {
+        if let Link::Open { connection, .. } = &mut self.link {
+            drop(connection.send_json(frame).await);
         }
     }
 
     /// Ends the connection by a reset, as a device that lost its power or its network, and leaves no TIME_WAIT behind.
     fn reset(&mut self) {
-        if let Link::Open { socket, .. } = &self.link {
-            // Without it the connection ends in order: a little less true, and no harm.
-            drop(socket.get_ref().set_zero_linger());
+        if let Link::Open { connection, .. } = std::mem::replace(&mut self.link, Link::None) {
+            connection.abort();
         }
-        self.link = Link::None;
     }
 
     fn machine_from(&self, first_attempt_at: Instant) -> Machine {
-        Machine::new(self.profile, first_attempt_at).with_connect_timeout(self.device.connect_timeout)
+        Machine::new(self.profile, first_attempt_at).with_connect_timeout(self.connect_timeout)
     }
 
     fn tell(&self, event: Event) {
@@ -361,26 +368,12 @@ impl Link {
                 tokio::time::sleep_until(*until).await;
                 News::Rested
             }
-            Self::Open { socket, resting: None } => match socket.next().await {
-                Some(Ok(Message::Close(frame))) => {
-                    News::Closed(frame.map(|frame| (frame.code.into(), frame.reason.to_string())))
-                }
-                Some(Ok(message)) => News::Received(message),
-                Some(Err(_)) | None => News::Closed(None),
-            },
+            Self::Open {
+                connection,
+                resting: None,
+            } => News::Received(connection.next_frame().await),
         }
     }
-}
-
-fn address_of(url: &str) -> Result<SocketAddr> {
-    let rest = url
-        .strip_prefix("ws://")
-        .with_context(|| format!("`{url}` is no ws:// address"))?;
-    let host = rest.split('/').next().unwrap_or(rest);
-    let mut addresses = host
-        .to_socket_addrs()
-        .with_context(|| format!("looking for the address of `{host}`"))?;
-    addresses.next().with_context(|| format!("`{host}` has no address"))
 }
 
 #[cfg(test)]
@@ -404,17 +397,17 @@ mod tests {
     async fn a_device_obeys_the_hint_shows_its_slot_and_connects_again_when_dropped() {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let url = format!("ws://{}", listener.local_addr().unwrap());
-        let (fleet, recorder) = fleet_of_one(&url);
+        let (fleet, recorder) = fleet_of_one(&url).await;
 
         fleet.connect(0);
         let (mut first, head) = accept(&listener).await;
         assert!(
-            head.contains("Seawall-Firmware: 3.8.0-b2\r\n") && !head.contains("Seawall-Slot"),
+            header(&head, "seawall-firmware") == Some("3.8.0-b2") && header(&head, "seawall-slot").is_none(),
             "{head}"
         );
         first.write_all(OVERLOADED.as_bytes()).await.unwrap();
         let (mut second, head) = accept(&listener).await;
-        assert!(head.contains("Seawall-Slot: token\r\n"), "{head}");
+        assert!(header(&head, "seawall-slot") == Some("token"), "{head}");
         upgrade(&mut second, &head).await;
         await_connected(&recorder, true).await;
 
@@ -425,7 +418,7 @@ mod tests {
             std::io::ErrorKind::ConnectionReset
         );
         let (mut third, head) = accept(&listener).await;
-        assert!(head.contains("Seawall-Firmware: 3.8.0-b3\r\n"), "{head}");
+        assert!(header(&head, "seawall-firmware") == Some("3.8.0-b3"), "{head}");
         upgrade(&mut third, &head).await;
         await_connected(&recorder, true).await;
         fleet.stop().await;
@@ -441,7 +434,7 @@ mod tests {
     async fn a_session_that_the_server_closes_is_lost_and_no_http_is_a_failure() {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let url = format!("ws://{}", listener.local_addr().unwrap());
-        let (fleet, recorder) = fleet_of_one(&url);
+        let (fleet, recorder) = fleet_of_one(&url).await;
 
         fleet.connect(0);
         let (mut first, head) = accept(&listener).await;
@@ -462,14 +455,7 @@ mod tests {
         assert_eq!(phases[0].missing, 1);
     }
 
-    #[test]
-    fn an_address_is_read_from_its_url() {
-        assert_eq!(address_of("ws://127.0.0.1:8080/v1/connect").unwrap().port(), 8080);
-        assert!(address_of("http://127.0.0.1:8080").is_err());
-        assert!(address_of("ws://127.0.0.1").is_err());
-    }
-
-    fn fleet_of_one(url: &str) -> (Fleet, Arc<Recorder>) {
+    async fn fleet_of_one(url: &str) -> (Fleet, Arc<Recorder>) {
         let now = std::time::Instant::now();
         let recorder = Arc::new(Recorder::new(&["3.8.0-b2"], &BTreeMap::new(), now));
         recorder.begin_phase(now, Counters::default());
@@ -484,7 +470,7 @@ mod tests {
             connect_timeout: Duration::from_secs(10),
         };
         (
-            Fleet::start(&[device], url, Arc::clone(&recorder), 1).unwrap(),
+            Fleet::start(&[device], url, Arc::clone(&recorder), 1).await.unwrap(),
             recorder,
         )
     }
@@ -498,11 +484,14 @@ mod tests {
         (stream, String::from_utf8(head).unwrap())
     }
 
+    fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
+        head.lines()
+            .filter_map(|line| line.split_once(": "))
+            .find_map(|(of, value)| of.eq_ignore_ascii_case(name).then_some(value))
+    }
+
     async fn upgrade(stream: &mut TcpStream, head: &str) {
-        let key = head
-            .lines()
-            .find_map(|line| line.strip_prefix("Sec-WebSocket-Key: "))
-            .unwrap();
+        let key = header(head, "sec-websocket-key").unwrap();
         let answer = format!(
             "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: {}\r\n\
              Sec-WebSocket-Protocol: seawall.v1\r\n\r\n",

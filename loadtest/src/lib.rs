@@ -6,7 +6,6 @@
 //! Nothing here depends on the gateway's code: it is started, watched and judged from outside, like any other program.
 
 pub mod demo;
-pub mod dial;
 pub mod fleet;
 pub mod guard;
 pub mod html;

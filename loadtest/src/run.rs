@@ -144,7 +144,7 @@ async fn through_phases(
     let versions: Vec<&str> = plan.devices.iter().map(|device| device.firmware.as_str()).collect();
     let recorder = Arc::new(Recorder::new(&versions, &scenario.groups, started));
     let sampler = Sampler::start(server.ops().clone(), server.pid());
-    let fleet = Fleet::start(&plan.devices, server.url(), Arc::clone(&recorder), scenario.seed)?;
+    let fleet = Fleet::start(&plan.devices, server.url(), Arc::clone(&recorder), scenario.seed).await?;
     let mut stage = Stage {
         run: name,
         scenario,
