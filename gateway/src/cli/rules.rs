@@ -7,6 +7,7 @@ use std::{
 };
 
 use clap::{Args, Subcommand};
+use seawall_proto::firmware::{Range, RangeError};
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -71,7 +72,7 @@ pub enum Rules {
         #[arg(value_name = "ID")]
         rule: String,
         /// New range of versions
-        #[arg(long, value_name = "RANGE")]
+        #[arg(long, value_name = "RANGE", value_parser = range)]
         firmware: Option<String>,
         /// New reason; devices see it
         #[arg(long)]
@@ -98,7 +99,7 @@ pub enum Rules {
 #[derive(Debug, Args)]
 pub struct RuleArgs {
     /// Range of versions, as in '>=3.8.0-b3', '3.8.*', '>=3.8,<3.9' or '=(none)'
-    #[arg(value_name = "RANGE")]
+    #[arg(value_name = "RANGE", value_parser = range)]
     firmware: Option<String>,
     /// Only devices of this model
     #[arg(long)]
@@ -352,6 +353,11 @@ fn id_of(rule: &Value) -> Result<uuid::Uuid, Failure> {
         .and_then(Value::as_str)
         .and_then(|id| id.parse().ok())
         .ok_or_else(|| Failure::failed("the gateway named a rule without an id"))
+}
+
+/// Text of a range that the API takes: a wrong one is found before anything is sent.
+fn range(text: &str) -> Result<String, RangeError> {
+    text.parse::<Range>().map(|_| text.to_owned())
 }
 
 /// Text of a span that the API takes, as in `15m`.
