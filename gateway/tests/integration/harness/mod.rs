@@ -1,3 +1,4 @@
-//! What the tests stand on: databases of their own.
+//! What the tests stand on: databases and gateways of their own.
 
 pub mod pg;
+pub mod process;
