@@ -1,34 +1,337 @@
-//! A gateway's start, in order, and its end. Start with [`start`].
+//! A gateway's start, in order, and its end. Start with [`start`]; the binary runs [`until_signal`].
+//!
+//! The order: data directory and its lock, database, tokens, keys, rules, tasks, listeners, `addresses.json`. A PostgreSQL that
+//! is away does not stop the start; everything else that can't be used does, with one line that says why.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use seawall_proto::{id::Label, session::SessionLimits};
+use tokio::{net::TcpListener, time::timeout};
 
 use crate::{
-    config::{Config, ConfigError, SettingError},
-    data_dir::DataDirError,
+    capacity,
+    clock::Clock,
+    cohorts::Cohorts,
+    config::{Config, ConfigError},
+    data_dir::{Addresses, DataDir, DataDirError},
+    drain::{self, DrainState, Order},
+    events::Events,
+    history::History,
+    keys::{self, KeysError},
+    lifecycle::{Asked, HARD_STOP_TIMEOUT, Lifecycle, Signals},
+    listener::{Bounds, Listener},
+    lookup::Gate,
+    metrics::Metrics,
+    rules::{self, Rules},
+    sessions::Sessions,
+    state::{Plan, Shared, State},
+    store::{Store, StoreError},
+    telemetry,
+    tokens::{Tokens, TokensError},
+    upkeep,
 };
+
+/// Time that a database which answers has before the gateway listens without knowing its rules.
+const FIRST_CONTACT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time between two looks at whether all sessions have left.
+const LEFT_LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Why a gateway did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// A setting is wrong.
-    #[error(transparent)]
-    Setting(#[from] SettingError),
+    /// The data directory is in use, or can't be used.
     #[error(transparent)]
     DataDir(#[from] DataDirError),
+    /// The database can't be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The admin token can't be read or made.
+    #[error(transparent)]
+    Tokens(#[from] TokensError),
+    /// The signing keys can't be read or made.
+    #[error(transparent)]
+    Keys(#[from] KeysError),
+    /// An address is taken, or is none of this machine's.
+    #[error("{setting}: can't listen on {address}: {source}")]
+    Listen {
+        setting: &'static str,
+        address: SocketAddr,
+        source: io::Error,
+    },
+    /// `addresses.json` can't be written, or signals can't be listened to.
+    #[error("{what}: {source}")]
+    System { what: &'static str, source: io::Error },
+    /// A task ended that a gateway can't be without.
+    #[error("{0}")]
+    Broken(String),
 }
 
 impl StartError {
-    /// Whether other settings would help, rather than another machine.
+    /// Whether a setting is wrong, rather than something of the machine's.
     #[must_use]
     pub fn is_setting(&self) -> bool {
         match self {
-            Self::Setting(_) | Self::DataDir(DataDirError::InUse { .. }) => true,
-            Self::DataDir(DataDirError::Unusable { .. }) => false,
+            Self::DataDir(DataDirError::InUse { .. }) => true,
+            Self::DataDir(DataDirError::Unusable { .. })
+            | Self::Store(_)
+            | Self::Tokens(_)
+            | Self::Keys(_)
+            | Self::Listen { .. }
+            | Self::System { .. }
+            | Self::Broken(_) => false,
         }
     }
 }
 
-pub async fn until_signal(
-    _config: Config,
-    _reload: impl Fn() -> Result<String, ConfigError>,
-) -> Result<(), StartError> {
-    Ok(())
+/// A gateway that listens.
+pub struct Running {
+    /// The addresses in use.
+    pub addresses: Addresses,
+    /// What its parts share.
+    pub state: Shared,
+    life: Lifecycle,
+    data_dir: DataDir,
+    _api: TcpListener,
+}
+
+/// Starts a gateway; it listens when this returns. The settings must be valid.
+///
+/// # Errors
+/// What it needs can't be used. Nothing of it runs then.
+pub async fn start(config: Config) -> Result<Running, StartError> {
+    let life = Lifecycle::new();
+    let started = start_with(config, &life).await;
+    if started.is_err() {
+        life.stop().await;
+    }
+    started
+}
+
+async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartError> {
+    let data_dir = DataDir::open(&config.server.data_dir)?;
+    let store = Store::open(&config.database_url()).await?;
+    let clock = Clock::start();
+    let tokens = Tokens::open(data_dir.path(), clock.now())?;
+    let keys = keys::open(data_dir.path())?;
+    let metrics = Arc::new(Metrics::new());
+    let limits = capacity::sized(&config.limits, &config.server);
+    let devices = Listener::bind(config.server.listen, Bounds::of_process(&limits), &limits).map_err(|source| {
+        StartError::Listen {
+            setting: "server.listen",
+            address: config.server.listen,
+            source,
+        }
+    })?;
+    let api = TcpListener::bind(config.ops.listen)
+        .await
+        .map_err(|source| StartError::Listen {
+            setting: "ops.listen",
+            address: config.ops.listen,
+            source,
+        })?;
+    let local = |what| move |source| StartError::System { what, source };
+    let addresses = Addresses {
+        devices: devices.local_addr().map_err(local("address for devices"))?,
+        ops: api.local_addr().map_err(local("address of the API"))?,
+    };
+
+    let started = clock.wall();
+    let gate = Gate::start(
+        config.admission.clone(),
+        keys,
+        &store,
+        clock,
+        Arc::clone(&metrics),
+        life,
+    );
+    let state = Arc::new(State {
+        node: node_name(&config),
+        session_limits: Arc::new(session_limits(&config)),
+        config: Arc::new(config),
+        clock,
+        started,
+        store,
+        gate,
+        rules: Rules::open(data_dir.path()),
+        sessions: Sessions::new(started),
+        cohorts: Cohorts::new(),
+        history: History::default(),
+        events: Events::default(),
+        drain: drain::Drain::default(),
+        metrics,
+        tokens,
+        plan: Plan::default(),
+    });
+    await_first_contact(&state).await;
+    spawn_tasks(&state, life);
+    let (shared, hard) = (Arc::clone(&state), life.hard().clone());
+    life.spawn("listener", devices.run(shared, hard));
+    data_dir.write_addresses(addresses).map_err(local("addresses.json"))?;
+    tracing::info!(
+        node.id = state.node,
+        devices = %addresses.devices,
+        ops = %addresses.ops,
+        database = %state.config.database_url(),
+        connections_max = limits.connections_max,
+        "listening"
+    );
+    Ok(Running {
+        addresses,
+        state,
+        life: life.clone(),
+        data_dir,
+        _api: api,
+    })
+}
+
+/// A database that answers at once makes the gateway ready before it listens; one that doesn't must not hold it up.
+async fn await_first_contact(state: &Shared) {
+    let contact = async {
+        state.store.ready().await;
+        state.rules.poll(&state.store, &state.clock, &state.events).await
+    };
+    match timeout(FIRST_CONTACT_TIMEOUT, contact).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::warn!(error = %error, "the database can't be read: listening, and not ready until it can")
+        }
+        Err(_) => tracing::warn!("the database doesn't answer: listening, and not ready until it does"),
+    }
+}
+
+fn spawn_tasks(state: &Shared, life: &Lifecycle) {
+    let hard = || life.hard().clone();
+    let shared = || Arc::clone(state);
+    life.spawn("rules", rules::follow(shared(), hard()));
+    life.spawn("evictor", rules::evict(shared(), hard()));
+    life.spawn("drain", drain::run(shared(), hard()));
+    life.spawn("tokens", state.tokens.clone().follow(state.store.clone(), hard()));
+    life.spawn("plan guard", upkeep::guard_plans(shared(), hard()));
+    life.spawn("gauges", upkeep::publish(shared(), hard()));
+    life.spawn("lag", upkeep::measure_lag(shared(), hard()));
+}
+
+fn session_limits(config: &Config) -> SessionLimits {
+    SessionLimits {
+        heartbeat: config.session.heartbeat(),
+        backoff_cap: Duration::from_millis(config.session.backoff_cap_ms),
+        messages_per_second: config.limits.messages_per_second,
+        messages_burst: config.limits.messages_burst,
+    }
+}
+
+/// The name configured, else that of the host, else one that says nothing.
+fn node_name(config: &Config) -> String {
+    let host = rustix::system::uname();
+    let named = config
+        .server
+        .node
+        .as_deref()
+        .unwrap_or_else(|| host.nodename().to_str().unwrap_or_default());
+    match Label::parse(named) {
+        Ok(Some(label)) => label.as_str().to_owned(),
+        Ok(None) | Err(_) => "node".to_owned(),
+    }
+}
+
+impl Running {
+    /// Cancelled when a part of the gateway failed, so that it can't go on.
+    pub async fn broken(&self) {
+        self.life.soft().cancelled().await;
+    }
+
+    /// Sends every session away at a pace, at most for as long as the settings say, then stops. When `hurry` is ready, what is
+    /// left gets its 1012 at once.
+    ///
+    /// # Errors
+    /// A part of the gateway had failed.
+    pub async fn leave(self, hurry: impl Future<Output = ()>) -> Result<(), StartError> {
+        let settings = &self.state.config.drain;
+        let deadline = settings.deadline();
+        let rate = (settings.rate_per_second > 0).then_some(f64::from(settings.rate_per_second));
+        // A drain that an operator started goes on; the deadline below is for it too.
+        let _ = self.state.drain.start(Order {
+            rate_per_second: rate,
+            deadline,
+        });
+        tokio::select! {
+            () = self.emptied() => {}
+            () = tokio::time::sleep(deadline) => tracing::warn!(sessions = self.state.sessions.len(), "the time to drain is over: closing what is left"),
+            () = hurry => tracing::warn!(sessions = self.state.sessions.len(), "a second signal: closing what is left"),
+        }
+        if !self.state.sessions.is_empty() {
+            // An operator may have cancelled the drain meanwhile; then there is none to hurry.
+            let _ = self.state.drain.start(Order {
+                rate_per_second: None,
+                deadline: Duration::ZERO,
+            });
+            self.state.drain.hurry();
+            let _ = timeout(HARD_STOP_TIMEOUT, self.emptied()).await;
+        }
+        self.stop().await
+    }
+
+    /// Stops without a drain.
+    ///
+    /// # Errors
+    /// A part of the gateway had failed.
+    pub async fn stop(self) -> Result<(), StartError> {
+        if !self.life.stop().await {
+            tracing::warn!("some tasks were still running at the end");
+        }
+        self.data_dir.remove_addresses();
+        match self.life.failure() {
+            Some(failure) => Err(StartError::Broken(failure.to_owned())),
+            None => {
+                tracing::info!(sessions = self.state.sessions.len(), "stopped");
+                Ok(())
+            }
+        }
+    }
+
+    /// All sessions have left, and no handshake can become one any more.
+    async fn emptied(&self) {
+        while self.state.drain.status(self.state.sessions.len()).state != DrainState::Drained {
+            tokio::time::sleep(LEFT_LOOK_INTERVAL).await;
+        }
+    }
+}
+
+/// Runs a gateway until SIGTERM or Ctrl-C. At SIGHUP `reload` says what to log from now on.
+///
+/// # Errors
+/// The start failed, or a part of the gateway did.
+pub async fn until_signal(config: Config, reload: impl Fn() -> Result<String, ConfigError>) -> Result<(), StartError> {
+    let mut signals = Signals::listen().map_err(|source| StartError::System {
+        what: "listening to signals",
+        source,
+    })?;
+    let running = tokio::select! {
+        running = start(config) => running?,
+        // A start that waits for a lock must not outlive who started it.
+        () = signals.leave() => return Ok(()),
+    };
+    loop {
+        let asked = tokio::select! {
+            asked = signals.next() => asked,
+            () = running.broken() => Asked::Leave,
+        };
+        match asked {
+            Asked::Leave => break,
+            Asked::Reload => apply_level(&reload),
+        }
+    }
+    tracing::info!(sessions = running.state.sessions.len(), "leaving");
+    running.leave(signals.leave()).await
+}
+
+/// Takes the log level of the configuration; a configuration that can't be used changes nothing.
+fn apply_level(reload: &impl Fn() -> Result<String, ConfigError>) {
+    match reload() {
+        Ok(level) => match telemetry::set_level(&level) {
+            Ok(()) => tracing::info!(level, "log level changed"),
+            Err(error) => tracing::error!(error = %error, "log level not changed"),
+        },
+        Err(error) => tracing::error!(error = %error, "the configuration can't be used: the log level stays"),
+    }
 }

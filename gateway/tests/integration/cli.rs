@@ -20,7 +20,10 @@ const STOP_MAX: Duration = Duration::from_secs(10);
 fn serve(args: &[&str]) -> Output {
     let home = tempfile::tempdir().unwrap();
     let mut command = seawall();
-    command.current_dir(home.path()).args(["serve", "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"]).args(args);
+    command
+        .current_dir(home.path())
+        .args(["serve", "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"])
+        .args(args);
     run(&mut command).unwrap()
 }
 
@@ -61,11 +64,20 @@ fn unknown_or_bad_setting_is_named_with_exit_2() {
     let config = file.to_str().unwrap();
     for (text, named) in [
         ("[limits]\nhead_byte_max = 1\n", ["limits.head_byte_max", "unknown"]),
-        ("[limits]\nhead_bytes_max = 1\n", ["limits.head_bytes_max", "1024 to 65536"]),
+        (
+            "[limits]\nhead_bytes_max = 1\n",
+            ["limits.head_bytes_max", "1024 to 65536"],
+        ),
         ("[server]\nlisten = \"nowhere\"\n", ["server.listen", "line 2"]),
         ("[logging]\nlevel = \"a=b=c\"\n", ["logging.level", "invalid"]),
-        ("[identity]\nslot_header = \"Host\"\n", ["identity.slot_header", "meaning"]),
-        ("[admission]\nkeys_in_flight_max = 0\n", ["admission.keys_in_flight_max", "65536"]),
+        (
+            "[identity]\nslot_header = \"Host\"\n",
+            ["identity.slot_header", "meaning"],
+        ),
+        (
+            "[admission]\nkeys_in_flight_max = 0\n",
+            ["admission.keys_in_flight_max", "65536"],
+        ),
     ] {
         fs::write(&file, text).unwrap();
 
@@ -78,7 +90,11 @@ fn wrong_flags_and_environment_are_named_with_exit_2() {
     assert_refused(&serve(&["--no-such-flag"]), 2, &["--no-such-flag"]);
     assert_refused(&serve(&["--max-memory", "lots"]), 2, &["--max-memory", "lots"]);
     assert_refused(&serve(&["--tls-cert", "cert.pem"]), 2, &["--tls-cert"]);
-    assert_refused(&serve(&["--database", "mysql://u:hidden@h/d"]), 2, &["--database", "postgres://"]);
+    assert_refused(
+        &serve(&["--database", "mysql://u:hidden@h/d"]),
+        2,
+        &["--database", "postgres://"],
+    );
     assert!(!complaint(&serve(&["--database", "mysql://u:hidden@h/d"])).contains("hidden"));
 
     let bad = run(seawall().arg("serve").env("SEAWALL_OPS_LISTEN", "nowhere")).unwrap();
@@ -89,14 +105,20 @@ fn wrong_flags_and_environment_are_named_with_exit_2() {
 fn ops_address_outside_loopback_stops_the_start() {
     let mut command = seawall();
     let home = tempfile::tempdir().unwrap();
-    command.current_dir(home.path()).args(["serve", "--ops-listen", "0.0.0.0:0"]);
+    command
+        .current_dir(home.path())
+        .args(["serve", "--ops-listen", "0.0.0.0:0"]);
 
     assert_refused(&run(&mut command).unwrap(), 2, &["ops.listen", "--insecure-ops"]);
 }
 
 #[test]
 fn unreadable_configuration_is_named_with_exit_2() {
-    assert_refused(&serve(&["--config", "/nonexistent/seawall.toml"]), 2, &["/nonexistent/seawall.toml"]);
+    assert_refused(
+        &serve(&["--config", "/nonexistent/seawall.toml"]),
+        2,
+        &["/nonexistent/seawall.toml"],
+    );
     assert_refused(&serve(&["--config", "/"]), 2, &["configuration file /"]);
 }
 
@@ -105,7 +127,10 @@ fn taken_port_is_exit_1() {
     let taken = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let home = tempfile::tempdir().unwrap();
-    for flags in [["--listen", &address, "--ops-listen", "127.0.0.1:0"], ["--ops-listen", &address, "--listen", "127.0.0.1:0"]] {
+    for flags in [
+        ["--listen", &address, "--ops-listen", "127.0.0.1:0"],
+        ["--ops-listen", &address, "--listen", "127.0.0.1:0"],
+    ] {
         let mut command = seawall();
         command.current_dir(home.path()).arg("serve").args(flags);
 
@@ -152,7 +177,10 @@ fn first_start_makes_files_that_only_the_owner_reads() {
 
     let token = fs::metadata(gateway.data_dir().join("admin.token")).unwrap();
     assert_eq!(token.permissions().mode() & 0o777, 0o600);
-    assert_eq!(fs::metadata(gateway.data_dir()).unwrap().permissions().mode() & 0o777, 0o700);
+    assert_eq!(
+        fs::metadata(gateway.data_dir()).unwrap().permissions().mode() & 0o777,
+        0o700
+    );
 }
 
 #[test]
@@ -161,7 +189,12 @@ fn sigterm_drains_and_exits_0() {
 
     gateway.signal(Signal::TERM).unwrap();
 
-    assert_eq!(gateway.wait(STOP_MAX).unwrap().code(), Some(0), "{}", gateway.log().unwrap());
+    assert_eq!(
+        gateway.wait(STOP_MAX).unwrap().code(),
+        Some(0),
+        "{}",
+        gateway.log().unwrap()
+    );
     assert!(!gateway.data_dir().join("addresses.json").exists());
 }
 
@@ -208,7 +241,17 @@ fn seed_import_and_list_fit_together() {
     let home = tempfile::tempdir().unwrap();
     let file = home.path().join("fleet.csv");
     let path = file.to_str().unwrap();
-    let mut seed = gateway.operator(&["devices", "seed", "--count", "300", "--out", path, "--model", "box", "--offline"]);
+    let mut seed = gateway.operator(&[
+        "devices",
+        "seed",
+        "--count",
+        "300",
+        "--out",
+        path,
+        "--model",
+        "box",
+        "--offline",
+    ]);
 
     done(&mut seed);
     let again = run(&mut seed).unwrap();
@@ -219,10 +262,16 @@ fn seed_import_and_list_fit_together() {
 
     assert_refused(&again, 1, &[path]);
     assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
-    assert_eq!((imported["added"].as_u64(), skipped["skipped"].as_u64()), (Some(300), Some(300)));
+    assert_eq!(
+        (imported["added"].as_u64(), skipped["skipped"].as_u64()),
+        (Some(300), Some(300))
+    );
     assert_eq!(listed["items"].as_array().unwrap().len(), 300);
     assert_eq!(listed["items"][0]["model"], "box");
-    assert_eq!((page["items"].as_array().unwrap().len(), page["next_cursor"].is_null()), (7, false));
+    assert_eq!(
+        (page["items"].as_array().unwrap().len(), page["next_cursor"].is_null()),
+        (7, false)
+    );
 }
 
 #[test]
@@ -243,7 +292,11 @@ fn import_with_bad_lines_names_them_and_takes_nothing() {
     let home = tempfile::tempdir().unwrap();
     let file = home.path().join("fleet.csv");
     let good = "6f1f64a0-0000-4000-8000-000000000001,0123456789abcdef0123456789abcdef";
-    fs::write(&file, format!("id,secret\n{good}\nnot-a-uuid,0123456789abcdef\n{good}\n")).unwrap();
+    fs::write(
+        &file,
+        format!("id,secret\n{good}\nnot-a-uuid,0123456789abcdef\n{good}\n"),
+    )
+    .unwrap();
 
     let output = run(&mut gateway.operator(&["devices", "import", file.to_str().unwrap()])).unwrap();
 
@@ -275,13 +328,27 @@ fn device_is_added_changed_and_deleted() {
     assert_refused(&away, 1, &["device_offline"]);
     assert_refused(&gone, 1, &["404"]);
     let audit = done(&mut gateway.operator(&["audit"]));
-    assert!(audit.contains(id) && !audit.contains(added["secret"].as_str().unwrap()), "{audit}");
+    assert!(
+        audit.contains(id) && !audit.contains(added["secret"].as_str().unwrap()),
+        "{audit}"
+    );
 }
 
 #[test]
 fn rule_is_blocked_listed_and_unblocked_by_range_and_by_prefix() {
     let gateway = GatewayProcess::start(&[]).unwrap();
-    let block = ["rules", "block", ">=3.8.0-b3", "--reason", "storms", "--retry-after", "20m", "--expires", "2h", "--evict"];
+    let block = [
+        "rules",
+        "block",
+        ">=3.8.0-b3",
+        "--reason",
+        "storms",
+        "--retry-after",
+        "20m",
+        "--expires",
+        "2h",
+        "--evict",
+    ];
 
     done(&mut gateway.operator(&block));
     let listed = json(&run(&mut gateway.operator(&["rules", "list", "--json"])).unwrap());
@@ -289,7 +356,15 @@ fn rule_is_blocked_listed_and_unblocked_by_range_and_by_prefix() {
     done(&mut gateway.operator(&block));
     let again = json(&run(&mut gateway.operator(&["rules", "list", "--json"])).unwrap());
     let id = again["items"][0]["id"].as_str().unwrap();
-    done(&mut gateway.operator(&["rules", "edit", &id[..13], "--reason", "still storms", "--expires", "never"]));
+    done(&mut gateway.operator(&[
+        "rules",
+        "edit",
+        &id[..13],
+        "--reason",
+        "still storms",
+        "--expires",
+        "never",
+    ]));
     let edited = done(&mut gateway.operator(&["rules", "list"]));
     done(&mut gateway.operator(&["rules", "unblock", &id[..13]]));
 
@@ -297,7 +372,11 @@ fn rule_is_blocked_listed_and_unblocked_by_range_and_by_prefix() {
     assert_eq!(listed["items"][0]["evict"], true);
     assert!(edited.contains("still storms"), "{edited}");
     assert_eq!(done(&mut gateway.operator(&["rules", "list"])), "none\n");
-    assert_refused(&run(&mut gateway.operator(&["rules", "unblock", "=1"])).unwrap(), 1, &["no rule"]);
+    assert_refused(
+        &run(&mut gateway.operator(&["rules", "unblock", "=1"])).unwrap(),
+        1,
+        &["no rule"],
+    );
 }
 
 #[test]
@@ -313,7 +392,9 @@ fn control_characters_never_reach_the_terminal() {
     for output in [created, listed, refused] {
         for bytes in [output.stdout, output.stderr] {
             let text = String::from_utf8(bytes).unwrap();
-            let harmful = text.chars().find(|c| (c.is_control() && *c != '\n') || *c == '\u{202e}');
+            let harmful = text
+                .chars()
+                .find(|c| (c.is_control() && *c != '\n') || *c == '\u{202e}');
             assert_eq!(harmful, None, "{text:?}");
         }
     }
@@ -365,12 +446,19 @@ fn doctor_says_what_is_wrong() {
     let output = run(seawall().args(["doctor", "--data-dir"]).arg(&file)).unwrap();
 
     assert_eq!(output.status.code(), Some(1));
-    assert!(String::from_utf8(output.stdout).unwrap().contains("is a file: move it away"));
+    assert!(
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .contains("is a file: move it away")
+    );
 }
 
 #[test]
 fn verbs_without_a_gateway_say_so() {
-    let nobody = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap().local_addr().unwrap();
+    let nobody = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0)))
+        .unwrap()
+        .local_addr()
+        .unwrap();
 
     let output = run(seawall().args(["nodes", "--url", &format!("http://{nobody}")])).unwrap();
 
@@ -388,8 +476,17 @@ fn migrate_makes_the_tables_without_a_gateway() {
 
 #[test]
 fn versions_are_sorted_and_matched_from_standard_input() {
-    let mut sort = seawall().args(["versions", "sort"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    sort.stdin.take().unwrap().write_all(b"3.8.0\n3.8.0-b10\nv3.8\n3.8.0-b3\nnightly").unwrap();
+    let mut sort = seawall()
+        .args(["versions", "sort"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    sort.stdin
+        .take()
+        .unwrap()
+        .write_all(b"3.8.0\n3.8.0-b10\nv3.8\n3.8.0-b3\nnightly")
+        .unwrap();
     let sorted = sort.wait_with_output().unwrap();
     let home = tempfile::tempdir().unwrap();
     let file = home.path().join("list");
@@ -397,7 +494,10 @@ fn versions_are_sorted_and_matched_from_standard_input() {
 
     let matched = done(seawall().args(["versions", "match", ">=3.8.0-b10"]).arg(&file));
 
-    assert_eq!(String::from_utf8(sorted.stdout).unwrap(), "nightly\n3.8.0-b3\n3.8.0-b10\n3.8.0\nv3.8\n");
+    assert_eq!(
+        String::from_utf8(sorted.stdout).unwrap(),
+        "nightly\n3.8.0-b3\n3.8.0-b10\n3.8.0\nv3.8\n"
+    );
     assert_eq!(matched, "3.8.0-b10\n3.8.0\nv3.8\n");
     let wrong = run(seawall().args(["versions", "match", ">=1.*.2"])).unwrap();
     assert_refused(&wrong, 2, &[">=1.*.2"]);
@@ -419,5 +519,8 @@ fn closed_standard_output_is_no_panic() {
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
 
-    assert_eq!((output.status.code(), String::from_utf8(output.stderr).unwrap().as_str()), (Some(0), ""));
+    assert_eq!(
+        (output.status.code(), String::from_utf8(output.stderr).unwrap().as_str()),
+        (Some(0), "")
+    );
 }

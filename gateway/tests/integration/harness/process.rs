@@ -33,12 +33,20 @@ pub fn seawall() -> Command {
 
 /// Runs a command line to its end.
 pub fn run(command: &mut Command) -> Result<Output> {
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
     let out = reader(child.stdout.take());
     let err = reader(child.stderr.take());
     let status = wait(&mut child, PATIENCE)?;
     let join = |reader: thread::JoinHandle<Vec<u8>>| reader.join().unwrap_or_default();
-    Ok(Output { status, stdout: join(out), stderr: join(err) })
+    Ok(Output {
+        status,
+        stdout: join(out),
+        stderr: join(err),
+    })
 }
 
 fn reader(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u8>> {
@@ -85,14 +93,28 @@ impl GatewayProcess {
     /// Starts one on free ports and waits until it listens.
     pub fn start_on(data_dir: &Path, args: &[&str]) -> Result<Self> {
         let mut command = seawall();
-        command.args(["serve", "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--data-dir"]).arg(data_dir);
+        command
+            .args([
+                "serve",
+                "--listen",
+                "127.0.0.1:0",
+                "--ops-listen",
+                "127.0.0.1:0",
+                "--data-dir",
+            ])
+            .arg(data_dir);
         command.args(args).stdin(Stdio::null()).stdout(Stdio::null());
         let log = fs::File::create(data_dir.with_extension("log"))?;
         // What an earlier gateway left behind must not be taken for this one's.
         let _ = fs::remove_file(data_dir.join(data_dir::ADDRESSES));
         let mut child = command.stderr(log).spawn()?;
         match listening(&mut child, data_dir) {
-            Ok(addresses) => Ok(Self { child, addresses, data_dir: data_dir.to_owned(), _home: None }),
+            Ok(addresses) => Ok(Self {
+                child,
+                addresses,
+                data_dir: data_dir.to_owned(),
+                _home: None,
+            }),
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -110,7 +132,9 @@ impl GatewayProcess {
     /// An operator's command line for this gateway, with its admin token.
     pub fn operator(&self, args: &[&str]) -> Command {
         let mut command = seawall();
-        command.env("SEAWALL_URL", format!("http://{}", self.addresses.ops)).env("SEAWALL_DATA_DIR", &self.data_dir);
+        command
+            .env("SEAWALL_URL", format!("http://{}", self.addresses.ops))
+            .env("SEAWALL_DATA_DIR", &self.data_dir);
         command.args(args);
         command
     }

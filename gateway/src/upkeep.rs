@@ -1,0 +1,102 @@
+//! What a gateway does every so often, whoever connects: read the plans of its statements, publish gauges, measure its own lag.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use crate::{state::Shared, store::PlanReport};
+
+/// How often the plans of the connect path are read.
+const PLAN_INTERVAL: Duration = Duration::from_secs(600);
+/// How soon a reading that failed is tried again.
+const PLAN_RETRY_INTERVAL: Duration = Duration::from_secs(5);
+/// How often gauges are published.
+const GAUGES_INTERVAL: Duration = Duration::from_secs(1);
+/// How often raw samples of histograms are put into buckets: until then each takes 16 bytes.
+const SAMPLES_INTERVAL: Duration = Duration::from_secs(5);
+/// How often the runtime's lag is measured.
+const LAG_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The alarm that operators see while a statement of the connect path is too costly.
+const PLAN_ALARM: &str = "plan";
+
+/// Guards the plans of the connect path until `stop`: an alarm is told once, cuts the limit on look-ups, and ends by itself.
+pub async fn guard_plans(state: Shared, stop: CancellationToken) {
+    let guard = async {
+        state.store.ready().await;
+        let mut is_failing = false;
+        loop {
+            let checked = state.store.plan_check().await;
+            match &checked {
+                Ok(report) => take_report(&state, report),
+                Err(error) if !is_failing => {
+                    tracing::warn!(error = %error, "the plans of look-ups can't be read: trying again")
+                }
+                Err(_) => {}
+            }
+            is_failing = checked.is_err();
+            tokio::time::sleep(if is_failing { PLAN_RETRY_INTERVAL } else { PLAN_INTERVAL }).await;
+        }
+    };
+    // The endless guard is dropped with the gateway.
+    let _: Option<std::convert::Infallible> = stop.run_until_cancelled(guard).await;
+}
+
+fn take_report(state: &Shared, report: &PlanReport) {
+    let was_alarm = state.plan.get().is_some_and(|report| report.is_alarm());
+    let is_alarm = report.is_alarm();
+    state.gate.set_limit_cut(is_alarm);
+    state.metrics.plan_alarm.set(if is_alarm { 1.0 } else { 0.0 });
+    match (was_alarm, report) {
+        (false, PlanReport::Alarm(detail)) => state.alarm(PLAN_ALARM, true, detail.as_str()),
+        (true, PlanReport::Indexed) => state.alarm(PLAN_ALARM, false, "every look-up goes through an index again"),
+        (true, PlanReport::Alarm(_)) | (false, PlanReport::Indexed) => {}
+    }
+    state.plan.set(report.clone());
+}
+
+/// Publishes gauges that nothing else changes, and sorts samples into buckets, until `stop`.
+pub async fn publish(state: Shared, stop: CancellationToken) {
+    let mut gauges = interval(GAUGES_INTERVAL);
+    let mut samples = interval(SAMPLES_INTERVAL);
+    gauges.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    samples.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = gauges.tick() => publish_gauges(&state),
+            _ = samples.tick() => state.metrics.upkeep(),
+        }
+    }
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "gauges are floating point, and these counts far below 2^53"
+)]
+fn publish_gauges(state: &Shared) {
+    let online = state.sessions.len();
+    let metrics = &state.metrics;
+    metrics.sessions.set(online as f64);
+    metrics.presence_devices.set("online", online as f64);
+    metrics
+        .presence_devices
+        .set("offline", state.history.known_len().saturating_sub(online) as f64);
+    metrics.rules_revision.set(state.rules.current().revision() as f64);
+    metrics
+        .rules_age_seconds
+        .set(state.rules.age(state.clock.now()).as_secs_f64());
+}
+
+/// Measures how late tasks run, until `stop`.
+pub async fn measure_lag(state: Shared, stop: CancellationToken) {
+    loop {
+        let due = Instant::now() + LAG_INTERVAL;
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = sleep_until(due) => {}
+        }
+        state.metrics.event_loop_lag_seconds.record(due.elapsed());
+    }
+}
