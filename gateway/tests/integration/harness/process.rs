@@ -124,11 +124,6 @@ impl GatewayProcess {
         }
     }
 
-    /// Where devices connect.
-    pub fn devices(&self) -> SocketAddr {
-        self.addresses.devices
-    }
-
     /// An operator's command line for this gateway, with its admin token.
     pub fn operator(&self, args: &[&str]) -> Command {
         let mut command = seawall();
