@@ -93,12 +93,15 @@ pub struct Door {
     pub(crate) lingering: Semaphore,
     /// Every connection's task.
     pub(crate) tasks: TaskTracker,
+    /// Cancelled when the process is about to end: whoever still waits for an answer gets one now.
+    pub(crate) closing: CancellationToken,
 }
 
 /// What a connection holds until its head is complete.
 pub struct Handshake {
-    _permit: OwnedSemaphorePermit,
+    // Given back before the permit: whoever gets the permit next finds room in the shares too.
     pub(crate) share: Share,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl Door {
@@ -111,6 +114,7 @@ impl Door {
             handshake_rate: rate.map(HandshakeRate::new),
             lingering: Semaphore::new(LINGERING_MAX),
             tasks: TaskTracker::new(),
+            closing: CancellationToken::new(),
         }
     }
 
@@ -127,7 +131,7 @@ impl Door {
             return Err(Turned::AddressRate);
         }
         let share = self.handshake_shares.take(network).map_err(|_| Turned::AddressShare)?;
-        let handshake = Handshake { _permit: permit, share };
+        let handshake = Handshake { share, _permit: permit };
         Ok((connection, handshake))
     }
 }
@@ -202,6 +206,7 @@ impl Listener {
             }
         }
         drop(self.tcp);
+        self.door.closing.cancel();
         self.door.tasks.close();
         self.door.tasks.wait().await;
     }

@@ -31,8 +31,8 @@ const WRITE_BUFFER_LEN: usize = 4 * 1024;
 /// Room for what a frame has around its payload.
 const ENVELOPE_LEN: usize = 1024;
 
-/// Time for the peer to answer our close frame. One that does not is dropped.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Time for the peer to answer our close frame. One that does not is dropped. Less than the 2 s that a process has for its end.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// What is still read from a peer after its connection was given up, so that a reset does not destroy the close frame.
 const DRAIN_LEN_MAX: usize = 64 * 1024;

@@ -1,8 +1,8 @@
 //! What is written to a connection before it is a session: refusals, the 101, readiness. And how a refused one ends.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, mem::MaybeUninit, sync::Arc, time::Duration};
 
-use seawall_proto::refusal::{Hint, Refusal};
+use seawall_proto::refusal::{Code, Hint, Refusal};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
@@ -22,6 +22,18 @@ pub(super) enum Linger {
     AllRead,
     /// Closing at once might send a reset, which destroys the answer on its way.
     Unread,
+}
+
+impl Linger {
+    /// A complete head was refused. Those refused for their form may have a body on its way.
+    pub(super) fn behind(refusal: &Refusal, leftover: &[u8]) -> Self {
+        let may_have_body = matches!(refusal.code, Code::BadRequest | Code::NotFound | Code::MethodNotAllowed);
+        if may_have_body || !leftover.is_empty() {
+            Self::Unread
+        } else {
+            Self::AllRead
+        }
+    }
 }
 
 /// Why a connection was turned away before it was read.
@@ -58,17 +70,23 @@ pub async fn turn_away(shared: Shared, door: Arc<Door>, mut stream: TcpStream, t
     let refusal = turned.refusal();
     let mut response = Vec::new();
     refusal.write_response(&mut response);
-    let written = stream.try_write(&response);
-    let sent = match (written, door.lingering.try_acquire()) {
-        (Ok(_), Ok(_permit)) => drain(&mut stream, LINGER_LEN_MAX, LINGER_TIME).await,
-        (Ok(_) | Err(_), _) => stream.try_read(&mut [0]).unwrap_or(0),
+    let written = write(&shared, &mut stream, &response).await;
+    let has_asked = match (written, door.lingering.try_acquire()) {
+        (Ok(()), Ok(_permit)) => drain(&mut stream, LINGER_LEN_MAX, LINGER_TIME).await > 0,
+        (Ok(()), Err(_)) | (Err(_), _) => has_unread(&stream),
     };
-    if sent == 0 {
-        shared.metrics.connections.increment(turned.connection_outcome());
-    } else {
+    if has_asked {
         shared.metrics.connections.increment("request");
         shared.metrics.handshakes.increment(refusal.code.as_str());
+    } else {
+        shared.metrics.connections.increment(turned.connection_outcome());
     }
+}
+
+/// Whether the peer has sent anything. Asks the kernel, since the runtime may not have looked at this socket yet.
+fn has_unread(stream: &TcpStream) -> bool {
+    let peeked = socket2::SockRef::from(stream).peek(&mut [MaybeUninit::uninit()]);
+    peeked.is_ok_and(|len| len > 0)
 }
 
 /// Writes a refusal and ends the connection such that the peer can read it.
@@ -121,8 +139,6 @@ pub(super) async fn write(shared: &Shared, stream: &mut TcpStream, response: &[u
 
 #[cfg(test)]
 mod tests {
-    use seawall_proto::refusal::Code;
-
     use super::*;
 
     #[test]

@@ -13,7 +13,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use seawall_proto::{
     handshake::{self, Admitted, Policy},
     hello::{self, Hello, Request, SessionKind},
-    refusal::Refusal,
+    refusal::{Peers, Refusal},
 };
 use tokio::{net::TcpStream, time::timeout};
 
@@ -43,7 +43,7 @@ pub async fn serve(
     mut handshake: Handshake,
 ) {
     let attempt = Attempt::begin(&shared, peer);
-    let head = read_head(&shared, &stream, &mut handshake).await;
+    let head = read_head(&shared, &door, &stream, &mut handshake).await;
     drop(handshake);
 
     let Complete { parsed, leftover } = match head {
@@ -64,7 +64,8 @@ pub async fn serve(
         Ok(Request::Ready) => return answer::readiness(&shared, stream).await,
         Err(refusal) => {
             attempt.refused(&refusal);
-            return answer::refuse(&shared, &door, stream, &refusal, Linger::Unread).await;
+            let linger = Linger::behind(&refusal, &leftover);
+            return answer::refuse(&shared, &door, stream, &refusal, linger).await;
         }
     };
     let mut attempt = attempt.by(&hello);
@@ -73,17 +74,17 @@ pub async fn serve(
         decision = decide(&shared, hello) => decision,
         // Dropping the decision takes the device out of the queue: it never reaches the database.
         () = peer_gone(&stream) => return attempt.count(Outcome::Abandoned),
+        () = door.closing.cancelled() => Concluded {
+            result: Err(leaving(&shared)),
+            took: None,
+        },
     };
     attempt.looked_up(decided.took);
     match decided.result {
         Ok(admitted) => upgrade(shared, door, stream, leftover, attempt, admitted, connection).await,
         Err(refusal) => {
             attempt.refused(&refusal);
-            let linger = if leftover.is_empty() {
-                Linger::AllRead
-            } else {
-                Linger::Unread
-            };
+            let linger = Linger::behind(&refusal, &leftover);
             answer::refuse(&shared, &door, stream, &refusal, linger).await;
         }
     }
@@ -99,8 +100,26 @@ enum NoHead {
     Refused(Refusal),
 }
 
+impl NoHead {
+    /// The process ends.
+    fn closing(shared: &Shared, has_begun: bool) -> Self {
+        if has_begun {
+            Self::Refused(leaving(shared))
+        } else {
+            Self::PeerGone { has_begun }
+        }
+    }
+}
+
+/// What a device is told by a node that ends.
+fn leaving(shared: &Shared) -> Refusal {
+    let peers = shared.drain.peers().unwrap_or(Peers::None);
+    Refusal::draining(peers, &mut rand::rng())
+}
+
 async fn read_head(
     shared: &Shared,
+    door: &Door,
     stream: &TcpStream,
     handshake: &mut Handshake,
 ) -> Result<Complete<Result<Request, Refusal>>, NoHead> {
@@ -108,11 +127,18 @@ async fn read_head(
     let mut reader = HeadReader::new(limits.head_bytes_max);
     let mut parse = |head: &hello::Head<'_>| hello::parse(head, &shared.config.identity);
     let slow_after = SLOW_AFTER.min(limits.head_timeout());
-    let mut read = timeout(slow_after, reader.read(stream, &mut parse)).await;
-    if read.is_err() && !handshake.share.mark_slow() {
-        let rest = limits.head_timeout().saturating_sub(slow_after);
-        read = timeout(rest, reader.read(stream, &mut parse)).await;
-    }
+    let reading = async {
+        let mut read = timeout(slow_after, reader.read(stream, &mut parse)).await;
+        if read.is_err() && !handshake.share.mark_slow() {
+            let rest = limits.head_timeout().saturating_sub(slow_after);
+            read = timeout(rest, reader.read(stream, &mut parse)).await;
+        }
+        read
+    };
+    let read = tokio::select! {
+        read = reading => read,
+        () = door.closing.cancelled() => return Err(NoHead::closing(shared, reader.has_begun())),
+    };
     match read {
         Ok(Ok(complete)) => Ok(complete),
         Ok(Err(HeadError::PeerGone)) => Err(NoHead::PeerGone {
@@ -182,7 +208,7 @@ async fn upgrade(
     );
     let written = answer::write(&shared, &mut stream, &switching).await;
     if written.is_err() {
-        online.end("client_gone");
+        online.cancel();
         return attempt.count(Outcome::Abandoned);
     }
     attempt.admitted(cohort);

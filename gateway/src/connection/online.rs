@@ -14,6 +14,8 @@ pub(super) struct Online {
     session: Arc<Session>,
     /// A label of `seawall_closes_total`.
     reason: &'static str,
+    /// Whether the device ever heard of it.
+    is_session: bool,
 }
 
 impl Online {
@@ -32,6 +34,7 @@ impl Online {
             shared: Arc::clone(shared),
             session,
             reason: "shutdown",
+            is_session: true,
         }
     }
 
@@ -43,12 +46,20 @@ impl Online {
     pub(super) fn end(mut self, reason: &'static str) {
         self.reason = reason;
     }
+
+    /// The device left before it was upgraded: there never was a session.
+    pub(super) fn cancel(mut self) {
+        self.reason = "client_gone";
+        self.is_session = false;
+    }
 }
 
 impl Drop for Online {
     fn drop(&mut self) {
         let shared = &self.shared;
-        shared.metrics.closes.increment(self.reason);
+        if self.is_session {
+            shared.metrics.closes.increment(self.reason);
+        }
         // A session that was replaced says nothing about its device, which is online in the newer one.
         if shared.sessions.unregister(&self.session) {
             let now = shared.clock.wall();
