@@ -5,3 +5,4 @@
 mod cli;
 mod harness;
 mod store;
+mod wire;

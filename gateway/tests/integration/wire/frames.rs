@@ -1,0 +1,153 @@
+//! Sessions, frame by frame: section 4 of the contract, and RFC 6455 where a device breaks it.
+
+use tokio::io::AsyncWriteExt;
+
+use super::raw::{Device, masked};
+use super::rig::{Gateway, eventually};
+
+const V1: &str = "Sec-WebSocket-Protocol: seawall.v1";
+
+/// A `seawall.v1` device that has read its welcome.
+async fn v1(gateway: &Gateway) -> Device {
+    let mut device = Device::connect(gateway.devices, &[&gateway.device_lines().await, V1]).await;
+    assert!(device.frame().await.text().contains("welcome"));
+    device
+}
+
+async fn plain(gateway: &Gateway) -> Device {
+    Device::connect(gateway.devices, &[&gateway.device_lines().await]).await
+}
+
+#[tokio::test]
+async fn message_is_acknowledged() {
+    let gateway = Gateway::start("").await;
+    let mut device = v1(&gateway).await;
+
+    device.text(r#"{"type":"heartbeat"}"#).await;
+    device
+        .text(r#"{"type":"message","id":"7","topic":"t","payload":{"a":1},"later":true}"#)
+        .await;
+
+    assert_eq!(device.frame().await.text(), r#"{"type":"ack","id":"7"}"#);
+}
+
+#[tokio::test]
+async fn fragments_make_one_message() {
+    let gateway = Gateway::start("").await;
+    let mut device = v1(&gateway).await;
+
+    device.send(0x01, br#"{"type":"message","#).await;
+    device.send(0x89, b"between").await;
+    device.send(0x80, br#""id":"8","payload":1}"#).await;
+
+    assert_eq!(device.frame().await.payload, b"between");
+    assert_eq!(device.frame().await.text(), r#"{"type":"ack","id":"8"}"#);
+}
+
+#[tokio::test]
+async fn tenth_bad_frame_closes_with_1008() {
+    let gateway = Gateway::start("").await;
+    let mut device = v1(&gateway).await;
+
+    for _ in 0..10 {
+        device.text("{\"type\":\"secret-text\"}").await;
+    }
+
+    for _ in 0..9 {
+        let frame = device.frame().await;
+        assert!(frame.text().contains("\"code\":\"bad_frame\""));
+        assert!(!frame.text().contains("secret-text"));
+    }
+    assert_eq!(device.frame().await.close(), (1008, "policy"));
+}
+
+#[tokio::test]
+async fn device_over_its_rate_is_told_and_closed() {
+    let gateway = Gateway::start("[limits]\nmessages_per_second = 1\nmessages_burst = 5\n").await;
+    let mut device = v1(&gateway).await;
+
+    for _ in 0..8 {
+        device.text(r#"{"type":"heartbeat"}"#).await;
+    }
+
+    assert!(device.frame().await.text().contains("rate_limited"));
+    assert_eq!(device.frame().await.close().0, 1008);
+}
+
+#[tokio::test]
+async fn broken_frames_have_their_close_codes() {
+    let gateway = Gateway::start("").await;
+    let unmasked = [0x81, 0x01, b'x'].to_vec();
+
+    for (bytes, code) in [
+        (masked(0x82, b"binary"), 1003),
+        (masked(0x81, &[0xff, 0xff]), 1007),
+        (masked(0xc1, b"reserved bit"), 1002),
+        (masked(0x83, b"reserved opcode"), 1002),
+        (masked(0x80, b"continues nothing"), 1002),
+        (masked(0x89, &[0; 126]), 1002),
+        (masked(0x81, &vec![b'x'; 65_537]), 1009),
+        (unmasked, 1002),
+    ] {
+        let mut device = v1(&gateway).await;
+        let _ = device.stream.write_all(&bytes).await;
+
+        assert_eq!(device.frame().await.close().0, code);
+        assert_eq!(device.until_end().await, b"");
+    }
+}
+
+#[tokio::test]
+async fn plain_session_takes_anything_and_says_nothing() {
+    let gateway = Gateway::start("").await;
+    let mut device = plain(&gateway).await;
+
+    device.text("no json at all").await;
+    device.send(0x82, &[0, 1, 2]).await;
+    device.send(0x89, b"ping").await;
+
+    let frame = device.frame().await;
+    assert_eq!((frame.opcode, frame.payload.as_slice()), (10, b"ping".as_slice()));
+    assert_eq!(
+        gateway.metric("seawall_messages_total{direction=\"in\",outcome=\"accepted\"}"),
+        2.0
+    );
+}
+
+#[tokio::test]
+async fn both_kinds_are_pinged() {
+    let gateway = Gateway::start("[session]\nheartbeat_ms = 1000\n").await;
+
+    for mut device in [v1(&gateway).await, plain(&gateway).await] {
+        assert_eq!(device.any_frame().await.opcode, 9);
+        device.send(0x8a, b"").await;
+        assert_eq!(device.any_frame().await.opcode, 9);
+    }
+}
+
+#[tokio::test]
+async fn goodbye_is_answered_and_the_device_offline() {
+    let gateway = Gateway::start("").await;
+    let mut device = plain(&gateway).await;
+
+    device.send(0x88, &1000_u16.to_be_bytes()).await;
+
+    assert_eq!(device.frame().await.close().0, 1000);
+    assert_eq!(device.until_end().await, b"");
+    eventually(|| gateway.metric("seawall_sessions") == 0.0).await;
+    assert_eq!(gateway.metric("seawall_closes_total{reason=\"normal\"}"), 1.0);
+}
+
+#[tokio::test]
+async fn reset_of_the_connection_ends_the_session() {
+    let gateway = Gateway::start("").await;
+    let device = plain(&gateway).await;
+    socket2::SockRef::from(&device.stream)
+        .set_linger(Some(std::time::Duration::ZERO))
+        .unwrap();
+
+    drop(device);
+
+    eventually(|| gateway.metric("seawall_closes_total{reason=\"client_gone\"}") == 1.0).await;
+    assert_eq!(gateway.metric("seawall_sessions"), 0.0);
+}

@@ -1,0 +1,8 @@
+//! The device listener, spoken to in bytes: nothing here shares a parser or a frame writer with the gateway.
+
+mod frames;
+mod handshake;
+mod pressure;
+mod raw;
+mod refusals;
+mod rig;

@@ -1,0 +1,173 @@
+//! A gateway's door without the rest of it: listener, gate and an SQLite registry of its own.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use seawall_gateway::{
+    capacity,
+    clock::Clock,
+    cohorts::Cohorts,
+    config::Config,
+    drain::Drain,
+    events::Events,
+    history::History,
+    keys,
+    lifecycle::Lifecycle,
+    listener::{Bounds, Listener},
+    lookup::Gate,
+    metrics::Metrics,
+    rules::Rules,
+    sessions::Sessions,
+    state::{Plan, Shared, State},
+    store::{Audit, NewDevice, Store},
+    tokens::Tokens,
+};
+use seawall_proto::{
+    id::{DeviceId, SecretHash},
+    session::SessionLimits,
+};
+
+/// How long a condition may take to come true.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A running door. Ends when it is dropped.
+pub struct Gateway {
+    pub devices: SocketAddr,
+    pub shared: Shared,
+    life: Lifecycle,
+    _data_dir: tempfile::TempDir,
+}
+
+impl Gateway {
+    /// Starts with these settings over the defaults, as TOML.
+    pub async fn start(settings: &str) -> Self {
+        let data_dir = tempfile::tempdir().unwrap();
+        let mut config = Config::from_toml(settings).unwrap();
+        config.server.data_dir = data_dir.path().to_owned();
+        config.limits = capacity::sized(&config.limits, &config.server);
+        config.validate().unwrap();
+
+        let (clock, life, metrics) = (Clock::start(), Lifecycle::new(), Arc::new(Metrics::new()));
+        let store = Store::open(&config.database_url()).await.unwrap();
+        let keys = keys::open(data_dir.path()).unwrap();
+        let gate = Gate::start(
+            config.admission.clone(),
+            keys,
+            &store,
+            clock,
+            Arc::clone(&metrics),
+            &life,
+        );
+        let listener = Listener::bind(
+            SocketAddr::from(([127, 0, 0, 1], 0)),
+            Bounds::of_process(&config.limits),
+            &config.limits,
+        )
+        .unwrap();
+        let devices = listener.local_addr().unwrap();
+        let session_limits = Arc::new(SessionLimits {
+            heartbeat: config.session.heartbeat(),
+            backoff_cap: Duration::from_millis(config.session.backoff_cap_ms),
+            messages_per_second: config.limits.messages_per_second,
+            messages_burst: config.limits.messages_burst,
+        });
+        let shared = Arc::new(State {
+            started: clock.wall(),
+            node: "test".into(),
+            store,
+            gate,
+            rules: Rules::open(data_dir.path()),
+            sessions: Sessions::new(clock.wall()),
+            cohorts: Cohorts::new(),
+            history: History::default(),
+            events: Events::default(),
+            drain: Drain::default(),
+            metrics,
+            tokens: Tokens::open(data_dir.path(), clock.now()).unwrap(),
+            plan: Plan::default(),
+            session_limits,
+            clock,
+            config: Arc::new(config),
+        });
+        shared
+            .rules
+            .reload(&shared.store, &shared.clock, &shared.events)
+            .await
+            .unwrap();
+        life.spawn(
+            "device listener",
+            listener.run(Arc::clone(&shared), life.hard().clone()),
+        );
+        Self {
+            devices,
+            shared,
+            life,
+            _data_dir: data_dir,
+        }
+    }
+
+    /// Registers a device, and says its id and secret.
+    pub async fn device(&self) -> (String, String) {
+        let id = uuid::Uuid::new_v4();
+        let secret = format!("secret-of-{id}");
+        let new = NewDevice {
+            id: DeviceId::from_uuid(id),
+            tenant: None,
+            model: None,
+            secret: SecretHash::of(secret.as_bytes()),
+        };
+        let audit = Audit {
+            at: self.shared.clock.wall(),
+            actor: "test".into(),
+            action: "device.create",
+        };
+        self.shared.store.device_insert(&new, &audit).await.unwrap();
+        (id.to_string(), secret)
+    }
+
+    /// Registers a device, and gives the header lines that it identifies itself with.
+    pub async fn device_lines(&self) -> String {
+        let (id, secret) = self.device().await;
+        format!("Seawall-Device: {id}\r\nAuthorization: Bearer {secret}")
+    }
+
+    /// The figure of one series, named with its labels.
+    pub fn metric(&self, series: &str) -> f64 {
+        self.figures(series).next().unwrap_or(f64::NAN)
+    }
+
+    /// The sum of all series whose text begins like this.
+    pub fn sum(&self, beginning: &str) -> f64 {
+        self.figures(beginning).sum()
+    }
+
+    fn figures(&self, beginning: &str) -> impl Iterator<Item = f64> {
+        let text = self.shared.metrics.render();
+        let figures: Vec<f64> = text
+            .lines()
+            .filter(|line| line.starts_with(beginning))
+            .filter_map(|line| line.rsplit(' ').next()?.parse().ok())
+            .collect();
+        figures.into_iter()
+    }
+
+    /// Ends the gateway as the process does: true where every task ended in time.
+    pub async fn stop(&self) -> bool {
+        self.life.stop().await
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        self.life.hard().cancel();
+    }
+}
+
+/// Waits until `holds`.
+pub async fn eventually(mut holds: impl FnMut() -> bool) {
+    let waiting = async {
+        while !holds() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, waiting).await.unwrap();
+}
