@@ -1,8 +1,8 @@
 //! A small process of our own that cleans up if we are killed.
 //!
-//! [`start`] runs this program again with one hidden argument. That copy holds the reading end of a pipe and notes the
-//! processes and folders it is told of; when the pipe closes, because we ended in whatever way, it ends those processes with
-//! everything below them and removes those folders. An orderly end leaves it nothing to do.
+//! [`start`] runs this program again with one hidden argument, by which [`serve_if_asked`] knows its duty. That copy holds the reading
+//! end of a pipe and notes the processes and folders it is told of; when the pipe closes, because we ended in whatever way, it
+//! ends those processes with everything below them and removes those folders. An orderly end leaves it nothing to do.
 //!
 //! Where no guard was started (unit tests), registering is a no-op and the owners' `Drop` is all there is.
 
@@ -27,16 +27,20 @@ const VANISH_MAX: Duration = Duration::from_secs(2);
 
 static PIPE: OnceLock<Mutex<ChildStdin>> = OnceLock::new();
 
-/// Call first in `main`. In the guard's copy of the program this does the guard's work and ends the process; otherwise it starts
-/// the guard and returns.
-///
-/// # Errors
-/// The guard could not be started.
-pub fn start() -> io::Result<()> {
+/// Call first in `main`. In the guard's copy of the program this does the guard's work and ends the process; otherwise it does
+/// nothing.
+pub fn serve_if_asked() {
     if std::env::args_os().nth(1).is_some_and(|argument| argument == ARGUMENT) {
         watch(io::stdin().lock());
         std::process::exit(0);
     }
+}
+
+/// Starts the guard. Call it once, before there is anything to guard.
+///
+/// # Errors
+/// It could not be started.
+pub fn start() -> io::Result<()> {
     let mut child = Command::new(std::env::current_exe()?)
         .arg(ARGUMENT)
         .stdin(Stdio::piped())

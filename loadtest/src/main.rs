@@ -9,7 +9,7 @@ use loadtest::{
     naive::Naive,
     progress::Progress,
     report::{self, Report},
-    run::{Order, run},
+    run::{Job, run},
     scenario::Scenario,
     server::{External, NAIVE_DATABASE},
     signals,
@@ -71,10 +71,7 @@ struct NaiveArguments {
 }
 
 fn main() -> ExitCode {
-    if let Err(error) = guard::start() {
-        eprintln!("error: starting the guard that cleans up: {error}");
-        return ExitCode::FAILURE;
-    }
+    guard::serve_if_asked();
     let done = match Cli::parse().command {
         Command::Run(arguments) => run_scenario(arguments),
         Command::NaiveServer(arguments) => serve_naive(&arguments),
@@ -98,14 +95,15 @@ fn run_scenario(arguments: RunArguments) -> Result<ExitCode> {
         .zip(arguments.ops)
         .zip(arguments.token)
         .map(|((gateway, ops), token)| External { gateway, ops, token });
-    let order = Order {
+    guard::start().context("starting the guard that cleans up")?;
+    let job = Job {
         scenario,
         external,
         interrupted: CancellationToken::new(),
     };
     let report = runtime()?.block_on(async {
-        tokio::spawn(signals::cancel(order.interrupted.clone()));
-        run(&order, &Progress::new()).await
+        tokio::spawn(signals::cancel(job.interrupted.clone()));
+        run(&job, &Progress::new()).await
     })?;
     print!("{}", report.to_text());
     if let Some(path) = &arguments.json {

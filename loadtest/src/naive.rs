@@ -192,7 +192,7 @@ async fn serve(mut stream: TcpStream, pool: &PgPool, counts: &Counts) -> Result<
     ended
 }
 
-/// One query a connect. In a task of its own, as a framework's handler would go on after its client has left.
+/// One query a connect. Nobody looks whether the device is still there: like most handlers, it goes on until it has its answer.
 async fn is_known(hello: &Hello, pool: &PgPool, counts: &Counts) -> Result<bool> {
     counts.asked.fetch_add(1, Ordering::Relaxed);
     let answer = sqlx::query(LOOK_UP)

@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// A load test to do.
-pub struct Order {
+pub struct Job {
     pub scenario: Scenario,
     /// None: servers and database are started, and ended.
     pub external: Option<External>,
@@ -38,31 +38,31 @@ pub struct Order {
 ///
 /// # Errors
 /// A program is missing, can't be started, or died; or it was interrupted.
-pub async fn run(order: &Order, progress: &Progress) -> Result<Report> {
-    let scenario = &order.scenario;
+pub async fn run(job: &Job, progress: &Progress) -> Result<Report> {
+    let scenario = &job.scenario;
     let thresholds = scenario.thresholds()?;
     report::check_names(scenario, &thresholds)?;
     let started_at = humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string();
     let plan = Plan::new(scenario);
-    let runs = match &order.external {
-        Some(external) => vec![against(external, order, &plan, progress).await?],
-        None => with_own_servers(order, &plan, progress).await?,
+    let runs = match &job.external {
+        Some(external) => vec![against(external, job, &plan, progress).await?],
+        None => with_own_servers(job, &plan, progress).await?,
     };
     progress.finish();
     Ok(Report::new(scenario, &thresholds, started_at, runs))
 }
 
-async fn against(external: &External, order: &Order, plan: &Plan, progress: &Progress) -> Result<Run> {
-    if order.scenario.is_postgres() {
+async fn against(external: &External, job: &Job, plan: &Plan, progress: &Progress) -> Result<Run> {
+    if job.scenario.is_postgres() {
         bail!("a scenario with a database of its own can't be run against a gateway that runs already");
     }
     let server = Server::external(external)?;
     import(&server, plan, progress).await?;
-    through_phases(MAIN_RUN, order, plan.clone(), server, None, progress).await
+    through_phases(MAIN_RUN, job, plan.clone(), server, None, progress).await
 }
 
-async fn with_own_servers(order: &Order, plan: &Plan, progress: &Progress) -> Result<Vec<Run>> {
-    let scenario = &order.scenario;
+async fn with_own_servers(job: &Job, plan: &Plan, progress: &Progress) -> Result<Vec<Run>> {
+    let scenario = &job.scenario;
     programs::build(&["seawall"]).await?;
     let folder = TempDir::new("loadtest").context("creating a temporary folder")?;
     let mut postgres = None;
@@ -70,9 +70,9 @@ async fn with_own_servers(order: &Order, plan: &Plan, progress: &Progress) -> Re
         progress.note("starting PostgreSQL");
         postgres = Some(Postgres::start().await?);
     }
-    let runs = order
+    let runs = job
         .interrupted
-        .run_until_cancelled(runs(order, plan, folder.path(), postgres.as_mut(), progress))
+        .run_until_cancelled(runs(job, plan, folder.path(), postgres.as_mut(), progress))
         .await;
     if let Some(postgres) = postgres {
         postgres.stop().await;
@@ -81,13 +81,13 @@ async fn with_own_servers(order: &Order, plan: &Plan, progress: &Progress) -> Re
 }
 
 async fn runs(
-    order: &Order,
+    job: &Job,
     plan: &Plan,
     folder: &Path,
     mut postgres: Option<&mut Postgres>,
     progress: &Progress,
 ) -> Result<Vec<Run>> {
-    let scenario = &order.scenario;
+    let scenario = &job.scenario;
     let url = postgres.as_ref().map(|postgres| postgres.url());
     let data = folder.join("data");
     let server = Server::gateway(&data, &scenario.gateway.config, url.as_deref()).await?;
@@ -109,7 +109,7 @@ async fn runs(
             (Some(naive), Some(url)) if name != MAIN_RUN => Server::naive(folder, naive, url).await?,
             _ => Server::gateway(&data, &scenario.gateway.config, url.as_deref()).await?,
         };
-        runs.push(through_phases(name, order, plan.clone(), server, postgres.as_deref_mut(), progress).await?);
+        runs.push(through_phases(name, job, plan.clone(), server, postgres.as_deref_mut(), progress).await?);
     }
     Ok(runs)
 }
@@ -133,13 +133,13 @@ async fn import(server: &Server, plan: &Plan, progress: &Progress) -> Result<()>
 
 async fn through_phases(
     name: &str,
-    order: &Order,
+    job: &Job,
     mut plan: Plan,
     mut server: Server,
     postgres: Option<&mut Postgres>,
     progress: &Progress,
 ) -> Result<Run> {
-    let scenario = &order.scenario;
+    let scenario = &job.scenario;
     let started = Instant::now();
     let versions: Vec<&str> = plan.devices.iter().map(|device| device.firmware.as_str()).collect();
     let recorder = Arc::new(Recorder::new(&versions, &scenario.groups, started));
@@ -155,7 +155,7 @@ async fn through_phases(
         sampler: &sampler,
         postgres,
         progress,
-        interrupted: &order.interrupted,
+        interrupted: &job.interrupted,
         rng: StdRng::seed_from_u64(scenario.seed ^ 0x5ea_3a11),
         begun: 0,
         rules: Vec::new(),
@@ -381,17 +381,17 @@ mod tests {
             .unwrap();
         let naive = Naive::start(postgres.options(), 8).await.unwrap();
         let server = Server::of(naive.devices(), naive.ops());
-        let order = Order {
+        let job = Job {
             scenario,
             external: None,
             interrupted: CancellationToken::new(),
         };
 
-        let run = through_phases(MAIN_RUN, &order, plan, server, Some(&mut postgres), &Progress::new())
+        let run = through_phases(MAIN_RUN, &job, plan, server, Some(&mut postgres), &Progress::new())
             .await
             .unwrap();
 
-        let report = Report::new(&order.scenario, &thresholds, String::new(), vec![run]);
+        let report = Report::new(&job.scenario, &thresholds, String::new(), vec![run]);
         let failed: Vec<_> = report
             .thresholds
             .iter()

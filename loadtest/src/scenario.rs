@@ -185,7 +185,7 @@ pub enum Until {
 /// A scenario that can't be run, and why.
 #[derive(Debug, thiserror::Error)]
 pub enum ScenarioError {
-    #[error("reading {path}: {source}")]
+    #[error("reading {path}")]
     Unreadable { path: PathBuf, source: std::io::Error },
     #[error("{path}: {problem}")]
     Invalid { path: PathBuf, problem: String },

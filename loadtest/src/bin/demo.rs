@@ -23,10 +23,8 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    match guard::start()
-        .context("starting the guard that cleans up")
-        .and_then(|()| run())
-    {
+    guard::serve_if_asked();
+    match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -37,6 +35,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     let cli = Cli::parse();
+    guard::start().context("starting the guard that cleans up")?;
     let options = demo::Options {
         devices: usize::try_from(cli.devices).context("more devices than this machine can count")?,
         has_storm: cli.storm,
