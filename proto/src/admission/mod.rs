@@ -158,7 +158,7 @@ pub enum BatchOutcome {
 /// Figures for people and metrics.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdmissionState {
-    /// Keys that may be in flight.
+    /// Keys that may be in flight. Where the limit was cut, it falls as what was sent before is answered.
     pub limit: u32,
     /// Keys sent and not answered.
     pub in_flight: u32,
@@ -314,14 +314,14 @@ impl Admission {
     /// The next statement to send, if one may be sent now. Call until `None`, after every other call.
     pub fn poll_batch(&mut self, now: Instant) -> Option<Batch> {
         self.handle_timeout(now);
-        if self.queue.batches_in_flight() >= BATCHES_IN_FLIGHT_MAX {
+        let free = self.free_keys();
+        if free == 0 {
             return None;
         }
         if !self.breaker.is_closed() {
             return self.breaker.take_probe(now).then(|| self.queue.probe());
         }
-        let free = to_usize(self.limit.keys()).saturating_sub(self.queue.in_flight());
-        if free > 0 && !self.queue.has_unsent() {
+        if !self.queue.has_unsent() {
             self.meter.handle_idle();
             return None;
         }
@@ -334,18 +334,25 @@ impl Admission {
         batch
     }
 
+    /// Keys that may be sent now, the ceiling apart.
+    fn free_keys(&self) -> usize {
+        if self.queue.batches_in_flight() >= BATCHES_IN_FLIGHT_MAX {
+            return 0;
+        }
+        to_usize(self.limit.keys()).saturating_sub(self.queue.in_flight())
+    }
+
     /// A statement ended.
     pub fn handle_batch_done(&mut self, id: BatchId, outcome: BatchOutcome, now: Instant) {
         let is_answered = outcome == BatchOutcome::Answered;
         let ended = match outcome {
             BatchOutcome::Answered => self.queue.handle_answered(id),
-            BatchOutcome::Failed => self.queue.handle_failed(id, self.breaker.is_closed()),
-            BatchOutcome::TimedOut => self.queue.handle_failed(id, false),
+            BatchOutcome::Failed => self.queue.handle_failed(id, self.breaker.is_closed(), now),
+            BatchOutcome::TimedOut => self.queue.handle_failed(id, false, now),
         };
         let keys = match ended {
             Ended::Unknown => return,
             Ended::Probe => return self.breaker.handle_probed(is_answered, now),
-            Ended::Split { keys } => keys,
             Ended::Answered { keys, waiters } => {
                 for (ticket, device) in waiters {
                     self.queue.finish(ticket);
@@ -354,7 +361,11 @@ impl Admission {
                 self.breaker.handle_outcome(true, now);
                 keys
             }
-            Ended::Failed { keys, waiters } => {
+            Ended::Failed {
+                keys,
+                waiters,
+                is_retried,
+            } => {
                 let cause = match outcome {
                     BatchOutcome::TimedOut => Cause::LookupTimedOut,
                     BatchOutcome::Failed | BatchOutcome::Answered => Cause::LookupFailed,
@@ -364,7 +375,8 @@ impl Admission {
                         self.owed.push_back(Owed::Refuse { ticket, waiter, cause });
                     }
                 }
-                if self.breaker.handle_outcome(false, now) {
+                // Its halves will tell whether it was the database or a single key.
+                if !is_retried && self.breaker.handle_outcome(false, now) {
                     self.refuse_all_waiting();
                 }
                 keys
@@ -449,14 +461,13 @@ impl Admission {
     /// When to call [`poll_batch`](Self::poll_batch) and [`poll_action`](Self::poll_action) next, if nothing else happens.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let may_send = self.queue.batches_in_flight() < BATCHES_IN_FLIGHT_MAX
-            && self.queue.in_flight() < to_usize(self.limit.keys())
-            && self.queue.has_unsent();
-        let probe_may_go = self.queue.batches_in_flight() < BATCHES_IN_FLIGHT_MAX;
+        let may_send = self.free_keys() > 0;
         [
             self.queue.next_deadline(),
-            self.breaker.poll_timeout().filter(|_| probe_may_go),
-            self.ceiling.blocked_until().filter(|_| may_send),
+            self.breaker.poll_timeout().filter(|_| may_send),
+            self.ceiling
+                .blocked_until()
+                .filter(|_| may_send && self.queue.has_unsent()),
         ]
         .into_iter()
         .flatten()
@@ -482,9 +493,10 @@ impl Admission {
     /// Figures for people and metrics.
     #[must_use]
     pub fn state(&self, now: Instant) -> AdmissionState {
+        let in_flight = to_u32(self.queue.in_flight());
         AdmissionState {
-            limit: self.limit.keys(),
-            in_flight: to_u32(self.queue.in_flight()),
+            limit: self.limit.keys().max(in_flight),
+            in_flight,
             queue: self.queue.len(),
             k_ref: self.reference.keys_per_second(now),
             k_peak: self.reference.peak(now),

@@ -119,14 +119,11 @@ pub(super) enum Ended {
         keys: usize,
         waiters: Vec<(Ticket, DeviceId)>,
     },
-    /// Tried again in two halves. Nobody is to be answered yet.
-    Split {
-        keys: usize,
-    },
-    /// The devices are to be refused.
+    /// The devices are to be refused; those for whom there is time are tried for again.
     Failed {
         keys: usize,
         waiters: Vec<Ticket>,
+        is_retried: bool,
     },
 }
 
@@ -378,9 +375,9 @@ impl Queue {
         }
     }
 
-    /// A statement failed. If it may be tried again and somebody still waits, it is, in two halves: one key that the
+    /// A statement failed. If it may be tried again and somebody has time to wait, it is, in two halves: one key that the
     /// database can't bear must not take 255 others down.
-    pub fn handle_failed(&mut self, id: BatchId, may_retry: bool) -> Ended {
+    pub fn handle_failed(&mut self, id: BatchId, may_retry: bool, now: Instant) -> Ended {
         let Some(sent) = self.take_sent(id) else {
             return Ended::Unknown;
         };
@@ -388,50 +385,42 @@ impl Queue {
             return Ended::Probe;
         }
         let keys = sent.keys.len();
-        if !may_retry || sent.is_retry {
-            return self.fail(id, &sent);
-        }
+        let may_retry = may_retry && !sent.is_retry;
         self.counter += 1;
         let round = self.counter;
-        let mut alive = Vec::with_capacity(keys);
+        let mut alive = Vec::new();
+        let mut waiters = Vec::new();
         for device in sent.keys {
-            let Some(key) = self.keys.get_mut(&device) else {
-                continue;
-            };
-            if key.state != (KeyState::InFlight { batch: id }) {
-                continue;
-            }
-            if key.waiters.is_empty() {
-                self.keys.remove(&device);
-            } else {
-                key.state = KeyState::Retrying { round };
+            if may_retry && self.retry_key(device, id, round, now) {
                 alive.push(device);
+            } else {
+                waiters.extend(self.take_waiters(device, id));
             }
         }
-        if alive.is_empty() {
-            return Ended::Failed {
-                keys,
-                waiters: Vec::new(),
-            };
-        }
+        let is_retried = !alive.is_empty();
         let second = alive.split_off(alive.len().div_ceil(2));
         for half in [alive, second] {
             if !half.is_empty() {
                 self.retries.push_back(Retry { round, keys: half });
             }
         }
-        Ended::Split { keys }
+        Ended::Failed {
+            keys,
+            waiters,
+            is_retried,
+        }
     }
 
-    fn fail(&mut self, id: BatchId, sent: &Sent) -> Ended {
-        let waiters = sent
-            .keys
-            .iter()
-            .flat_map(|device| self.take_waiters(*device, id))
-            .collect();
-        Ended::Failed {
-            keys: sent.keys.len(),
-            waiters,
+    /// False where nobody waits for the key any more, or nobody has the time.
+    fn retry_key(&mut self, device: DeviceId, batch: BatchId, round: u64, now: Instant) -> bool {
+        let waiters = &self.waiters;
+        let has_time = |ticket: &Ticket| waiters.get(ticket).is_some_and(|waiter| waiter.send_by > now);
+        match self.keys.get_mut(&device) {
+            Some(key) if key.state == (KeyState::InFlight { batch }) && key.waiters.iter().any(has_time) => {
+                key.state = KeyState::Retrying { round };
+                true
+            }
+            Some(_) | None => false,
         }
     }
 

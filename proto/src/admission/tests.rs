@@ -1,1 +1,680 @@
+use std::collections::{BTreeMap, BTreeSet};
 
+use proptest::prelude::*;
+use rand::{SeedableRng as _, rngs::SmallRng};
+use uuid::Uuid;
+
+use super::*;
+
+fn device(n: u128) -> DeviceId {
+    DeviceId::from_uuid(Uuid::from_u128(n + 1))
+}
+
+fn at(ms: u64) -> Instant {
+    Instant::from_micros(ms * 1_000)
+}
+
+fn wall(now: Instant) -> WallTime {
+    WallTime::from_unix_ms(1_800_000_000_000 + now.as_micros() / 1_000)
+}
+
+/// Admission of one node, with what a caller keeps.
+struct Node {
+    admission: Admission,
+    rng: SmallRng,
+}
+
+impl Node {
+    fn new() -> Self {
+        Self::with(AdmissionConfig::default())
+    }
+
+    fn with(config: AdmissionConfig) -> Self {
+        Self {
+            admission: Admission::new(config, SlotKeys::new(1, [7; 32]), at(0)),
+            rng: SmallRng::seed_from_u64(1),
+        }
+    }
+
+    fn attempt(&mut self, n: u128, token: Option<&str>, now: Instant) -> Decision {
+        let arrival = Arrival {
+            device: device(n),
+            slot_token: token,
+            arrived: now,
+            is_known_absent: false,
+        };
+        self.admission.attempt(&arrival, now, wall(now), &mut self.rng)
+    }
+
+    fn queued(&mut self, n: u128, now: Instant) -> Ticket {
+        match self.attempt(n, None, now) {
+            Decision::Queued(ticket) => ticket,
+            other @ (Decision::KnownAbsent | Decision::Refused(_)) => panic!("{other:?}"),
+        }
+    }
+
+    fn refused(&mut self, n: u128, token: Option<&str>, now: Instant) -> Refused {
+        match self.attempt(n, token, now) {
+            Decision::Refused(refused) => refused,
+            other @ (Decision::KnownAbsent | Decision::Queued(_)) => panic!("{other:?}"),
+        }
+    }
+
+    fn batches(&mut self, now: Instant) -> Vec<Batch> {
+        std::iter::from_fn(|| self.admission.poll_batch(now)).collect()
+    }
+
+    fn actions(&mut self, now: Instant) -> Vec<Action> {
+        std::iter::from_fn(|| self.admission.poll_action(now, wall(now), &mut self.rng)).collect()
+    }
+
+    fn done(&mut self, batch: &Batch, outcome: BatchOutcome, now: Instant) -> Vec<Action> {
+        self.admission.handle_batch_done(batch.id, outcome, now);
+        self.actions(now)
+    }
+
+    /// Two statements under way that block the way of all others.
+    fn block(&mut self, now: Instant) -> Vec<Batch> {
+        let blocking: Vec<Batch> = (0..2)
+            .flat_map(|n| {
+                self.queued(1_000_000 + n, now);
+                self.batches(now)
+            })
+            .collect();
+        assert_eq!(blocking.len(), 2);
+        blocking
+    }
+}
+
+fn causes(actions: &[Action]) -> BTreeSet<Cause> {
+    actions
+        .iter()
+        .map(|action| match action {
+            Action::Refuse { refused, .. } => refused.cause,
+            Action::Answer { .. } => panic!("{action:?}"),
+        })
+        .collect()
+}
+
+fn keys(batch: &Batch) -> BTreeSet<DeviceId> {
+    batch.keys.iter().copied().collect()
+}
+
+#[test]
+fn idle_registry_is_asked_at_once() {
+    let mut node = Node::new();
+    let ticket = node.queued(1, at(0));
+
+    let batches = node.batches(at(0));
+
+    assert_eq!(batches.len(), 1);
+    assert_eq!(batches[0].keys, [device(1)]);
+    let answered = node.done(&batches[0], BatchOutcome::Answered, at(5));
+    assert_eq!(
+        answered,
+        [Action::Answer {
+            ticket,
+            device: device(1)
+        }]
+    );
+}
+
+#[test]
+fn ten_thousand_that_ask_for_one_key_cost_one_key() {
+    let mut node = Node::new();
+    let tickets: BTreeSet<Ticket> = (0..10_000).map(|_| node.queued(1, at(0))).collect();
+
+    let batches = node.batches(at(0));
+
+    assert_eq!(batches.len(), 1);
+    assert_eq!(batches[0].keys, [device(1)]);
+    let answered: BTreeSet<Ticket> = node
+        .done(&batches[0], BatchOutcome::Answered, at(5))
+        .into_iter()
+        .map(|action| match action {
+            Action::Answer { ticket, .. } => ticket,
+            Action::Refuse { .. } => panic!("{action:?}"),
+        })
+        .collect();
+    assert_eq!(answered, tickets);
+}
+
+#[test]
+fn what_gathers_while_two_statements_run_goes_as_one() {
+    let mut node = Node::new();
+    let blocking = node.block(at(0));
+    for n in 0..200 {
+        node.queued(n, at(1));
+    }
+    assert!(node.batches(at(1)).is_empty());
+
+    node.done(&blocking[0], BatchOutcome::Answered, at(5));
+    let batches = node.batches(at(5));
+
+    assert_eq!(batches.len(), 1);
+    assert_eq!(batches[0].keys.len(), 200);
+}
+
+#[test]
+fn statements_hold_at_most_256_keys_and_half_of_the_limit() {
+    for (limit, expected) in [(512, 256), (64, 32), (2, 1), (10_000, 256)] {
+        let mut node = Node::with(AdmissionConfig {
+            keys_in_flight_max: limit,
+            lookups_per_second_max: 1_000_000,
+            ..AdmissionConfig::default()
+        });
+        for n in 0..1_000 {
+            node.queued(n, at(0));
+        }
+
+        let batches = node.batches(at(0));
+
+        assert_eq!(
+            batches.iter().map(|batch| batch.keys.len()).collect::<Vec<_>>(),
+            [expected; 2]
+        );
+    }
+}
+
+#[test]
+fn plan_alarm_cuts_the_limit_and_nothing_more_is_sent_above_it() {
+    let mut node = Node::new();
+    node.admission.set_limit_cut(true);
+    for n in 0..100 {
+        node.queued(n, at(0));
+    }
+
+    let batches = node.batches(at(0));
+
+    assert_eq!(batches.iter().map(|batch| batch.keys.len()).sum::<usize>(), 2);
+    assert_eq!(node.admission.state(at(0)).limit, 2);
+}
+
+#[test]
+fn keys_a_second_never_exceed_the_ceiling() {
+    let mut node = Node::with(AdmissionConfig {
+        lookups_per_second_max: 100,
+        ..AdmissionConfig::default()
+    });
+    let (mut now, mut sent, mut next) = (at(0), 0, 0);
+
+    while now < at(10_000) {
+        next += 1;
+        node.attempt(next, None, now);
+        for batch in node.batches(now) {
+            sent += batch.keys.len();
+            node.done(&batch, BatchOutcome::Answered, now);
+        }
+        now += Duration::from_millis(1);
+    }
+
+    assert!((990..=1_010).contains(&sent), "{sent}");
+}
+
+#[test]
+fn abandoned_devices_never_reach_the_database() {
+    let mut node = Node::new();
+    let blocking = node.block(at(0));
+    let tickets: Vec<Ticket> = (0..100).map(|n| node.queued(n, at(0))).collect();
+    let twice = node.queued(7, at(0));
+    for ticket in tickets {
+        node.admission.abandon(ticket);
+    }
+
+    node.done(&blocking[0], BatchOutcome::Answered, at(5));
+    let batches = node.batches(at(5));
+
+    assert_eq!(batches.len(), 1);
+    assert_eq!(
+        batches[0].keys,
+        [device(7)],
+        "another connection waits for it: {twice:?}"
+    );
+}
+
+#[test]
+fn device_whose_deadline_passed_is_refused_with_a_slot_and_never_sent() {
+    let mut node = Node::new();
+    let blocking = node.block(at(0));
+    let ticket = node.queued(1, at(0));
+    assert_eq!(node.admission.poll_timeout(), Some(at(1_800)));
+
+    let batches = node.batches(at(1_800));
+    let actions = node.actions(at(1_800));
+
+    assert!(batches.is_empty());
+    assert!(matches!(&actions[..], [Action::Refuse { ticket: refused, .. }] if *refused == ticket));
+    assert_eq!(causes(&actions), [Cause::Deadline].into());
+    node.done(&blocking[0], BatchOutcome::Answered, at(1_900));
+    assert!(node.batches(at(1_900)).is_empty());
+}
+
+#[test]
+fn look_up_without_an_answer_ends_for_the_device_before_three_seconds() {
+    let mut node = Node::new();
+    node.queued(1, at(0));
+    assert_eq!(node.batches(at(0)).len(), 1);
+
+    node.admission.handle_timeout(at(2_799));
+    assert!(node.actions(at(2_799)).is_empty());
+    node.admission.handle_timeout(at(2_800));
+
+    assert_eq!(causes(&node.actions(at(2_800))), [Cause::LookupTimedOut].into());
+}
+
+#[test]
+fn walk_ins_are_bounded_to_a_tenth_of_a_second_and_holders_to_two() {
+    let mut node = Node::new();
+    let reference = 2_500;
+    node.block(at(0));
+    for n in 0..20_000 {
+        node.admission.handle_admitted(device(n), "default");
+    }
+
+    let walked_in = (0..20_000)
+        .filter(|n| matches!(node.attempt(*n, None, at(0)), Decision::Queued(_)))
+        .count();
+    assert_eq!(walked_in, reference / 10);
+
+    // All slots are due by then, and those who walked in have been refused.
+    let now = at(20_000);
+    node.admission.handle_timeout(now);
+    node.actions(now);
+    let held = (250..20_000)
+        .filter(|n| matches!(node.attempt(*n, None, now), Decision::Queued(_)))
+        .count();
+    assert_eq!(held, reference * 2);
+}
+
+#[test]
+fn holder_goes_before_those_who_walked_in_earlier() {
+    let mut node = Node::new();
+    let blocking = node.block(at(0));
+    for n in 0..1_000 {
+        node.admission.handle_admitted(device(n), "default");
+        node.attempt(n, None, at(0));
+    }
+    // 999 was refused, and comes back at its slot; the queue of walk-ins is full again.
+    let now = at(1_700);
+    node.queued(999, now);
+
+    node.admission.set_limit_cut(true);
+    node.done(&blocking[0], BatchOutcome::Answered, now);
+    let batches = node.batches(now);
+
+    assert_eq!(batches[0].keys, [device(999)]);
+}
+
+#[test]
+fn key_that_walked_in_moves_ahead_when_its_holder_comes() {
+    let mut node = Node::new();
+    node.admission.handle_admitted(device(1), "default");
+    node.admission.handle_registry_absent(at(0));
+    let token = node.refused(1, None, at(0)).hint.slot;
+    let slot = at(500);
+    let mut later = Node::new();
+    let blocking = later.block(slot);
+    for n in 100..200 {
+        later.queued(n, slot);
+    }
+    // Somebody else uses the id, without the token.
+    later.queued(1, slot);
+
+    assert!(matches!(later.attempt(1, token.as_deref(), slot), Decision::Queued(_)));
+    later.admission.set_limit_cut(true);
+    later.done(&blocking[0], BatchOutcome::Answered, slot);
+
+    assert_eq!(later.batches(slot)[0].keys, [device(1)]);
+}
+
+#[test]
+fn due_strangers_get_a_twentieth_while_known_devices_wait() {
+    let mut node = Node::with(AdmissionConfig {
+        keys_in_flight_max: 512,
+        lookups_per_second_max: 1_000_000,
+        ..AdmissionConfig::default()
+    });
+    node.admission.handle_registry_absent(at(0));
+    for n in 0..2_000 {
+        if n < 1_000 {
+            node.admission.handle_admitted(device(n), "default");
+        }
+        node.refused(n, None, at(0));
+    }
+    let mut later = node;
+    later.admission.handle_registry_present(at(30_000));
+    for _ in 0..3 {
+        let probe = later.batches(at(30_000)).remove(0);
+        assert!(probe.is_probe);
+        later.done(&probe, BatchOutcome::Answered, at(30_000));
+    }
+    // The queue of slots was short: all are due.
+    for n in 0..2_000 {
+        later.queued(n, at(30_000));
+    }
+
+    let sent: Vec<DeviceId> = later
+        .batches(at(30_000))
+        .into_iter()
+        .flat_map(|batch| batch.keys)
+        .collect();
+
+    let strangers = sent.iter().filter(|key| **key > device(999)).count();
+    assert_eq!((sent.len(), strangers), (512, 25));
+}
+
+#[test]
+fn failed_statement_is_tried_once_more_in_two_halves_and_one_bad_key_stops_only_its_half() {
+    let mut node = Node::new();
+    let blocking = node.block(at(0));
+    let tickets: BTreeMap<Ticket, u128> = (0..100).map(|n| (node.queued(n, at(0)), n)).collect();
+    node.done(&blocking[0], BatchOutcome::Answered, at(1));
+    node.done(&blocking[1], BatchOutcome::Answered, at(1));
+    let whole = node.batches(at(1)).remove(0);
+    let poison = device(42);
+
+    assert!(
+        node.done(&whole, BatchOutcome::Failed, at(2)).is_empty(),
+        "nobody is refused yet"
+    );
+    let halves = node.batches(at(2));
+
+    assert_eq!(halves.iter().map(|half| half.keys.len()).collect::<Vec<_>>(), [50, 50]);
+    assert!(keys(&halves[0]).is_disjoint(&keys(&halves[1])));
+    let mut answered = 0;
+    for half in &halves {
+        if half.keys.contains(&poison) {
+            let refused = node.done(half, BatchOutcome::Failed, at(3));
+            assert_eq!(refused.len(), 50);
+            assert_eq!(causes(&refused), [Cause::LookupFailed].into());
+        } else {
+            answered += node.done(half, BatchOutcome::Answered, at(3)).len();
+        }
+    }
+    assert_eq!(answered, 50);
+    assert_eq!(tickets.len(), 100);
+    assert_eq!(node.admission.state(at(3)).in_flight, 0);
+    assert_eq!(node.admission.state(at(3)).queue, 0);
+}
+
+#[test]
+fn dead_registry_is_known_after_one_time_out_and_probed_without_devices() {
+    let mut node = Node::new();
+    node.queued(1, at(0));
+    let batch = node.batches(at(0)).remove(0);
+    let refused = node.done(&batch, BatchOutcome::TimedOut, at(1_000));
+    assert_eq!(causes(&refused), [Cause::LookupTimedOut].into());
+
+    let at_once = node.refused(2, None, at(1_001));
+    assert_eq!(at_once.cause, Cause::Breaker);
+    assert_eq!(at_once.cause.code(), Code::RegistryUnavailable);
+    for second in 1..5 {
+        let probes = node.batches(at(second * 1_000));
+        assert_eq!(probes.len(), 1);
+        assert!(probes[0].is_probe);
+        assert!(
+            node.done(&probes[0], BatchOutcome::TimedOut, at(second * 1_000 + 999))
+                .is_empty()
+        );
+        assert_eq!(node.admission.poll_timeout(), Some(at(second * 1_000 + 1_000)));
+    }
+
+    for _ in 0..3 {
+        let probe = node.batches(at(5_000)).remove(0);
+        node.done(&probe, BatchOutcome::Answered, at(5_000));
+    }
+
+    assert_eq!(node.admission.state(at(5_000)).breaker, BreakerState::Closed);
+    node.queued(3, at(5_000));
+}
+
+#[test]
+fn hints_grow_with_the_age_of_the_outage() {
+    let mut node = Node::new();
+    node.admission.handle_registry_absent(at(0));
+
+    for (n, age_s) in [0, 10, 60].into_iter().enumerate() {
+        let hint = node.refused(u128::try_from(n).unwrap(), None, at(age_s * 1_000)).hint;
+
+        let from = (age_s.min(30) * 500).max(500);
+        assert!(
+            (from..=from * 2 + 500).contains(&hint.after_ms()),
+            "{age_s}: {}",
+            hint.after_ms()
+        );
+    }
+}
+
+#[test]
+fn registry_that_was_never_there_lets_nobody_wait_until_it_comes() {
+    let mut node = Node::new();
+    node.queued(1, at(0));
+    node.admission.handle_registry_absent(at(0));
+    assert_eq!(causes(&node.actions(at(0))), [Cause::Breaker].into());
+    assert!(node.batches(at(100_000)).is_empty());
+    assert_eq!(node.refused(2, None, at(100_000)).cause, Cause::Breaker);
+
+    node.admission.handle_registry_present(at(100_000));
+    for _ in 0..3 {
+        let probe = node.batches(at(100_000)).remove(0);
+        node.done(&probe, BatchOutcome::Answered, at(100_000));
+    }
+
+    node.queued(2, at(100_000));
+}
+
+#[test]
+fn guessed_credentials_are_throttled_but_lock_nobody_out() {
+    let mut node = Node::new();
+    node.admission.handle_admitted(device(1), "default");
+    for _ in 0..20 {
+        node.admission.handle_wrong_credential(device(1), at(0));
+    }
+
+    let refused = node.refused(1, None, at(0));
+    assert_eq!(refused.cause, Cause::Throttle);
+    assert!(refused.hint.slot.is_some());
+    assert!((5_000..=15_000).contains(&refused.hint.after_ms()));
+    node.queued(2, at(0));
+
+    let back = at(refused.hint.after_ms());
+    assert!(matches!(
+        node.attempt(1, refused.hint.slot.as_deref(), back),
+        Decision::Queued(_)
+    ));
+}
+
+#[test]
+fn known_absent_id_costs_nothing_but_is_throttled_like_any_other() {
+    let mut node = Node::new();
+    let arrival = Arrival {
+        device: device(1),
+        slot_token: None,
+        arrived: at(0),
+        is_known_absent: true,
+    };
+    let mut outcomes = Vec::new();
+    for _ in 0..11 {
+        outcomes.push(node.admission.attempt(&arrival, at(0), wall(at(0)), &mut node.rng));
+        node.admission.handle_wrong_credential(device(1), at(0));
+    }
+
+    assert!(outcomes[..10].iter().all(|decision| *decision == Decision::KnownAbsent));
+    assert!(matches!(&outcomes[10], Decision::Refused(refused) if refused.cause == Cause::Throttle));
+    assert!(node.batches(at(0)).is_empty());
+}
+
+#[test]
+fn devices_waiting_are_bounded_even_for_one_key() {
+    let mut node = Node::with(AdmissionConfig {
+        waiting_max: 100,
+        ..AdmissionConfig::default()
+    });
+    for _ in 0..100 {
+        node.queued(1, at(0));
+    }
+
+    assert_eq!(node.refused(1, None, at(0)).cause, Cause::QueueFull);
+}
+
+#[test]
+fn session_that_is_closed_gets_a_slot_of_its_tenants_queue() {
+    let mut node = Node::new();
+    for n in 0..2_501 {
+        node.admission.handle_admitted(device(n), "default");
+    }
+
+    let hints: Vec<u64> = (0..2_501)
+        .map(|n| {
+            node.admission
+                .slot_for_close(device(n), Duration::from_millis(500), at(0), wall(at(0)), &mut node.rng)
+                .after_ms()
+        })
+        .collect();
+
+    assert_eq!(hints.last(), Some(&1_500), "2,500 a second");
+}
+
+/// What can happen to admission, in any order.
+#[derive(Clone, Debug)]
+enum Step {
+    Attempt {
+        device: u8,
+        arrived_ms_ago: u16,
+        with_token: bool,
+    },
+    Abandon {
+        nth: usize,
+    },
+    Done {
+        nth: usize,
+        outcome: BatchOutcome,
+    },
+    Wait {
+        ms: u16,
+    },
+    Admit {
+        device: u8,
+    },
+    Wrong {
+        device: u8,
+    },
+    Cut(bool),
+    Registry {
+        is_there: bool,
+    },
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let outcome = prop_oneof![
+        6 => Just(BatchOutcome::Answered),
+        2 => Just(BatchOutcome::Failed),
+        1 => Just(BatchOutcome::TimedOut),
+    ];
+    prop_oneof![
+        12 => (any::<u8>(), 0..500_u16, any::<bool>())
+            .prop_map(|(device, arrived_ms_ago, with_token)| Step::Attempt { device, arrived_ms_ago, with_token }),
+        3 => any::<usize>().prop_map(|nth| Step::Abandon { nth }),
+        5 => (any::<usize>(), outcome).prop_map(|(nth, outcome)| Step::Done { nth, outcome }),
+        4 => (0..1_500_u16).prop_map(|ms| Step::Wait { ms }),
+        1 => any::<u8>().prop_map(|device| Step::Admit { device }),
+        1 => any::<u8>().prop_map(|device| Step::Wrong { device }),
+        1 => any::<bool>().prop_map(Step::Cut),
+        1 => prop::bool::weighted(0.8).prop_map(|is_there| Step::Registry { is_there }),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    /// Keys in flight never exceed the limit that held when they were sent, or are sent twice at a time; every ticket is answered
+    /// exactly once, or abandoned; a key that nobody waits for is not sent; nobody is answered late; nothing is left behind.
+    #[test]
+    fn any_order_of_events_keeps_the_promises(steps in prop::collection::vec(step(), 1..300), limit in 2..40_u32) {
+        let mut node = Node::with(AdmissionConfig { keys_in_flight_max: limit, lookups_per_second_max: 200, ..AdmissionConfig::default() });
+        let mut now = at(1_000);
+        let mut waiting: BTreeMap<Ticket, (DeviceId, Instant)> = BTreeMap::new();
+        let mut flying: Vec<Batch> = Vec::new();
+        let mut tokens: BTreeMap<u8, Box<str>> = BTreeMap::new();
+        let mut in_order = steps.into_iter();
+        // Afterwards time passes until nobody waits and nothing is under way.
+        let mut closing = 0;
+
+        loop {
+            let step = match in_order.next() {
+                Some(step) => step,
+                None if waiting.is_empty() && flying.is_empty() => break,
+                None => {
+                    closing += 1;
+                    prop_assert!(closing < 1_000, "{} wait", waiting.len());
+                    if flying.is_empty() { Step::Wait { ms: 900 } } else { Step::Done { nth: 0, outcome: BatchOutcome::Answered } }
+                }
+            };
+            match step {
+                Step::Attempt { device: n, arrived_ms_ago, with_token } => {
+                    let arrived = now - Duration::from_millis(arrived_ms_ago.into());
+                    let token = tokens.get(&n).filter(|_| with_token).cloned();
+                    let arrival = Arrival { device: device(n.into()), slot_token: token.as_deref(), arrived, is_known_absent: false };
+                    match node.admission.attempt(&arrival, now, wall(now), &mut node.rng) {
+                        Decision::Queued(ticket) => prop_assert!(waiting.insert(ticket, (arrival.device, arrived)).is_none()),
+                        Decision::Refused(refused) => {
+                            prop_assert!((500..=600_000).contains(&refused.hint.after_ms()));
+                            tokens.insert(n, refused.hint.slot.expect("a slot, always"));
+                        }
+                        Decision::KnownAbsent => prop_assert!(false, "nobody said so"),
+                    }
+                }
+                Step::Abandon { nth } => {
+                    if let Some(ticket) = waiting.keys().nth(nth % waiting.len().max(1)).copied() {
+                        waiting.remove(&ticket);
+                        node.admission.abandon(ticket);
+                    }
+                }
+                Step::Done { nth, outcome } => {
+                    if !flying.is_empty() {
+                        let batch = flying.remove(nth % flying.len());
+                        node.admission.handle_batch_done(batch.id, outcome, now);
+                        node.admission.handle_batch_done(batch.id, outcome, now);
+                    }
+                }
+                Step::Wait { ms } => now += Duration::from_millis(ms.into()),
+                Step::Admit { device: n } => node.admission.handle_admitted(device(n.into()), "default"),
+                Step::Wrong { device: n } => node.admission.handle_wrong_credential(device(n.into()), now),
+                Step::Cut(is_cut) => node.admission.set_limit_cut(is_cut),
+                Step::Registry { is_there: true } => node.admission.handle_registry_present(now),
+                Step::Registry { is_there: false } => node.admission.handle_registry_absent(now),
+            }
+            while let Some(batch) = node.admission.poll_batch(now) {
+                let mut under_way: BTreeSet<DeviceId> = flying.iter().flat_map(|other| other.keys.clone()).collect();
+                prop_assert!(!batch.keys.is_empty() && flying.len() < BATCHES_IN_FLIGHT_MAX);
+                for key in &batch.keys {
+                    prop_assert!(under_way.insert(*key), "a key is under way once");
+                    let send_by = |arrived: Instant| arrived + SEND_WITHIN;
+                    let is_wanted = waiting.values().any(|(device, arrived)| device == key && now < send_by(*arrived));
+                    prop_assert!(batch.is_probe || is_wanted, "nobody waits for it");
+                }
+                flying.push(batch);
+                let in_flight = to_usize(node.admission.state(now).in_flight);
+                prop_assert!(in_flight <= to_usize(node.admission.limit.keys()), "sent above the limit");
+            }
+            let state = node.admission.state(now);
+            prop_assert_eq!(to_usize(state.in_flight), flying.iter().map(|batch| batch.keys.len()).sum::<usize>());
+            for action in node.actions(now) {
+                let ticket = match action {
+                    Action::Answer { ticket, device } => {
+                        prop_assert_eq!(waiting.get(&ticket).map(|(of, _)| *of), Some(device));
+                        ticket
+                    }
+                    Action::Refuse { ticket, .. } => ticket,
+                };
+                prop_assert!(waiting.remove(&ticket).is_some(), "answered twice, or after it left");
+            }
+            prop_assert_eq!(node.admission.state(now).queue, waiting.len());
+            let is_late = |arrived: &Instant| now >= *arrived + ANSWER_WITHIN;
+            prop_assert!(!waiting.values().any(|(_, arrived)| is_late(arrived)));
+            if let Some(due) = node.admission.poll_timeout() {
+                prop_assert!(due > now || !flying.is_empty() || !waiting.is_empty());
+            }
+        }
+    }
+}

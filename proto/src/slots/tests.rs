@@ -1,1 +1,284 @@
+use std::collections::BTreeMap;
 
+use rand::{SeedableRng as _, rngs::SmallRng};
+use uuid::Uuid;
+
+use super::*;
+
+const RATE: f64 = 100.0;
+const WALL: WallTime = WallTime::from_unix_ms(1_800_000_000_000);
+
+fn device(n: u128) -> DeviceId {
+    DeviceId::from_uuid(Uuid::from_u128(n))
+}
+
+fn at(ms: u64) -> Instant {
+    Instant::from_micros(ms * 1_000)
+}
+
+fn wall(now: Instant) -> WallTime {
+    WALL + now.saturating_since(Instant::ZERO)
+}
+
+/// One node, and the time its clocks show.
+struct Node {
+    slots: Slots,
+    rng: SmallRng,
+}
+
+impl Node {
+    fn new() -> Self {
+        Self::with(&AdmissionConfig::default())
+    }
+
+    fn with(config: &AdmissionConfig) -> Self {
+        Self {
+            slots: Slots::new(config, SlotKeys::new(1, [7; 32])),
+            rng: SmallRng::seed_from_u64(1),
+        }
+    }
+
+    fn refuse_on(&mut self, n: u128, token: Option<&str>, now: Instant, wall: WallTime) -> Hint {
+        let standing = self.slots.standing(device(n), token, now, wall);
+        self.slots
+            .refuse(device(n), &standing, HINT_MIN, RATE, (now, wall), &mut self.rng)
+    }
+
+    fn refuse(&mut self, n: u128, token: Option<&str>, now: Instant) -> Hint {
+        self.refuse_on(n, token, now, wall(now))
+    }
+
+    fn is_due(&self, n: u128, token: Option<&str>, now: Instant) -> bool {
+        self.slots.standing(device(n), token, now, wall(now)).is_due
+    }
+
+    fn meet(&mut self, n: u128) {
+        self.slots.handle_admitted(device(n), "default");
+    }
+
+    /// Refuses many others of the same tenant, so that the queue is `ms` long.
+    fn fill(&mut self, ms: u64) {
+        for n in 0..u128::from(ms / 10) {
+            self.slots.handle_admitted(device((1 << 64) + n), "default");
+            self.refuse((1 << 64) + n, None, at(0));
+        }
+    }
+}
+
+#[test]
+fn hints_follow_each_other_at_the_rate_and_are_never_under_half_a_second() {
+    let mut node = Node::new();
+
+    let hints: Vec<u64> = (0..5).map(|n| node.refuse(n, None, at(0)).after_ms()).collect();
+
+    assert_eq!(hints, [500, 510, 520, 530, 540]);
+}
+
+#[test]
+fn early_return_gets_the_same_slot_by_memory_and_by_token() {
+    let mut node = Node::new();
+    let mut other = Node::new();
+    node.meet(1);
+    node.fill(20_000);
+    let first = node.refuse(1, None, at(0));
+    assert_eq!(first.after_ms(), 20_500);
+
+    let by_memory = node.refuse(1, None, at(4_000));
+    let by_token = other.refuse(1, first.slot.as_deref(), at(8_000));
+    let by_token_again = other.refuse(1, None, at(9_000));
+
+    assert_eq!(by_memory.after_ms(), 16_500);
+    assert_eq!(by_token.after_ms(), 12_500);
+    assert_eq!(by_token_again.after_ms(), 11_500);
+}
+
+#[test]
+fn slot_helps_from_300_ms_before_to_60_s_after_its_time() {
+    let mut node = Node::new();
+    node.meet(1);
+    node.fill(20_000);
+    let slot = 500 + 20_000;
+    node.refuse(1, None, at(0));
+
+    for (ms, is_due) in [
+        (slot - 301, false),
+        (slot - 300, true),
+        (slot, true),
+        (slot + 60_000, true),
+        (slot + 60_001, false),
+    ] {
+        assert_eq!(node.is_due(1, None, at(ms)), is_due, "{ms}");
+    }
+}
+
+#[test]
+fn token_holds_on_another_node_whose_clock_differs_by_five_seconds() {
+    let mut node = Node::new();
+    let other = Node::new();
+    node.meet(1);
+    node.fill(60_000);
+    let hint = node.refuse(1, None, at(0));
+    let now = at(hint.after_ms());
+
+    for skew_ms in [-4_900, -1_000, 0, 1_000, 4_900, 60_000] {
+        let there = WallTime::from_unix_ms(wall(now).as_unix_ms().checked_add_signed(skew_ms).unwrap());
+        let standing = other.slots.standing(device(1), hint.slot.as_deref(), now, there);
+        assert!(standing.is_due, "{skew_ms}");
+        assert!(standing.tenant.is_some(), "the token says that it is known");
+    }
+}
+
+#[test]
+fn token_that_is_forged_expired_anothers_or_of_a_stepped_clock_is_as_none() {
+    let mut node = Node::new();
+    let other = Node::new();
+    node.meet(1);
+    node.fill(20_000);
+    let token = node.refuse(1, None, at(0)).slot.unwrap();
+    let now = at(20_500);
+    assert!(other.is_due(1, Some(&token), now));
+
+    let forged = token.replacen(|_| true, if token.starts_with('B') { "C" } else { "B" }, 1);
+    let late = wall(now) + Duration::from_secs(66);
+    let hour_back = WallTime::from_unix_ms(wall(now).as_unix_ms() - 3_600_000);
+
+    assert!(
+        other
+            .slots
+            .standing(device(1), Some(&forged), now, wall(now))
+            .slot
+            .is_none()
+    );
+    assert!(
+        other
+            .slots
+            .standing(device(2), Some(&token), now, wall(now))
+            .slot
+            .is_none()
+    );
+    assert!(other.slots.standing(device(1), Some(&token), now, late).slot.is_none());
+    assert!(
+        other
+            .slots
+            .standing(device(1), Some(&token), now, hour_back)
+            .slot
+            .is_none()
+    );
+}
+
+#[test]
+fn stepped_wall_clock_changes_no_remembered_slot() {
+    let mut node = Node::new();
+    node.meet(1);
+    node.fill(20_000);
+    node.refuse(1, None, at(0));
+
+    for step in [0, 7_200_000] {
+        let stepped = WallTime::from_unix_ms(WALL.as_unix_ms() - 3_600_000 + step);
+        assert_eq!(node.refuse_on(1, None, at(500), stepped).after_ms(), 20_000);
+    }
+}
+
+#[test]
+fn first_token_can_not_be_used_again_after_a_second_was_given() {
+    let mut node = Node::new();
+    node.slots.handle_admitted(device(1), "default");
+    let first = node.refuse(1, None, at(0)).slot.unwrap();
+    node.fill(20_000);
+    let second = node.refuse(1, Some(&first), at(500));
+    assert!(second.after_ms() > 10_000, "{second:?}");
+
+    assert!(!node.is_due(1, Some(&first), at(1_000)));
+    assert_eq!(
+        node.refuse(1, Some(&first), at(1_500)).after_ms(),
+        second.after_ms() - 1_000
+    );
+}
+
+#[test]
+fn far_slot_is_told_by_a_drawn_hint_and_kept_to_the_millisecond() {
+    let mut node = Node::new();
+    node.fill(2_000_000);
+    node.slots.handle_admitted(device(1), "default");
+    let slot = 500 + 2_000_000;
+
+    let hints: Vec<Hint> = (0..50).map(|_| node.refuse(1, None, at(0))).collect();
+
+    assert!(hints.iter().all(|hint| (450_000..=600_000).contains(&hint.after_ms())));
+    assert!(
+        hints.iter().any(|hint| hint.after_ms() != hints[0].after_ms()),
+        "drawn, each time"
+    );
+    assert!(!node.is_due(1, None, at(slot - 301)));
+    assert!(node.is_due(1, None, at(slot - 300)));
+    let by_token = Node::new();
+    assert!(!by_token.is_due(1, hints[0].slot.as_deref(), at(slot - 6_000)));
+    assert!(by_token.is_due(1, hints[0].slot.as_deref(), at(slot)));
+    assert_eq!(node.refuse(1, None, at(slot - 10_000)).after_ms(), 10_000);
+}
+
+#[test]
+fn only_the_authenticated_are_known_and_a_token_tells_other_nodes() {
+    let mut node = Node::new();
+    let other = Node::new();
+    let strangers = node.refuse(1, None, at(0)).slot.unwrap();
+    node.slots.handle_admitted(device(1), "acme");
+    let knowns = node.refuse(1, None, at(0)).slot.unwrap();
+
+    let tenant_there = |token: &str| other.slots.standing(device(1), Some(token), at(0), WALL).tenant;
+
+    assert_eq!(tenant_there(&strangers), None);
+    assert_eq!(tenant_there(&knowns), Some(TenantTag::of("acme")));
+}
+
+#[test]
+fn admission_clears_the_slot() {
+    let mut node = Node::new();
+    node.refuse(1, None, at(0));
+    assert!(node.is_due(1, None, at(500)));
+
+    node.slots.handle_admitted(device(1), "acme");
+
+    assert!(!node.is_due(1, None, at(500)));
+}
+
+#[test]
+fn hammering_with_millions_of_ids_stays_bounded_and_leaves_tokens_that_work() {
+    let config = AdmissionConfig {
+        slots_max: 20_000,
+        known_max: 1_000,
+        tenant_weights: BTreeMap::new(),
+        ..AdmissionConfig::default()
+    };
+    let mut node = Node::with(&config);
+    let mut last = None;
+
+    for n in 0..200_000 {
+        last = node.refuse(n, None, at(0)).slot;
+        node.slots.handle_admitted(device(u128::MAX - n), "default");
+    }
+
+    assert!(node.slots.remembered() <= 5_000, "a quarter is for strangers");
+    assert_eq!(node.slots.known(), 1_000);
+    assert!(node.slots.stateless() >= 195_000);
+    let standing = node.slots.standing(device(199_999), last.as_deref(), at(0), WALL);
+    assert!(standing.slot.is_some_and(|slot| slot.at > at(600_000)));
+}
+
+#[test]
+fn floor_of_an_outage_delays_a_device_but_not_the_queue() {
+    let mut node = Node::new();
+    let standing = node.slots.standing(device(1), None, at(0), WALL);
+
+    let held = node.slots.refuse(
+        device(1),
+        &standing,
+        Duration::from_secs(20),
+        RATE,
+        (at(0), WALL),
+        &mut node.rng,
+    );
+
+    assert_eq!(held.after_ms(), 20_000);
+    assert_eq!(node.refuse(2, None, at(0)).after_ms(), 510);
+}
