@@ -10,3 +10,8 @@ mod version;
 pub(crate) use range::{Cut, Exact, Span};
 pub use range::{MISSING, Problem, Range, RangeError};
 pub use version::{Version, compare};
+
+#[cfg(test)]
+mod order_tests;
+#[cfg(test)]
+mod range_tests;
