@@ -1,127 +1,185 @@
-//! `seawall versions`: the order of firmware versions, and what a range matches, without a gateway.
+//! `seawall versions`: the order of firmware versions and their ranges, tried on lists. Needs no gateway.
+//!
+//! Lines go through unchanged, whatever bytes they hold. A line is compared without white space around it; bytes that are not
+//! UTF-8 count as unknown letters. Start with [`sort`] and [`matching`].
 
 use std::{
+    borrow::Cow,
     fs::File,
-    io::{self, Read, Write},
+    io::{self, BufRead, BufReader, BufWriter, Read, Write},
     path::{Path, PathBuf},
 };
 
 use clap::Subcommand;
-use seawall_proto::firmware::{Range, compare};
+use seawall_proto::firmware::{Range, Version};
 
 use super::Failure;
 
-/// Greatest list that is read: it is sorted in memory.
-const LIST_BYTES_MAX: u64 = 256 * 1024 * 1024;
+/// Longest list that is sorted, in bytes: all of it is held in memory. A longer one is an error.
+const SORT_LEN_MAX: u64 = 256 << 20;
+
+/// Longest line that is matched, in bytes. A longer one is an error.
+const LINE_LEN_MAX: u64 = 1 << 20;
 
 #[derive(Debug, Subcommand)]
 pub enum Versions {
-    /// Print the lines in the order of versions, oldest first; lines that are equal in it keep their order
+    /// Print lines in the order of firmware versions; lines of the same place stay as they stand
     Sort {
-        /// The file; not given or `-`: standard input
+        /// File with one version a line [default, and `-`: standard input]
         file: Option<PathBuf>,
     },
-    /// Print the lines that a range matches
+    /// Print the lines that a range holds; an empty line is a missing version
     Match {
-        /// As in '>=3.8.0-b3', '3.8.*' or '>=3.8,<3.9'
+        /// Range, such as '>=3.8.0-b3,<3.9', '3.8.*' or '=(none)'
         #[arg(allow_hyphen_values = true)]
         range: String,
-        /// The file; not given or `-`: standard input
+        /// File with one version a line [default, and `-`: standard input]
         file: Option<PathBuf>,
     },
 }
 
+/// Runs one verb on standard output.
 pub fn run(verb: Versions) -> Result<(), Failure> {
-    match verb {
-        Versions::Sort { file } => print(&sorted(&read(file.as_deref())?)),
+    let out = BufWriter::new(io::stdout().lock());
+    let (file, done) = match verb {
+        Versions::Sort { file } => {
+            let done = open(file.as_deref()).and_then(|input| sort(input, out));
+            (file, done)
+        }
         Versions::Match { range, file } => {
             let range: Range = range
                 .parse()
                 .map_err(|error| Failure::WrongUse(format!("RANGE: {error}")))?;
-            print(&matching(&read(file.as_deref())?, &range))
+            let done = open(file.as_deref()).and_then(|input| matching(&range, input, out));
+            (file, done)
+        }
+    };
+    match done {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Failure::OutputClosed),
+        Err(error) => {
+            let shown = file.map_or_else(|| "standard input".to_owned(), |file| file.display().to_string());
+            Err(Failure::failed(format!("{shown}: {error}")))
         }
     }
 }
 
-/// The lines in the order of versions, each unchanged; equal ones in the order they came.
-fn sorted(list: &[u8]) -> Vec<&[u8]> {
-    let mut lines: Vec<_> = lines(list)
-        .map(|line| (String::from_utf8_lossy(line.trim_ascii()), line))
-        .collect();
-    lines.sort_by(|(left, _), (right, _)| compare(left, right));
-    lines.into_iter().map(|(_, line)| line).collect()
-}
-
-/// The lines that the range matches, unchanged. An empty line is a missing version, as an empty header is.
-fn matching<'a>(list: &'a [u8], range: &Range) -> Vec<&'a [u8]> {
-    let is_matched = |line: &&[u8]| {
-        let text = String::from_utf8_lossy(line.trim_ascii());
-        range.matches((!text.is_empty()).then_some(&*text))
-    };
-    lines(list).filter(is_matched).collect()
-}
-
-/// Without their line feeds. What follows the last line feed is a line only if there is something.
-fn lines(list: &[u8]) -> impl Iterator<Item = &[u8]> {
-    list.strip_suffix(b"\n")
-        .unwrap_or(list)
-        .split(|byte| *byte == b'\n')
-        .filter(|_| !list.is_empty())
-}
-
-fn read(file: Option<&Path>) -> Result<Vec<u8>, Failure> {
-    let named = file.filter(|file| file.as_os_str() != "-");
-    let shown = named.map_or_else(|| "standard input".to_owned(), |file| file.display().to_string());
+/// Writes the lines of `input` in the order of versions, stable, each ended by a line feed.
+///
+/// # Errors
+/// Reading or writing fails, or the input is longer than 256 MiB.
+pub fn sort(input: impl Read, mut out: impl Write) -> io::Result<()> {
     let mut list = Vec::new();
-    let read = match named {
-        Some(file) => File::open(file).and_then(|file| file.take(LIST_BYTES_MAX + 1).read_to_end(&mut list)),
-        None => io::stdin().take(LIST_BYTES_MAX + 1).read_to_end(&mut list),
-    };
-    let len = read.map_err(|error| Failure::failed(format!("{shown}: {error}")))?;
-    if u64::try_from(len).is_ok_and(|len| len > LIST_BYTES_MAX) {
-        return Err(Failure::failed(format!("{shown}: over 256 MiB")));
+    input.take(SORT_LEN_MAX + 1).read_to_end(&mut list)?;
+    if list.len() as u64 > SORT_LEN_MAX {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "more than 256 MiB to sort"));
     }
-    Ok(list)
+    if list.is_empty() {
+        return out.flush();
+    }
+    let list = list.strip_suffix(b"\n").unwrap_or(&list);
+    let lines: Vec<&[u8]> = list.split(|byte| *byte == b'\n').collect();
+    let texts: Vec<Cow<'_, str>> = lines.iter().map(|line| String::from_utf8_lossy(line)).collect();
+    let mut rows: Vec<(Version<'_>, &[u8])> = texts.iter().map(|text| Version::of(text)).zip(lines).collect();
+    rows.sort_by(|(left, _), (right, _)| left.cmp(right));
+    for (_, line) in rows {
+        write_line(&mut out, line)?;
+    }
+    out.flush()
 }
 
-fn print(lines: &[&[u8]]) -> Result<(), Failure> {
-    let mut out = io::BufWriter::new(io::stdout().lock());
-    for line in lines {
-        out.write_all(line)?;
-        out.write_all(b"\n")?;
+/// Writes the lines of `input` that `range` holds, in their order, one by one as they come.
+///
+/// # Errors
+/// Reading or writing fails, or a line is longer than 1 MiB.
+pub fn matching(range: &Range, input: impl Read, mut out: impl Write) -> io::Result<()> {
+    let mut input = BufReader::new(input);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        input.by_ref().take(LINE_LEN_MAX + 1).read_until(b'\n', &mut line)?;
+        if line.is_empty() {
+            return out.flush();
+        }
+        if line.len() as u64 > LINE_LEN_MAX {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "a line is longer than 1 MiB",
+            ));
+        }
+        let line = line.strip_suffix(b"\n").unwrap_or(&line);
+        if range.matches(Some(&String::from_utf8_lossy(line))) {
+            write_line(&mut out, line)?;
+        }
+        if input.buffer().is_empty() {
+            // The next read may wait for whoever writes the list.
+            out.flush()?;
+        }
     }
-    out.flush()?;
-    Ok(())
+}
+
+fn open(file: Option<&Path>) -> io::Result<Box<dyn Read>> {
+    match file.filter(|file| file.as_os_str() != "-") {
+        None => Ok(Box::new(io::stdin().lock())),
+        Some(file) => Ok(Box::new(File::open(file)?)),
+    }
+}
+
+fn write_line(out: &mut impl Write, line: &[u8]) -> io::Result<()> {
+    out.write_all(line)?;
+    out.write_all(b"\n")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn lines_are_sorted_stably_and_unchanged() {
-        let list = b"3.8.0\r\n3.8.0-b10\n v3.8\nFW_3.8.0-b3\n\xff\n\n3.10";
+    fn sorted(list: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        sort(list, &mut out).unwrap();
+        out
+    }
 
-        let lines = sorted(list);
-
-        let expected: [&[u8]; 7] = [
-            b"",
-            b"\xff",
-            b"FW_3.8.0-b3",
-            b"3.8.0-b10",
-            b"3.8.0\r",
-            b" v3.8",
-            b"3.10",
-        ];
-        assert_eq!(lines, expected);
+    fn matched(range: &str, list: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        matching(&range.parse().unwrap(), list, &mut out).unwrap();
+        out
     }
 
     #[test]
-    fn empty_line_is_a_missing_version() {
-        let list = b"3.8.0-b3\n\n3.7\nnightly\n";
+    fn lines_are_sorted_stable_and_unchanged() {
+        let list = b"3.8.0\nv3.8.0-b10\n 3.8+x \r\n\nFW_3.8.0-b3\n\xff3.8.0-b2\xfe\nmain\n3.8.0";
 
-        assert_eq!(matching(list, &"=(none)".parse().unwrap()), [b"" as &[u8]]);
-        assert_eq!(matching(list, &">=3.8.0-b3".parse().unwrap()), [b"3.8.0-b3" as &[u8]]);
-        assert_eq!(matching(b"", &"=(none)".parse().unwrap()), [] as [&[u8]; 0]);
+        let out = b"\nmain\n\xff3.8.0-b2\xfe\nFW_3.8.0-b3\nv3.8.0-b10\n3.8.0\n 3.8+x \r\n3.8.0\n";
+        assert_eq!(sorted(list).escape_ascii().to_string(), out.escape_ascii().to_string());
+    }
+
+    #[test]
+    fn no_line_is_made_up_or_lost() {
+        assert_eq!(sorted(b""), b"");
+        assert_eq!(sorted(b"\n"), b"\n");
+        assert_eq!(sorted(b"1"), b"1\n");
+        assert_eq!(sorted(b"2\n\n1\n"), b"\n1\n2\n");
+        assert_eq!(matched("=(none)", b""), b"");
+        assert_eq!(matched(">=0", b"2\n1"), b"2\n1\n");
+    }
+
+    #[test]
+    fn lines_that_a_range_holds_are_printed_in_their_order() {
+        let list = b"3.8.0\n3.8.0-b3\n\n3.7\xff\nmain\n3.8.0-b10\r\n(none)\n";
+
+        assert_eq!(matched(">=3.8.0-b3,<3.8", list), b"3.8.0-b3\n3.8.0-b10\r\n");
+        assert_eq!(matched("=(none)", list), b"\n(none)\n");
+        assert_eq!(matched("=main", list), b"main\n");
+        assert_eq!(matched("<3.8", list), b"3.8.0-b3\n3.7\xff\n3.8.0-b10\r\n");
+    }
+
+    #[test]
+    fn a_line_without_end_is_refused() {
+        let mut out = Vec::new();
+
+        let error = matching(&">=0".parse().unwrap(), io::repeat(b'1'), &mut out).unwrap_err();
+
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
     }
 }

@@ -10,3 +10,6 @@ mod text;
 pub use compiled::{RuleSet, Subject};
 pub use preview::{Preview, Seen, VersionHit};
 pub use spec::{Effect, Match, Mode, Rule, RuleSpec, SpecError};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,121 @@
+//! The questions that every connecting device costs are answered without allocating. A binary of its own: it counts allocations.
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    cell::Cell,
+    hint::black_box,
+};
+
+use seawall_proto::{
+    firmware::compare,
+    id::{Label, RuleId},
+    rules::{Effect, Match, Rule, RuleSet, RuleSpec, Subject},
+    time::WallTime,
+};
+use uuid::Uuid;
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+struct Counting;
+
+#[expect(
+    unsafe_code,
+    reason = "an allocator can't be written without; each call is passed on unchanged"
+)]
+// SAFETY: all work is the system allocator's; counting touches a constant-initialised thread local without a destructor.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.with(|count| count.set(count.get() + 1));
+        // SAFETY: the caller keeps the contract of `alloc`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: `pointer` came from `System.alloc` with this layout.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn allocations(work: impl FnOnce()) -> u64 {
+    let before = ALLOCATIONS.with(Cell::get);
+    work();
+    ALLOCATIONS.with(Cell::get) - before
+}
+
+fn rule(number: u32) -> Rule {
+    let name = |text: &str| Label::parse(text).expect("a label");
+    let matches = Match {
+        firmware: Some(
+            format!(">=3.{number}.0-b3,<3.{number}.9,!=3.{number}.1")
+                .parse()
+                .expect("a range"),
+        ),
+        model: name("camera").filter(|_| number.is_multiple_of(3)),
+        tenant: name("acme").filter(|_| number.is_multiple_of(2)),
+    };
+    Rule {
+        id: RuleId(Uuid::from_u128(u128::from(number))),
+        spec: RuleSpec::new(matches, Effect::Block),
+        created_at: WallTime::from_unix_ms(u64::from(number)),
+        revision: 1,
+    }
+}
+
+const FIRMWARE: [Option<&str>; 8] = [
+    None,
+    Some("main"),
+    Some("FW_3.500.0-b10+build5"),
+    Some("v3.500.0"),
+    Some("3.501.1"),
+    Some("2025-11-02"),
+    Some("3.999.7-9-gabcdef"),
+    Some("\u{c9}t\u{e9} 3.18446744073709551616~rc1"),
+];
+
+#[test]
+fn the_counter_counts() {
+    assert!(allocations(|| drop(black_box(Vec::<u8>::with_capacity(8)))) > 0);
+}
+
+#[test]
+fn evaluating_rules_does_not_allocate() {
+    let set = RuleSet::compile(1, (0..1_000).map(rule).collect());
+    let mut hits = 0;
+
+    let count = allocations(|| {
+        for firmware in FIRMWARE {
+            for model in [None, Some("camera"), Some("lock")] {
+                for tenant in [None, Some("acme")] {
+                    let subject = Subject {
+                        firmware,
+                        model,
+                        tenant,
+                    };
+                    hits += usize::from(set.evaluate(&subject, WallTime::from_unix_ms(5)).is_some());
+                    black_box(set.evicting(&subject, WallTime::from_unix_ms(5)));
+                }
+            }
+        }
+    });
+
+    assert!(hits > 0);
+    assert_eq!(count, 0);
+}
+
+#[test]
+fn comparing_versions_does_not_allocate() {
+    let count = allocations(|| {
+        for left in FIRMWARE.into_iter().flatten() {
+            for right in FIRMWARE.into_iter().flatten() {
+                black_box(compare(left, right));
+            }
+        }
+    });
+
+    assert_eq!(count, 0);
+}
