@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use rustix::process::{Pid, Signal, kill_process};
 
 /// The hidden first argument.
 const ARGUMENT: &str = "__guard";
@@ -114,7 +114,7 @@ fn watch(lines: impl BufRead) {
     }
     let ended: Vec<Pid> = pids.into_iter().flat_map(end_tree).collect();
     let deadline = Instant::now() + VANISH_MAX;
-    while Instant::now() < deadline && ended.iter().any(|pid| test_kill_process(*pid).is_ok()) {
+    while Instant::now() < deadline && ended.iter().any(|pid| is_running(*pid)) {
         thread::sleep(Duration::from_millis(20));
     }
     for folder in folders {
@@ -152,6 +152,13 @@ pub(crate) fn tree(root: Pid) -> Vec<Pid> {
         found.extend(below.into_iter().filter_map(Pid::from_raw));
     }
     found
+}
+
+/// One that has ended and is not reaped yet does not run.
+fn is_running(pid: Pid) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
+    stat.rsplit_once(')')
+        .is_some_and(|(_, after_name)| !after_name.trim_start().starts_with('Z'))
 }
 
 /// The fourth field of `/proc/PID/stat`; the second is a name in brackets that may hold anything.
@@ -199,11 +206,5 @@ mod tests {
         assert!(child.try_wait().unwrap().is_none());
         child.kill().unwrap();
         child.wait().unwrap();
-    }
-
-    /// A zombie whose new parent has not reaped it yet does not run.
-    fn is_running(pid: Pid) -> bool {
-        fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()))
-            .is_ok_and(|stat| !stat.rsplit_once(')').unwrap().1.trim_start().starts_with('Z'))
     }
 }
