@@ -170,12 +170,16 @@ impl Connection {
     /// The next thing that comes, pings and pongs too. Waits for ever.
     ///
     /// # Cancel safety
-    /// Safe: nothing that came is lost.
+    /// Safe for texts and binary data: none is lost. A ping or close may be answered and yet not returned.
     pub async fn next_frame(&mut self) -> Received {
         match self.socket.next().await {
             Some(Ok(Message::Text(text))) => Received::Text(text.as_str().to_owned()),
             Some(Ok(Message::Binary(data))) => Received::Binary(data.to_vec()),
-            Some(Ok(Message::Ping(data))) => Received::Ping(data.to_vec()),
+            Some(Ok(Message::Ping(data))) => {
+                // The socket layer has queued the pong. A connection that is gone says so at the next read.
+                let _ = self.socket.flush().await;
+                Received::Ping(data.to_vec())
+            }
             Some(Ok(Message::Pong(data))) => Received::Pong(data.to_vec()),
             Some(Ok(Message::Close(frame))) => {
                 // The answer to the close is queued in the socket layer. Nobody may be there to take it.

@@ -9,11 +9,14 @@
 //! - [`target`]: the gateway's URL, and the local addresses that devices connect from.
 
 pub mod backoff;
+mod board;
 pub mod connection;
 pub mod device;
 pub mod driver;
+pub mod fleet;
 mod handshake;
 pub mod identity;
 pub mod mix;
 pub mod profile;
+pub mod stats;
 pub mod target;

@@ -1,0 +1,206 @@
+//! Keeps the books of a fleet: an [`Observer`] that turns events into [`Stats`].
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use seawall_proto::time::Instant;
+
+use crate::{
+    driver::{Event, Observer, Refused},
+    stats::{Latency, Stats, VersionStats},
+};
+
+/// One lock for all: an event holds it for well under a microsecond, a machine makes some 50,000 of them a second.
+#[derive(Debug)]
+pub(crate) struct Board(Mutex<Books>);
+
+#[derive(Debug)]
+struct Books {
+    versions: Vec<(Arc<str>, VersionStats)>,
+    devices: Vec<Entry>,
+    connect_latency: Latency,
+    return_latency: Latency,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    version: u16,
+    /// What it runs once the session or attempt under way is over.
+    next_version: Option<u16>,
+    place: Place,
+    has_been_connected: bool,
+    /// When it meant to make the attempt that is under way.
+    intended: Instant,
+    /// Since when it has had no session. `None` before the first attempt, and in a session.
+    away_since: Option<Instant>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Waiting,
+    Connecting,
+    Connected,
+    Stopped,
+}
+
+impl Board {
+    /// `version_of`: an index into `versions` for each device.
+    pub(crate) fn new(versions: &[Arc<str>], version_of: impl Iterator<Item = usize>) -> Self {
+        let mut versions: Vec<_> = versions
+            .iter()
+            .map(|name| (Arc::clone(name), VersionStats::default()))
+            .collect();
+        let devices = version_of
+            .map(|version| {
+                if let Some((_, stats)) = versions.get_mut(version) {
+                    stats.devices += 1;
+                    stats.waiting += 1;
+                }
+                Entry {
+                    version: u16::try_from(version).unwrap_or(0),
+                    next_version: None,
+                    place: Place::Waiting,
+                    has_been_connected: false,
+                    intended: Instant::ZERO,
+                    away_since: None,
+                }
+            })
+            .collect();
+        Self(Mutex::new(Books {
+            versions,
+            devices,
+            connect_latency: Latency::default(),
+            return_latency: Latency::default(),
+        }))
+    }
+
+    /// A device runs another version from its next start on. What is under way still counts for the old one.
+    pub(crate) fn set_version(&self, device: usize, name: &Arc<str>) {
+        let mut books = self.lock();
+        let Books { versions, devices, .. } = &mut *books;
+        let Some(entry) = devices.get_mut(device) else {
+            return;
+        };
+        let version = versions.iter().position(|(known, _)| known == name).unwrap_or_else(|| {
+            versions.push((Arc::clone(name), VersionStats::default()));
+            versions.len() - 1
+        });
+        entry.next_version = u16::try_from(version).ok();
+        entry.change_version(versions);
+    }
+
+    pub(crate) fn stats(&self, elapsed: Duration) -> Stats {
+        let books = self.lock();
+        Stats {
+            elapsed_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
+            versions: books
+                .versions
+                .iter()
+                .map(|(name, stats)| (name.to_string(), stats.clone()))
+                .collect(),
+            connect_latency: books.connect_latency.clone(),
+            return_latency: books.return_latency.clone(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Books> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Observer for Board {
+    fn observe(&self, device: usize, event: Event<'_>, now: Instant) {
+        let mut books = self.lock();
+        let Books {
+            versions,
+            devices,
+            connect_latency,
+            return_latency,
+        } = &mut *books;
+        let Some(entry) = devices.get_mut(device) else {
+            return;
+        };
+        let Some((_, stats)) = versions.get_mut(usize::from(entry.version)) else {
+            return;
+        };
+        match event {
+            Event::Attempt { intended } => {
+                stats.attempts += 1;
+                entry.intended = intended;
+                entry.away_since.get_or_insert(intended);
+                entry.go(Place::Connecting, stats);
+            }
+            Event::Connected => {
+                stats.reconnects += u64::from(entry.has_been_connected);
+                entry.has_been_connected = true;
+                connect_latency.record(now.saturating_since(entry.intended));
+                if let Some(since) = entry.away_since.take() {
+                    return_latency.record(now.saturating_since(since));
+                }
+                entry.go(Place::Connected, stats);
+            }
+            Event::Refused(refused) => {
+                *stats.refused.entry(code_of(refused)).or_default() += 1;
+                entry.go(Place::Waiting, stats);
+            }
+            Event::Failed => {
+                stats.failed += 1;
+                entry.go(Place::Waiting, stats);
+            }
+            Event::Closed { code } => {
+                let code = code.map_or_else(|| "lost".to_owned(), |code| code.to_string());
+                *stats.closed.entry(code).or_default() += 1;
+                entry.away_since = Some(now);
+                entry.go(Place::Waiting, stats);
+            }
+            Event::Stopped { .. } => entry.go(Place::Stopped, stats),
+            Event::Message => stats.messages += 1,
+        }
+        entry.change_version(versions);
+    }
+}
+
+impl Entry {
+    fn go(&mut self, place: Place, stats: &mut VersionStats) {
+        *count_of(stats, self.place) -= 1;
+        *count_of(stats, place) += 1;
+        self.place = place;
+    }
+
+    fn change_version(&mut self, versions: &mut [(Arc<str>, VersionStats)]) {
+        if matches!(self.place, Place::Connecting | Place::Connected) {
+            return;
+        }
+        let Some(version) = self.next_version.take() else {
+            return;
+        };
+        if let Some((_, old)) = versions.get_mut(usize::from(self.version)) {
+            old.devices -= 1;
+            *count_of(old, self.place) -= 1;
+        }
+        if let Some((_, new)) = versions.get_mut(usize::from(version)) {
+            new.devices += 1;
+            *count_of(new, self.place) += 1;
+        }
+        self.version = version;
+    }
+}
+
+const fn count_of(stats: &mut VersionStats, place: Place) -> &mut u64 {
+    match place {
+        Place::Waiting => &mut stats.waiting,
+        Place::Connecting => &mut stats.connecting,
+        Place::Connected => &mut stats.connected,
+        Place::Stopped => &mut stats.stopped,
+    }
+}
+
+/// A closed set: what a strange server writes in its bodies must not grow our books.
+fn code_of(refused: &Refused) -> String {
+    match refused.known_code() {
+        Some(code) => code.as_str().to_owned(),
+        None => format!("http_{}", refused.status),
+    }
+}
