@@ -20,7 +20,7 @@ use tokio::{net::TcpStream, time::timeout};
 use crate::{
     address::Share,
     cohorts::Outcome,
-    connection::{answer::Linger, attempt::Attempt, online::Online},
+    connection::{answer::Linger, attempt::Attempt, live::Live, online::Online},
     head::{Complete, HeadError, HeadReader},
     listener::{Door, Handshake},
     lookup::Concluded,
@@ -212,6 +212,6 @@ async fn upgrade(
         return attempt.count(Outcome::Abandoned);
     }
     attempt.admitted(cohort);
-    let tasks = door.tasks.clone();
-    tasks.spawn(live::run(shared, online, stream, leftover, kind, connection));
+    let live = Live::open(shared, online, stream, leftover, kind, connection).await;
+    door.tasks.spawn(Box::new(live).run());
 }

@@ -250,6 +250,12 @@ impl Session {
         action
     }
 
+    /// True where [`poll_action`](Self::poll_action) has something to do.
+    #[must_use]
+    pub fn has_actions(&self) -> bool {
+        !self.actions.is_empty()
+    }
+
     /// True once a close was decided: what the device still sends does not count.
     #[must_use]
     pub const fn is_closing(&self) -> bool {
