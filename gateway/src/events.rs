@@ -29,10 +29,13 @@ pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
 /// A message this old has been readable long enough to make room for a new one.
 pub const MESSAGE_KEPT_AT_LEAST: Duration = Duration::from_secs(10);
 
+/// Numbers set aside for each second that a process may have run before the next start: more events than that a second, all the time, there can't be.
+const IDS_PER_SECOND: u64 = 1_000_000;
+
 /// Something that happened.
 #[derive(Debug, Clone, Serialize)]
 pub struct Event {
-    /// Counts up by one from the start of the process; unique on this node until it restarts.
+    /// Counts up by one; a restart goes on with greater numbers, so that a reader who comes back misses nothing unnoticed. Below 2^53.
     pub id: u64,
     #[serde(serialize_with = "rfc3339")]
     pub at: WallTime,
@@ -137,14 +140,24 @@ pub struct Page {
 
 impl Default for Events {
     fn default() -> Self {
-        Self {
-            rings: Mutex::default(),
-            newest: watch::Sender::new(0),
-        }
+        Self::new(WallTime::default())
     }
 }
 
 impl Events {
+    /// `boot` makes numbers of a later start greater than those of an earlier one: wall-clock time of the start.
+    #[must_use]
+    pub fn new(boot: WallTime) -> Self {
+        let last_id = boot.as_unix_ms() / 1_000 * IDS_PER_SECOND;
+        Self {
+            rings: Mutex::new(Rings {
+                last_id,
+                ..Rings::default()
+            }),
+            newest: watch::Sender::new(last_id),
+        }
+    }
+
     /// Tells of something. Never fails: the oldest notice makes room.
     pub fn notice(&self, at: WallTime, body: Body) {
         let mut rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);

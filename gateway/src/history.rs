@@ -5,10 +5,12 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use seawall_proto::{id::DeviceId, time::WallTime};
+
+use crate::cohorts::Cohort;
 
 /// Attempts kept for each device (contract section 6).
 pub const ATTEMPTS_MAX: usize = 20;
@@ -33,12 +35,21 @@ pub struct Offline {
     pub reason: &'static str,
 }
 
+/// What a device was when it had a session here last.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    pub cohort: Arc<Cohort>,
+    pub tenant: Arc<str>,
+}
+
 /// What is remembered of one device.
 #[derive(Debug, Clone, Default)]
 pub struct Record {
     /// Oldest first.
     pub attempts: VecDeque<Attempt>,
     pub offline: Option<Offline>,
+    /// Of its last session; `None` where it had none.
+    pub identity: Option<Identity>,
 }
 
 /// All that is remembered.
@@ -94,6 +105,22 @@ impl History {
             &mut inner.strangers
         };
         generations.entry(device).push(Attempt { at, outcome });
+    }
+
+    /// A device has a session.
+    pub fn came_online(&self, device: DeviceId, identity: Identity) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.known.entry(device).identity = Some(identity);
+    }
+
+    /// Shows every remembered device that had a session, in no order. Nothing else is remembered meanwhile: `each` must be quick.
+    pub fn for_each_known(&self, mut each: impl FnMut(DeviceId, &Identity)) {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        for (device, record) in inner.known.young.iter().chain(&inner.known.old) {
+            if let Some(identity) = &record.identity {
+                each(*device, identity);
+            }
+        }
     }
 
     /// A device's newest session ended.

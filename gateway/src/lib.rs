@@ -17,6 +17,7 @@ pub mod lifecycle;
 pub mod listener;
 pub mod lookup;
 pub mod metrics;
+pub mod ops;
 pub mod presence;
 pub mod rules;
 pub mod serve;

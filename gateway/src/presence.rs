@@ -2,11 +2,12 @@
 
 use seawall_proto::{id::DeviceId, time::WallTime};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::{events::format_time, history::History, sessions::Sessions};
 
 /// A device's presence, as the API shows it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Presence {
     /// `online`: this node holds its socket. `offline`: its last socket ended. `unknown`: this node has not seen it since it started.
     pub state: PresenceState,
@@ -21,12 +22,24 @@ pub struct Presence {
 }
 
 /// Whether a device is connected.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum PresenceState {
     Online,
     Offline,
     Unknown,
+}
+
+impl PresenceState {
+    /// As the API writes it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Online => "online",
+            Self::Offline => "offline",
+            Self::Unknown => "unknown",
+        }
+    }
 }
 
 impl Presence {

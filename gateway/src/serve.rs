@@ -22,6 +22,7 @@ use crate::{
     listener::{Bounds, Listener},
     lookup::Gate,
     metrics::Metrics,
+    ops,
     rules::{self, Rules},
     sessions::Sessions,
     state::{Plan, Shared, State},
@@ -91,7 +92,6 @@ pub struct Running {
     pub state: Shared,
     life: Lifecycle,
     data_dir: DataDir,
-    _api: TcpListener,
 }
 
 /// Starts a gateway; it listens when this returns. The settings must be valid.
@@ -156,7 +156,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         sessions: Sessions::new(started),
         cohorts: Cohorts::new(),
         history: History::default(),
-        events: Events::default(),
+        events: Events::new(started),
         drain: drain::Drain::default(),
         metrics,
         tokens,
@@ -166,6 +166,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     spawn_tasks(&state, life);
     let (shared, hard) = (Arc::clone(&state), life.hard().clone());
     life.spawn("listener", devices.run(shared, hard));
+    life.spawn("api", ops::serve(api, Arc::clone(&state), life.hard().clone()));
     data_dir.write_addresses(addresses).map_err(local("addresses.json"))?;
     tracing::info!(
         node.id = state.node,
@@ -180,7 +181,6 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         state,
         life: life.clone(),
         data_dir,
-        _api: api,
     })
 }
 

@@ -247,6 +247,14 @@ impl Sessions {
         self.len() == 0
     }
 
+    /// Shows every session, shard by shard, in no order. No session of the shard comes or goes meanwhile: `each` must be quick.
+    pub fn for_each(&self, mut each: impl FnMut(&Session)) {
+        for shard in &self.shards {
+            let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            shard.values().for_each(|session| each(session));
+        }
+    }
+
     /// The sessions for which `wanted` holds, copied shard by shard, in the order of device ids.
     pub fn matching(&self, mut wanted: impl FnMut(&Session) -> bool) -> Vec<Arc<Session>> {
         let mut found = Vec::new();

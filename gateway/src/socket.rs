@@ -391,13 +391,7 @@ mod tests {
                             break Err(error);
                         }
                     }
-                    other @ (Inbound::Text(_)
-                    | Inbound::Binary(_)
-                    | Inbound::Goodbye
-                    | Inbound::Broken(_)
-                    | Inbound::Gone) => {
-                        break Ok(format!("{other:?}"));
-                    }
+                    other => break Ok(format!("{other:?}")),
                 }
             }
         })

@@ -178,23 +178,19 @@ impl Tokens {
         self.len() == 0
     }
 
-    /// Puts a token that was just created in force. Blocks for the time of a small file write.
-    pub fn insert(&self, row: &TokenRow) {
-        let mut issued = self.issued();
-        issued.generation += 1;
-        issued.tokens.retain(|token| token.id != row.id);
-        issued.tokens.push(Token::of(row));
-        drop(issued);
-        self.write_copy();
+    /// Puts a token that was just created in force, and writes the copy.
+    pub async fn insert(&self, row: &TokenRow) {
+        self.alter(|tokens| {
+            tokens.retain(|token| token.id != row.id);
+            tokens.push(Token::of(row));
+        });
+        self.save().await;
     }
 
-    /// Ends a token that was just revoked. Blocks for the time of a small file write.
-    pub fn remove(&self, id: Uuid) {
-        let mut issued = self.issued();
-        issued.generation += 1;
-        issued.tokens.retain(|token| token.id != id);
-        drop(issued);
-        self.write_copy();
+    /// Ends a token that was just revoked, and writes the copy.
+    pub async fn remove(&self, id: Uuid) {
+        self.alter(|tokens| tokens.retain(|token| token.id != id));
+        self.save().await;
     }
 
     /// Reads the tokens from the database every few seconds, until stopped. While the database is away, the copy stays in force.
@@ -229,11 +225,21 @@ impl Tokens {
             .map(Token::of)
             .collect();
         if self.replace(generation, tokens) {
-            let tokens = self.clone();
-            // Ends with the file write; there is nobody to tell but the log.
-            let _ = tokio::task::spawn_blocking(move || tokens.write_copy()).await;
+            self.save().await;
         }
         Ok(())
+    }
+
+    fn alter(&self, change: impl FnOnce(&mut Vec<Token>)) {
+        let mut issued = self.issued();
+        issued.generation += 1;
+        change(&mut issued.tokens);
+    }
+
+    async fn save(&self) {
+        let tokens = self.clone();
+        // What goes wrong is in the log; there is nobody else to tell.
+        let _ = tokio::task::spawn_blocking(move || tokens.write_copy()).await;
     }
 
     /// True where that changed something. What was read before a local change is dropped: the next reading has both.
@@ -443,12 +449,12 @@ mod tests {
         ));
     }
 
-    #[test]
-    fn the_copy_outlives_the_process_and_holds_hashes_only() {
+    #[tokio::test]
+    async fn the_copy_outlives_the_process_and_holds_hashes_only() {
         let dir = tempfile::tempdir().unwrap();
         let secret = random_secret();
         let row = row("ci", Role::Operator, &secret);
-        Tokens::open(dir.path(), START).unwrap().insert(&row);
+        Tokens::open(dir.path(), START).unwrap().insert(&row).await;
 
         let tokens = Tokens::open(dir.path(), START).unwrap();
 
@@ -457,21 +463,21 @@ mod tests {
         assert_eq!(fs::metadata(&copy).unwrap().permissions().mode() & 0o777, 0o600);
         let who = tokens.authenticate(&secret, START).unwrap();
         assert_eq!((&*who.name, who.role), ("ci", Role::Operator));
-        tokens.remove(row.id);
+        tokens.remove(row.id).await;
         assert_eq!(tokens.authenticate(&secret, START), None);
         assert!(Tokens::open(dir.path(), START).unwrap().is_empty());
     }
 
-    #[test]
-    fn what_was_read_before_a_revocation_does_not_undo_it() {
+    #[tokio::test]
+    async fn what_was_read_before_a_revocation_does_not_undo_it() {
         let dir = tempfile::tempdir().unwrap();
         let tokens = Tokens::open(dir.path(), START).unwrap();
         let secret = random_secret();
         let row = row("ci", Role::Viewer, &secret);
-        tokens.insert(&row);
+        tokens.insert(&row).await;
         let generation = tokens.issued().generation;
 
-        tokens.remove(row.id);
+        tokens.remove(row.id).await;
 
         assert!(!tokens.replace(generation, vec![Token::of(&row)]));
         assert_eq!(tokens.authenticate(&secret, START), None);

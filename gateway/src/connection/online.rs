@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::{
     events::Body,
+    history::Identity,
     sessions::{Session, SessionInfo},
     state::Shared,
 };
@@ -24,6 +25,11 @@ impl Online {
         let since = info.since;
         let registered = shared.sessions.register(info);
         let session = registered.session;
+        let identity = Identity {
+            cohort: Arc::clone(&session.info.cohort),
+            tenant: Arc::clone(&session.info.tenant),
+        };
+        shared.history.came_online(session.info.device, identity);
         if registered.replaced.is_some() {
             shared.metrics.replacements.increment(1);
         } else {

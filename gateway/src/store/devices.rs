@@ -49,6 +49,14 @@ const PAGE_OF_MODEL: Sql = Sql::both(
      FROM devices WHERE model = $4 AND id >= $1 AND ($2 IS NULL OR state = $2) ORDER BY id LIMIT $3",
 );
 
+/// Index: devices' primary key.
+const AMONG: Sql = Sql {
+    sqlite: "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+             FROM devices WHERE id IN (SELECT unhex(value) FROM json_each($1)) ORDER BY id",
+    postgres: "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+               FROM devices WHERE id = ANY($1) ORDER BY id",
+};
+
 const INSERT: Sql = Sql::both(
     "INSERT INTO devices (id, tenant, model, secret_sha256, state, created_at, updated_at) \
      VALUES ($1, $2, $3, $4, 0, $5, $5)",
@@ -108,6 +116,21 @@ impl Store {
             held.give_back();
             let devices = rows.iter().map(device_row).collect::<Result<_, _>>()?;
             Ok(Page::from_rows(devices, limit, |device: &DeviceRow| device.record.id))
+        })
+        .await
+    }
+
+    /// Those of `ids` that are registered, in the order of ids. The caller bounds their number.
+    ///
+    /// # Errors
+    /// The database is away.
+    #[tracing::instrument(name = "db.devices.among", level = "debug", skip_all)]
+    pub async fn devices_among(&self, ids: &[DeviceId]) -> Result<Vec<DeviceRow>, StoreError> {
+        self.bounded(async {
+            let mut held = self.reads().take().await?;
+            let rows = held.all(AMONG, &[Value::Keys(ids)]).await?;
+            held.give_back();
+            rows.iter().map(device_row).collect()
         })
         .await
     }

@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::Read,
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     thread,

@@ -1,0 +1,199 @@
+//! `GET /devices`: the registry in the order of ids, filtered by what is stored and by what devices do now.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use axum::{Json, extract::State};
+use seawall_proto::{firmware::Range, id::DeviceId};
+use serde::Deserialize;
+use utoipa::IntoParams;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    Api,
+    auth::{Caller, Viewer},
+    devices::Device,
+    extract::{Page, Params, label, page_cursor, page_limit},
+    problem::{Code, Problem, ProblemBody},
+};
+use crate::{
+    presence::{Presence, PresenceState},
+    state::State as Gateway,
+    store::{DeviceFilter, DeviceRow},
+};
+
+/// Rows that one request reads at most. A filter that few devices pass then answers with a short page, and where to go on.
+const SCANNED_MAX: usize = 5_000;
+/// Rows that are read from the database at once.
+const CHUNK: u32 = 500;
+
+pub fn routes() -> OpenApiRouter<Arc<Api>> {
+    OpenApiRouter::new().routes(routes!(list))
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct DeviceParams {
+    tenant: Option<String>,
+    /// The registry's model.
+    model: Option<String>,
+    /// A range as in rules (`>=3.8.0-b3`) or one version: devices that connected with such a one last.
+    firmware: Option<String>,
+    /// `enabled`, `disabled`, `revoked`; or `online`, `offline`, `unknown`.
+    state: Option<String>,
+    /// Most items of the answer: 1 to 1,000. Default 100. There may be fewer before the end of the list.
+    #[param(minimum = 1, maximum = 1000)]
+    limit: Option<u32>,
+    /// Where to go on: `next_cursor` of the page before.
+    cursor: Option<String>,
+}
+
+/// What a request asks for.
+struct Wanted {
+    stored: DeviceFilter,
+    presence: Option<PresenceState>,
+    firmware: Option<Range>,
+}
+
+/// Registered devices, in the order of their ids
+#[utoipa::path(
+    get, path = "/api/v1/devices", tag = "devices", params(DeviceParams),
+    responses(
+        (status = 200, description = "A page", body = Page<Device>),
+        (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn list(
+    _caller: Caller<Viewer>,
+    State(api): State<Arc<Api>>,
+    Params(params): Params<DeviceParams>,
+) -> Result<Json<Page<Device>>, Problem> {
+    let limit = page_limit(params.limit)? as usize;
+    let mut next: Option<DeviceId> = page_cursor(params.cursor.as_deref())?;
+    let wanted = Wanted::of(&params)?;
+    let gateway = &api.state;
+
+    // Few devices are seen, compared with how many may be registered: where only seen ones can pass, those are looked up.
+    let mut seen = wanted.needs_sight().then(|| seen_devices(gateway, &wanted, next));
+    let mut items = Vec::new();
+    let mut scanned = 0;
+    loop {
+        let (rows, goes_on_at) = match &mut seen {
+            Some(ids) => {
+                let chunk: Vec<DeviceId> = (0..CHUNK).map_while(|_| ids.pop_first()).collect();
+                (gateway.store.devices_among(&chunk).await?, ids.first().copied())
+            }
+            None => {
+                let page = gateway.store.devices_page(&wanted.stored, next, CHUNK).await?;
+                (page.items, page.next_cursor)
+            }
+        };
+        for row in rows {
+            scanned += 1;
+            if !wanted.wants(&row, gateway) {
+                continue;
+            }
+            if items.len() == limit {
+                return Ok(Json(Page {
+                    items,
+                    next_cursor: Some(row.record.id.to_string()),
+                }));
+            }
+            items.push(Device::of(row, gateway));
+        }
+        next = goes_on_at;
+        if next.is_none() || scanned >= SCANNED_MAX {
+            return Ok(Json(Page {
+                items,
+                next_cursor: next.map(|id| id.to_string()),
+            }));
+        }
+    }
+}
+
+impl Wanted {
+    fn of(params: &DeviceParams) -> Result<Self, Problem> {
+        let mut wanted = Self {
+            stored: DeviceFilter {
+                tenant: label("tenant", params.tenant.as_deref())?,
+                model: label("model", params.model.as_deref())?,
+                state: None,
+            },
+            presence: None,
+            firmware: params.firmware.as_deref().map(range).transpose()?,
+        };
+        if let Some(state) = &params.state {
+            let stored = seawall_proto::record::DeviceState::ALL;
+            let presence = [PresenceState::Online, PresenceState::Offline, PresenceState::Unknown];
+            wanted.stored.state = stored.into_iter().find(|known| known.as_str() == state);
+            wanted.presence = presence.into_iter().find(|known| known.as_str() == state);
+            if wanted.stored.state.is_none() && wanted.presence.is_none() {
+                return Err(Problem::new(
+                    Code::BadRequest,
+                    "state: expected enabled, disabled, revoked, online, offline or unknown",
+                ));
+            }
+        }
+        Ok(wanted)
+    }
+
+    /// Only devices that this node has seen can pass.
+    fn needs_sight(&self) -> bool {
+        self.firmware.is_some() || matches!(self.presence, Some(PresenceState::Online | PresenceState::Offline))
+    }
+
+    fn wants(&self, row: &DeviceRow, gateway: &Gateway) -> bool {
+        let record = &row.record;
+        let is_same =
+            |wanted: &Option<_>, stored: Option<&_>| wanted.as_ref().is_none_or(|wanted| stored == Some(wanted));
+        is_same(&self.stored.tenant, Some(&record.tenant))
+            && is_same(&self.stored.model, record.model.as_ref())
+            && self.stored.state.is_none_or(|state| state == record.state)
+            && self
+                .presence
+                .is_none_or(|wanted| wanted == presence_of(record.id, gateway))
+    }
+}
+
+/// The devices with a wanted version that this node knows, from `first` on.
+fn seen_devices(gateway: &Gateway, wanted: &Wanted, first: Option<DeviceId>) -> BTreeSet<DeviceId> {
+    let mut ids = BTreeSet::new();
+    let is_wanted = |id: DeviceId, firmware: Option<&str>| {
+        first.is_none_or(|first| id >= first) && wanted.firmware.as_ref().is_none_or(|range| range.matches(firmware))
+    };
+    gateway.history.for_each_known(|id, identity| {
+        if is_wanted(id, identity.cohort.firmware.as_deref()) {
+            ids.insert(id);
+        }
+    });
+    // A session of now says more than what is remembered.
+    gateway.sessions.for_each(|session| {
+        let info = &session.info;
+        if is_wanted(info.device, info.cohort.firmware.as_deref()) {
+            ids.insert(info.device);
+        } else {
+            ids.remove(&info.device);
+        }
+    });
+    ids
+}
+
+fn presence_of(id: DeviceId, gateway: &Gateway) -> PresenceState {
+    Presence::of(
+        id,
+        &gateway.sessions,
+        &gateway.history,
+        &gateway.node,
+        gateway.clock.wall(),
+    )
+    .state
+}
+
+/// A range, or one version.
+fn range(text: &str) -> Result<Range, Problem> {
+    text.parse().or_else(|error| {
+        format!("={text}")
+            .parse()
+            .map_err(|_| Problem::new(Code::BadRequest, format!("firmware: {error}")))
+    })
+}

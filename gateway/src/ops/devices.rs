@@ -1,0 +1,450 @@
+//! `/devices`: the registry of devices, and what each does now. The list is in [`super::device_list`].
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Json,
+    extract::State,
+    http::{HeaderName, StatusCode, header},
+};
+use rand::{SeedableRng as _, rngs::SmallRng};
+use seawall_proto::{
+    close::Close,
+    id::{DeviceId, Label, SecretHash},
+    record::DeviceState,
+};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    Api,
+    auth::{Admin, Caller, Operator, Viewer},
+    extract::{Body, Id, OptionalBody, Span, nullable},
+    problem::{Code, Problem, ProblemBody},
+    write_down,
+};
+use crate::{
+    events::format_time,
+    presence::Presence,
+    state::State as Gateway,
+    store::{DeviceChange, DeviceRow, NewDevice, Rotation, StoreError},
+    tokens::random_secret,
+};
+
+/// Longest time for which an old secret may stay valid.
+const OVERLAP_MAX: Duration = Duration::from_hours(30 * 24);
+/// A handshake that had read the registry before a change is over by then (contract section 3): what became a session meanwhile is looked at again.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(4);
+
+pub fn routes() -> OpenApiRouter<Arc<Api>> {
+    OpenApiRouter::new()
+        .routes(routes!(register))
+        .routes(routes!(show, change, delete))
+        .routes(routes!(rotate))
+        .routes(routes!(disconnect))
+}
+
+/// A registered device, and what this node knows of its connection.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Device {
+    #[schema(value_type = uuid::Uuid)]
+    id: DeviceId,
+    #[schema(value_type = String)]
+    tenant: Label,
+    /// The registry's model.
+    #[schema(value_type = Option<String>)]
+    model: Option<Label>,
+    /// The version that it connected with last.
+    #[schema(value_type = Option<String>)]
+    firmware: Option<Arc<str>>,
+    /// `enabled`, `disabled` or `revoked`.
+    state: &'static str,
+    presence: Presence,
+    /// RFC 3339.
+    created_at: String,
+    /// RFC 3339.
+    updated_at: String,
+    /// Until then its secret before the last rotation is valid, too. RFC 3339.
+    previous_secret_until: Option<String>,
+}
+
+impl Device {
+    pub fn of(row: DeviceRow, gateway: &Gateway) -> Self {
+        let wall = gateway.clock.wall();
+        let DeviceRow {
+            record,
+            created_at,
+            updated_at,
+        } = row;
+        let firmware = match gateway.sessions.get(record.id) {
+            Some(session) => session.info.cohort.firmware.clone(),
+            None => gateway
+                .history
+                .record(record.id)
+                .and_then(|known| known.identity)
+                .and_then(|identity| identity.cohort.firmware.clone()),
+        };
+        Self {
+            presence: Presence::of(record.id, &gateway.sessions, &gateway.history, &gateway.node, wall),
+            id: record.id,
+            tenant: record.tenant,
+            model: record.model,
+            firmware,
+            state: record.state.as_str(),
+            created_at: format_time(created_at),
+            updated_at: format_time(updated_at),
+            previous_secret_until: record
+                .previous_secret
+                .map(|(_, until)| until)
+                .filter(|until| wall < *until)
+                .map(format_time),
+        }
+    }
+}
+
+/// A device with its last connection attempts.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct DeviceWithAttempts {
+    #[serde(flatten)]
+    device: Device,
+    /// The last 20 attempts on this node, newest first.
+    attempts: Vec<Attempt>,
+}
+
+/// One attempt to connect.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Attempt {
+    /// RFC 3339.
+    at: String,
+    /// `admitted`, `abandoned`, or the code of the refusal.
+    outcome: &'static str,
+}
+
+/// One device, with its last 20 connection attempts
+#[utoipa::path(
+    get, path = "/api/v1/devices/{id}", tag = "devices", params(("id" = uuid::Uuid, Path)),
+    responses(
+        (status = 200, description = "The device", body = DeviceWithAttempts),
+        (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn show(
+    _caller: Caller<Viewer>,
+    State(api): State<Arc<Api>>,
+    Id(id): Id<DeviceId>,
+) -> Result<Json<DeviceWithAttempts>, Problem> {
+    let row = api.state.store.device(id).await?.ok_or_else(no_such_device)?;
+    let known = api.state.history.record(id).unwrap_or_default();
+    Ok(Json(DeviceWithAttempts {
+        device: Device::of(row, &api.state),
+        attempts: known
+            .attempts
+            .iter()
+            .rev()
+            .map(|attempt| Attempt {
+                at: format_time(attempt.at),
+                outcome: attempt.outcome,
+            })
+            .collect(),
+    }))
+}
+
+/// A device to register.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewDeviceBody {
+    /// Not given: a random one.
+    #[schema(value_type = Option<uuid::Uuid>)]
+    id: Option<DeviceId>,
+    /// 1 to 64 bytes of printable ASCII. Default `default`.
+    #[schema(value_type = Option<String>)]
+    tenant: Option<Label>,
+    /// 1 to 64 bytes of printable ASCII.
+    #[schema(value_type = Option<String>)]
+    model: Option<Label>,
+}
+
+/// A device with its secret.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct RegisteredDevice {
+    #[serde(flatten)]
+    device: Device,
+    /// Shown this once.
+    secret: String,
+}
+
+/// Register a device; its secret is in this answer only
+#[utoipa::path(
+    post, path = "/api/v1/devices", tag = "devices", request_body = NewDeviceBody,
+    responses(
+        (status = 201, description = "Registered", body = RegisteredDevice),
+        (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn register(
+    caller: Caller<Admin>,
+    State(api): State<Arc<Api>>,
+    OptionalBody(body): OptionalBody<NewDeviceBody>,
+) -> Result<(StatusCode, [(HeaderName, String); 1], Json<RegisteredDevice>), Problem> {
+    let secret = random_secret();
+    let new = NewDevice {
+        id: body.id.unwrap_or_else(|| DeviceId::from_uuid(uuid::Uuid::new_v4())),
+        tenant: body.tenant,
+        model: body.model,
+        secret: SecretHash::of(secret.as_bytes()),
+    };
+    let audit = caller.audit(&api, "device.create");
+    let state = Arc::clone(&api.state);
+    let row = api
+        .carry_out(async move {
+            let row = state.store.device_insert(&new, &audit).await;
+            state.gate.forget(new.id);
+            row
+        })
+        .await??;
+    let location = format!("/api/v1/devices/{}", row.record.id);
+    let device = Device::of(row, &api.state);
+    Ok((
+        StatusCode::CREATED,
+        [(header::LOCATION, location)],
+        Json(RegisteredDevice { device, secret }),
+    ))
+}
+
+/// What to change of a device; what is not given stays.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DevicePatch {
+    /// `enabled`, `disabled` (for now: its session is closed with 4002) or `revoked` (for good: 4501).
+    #[schema(value_type = Option<String>, pattern = "^(enabled|disabled|revoked)$")]
+    state: Option<DeviceState>,
+    /// 1 to 64 bytes of printable ASCII. A live session keeps the one it came with.
+    #[schema(value_type = Option<String>)]
+    tenant: Option<Label>,
+    /// 1 to 64 bytes of printable ASCII; null takes it away.
+    #[serde(default, deserialize_with = "nullable")]
+    #[schema(value_type = Option<String>)]
+    model: Option<Option<Label>>,
+}
+
+/// Disable, enable or revoke a device, or change its tenant or model
+#[utoipa::path(
+    patch, path = "/api/v1/devices/{id}", tag = "devices", params(("id" = uuid::Uuid, Path)), request_body = DevicePatch,
+    responses(
+        (status = 200, description = "As it is now", body = Device),
+        (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn change(
+    caller: Caller<Admin>,
+    State(api): State<Arc<Api>>,
+    Id(id): Id<DeviceId>,
+    Body(patch): Body<DevicePatch>,
+) -> Result<Json<Device>, Problem> {
+    let change = DeviceChange {
+        state: patch.state,
+        tenant: patch.tenant,
+        model: patch.model,
+    };
+    if change == DeviceChange::default() {
+        return Err(Problem::invalid("name what should change: state, tenant or model"));
+    }
+    let audit = caller.audit(&api, "device.update");
+    let store = api.state.store.clone();
+    let row = carry_out(&api, id, Leaves::Row, async move {
+        store.device_update(id, &change, &audit).await
+    })
+    .await?;
+    Ok(Json(Device::of(row, &api.state)))
+}
+
+/// Remove a device from the registry; its session is closed with 4501
+#[utoipa::path(
+    delete, path = "/api/v1/devices/{id}", tag = "devices", params(("id" = uuid::Uuid, Path)),
+    responses(
+        (status = 204, description = "Removed"),
+        (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn delete(
+    caller: Caller<Admin>,
+    State(api): State<Arc<Api>>,
+    Id(id): Id<DeviceId>,
+) -> Result<StatusCode, Problem> {
+    let audit = caller.audit(&api, "device.delete");
+    let gateway = Arc::clone(&api.state);
+    carry_out(&api, id, Leaves::Nothing, async move {
+        let deleted = gateway.store.device_delete(id, &audit).await;
+        gateway.history.forget(id);
+        deleted
+    })
+    .await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// How to rotate.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RotationBody {
+    /// How long the old secret stays valid: text such as `24h`, or seconds; at most 30 days. Default: it ends at once.
+    #[schema(value_type = Option<String>)]
+    overlap: Option<Span>,
+}
+
+/// A new secret.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct NewSecret {
+    #[schema(value_type = uuid::Uuid)]
+    id: DeviceId,
+    /// Shown this once.
+    secret: String,
+    /// Until then the old secret is valid, too; null where it ended at once. RFC 3339.
+    previous_secret_until: Option<String>,
+}
+
+/// Give a device a new secret; the old one stays valid for `overlap`
+#[utoipa::path(
+    post, path = "/api/v1/devices/{id}/secret", tag = "devices", params(("id" = uuid::Uuid, Path)), request_body = RotationBody,
+    responses(
+        (status = 201, description = "The new secret", body = NewSecret),
+        (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn rotate(
+    caller: Caller<Admin>,
+    State(api): State<Arc<Api>>,
+    Id(id): Id<DeviceId>,
+    OptionalBody(body): OptionalBody<RotationBody>,
+) -> Result<(StatusCode, Json<NewSecret>), Problem> {
+    let overlap = body.overlap.map_or(Duration::ZERO, |span| span.0);
+    if overlap > OVERLAP_MAX {
+        return Err(Problem::invalid("overlap: at most 30 days"));
+    }
+    let secret = random_secret();
+    let rotation = Rotation {
+        secret: SecretHash::of(secret.as_bytes()),
+        overlap,
+    };
+    let audit = caller.audit(&api, "device.rotate");
+    let store = api.state.store.clone();
+    let row = carry_out(&api, id, Leaves::Row, async move {
+        store.device_rotate(id, rotation, &audit).await
+    })
+    .await?;
+    let previous_secret_until = row.record.previous_secret.map(|(_, until)| format_time(until));
+    Ok((
+        StatusCode::CREATED,
+        Json(NewSecret {
+            id,
+            secret,
+            previous_secret_until,
+        }),
+    ))
+}
+
+/// A session that was told to close.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Disconnected {
+    #[schema(value_type = uuid::Uuid)]
+    id: DeviceId,
+    /// The session, as in its welcome frame.
+    session: String,
+}
+
+/// Close a device's session with 4003; the device comes back
+#[utoipa::path(
+    post, path = "/api/v1/devices/{id}/disconnect", tag = "devices", params(("id" = uuid::Uuid, Path)),
+    responses(
+        (status = 200, description = "Told to close", body = Disconnected),
+        (status = "default", description = "An error; `device_offline` where there is no session", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn disconnect(
+    caller: Caller<Operator>,
+    State(api): State<Arc<Api>>,
+    Id(id): Id<DeviceId>,
+) -> Result<Json<Disconnected>, Problem> {
+    let Some(session) = api.state.sessions.get(id) else {
+        return Err(offline_or_unknown(&api, id).await);
+    };
+    let audit = caller.audit(&api, "device.disconnect");
+    let state = Arc::clone(&api.state);
+    let closed = Arc::clone(&session);
+    api.carry_out(async move {
+        closed.close(Close::disconnected(&mut SmallRng::from_os_rng()));
+        let details = serde_json::json!({ "session": closed.id.to_string() });
+        write_down(&state, &audit, &id.to_string(), Some(details)).await;
+    })
+    .await?;
+    Ok(Json(Disconnected {
+        id,
+        session: session.id.to_string(),
+    }))
+}
+
+/// 404 for a device that is not registered, else 409. While the registry can't be asked, offline is all that is known.
+pub async fn offline_or_unknown(api: &Api, id: DeviceId) -> Problem {
+    match api.state.store.device(id).await {
+        Ok(None) => no_such_device(),
+        Ok(Some(_)) | Err(_) => Problem::new(Code::DeviceOffline, "the device has no session on this node"),
+    }
+}
+
+fn no_such_device() -> Problem {
+    Problem::not_found("device")
+}
+
+/// What a change leaves in the registry.
+#[derive(Clone, Copy)]
+enum Leaves {
+    Row,
+    Nothing,
+}
+
+/// Makes a change to the end, whether or not the caller waits, and lets it take effect: what was remembered of the device's absence no longer
+/// counts, and its session ends where the registry does not want it any more.
+async fn carry_out(
+    api: &Arc<Api>,
+    id: DeviceId,
+    leaves: Leaves,
+    change: impl Future<Output = Result<Option<DeviceRow>, StoreError>> + Send + 'static,
+) -> Result<DeviceRow, Problem> {
+    let gateway = Arc::clone(&api.state);
+    let changed = api
+        .carry_out(async move {
+            let changed = change.await;
+            gateway.gate.forget(id);
+            if let Ok(Some(row)) = &changed {
+                let state = match leaves {
+                    Leaves::Row => Some(row.record.state),
+                    Leaves::Nothing => None,
+                };
+                end_unwanted_session(&gateway, id, state);
+            }
+            changed
+        })
+        .await?;
+    // Not waited for. Also after an error, which may leave open what was done.
+    let gateway = Arc::clone(&api.state);
+    api.in_background(async move {
+        tokio::time::sleep(HANDSHAKE_MAX).await;
+        match gateway.store.device(id).await {
+            Ok(row) => end_unwanted_session(&gateway, id, row.map(|row| row.record.state)),
+            Err(error) => tracing::warn!(device.id = %id, %error, "a changed device can't be looked at again: a session that began during the change stays"),
+        }
+    });
+    changed?.ok_or_else(no_such_device)
+}
+
+/// `state` as the registry has it; `None`: the device is not in it.
+fn end_unwanted_session(gateway: &Gateway, id: DeviceId, state: Option<DeviceState>) {
+    let order = match state {
+        Some(DeviceState::Enabled) => return,
+        Some(DeviceState::Disabled) => Close::disabled(&mut SmallRng::from_os_rng()),
+        Some(DeviceState::Revoked) | None => Close::Revoked,
+    };
+    if let Some(session) = gateway.sessions.get(id) {
+        session.close(order);
+    }
+}

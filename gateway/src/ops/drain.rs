@@ -1,0 +1,153 @@
+//! `/drain`: start, look at and cancel the drain of this gateway.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{Json, extract::State, http::StatusCode};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    Api,
+    auth::{Caller, Operator, Viewer},
+    extract::{OptionalBody, Span},
+    problem::{Code, Problem, ProblemBody},
+    write_down,
+};
+use crate::{
+    drain::{AlreadyDraining, DrainState, Order},
+    state::State as Gateway,
+};
+
+/// Bounds of a drain's deadline; the same as of the setting.
+const DEADLINE: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_hours(24);
+/// Greatest rate; the same as of the setting.
+const RATE_MAX: f64 = 1_000_000.0;
+
+/// In the audit log.
+const SUBJECT: &str = "node";
+
+pub fn routes() -> OpenApiRouter<Arc<Api>> {
+    OpenApiRouter::new().routes(routes!(start, look, cancel))
+}
+
+/// Where a drain stands.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct DrainView {
+    /// `idle`, `draining`, or `drained`: nobody is left, and new devices are refused.
+    state: &'static str,
+    /// Sessions that are still here.
+    left: usize,
+    /// Sessions closed a second.
+    rate: f64,
+}
+
+impl DrainView {
+    pub fn of(gateway: &Gateway) -> Self {
+        let status = gateway.drain.status(gateway.sessions.len());
+        Self {
+            state: match status.state {
+                DrainState::Idle => "idle",
+                DrainState::Draining => "draining",
+                DrainState::Drained => "drained",
+            },
+            left: status.left,
+            rate: status.rate,
+        }
+    }
+}
+
+/// How a drain shall go; all of it may be left out.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DrainBody {
+    /// Sessions closed a second. Default: the setting, or as many as admission could take back. More are closed where the deadline needs it.
+    #[schema(exclusive_minimum = 0, maximum = 1_000_000)]
+    rate_per_second: Option<f64>,
+    /// When the last session has been told: text such as `10m`, or seconds; 1 second to 24 hours. Default: the setting.
+    #[schema(value_type = Option<String>)]
+    deadline: Option<Span>,
+}
+
+/// Start: new devices are refused, and sessions are closed at a pace with 1012
+#[utoipa::path(
+    post, path = "/api/v1/drain", tag = "drain", request_body = DrainBody,
+    responses(
+        (status = 201, description = "Started", body = DrainView),
+        (status = 409, description = "One is under way", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn start(
+    caller: Caller<Operator>,
+    State(api): State<Arc<Api>>,
+    OptionalBody(body): OptionalBody<DrainBody>,
+) -> Result<(StatusCode, Json<DrainView>), Problem> {
+    let config = &api.state.config.drain;
+    let configured = (config.rate_per_second > 0).then(|| f64::from(config.rate_per_second));
+    let order = Order {
+        rate_per_second: body.rate_per_second.or(configured),
+        deadline: body.deadline.map_or_else(|| config.deadline(), |span| span.0),
+    };
+    if !order.rate_per_second.is_none_or(|rate| rate > 0.0 && rate <= RATE_MAX) {
+        return Err(Problem::invalid(
+            "rate_per_second: expected more than 0, up to 1,000,000",
+        ));
+    }
+    if !DEADLINE.contains(&order.deadline) {
+        return Err(Problem::invalid("deadline: expected 1s to 24h"));
+    }
+    let details = serde_json::json!({
+        "rate_per_second": order.rate_per_second,
+        "deadline_seconds": order.deadline.as_secs(),
+    });
+    let audit = caller.audit(&api, "drain.start");
+    let gateway = Arc::clone(&api.state);
+    api.carry_out(async move {
+        gateway.drain.start(order)?;
+        write_down(&gateway, &audit, SUBJECT, Some(details)).await;
+        Ok::<_, AlreadyDraining>(())
+    })
+    .await?
+    .map_err(|error| Problem::new(Code::Conflict, error.to_string()))?;
+    Ok((StatusCode::CREATED, Json(DrainView::of(&api.state))))
+}
+
+/// How far it is
+#[utoipa::path(
+    get, path = "/api/v1/drain", tag = "drain",
+    responses(
+        (status = 200, description = "Where it stands", body = DrainView),
+        (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn look(_caller: Caller<Viewer>, State(api): State<Arc<Api>>) -> Json<DrainView> {
+    Json(DrainView::of(&api.state))
+}
+
+/// Cancel: who is still here stays, and new devices are taken again
+#[utoipa::path(
+    delete, path = "/api/v1/drain", tag = "drain",
+    responses(
+        (status = 200, description = "Cancelled", body = DrainView),
+        (status = 409, description = "There is none", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn cancel(caller: Caller<Operator>, State(api): State<Arc<Api>>) -> Result<Json<DrainView>, Problem> {
+    let audit = caller.audit(&api, "drain.cancel");
+    let gateway = Arc::clone(&api.state);
+    let was_on = api
+        .carry_out(async move {
+            let was_on = gateway.drain.cancel();
+            if was_on {
+                write_down(&gateway, &audit, SUBJECT, None).await;
+            }
+            was_on
+        })
+        .await?;
+    if !was_on {
+        return Err(Problem::new(Code::Conflict, "there is no drain to cancel"));
+    }
+    Ok(Json(DrainView::of(&api.state)))
+}

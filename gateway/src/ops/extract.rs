@@ -1,0 +1,254 @@
+//! What handlers take from a request, with errors in the API's form: bodies, queries, ids in paths, pages.
+
+use std::{borrow::Cow, str::FromStr, time::Duration};
+
+use axum::{
+    Json,
+    extract::{FromRequest, FromRequestParts, Path, Query, Request},
+    http::request::Parts,
+};
+use bytes::Bytes;
+use seawall_proto::id::{DeviceId, InvalidLabel, Label, RuleId};
+use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use super::problem::{Code, Problem};
+
+/// Items of a page where the caller does not say.
+pub const PAGE_DEFAULT: u32 = 100;
+/// Most items of a page.
+pub const PAGE_MAX: u32 = crate::store::PAGE_MAX;
+
+/// A JSON body. Unknown fields, wrong types, a missing media type and too many bytes are told apart.
+#[derive(Debug)]
+pub struct Body<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let Json(body) = Json::<T>::from_request(request, state).await?;
+        Ok(Self(body))
+    }
+}
+
+/// A JSON body that may be left out: an empty one counts as `{}`, whatever its media type.
+#[derive(Debug)]
+pub struct OptionalBody<T>(pub T);
+
+impl<T: DeserializeOwned + Default, S: Send + Sync> FromRequest<S> for OptionalBody<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let (parts, body) = request.into_parts();
+        let bytes = Bytes::from_request(Request::from_parts(parts.clone(), body), state).await?;
+        if bytes.is_empty() {
+            return Ok(Self(T::default()));
+        }
+        let Body(body) = Body::from_request(Request::from_parts(parts, bytes.into()), state).await?;
+        Ok(Self(body))
+    }
+}
+
+/// A query string. Unknown and repeated names are errors.
+#[derive(Debug)]
+pub struct Params<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Params<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let Query(params) = Query::<T>::from_request_parts(parts, state).await?;
+        Ok(Self(params))
+    }
+}
+
+/// The `{id}` of a path.
+#[derive(Debug)]
+pub struct Id<T>(pub T);
+
+impl<T: FromPath, S: Send + Sync> FromRequestParts<S> for Id<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let Path(text) = Path::<String>::from_request_parts(parts, state).await?;
+        T::from_path(&text)
+            .map(Self)
+            .ok_or_else(|| Problem::new(Code::BadRequest, "the id in the path is no UUID"))
+    }
+}
+
+/// What stands in a path as a UUID.
+pub trait FromPath: Sized {
+    fn from_path(text: &str) -> Option<Self>;
+}
+
+impl FromPath for DeviceId {
+    fn from_path(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+}
+
+impl FromPath for Uuid {
+    fn from_path(text: &str) -> Option<Self> {
+        // Our own ids are written in one way.
+        DeviceId::from_str(text).ok().map(DeviceId::as_uuid)
+    }
+}
+
+impl FromPath for RuleId {
+    fn from_path(text: &str) -> Option<Self> {
+        Uuid::from_path(text).map(Self)
+    }
+}
+
+/// Which part of a list.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct PageParams {
+    /// Most items of the answer: 1 to 1,000. Default 100.
+    #[param(minimum = 1, maximum = 1000)]
+    pub limit: Option<u32>,
+    /// Where to go on: `next_cursor` of the page before.
+    pub cursor: Option<String>,
+}
+
+impl PageParams {
+    /// # Errors
+    /// Out of range.
+    pub fn limit(&self) -> Result<u32, Problem> {
+        page_limit(self.limit)
+    }
+
+    /// # Errors
+    /// The cursor is none of ours.
+    pub fn cursor<T: FromStr>(&self) -> Result<Option<T>, Problem> {
+        page_cursor(self.cursor.as_deref())
+    }
+}
+
+/// # Errors
+/// Out of range.
+pub fn page_limit(limit: Option<u32>) -> Result<u32, Problem> {
+    match limit.unwrap_or(PAGE_DEFAULT) {
+        limit @ 1..=PAGE_MAX => Ok(limit),
+        _ => Err(Problem::new(
+            Code::BadRequest,
+            format!("limit: expected 1 to {PAGE_MAX}"),
+        )),
+    }
+}
+
+/// # Errors
+/// The cursor is none of ours.
+pub fn page_cursor<T: FromStr>(cursor: Option<&str>) -> Result<Option<T>, Problem> {
+    cursor
+        .map(|text| {
+            text.parse()
+                .map_err(|_| Problem::new(Code::BadRequest, "cursor: expected next_cursor of the page before"))
+        })
+        .transpose()
+}
+
+/// One page of a list.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Page<T> {
+    pub items: Vec<T>,
+    /// Give it as `cursor` to get the next page; null on the last one.
+    pub next_cursor: Option<String>,
+}
+
+impl<T> Page<T> {
+    /// Of a list that is whole in memory, sorted by `key`.
+    pub fn of_sorted<K: FromStr + Ord + ToString>(
+        all: Vec<T>,
+        params: &PageParams,
+        key: impl Fn(&T) -> K,
+    ) -> Result<Self, Problem> {
+        let limit = params.limit()? as usize;
+        let start = params
+            .cursor::<K>()?
+            .map_or(0, |first| all.partition_point(|item| key(item) < first));
+        let mut items: Vec<T> = all.into_iter().skip(start).take(limit + 1).collect();
+        let next_cursor = items.get(limit).map(|item| key(item).to_string());
+        items.truncate(limit);
+        Ok(Self { items, next_cursor })
+    }
+}
+
+/// Distinguishes a field that is `null` from one that is not there. For `#[serde(default, deserialize_with = …)]`.
+pub fn nullable<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Option<Option<T>>, D::Error> {
+    Option::<T>::deserialize(deserializer).map(Some)
+}
+
+/// A filter of a list: a short text.
+///
+/// # Errors
+/// Empty, too long, or with bytes outside printable ASCII.
+pub fn label(name: &'static str, text: Option<&str>) -> Result<Option<Label>, Problem> {
+    let Some(text) = text else { return Ok(None) };
+    match Label::parse(text) {
+        Ok(Some(label)) => Ok(Some(label)),
+        Ok(None) | Err(InvalidLabel) => Err(Problem::new(Code::BadRequest, format!("{name}: {InvalidLabel}"))),
+    }
+}
+
+/// A span of time in a body: text such as `15m` or `1h 30m`, or a number of seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span(pub Duration);
+
+impl<'de> Deserialize<'de> for Span {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written<'a> {
+            Seconds(u32),
+            Text(#[serde(borrow)] Cow<'a, str>),
+        }
+        let wrong = || serde::de::Error::custom("expected a span of time such as \"15m\" or \"1h 30m\", or seconds");
+        match Written::deserialize(deserializer).map_err(|_: D::Error| wrong())? {
+            Written::Seconds(seconds) => Ok(Self(Duration::from_secs(seconds.into()))),
+            Written::Text(text) => humantime::parse_duration(text.trim()).map(Self).map_err(|_| wrong()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_cover_a_list_without_gaps_or_repeats() {
+        let mut seen = Vec::new();
+        let mut params = PageParams {
+            limit: Some(3),
+            cursor: None,
+        };
+        loop {
+            let page = Page::of_sorted((0..10_u32).collect(), &params, |n| *n).unwrap();
+            seen.extend(page.items);
+            match page.next_cursor {
+                Some(cursor) => params.cursor = Some(cursor),
+                None => break,
+            }
+        }
+
+        assert_eq!(seen, (0..10).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn spans_are_text_or_seconds() {
+        let span = |json: &str| serde_json::from_str::<Span>(json).map(|span| span.0.as_secs());
+
+        assert_eq!(span("\"15m\"").unwrap(), 900);
+        assert_eq!(span("\"1h 30m\"").unwrap(), 5_400);
+        assert_eq!(span("25").unwrap(), 25);
+        for wrong in ["-1", "1.5", "\"soon\"", "\"\"", "null", "{}"] {
+            assert!(span(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! `POST /devices/import`: a file of devices, streamed into one transaction.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Json,
+    body::{Body, BodyDataStream},
+    extract::State,
+    http::{HeaderMap, header},
+};
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use serde::{Deserialize, Serialize};
+use tokio::time::timeout;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    Api,
+    auth::{Admin, Caller},
+    csv::DeviceLines,
+    extract::Params,
+    problem::{Code, Problem, ProblemBody},
+};
+use crate::store::{Import, ImportLine, OnOtherCredential};
+
+/// Greatest file: a million of the longest lines. Then 413.
+pub const IMPORT_BYTES_MAX: u64 = 512 << 20;
+/// Lines that are handed to the database at once.
+const BATCH_LEN: usize = 1_000;
+
+pub fn routes() -> OpenApiRouter<Arc<Api>> {
+    OpenApiRouter::new().routes(routes!(import))
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ImportParams {
+    /// Give devices that are registered already the file's credential. Default: their lines are bad.
+    #[serde(default)]
+    #[param(required = false)]
+    update: bool,
+}
+
+/// What an import did.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ImportAnswer {
+    added: u64,
+    /// Got another credential.
+    updated: u64,
+    /// There already, with the same credential.
+    skipped: u64,
+}
+
+/// A line that was not taken.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct BadLine {
+    /// Its number; the header is line 1.
+    number: u64,
+    reason: String,
+}
+
+/// Register the devices of a CSV file, all of them or none
+///
+/// The first line is the header: `id` and `secret` (16 to 128 bytes of visible ASCII) or `secret_sha256` (64 hexadecimal digits), and
+/// optionally `tenant` and `model`. At most 1,000,000 lines. With any bad line nothing is taken; the first 100 are named.
+#[utoipa::path(
+    post, path = "/api/v1/devices/import", tag = "devices", params(ImportParams),
+    request_body(content = String, content_type = "text/csv"),
+    responses(
+        (status = 200, description = "All of the file is in the registry", body = ImportAnswer),
+        (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn import(
+    caller: Caller<Admin>,
+    State(api): State<Arc<Api>>,
+    Params(params): Params<ImportParams>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<ImportAnswer>, Problem> {
+    if !is_csv(&headers) {
+        return Err(Problem::new(
+            Code::UnsupportedMediaType,
+            "expected Content-Type: text/csv",
+        ));
+    }
+    let on_other_credential = if params.update {
+        OnOtherCredential::Update
+    } else {
+        OnOtherCredential::Refuse
+    };
+    let mut pieces = Pieces {
+        stream: body.into_data_stream(),
+        patience: Duration::from_millis(api.state.config.ops.request_timeout_ms),
+        taken: 0,
+    };
+    let taken = take(&api, on_other_credential, &mut pieces).await;
+    let import = match taken {
+        Ok(import) => import,
+        Err(problem) => {
+            // A client that is still sending would not see the answer.
+            while let Ok(Some(_)) = pieces.next().await {}
+            return Err(problem);
+        }
+    };
+    let audit = caller.audit(&api, "device.import");
+    let state = Arc::clone(&api.state);
+    let report = api
+        .carry_out(async move {
+            let report = import.finish(&audit).await;
+            // Also after an error that leaves open what was done.
+            state.gate.forget_all();
+            report
+        })
+        .await??;
+    if report.bad > 0 {
+        let named = report.bad_lines.into_iter().map(|line| BadLine {
+            number: line.number,
+            reason: line.reason,
+        });
+        return Err(Problem::bad_lines(report.bad, named.collect()));
+    }
+    tracing::info!(
+        added = report.added,
+        updated = report.updated,
+        skipped = report.skipped,
+        "devices imported"
+    );
+    Ok(Json(ImportAnswer {
+        added: report.added,
+        updated: report.updated,
+        skipped: report.skipped,
+    }))
+}
+
+/// Everything up to the transaction: what is dropped on the way takes nothing.
+async fn take(api: &Api, on_other_credential: OnOtherCredential, pieces: &mut Pieces) -> Result<Import, Problem> {
+    let mut import = api.state.store.import(on_other_credential).await?;
+    let mut reader = DeviceLines::default();
+    let mut lines: Vec<ImportLine> = Vec::new();
+    let bad_header = |error: super::csv::BadHeader| Problem::invalid(error.to_string());
+    while let Some(piece) = pieces.next().await? {
+        reader.feed(&piece, &mut lines).map_err(bad_header)?;
+        if lines.len() >= BATCH_LEN {
+            import.push(std::mem::take(&mut lines)).await?;
+        }
+    }
+    reader.finish(&mut lines).map_err(bad_header)?;
+    import.push(lines).await?;
+    Ok(import)
+}
+
+/// A body as it arrives, bounded in bytes and in the time between two pieces.
+struct Pieces {
+    stream: BodyDataStream,
+    patience: Duration,
+    taken: u64,
+}
+
+impl Pieces {
+    async fn next(&mut self) -> Result<Option<Bytes>, Problem> {
+        match timeout(self.patience, self.stream.next()).await {
+            Ok(Some(Ok(piece))) => {
+                self.taken += piece.len() as u64;
+                if self.taken > IMPORT_BYTES_MAX {
+                    return Err(Problem::new(
+                        Code::TooLarge,
+                        format!("the file is over {IMPORT_BYTES_MAX} bytes: import it in parts"),
+                    ));
+                }
+                Ok(Some(piece))
+            }
+            Ok(Some(Err(_))) => Err(Problem::new(Code::BadRequest, "the file did not arrive whole")),
+            Ok(None) => Ok(None),
+            Err(_) => Err(Problem::new(Code::TimedOut, "no more of the file arrived")),
+        }
+    }
+}
+
+fn is_csv(headers: &HeaderMap) -> bool {
+    headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|text| text.split(';').next())
+        .is_some_and(|media_type| media_type.trim().eq_ignore_ascii_case("text/csv"))
+}

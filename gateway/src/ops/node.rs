@@ -1,0 +1,146 @@
+//! `GET /node` and `GET /nodes`: how a gateway is.
+
+use std::sync::Arc;
+
+use axum::{Json, extract::State};
+use serde::Serialize;
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    Api,
+    auth::{Caller, Viewer},
+    drain::DrainView,
+    extract::{Page, PageParams, Params},
+    problem::{Problem, ProblemBody},
+};
+use crate::{events::format_time, state::State as Gateway, store::PlanReport};
+
+pub fn routes() -> OpenApiRouter<Arc<Api>> {
+    OpenApiRouter::new().routes(routes!(node)).routes(routes!(nodes))
+}
+
+/// One gateway.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Node {
+    node: String,
+    version: &'static str,
+    /// RFC 3339.
+    started_at: String,
+    /// As `/readyz` says.
+    ready: bool,
+    /// What is not as it should be.
+    reasons: Vec<&'static str>,
+    /// Live sessions.
+    sessions: usize,
+    admission: AdmissionView,
+    database: DatabaseView,
+    rules: RulesView,
+    drain: DrainView,
+}
+
+/// The way to the registry.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AdmissionView {
+    /// Keys that may be with the database at a time.
+    limit: u32,
+    /// Keys that are.
+    in_flight: u32,
+    /// Devices that wait.
+    queue: usize,
+    /// Devices a second that can be taken back.
+    k_ref: f64,
+    /// `closed`: asking; `open`: the database is not asked; `half_open`: being tried.
+    breaker: &'static str,
+}
+
+/// The database.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct DatabaseView {
+    /// `starting`, `available` or `away`.
+    state: &'static str,
+    /// RFC 3339.
+    since: String,
+    /// Why it is away.
+    reason: Option<String>,
+    /// `indexed`, what is wrong with the plan of a statement of the connect path, or null before the first look at it.
+    plan: Option<String>,
+}
+
+/// The firmware rules in force.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct RulesView {
+    revision: u64,
+    /// The same on every node with the same rules.
+    digest: String,
+    /// Time since the database confirmed them.
+    age_seconds: f64,
+}
+
+impl Node {
+    fn of(gateway: &Gateway) -> Self {
+        let readiness = gateway.readiness();
+        let admission = gateway.gate.state();
+        let database = gateway.store.state();
+        let rules = gateway.rules.current();
+        Self {
+            node: gateway.node.clone(),
+            version: env!("CARGO_PKG_VERSION"),
+            started_at: format_time(gateway.started),
+            ready: readiness.ready,
+            reasons: readiness.reasons,
+            sessions: gateway.sessions.len(),
+            admission: AdmissionView {
+                limit: admission.limit,
+                in_flight: admission.in_flight,
+                queue: admission.queue,
+                k_ref: admission.k_ref,
+                breaker: admission.breaker.as_str(),
+            },
+            database: DatabaseView {
+                state: database.status.as_str(),
+                since: format_time(database.since),
+                reason: database.reason,
+                plan: gateway.plan.get().map(|report| match report {
+                    PlanReport::Indexed => "indexed".to_owned(),
+                    PlanReport::Alarm(what) => what,
+                }),
+            },
+            rules: RulesView {
+                revision: rules.revision(),
+                digest: rules.digest_hex(),
+                age_seconds: gateway.rules.age(gateway.clock.now()).as_secs_f64(),
+            },
+            drain: DrainView::of(gateway),
+        }
+    }
+}
+
+/// This gateway
+#[utoipa::path(
+    get, path = "/api/v1/node", tag = "nodes",
+    responses(
+        (status = 200, description = "Its state", body = Node),
+        (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn node(_caller: Caller<Viewer>, State(api): State<Arc<Api>>) -> Json<Node> {
+    Json(Node::of(&api.state))
+}
+
+/// Every gateway that this one knows of: itself, as long as there is no clustering
+#[utoipa::path(
+    get, path = "/api/v1/nodes", tag = "nodes", params(PageParams),
+    responses(
+        (status = 200, description = "A page", body = Page<Node>),
+        (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn nodes(
+    _caller: Caller<Viewer>,
+    State(api): State<Arc<Api>>,
+    Params(params): Params<PageParams>,
+) -> Result<Json<Page<Node>>, Problem> {
+    let nodes = vec![Node::of(&api.state)];
+    Page::of_sorted(nodes, &params, |node| node.node.clone()).map(Json)
+}

@@ -1,0 +1,319 @@
+//! Errors of the API, all in one form: `application/problem+json` (RFC 9457), as devices get them. Start with [`Problem`].
+
+use std::borrow::Cow;
+
+use axum::{
+    extract::rejection::{BytesRejection, JsonRejection, PathRejection, QueryRejection},
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::{import::BadLine, preview::RulePreview};
+use crate::store::StoreError;
+
+/// Media type of every error.
+pub const MEDIA_TYPE: &str = "application/problem+json";
+/// Longest text about a request that could not be read: serde repeats parts of it.
+const DETAIL_LEN_MAX: usize = 300;
+
+/// What kind of error it is. A closed set: the word in `code`, and the end of `type`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Code {
+    BadRequest,
+    Unauthorized,
+    Forbidden,
+    NotFound,
+    MethodNotAllowed,
+    Conflict,
+    NeedsConfirmation,
+    DeviceOffline,
+    TooLarge,
+    UnsupportedMediaType,
+    Invalid,
+    MailboxFull,
+    Internal,
+    DatabaseUnavailable,
+    TimedOut,
+    TooManyReaders,
+}
+
+impl Code {
+    #[must_use]
+    pub const fn status(self) -> StatusCode {
+        match self {
+            Self::BadRequest => StatusCode::BAD_REQUEST,
+            Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::Forbidden => StatusCode::FORBIDDEN,
+            Self::NotFound => StatusCode::NOT_FOUND,
+            Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Conflict | Self::NeedsConfirmation | Self::DeviceOffline => StatusCode::CONFLICT,
+            Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::Invalid => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::MailboxFull => StatusCode::TOO_MANY_REQUESTS,
+            Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::DatabaseUnavailable | Self::TimedOut | Self::TooManyReaders => StatusCode::SERVICE_UNAVAILABLE,
+        }
+    }
+
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::BadRequest => "bad_request",
+            Self::Unauthorized => "unauthorized",
+            Self::Forbidden => "forbidden",
+            Self::NotFound => "not_found",
+            Self::MethodNotAllowed => "method_not_allowed",
+            Self::Conflict => "conflict",
+            Self::NeedsConfirmation => "needs_confirmation",
+            Self::DeviceOffline => "device_offline",
+            Self::TooLarge => "too_large",
+            Self::UnsupportedMediaType => "unsupported_media_type",
+            Self::Invalid => "invalid",
+            Self::MailboxFull => "mailbox_full",
+            Self::Internal => "internal",
+            Self::DatabaseUnavailable => "database_unavailable",
+            Self::TimedOut => "timed_out",
+            Self::TooManyReaders => "too_many_readers",
+        }
+    }
+
+    const fn title(self) -> &'static str {
+        match self {
+            Self::BadRequest => "The request can't be understood",
+            Self::Unauthorized => "A valid token is needed",
+            Self::Forbidden => "The token's role does not allow this",
+            Self::NotFound => "There is no such thing",
+            Self::MethodNotAllowed => "This can't be done here",
+            Self::Conflict => "It contradicts what is there",
+            Self::NeedsConfirmation => "So many devices would be refused that it must be confirmed",
+            Self::DeviceOffline => "The device is not connected",
+            Self::TooLarge => "The request is too large",
+            Self::UnsupportedMediaType => "The request's media type is not taken here",
+            Self::Invalid => "A value is not allowed",
+            Self::MailboxFull => "The device's mailbox is full",
+            Self::Internal => "The gateway failed",
+            Self::DatabaseUnavailable => "The database can't do this now",
+            Self::TimedOut => "It took too long",
+            Self::TooManyReaders => "Too many readers of the event stream",
+        }
+    }
+}
+
+/// An error on its way to the caller. Boxed inside, so that results stay small.
+#[derive(Clone, Debug)]
+pub struct Problem(Box<Parts>);
+
+#[derive(Clone, Debug)]
+struct Parts {
+    code: Code,
+    detail: Cow<'static, str>,
+    preview: Option<RulePreview>,
+    bad_lines: Option<(u64, Vec<BadLine>)>,
+}
+
+impl Problem {
+    #[must_use]
+    pub fn new(code: Code, detail: impl Into<Cow<'static, str>>) -> Self {
+        Self(Box::new(Parts {
+            code,
+            detail: detail.into(),
+            preview: None,
+            bad_lines: None,
+        }))
+    }
+
+    /// 422: a value of the request.
+    #[must_use]
+    pub fn invalid(detail: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(Code::Invalid, detail)
+    }
+
+    /// 404 for one of ours: `what` is its kind.
+    #[must_use]
+    pub fn not_found(what: &'static str) -> Self {
+        Self::new(Code::NotFound, format!("there is no such {what}"))
+    }
+
+    /// 409 with what the rule would hit.
+    #[must_use]
+    pub fn needs_confirmation(preview: RulePreview) -> Self {
+        let detail = format!(
+            "the rule would refuse {} of {} connected devices: send it again with \"confirm\": true if that is meant",
+            preview.connected, preview.connected_total
+        );
+        let mut problem = Self::new(Code::NeedsConfirmation, detail);
+        problem.0.preview = Some(preview);
+        problem
+    }
+
+    /// 422 with the lines that are wrong: `bad` of them, the first ones named.
+    #[must_use]
+    pub fn bad_lines(bad: u64, named: Vec<BadLine>) -> Self {
+        let mut problem = Self::invalid(format!("{bad} lines are wrong, so nothing was taken"));
+        problem.0.bad_lines = Some((bad, named));
+        problem
+    }
+}
+
+/// The form of every error (RFC 9457).
+#[derive(Serialize, ToSchema)]
+#[schema(as = Problem)]
+pub struct ProblemBody {
+    /// `urn:seawall:problem:` and the code.
+    #[serde(rename = "type")]
+    problem_type: String,
+    /// One sentence, the same for every error of this code.
+    title: &'static str,
+    /// HTTP status.
+    status: u16,
+    /// The kind of error, for programs.
+    code: &'static str,
+    /// What is wrong with this request, for people.
+    detail: Cow<'static, str>,
+    /// With `needs_confirmation`: what the rule would hit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    preview: Option<RulePreview>,
+    /// With a refused import: how many lines are wrong.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bad: Option<u64>,
+    /// With a refused import: the first lines that are wrong.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bad_lines: Option<Vec<BadLine>>,
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let Parts {
+            code,
+            detail,
+            preview,
+            bad_lines,
+        } = *self.0;
+        let status = code.status();
+        let (bad, bad_lines) = bad_lines.unzip();
+        let body = ProblemBody {
+            problem_type: format!("urn:seawall:problem:{}", code.as_str()),
+            title: code.title(),
+            status: status.as_u16(),
+            code: code.as_str(),
+            detail,
+            preview,
+            bad,
+            bad_lines,
+        };
+        let mut response = (status, axum::Json(body)).into_response();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
+        if code == Code::Unauthorized {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+impl From<StoreError> for Problem {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Conflict(detail) => Self::new(Code::Conflict, detail),
+            StoreError::Invalid(detail) => Self::invalid(detail),
+            StoreError::TimedOut => Self::new(
+                Code::DatabaseUnavailable,
+                "the database did not answer in time: whether the change was made is not known",
+            ),
+            StoreError::Unavailable { .. }
+            | StoreError::Busy
+            | StoreError::Locked(_)
+            | StoreError::DiskFull(_)
+            | StoreError::ReadOnly(_)
+            | StoreError::Unreadable(_)
+            | StoreError::NotADatabase(_)
+            | StoreError::Damaged(_) => Self::new(Code::DatabaseUnavailable, error.to_string()),
+            StoreError::Open { .. }
+            | StoreError::Corrupt { .. }
+            | StoreError::Migration(..)
+            | StoreError::Unexpected(_) => {
+                tracing::error!(error = %error, source = ?std::error::Error::source(&error), "an API request failed in the database");
+                Self::new(Code::Internal, error.to_string())
+            }
+        }
+    }
+}
+
+impl From<JsonRejection> for Problem {
+    fn from(rejection: JsonRejection) -> Self {
+        match &rejection {
+            JsonRejection::JsonDataError(_) => Self::invalid(shortened(&rejection.body_text())),
+            JsonRejection::JsonSyntaxError(_) => Self::new(Code::BadRequest, shortened(&rejection.body_text())),
+            JsonRejection::MissingJsonContentType(_) => {
+                Self::new(Code::UnsupportedMediaType, "expected Content-Type: application/json")
+            }
+            JsonRejection::BytesRejection(_) => Self::of_body(rejection.status()),
+            other => Self::new(Code::BadRequest, shortened(&other.body_text())),
+        }
+    }
+}
+
+impl From<BytesRejection> for Problem {
+    fn from(rejection: BytesRejection) -> Self {
+        Self::of_body(rejection.status())
+    }
+}
+
+impl From<QueryRejection> for Problem {
+    fn from(rejection: QueryRejection) -> Self {
+        Self::new(Code::BadRequest, shortened(&rejection.body_text()))
+    }
+}
+
+impl From<PathRejection> for Problem {
+    fn from(rejection: PathRejection) -> Self {
+        Self::new(Code::BadRequest, shortened(&rejection.body_text()))
+    }
+}
+
+impl Problem {
+    /// A body that could not be read.
+    fn of_body(status: StatusCode) -> Self {
+        if status == StatusCode::PAYLOAD_TOO_LARGE {
+            Self::new(Code::TooLarge, "the body is over ops.body_bytes_max")
+        } else {
+            Self::new(Code::BadRequest, "the body did not arrive whole")
+        }
+    }
+}
+
+/// Cut between characters; control characters that the caller sent are not sent back.
+pub(super) fn shortened(text: &str) -> String {
+    let mut short = String::new();
+    for character in text.chars() {
+        if short.len() + character.len_utf8() > DETAIL_LEN_MAX {
+            break;
+        }
+        short.push(if character.is_control() { ' ' } else { character });
+    }
+    short
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_detail_is_short_and_without_control_characters() {
+        let text = shortened(&"\u{1b}[2Jé".repeat(200));
+
+        assert!(text.len() <= DETAIL_LEN_MAX);
+        assert!(!text.contains(char::is_control));
+    }
+
+    #[test]
+    fn the_form_is_the_one_that_devices_get() {
+        let response = Problem::not_found("device").into_response();
+
+        assert_eq!(response.status(), StatusCode::NOT_FOUND);
+        assert_eq!(response.headers()[header::CONTENT_TYPE], MEDIA_TYPE);
+    }
+}

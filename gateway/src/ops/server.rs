@@ -1,0 +1,99 @@
+//! The listener of the API: HTTP/1.1 on hyper, with bounds on connections, heads and readers that stopped reading.
+
+use std::{sync::Arc, time::Duration};
+
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use socket2::SockRef;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{Api, router};
+use crate::state::Shared;
+
+/// Time for the head of a request, and for the next request on a connection that is kept. Then the connection is closed.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+/// A peer that acknowledges nothing for so long is gone: its event stream ends, and its connection is free.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(30);
+/// Greatest head of a request.
+const HEAD_BYTES_MAX: usize = 16 * 1024;
+/// Time for answers and changes under way when the gateway ends: less than it has itself.
+const END_MAX: Duration = Duration::from_millis(1_500);
+/// Wait after a failed accept (too many open files), so that it does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// Serves the API until `stop`; requests under way are answered, streams end, and changes under way are made.
+///
+/// All of that has [`END_MAX`]; what is left then ends with the process.
+pub async fn serve(listener: TcpListener, state: Shared, stop: CancellationToken) {
+    let permits = Arc::new(Semaphore::new(state.config.ops.connections_max));
+    let api = Api::new(state, stop.clone());
+    let router = router(&api);
+    let connections = TaskTracker::new();
+    loop {
+        let accepted = stop
+            .run_until_cancelled(async {
+                // Taken first: connections over the bound wait in the backlog.
+                let permit = Arc::clone(&permits).acquire_owned().await;
+                (permit, listener.accept().await)
+            })
+            .await;
+        match accepted {
+            None => break,
+            Some((permit, Ok((stream, _)))) => {
+                let service = TowerToHyperService::new(router.clone());
+                let stop = stop.clone();
+                connections.spawn(async move {
+                    connection(stream, service, stop).await;
+                    drop(permit);
+                });
+            }
+            Some((_, Err(error))) => {
+                tracing::warn!(%error, "accepting an API connection failed");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    drop(listener);
+    connections.close();
+    api.tasks.close();
+    let ended = async {
+        connections.wait().await;
+        api.tasks.wait().await;
+    };
+    if tokio::time::timeout(END_MAX, ended).await.is_err() {
+        tracing::debug!("API requests were under way at the end");
+    }
+}
+
+async fn connection(stream: TcpStream, service: TowerToHyperService<axum::Router>, stop: CancellationToken) {
+    let socket = SockRef::from(&stream);
+    let tuned = socket
+        .set_tcp_nodelay(true)
+        .and_then(|()| socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX)));
+    if let Err(error) = tuned {
+        tracing::debug!(%error, "an API connection could not be tuned");
+    }
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut served = std::pin::pin!(served);
+    let ended = tokio::select! {
+        ended = served.as_mut() => ended,
+        () = stop.cancelled() => {
+            served.as_mut().graceful_shutdown();
+            served.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "an API connection ended");
+    }
+}

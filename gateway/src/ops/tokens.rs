@@ -1,0 +1,173 @@
+//! `/tokens`: who may use the API, and as what.
+
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    extract::State,
+    http::{HeaderName, StatusCode, header},
+};
+use seawall_proto::id::SecretHash;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+use uuid::Uuid;
+
+use super::{
+    Api,
+    auth::{Admin, Caller, Viewer},
+    extract::{Body, Id, Page, PageParams, Params, label},
+    problem::{Problem, ProblemBody},
+};
+use crate::{
+    events::format_time,
+    store::{NewToken, Role, TokenRow},
+    tokens::{ADMIN_TOKEN_NAME, random_secret},
+};
+
+/// Name in the audit log of what the gateway does by itself.
+const GATEWAY: &str = "gateway";
+
+pub fn routes() -> OpenApiRouter<Arc<Api>> {
+    OpenApiRouter::new()
+        .routes(routes!(list, create))
+        .routes(routes!(revoke))
+}
+
+/// A token, without its secret.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct TokenView {
+    id: Uuid,
+    name: String,
+    /// `viewer`, `operator` or `admin`.
+    role: &'static str,
+    /// RFC 3339.
+    created_at: String,
+    /// RFC 3339; null while it is valid.
+    revoked_at: Option<String>,
+}
+
+impl From<&TokenRow> for TokenView {
+    fn from(row: &TokenRow) -> Self {
+        Self {
+            id: row.id,
+            name: row.name.clone(),
+            role: row.role.as_str(),
+            created_at: format_time(row.created_at),
+            revoked_at: row.revoked_at.map(format_time),
+        }
+    }
+}
+
+/// A token to make.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewTokenBody {
+    /// Whose it is, or what for: 1 to 64 bytes of printable ASCII. The audit log names it.
+    name: String,
+    #[schema(value_type = String, pattern = "^(viewer|operator|admin)$")]
+    role: Role,
+}
+
+/// A new token.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct CreatedToken {
+    #[serde(flatten)]
+    view: TokenView,
+    /// Shown this once.
+    token: String,
+}
+
+/// Tokens, revoked ones too; the admin token of the data directory is not among them
+#[utoipa::path(
+    get, path = "/api/v1/tokens", tag = "tokens", params(PageParams),
+    responses(
+        (status = 200, description = "A page", body = Page<TokenView>),
+        (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn list(
+    _caller: Caller<Viewer>,
+    State(api): State<Arc<Api>>,
+    Params(params): Params<PageParams>,
+) -> Result<Json<Page<TokenView>>, Problem> {
+    let rows = api.state.store.tokens().await?;
+    let mut tokens: Vec<TokenView> = rows.iter().map(TokenView::from).collect();
+    tokens.sort_unstable_by_key(|token| token.id);
+    Page::of_sorted(tokens, &params, |token| token.id).map(Json)
+}
+
+/// Make a token; it is in this answer only
+#[utoipa::path(
+    post, path = "/api/v1/tokens", tag = "tokens", request_body = NewTokenBody,
+    responses(
+        (status = 201, description = "Valid on this node now, on others within 5 s", body = CreatedToken),
+        (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn create(
+    caller: Caller<Admin>,
+    State(api): State<Arc<Api>>,
+    Body(body): Body<NewTokenBody>,
+) -> Result<(StatusCode, [(HeaderName, String); 1], Json<CreatedToken>), Problem> {
+    let name = name(&body.name)?;
+    let token = random_secret();
+    let new = NewToken {
+        id: Uuid::now_v7(),
+        name,
+        role: body.role,
+        sha256: SecretHash::of(token.as_bytes()),
+    };
+    let audit = caller.audit(&api, "token.create");
+    let gateway = Arc::clone(&api.state);
+    let row = api
+        .carry_out(async move {
+            let row = gateway.store.token_insert(&new, &audit).await?;
+            gateway.tokens.insert(&row).await;
+            Ok::<_, Problem>(row)
+        })
+        .await??;
+    Ok((
+        StatusCode::CREATED,
+        [(header::LOCATION, format!("/api/v1/tokens/{}", row.id))],
+        Json(CreatedToken {
+            view: TokenView::from(&row),
+            token,
+        }),
+    ))
+}
+
+/// End a token, here now and on other nodes within 5 s
+#[utoipa::path(
+    delete, path = "/api/v1/tokens/{id}", tag = "tokens", params(("id" = Uuid, Path)),
+    responses(
+        (status = 204, description = "Ended"),
+        (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn revoke(caller: Caller<Admin>, State(api): State<Arc<Api>>, Id(id): Id<Uuid>) -> Result<StatusCode, Problem> {
+    let audit = caller.audit(&api, "token.revoke");
+    let gateway = Arc::clone(&api.state);
+    let revoked = api
+        .carry_out(async move {
+            let revoked = gateway.store.token_revoke(id, &audit).await?;
+            // Also where the database had none: it may have been revoked on another node.
+            gateway.tokens.remove(id).await;
+            Ok::<_, Problem>(revoked)
+        })
+        .await??;
+    revoked
+        .map(|_| StatusCode::NO_CONTENT)
+        .ok_or_else(|| Problem::not_found("valid token"))
+}
+
+fn name(text: &str) -> Result<String, Problem> {
+    let name = label("name", Some(text)).ok().flatten();
+    let name = name.ok_or_else(|| Problem::invalid(format!("name: {}", seawall_proto::id::InvalidLabel)))?;
+    if [ADMIN_TOKEN_NAME, GATEWAY].contains(&name.as_str()) {
+        return Err(Problem::invalid(
+            "name: the audit log uses this name for the gateway's own",
+        ));
+    }
+    Ok(name.as_str().to_owned())
+}
