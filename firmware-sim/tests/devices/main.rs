@@ -1,5 +1,7 @@
 //! Devices on real sockets, against a small gateway that each test scripts itself.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
 mod connection;
 mod fleet;
 mod gateway;
