@@ -4,5 +4,6 @@
 
 mod cli;
 mod harness;
+mod lookup;
 mod store;
 mod wire;
