@@ -151,19 +151,20 @@ impl DevicesError {
     #[expect(clippy::needless_pass_by_value, reason = "`map_err` passes by value")]
     fn unreadable(error: csv::Error) -> Self {
         Self::Unreadable(match error.position() {
-            Some(position) => format!("line {}: {}", position.line(), error.into_plain_text()),
-            None => error.into_plain_text(),
+            Some(position) => format!("line {}: {}", position.line(), error.plain_text()),
+            None => error.plain_text(),
         })
     }
 }
 
 trait PlainText {
-    fn into_plain_text(&self) -> String;
+    fn plain_text(&self) -> String;
 }
 
 impl PlainText for csv::Error {
     /// Without the position, which the line number says better.
-    fn into_plain_text(&self) -> String {
+    #[expect(clippy::wildcard_enum_match_arm, reason = "csv may add kinds")]
+    fn plain_text(&self) -> String {
         match self.kind() {
             csv::ErrorKind::Io(error) => error.to_string(),
             csv::ErrorKind::Utf8 { .. } => "not UTF-8".into(),

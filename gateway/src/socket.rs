@@ -391,7 +391,13 @@ mod tests {
                             break Err(error);
                         }
                     }
-                    other => break Ok(format!("{other:?}")),
+                    other @ (Inbound::Text(_)
+                    | Inbound::Binary(_)
+                    | Inbound::Goodbye
+                    | Inbound::Broken(_)
+                    | Inbound::Gone) => {
+                        break Ok(format!("{other:?}"));
+                    }
                 }
             }
         })

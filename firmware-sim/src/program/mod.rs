@@ -157,7 +157,7 @@ impl Ends {
 
 /// The fleet, here or in parts.
 enum Runner {
-    Here(Fleet),
+    Here(Box<Fleet>),
     Split(Split),
 }
 
@@ -170,7 +170,7 @@ impl Runner {
             Target::resolve(&config.url).await.map_err(FleetError::from)?;
             return Ok(Self::Split(Split::start(config.devices.len(), per_process)?));
         }
-        Ok(Self::Here(Fleet::start(config).await?))
+        Ok(Self::Here(Box::new(Fleet::start(config).await?)))
     }
 
     fn stats(&self) -> Stats {

@@ -1,7 +1,7 @@
 //! `seawall drain`: send the sessions of a gateway away at a pace.
 
 use clap::Subcommand;
-use serde_json::{Map, Value};
+use serde_json::Map;
 
 use super::{Context, Failure, client::Method, rules, table};
 
@@ -37,10 +37,14 @@ pub fn run(ctx: &Context, verb: &Drain) -> Result<(), Failure> {
             ctx.client.send(Method::Post, PATH, Some(&body.into()))?
         }
         Drain::Status => ctx.client.get(PATH, &[])?,
-        Drain::Cancel => match ctx.client.send(Method::Delete, PATH, None)? {
-            Value::Null => ctx.client.get(PATH, &[])?,
-            answer => answer,
-        },
+        Drain::Cancel => {
+            let answer = ctx.client.send(Method::Delete, PATH, None)?;
+            if answer.is_null() {
+                ctx.client.get(PATH, &[])?
+            } else {
+                answer
+            }
+        }
     };
     ctx.show(&answer, |drain| {
         table::facts(&[

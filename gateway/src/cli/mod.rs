@@ -190,6 +190,10 @@ fn note(line: &str) {
 }
 
 /// Help and version as clap prints them; a mistake as one line.
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "every other kind is a mistake, those that clap may add too"
+)]
 fn usage(error: &clap::Error) -> ExitCode {
     use clap::error::ErrorKind;
     match error.kind() {

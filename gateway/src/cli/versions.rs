@@ -81,7 +81,7 @@ pub fn sort(input: impl Read, mut out: impl Write) -> io::Result<()> {
     let lines: Vec<&[u8]> = list.split(|byte| *byte == b'\n').collect();
     let texts: Vec<Cow<'_, str>> = lines.iter().map(|line| String::from_utf8_lossy(line)).collect();
     let mut rows: Vec<(Version<'_>, &[u8])> = texts.iter().map(|text| Version::of(text)).zip(lines).collect();
-    rows.sort_by(|(left, _), (right, _)| left.cmp(right));
+    rows.sort_by_key(|(version, _)| *version);
     for (_, line) in rows {
         write_line(&mut out, line)?;
     }

@@ -3,7 +3,6 @@
 use std::{
     fs,
     io::Read,
-    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     thread,
