@@ -115,12 +115,11 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     let keys = keys::open(data_dir.path())?;
     let metrics = Arc::new(Metrics::new());
     let limits = capacity::sized(&config.limits, &config.server);
-    let devices = Listener::bind(config.server.listen, Bounds::of_process(&limits), &limits).map_err(|source| {
-        StartError::Listen {
-            setting: "server.listen",
-            address: config.server.listen,
-            source,
-        }
+    let bounds = Bounds::of_process(&limits);
+    let devices = Listener::bind(config.server.listen, bounds, &limits).map_err(|source| StartError::Listen {
+        setting: "server.listen",
+        address: config.server.listen,
+        source,
     })?;
     let api = TcpListener::bind(config.ops.listen)
         .await
@@ -173,7 +172,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         devices = %addresses.devices,
         ops = %addresses.ops,
         database = %state.config.database_url(),
-        connections_max = limits.connections_max,
+        connections_max = bounds.connections,
         "listening"
     );
     Ok(Running {

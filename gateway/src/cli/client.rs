@@ -109,24 +109,23 @@ impl Client {
     /// # Errors
     /// Nothing answers, or an answer is a refusal.
     pub fn list(&self, path: &str, query: &[(&str, String)], wanted: usize) -> Result<Value, Failure> {
-        let mut cursor = Value::Null;
+        let mut query = query.to_vec();
         let mut items = Vec::new();
         loop {
-            let mut query = query.to_vec();
-            query.push(("limit", (wanted - items.len()).min(PAGE_LEN).to_string()));
-            if let Some(cursor) = text_of(&cursor) {
-                query.retain(|(name, _)| *name != "cursor");
-                query.push(("cursor", cursor));
-            }
-            let mut page = self.get(path, &query)?;
-            cursor = page.get_mut("next_cursor").map(Value::take).unwrap_or_default();
+            let mut asked = query.clone();
+            asked.push(("limit", (wanted - items.len()).min(PAGE_LEN).to_string()));
+            let mut page = self.get(path, &asked)?;
             let Some(Value::Array(rows)) = page.get_mut("items").map(Value::take) else {
                 return Err(Failure::failed(format!("{}{path}: the answer is no list", self.base)));
             };
-            let is_last = rows.is_empty() || cursor.is_null();
             items.extend(rows);
-            if is_last || items.len() >= wanted {
-                return Ok(serde_json::json!({"items": items, "next_cursor": cursor}));
+            // A page may be shorter than asked for, even empty, before the end of the list.
+            match page.get("next_cursor").and_then(Value::as_str) {
+                Some(cursor) if items.len() < wanted => {
+                    query.retain(|(name, _)| *name != "cursor");
+                    query.push(("cursor", cursor.to_owned()));
+                }
+                cursor => return Ok(serde_json::json!({"items": items, "next_cursor": cursor})),
             }
         }
     }
@@ -286,13 +285,4 @@ fn checked(token: &str, source: &str) -> Result<String, Failure> {
         return Err(Failure::failed(format!("{source} holds no token")));
     }
     Ok(token.to_owned())
-}
-
-/// A cursor may be a text or a number.
-fn text_of(value: &Value) -> Option<String> {
-    match value {
-        Value::Null => None,
-        Value::String(text) => Some(text.clone()),
-        Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => Some(value.to_string()),
-    }
 }

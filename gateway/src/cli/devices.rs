@@ -40,10 +40,10 @@ pub enum Devices {
         tenant: Option<String>,
         #[arg(long)]
         model: Option<String>,
-        /// Only devices that connected with this version
+        /// Only devices that connected last with a version of this range, as in '>=3.8.0-b3'
         #[arg(long)]
         firmware: Option<String>,
-        /// enabled, disabled or revoked
+        /// enabled, disabled, revoked, online, offline or unknown
         #[arg(long)]
         state: Option<String>,
         /// Most rows to show
@@ -189,10 +189,7 @@ fn shown(device: &Value) -> String {
     ]);
     lines.push_str("\nlast connection attempts\n");
     let attempts = device.get("attempts").unwrap_or(&Value::Null);
-    lines.push_str(&table::items(
-        attempts,
-        &[("AT", "at"), ("OUTCOME", "outcome"), ("FIRMWARE", "firmware")],
-    ));
+    lines.push_str(&table::items(attempts, &[("AT", "at"), ("OUTCOME", "outcome")]));
     lines
 }
 

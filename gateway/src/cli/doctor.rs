@@ -266,14 +266,20 @@ fn token_holder(node: &Value, findings: &mut Findings) {
         ));
     }
     let state = table::at(node, "database.state");
-    if !matches!(state.as_str(), "available" | "up" | "ok" | "-") {
+    if !matches!(state.as_str(), "available" | "-") {
         findings.wrong(format!(
             "database: the gateway says it is {state} since {}",
             table::at(node, "database.since")
         ));
     }
+    let plan = table::at(node, "database.plan");
+    if !matches!(plan.as_str(), "indexed" | "-") {
+        findings.wrong(format!(
+            "database: look-ups of connecting devices are too costly: {plan}"
+        ));
+    }
     let drain = table::at(node, "drain.state");
-    if matches!(drain.as_str(), "draining" | "running") {
-        findings.notice("drain: under way; `seawall drain cancel` ends it");
+    if matches!(drain.as_str(), "draining" | "drained") {
+        findings.notice("drain: devices are sent away; `seawall drain cancel` ends that");
     }
 }
