@@ -226,13 +226,15 @@ impl Gate {
             .slot_for_close(device, at_least, now, wall, &mut core.rng)
     }
 
-    /// A device was registered, or changed: whatever is remembered of its absence no longer counts.
+    /// A device was registered, or changed: whatever is remembered of its absence and of its attempts no longer counts.
     pub fn forget(&self, device: DeviceId) {
+        self.0.lock().admission.handle_registered(device);
         self.0.absent.forget(device);
     }
 
     /// Many devices were registered.
     pub fn forget_all(&self) {
+        self.0.lock().admission.handle_many_registered();
         self.0.absent.forget_all();
     }
 

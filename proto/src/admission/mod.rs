@@ -423,6 +423,16 @@ impl Admission {
         self.throttle.handle_wrong(device, now);
     }
 
+    /// The device was registered, or given another credential: it must not wait for its attempts before that.
+    pub fn handle_registered(&mut self, device: DeviceId) {
+        self.throttle.forgive(device);
+    }
+
+    /// Any number of devices were registered.
+    pub fn handle_many_registered(&mut self) {
+        self.throttle.forgive_all();
+    }
+
     /// A slot for a device whose session is closed, not before `now + at_least`.
     pub fn slot_for_close(
         &mut self,

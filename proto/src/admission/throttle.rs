@@ -42,6 +42,18 @@ impl Throttle {
         self.clean_at.insert(device, now + FORGIVEN_EVERY);
     }
 
+    /// The device was registered, or given another credential: what was wrong before says nothing now.
+    pub fn forgive(&mut self, device: DeviceId) {
+        if self.clean_at.remove(&device).is_some() {
+            self.order.retain(|watched| *watched != device);
+        }
+    }
+
+    /// Any number of devices were registered.
+    pub fn forgive_all(&mut self) {
+        *self = Self::default();
+    }
+
     /// Too many, too lately.
     pub fn is_throttled(&self, device: DeviceId, now: Instant) -> bool {
         self.clean_at
@@ -63,6 +75,23 @@ mod tests {
 
     fn device(n: u128) -> DeviceId {
         DeviceId::from_uuid(uuid::Uuid::from_u128(n))
+    }
+
+    #[test]
+    fn registration_forgives_the_device_and_nobody_else() {
+        let mut throttle = Throttle::default();
+        for _ in 0..BURST {
+            throttle.handle_wrong(device(1), Instant::ZERO);
+            throttle.handle_wrong(device(2), Instant::ZERO);
+        }
+
+        throttle.forgive(device(1));
+
+        assert!(!throttle.is_throttled(device(1), Instant::ZERO) && !throttle.is_disputed(device(1), Instant::ZERO));
+        assert!(throttle.is_throttled(device(2), Instant::ZERO));
+        assert_eq!(throttle.order.len(), throttle.clean_at.len());
+        throttle.forgive_all();
+        assert!(!throttle.is_throttled(device(2), Instant::ZERO));
     }
 
     #[test]
