@@ -1,0 +1,8 @@
+//! Whole gateways and the devices of a fleet, over real sockets: what an operator would see.
+
+mod devices;
+mod drain;
+mod outage;
+mod rig;
+mod rules;
+mod storm;

@@ -1,0 +1,207 @@
+//! PostgreSQL away at start, killed and frozen while devices connect. Nobody waits for it, nobody who is connected notices,
+//! and when it is back everything goes on by itself.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use firmware_sim::connection::Credential;
+use seawall_proto::admission::BreakerState;
+use tokio::{
+    net::TcpStream,
+    task::JoinSet,
+    time::{Instant, sleep_until},
+};
+
+use super::rig::{
+    ANSWER_MAX, ANSWER_MAX_AWAY, Attempt, Gateway, assert_alive, attempt, block, device, devices, eventually,
+    persist_all,
+};
+use crate::harness::pg::Cluster;
+
+/// Devices with a session before it happens.
+const LIVE: std::ops::Range<u32> = 0..20;
+/// Devices that connect while it happens, one each [`ARRIVAL_INTERVAL`].
+const ARRIVING: std::ops::Range<u32> = 20..220;
+const ARRIVAL_INTERVAL: Duration = Duration::from_millis(8);
+/// It happens when so many of them have got in.
+const HURT_AFTER: u32 = 50;
+/// What a gateway may hold at a time: 2 connections for look-ups, 1 for rules, 4 for the rest.
+const BACKENDS_MAX: i64 = 7;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn database_away_at_start_refuses_with_slots_until_it_comes() {
+    let cluster = Cluster::start().unwrap();
+    let url = cluster.database().await.unwrap();
+    cluster.kill().unwrap();
+
+    let gateway = Gateway::start_on(Some(&url), "").await;
+    let attempts = gateway.connect_all(&devices(0..50)).await;
+
+    assert_eq!(gateway.readyz().await, 503);
+    assert_refused_at_once(&attempts);
+    cluster.restart().unwrap();
+    eventually(|| gateway.shared.readiness().ready).await;
+    assert_eq!(gateway.readyz().await, 200);
+    gateway.register(0..50).await;
+    let returning = attempts.iter().zip(devices(0..50)).map(|(attempt, mut device)| {
+        device.slot = attempt.refused().slot.clone();
+        device
+    });
+    assert_eq!(persist_all(gateway.devices, returning).await.len(), 50);
+    assert_eq!(gateway.metric("seawall_sessions "), 50);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_database_is_survived() {
+    survive(|cluster| cluster.kill().unwrap(), |cluster| cluster.restart().unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn frozen_database_is_survived() {
+    survive(|cluster| cluster.freeze().unwrap(), |cluster| cluster.thaw().unwrap()).await;
+}
+
+async fn survive(hurt: fn(&Cluster), heal: fn(&Cluster)) {
+    let cluster = Cluster::start().unwrap();
+    let url = cluster.database().await.unwrap();
+    let gateway = Gateway::start_on(Some(&url), "").await;
+    eventually(|| gateway.shared.readiness().ready).await;
+    gateway.register(LIVE.start..ARRIVING.end).await;
+    gateway.add_rule(block("=6.6.6")).await;
+    let mut live = gateway.sessions(&devices(LIVE)).await;
+
+    // While they arrive.
+    let admitted = Arc::new(AtomicU32::new(0));
+    let arrivals = arrive(&gateway, &admitted);
+    eventually(|| admitted.load(Ordering::Relaxed) >= HURT_AFTER).await;
+    hurt(&cluster);
+    let attempts = arrivals.join_all().await;
+    for attempt in &attempts {
+        assert!(attempt.took < ANSWER_MAX, "answered after {:?}", attempt.took);
+        if attempt.outcome.is_err() {
+            assert_sent_away(attempt);
+        }
+    }
+    let mut attempts_made = LIVE.len() + ARRIVING.len();
+
+    // Once it is known.
+    eventually(|| gateway.shared.gate.state().breaker != BreakerState::Closed).await;
+    let refused_once = gateway.connect_all(&devices(20..120)).await;
+    assert_refused_at_once(&refused_once);
+    attempts_made += refused_once.len();
+    let blocked = gateway.connect(&device(20).firmware("6.6.6")).await;
+    blocked.refused_with(403, "firmware_blocked");
+    let mut anonymous = device(21);
+    anonymous.credential = Credential::Missing;
+    gateway.connect(&anonymous).await.refused_with(401, "unauthorized");
+    attempts_made += 2;
+    for connection in &mut live {
+        assert_alive(connection).await;
+    }
+    assert_eq!(
+        gateway.readyz().await,
+        200,
+        "a database lost later sends nobody elsewhere"
+    );
+
+    // When it is back.
+    heal(&cluster);
+    let (connected, waiting): (Vec<_>, Vec<_>) = attempts
+        .into_iter()
+        .zip(devices(ARRIVING))
+        .partition(|(attempt, _)| attempt.outcome.is_ok());
+    assert!(!waiting.is_empty(), "the outage was not noticed");
+    let mut connected: Vec<_> = connected.into_iter().map(|(attempt, _)| attempt.admitted()).collect();
+    let returning = waiting.into_iter().map(|(attempt, mut device)| {
+        device.slot = attempt.refused().slot.clone();
+        device
+    });
+    for returned in persist_all(gateway.devices, returning).await {
+        attempts_made += 1 + returned.refusals as usize;
+        connected.push(returned.connection);
+    }
+    for connection in live.iter_mut().chain(&mut connected) {
+        assert_alive(connection).await;
+    }
+    assert_eq!(gateway.shared.sessions.len(), LIVE.len() + ARRIVING.len());
+    assert_eq!(gateway.metric("seawall_handshakes_total{") as usize, attempts_made);
+    eventually(|| gateway.shared.readiness().reasons.is_empty()).await;
+    let deadline = Instant::now() + super::rig::PATIENCE;
+    while cluster.backends("test_0").await.unwrap() > BACKENDS_MAX {
+        assert!(Instant::now() < deadline, "connections are left behind");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Spread over time, whatever becomes of those before. `admitted` counts those that got in.
+fn arrive(gateway: &Gateway, admitted: &Arc<AtomicU32>) -> JoinSet<Attempt> {
+    let mut arrivals = JoinSet::new();
+    let mut due = Instant::now();
+    for device in devices(ARRIVING) {
+        let (address, admitted) = (gateway.devices, Arc::clone(admitted));
+        arrivals.spawn(async move {
+            sleep_until(due).await;
+            let attempt = attempt(address, device).await;
+            admitted.fetch_add(u32::from(attempt.outcome.is_ok()), Ordering::Relaxed);
+            attempt
+        });
+        due += ARRIVAL_INTERVAL;
+    }
+    arrivals
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn devices_that_leave_while_they_wait_are_counted_as_abandoned() {
+    let cluster = Cluster::start().unwrap();
+    let url = cluster.database().await.unwrap();
+    let gateway = Gateway::start_on(Some(&url), "").await;
+    eventually(|| gateway.shared.readiness().ready).await;
+    gateway.register(0..10).await;
+    cluster.freeze().unwrap();
+
+    let waiting: Vec<_> = devices(0..10)
+        .into_iter()
+        .map(|device| tokio::spawn(attempt(gateway.devices, device)))
+        .collect();
+    eventually(|| gateway.shared.gate.state().queue == 10).await;
+    for task in &waiting {
+        task.abort();
+    }
+
+    eventually(|| gateway.metric("seawall_handshakes_total{outcome=\"abandoned\"}") == 10).await;
+    eventually(|| gateway.metric("seawall_admission_queue ") == 0).await;
+    assert_eq!(gateway.metric("seawall_handshakes_total{"), 10);
+    cluster.thaw().unwrap();
+    drop(TcpStream::connect(gateway.devices).await.unwrap());
+    persist_all(gateway.devices, devices(0..1)).await;
+    assert_eq!(gateway.metric("seawall_handshakes_total{outcome=\"abandoned\"}"), 10);
+}
+
+/// Every one of them: unverifiable for now, with a slot, in no time.
+#[track_caller]
+fn assert_refused_at_once(attempts: &[Attempt]) {
+    for attempt in attempts {
+        attempt.refused_with(503, "registry_unavailable");
+        assert_sent_away(attempt);
+        assert!(attempt.took < ANSWER_MAX_AWAY, "answered after {:?}", attempt.took);
+    }
+}
+
+#[track_caller]
+fn assert_sent_away(attempt: &Attempt) {
+    let refused = attempt.refused();
+    assert_eq!(refused.status, 503, "{refused:?}");
+    assert!(
+        matches!(refused.code.as_deref(), Some("registry_unavailable" | "overloaded")),
+        "{refused:?}"
+    );
+    assert!(
+        refused.slot.is_some() && refused.retry_after_ms.is_some(),
+        "{refused:?}"
+    );
+}
