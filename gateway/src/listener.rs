@@ -26,7 +26,7 @@ use crate::{
 /// Connections that the kernel holds for us before they are accepted; more get no answer, and try again after 1 s.
 const BACKLOG: i32 = 4096;
 
-/// Files kept free for databases, the API, logs and refusals.
+/// Files kept free for databases, the API, logs and refusals. Handshakes have their own: a full node still reads who is there.
 const FILES_RESERVED: usize = 256;
 
 /// First and longest pause after an accept that failed for want of something.
@@ -56,7 +56,8 @@ impl Bounds {
     }
 
     fn from_files(limits: &Limits, files: usize) -> Self {
-        let possible = files.saturating_sub(FILES_RESERVED.min(files / 2)).max(1);
+        let reserved = FILES_RESERVED.saturating_add(limits.handshakes_max);
+        let possible = files.saturating_sub(reserved.min(files / 2)).max(1);
         let connections = match limits.connections_max {
             0 => possible,
             wanted => wanted.min(possible),
@@ -118,15 +119,14 @@ impl Door {
         }
     }
 
-    /// What a connection from `network` needs, or why it can't have it.
-    fn admit(&self, network: Network, permit: OwnedSemaphorePermit) -> Result<(Share, Handshake), Turned> {
-        let connection = self
-            .connection_shares
-            .take(network)
-            .map_err(|exhausted| match exhausted {
-                Exhausted::Bound => Turned::NodeFull,
-                Exhausted::Address => Turned::AddressShare,
-            })?;
+    /// What a connection from `network` needs, or why it can't have it. A node that is full has a handshake for it all the
+    /// same: who reads the hello can give a slot.
+    fn admit(&self, network: Network, permit: OwnedSemaphorePermit) -> Result<(Option<Share>, Handshake), Turned> {
+        let connection = match self.connection_shares.take(network) {
+            Ok(share) => Some(share),
+            Err(Exhausted::Bound) => None,
+            Err(Exhausted::Address) => return Err(Turned::AddressShare),
+        };
         if !self.handshake_rate.as_ref().is_none_or(|rate| rate.allows(network)) {
             return Err(Turned::AddressRate);
         }
@@ -351,7 +351,7 @@ mod tests {
         assert_eq!(
             bounds(20_000),
             Bounds {
-                connections: 19_744,
+                connections: 19_244,
                 handshakes: 500
             }
         );

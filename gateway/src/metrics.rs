@@ -74,12 +74,11 @@ pub struct Metrics {
 }
 
 /// What became of a TCP connection that never was a request. Label `outcome` of `seawall_connections_total`.
-pub const CONNECTION_OUTCOMES: [&str; 7] = [
+pub const CONNECTION_OUTCOMES: [&str; 6] = [
     "request",
     "probe",
     "silent",
     "address_limited",
-    "connection_limit",
     "accept_error",
     "tls_failed",
 ];

@@ -281,9 +281,13 @@ impl Refusal {
 
     /// 403 by a rule: `reason` is public, and the hint lies between `retry_after` and twice that.
     pub fn firmware_blocked(rule: RuleId, reason: &str, retry_after: Duration, rng: &mut impl Rng) -> Self {
+        let detail = match reason {
+            "" => Cow::Borrowed("an operator has blocked this firmware"),
+            reason => Cow::Owned(reason.to_owned()),
+        };
         Self {
             code: Code::FirmwareBlocked,
-            detail: Cow::Owned(reason.to_owned()),
+            detail,
             hint: Some(Hint::draw(retry_after..=retry_after.saturating_mul(2), rng)),
             rule: Some(rule),
         }

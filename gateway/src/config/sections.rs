@@ -55,7 +55,7 @@ section! {
 section! {
     /// What one gateway, one connection and one message may take. Each bound says what happens when it is reached.
     pub struct Limits = "limits" {
-        /// Connections of devices at a time. 0: as many as memory and the limit on open files allow. One more is answered 503 `overloaded` before it is read, and closed.
+        /// Connections of devices at a time. 0: as many as memory and the limit on open files allow. One more is answered 503 `overloaded`, with a slot.
         pub connections_max: usize = 0, "connections", 0..=10_000_000;
         /// Handshakes under way, from accept to a complete head; more wait in the listen backlog. Never more than half of the connections. Devices waiting for a look-up have a bound of their own, in `[admission]`.
         pub handshakes_max: usize = 500, "connections", 8..=100_000;

@@ -2,7 +2,7 @@
 
 use std::{io, mem::MaybeUninit, sync::Arc, time::Duration};
 
-use seawall_proto::refusal::{Code, Hint, Refusal};
+use seawall_proto::refusal::{Code, Refusal};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
@@ -11,9 +11,6 @@ use crate::{listener::Door, socket::drain, state::Shared};
 /// What is still read from a refused peer: a head of twice the size allowed, in a moment.
 const LINGER_LEN_MAX: usize = 16 * 1024;
 const LINGER_TIME: Duration = Duration::from_millis(500);
-
-/// A node that is full is no fuller in a minute; those sent away spread over it.
-const NODE_FULL_HINT: std::ops::RangeInclusive<Duration> = Duration::from_secs(30)..=Duration::from_secs(60);
 
 /// Whether the peer's bytes were all read when it was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +36,6 @@ impl Linger {
 /// Why a connection was turned away before it was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turned {
-    /// The node holds as many connections as it can.
-    NodeFull,
     /// Its address holds its share.
     AddressShare,
     /// Its address came too often, by the operator's figure.
@@ -51,21 +46,13 @@ impl Turned {
     fn refusal(self) -> Refusal {
         let mut rng = rand::rng();
         match self {
-            Self::NodeFull => Refusal::overloaded(Hint::draw(NODE_FULL_HINT, &mut rng)),
             Self::AddressShare => Refusal::throttled("too many connections from this address", &mut rng),
             Self::AddressRate => Refusal::throttled("too many attempts from this address", &mut rng),
         }
     }
-
-    const fn connection_outcome(self) -> &'static str {
-        match self {
-            Self::NodeFull => "connection_limit",
-            Self::AddressShare | Self::AddressRate => "address_limited",
-        }
-    }
 }
 
-/// Answers a connection that there is no room to read. It counts as an attempt if the peer sent anything.
+/// Answers a connection of an address that has its share, unread. It counts as an attempt if the peer sent anything.
 pub async fn turn_away(shared: Shared, door: Arc<Door>, mut stream: TcpStream, turned: Turned) {
     let refusal = turned.refusal();
     let mut response = Vec::new();
@@ -79,7 +66,7 @@ pub async fn turn_away(shared: Shared, door: Arc<Door>, mut stream: TcpStream, t
         shared.metrics.connections.increment("request");
         shared.metrics.handshakes.increment(refusal.code.as_str());
     } else {
-        shared.metrics.connections.increment(turned.connection_outcome());
+        shared.metrics.connections.increment("address_limited");
     }
 }
 
@@ -154,12 +141,11 @@ mod tests {
 
     #[test]
     fn whoever_is_turned_away_is_told_when_to_come_back() {
-        for turned in [Turned::NodeFull, Turned::AddressShare, Turned::AddressRate] {
+        for turned in [Turned::AddressShare, Turned::AddressRate] {
             let refusal = turned.refusal();
 
-            assert_eq!(refusal.code.status(), 503);
+            assert_eq!(refusal.code, Code::Throttled);
             assert!(refusal.hint.is_some());
         }
-        assert_eq!(Turned::NodeFull.refusal().code, Code::Overloaded);
     }
 }

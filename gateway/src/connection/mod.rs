@@ -30,16 +30,21 @@ use crate::{
 
 pub use answer::{Turned, turn_away};
 
-/// A head that takes longer counts as slow: under pressure its address is then held to a fair share.
-const SLOW_AFTER: Duration = Duration::from_millis(500);
+/// A head that has taken this part of its time counts as slow: under pressure its address is then held to a fair share. Not
+/// sooner, since a crowd that comes back at once has slow ones too.
+const SLOW_AFTER_PART: u32 = 2;
 
-/// From accept to the answer; an upgraded connection goes on as a session, in another task.
+/// A node that is full sends devices away for at least this long.
+const NODE_FULL_FOR: Duration = Duration::from_secs(30);
+
+/// From accept to the answer; an upgraded connection goes on as a session, in another task. `connection` is `None` where the
+/// node is full.
 pub async fn serve(
     shared: Shared,
     door: Arc<Door>,
     stream: TcpStream,
     peer: SocketAddr,
-    connection: Share,
+    connection: Option<Share>,
     mut handshake: Handshake,
 ) {
     let attempt = Attempt::begin(&shared, peer);
@@ -69,6 +74,11 @@ pub async fn serve(
         }
     };
     let mut attempt = attempt.by(&hello);
+    let Some(connection) = connection else {
+        let refusal = Refusal::overloaded(shared.gate.slot_for_close(hello.device, NODE_FULL_FOR));
+        attempt.refused(&refusal);
+        return answer::refuse(&shared, &door, stream, &refusal, Linger::behind(&refusal, &leftover)).await;
+    };
     let decided = tokio::select! {
         biased;
         decision = decide(&shared, hello) => decision,
@@ -126,7 +136,7 @@ async fn read_head(
     let limits = &shared.config.limits;
     let mut reader = HeadReader::new(limits.head_bytes_max);
     let mut parse = |head: &hello::Head<'_>| hello::parse(head, &shared.config.identity);
-    let slow_after = SLOW_AFTER.min(limits.head_timeout());
+    let slow_after = limits.head_timeout() / SLOW_AFTER_PART;
     let reading = async {
         let mut read = timeout(slow_after, reader.read(stream, &mut parse)).await;
         if read.is_err() && !handshake.share.mark_slow() {
