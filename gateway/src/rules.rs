@@ -109,18 +109,17 @@ impl Rules {
     pub async fn reload(&self, store: &Store, clock: &Clock, events: &Events) -> Result<(), StoreError> {
         let _one_at_a_time = self.loading.lock().await;
         let StoredRules { revision, rules } = store.rules().await?;
+        let set = RuleSet::compile(revision, rules);
         let before = self.current.load().revision();
-        if revision != before || rules.as_slice() != self.current.load().rules() {
-            if let Err(error) = save(
-                &self.file,
-                &Saved {
-                    revision,
-                    rules: rules.clone(),
-                },
-            ) {
+        if revision != before || set.digest() != self.current.load().digest() {
+            let saved = Saved {
+                revision,
+                rules: set.rules().to_vec(),
+            };
+            if let Err(error) = save(&self.file, &saved) {
                 tracing::error!(%error, file = %self.file.display(), "rules are in force but could not be written to disk: free space or repair the data directory, a restart without the database would use older rules");
             }
-            self.current.store(Arc::new(RuleSet::compile(revision, rules)));
+            self.current.store(Arc::new(set));
             events.notice(
                 clock.wall(),
                 Body::Rules {
@@ -193,11 +192,11 @@ pub async fn evict(state: Shared, stop: CancellationToken) {
 /// have become a session during the pass, or the rules changed again.
 async fn evict_matching(state: &Shared, stop: &CancellationToken, changes: &watch::Receiver<u64>) -> bool {
     let rules = state.rules.current();
-    if !rules.rules().iter().any(|rule| rule.spec.evict) {
+    let wall = state.clock.wall();
+    if !rules.is_evicting(wall) {
         return false;
     }
     let mut rng = SmallRng::from_os_rng();
-    let wall = state.clock.wall();
     let mut left = state
         .sessions
         .matching(|session| evicting_rule(&rules, session, wall).is_some());
@@ -237,9 +236,7 @@ fn evicting_rule<'a>(rules: &'a RuleSet, session: &Session, wall: WallTime) -> O
         model: session.info.cohort.model.as_deref(),
         tenant: Some(&session.info.tenant),
     };
-    rules
-        .evaluate(&subject, wall)
-        .filter(|rule| rule.spec.evict && !session.is_closing())
+    rules.evicting(&subject, wall).filter(|_| !session.is_closing())
 }
 
 fn read(file: &Path) -> Result<Option<Saved>, std::io::Error> {

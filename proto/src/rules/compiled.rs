@@ -43,9 +43,6 @@ pub struct RuleSet {
 }
 
 impl RuleSet {
-    /// Most rules that a node takes; the API refuses one more.
-    pub const RULES_MAX: usize = 10_000;
-
     /// No rules, revision 0.
     #[must_use]
     pub fn empty() -> Self {
