@@ -36,6 +36,8 @@ use crate::{clock::Clock, lifecycle::Lifecycle, metrics::Metrics, store::Store};
 
 /// Longest sleep of the keeper: gauges that fade with time are published at least this often.
 const KEEPER_SLEEP_MAX: Duration = Duration::from_secs(1);
+/// Shortest: what is due but waits for a worker must not keep a core busy.
+const KEEPER_SLEEP_MIN: Duration = Duration::from_millis(1);
 
 /// What a look-up came to.
 #[derive(Clone, Debug)]
@@ -381,8 +383,9 @@ impl Inner {
                 core.admission.handle_timeout(now);
                 self.answer_all(core, now, wall, |_| None);
                 self.publish(core, now);
-                let latest = now + KEEPER_SLEEP_MAX;
-                core.keeper_wakes = core.admission.poll_timeout().map_or(latest, |due| due.min(latest));
+                let (earliest, latest) = (now + KEEPER_SLEEP_MIN, now + KEEPER_SLEEP_MAX);
+                let due = core.admission.poll_timeout().unwrap_or(latest);
+                core.keeper_wakes = due.clamp(earliest, latest);
                 core.keeper_wakes
             };
             tokio::select! {

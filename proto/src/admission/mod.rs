@@ -14,12 +14,14 @@ use rand::Rng;
 mod breaker;
 mod ceiling;
 mod config;
+mod decision;
 mod limit;
 mod queue;
 mod throttle;
 
 pub use breaker::BreakerState;
 pub use config::{AdmissionConfig, Figure, InvalidAdmission};
+pub use decision::{Action, AdmissionState, Arrival, BatchOutcome, Cause, Decision, Refused};
 pub use limit::{Limit, Window};
 pub use queue::{Batch, BatchId, Ticket};
 
@@ -32,7 +34,7 @@ use self::{
 };
 use crate::{
     id::DeviceId,
-    refusal::{Code, Hint, Refusal, draw},
+    refusal::{Hint, draw},
     slots::{HINT_MIN, SlotKeys, Slots, Standing},
     time::{Instant, WallTime},
 };
@@ -51,131 +53,6 @@ pub const LOOKUP_MAX: Duration = Duration::from_secs(1);
 pub const BATCHES_IN_FLIGHT_MAX: usize = 2;
 /// A throttled device gets a slot not before a time drawn from here.
 const THROTTLED_FOR: std::ops::RangeInclusive<Duration> = Duration::from_secs(5)..=Duration::from_secs(15);
-
-/// A device that wants to be looked up.
-#[derive(Clone, Copy, Debug)]
-pub struct Arrival<'a> {
-    pub device: DeviceId,
-    pub slot_token: Option<&'a str>,
-    /// When its request was complete. Deadlines count from here.
-    pub arrived: Instant,
-    /// The caller remembers that there is no such device. Throttles come first all the same.
-    pub is_known_absent: bool,
-}
-
-/// What admission says of an arrival.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Decision {
-    /// It waits. An [`Action`] with this ticket follows, unless [`Admission::abandon`] is called before.
-    Queued(Ticket),
-    /// There is no such device; nothing was asked of the database.
-    KnownAbsent,
-    /// To be answered now.
-    Refused(Refused),
-}
-
-/// A refusal that names the limit which refused.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refused {
-    pub cause: Cause,
-    /// With a slot, always.
-    pub hint: Hint,
-}
-
-/// Why admission refuses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Cause {
-    /// Wrong credentials too often with this id.
-    Throttle,
-    /// Too many devices wait.
-    QueueFull,
-    /// It waited too long for its turn.
-    Deadline,
-    /// The database is away, or was never there.
-    Breaker,
-    /// The look-up failed twice.
-    LookupFailed,
-    /// The look-up was not answered in time.
-    LookupTimedOut,
-}
-
-impl Cause {
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Throttle => "throttle",
-            Self::QueueFull => "queue_full",
-            Self::Deadline => "deadline",
-            Self::Breaker => "breaker",
-            Self::LookupFailed => "lookup_failed",
-            Self::LookupTimedOut => "lookup_timed_out",
-        }
-    }
-
-    #[must_use]
-    pub const fn code(self) -> Code {
-        match self {
-            Self::Throttle => Code::Throttled,
-            Self::QueueFull | Self::Deadline => Code::Overloaded,
-            Self::Breaker | Self::LookupFailed | Self::LookupTimedOut => Code::RegistryUnavailable,
-        }
-    }
-}
-
-impl From<Refused> for Refusal {
-    fn from(refused: Refused) -> Self {
-        match refused.cause {
-            Cause::Throttle => Self {
-                hint: Some(refused.hint),
-                ..Self::plain(Code::Throttled, "too many attempts with wrong credentials for this id")
-            },
-            Cause::QueueFull | Cause::Deadline => Self::overloaded(refused.hint),
-            Cause::Breaker | Cause::LookupFailed | Cause::LookupTimedOut => Self::registry_unavailable(refused.hint),
-        }
-    }
-}
-
-/// What the caller owes a waiting device.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Tell it what the statement just ended said of `device`: its record, or that there is none.
-    Answer { ticket: Ticket, device: DeviceId },
-    /// Refuse it.
-    Refuse { ticket: Ticket, refused: Refused },
-}
-
-/// What became of a statement.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BatchOutcome {
-    /// The database answered; keys may be missing from the answer.
-    Answered,
-    /// It failed, and says nothing about its keys.
-    Failed,
-    /// No answer within [`LOOKUP_MAX`]. Not tried again: there would be no time.
-    TimedOut,
-}
-
-/// Figures for people and metrics.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdmissionState {
-    /// Keys that may be in flight. Where the limit was cut, it falls as what was sent before is answered.
-    pub limit: u32,
-    /// Keys sent and not answered.
-    pub in_flight: u32,
-    /// Devices waiting for an answer.
-    pub queue: usize,
-    /// Keys a second that slots are given out by.
-    pub k_ref: f64,
-    /// The best rate measured in the last minutes, in keys a second; 0 where none was.
-    pub k_peak: f64,
-    pub breaker: BreakerState,
-    /// Devices whose slot is remembered.
-    pub slots: usize,
-    /// Slots given out so far that live in their token alone.
-    pub slots_stateless: u64,
-    /// Devices remembered as seen authenticated.
-    pub known: usize,
-}
 
 /// An answer that waits to be fetched.
 #[derive(Debug)]

@@ -1,0 +1,230 @@
+//! The queue's other end: statements that are sent, answered, and tried again.
+
+use super::{Class, KeyState, Queue, Ticket};
+use crate::{id::DeviceId, slots::STRANGERS_SHARE, time::Instant};
+
+/// A statement under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BatchId(u64);
+
+/// One statement to send.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    pub id: BatchId,
+    /// Distinct, at least one.
+    pub keys: Vec<DeviceId>,
+    /// Asks whether the registry answers at all: no device waits for it, and its key belongs to none.
+    pub is_probe: bool,
+}
+
+/// What became of a statement, and of those who waited for it.
+#[derive(Debug, PartialEq, Eq)]
+pub(in crate::admission) enum Ended {
+    /// Not ours, or ended before.
+    Unknown,
+    Probe,
+    /// The devices are to be answered, each with its key's record or its absence.
+    Answered {
+        keys: usize,
+        waiters: Vec<(Ticket, DeviceId)>,
+    },
+    /// The devices are to be refused; those for whom there is time are tried for again.
+    Failed {
+        keys: usize,
+        waiters: Vec<Ticket>,
+        is_retried: bool,
+    },
+}
+
+/// A statement that was sent.
+#[derive(Debug)]
+pub(super) struct Sent {
+    pub keys: Vec<DeviceId>,
+    pub is_retry: bool,
+    pub is_probe: bool,
+}
+
+/// A half of a failed statement.
+#[derive(Debug)]
+pub(super) struct Retry {
+    pub round: u64,
+    pub keys: Vec<DeviceId>,
+}
+
+/// Every n-th key taken is a due stranger's, if one waits: the inverse of their share.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a small positive constant"
+)]
+const STRANGER_EVERY: u32 = (1.0 / STRANGERS_SHARE) as u32;
+
+impl Queue {
+    /// The next statement of at most `keys_max` keys, as far as `may_send` allows one more key. Halves of failed ones go first.
+    pub fn next_batch(&mut self, keys_max: usize, mut may_send: impl FnMut() -> bool) -> Option<Batch> {
+        self.drop_dead_retries();
+        let id = BatchId(self.counter + 1);
+        let mut keys = Vec::new();
+        let is_retry = !self.retries.is_empty();
+        while keys.len() < keys_max && self.has_next(is_retry) && may_send() {
+            let Some(device) = self.take_next(is_retry) else {
+                break;
+            };
+            if let Some(key) = self.keys.get_mut(&device) {
+                key.state = KeyState::InFlight { batch: id };
+                keys.push(device);
+            }
+            if is_retry && self.retries.front().is_none_or(|retry| retry.keys.is_empty()) {
+                break;
+            }
+        }
+        self.drop_dead_retries();
+        if keys.is_empty() {
+            return None;
+        }
+        Some(self.send(id, keys, is_retry, false))
+    }
+
+    /// A statement for nobody, with a key that belongs to none.
+    pub fn probe(&mut self) -> Batch {
+        let id = BatchId(self.counter + 1);
+        self.send(id, vec![DeviceId::from_uuid(uuid::Uuid::nil())], false, true)
+    }
+
+    fn send(&mut self, id: BatchId, keys: Vec<DeviceId>, is_retry: bool, is_probe: bool) -> Batch {
+        self.counter = id.0;
+        self.in_flight += keys.len();
+        self.sent.insert(
+            id,
+            Sent {
+                keys: keys.clone(),
+                is_retry,
+                is_probe,
+            },
+        );
+        Batch { id, keys, is_probe }
+    }
+
+    fn has_next(&self, is_retry: bool) -> bool {
+        if is_retry {
+            self.retries.front().is_some_and(|retry| !retry.keys.is_empty())
+        } else {
+            self.lines.iter().any(|line| !line.is_empty())
+        }
+    }
+
+    fn take_next(&mut self, is_retry: bool) -> Option<DeviceId> {
+        if is_retry {
+            return self.retries.front_mut()?.keys.pop();
+        }
+        self.taken = self.taken.wrapping_add(1);
+        let strangers_turn = self.taken.is_multiple_of(STRANGER_EVERY);
+        let first = strangers_turn.then_some(Class::StrangerHolder);
+        first
+            .into_iter()
+            .chain(Class::ALL)
+            .find_map(|class| self.lines[class.index()].pop_first())
+            .map(|(_, device)| device)
+    }
+
+    /// Keys of failed statements that nobody waits for any more, or that have started anew since.
+    fn drop_dead_retries(&mut self) {
+        while let Some(retry) = self.retries.front_mut() {
+            let round = retry.round;
+            let keys = &self.keys;
+            retry.keys.retain(|device| {
+                keys.get(device)
+                    .is_some_and(|key| key.state == KeyState::Retrying { round })
+            });
+            if !retry.keys.is_empty() {
+                return;
+            }
+            self.retries.pop_front();
+        }
+    }
+
+    /// A statement was answered.
+    pub fn handle_answered(&mut self, id: BatchId) -> Ended {
+        let Some(sent) = self.take_sent(id) else {
+            return Ended::Unknown;
+        };
+        if sent.is_probe {
+            return Ended::Probe;
+        }
+        let mut waiters = Vec::with_capacity(sent.keys.len());
+        for device in &sent.keys {
+            for ticket in self.take_waiters(*device, id) {
+                waiters.push((ticket, *device));
+            }
+        }
+        Ended::Answered {
+            keys: sent.keys.len(),
+            waiters,
+        }
+    }
+
+    /// A statement failed. If it may be tried again and somebody has time to wait, it is, in two halves: one key that the
+    /// database can't bear must not take 255 others down.
+    pub fn handle_failed(&mut self, id: BatchId, may_retry: bool, now: Instant) -> Ended {
+        let Some(sent) = self.take_sent(id) else {
+            return Ended::Unknown;
+        };
+        if sent.is_probe {
+            return Ended::Probe;
+        }
+        let keys = sent.keys.len();
+        let may_retry = may_retry && !sent.is_retry;
+        self.counter += 1;
+        let round = self.counter;
+        let mut alive = Vec::new();
+        let mut waiters = Vec::new();
+        for device in sent.keys {
+            if may_retry && self.retry_key(device, id, round, now) {
+                alive.push(device);
+            } else {
+                waiters.extend(self.take_waiters(device, id));
+            }
+        }
+        let is_retried = !alive.is_empty();
+        let second = alive.split_off(alive.len().div_ceil(2));
+        for half in [alive, second] {
+            if !half.is_empty() {
+                self.retries.push_back(Retry { round, keys: half });
+            }
+        }
+        Ended::Failed {
+            keys,
+            waiters,
+            is_retried,
+        }
+    }
+
+    /// False where nobody waits for the key any more, or nobody has the time.
+    fn retry_key(&mut self, device: DeviceId, batch: BatchId, round: u64, now: Instant) -> bool {
+        let waiters = &self.waiters;
+        let has_time = |ticket: &Ticket| waiters.get(ticket).is_some_and(|waiter| waiter.send_by > now);
+        match self.keys.get_mut(&device) {
+            Some(key) if key.state == (KeyState::InFlight { batch }) && key.waiters.iter().any(has_time) => {
+                key.state = KeyState::Retrying { round };
+                true
+            }
+            Some(_) | None => false,
+        }
+    }
+
+    fn take_sent(&mut self, id: BatchId) -> Option<Sent> {
+        let sent = self.sent.remove(&id)?;
+        debug_assert!(self.in_flight >= sent.keys.len(), "what was sent was counted");
+        self.in_flight -= sent.keys.len();
+        Some(sent)
+    }
+
+    fn take_waiters(&mut self, device: DeviceId, batch: BatchId) -> Vec<Ticket> {
+        match self.keys.get(&device) {
+            Some(key) if key.state == (KeyState::InFlight { batch }) => {
+                self.keys.remove(&device).map(|key| key.waiters).unwrap_or_default()
+            }
+            Some(_) | None => Vec::new(),
+        }
+    }
+}
