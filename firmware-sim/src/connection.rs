@@ -128,11 +128,9 @@ impl Connection {
             source: config.source,
             is_slow: false,
         };
-        let (socket, response) = timeout(config.open_timeout, open(&target, request, options))
+        let (socket, protocol) = timeout(config.open_timeout, open(&target, request, options))
             .await
             .map_err(|_| OpenError::TimedOut(config.open_timeout))??;
-        let protocol = response.headers().get("sec-websocket-protocol");
-        let protocol = protocol.and_then(|value| value.to_str().ok()).map(str::to_owned);
         Ok(Self { socket, protocol })
     }
 

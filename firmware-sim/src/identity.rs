@@ -150,26 +150,20 @@ pub enum DevicesError {
 impl DevicesError {
     #[expect(clippy::needless_pass_by_value, reason = "`map_err` passes by value")]
     fn unreadable(error: csv::Error) -> Self {
-        Self::Unreadable(match error.position() {
-            Some(position) => format!("line {}: {}", position.line(), error.plain_text()),
-            None => error.plain_text(),
-        })
-    }
-}
-
-trait PlainText {
-    fn plain_text(&self) -> String;
-}
-
-impl PlainText for csv::Error {
-    /// Without the position, which the line number says better.
-    #[expect(clippy::wildcard_enum_match_arm, reason = "csv may add kinds")]
-    fn plain_text(&self) -> String {
-        match self.kind() {
+        let what = match error.kind() {
             csv::ErrorKind::Io(error) => error.to_string(),
             csv::ErrorKind::Utf8 { .. } => "not UTF-8".into(),
-            _ => self.to_string(),
-        }
+            // The others come from options that this reader does not use.
+            csv::ErrorKind::UnequalLengths { .. }
+            | csv::ErrorKind::Seek
+            | csv::ErrorKind::Serialize(_)
+            | csv::ErrorKind::Deserialize { .. }
+            | _ => error.to_string(),
+        };
+        Self::Unreadable(match error.position() {
+            Some(position) => format!("line {}: {what}", position.line()),
+            None => what,
+        })
     }
 }
 

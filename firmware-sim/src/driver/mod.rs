@@ -134,7 +134,7 @@ impl Driver {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(Arc::clone(&lever));
-        let task = DeviceTask {
+        let task = Box::new(DeviceTask {
             context: Arc::clone(&self.context),
             lever: Arc::clone(&lever),
             device,
@@ -150,7 +150,7 @@ impl Driver {
                 is_slow: spec.profile == Profile::SlowReader,
             },
             is_ending: false,
-        };
+        });
         self.tasks.spawn(task.live());
         DeviceHandle(lever)
     }

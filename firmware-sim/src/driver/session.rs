@@ -35,7 +35,7 @@ enum Ending {
 }
 
 impl DeviceTask {
-    pub(super) async fn session(&mut self, mut socket: Socket) {
+    pub(super) async fn session(&mut self, mut socket: Box<Socket>) {
         let ending = self.converse(&mut socket).await;
         let code = match ending {
             None => {
@@ -48,7 +48,7 @@ impl DeviceTask {
                 Some(code)
             }
             Some(Ending::Reset) => {
-                reset(socket);
+                reset(*socket);
                 None
             }
             Some(Ending::Lost) => None,
