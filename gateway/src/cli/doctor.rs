@@ -215,7 +215,14 @@ fn database(config: &Config, is_running: bool, findings: &mut Findings) -> Resul
 }
 
 fn gateway(common: &Common, findings: &mut Findings) -> Result<(), Failure> {
-    let client = Client::new(&common.url, common.data_dir.as_deref())?;
+    let client = match Client::new(&common.url, common.data_dir.as_deref()) {
+        Ok(client) => client,
+        Err(Failure::Failed(error)) => {
+            findings.wrong(format!("token: {error}"));
+            return Ok(());
+        }
+        Err(other) => return Err(other),
+    };
     let ready = match client.get_any("/readyz", &[]) {
         Ok(answer) => answer.body,
         Err(Failure::Failed(error)) => {
