@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use rand::{SeedableRng as _, rngs::SmallRng};
+use rand::{Rng, SeedableRng as _, rngs::SmallRng};
 use seawall_proto::{
     close::{Close, Restart},
     drain::Pacing,
@@ -20,7 +20,7 @@ use serde::Serialize;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::{events::Body, state::Shared};
+use crate::{events::Body, sessions::Session, state::Shared};
 
 /// How a drain shall go.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -176,6 +176,16 @@ pub async fn run(state: Shared, stop: CancellationToken) {
     }
 }
 
+/// Orders one session to leave, and tells it when to come back.
+pub fn send_away(state: &Shared, session: &Session, rng: &mut impl Rng) {
+    let back = Hint::draw(Peers::None.hint_range(), rng).after;
+    let hint = state.gate.slot_for_close(session.info.device, back);
+    session.close(Close::Restart {
+        why: Restart::Draining,
+        hint,
+    });
+}
+
 async fn drain_once(state: &Shared, order: Order, stop: &CancellationToken) {
     let mut rng = SmallRng::from_os_rng();
     let now = state.clock.now();
@@ -202,12 +212,7 @@ async fn drain_once(state: &Shared, order: Order, stop: &CancellationToken) {
         }
         let now = state.clock.now();
         for session in batch.drain(..pacing.take_due(batch.len(), now)) {
-            let back = Hint::draw(Peers::None.hint_range(), &mut rng).after;
-            let hint = state.gate.slot_for_close(session.info.device, back);
-            session.close(Close::Restart {
-                why: Restart::Draining,
-                hint,
-            });
+            send_away(state, &session, &mut rng);
         }
         let next = pacing.poll_timeout().max(now + Duration::from_millis(10));
         tokio::select! {

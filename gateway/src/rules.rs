@@ -229,6 +229,13 @@ async fn evict_matching(state: &Shared, stop: &CancellationToken, changes: &watc
     true
 }
 
+/// Closes a session that began while a rule against it came into force: the pass over all sessions may have missed it.
+pub fn evict_newcomer(state: &Shared, session: &Session) {
+    if let Some(rule) = evicting_rule(&state.rules.current(), session, state.clock.wall()) {
+        session.close(Close::evicted(rule.spec.retry_after, &mut rand::rng()));
+    }
+}
+
 /// The rule that wants this session gone, if one does and it has not been told yet.
 fn evicting_rule<'a>(rules: &'a RuleSet, session: &Session, wall: WallTime) -> Option<&'a Rule> {
     let subject = Subject {

@@ -21,10 +21,12 @@ use crate::{
     address::Share,
     cohorts::Outcome,
     connection::{answer::Linger, attempt::Attempt, live::Live, online::Online},
+    drain,
     head::{Complete, HeadError, HeadReader},
     listener::{Door, Handshake},
     lookup::Concluded,
-    sessions::SessionInfo,
+    rules,
+    sessions::{Session, SessionInfo},
     state::Shared,
 };
 
@@ -172,13 +174,29 @@ async fn decide(shared: &Shared, hello: Hello) -> Concluded {
         };
         handshake::screen(hello, &policy, &mut rand::rng())
     };
-    match screened {
-        Ok(screened) => shared.gate.admit(screened, arrived, || shared.rules.current()).await,
-        Err(refusal) => Concluded {
-            result: Err(refusal),
-            took: None,
-        },
+    let screened = match screened {
+        Ok(screened) => screened,
+        Err(refusal) => {
+            return Concluded {
+                result: Err(refusal),
+                took: None,
+            };
+        }
+    };
+    let mut concluded = shared.gate.admit(screened, arrived, || shared.rules.current()).await;
+    // A drain may have begun meanwhile.
+    if let (Ok(_), Some(peers)) = (&concluded.result, shared.drain.peers()) {
+        concluded.result = Err(Refusal::draining(peers, &mut rand::rng()));
     }
+    concluded
+}
+
+/// Drain and evictor look at every session that is registered; one that registers behind their backs looks at them.
+fn obey_orders_given_meanwhile(shared: &Shared, session: &Session) {
+    if shared.drain.is_draining() {
+        drain::send_away(shared, session, &mut rand::rng());
+    }
+    rules::evict_newcomer(shared, session);
 }
 
 /// Ready once the peer has closed its side or broken the connection. A peer that sends on is still there.
@@ -216,6 +234,7 @@ async fn upgrade(
             since: shared.clock.wall(),
         },
     );
+    obey_orders_given_meanwhile(&shared, online.session());
     let written = answer::write(&shared, &mut stream, &switching).await;
     if written.is_err() {
         online.cancel();
