@@ -10,18 +10,27 @@ use std::{
 };
 
 use firmware_sim::connection::Credential;
+use rustix::process::Signal;
+use seawall_gateway::{
+    drain::{DrainState, Order},
+    store::Store,
+};
 use seawall_proto::admission::BreakerState;
+use sqlx::{Connection as _, PgConnection};
 use tokio::{
     net::TcpStream,
-    task::JoinSet,
+    task::{JoinSet, spawn_blocking},
     time::{Instant, sleep_until},
 };
 
 use super::rig::{
-    ANSWER_MAX, ANSWER_MAX_AWAY, Attempt, Gateway, assert_alive, attempt, block, device, devices, eventually,
-    persist_all,
+    ANSWER_MAX, ANSWER_MAX_AWAY, Attempt, Gateway, PATIENCE, assert_alive, attempt, block, device, devices, end_of,
+    eventually, persist, persist_all, register,
 };
-use crate::harness::pg::Cluster;
+use crate::harness::{
+    pg::{self, Cluster},
+    process::GatewayProcess,
+};
 
 /// Devices with a session before it happens.
 const LIVE: std::ops::Range<u32> = 0..20;
@@ -32,6 +41,10 @@ const ARRIVAL_INTERVAL: Duration = Duration::from_millis(8);
 const HURT_AFTER: u32 = 50;
 /// What a gateway may hold at a time: 2 connections for look-ups, 1 for rules, 4 for the rest.
 const BACKENDS_MAX: i64 = 7;
+/// Longest start while the database does not answer.
+const START_MAX: Duration = Duration::from_secs(5);
+/// Longest end of a gateway without sessions.
+const END_MAX: Duration = Duration::from_secs(8);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn database_away_at_start_refuses_with_slots_until_it_comes() {
@@ -64,6 +77,113 @@ async fn killed_database_is_survived() {
 #[tokio::test(flavor = "multi_thread")]
 async fn frozen_database_is_survived() {
     survive(|cluster| cluster.freeze().unwrap(), |cluster| cluster.thaw().unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn database_frozen_at_start_does_not_hold_the_start_up() {
+    let cluster = Cluster::start().unwrap();
+    let url = cluster.database().await.unwrap();
+    cluster.freeze().unwrap();
+
+    let begun = Instant::now();
+    let gateway = Gateway::start_on(Some(&url), "").await;
+    assert!(begun.elapsed() < START_MAX, "{:?}", begun.elapsed());
+    assert_refused_at_once(&gateway.connect_all(&devices(0..10)).await);
+    assert_eq!(gateway.readyz().await, 503);
+
+    cluster.thaw().unwrap();
+    eventually(|| gateway.shared.readiness().ready).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_outlive_a_restart_without_the_database() {
+    let cluster = Cluster::start().unwrap();
+    let url = cluster.database().await.unwrap();
+    let gateway = Gateway::start_on(Some(&url), "").await;
+    eventually(|| gateway.shared.readiness().ready).await;
+    gateway.add_rule(block("=6.6.6")).await;
+    cluster.kill().unwrap();
+
+    let gateway = gateway.restart_on(Some(&url)).await;
+
+    let blocked = gateway.connect(&device(0).firmware("6.6.6")).await;
+    blocked.refused_with(403, "firmware_blocked");
+    assert_refused_at_once(&gateway.connect_all(&devices(0..1)).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn locked_table_is_an_outage_with_an_end() {
+    let database = pg::shared().database().await.unwrap();
+    let gateway = Gateway::start_on(Some(&database), "").await;
+    eventually(|| gateway.shared.readiness().ready).await;
+    gateway.register(0..60).await;
+    let mut migration = PgConnection::connect(database.expose()).await.unwrap();
+    let lock = "BEGIN; LOCK TABLE devices IN ACCESS EXCLUSIVE MODE";
+    sqlx::raw_sql(lock).execute(&mut migration).await.unwrap();
+
+    let attempts = gateway.connect_all(&devices(0..60)).await;
+
+    for attempt in &attempts {
+        assert_sent_away(attempt);
+        assert!(attempt.took < ANSWER_MAX, "answered after {:?}", attempt.took);
+    }
+    assert_refused_at_once(&gateway.connect_all(&devices(0..60)).await);
+    migration.close().await.unwrap();
+    assert_eq!(persist_all(gateway.devices, devices(0..60)).await.len(), 60);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn device_verified_after_the_drain_began_is_not_let_in() {
+    let cluster = Cluster::start().unwrap();
+    let url = cluster.database().await.unwrap();
+    let gateway = Gateway::start_on(Some(&url), "").await;
+    eventually(|| gateway.shared.readiness().ready).await;
+    gateway.register(0..1).await;
+    drop(gateway.session(&device(0)).await);
+    eventually(|| gateway.shared.sessions.is_empty()).await;
+    cluster.freeze().unwrap();
+
+    let waiting = tokio::spawn(attempt(gateway.devices, device(0)));
+    eventually(|| gateway.shared.gate.state().in_flight == 1).await;
+    let order = Order {
+        rate_per_second: None,
+        deadline: Duration::from_secs(60),
+    };
+    gateway.shared.drain.start(order).unwrap();
+    eventually(|| gateway.shared.drain.status(0).state == DrainState::Drained).await;
+    cluster.thaw().unwrap();
+
+    waiting.await.unwrap().refused_with(503, "draining");
+    assert!(gateway.shared.sessions.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn frozen_database_does_not_hold_the_end_up() {
+    let cluster = Cluster::start().unwrap();
+    let url = cluster.database().await.unwrap();
+    let store = Store::open(&url).await.unwrap();
+    store.ready().await;
+    register(&store, 0..2).await;
+    let start = move || GatewayProcess::start(&["--database", url.expose()]);
+    let mut process = spawn_blocking(start).await.unwrap().unwrap();
+    let address = process.addresses.devices;
+    let mut session = persist(address, device(0)).await.connection;
+    cluster.freeze().unwrap();
+    let waiting = tokio::spawn(attempt(address, device(1)));
+
+    process.signal(Signal::TERM).unwrap();
+
+    assert_eq!(end_of(&mut session, PATIENCE).await.1, 1012);
+    assert_sent_away_or_draining(&waiting.await.unwrap());
+    let status = spawn_blocking(move || process.wait(END_MAX)).await.unwrap().unwrap();
+    assert_eq!(status.code(), Some(0));
+}
+
+#[track_caller]
+fn assert_sent_away_or_draining(attempt: &Attempt) {
+    let refused = attempt.refused();
+    assert_eq!(refused.status, 503, "{refused:?}");
+    assert!(refused.retry_after_ms.is_some(), "{refused:?}");
 }
 
 async fn survive(hurt: fn(&Cluster), heal: fn(&Cluster)) {
@@ -131,7 +251,7 @@ async fn survive(hurt: fn(&Cluster), heal: fn(&Cluster)) {
     assert_eq!(gateway.shared.sessions.len(), LIVE.len() + ARRIVING.len());
     assert_eq!(gateway.metric("seawall_handshakes_total{") as usize, attempts_made);
     eventually(|| gateway.shared.readiness().reasons.is_empty()).await;
-    let deadline = Instant::now() + super::rig::PATIENCE;
+    let deadline = Instant::now() + PATIENCE;
     while cluster.backends("test_0").await.unwrap() > BACKENDS_MAX {
         assert!(Instant::now() < deadline, "connections are left behind");
         tokio::time::sleep(Duration::from_millis(20)).await;

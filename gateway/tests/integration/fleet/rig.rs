@@ -40,8 +40,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 pub struct Gateway {
     pub shared: Shared,
     pub devices: SocketAddr,
-    _running: Running,
-    _home: TempDir,
+    running: Running,
+    home: TempDir,
 }
 
 impl Gateway {
@@ -52,7 +52,16 @@ impl Gateway {
 
     /// On a database that others use too.
     pub async fn start_on(database: Option<&DatabaseUrl>, settings: &str) -> Self {
-        let home = tempfile::tempdir().unwrap();
+        Self::start_in(tempfile::tempdir().unwrap(), database, settings).await
+    }
+
+    /// Ends it and starts it again, on the same data directory.
+    pub async fn restart_on(self, database: Option<&DatabaseUrl>) -> Self {
+        self.running.stop().await.unwrap();
+        Self::start_in(self.home, database, "").await
+    }
+
+    async fn start_in(home: TempDir, database: Option<&DatabaseUrl>, settings: &str) -> Self {
         let mut config = Config::from_toml(settings).unwrap();
         config.server.data_dir = home.path().join("data");
         config.server.listen = SocketAddr::from(([127, 0, 0, 1], 0));
@@ -63,8 +72,8 @@ impl Gateway {
         Self {
             shared: running.state.clone(),
             devices: running.addresses.devices,
-            _running: running,
-            _home: home,
+            running,
+            home,
         }
     }
 

@@ -149,6 +149,30 @@ async fn eviction_closes_matching_sessions_at_a_pace_and_no_others() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nobody_slips_in_while_a_rule_with_evict_is_made() {
+    let gateway = Gateway::start("").await;
+    gateway.register(0..300).await;
+    let bad: Vec<_> = devices(0..300)
+        .into_iter()
+        .map(|device| device.firmware("2.0"))
+        .collect();
+    let half = || gateway.shared.sessions.len() >= 100;
+
+    let (attempts, ()) = tokio::join!(gateway.connect_all(&bad), async {
+        eventually(half).await;
+        gateway
+            .add_rule(RuleSpec {
+                evict: true,
+                ..block("2.*")
+            })
+            .await;
+    });
+
+    assert!(attempts.iter().any(|attempt| attempt.outcome.is_ok()));
+    eventually(|| gateway.shared.sessions.is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn eviction_by_a_rule_of_another_node_reaches_live_sessions() {
     let database = pg::shared().database().await.unwrap();
     let gateway = Gateway::start_on(Some(&database), "").await;
