@@ -390,7 +390,8 @@ mod tests {
 
     #[test]
     fn the_documented_fields_are_those_of_a_rule() {
-        let minimal = serde_json::json!({"match": {"firmware": "*", "model": "m", "tenant": "t"}, "effect": "block"});
+        let minimal =
+            serde_json::json!({"match": {"firmware": ">=3.8", "model": "m", "tenant": "t"}, "effect": "block"});
         let Value::Object(minimal) = minimal else { panic!() };
         let spec = spec(minimal).unwrap();
         let rule = Rule {
