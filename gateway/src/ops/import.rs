@@ -81,30 +81,15 @@ async fn import(
     body: Body,
 ) -> Result<Json<ImportAnswer>, Problem> {
     if !is_csv(&headers) {
-        return Err(Problem::new(
-            Code::UnsupportedMediaType,
-            "expected Content-Type: text/csv",
-        ));
+        let detail = "expected Content-Type: text/csv";
+        return Err(Problem::new(Code::UnsupportedMediaType, detail));
     }
-    let on_other_credential = if params.update {
-        OnOtherCredential::Update
-    } else {
-        OnOtherCredential::Refuse
-    };
-    let mut pieces = Pieces {
+    let pieces = Pieces {
         stream: body.into_data_stream(),
-        patience: Duration::from_millis(api.state.config.ops.request_timeout_ms),
+        patience: api.request_timeout(),
         taken: 0,
     };
-    let taken = take(&api, on_other_credential, &mut pieces).await;
-    let import = match taken {
-        Ok(import) => import,
-        Err(problem) => {
-            // A client that is still sending would not see the answer.
-            while let Ok(Some(_)) = pieces.next().await {}
-            return Err(problem);
-        }
-    };
+    let import = take(&api, params, pieces).await?;
     let audit = caller.audit(&api, "device.import");
     let state = Arc::clone(&api.state);
     let report = api
@@ -136,7 +121,12 @@ async fn import(
 }
 
 /// Everything up to the transaction: what is dropped on the way takes nothing.
-async fn take(api: &Api, on_other_credential: OnOtherCredential, pieces: &mut Pieces) -> Result<Import, Problem> {
+async fn take(api: &Api, params: ImportParams, mut pieces: Pieces) -> Result<Import, Problem> {
+    let on_other_credential = if params.update {
+        OnOtherCredential::Update
+    } else {
+        OnOtherCredential::Refuse
+    };
     let mut import = api.state.store.import(on_other_credential).await?;
     let mut reader = DeviceLines::default();
     let mut lines: Vec<ImportLine> = Vec::new();

@@ -18,6 +18,7 @@ mod auth;
 mod csv;
 mod device_list;
 mod devices;
+mod discard;
 mod drain;
 mod events;
 mod extract;
@@ -193,6 +194,7 @@ fn router(api: &Arc<Api>) -> Router {
         .method_not_allowed_fallback(async || {
             Problem::new(Code::MethodNotAllowed, "this path has other methods: see Allow")
         })
+        .layer(middleware::from_fn(discard::rest))
         .layer(middleware::map_response(never_stored))
         .with_state(Arc::clone(api))
 }

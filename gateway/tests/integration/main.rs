@@ -6,5 +6,6 @@ mod cli;
 mod fleet;
 mod harness;
 mod lookup;
+mod ops;
 mod store;
 mod wire;

@@ -3,6 +3,6 @@
 mod frames;
 mod handshake;
 mod pressure;
-mod raw;
+pub mod raw;
 mod refusals;
 mod rig;

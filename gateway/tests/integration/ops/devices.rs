@@ -1,0 +1,195 @@
+//! The registry, and what its devices do.
+
+use serde_json::{Value, json};
+
+use super::rig::{Gateway, V1, text};
+
+#[test]
+fn a_device_is_registered_shown_changed_and_removed() {
+    let gateway = Gateway::start();
+    let id = "9B0C2E4A11D27F0080000000000000AA";
+
+    let created = gateway.post("/api/v1/devices", json!({"id": id, "tenant": "acme", "model": "m1"}));
+
+    let canonical = "9b0c2e4a-11d2-7f00-8000-0000000000aa";
+    let path = format!("/api/v1/devices/{canonical}");
+    assert_eq!(created.status, 201);
+    assert_eq!(created.header("location"), path);
+    let secret = text(&created.json()["secret"]);
+    assert_eq!(secret.len(), 43);
+    assert_eq!(
+        gateway.post("/api/v1/devices", json!({"id": id})).problem(),
+        (409, "conflict".into())
+    );
+
+    let shown = gateway.get(&path);
+    let device = shown.json();
+    assert!(!shown.text.contains(&secret) && !shown.text.contains("sha256"));
+    assert_eq!(
+        (&device["id"], &device["tenant"], &device["model"]),
+        (&json!(canonical), &json!("acme"), &json!("m1"))
+    );
+    assert_eq!(
+        (&device["state"], &device["presence"]["state"]),
+        (&json!("enabled"), &json!("unknown"))
+    );
+    assert_eq!(device["attempts"], json!([]));
+
+    let changed = gateway.patch(&path, json!({"tenant": "other", "model": null})).json();
+    assert_eq!((&changed["tenant"], &changed["model"]), (&json!("other"), &Value::Null));
+    assert_eq!(gateway.patch(&path, json!({})).problem().0, 422);
+    assert_eq!(gateway.patch(&path, json!({"state": "gone"})).problem().0, 422);
+    assert_eq!(gateway.patch(&path, json!({"tenant": "a\u{7}b"})).problem().0, 422);
+
+    assert_eq!(gateway.delete(&path).status, 204);
+    assert_eq!(gateway.get(&path).problem(), (404, "not_found".into()));
+    assert_eq!(gateway.delete(&path).problem(), (404, "not_found".into()));
+    assert_eq!(gateway.patch(&path, json!({"state": "enabled"})).problem().0, 404);
+    assert_eq!(gateway.post(&format!("{path}/secret"), json!({})).problem().0, 404);
+}
+
+#[test]
+fn a_list_has_every_device_once_and_only_those_asked_for() {
+    let gateway = Gateway::start();
+    for n in 0..23 {
+        gateway.register(json!({"tenant": format!("t{}", n % 2), "model": format!("m{}", n % 3)}));
+    }
+
+    let all = gateway.all("/api/v1/devices?", 5);
+
+    let mut ids: Vec<String> = all.iter().map(|device| text(&device["id"])).collect();
+    assert!(ids.is_sorted());
+    ids.dedup();
+    assert_eq!(ids.len(), 23);
+    gateway.patch(&format!("/api/v1/devices/{}", ids[0]), json!({"state": "revoked"}));
+    assert_eq!(gateway.all("/api/v1/devices?tenant=t1&", 4).len(), 11);
+    assert_eq!(gateway.all("/api/v1/devices?model=m2&", 4).len(), 7);
+    assert_eq!(gateway.all("/api/v1/devices?tenant=t1&model=m1&", 1).len(), 4);
+    assert_eq!(gateway.all("/api/v1/devices?state=revoked&", 5).len(), 1);
+    assert_eq!(gateway.all("/api/v1/devices?state=enabled&", 5).len(), 22);
+    assert_eq!(gateway.all("/api/v1/devices?state=unknown&", 5).len(), 23);
+    assert_eq!(gateway.all("/api/v1/devices?state=online&", 5).len(), 0);
+}
+
+#[test]
+fn presence_and_version_follow_the_session() {
+    let gateway = Gateway::start();
+    let (id, device) = gateway.connected(&["Seawall-Firmware: 3.8.0-b2"]);
+    let (other, _still_here) = gateway.connected(&["Seawall-Firmware: 3.9"]);
+    gateway.register(json!({}));
+    let path = format!("/api/v1/devices/{id}");
+
+    let online = gateway.get(&path).json();
+    drop(device);
+    gateway.eventually(|| gateway.state().sessions.len() == 1);
+    let offline = gateway.get(&path).json();
+
+    assert_eq!(
+        (&online["presence"]["state"], &online["firmware"]),
+        (&json!("online"), &json!("3.8.0-b2"))
+    );
+    assert!(online["presence"]["since"].is_string() && online["presence"]["as_of"].is_string());
+    assert_eq!(online["attempts"][0]["outcome"], "admitted");
+    assert_eq!(
+        (&offline["presence"]["state"], &offline["firmware"]),
+        (&json!("offline"), &json!("3.8.0-b2"))
+    );
+    assert!(offline["presence"]["reason"].is_string());
+    let ids = |query: &str| -> Vec<String> {
+        gateway
+            .all(&format!("/api/v1/devices?{query}&"), 1)
+            .iter()
+            .map(|device| text(&device["id"]))
+            .collect()
+    };
+    assert_eq!(ids("state=online"), [other.clone()]);
+    assert_eq!(ids("state=offline"), [id.clone()]);
+    assert_eq!(ids("firmware=%3C3.8.0"), [id.clone()]);
+    assert_eq!(ids("firmware=3.9"), [other]);
+    assert_eq!(ids("firmware=3.8.0-b2&tenant=default"), [id]);
+    assert_eq!(ids("state=unknown").len(), 1);
+}
+
+#[test]
+fn a_session_ends_when_its_device_is_disabled_revoked_removed_or_disconnected() {
+    let gateway = Gateway::start();
+    let end = |change: &dyn Fn(&str) -> u16| {
+        let (id, mut device) = gateway.connected(&[V1]);
+        gateway.block_on(device.frame());
+        let status = change(&format!("/api/v1/devices/{id}"));
+        let frame = gateway.block_on(device.frame());
+        let (code, reason) = frame.close();
+        (status, code, reason.to_owned())
+    };
+
+    let disabled = end(&|path| gateway.patch(path, json!({"state": "disabled"})).status);
+    let revoked = end(&|path| gateway.patch(path, json!({"state": "revoked"})).status);
+    let removed = end(&|path| gateway.delete(path).status);
+    let disconnected = end(&|path| gateway.post(&format!("{path}/disconnect"), json!({})).status);
+
+    assert_eq!((disabled.0, disabled.1), (200, 4002));
+    assert!(disabled.2.contains("retry_after_ms"));
+    assert_eq!((revoked.0, revoked.1), (200, 4501));
+    assert_eq!((removed.0, removed.1), (204, 4501));
+    assert_eq!((disconnected.0, disconnected.1), (200, 4003));
+}
+
+#[test]
+fn disconnecting_somebody_who_is_not_here_says_so() {
+    let gateway = Gateway::start();
+    let (id, _) = gateway.register(json!({}));
+    let nobody = uuid::Uuid::from_u128(7);
+
+    let offline = gateway.post(&format!("/api/v1/devices/{id}/disconnect"), json!({}));
+    let unknown = gateway.post(&format!("/api/v1/devices/{nobody}/disconnect"), json!({}));
+
+    assert_eq!(offline.problem(), (409, "device_offline".into()));
+    assert_eq!(unknown.problem(), (404, "not_found".into()));
+}
+
+#[test]
+fn the_old_secret_is_valid_for_the_overlap_only() {
+    let gateway = Gateway::start();
+    let (id, old) = gateway.register(json!({}));
+    let path = format!("/api/v1/devices/{id}/secret");
+
+    let overlapping = gateway.post(&path, json!({"overlap": "1h"}));
+    let kept = gateway.connect(&id, &old, &[]);
+    drop(kept);
+    gateway.eventually(|| gateway.state().sessions.is_empty());
+    let at_once = gateway.call_as(&gateway.admin, "POST", &path, None);
+
+    assert_eq!((overlapping.status, at_once.status), (201, 201));
+    assert!(overlapping.json()["previous_secret_until"].is_string());
+    assert_eq!(at_once.json()["previous_secret_until"], Value::Null);
+    let shown = gateway.get(&format!("/api/v1/devices/{id}")).json();
+    assert_eq!(shown["previous_secret_until"], Value::Null);
+    drop(gateway.connect(&id, &text(&at_once.json()["secret"]), &[]));
+    assert_eq!(gateway.post(&path, json!({"overlap": "31d"})).problem().0, 422);
+    assert_eq!(gateway.post(&path, json!({"overlap": "soon"})).problem().0, 422);
+}
+
+#[test]
+fn a_device_that_was_refused_connects_as_soon_as_it_is_registered() {
+    let gateway = Gateway::start();
+    let id = uuid::Uuid::new_v4().to_string();
+    let address = gateway.device_address();
+    let request = crate::wire::raw::request(&[&format!(
+        "Seawall-Device: {id}\r\nAuthorization: Bearer {}",
+        "x".repeat(43)
+    )]);
+    let refused = gateway.block_on(crate::wire::raw::ask(address, request.as_bytes()));
+
+    let (_, secret) = gateway.register(json!({"id": id}));
+
+    assert_eq!(refused.status, 401);
+    gateway.connect(&id, &secret, &[]);
+    let device = gateway.get(&format!("/api/v1/devices/{id}")).json();
+    let outcomes: Vec<_> = device["attempts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|attempt| text(&attempt["outcome"]))
+        .collect();
+    assert_eq!(outcomes, ["admitted", "unauthorized"]);
+}

@@ -1,0 +1,53 @@
+//! Draining by an operator's word.
+
+use serde_json::json;
+
+use super::rig::{Gateway, V1};
+
+#[test]
+fn a_drain_is_started_looked_at_and_cancelled() {
+    let gateway = Gateway::start();
+    let (_, mut device) = gateway.connected(&[V1]);
+
+    let started = gateway.post("/api/v1/drain", json!({"rate_per_second": 50, "deadline": "30s"}));
+    let closed = gateway.block_on(async {
+        device.frame().await;
+        // Told when to come back, then closed.
+        device.frame().await;
+        device.frame().await
+    });
+    drop(device);
+    let ready = gateway.raw("GET", "/readyz", &[], "");
+    let again = gateway.post("/api/v1/drain", json!({}));
+    gateway.eventually(|| gateway.get("/api/v1/drain").json()["state"] == "drained");
+    let cancelled = gateway.delete("/api/v1/drain");
+
+    assert_eq!((started.status, &started.json()["state"]), (201, &json!("draining")));
+    assert_eq!(closed.close().0, 1012);
+    assert_eq!((ready.status, &ready.json()["reasons"]), (503, &json!(["draining"])));
+    assert_eq!(again.problem(), (409, "conflict".into()));
+    assert_eq!((cancelled.status, &cancelled.json()["state"]), (200, &json!("idle")));
+    assert_eq!(gateway.delete("/api/v1/drain").problem(), (409, "conflict".into()));
+    gateway.connected(&[]);
+}
+
+#[test]
+fn figures_out_of_bounds_start_nothing() {
+    let gateway = Gateway::start();
+
+    for body in [
+        json!({"rate_per_second": 0}),
+        json!({"rate_per_second": -1}),
+        json!({"rate_per_second": 1e9}),
+        json!({"deadline": "0s"}),
+        json!({"deadline": "2days"}),
+        json!({"deadline": "soon"}),
+    ] {
+        assert_eq!(
+            gateway.post("/api/v1/drain", body.clone()).problem(),
+            (422, "invalid".into()),
+            "{body}"
+        );
+    }
+    assert_eq!(gateway.get("/api/v1/drain").json()["state"], "idle");
+}

@@ -1,0 +1,163 @@
+//! The event stream.
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    net::TcpStream,
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+
+use super::rig::{Gateway, V1};
+
+/// An open stream, read line by line.
+struct Stream(BufReader<TcpStream>);
+
+#[derive(Debug)]
+struct Event {
+    id: Option<u64>,
+    name: String,
+    data: Value,
+}
+
+impl Stream {
+    fn open(gateway: &Gateway, last_id: Option<&str>) -> Self {
+        let mut stream = TcpStream::connect(gateway.ops()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let last_id = last_id.map_or(String::new(), |id| format!("Last-Event-ID: {id}\r\n"));
+        let bearer = &gateway.admin;
+        write!(
+            stream,
+            "GET /api/v1/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {bearer}\r\n{last_id}\r\n"
+        )
+        .unwrap();
+        let mut stream = Self(BufReader::new(stream));
+        assert!(stream.line().starts_with("HTTP/1.1 200"));
+        // The first comment: from here on nothing is missed.
+        while stream.line() != ": seawall" {}
+        stream
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        assert_ne!(self.0.read_line(&mut line).unwrap(), 0, "the stream ended");
+        line.trim_end().to_owned()
+    }
+
+    fn event(&mut self) -> Event {
+        let (mut id, mut name) = (None, String::new());
+        loop {
+            let line = self.line();
+            if let Some(text) = line.strip_prefix("id: ") {
+                id = Some(text.parse().unwrap());
+            } else if let Some(text) = line.strip_prefix("event: ") {
+                name = text.to_owned();
+            } else if let Some(text) = line.strip_prefix("data: ") {
+                let data = serde_json::from_str(text).unwrap();
+                return Event { id, name, data };
+            }
+        }
+    }
+
+    /// The next event of this name.
+    fn of(&mut self, name: &str) -> Event {
+        loop {
+            let event = self.event();
+            if event.name == name {
+                return event;
+            }
+        }
+    }
+}
+
+#[test]
+fn presence_messages_rules_and_drains_are_told_as_they_happen() {
+    let gateway = Gateway::start();
+    let mut stream = Stream::open(&gateway, None);
+
+    let (id, mut device) = gateway.connected(&[V1]);
+    let online = stream.of("presence");
+    gateway.block_on(device.text("{\"type\":\"message\",\"id\":\"m1\",\"topic\":\"t\",\"payload\":{\"a\":\n1}}"));
+    let message = stream.of("message");
+    gateway.post("/api/v1/rules", json!({"match": {"model": "m"}, "effect": "block"}));
+    let rules = stream.of("rules");
+    gateway.post("/api/v1/drain", json!({}));
+    let drain = stream.of("drain");
+
+    assert_eq!(
+        (&online.data["device"], &online.data["state"]),
+        (&json!(id), &json!("online"))
+    );
+    assert_eq!(message.data["payload"], json!({"a": 1}));
+    assert_eq!(
+        (&message.data["device"], &message.data["topic"]),
+        (&json!(id), &json!("t"))
+    );
+    assert_eq!(rules.data["revision"], 1);
+    assert_eq!(drain.data["state"], "draining");
+    assert!(online.id < message.id && message.id < rules.id && rules.id < drain.id);
+    assert!(online.id.unwrap() < 1 << 53, "exact in every JSON reader");
+}
+
+#[test]
+fn a_reader_that_comes_back_gets_what_it_missed() {
+    let gateway = Gateway::start();
+    let mut stream = Stream::open(&gateway, None);
+    let (_, device) = gateway.connected(&[]);
+    let seen = stream.of("presence").id.unwrap();
+    drop(stream);
+
+    drop(device);
+    gateway.eventually(|| gateway.state().sessions.is_empty());
+    let mut again = Stream::open(&gateway, Some(&seen.to_string()));
+
+    let event = again.event();
+    assert_eq!(
+        (event.name.as_str(), &event.data["state"]),
+        ("presence", &json!("offline"))
+    );
+    assert_eq!(event.id, Some(seen + 1));
+}
+
+#[test]
+fn a_reader_from_before_the_start_is_told_that_it_missed_something_once() {
+    let gateway = Gateway::start();
+    let (_, _device) = gateway.connected(&[]);
+
+    for last_id in ["17", "9007199254740991"] {
+        let mut stream = Stream::open(&gateway, Some(last_id));
+        let missed = stream.event();
+        let first = stream.event();
+
+        assert_eq!((missed.name.as_str(), missed.id), ("missed", None));
+        assert_ne!(first.name, "missed");
+    }
+    let bearer = format!("Bearer {}", gateway.admin);
+    let headers = [("authorization", bearer.as_str()), ("last-event-id", "x")];
+    assert_eq!(gateway.raw("GET", "/api/v1/events", &headers, "").problem().0, 400);
+}
+
+#[test]
+fn readers_are_bounded_and_leave_room_when_they_go() {
+    let gateway = Gateway::start_with("[ops]\nevent_readers_max = 2\n");
+    let first = Stream::open(&gateway, None);
+    let second = Stream::open(&gateway, None);
+
+    let refused = gateway.get("/api/v1/events");
+
+    assert_eq!(refused.problem(), (503, "too_many_readers".into()));
+    drop((first, second));
+    gateway.eventually(|| {
+        let mut stream = TcpStream::connect(gateway.ops()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        write!(
+            stream,
+            "GET /api/v1/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\n\r\n",
+            gateway.admin
+        )
+        .unwrap();
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).unwrap();
+        line.starts_with("HTTP/1.1 200")
+    });
+}

@@ -1,0 +1,127 @@
+//! Messages to devices.
+
+use serde_json::{Value, json};
+
+use super::rig::{Gateway, V1, text};
+
+#[test]
+fn an_acknowledged_message_is_200() {
+    let gateway = Gateway::start();
+    let (id, mut device) = gateway.connected(&[V1]);
+    let path = format!("/api/v1/devices/{id}/messages");
+
+    let answer = std::thread::scope(|scope| {
+        let sending = scope.spawn(|| gateway.post(&path, json!({"payload": {"do": ["it", null]}})));
+        let message: Value = gateway.block_on(async {
+            device.frame().await;
+            let message: Value = serde_json::from_str(device.frame().await.text()).unwrap();
+            device
+                .text(&json!({"type": "ack", "id": message["id"]}).to_string())
+                .await;
+            message
+        });
+        assert_eq!(
+            (&message["type"], &message["payload"]),
+            (&json!("message"), &json!({"do": ["it", null]}))
+        );
+        sending.join().unwrap()
+    });
+
+    assert_eq!((answer.status, &answer.json()["state"]), (200, &json!("acked")));
+    assert!(answer.json()["id"].is_string());
+}
+
+#[test]
+fn a_message_without_acknowledgement_is_202() {
+    let gateway = Gateway::start_with("[session]\nack_timeout_ms = 100\n");
+    let (id, _silent) = gateway.connected(&[V1]);
+
+    let answer = gateway.post(&format!("/api/v1/devices/{id}/messages"), json!({"payload": null}));
+
+    assert_eq!((answer.status, &answer.json()["state"]), (202, &json!("sent")));
+}
+
+#[test]
+fn a_plain_session_gets_text_and_bytes_as_they_are() {
+    let gateway = Gateway::start();
+    let (id, mut device) = gateway.connected(&[]);
+    let path = format!("/api/v1/devices/{id}/messages");
+    let mut sent = |body: Value| {
+        let answer = gateway.post(&path, body);
+        assert_eq!(
+            (answer.status, &answer.json()["state"]),
+            (202, &json!("sent")),
+            "{answer:?}"
+        );
+        gateway.block_on(device.frame())
+    };
+
+    assert_eq!(sent(json!({"payload": "reboot \"now\""})).text(), "reboot \"now\"");
+    assert_eq!(sent(json!({"payload": {"a": 1}})).text(), "{\"a\":1}");
+    let binary = sent(json!({"payload_base64": "AAH/"}));
+    assert_eq!((binary.opcode, binary.payload.as_slice()), (2, &[0, 1, 255][..]));
+}
+
+#[test]
+fn messages_that_cannot_be_sent_say_why() {
+    let gateway = Gateway::start_with("[session]\nack_timeout_ms = 100\n");
+    let (offline, _) = gateway.register(json!({}));
+    let (id, _device) = gateway.connected(&[V1]);
+    let send = |id: &str, body: Value| gateway.post(&format!("/api/v1/devices/{id}/messages"), body).problem();
+
+    assert_eq!(send(&offline, json!({"payload": 1})), (409, "device_offline".into()));
+    assert_eq!(
+        send(&uuid::Uuid::from_u128(7).to_string(), json!({"payload": 1})),
+        (404, "not_found".into())
+    );
+    assert_eq!(send(&id, json!({"payload_base64": "AA=="})), (422, "invalid".into()));
+    assert_eq!(send(&id, json!({})), (422, "invalid".into()));
+    assert_eq!(
+        send(&id, json!({"payload": 1, "payload_base64": "AA=="})),
+        (422, "invalid".into())
+    );
+    assert_eq!(
+        send(&id, json!({"payload": "x".repeat(64 * 1024)})),
+        (413, "too_large".into())
+    );
+    assert_eq!(send(&id, json!({"payload": 1, "colour": 1})), (422, "invalid".into()));
+}
+
+#[test]
+fn a_full_mailbox_is_429_and_a_session_that_ends_is_409() {
+    let gateway = Gateway::start();
+    let (id, mut device) = gateway.connected(&[V1]);
+    let path = format!("/api/v1/devices/{id}/messages");
+
+    let statuses = std::thread::scope(|scope| {
+        let waiting: Vec<_> = (0..40)
+            .map(|_| scope.spawn(|| gateway.post(&path, json!({"payload": 1})).status))
+            .collect();
+        // All but those that wait for an acknowledgement are answered; then nobody will acknowledge any more.
+        gateway.block_on(async {
+            device.frame().await;
+            device.frame().await;
+            tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        });
+        drop(device);
+        waiting
+            .into_iter()
+            .map(|waiting| waiting.join().unwrap())
+            .collect::<Vec<_>>()
+    });
+
+    assert!(statuses.contains(&409), "{statuses:?}");
+    assert!(
+        statuses.iter().all(|status| [202, 409, 429].contains(status)),
+        "{statuses:?}"
+    );
+    let metrics = gateway.raw("GET", "/metrics", &[], "").text;
+    let full = text(&json!(
+        metrics
+            .lines()
+            .find(|line| line.contains("outcome=\"mailbox_full\""))
+            .unwrap()
+    ));
+    let counted: usize = full.rsplit(' ').next().unwrap().parse().unwrap();
+    assert_eq!(counted, statuses.iter().filter(|status| **status == 429).count());
+}

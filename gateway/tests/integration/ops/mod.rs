@@ -1,0 +1,12 @@
+//! The ops API over real HTTP, on a gateway with SQLite and port 0.
+
+mod access;
+mod devices;
+mod document;
+mod drain;
+mod events;
+mod form;
+mod import;
+mod messages;
+mod rig;
+mod rules;
