@@ -4,6 +4,7 @@
 //! (contract sections 3 to 5, overload.md section 4). It opens no socket, reads no clock and owns no random source: the
 //! driver runs it on real connections, the simulator ten million of it in virtual time.
 
+mod closing;
 mod limits;
 #[cfg(test)]
 mod tests;
@@ -12,15 +13,11 @@ use std::time::Duration;
 
 use rand::Rng;
 use seawall_proto::{frame::ServerFrame, refusal::Hint, time::Instant};
-use serde::Deserialize;
 
 pub use self::limits::*;
 use crate::{
-    backoff::{
-        Attempts, BASE, Backoff, CAP_DEFAULT, CAP_MAX, Exponential, FirstReturn, Fixed, FullJitter, Hinted, between,
-        up_to,
-    },
-    profile::{FLAPPING_RETURN_MAX, FLAPPING_SESSION, HALF_OPEN_SILENCE, IMMEDIATE, Profile},
+    backoff::{Attempts, BASE, Backoff, CAP_DEFAULT, CAP_MAX, Exponential, Fixed, FullJitter, Hinted, between},
+    profile::{FLAPPING_SESSION, HALF_OPEN_SILENCE, IMMEDIATE, Profile},
 };
 
 /// One device's client machine.
@@ -101,12 +98,12 @@ pub struct CloseFrame<'a> {
 impl Device {
     /// A device that makes its first attempt at `first_attempt_at`; at [`Instant::FAR_FUTURE`], once it is restarted.
     #[must_use]
-    pub const fn new(profile: Profile, first_attempt_at: Instant) -> Self {
+    pub fn new(profile: Profile, first_attempt_at: Instant) -> Self {
         Self {
             profile,
             attempts: Attempts::NONE,
             connect_timeout_ms: CONNECT_TIMEOUT_DEFAULT_MS,
-            backoff_cap_ms: CAP_DEFAULT.as_millis() as u32,
+            backoff_cap_ms: millis(CAP_DEFAULT),
             heartbeat_ms: 0,
             phase: Phase::Waiting {
                 until: first_attempt_at,
@@ -313,34 +310,6 @@ impl Device {
         }
     }
 
-    /// The session has ended, with a close frame or (`None`) without one.
-    pub fn handle_closed(&mut self, frame: Option<CloseFrame<'_>>, now: Instant, rng: &mut impl Rng) {
-        let Phase::Online(online) = self.phase else {
-            return;
-        };
-        self.count_session(&online, now);
-        if !self.profile.obeys_hints() {
-            return self.return_by_itself(now, rng);
-        }
-        match frame.map_or(0, |frame| frame.code) {
-            CODE_REPLACED if self.profile.yields_to_newer_session() => {
-                self.slot = None;
-                let (least, most) = REPLACED_WAIT;
-                self.wait(Some(between(least, most, rng)), now);
-            }
-            code @ 4501..=4999 => {
-                (self.slot, self.resume) = (None, None);
-                self.phase = Phase::Stopped { code };
-            }
-            code => {
-                let reason = frame
-                    .filter(|_| code == CODE_RESTART || (4000..=4499).contains(&code))
-                    .and_then(|frame| serde_json::from_str::<CloseReason>(frame.reason).ok());
-                self.return_as_told(reason, online.return_at, now, rng);
-            }
-        }
-    }
-
     /// The device itself starts anew, as after an update: its connection is gone, and what it kept in memory too. Its next
     /// attempt is `after` from now (a fleet spreads it over [`FIRST_RETURN_MAX`](crate::backoff::FIRST_RETURN_MAX)). A stopped device stays stopped.
     pub fn handle_restart(&mut self, after: Duration, now: Instant) {
@@ -364,65 +333,6 @@ impl Device {
                 ..online
             });
             self.act(Action::SendHeartbeat);
-        }
-    }
-
-    /// A close's own hint goes before the `reconnect` frame's, which goes before the device's own backoff.
-    fn return_as_told(
-        &mut self,
-        reason: Option<CloseReason>,
-        return_at: Option<Instant>,
-        now: Instant,
-        rng: &mut impl Rng,
-    ) {
-        let (hint_ms, slot) = reason.map_or((None, None), |reason| (reason.retry_after_ms, reason.slot));
-        self.slot = slot.or(self.slot.take());
-        let hint = hint_ms
-            .map(Duration::from_millis)
-            .or_else(|| return_at.map(|at| at.saturating_since(now)));
-        let Some(hint) = hint else {
-            return self.return_by_itself(now, rng);
-        };
-        // The session has been counted: this wait counts in a copy.
-        let mut attempts = self.attempts;
-        let mut policy = Hinted {
-            attempts: &mut attempts,
-            hint,
-        };
-        let wait = policy.next_backoff();
-        self.wait(wait, now);
-    }
-
-    /// Back from a session that ended without a hint, or from one whose hint this profile does not know.
-    fn return_by_itself(&mut self, now: Instant, rng: &mut impl Rng) {
-        let (attempts, cap) = (self.attempts, Duration::from_millis(self.backoff_cap_ms.into()));
-        let wait = match self.profile {
-            Profile::Fixed { seconds } => Fixed(Duration::from_secs(seconds.into())).next_backoff(),
-            Profile::Immediate => Fixed(IMMEDIATE).next_backoff(),
-            Profile::ExponentialNoJitter => {
-                let mut attempts = attempts;
-                Exponential {
-                    attempts: &mut attempts,
-                    cap,
-                }
-                .next_backoff()
-            }
-            Profile::Flapping => Some(up_to(FLAPPING_RETURN_MAX, rng)),
-            Profile::WellBehaved
-            | Profile::IgnoresHints
-            | Profile::SlowReader
-            | Profile::HalfOpen
-            | Profile::DuplicateId => FirstReturn { attempts, cap, rng }.next_backoff(),
-        };
-        self.wait(wait, now);
-    }
-
-    /// Only a session of a minute proves that the way is free; a shorter one counts as one more attempt.
-    fn count_session(&mut self, online: &Online, now: Instant) {
-        if now.saturating_since(online.since) >= STABLE {
-            self.attempts.reset();
-        } else {
-            self.attempts.count();
         }
     }
 
@@ -458,15 +368,6 @@ impl Device {
         );
         self.action = Some(action);
     }
-}
-
-/// The reason of 1012 and of 4000 to 4499. A text that is none of these is no hint.
-#[derive(Deserialize)]
-struct CloseReason {
-    #[serde(default)]
-    retry_after_ms: Option<u64>,
-    #[serde(default)]
-    slot: Option<Box<str>>,
 }
 
 fn clamp_ms(ms: u64, least: Duration, most: Duration) -> u32 {

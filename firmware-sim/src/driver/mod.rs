@@ -1,7 +1,7 @@
 //! Real sockets for device machines: one task a device, from its first attempt to the end.
 //!
 //! [`Driver::spawn`] starts a device, [`DeviceHandle`] steers it, an [`Observer`] is told what happens. No policy lives
-//! here: when to connect, what to obey and how long to wait is [`Device`](crate::device::Device)'s.
+//! here: when to connect, what to obey and how long to wait is [`Device`]'s.
 
 mod lever;
 mod session;

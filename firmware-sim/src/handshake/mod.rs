@@ -45,7 +45,7 @@ const MESSAGE_LEN_MAX: usize = 256 * 1024;
 /// Receive buffer that a slow reader asks for, in bytes; the kernel doubles it.
 const SLOW_RECEIVE_BUFFER: u32 = 4096;
 /// What is read of a refusal's body, in bytes.
-pub const BODY_LEN_MAX: usize = 8 * 1024;
+const BODY_LEN_MAX: usize = 8 * 1024;
 
 /// An open session's socket.
 pub type Socket = WebSocketStream<TcpStream>;

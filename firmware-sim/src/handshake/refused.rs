@@ -21,7 +21,7 @@ pub struct Refused {
     pub slot: Option<String>,
     /// All headers, names in lower case, in the order of arrival for each name.
     pub headers: Vec<(String, String)>,
-    /// Its first [`BODY_LEN_MAX`](super::BODY_LEN_MAX) bytes.
+    /// Its first 8 KiB.
     pub body: String,
 }
 

@@ -7,7 +7,7 @@ use firmware_sim::{identity::Lines, mix::Mix, profile::Profile};
 
 /// Simulated devices against a Seawall gateway.
 ///
-/// Prints a line a second. Orders on standard input, one a line: `drop` (every connection breaks at once),
+/// Prints a line a second. Orders on standard input, where it is no terminal, one a line: `drop` (every connection breaks at once),
 /// `firmware 3.8.0-b3=25%` (that share of the fleet is updated, and starts anew), `stop`.
 #[derive(Debug, Parser)]
 #[command(version)]

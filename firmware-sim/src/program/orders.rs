@@ -1,6 +1,11 @@
 //! Orders on standard input, one a line, so that whoever started the program can steer it.
 
-use std::{fmt, io::BufRead, str::FromStr, thread};
+use std::{
+    fmt,
+    io::{BufRead, IsTerminal},
+    str::FromStr,
+    thread,
+};
 
 use anyhow::{Error, anyhow};
 use firmware_sim::mix::Share;
@@ -62,8 +67,13 @@ pub fn unknown(line: &str) -> Error {
     anyhow!("{line:?} is no order: expected `drop`, `stop` or `firmware VERSION=SHARE`")
 }
 
-/// Reads standard input in a thread of its own, which lives as long as the program: nothing can interrupt its read.
+/// `None` where standard input is a terminal: a shell stops a background job that reads from one.
+///
+/// Reads in a thread of its own, which lives as long as the program: nothing can interrupt its read.
 pub fn orders() -> Option<mpsc::Receiver<Order>> {
+    if std::io::stdin().is_terminal() {
+        return None;
+    }
     let (tx, rx) = mpsc::channel(ORDERS_WAITING_MAX);
     let read = move || {
         for line in std::io::stdin().lock().lines() {
