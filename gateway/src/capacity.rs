@@ -1,6 +1,9 @@
 //! How much this process may hold: memory, and how many connections fit into it.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use crate::config::{Limits, Server};
 
@@ -31,19 +34,35 @@ fn connections(memory: u64) -> usize {
     usize::try_from(fitting.max(CONNECTIONS_MIN)).unwrap_or(usize::MAX)
 }
 
-/// The least of what the cgroup (version 2 or 1) and the machine allow, in bytes.
+/// The least of what the machine has and what this process's cgroup and those around it allow (version 2 or 1), in bytes.
 #[must_use]
 pub fn available() -> u64 {
     let machine = rustix::system::sysinfo();
-    let total = (machine.totalram as u64).saturating_mul(u64::from(machine.mem_unit));
-    let groups = [
-        "/sys/fs/cgroup/memory.max",
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-    ];
-    groups
+    let total = machine.totalram.saturating_mul(u64::from(machine.mem_unit));
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    limit_files(&groups)
         .iter()
-        .filter_map(|path| figure(Path::new(path)))
+        .filter_map(|path| figure(path))
         .fold(total, u64::min)
+}
+
+/// Files that may hold a limit for a process of these cgroups: its own group's and those of all groups around it.
+fn limit_files(groups: &str) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for line in groups.lines() {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(group)) = (parts.next(), parts.next()) else {
+            continue;
+        };
+        let (root, name) = match controllers {
+            "" => ("/sys/fs/cgroup", "memory.max"),
+            "memory" => ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+            _ => continue,
+        };
+        let group = Path::new(group.trim_start_matches('/'));
+        files.extend(group.ancestors().map(|group| Path::new(root).join(group).join(name)));
+    }
+    files
 }
 
 /// `max` means no limit.
@@ -75,5 +94,23 @@ mod tests {
         assert_eq!(configured.connections_max, 5);
         assert_eq!(connections(0), 64);
         assert!(available() > 0);
+    }
+
+    #[test]
+    fn limits_of_groups_around_count() {
+        let files = limit_files("12:cpu,cpuacct:/x\n4:memory:/docker/a\n0::/system.slice/seawall.service\n");
+
+        let files: Vec<_> = files.iter().map(|file| file.to_str().unwrap()).collect();
+        assert_eq!(
+            files,
+            [
+                "/sys/fs/cgroup/memory/docker/a/memory.limit_in_bytes",
+                "/sys/fs/cgroup/memory/docker/memory.limit_in_bytes",
+                "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+                "/sys/fs/cgroup/system.slice/seawall.service/memory.max",
+                "/sys/fs/cgroup/system.slice/memory.max",
+                "/sys/fs/cgroup/memory.max",
+            ]
+        );
     }
 }

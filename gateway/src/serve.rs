@@ -73,6 +73,7 @@ impl StartError {
     pub fn is_setting(&self) -> bool {
         match self {
             Self::DataDir(DataDirError::InUse { .. }) => true,
+            Self::Store(StoreError::Open { error, .. }) => matches!(**error, StoreError::Invalid(_)),
             Self::DataDir(DataDirError::Unusable { .. })
             | Self::Store(_)
             | Self::Tokens(_)
@@ -109,6 +110,8 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
 
 async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartError> {
     let data_dir = DataDir::open(&config.server.data_dir)?;
+    // Those of a gateway that was killed: nobody listens there.
+    data_dir.remove_addresses();
     let store = Store::open(&config.database_url()).await?;
     let clock = Clock::start();
     let tokens = Tokens::open(data_dir.path(), clock.now())?;

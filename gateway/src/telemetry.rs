@@ -34,7 +34,7 @@ struct Level {
     handle: reload::Handle<EnvFilter, Registry>,
 }
 
-/// Installs the log of this process.
+/// Installs the log of this process. Panics are log lines, too.
 ///
 /// # Errors
 /// The level is neither a level nor directives, or a log is installed already.
@@ -53,6 +53,14 @@ pub fn start(logging: &Logging) -> anyhow::Result<Guard> {
         LogFormat::Human => lines.compact().with_ansi(io::stderr().is_terminal()).boxed(),
     };
     tracing_subscriber::registry().with(filter).with(lines).try_init()?;
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        tracing::error!(
+            place,
+            message = panic.payload_as_str().unwrap_or_default(),
+            "a task panicked: this is a bug, please report it"
+        );
+    }));
     LEVEL.get_or_init(|| {
         Mutex::new(Level {
             text: logging.level.clone(),

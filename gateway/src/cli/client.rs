@@ -170,7 +170,9 @@ impl Client {
         let request = self
             .agent
             .post(format!("{}{path}", self.base))
-            .content_type(content_type);
+            .content_type(content_type)
+            // A refusal then comes before the body: a gateway that has refused reads no more of it.
+            .header("Expect", "100-continue");
         let request = request.config().timeout_global(Some(UPLOAD_TIMEOUT)).build();
         let answer = self.authorized(request).send(SendBody::from_reader(body));
         self.answer(answer)
@@ -209,7 +211,7 @@ impl Client {
 
     fn answer(&self, answer: Result<Response<Body>, ureq::Error>) -> Result<Answer, Failure> {
         let mut response = answer.map_err(|error| {
-            Failure::failed(format!(
+            Failure::Unreachable(anyhow::anyhow!(
                 "no gateway answers at {}: {error}; SEAWALL_URL names another",
                 self.base
             ))

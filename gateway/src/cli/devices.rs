@@ -93,11 +93,11 @@ pub enum Devices {
     Send {
         id: DeviceId,
         /// JSON; what is no JSON is sent as a text
-        #[arg(required_unless_present = "base64")]
+        #[arg(required_unless_present = "binary")]
         payload: Option<String>,
         /// A file to send as one binary frame of a plain session; `-`: standard input
         #[arg(long, value_name = "FILE", conflicts_with = "payload")]
-        base64: Option<PathBuf>,
+        binary: Option<PathBuf>,
     },
 }
 
@@ -148,7 +148,7 @@ pub fn run(common: &Common, verb: Devices) -> Result<(), Failure> {
                 .send(Method::Post, &format!("{}/disconnect", path(id)), None)?;
             done(&ctx, &answer, format!("disconnected {id}\n"))
         }
-        Devices::Send { id, payload, base64 } => send(&ctx, id, payload, base64.as_deref()),
+        Devices::Send { id, payload, binary } => send(&ctx, id, payload, binary.as_deref()),
     }
 }
 

@@ -8,7 +8,7 @@ use super::{Common, Failure, ServeArgs, client::Client, serve, table};
 use crate::{
     config::{Config, DatabaseKind},
     data_dir,
-    store::{PlanReport, Store},
+    store::Store,
 };
 
 /// Below so many open files a gateway takes too few devices to be worth it.
@@ -73,8 +73,8 @@ pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
         Ok(config) => {
             findings.fine("configuration: every setting is known and within its bounds");
             machine(&config, &mut findings);
-            let is_running = directory(&config.server.data_dir, &mut findings);
-            database(&config, is_running, &mut findings)?;
+            directory(&config.server.data_dir, &mut findings);
+            database(&config, &mut findings)?;
         }
         Err(error) => findings.wrong(format!("configuration: {error}")),
     }
@@ -131,25 +131,24 @@ fn machine(config: &Config, findings: &mut Findings) {
     }
 }
 
-/// Whether a gateway runs on the directory.
-fn directory(path: &Path, findings: &mut Findings) -> bool {
+fn directory(path: &Path, findings: &mut Findings) {
     let shown = path.display();
     match std::fs::metadata(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             findings.notice(format!(
                 "data directory: {shown} is not there yet; the first start makes it"
             ));
-            return false;
+            return;
         }
         Err(error) => {
             findings.wrong(format!("data directory: {shown}: {error}"));
-            return false;
+            return;
         }
         Ok(metadata) if !metadata.is_dir() => {
             findings.wrong(format!(
                 "data directory: {shown} is a file: move it away, or name another directory"
             ));
-            return false;
+            return;
         }
         Ok(_) => {}
     }
@@ -162,7 +161,7 @@ fn directory(path: &Path, findings: &mut Findings) -> bool {
         Ok(is_running) => is_running,
         Err(error) => {
             findings.wrong(format!("data directory: {shown}: {error}"));
-            return false;
+            return;
         }
     };
     match (is_running, data_dir::read_addresses(path)) {
@@ -176,41 +175,18 @@ fn directory(path: &Path, findings: &mut Findings) -> bool {
         (true, Err(error)) => findings.wrong(format!("data directory: {shown}/{}: {error}", data_dir::ADDRESSES)),
         (false, _) => findings.fine(format!("data directory: {shown} is free; no gateway runs on it")),
     }
-    is_running
 }
 
-fn database(config: &Config, is_running: bool, findings: &mut Findings) -> Result<(), Failure> {
+fn database(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
     let url = config.database_url();
-    // Opening an SQLite file makes and migrates it, which a doctor must not.
-    if url.kind() == DatabaseKind::Sqlite && !url.sqlite_path().is_some_and(|path| path.is_file()) {
+    if url.kind() == DatabaseKind::Sqlite && !url.sqlite_path().is_some_and(|path| path.exists()) {
         findings.notice(format!("database: {url} is not there yet; the first start makes it"));
         return Ok(());
     }
-    if url.kind() == DatabaseKind::Sqlite && !is_running {
-        findings.fine(format!(
-            "database: {url} is there; the gateway that would use it does not run"
-        ));
-        return Ok(());
+    match serve::runtime()?.block_on(Store::probe(&url)) {
+        Ok(()) => findings.fine(format!("database: {url} answers")),
+        Err(error) => findings.wrong(error.to_string()),
     }
-    serve::runtime()?.block_on(async {
-        let store = match Store::open(&url).await {
-            Ok(store) => store,
-            Err(error) => return findings.wrong(error.to_string()),
-        };
-        if let Err(error) = store.ping().await {
-            return findings.wrong(format!("database: {url}: {error}"));
-        }
-        findings.fine(format!("database: {url} answers"));
-        match store.plan_check().await {
-            Ok(PlanReport::Indexed) => {
-                findings.fine("database: every look-up of a connecting device goes through an index")
-            }
-            Ok(PlanReport::Alarm(alarm)) => findings.wrong(format!(
-                "database: look-ups of connecting devices are too costly: {alarm}"
-            )),
-            Err(error) => findings.wrong(format!("database: the plans of look-ups can't be read: {error}")),
-        }
-    });
     Ok(())
 }
 
@@ -225,7 +201,7 @@ fn gateway(common: &Common, findings: &mut Findings) -> Result<(), Failure> {
     };
     let ready = match client.get_any("/readyz", &[]) {
         Ok(answer) => answer.body,
-        Err(Failure::Failed(error)) => {
+        Err(Failure::Unreachable(error)) => {
             findings.notice(format!("gateway: {error}"));
             return Ok(());
         }

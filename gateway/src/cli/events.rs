@@ -63,8 +63,10 @@ pub fn run(ctx: &Context, args: &Events) -> Result<(), Failure> {
                 stream = loop {
                     thread::sleep(wait);
                     wait = (wait * 2).min(RETRY_WAIT_MAX);
-                    if let Ok(stream) = ctx.client.stream("/api/v1/events", last.as_deref()) {
-                        break stream;
+                    match ctx.client.stream("/api/v1/events", last.as_deref()) {
+                        Ok(stream) => break stream,
+                        Err(Failure::Unreachable(_)) => {}
+                        Err(refusal) => return Err(refusal),
                     }
                 };
             }

@@ -23,8 +23,7 @@ pub fn run(ctx: &Context, args: &Firmware) -> Result<(), Failure> {
 fn shown(answer: &Value) -> String {
     let rows = table::list(answer).iter().map(|cohort| {
         vec![
-            table::at(cohort, "model"),
-            table::at(cohort, "firmware"),
+            table::at(cohort, "cohort"),
             table::at(cohort, "connected"),
             attempts(cohort),
             table::at(cohort, "repeats"),
@@ -35,8 +34,7 @@ fn shown(answer: &Value) -> String {
     });
     table::table(
         &[
-            "MODEL",
-            "FIRMWARE",
+            "COHORT",
             "CONNECTED",
             "ATTEMPTS",
             "REPEATS",

@@ -1,15 +1,17 @@
 //! `seawall migrate`: brings the tables of the database to this version, and does nothing else.
 
 use super::{Common, Failure, ServeArgs, serve, table};
-use crate::{data_dir::DataDir, store::Store};
+use crate::{data_dir::DataDir, serve::StartError, store::Store};
 
 pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
     let config = args.load(common.data_dir.as_ref())?;
     let url = config.database_url();
     // A file in the data directory has its directory made, as `serve` would.
-    if config.database.url.is_none() {
-        DataDir::open(&config.server.data_dir).map_err(crate::serve::StartError::from)?;
-    }
+    let is_inside = config.database.url.is_none();
+    let _held = is_inside
+        .then(|| DataDir::open(&config.server.data_dir))
+        .transpose()
+        .map_err(StartError::from)?;
     serve::runtime()?
         .block_on(Store::migrate(&url))
         .map_err(Failure::failed)?;

@@ -15,6 +15,7 @@ mod events;
 mod firmware;
 mod migrate;
 mod nodes;
+mod rule_view;
 mod rules;
 mod seed;
 mod serve;
@@ -93,7 +94,7 @@ pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
     match dispatch(&cli.common, cli.verb) {
         // Whoever read the output has seen enough.
         Ok(()) | Err(Failure::OutputClosed) => ExitCode::SUCCESS,
-        Err(Failure::Failed(error)) => complain(&format!("{error:#}"), 1),
+        Err(Failure::Failed(error) | Failure::Unreachable(error)) => complain(&format!("{error:#}"), 1),
         Err(Failure::WrongUse(problem)) => complain(&problem, 2),
     }
 }
@@ -142,8 +143,10 @@ impl Context {
 /// Why a verb did not do what it was asked.
 #[derive(Debug)]
 enum Failure {
-    /// Refused, unreachable, broken. Exit 1.
+    /// Refused or broken. Exit 1.
     Failed(anyhow::Error),
+    /// No gateway answers. Exit 1.
+    Unreachable(anyhow::Error),
     /// The command line or a setting is wrong. Exit 2.
     WrongUse(String),
     /// Nobody reads standard output any more. Exit 0.

@@ -102,7 +102,7 @@ fn write(args: &Seed) -> io::Result<()> {
 /// `None` where no gateway answers, or there is no token for one: then the file is all that was asked for.
 fn register(ctx: &Context, path: &Path) -> Result<Option<serde_json::Value>, Failure> {
     let later = format!("later: seawall devices import {}", path.display());
-    if ctx.client.get_any("/healthz", &[]).is_err() {
+    if matches!(ctx.client.get_any("/healthz", &[]), Err(Failure::Unreachable(_))) {
         note(&format!(
             "no gateway answers at {}, so that these devices are not registered; {later}",
             ctx.client.base()

@@ -1,6 +1,6 @@
 //! `seawall serve`: settings from flags, environment and file, then a gateway until a signal.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::Args;
 
@@ -10,6 +10,9 @@ use crate::{
     serve::{self, StartError},
     telemetry,
 };
+
+/// Time for blocking work that the gateway's end left behind.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Settings of a gateway; a flag wins over the environment, that over the file, that over the default.
 #[derive(Clone, Debug, Args)]
@@ -112,7 +115,10 @@ pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
     let log = telemetry::start(&config.logging)?;
     let data_dir = common.data_dir.clone();
     let reload = move || args.load(data_dir.as_ref()).map(|config| config.logging.level);
-    let outcome = runtime()?.block_on(serve::until_signal(config, reload));
+    let runtime = runtime()?;
+    let outcome = runtime.block_on(serve::until_signal(config, reload));
+    // What still blocks a thread, a write to a disk that hangs, must not keep the process.
+    runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
     // The last lines of the log come before the one that says why the process ends.
     drop(log);
     Ok(outcome?)

@@ -58,6 +58,8 @@ const CALL_MAX: Duration = Duration::from_secs(5);
 const RULES_TIME_MAX: Duration = Duration::from_secs(2);
 /// Longest that [`Store::ping`] takes.
 const PING_MAX: Duration = Duration::from_secs(1);
+/// Longest that [`Store::probe`] takes, connecting included.
+const PROBE_MAX: Duration = Duration::from_secs(5);
 /// Connections for the ops API: more callers wait, at most 2 s.
 const OPS_CONNECTIONS_MAX: usize = 4;
 
@@ -109,6 +111,22 @@ impl Store {
             },
         };
         migrated.map_err(|error| in_database(url, error))
+    }
+
+    /// Connects and asks for a sign of life, for at most [`PROBE_MAX`]. Changes nothing, the schema included.
+    ///
+    /// # Errors
+    /// The database can't be reached or used.
+    pub async fn probe(url: &DatabaseUrl) -> Result<(), StoreError> {
+        let probe = async {
+            let connector = match url.sqlite_path() {
+                Some(path) => sqlite::reader(&path),
+                None => postgres::connector(&postgres::parse(url.expose())?, Purpose::Ops),
+            };
+            connector.connect().await?.first(PING, &[]).await.map(drop)
+        };
+        let probed = timeout(PROBE_MAX, probe).await.unwrap_or(Err(StoreError::TimedOut));
+        probed.map_err(|error| in_database(url, error))
     }
 
     async fn open_sqlite(path: &std::path::Path) -> Result<Self, StoreError> {

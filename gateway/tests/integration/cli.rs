@@ -98,6 +98,12 @@ fn wrong_flags_and_environment_are_named_with_exit_2() {
     );
     assert!(!complaint(&serve(&["--database", "mysql://u:hidden@h/d"])).contains("hidden"));
 
+    assert_refused(
+        &serve(&["--database", "postgres://h:port/d"]),
+        2,
+        &["not a PostgreSQL URL"],
+    );
+
     let bad = run(seawall().arg("serve").env("SEAWALL_OPS_LISTEN", "nowhere")).unwrap();
     assert_refused(&bad, 2, &["--ops-listen", "nowhere"]);
 }
@@ -383,6 +389,26 @@ fn import_with_bad_lines_names_them_and_takes_nothing() {
     assert_eq!(listed["items"].as_array().unwrap().len(), 0);
     let missing = run(&mut gateway.operator(&["devices", "import", "/nonexistent.csv"])).unwrap();
     assert_refused(&missing, 1, &["/nonexistent.csv"]);
+}
+
+#[test]
+fn refusal_of_a_long_import_is_seen() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("fleet.csv");
+    fs::write(
+        &file,
+        format!("id,secret\n{}", format!("{}\n", "x".repeat(99)).repeat(300_000)),
+    )
+    .unwrap();
+    let mut import = gateway.operator(&["devices", "import", file.to_str().unwrap()]);
+
+    let without_leave = run(import.env("SEAWALL_TOKEN", "nobody")).unwrap();
+    let all_bad = run(import.env_remove("SEAWALL_TOKEN")).unwrap();
+
+    assert_refused(&without_leave, 1, &["doesn't accept this token"]);
+    assert_eq!(all_bad.status.code(), Some(1));
+    assert!(String::from_utf8(all_bad.stderr).unwrap().starts_with("line 2: "));
 }
 
 #[test]
