@@ -243,19 +243,16 @@ pub async fn persist_all(address: SocketAddr, devices: impl IntoIterator<Item = 
 }
 
 /// The session is alive: what the device sends is taken and acknowledged.
-#[track_caller]
-pub fn assert_alive(connection: &mut Connection) -> impl Future<Output = ()> {
-    async {
-        let message = json!({"type": "message", "id": "alive?", "topic": "test", "payload": 1});
-        connection.send_json(&message).await.unwrap();
-        let ack = loop {
-            let frame = connection.next_json(PATIENCE).await.unwrap();
-            if frame["type"] != "welcome" {
-                break frame;
-            }
-        };
-        assert_eq!(ack, json!({"type": "ack", "id": "alive?"}));
-    }
+pub async fn assert_alive(connection: &mut Connection) {
+    let message = json!({"type": "message", "id": "alive?", "topic": "test", "payload": 1});
+    connection.send_json(&message).await.unwrap();
+    let ack = loop {
+        let frame = connection.next_json(PATIENCE).await.unwrap();
+        if frame["type"] != "welcome" {
+            break frame;
+        }
+    };
+    assert_eq!(ack, json!({"type": "ack", "id": "alive?"}));
 }
 
 /// How a session ends: the text frames before (welcome aside), the code, and the reason as JSON where it is.
