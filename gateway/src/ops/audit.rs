@@ -17,7 +17,7 @@ use super::{
 use crate::{events::format_time, store::AuditRecord};
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
-    OpenApiRouter::new().routes(routes!(list))
+    OpenApiRouter::new().routes(routes!(list_audit))
 }
 
 /// One change.
@@ -61,7 +61,7 @@ impl From<AuditRecord> for AuditLine {
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn list(
+async fn list_audit(
     _caller: Caller<Viewer>,
     State(api): State<Arc<Api>>,
     Params(params): Params<PageParams>,

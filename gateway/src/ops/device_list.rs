@@ -27,7 +27,7 @@ const SCANNED_MAX: usize = 5_000;
 const CHUNK: u32 = 500;
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
-    OpenApiRouter::new().routes(routes!(list))
+    OpenApiRouter::new().routes(routes!(list_devices))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]
@@ -63,33 +63,37 @@ struct Wanted {
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn list(
+async fn list_devices(
     _caller: Caller<Viewer>,
     State(api): State<Arc<Api>>,
     Params(params): Params<DeviceParams>,
 ) -> Result<Json<Page<Device>>, Problem> {
-    let limit = page_limit(params.limit)? as usize;
+    let asked = page_limit(params.limit)?;
+    let limit = asked as usize;
     let mut next: Option<DeviceId> = page_cursor(params.cursor.as_deref())?;
     let wanted = Wanted::of(&params)?;
     let gateway = &api.state;
 
     // Few devices are seen, compared with how many may be registered: where only seen ones can pass, those are looked up.
     let mut seen = wanted.needs_sight().then(|| seen_devices(gateway, &wanted, next));
+    // Where the database filters, a page of its is a page of ours.
+    let chunk = if wanted.presence.is_some() { CHUNK } else { asked };
     let mut items = Vec::new();
     let mut scanned = 0;
     loop {
         let (rows, goes_on_at) = match &mut seen {
             Some(ids) => {
-                let chunk: Vec<DeviceId> = (0..CHUNK).map_while(|_| ids.pop_first()).collect();
-                (gateway.store.devices_among(&chunk).await?, ids.first().copied())
+                let ids_read: Vec<DeviceId> = (0..CHUNK).map_while(|_| ids.pop_first()).collect();
+                scanned += ids_read.len();
+                (gateway.store.devices_among(&ids_read).await?, ids.first().copied())
             }
             None => {
-                let page = gateway.store.devices_page(&wanted.stored, next, CHUNK).await?;
+                let page = gateway.store.devices_page(&wanted.stored, next, chunk).await?;
+                scanned += page.items.len();
                 (page.items, page.next_cursor)
             }
         };
         for row in rows {
-            scanned += 1;
             if !wanted.wants(&row, gateway) {
                 continue;
             }
@@ -102,7 +106,7 @@ async fn list(
             items.push(Device::of(row, gateway));
         }
         next = goes_on_at;
-        if next.is_none() || scanned >= SCANNED_MAX {
+        if next.is_none() || items.len() == limit || scanned >= SCANNED_MAX {
             return Ok(Json(Page {
                 items,
                 next_cursor: next.map(|id| id.to_string()),
@@ -155,26 +159,28 @@ impl Wanted {
     }
 }
 
-/// The devices with a wanted version that this node knows, from `first` on.
+/// The devices with a wanted version that this node knows, from `first` on: as many as one request reads, and one more.
 fn seen_devices(gateway: &Gateway, wanted: &Wanted, first: Option<DeviceId>) -> BTreeSet<DeviceId> {
     let mut ids = BTreeSet::new();
     let is_wanted = |id: DeviceId, firmware: Option<&str>| {
         first.is_none_or(|first| id >= first) && wanted.firmware.as_ref().is_none_or(|range| range.matches(firmware))
     };
-    gateway.history.for_each_known(|id, identity| {
-        if is_wanted(id, identity.cohort.firmware.as_deref()) {
+    let mut take = |id: DeviceId, firmware: Option<&str>| {
+        if is_wanted(id, firmware) {
             ids.insert(id);
+            // One more than is read tells where to go on.
+            if ids.len() > SCANNED_MAX + 1 {
+                ids.pop_last();
+            }
         }
-    });
-    // A session of now says more than what is remembered.
-    gateway.sessions.for_each(|session| {
-        let info = &session.info;
-        if is_wanted(info.device, info.cohort.firmware.as_deref()) {
-            ids.insert(info.device);
-        } else {
-            ids.remove(&info.device);
-        }
-    });
+    };
+    gateway
+        .history
+        .for_each_known(|id, identity| take(id, identity.cohort.firmware.as_deref()));
+    // All but sessions whose device has been pushed out of the history are there already.
+    gateway
+        .sessions
+        .for_each(|session| take(session.info.device, session.info.cohort.firmware.as_deref()));
     ids
 }
 

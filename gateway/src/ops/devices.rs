@@ -39,10 +39,10 @@ const HANDSHAKE_MAX: Duration = Duration::from_secs(4);
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
     OpenApiRouter::new()
-        .routes(routes!(register))
-        .routes(routes!(show, change, delete))
-        .routes(routes!(rotate))
-        .routes(routes!(disconnect))
+        .routes(routes!(register_device))
+        .routes(routes!(show_device, change_device, delete_device))
+        .routes(routes!(rotate_secret))
+        .routes(routes!(disconnect_device))
 }
 
 /// A registered device, and what this node knows of its connection.
@@ -129,7 +129,7 @@ pub struct Attempt {
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn show(
+async fn show_device(
     _caller: Caller<Viewer>,
     State(api): State<Arc<Api>>,
     Id(id): Id<DeviceId>,
@@ -182,7 +182,7 @@ pub struct RegisteredDevice {
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn register(
+async fn register_device(
     caller: Caller<Admin>,
     State(api): State<Arc<Api>>,
     OptionalBody(body): OptionalBody<NewDeviceBody>,
@@ -236,7 +236,7 @@ pub struct DevicePatch {
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn change(
+async fn change_device(
     caller: Caller<Admin>,
     State(api): State<Arc<Api>>,
     Id(id): Id<DeviceId>,
@@ -267,7 +267,7 @@ async fn change(
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn delete(
+async fn delete_device(
     caller: Caller<Admin>,
     State(api): State<Arc<Api>>,
     Id(id): Id<DeviceId>,
@@ -311,7 +311,7 @@ pub struct NewSecret {
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn rotate(
+async fn rotate_secret(
     caller: Caller<Admin>,
     State(api): State<Arc<Api>>,
     Id(id): Id<DeviceId>,
@@ -360,7 +360,7 @@ pub struct Disconnected {
         (status = "default", description = "An error; `device_offline` where there is no session", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn disconnect(
+async fn disconnect_device(
     caller: Caller<Operator>,
     State(api): State<Arc<Api>>,
     Id(id): Id<DeviceId>,

@@ -28,7 +28,7 @@ const RATE_MAX: f64 = 1_000_000.0;
 const SUBJECT: &str = "node";
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
-    OpenApiRouter::new().routes(routes!(start, look, cancel))
+    OpenApiRouter::new().routes(routes!(start_drain, show_drain, cancel_drain))
 }
 
 /// Where a drain stands.
@@ -78,7 +78,7 @@ pub struct DrainBody {
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn start(
+async fn start_drain(
     caller: Caller<Operator>,
     State(api): State<Arc<Api>>,
     OptionalBody(body): OptionalBody<DrainBody>,
@@ -121,7 +121,7 @@ async fn start(
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn look(_caller: Caller<Viewer>, State(api): State<Arc<Api>>) -> Json<DrainView> {
+async fn show_drain(_caller: Caller<Viewer>, State(api): State<Arc<Api>>) -> Json<DrainView> {
     Json(DrainView::of(&api.state))
 }
 
@@ -134,7 +134,7 @@ async fn look(_caller: Caller<Viewer>, State(api): State<Arc<Api>>) -> Json<Drai
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn cancel(caller: Caller<Operator>, State(api): State<Arc<Api>>) -> Result<Json<DrainView>, Problem> {
+async fn cancel_drain(caller: Caller<Operator>, State(api): State<Arc<Api>>) -> Result<Json<DrainView>, Problem> {
     let audit = caller.audit(&api, "drain.cancel");
     let gateway = Arc::clone(&api.state);
     let was_on = api

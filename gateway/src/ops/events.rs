@@ -29,7 +29,7 @@ const RETRY: Duration = Duration::from_secs(2);
 const MISSED: &str = "missed";
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
-    OpenApiRouter::new().routes(routes!(events))
+    OpenApiRouter::new().routes(routes!(follow_events))
 }
 
 /// What happens on this node, as server-sent events
@@ -46,7 +46,7 @@ pub fn routes() -> OpenApiRouter<Arc<Api>> {
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn events(
+async fn follow_events(
     _caller: Caller<Viewer>,
     State(api): State<Arc<Api>>,
     headers: HeaderMap,

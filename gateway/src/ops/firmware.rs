@@ -16,7 +16,7 @@ use super::{
 use crate::cohorts::Cohort;
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
-    OpenApiRouter::new().routes(routes!(list))
+    OpenApiRouter::new().routes(routes!(list_cohorts))
 }
 
 /// What the devices of one cohort did on this node since it started.
@@ -74,7 +74,7 @@ impl From<&Arc<Cohort>> for CohortRow {
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn list(
+async fn list_cohorts(
     _caller: Caller<Viewer>,
     State(api): State<Arc<Api>>,
     Params(params): Params<PageParams>,

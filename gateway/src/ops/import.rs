@@ -30,7 +30,7 @@ pub const IMPORT_BYTES_MAX: u64 = 512 << 20;
 const BATCH_LEN: usize = 1_000;
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
-    OpenApiRouter::new().routes(routes!(import))
+    OpenApiRouter::new().routes(routes!(import_devices))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]
@@ -73,7 +73,7 @@ pub struct BadLine {
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn import(
+async fn import_devices(
     caller: Caller<Admin>,
     State(api): State<Arc<Api>>,
     Params(params): Params<ImportParams>,

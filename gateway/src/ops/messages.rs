@@ -24,7 +24,7 @@ use crate::sessions::{Delivery, Outgoing, OutgoingBody, PostError, Session};
 const ANSWER_RESERVE: Duration = Duration::from_millis(500);
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
-    OpenApiRouter::new().routes(routes!(send))
+    OpenApiRouter::new().routes(routes!(send_message))
 }
 
 /// A message: one of the two.
@@ -66,7 +66,7 @@ pub struct Sent {
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn send(
+async fn send_message(
     _caller: Caller<Operator>,
     State(api): State<Arc<Api>>,
     Id(id): Id<DeviceId>,

@@ -17,7 +17,9 @@ use super::{
 use crate::{events::format_time, state::State as Gateway, store::PlanReport};
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
-    OpenApiRouter::new().routes(routes!(node)).routes(routes!(nodes))
+    OpenApiRouter::new()
+        .routes(routes!(show_node))
+        .routes(routes!(list_nodes))
 }
 
 /// One gateway.
@@ -124,7 +126,7 @@ impl Node {
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn node(_caller: Caller<Viewer>, State(api): State<Arc<Api>>) -> Json<Node> {
+async fn show_node(_caller: Caller<Viewer>, State(api): State<Arc<Api>>) -> Json<Node> {
     Json(Node::of(&api.state))
 }
 
@@ -136,7 +138,7 @@ async fn node(_caller: Caller<Viewer>, State(api): State<Arc<Api>>) -> Json<Node
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn nodes(
+async fn list_nodes(
     _caller: Caller<Viewer>,
     State(api): State<Arc<Api>>,
     Params(params): Params<PageParams>,

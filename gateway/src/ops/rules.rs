@@ -1,6 +1,6 @@
 //! `/rules`: firmware rules. A rule that is written here is in force on this node when the answer is sent.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json,
@@ -13,6 +13,7 @@ use seawall_proto::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use tokio::time::timeout;
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
@@ -29,11 +30,14 @@ use crate::{
     state::Shared,
 };
 
+/// Time for reading a written rule back. A write has 2 s (contract section 6), and nearly all of it is the store's.
+const READ_BACK_MAX: Duration = Duration::from_millis(500);
+
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
     OpenApiRouter::new()
-        .routes(routes!(list, create))
-        .routes(routes!(preview))
-        .routes(routes!(show, change, delete))
+        .routes(routes!(list_rules, create_rule))
+        .routes(routes!(preview_rule))
+        .routes(routes!(show_rule, change_rule, delete_rule))
 }
 
 /// A rule as it is asked for: the fields of a rule, and `confirm`. What a rule's fields may be is written once, in `seawall_proto`.
@@ -42,7 +46,8 @@ pub fn routes() -> OpenApiRouter<Arc<Api>> {
 struct Asked(Map<String, Value>);
 
 /// A rule. Unknown fields are refused.
-#[derive(ToSchema)]
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 #[schema(as = RuleBody)]
 #[expect(
     dead_code,
@@ -54,28 +59,30 @@ struct RuleDoc {
     #[schema(pattern = "^(block|restrict|throttle)$")]
     effect: String,
     /// Share of the matched devices that is let through, in percent. Only 0 is available yet.
-    #[schema(default = 0, maximum = 100)]
+    #[schema(nullable = false, default = 0, maximum = 100)]
     admit_percent: Option<u8>,
     /// `enforce`; `dry_run` is not available yet.
-    #[schema(default = "enforce")]
+    #[schema(nullable = false, default = "enforce")]
     mode: Option<String>,
     /// Told to the devices that are refused: public. At most 256 bytes, no control characters.
+    #[schema(nullable = false)]
     reason: Option<String>,
     /// Refused devices come back between this and twice this. 1 second to 7 days.
-    #[schema(default = "15m")]
+    #[schema(nullable = false, default = "15m")]
     retry_after: Option<String>,
     /// From then on it matches nothing. RFC 3339.
     expires_at: Option<String>,
     /// Close live sessions that match, too, at a pace.
-    #[schema(default = false)]
+    #[schema(nullable = false, default = false)]
     evict: Option<bool>,
     /// The caller knows that it refuses over 30 % of the connected devices.
-    #[schema(default = false)]
+    #[schema(nullable = false, default = false)]
     confirm: Option<bool>,
 }
 
 /// Which devices: all that is given must hold.
-#[derive(ToSchema)]
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 #[schema(as = RuleMatch)]
 #[expect(
     dead_code,
@@ -83,26 +90,37 @@ struct RuleDoc {
 )]
 struct MatchDoc {
     /// A comma-separated conjunction of `=`, `!=`, `<`, `<=`, `>`, `>=` and wildcards.
-    #[schema(example = ">=3.8.0-b3")]
+    #[schema(nullable = false, example = ">=3.8.0-b3")]
     firmware: Option<String>,
+    #[schema(nullable = false)]
     model: Option<String>,
+    #[schema(nullable = false)]
     tenant: Option<String>,
 }
 
 /// What to change of a rule; what is not given stays. `match` is replaced as a whole.
-#[derive(ToSchema)]
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 #[schema(as = RulePatch)]
 #[expect(dead_code, reason = "describes a part of `RuleSpec` for the OpenAPI document")]
 struct PatchDoc {
+    #[schema(nullable = false)]
     r#match: Option<MatchDoc>,
+    #[schema(nullable = false)]
     effect: Option<String>,
+    #[schema(nullable = false)]
     admit_percent: Option<u8>,
+    #[schema(nullable = false)]
     mode: Option<String>,
+    #[schema(nullable = false)]
     reason: Option<String>,
+    #[schema(nullable = false)]
     retry_after: Option<String>,
     /// RFC 3339; null takes the expiry away.
     expires_at: Option<String>,
+    #[schema(nullable = false)]
     evict: Option<bool>,
+    #[schema(nullable = false)]
     confirm: Option<bool>,
 }
 
@@ -158,7 +176,7 @@ impl From<&Rule> for RuleView {
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn list(
+async fn list_rules(
     _caller: Caller<Viewer>,
     State(api): State<Arc<Api>>,
     Params(params): Params<PageParams>,
@@ -176,7 +194,7 @@ async fn list(
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn show(
+async fn show_rule(
     _caller: Caller<Viewer>,
     State(api): State<Arc<Api>>,
     Id(id): Id<RuleId>,
@@ -195,7 +213,7 @@ async fn show(
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn create(
+async fn create_rule(
     caller: Caller<Operator>,
     State(api): State<Arc<Api>>,
     Body(asked): Body<Asked>,
@@ -210,7 +228,9 @@ async fn create(
     let rule = api
         .carry_out(async move {
             let rule = gateway.store.rule_insert(id, spec, &audit).await;
-            take_effect(&gateway, id, "created", rule.is_ok()).await;
+            if rule.is_ok() {
+                take_effect(&gateway, id, "created").await;
+            }
             rule
         })
         .await??;
@@ -230,7 +250,7 @@ async fn create(
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn preview(
+async fn preview_rule(
     _caller: Caller<Viewer>,
     State(api): State<Arc<Api>>,
     Body(asked): Body<Asked>,
@@ -248,7 +268,7 @@ async fn preview(
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn change(
+async fn change_rule(
     caller: Caller<Operator>,
     State(api): State<Arc<Api>>,
     Id(id): Id<RuleId>,
@@ -270,7 +290,9 @@ async fn change(
     let rule = api
         .carry_out(async move {
             let rule = gateway.store.rule_update(id, revision, spec, &audit).await;
-            take_effect(&gateway, id, "changed", matches!(rule, Ok(Some(_)))).await;
+            if matches!(rule, Ok(Some(_))) {
+                take_effect(&gateway, id, "changed").await;
+            }
             rule
         })
         .await??;
@@ -285,7 +307,7 @@ async fn change(
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn delete(
+async fn delete_rule(
     caller: Caller<Operator>,
     State(api): State<Arc<Api>>,
     Id(id): Id<RuleId>,
@@ -295,32 +317,34 @@ async fn delete(
     let deleted = api
         .carry_out(async move {
             let deleted = gateway.store.rule_delete(id, &audit).await;
-            take_effect(&gateway, id, "deleted", matches!(deleted, Ok(Some(_)))).await;
+            if matches!(deleted, Ok(Some(_))) {
+                take_effect(&gateway, id, "deleted").await;
+            }
             deleted
         })
         .await??;
     deleted.map(|_| StatusCode::NO_CONTENT).ok_or_else(no_such_rule)
 }
 
-/// Makes what the database holds the rules in force here. After an error, too: it may leave open what was done.
-async fn take_effect(gateway: &Shared, rule: RuleId, change: &'static str, is_done: bool) {
-    let reloaded = gateway
-        .rules
-        .reload(&gateway.store, &gateway.clock, &gateway.events)
-        .await;
-    if let Err(error) = reloaded {
-        tracing::warn!(%error, rule.id = %rule, "a written rule can't be read back: the poll will bring it");
+/// Makes what the database holds the rules in force here, and tells of the change. Where it is not known whether a change was made, the
+/// poll finds out.
+async fn take_effect(gateway: &Shared, rule: RuleId, change: &'static str) {
+    let reload = gateway.rules.reload(&gateway.store, &gateway.clock, &gateway.events);
+    match timeout(READ_BACK_MAX, reload).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::warn!(%error, rule.id = %rule, "a written rule can't be read back: the poll will bring it");
+        }
+        Err(_) => tracing::warn!(rule.id = %rule, "a written rule is not read back in time: the poll will bring it"),
     }
-    if is_done {
-        let revision = gateway.rules.current().revision();
-        let event = Event::Rules {
-            revision,
-            rule: Some(rule),
-            change,
-        };
-        gateway.events.notice(gateway.clock.wall(), event);
-        tracing::info!(rule.id = %rule, rules.revision = revision, change, "firmware rule written");
-    }
+    let revision = gateway.rules.current().revision();
+    let event = Event::Rules {
+        revision,
+        rule: Some(rule),
+        change,
+    };
+    gateway.events.notice(gateway.clock.wall(), event);
+    tracing::info!(rule.id = %rule, rules.revision = revision, change, "firmware rule written");
 }
 
 fn ask_for_confirmation(api: &Api, spec: &RuleSpec) -> Result<(), Problem> {

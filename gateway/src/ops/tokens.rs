@@ -30,8 +30,8 @@ const GATEWAY: &str = "gateway";
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
     OpenApiRouter::new()
-        .routes(routes!(list, create))
-        .routes(routes!(revoke))
+        .routes(routes!(list_tokens, create_token))
+        .routes(routes!(revoke_token))
 }
 
 /// A token, without its secret.
@@ -86,7 +86,7 @@ pub struct CreatedToken {
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn list(
+async fn list_tokens(
     _caller: Caller<Viewer>,
     State(api): State<Arc<Api>>,
     Params(params): Params<PageParams>,
@@ -105,7 +105,7 @@ async fn list(
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn create(
+async fn create_token(
     caller: Caller<Admin>,
     State(api): State<Arc<Api>>,
     Body(body): Body<NewTokenBody>,
@@ -145,7 +145,11 @@ async fn create(
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
-async fn revoke(caller: Caller<Admin>, State(api): State<Arc<Api>>, Id(id): Id<Uuid>) -> Result<StatusCode, Problem> {
+async fn revoke_token(
+    caller: Caller<Admin>,
+    State(api): State<Arc<Api>>,
+    Id(id): Id<Uuid>,
+) -> Result<StatusCode, Problem> {
     let audit = caller.audit(&api, "token.revoke");
     let gateway = Arc::clone(&api.state);
     let revoked = api

@@ -102,9 +102,9 @@ fn presence_and_version_follow_the_session() {
             .map(|device| text(&device["id"]))
             .collect()
     };
-    assert_eq!(ids("state=online"), [other.clone()]);
-    assert_eq!(ids("state=offline"), [id.clone()]);
-    assert_eq!(ids("firmware=%3C3.8.0"), [id.clone()]);
+    assert_eq!(ids("state=online"), vec![other.clone()]);
+    assert_eq!(ids("state=offline"), vec![id.clone()]);
+    assert_eq!(ids("firmware=%3C3.8.0"), vec![id.clone()]);
     assert_eq!(ids("firmware=3.9"), [other]);
     assert_eq!(ids("firmware=3.8.0-b2&tenant=default"), [id]);
     assert_eq!(ids("state=unknown").len(), 1);

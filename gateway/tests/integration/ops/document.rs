@@ -37,10 +37,12 @@ fn every_reference_in_the_document_leads_somewhere_and_every_call_is_described()
             Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
         }
     }
+    let mut ids = std::collections::BTreeSet::new();
     for (path, item) in document["paths"].as_object().unwrap() {
         for (method, call) in item.as_object().unwrap() {
             assert!(call["summary"].is_string(), "{method} {path}");
-            assert!(call["operationId"].is_string(), "{method} {path}");
+            let id = call["operationId"].as_str().unwrap();
+            assert!(ids.insert(id.to_owned()), "{id} twice");
             assert!(call["responses"]["default"].is_object(), "{method} {path}");
         }
     }
