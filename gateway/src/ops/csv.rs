@@ -13,6 +13,8 @@ use crate::store::{ImportLine, ImportRow};
 const RECORD_BYTES_MAX: usize = 4_096;
 /// Most fields of a line.
 const FIELDS_MAX: usize = 16;
+/// What some editors put before the first character of a file.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 /// Lengths of a device's secret, in bytes (contract section 7).
 const SECRET_LEN: std::ops::RangeInclusive<usize> = 16..=128;
 
@@ -156,7 +158,9 @@ impl Columns {
         };
         let mut id = None;
         for (index, name) in header.iter().enumerate() {
-            let column = match *name {
+            // The reader takes a byte order mark away only where it comes in one piece.
+            let name = name.strip_prefix(BYTE_ORDER_MARK).unwrap_or(name);
+            let column = match name {
                 b"id" => &mut id,
                 b"secret" => &mut columns.secret,
                 b"secret_sha256" => &mut columns.secret_sha256,
