@@ -176,7 +176,7 @@ pub struct RegisteredDevice {
 
 /// Register a device; its secret is in this answer only
 #[utoipa::path(
-    post, path = "/api/v1/devices", tag = "devices", request_body = NewDeviceBody,
+    post, path = "/api/v1/devices", tag = "devices", request_body = Option<NewDeviceBody>,
     responses(
         (status = 201, description = "Registered", body = RegisteredDevice),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
@@ -305,7 +305,7 @@ pub struct NewSecret {
 
 /// Give a device a new secret; the old one stays valid for `overlap`
 #[utoipa::path(
-    post, path = "/api/v1/devices/{id}/secret", tag = "devices", params(("id" = uuid::Uuid, Path)), request_body = RotationBody,
+    post, path = "/api/v1/devices/{id}/secret", tag = "devices", params(("id" = uuid::Uuid, Path)), request_body = Option<RotationBody>,
     responses(
         (status = 201, description = "The new secret", body = NewSecret),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),

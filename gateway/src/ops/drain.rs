@@ -71,7 +71,7 @@ pub struct DrainBody {
 
 /// Start: new devices are refused, and sessions are closed at a pace with 1012
 #[utoipa::path(
-    post, path = "/api/v1/drain", tag = "drain", request_body = DrainBody,
+    post, path = "/api/v1/drain", tag = "drain", request_body = Option<DrainBody>,
     responses(
         (status = 201, description = "Started", body = DrainView),
         (status = 409, description = "One is under way", body = ProblemBody, content_type = "application/problem+json"),

@@ -33,7 +33,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
     }
 }
 
-/// A JSON body that may be left out: an empty one counts as `{}`, whatever its media type.
+/// A JSON body that may be left out: an empty one, whatever its media type, and `null` count as `{}`.
 #[derive(Debug)]
 pub struct OptionalBody<T>(pub T);
 
@@ -46,8 +46,8 @@ impl<T: DeserializeOwned + Default, S: Send + Sync> FromRequest<S> for OptionalB
         if bytes.is_empty() {
             return Ok(Self(T::default()));
         }
-        let Body(body) = Body::from_request(Request::from_parts(parts, bytes.into()), state).await?;
-        Ok(Self(body))
+        let Body(body) = Body::<Option<T>>::from_request(Request::from_parts(parts, bytes.into()), state).await?;
+        Ok(Self(body.unwrap_or_default()))
     }
 }
 
