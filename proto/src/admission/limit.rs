@@ -145,7 +145,8 @@ impl Meter {
     }
 }
 
-/// `K_ref = clamp(1.25 · max(best of the last 10 min, last known good), ceiling / 4, ceiling)`, in keys a second.
+/// `K_ref = clamp(1.25 · max(best of the last 10 min, last known good), ceiling / 4, ceiling)`, in keys a second; the ceiling where nothing
+/// was ever measured.
 #[derive(Clone, Debug)]
 pub(super) struct Reference {
     ceiling: f64,
@@ -180,6 +181,10 @@ impl Reference {
     }
 
     pub fn keys_per_second(&self, now: Instant) -> f64 {
+        if self.peak <= 0.0 && self.last_known_good <= 0.0 {
+            // Nothing was ever measured. Slots that come too close cost an attempt more; slots too far apart leave the database idle.
+            return self.ceiling;
+        }
         (OVERBOOKING * self.peak(now).max(self.last_known_good)).clamp(self.ceiling * FLOOR_PART, self.ceiling)
     }
 }
@@ -193,9 +198,9 @@ mod tests {
     }
 
     #[test]
-    fn reference_starts_at_a_quarter_of_the_ceiling_and_follows_the_best_measured() {
+    fn reference_starts_at_the_ceiling_and_follows_the_best_measured_down_to_a_quarter() {
         let mut reference = Reference::new(10_000, at(0));
-        assert!((reference.keys_per_second(at(0)) - 2_500.0).abs() < 1e-9);
+        assert!((reference.keys_per_second(at(0)) - 10_000.0).abs() < 1e-9);
 
         reference.handle_measured(4_000.0, at(0));
         reference.handle_measured(100.0, at(0));

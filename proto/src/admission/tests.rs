@@ -267,6 +267,7 @@ fn look_up_without_an_answer_ends_for_the_device_before_three_seconds() {
 #[test]
 fn walk_ins_are_bounded_to_a_tenth_of_a_second_and_holders_to_two() {
     let mut node = Node::new();
+    node.admission.set_last_known_good(2_000.0);
     let reference = 2_500;
     node.block(at(0));
     for n in 0..20_000 {
@@ -291,6 +292,7 @@ fn walk_ins_are_bounded_to_a_tenth_of_a_second_and_holders_to_two() {
 #[test]
 fn holder_goes_before_those_who_walked_in_earlier() {
     let mut node = Node::new();
+    node.admission.set_last_known_good(2_000.0);
     let blocking = node.block(at(0));
     for n in 0..1_000 {
         node.admission.handle_admitted(device(n), "default");
@@ -522,6 +524,7 @@ fn devices_waiting_are_bounded_even_for_one_key() {
 #[test]
 fn session_that_is_closed_gets_a_slot_of_its_tenants_queue() {
     let mut node = Node::new();
+    node.admission.set_last_known_good(2_000.0);
     for n in 0..2_501 {
         node.admission.handle_admitted(device(n), "default");
     }

@@ -34,13 +34,10 @@ async fn storm_is_let_in_at_the_rate_that_the_database_takes() {
         "{in_flight_max} in {looks} looks"
     );
     let refusals: u32 = arrived.iter().map(|device| device.refusals).sum();
-    // A gateway that has not measured its database gives slots out at a quarter of the ceiling; a storm this short measures nothing.
-    let (least, planned) = (
-        f64::from(DEVICES) / f64::from(CEILING),
-        4.0 * f64::from(DEVICES) / f64::from(CEILING),
-    );
+    let least = f64::from(DEVICES) / f64::from(CEILING);
     assert!(took >= 0.8 * least, "faster than the ceiling: {took} s");
-    assert!(took <= 1.3 * planned, "{took} s for what {planned} s are enough for");
+    // The first slot is half a second away, and a device waits up to a second for its connection here.
+    assert!(took <= 1.3 * least + 1.5, "{took} s for what {least} s are enough for");
     assert!(refusals <= 2 * DEVICES, "{refusals} refusals");
     assert_eq!(gateway.metric("seawall_sessions "), u64::from(DEVICES));
     assert_eq!(
