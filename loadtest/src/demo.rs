@@ -118,7 +118,6 @@ async fn show(options: Options, folder: &Path, progress: &Progress) -> Result<()
         folder: folder.to_owned(),
         url: server.url().to_owned(),
         sims: Vec::new(),
-        starts: 0,
     };
     fleet.start()?;
     let started = Instant::now();
@@ -201,13 +200,10 @@ struct Fleet {
     folder: PathBuf,
     url: String,
     sims: Vec<Process>,
-    /// How often it was started.
-    starts: u32,
 }
 
 impl Fleet {
     fn start(&mut self) -> Result<()> {
-        self.starts += 1;
         for (index, part) in self.parts.iter().enumerate() {
             let name = format!("firmware-sim {}", index + 1);
             let mut command = Command::new(programs::find("firmware-sim")?);
@@ -217,8 +213,8 @@ impl Fleet {
                 .arg("--devices")
                 .arg(part)
                 .args(["--firmware-mix", FIRMWARE_MIX, "--profile", "well-behaved"]);
-            let log = self.folder.join(format!("sim-{}-{index}.log", self.starts));
-            self.sims.push(Process::start(name, &mut command, &log)?);
+            let log = self.folder.join(format!("sim-{index}.log"));
+            self.sims.push(Process::start_steered(name, &mut command, &log)?);
         }
         Ok(())
     }
@@ -227,14 +223,10 @@ impl Fleet {
         self.sims.iter_mut().try_for_each(Process::check)
     }
 
-    /// The power of all devices fails and comes back: every socket is gone at once, and every device starts anew.
+    /// Every socket is gone at once; every device comes back by its own policy, within 5 s where nobody tells it otherwise.
     fn drop_all(&mut self, progress: &Progress) -> Result<()> {
         progress.note("storm: every socket is dropped at once");
-        for sim in &mut self.sims {
-            sim.kill();
-        }
-        self.sims.clear();
-        self.start()
+        self.sims.iter_mut().try_for_each(|sim| sim.order("drop"))
     }
 
     async fn stop(mut self) {

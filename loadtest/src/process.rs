@@ -4,10 +4,10 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Write as _},
     os::unix::process::{CommandExt, ExitStatusExt},
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
@@ -26,6 +26,8 @@ const TAIL_LINES: usize = 12;
 pub struct Process {
     name: String,
     child: Child,
+    /// Where it takes orders.
+    orders: Option<ChildStdin>,
     pid: Pid,
     log: PathBuf,
     ended: Option<ExitStatus>,
@@ -37,6 +39,18 @@ impl Process {
     /// # Errors
     /// The log can't be written, or the program can't be started.
     pub fn start(name: impl Into<String>, command: &mut Command, log: &Path) -> Result<Self> {
+        Self::start_with(name, command, log, Stdio::null())
+    }
+
+    /// As [`start`](Self::start), and it takes orders, a line each, on its standard input.
+    ///
+    /// # Errors
+    /// The log can't be written, or the program can't be started.
+    pub fn start_steered(name: impl Into<String>, command: &mut Command, log: &Path) -> Result<Self> {
+        Self::start_with(name, command, log, Stdio::piped())
+    }
+
+    fn start_with(name: impl Into<String>, command: &mut Command, log: &Path, input: Stdio) -> Result<Self> {
         let name = name.into();
         let out = File::options()
             .create(true)
@@ -44,8 +58,8 @@ impl Process {
             .open(log)
             .with_context(|| format!("opening {}", log.display()))?;
         let err = out.try_clone().context("duplicating the log's handle")?;
-        let child = command
-            .stdin(Stdio::null())
+        let mut child = command
+            .stdin(input)
             .stdout(out)
             .stderr(err)
             .process_group(0) // a Ctrl-C at the terminal is for us; we pass it on in order
@@ -55,6 +69,7 @@ impl Process {
         guard::add_process(pid);
         Ok(Self {
             name,
+            orders: child.stdin.take(),
             child,
             pid,
             log: log.to_owned(),
@@ -97,6 +112,19 @@ impl Process {
             // It may have ended since; then there is nobody to tell.
             let _ = kill_process(self.pid, signal);
         }
+    }
+
+    /// Gives it an order: one line.
+    ///
+    /// # Errors
+    /// It takes none, or has ended.
+    pub fn order(&mut self, order: &str) -> Result<()> {
+        let name = &self.name;
+        let orders = self
+            .orders
+            .as_mut()
+            .with_context(|| format!("{name} takes no orders"))?;
+        writeln!(orders, "{order}").with_context(|| format!("ordering {name} to {order}"))
     }
 
     /// Asks it to end (`signal`), waits up to `grace`, then kills it. Returns how it ended.
