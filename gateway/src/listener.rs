@@ -1,4 +1,4 @@
-//! The door for devices: accepts connections, bounded, and hands each to [`connection`](crate::connection).
+//! The door for devices: accepts connections, bounded, and hands each to [`connection`].
 //!
 //! Start with [`Listener::run`]. While [`Bounds::handshakes`] connections have not yet shown a complete head, nothing is
 //! accepted: newcomers wait in the kernel's backlog, which costs nothing, and live sessions keep the machine. An accept
