@@ -37,6 +37,13 @@ pub async fn build(names: &[&str]) -> Result<()> {
         let manifest = Path::new(&manifest);
         build.current_dir(manifest.parent().unwrap_or(manifest));
     }
+    // What `cargo run` tells us about this package is no business of the others: build scripts that look at it would run anew, and with them
+    // most of the workspace would be compiled at every start.
+    for (name, _) in env::vars_os() {
+        if name.to_str().is_some_and(is_of_one_package) {
+            build.env_remove(name);
+        }
+    }
     let status = build
         .stdin(Stdio::null())
         .kill_on_drop(true)
@@ -45,6 +52,19 @@ pub async fn build(names: &[&str]) -> Result<()> {
         .context("starting cargo")?;
     ensure!(status.success(), "cargo could not build {}", names.join(" and "));
     Ok(())
+}
+
+/// A variable that cargo sets for the one package that it runs.
+fn is_of_one_package(name: &str) -> bool {
+    [
+        "CARGO_PKG_",
+        "CARGO_MANIFEST_",
+        "CARGO_BIN_",
+        "CARGO_CRATE_",
+        "CARGO_PRIMARY_",
+    ]
+    .iter()
+    .any(|prefix| name.starts_with(prefix))
 }
 
 /// A program beside this one.
