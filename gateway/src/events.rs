@@ -20,6 +20,8 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 use tokio::sync::watch;
 
+use crate::cohorts::Cohort;
+
 /// Notices kept. The oldest goes when a new one comes (`seawall_dropped_total{buffer="events"}` counts what a reader missed).
 pub const NOTICES_MAX: usize = 8_192;
 /// Messages kept.
@@ -52,7 +54,9 @@ pub enum Body {
         device: DeviceId,
         state: &'static str,
         reason: &'static str,
-        cohort: Arc<str>,
+        /// Written as its name: formatted for readers, not once for each device that comes or goes.
+        #[serde(serialize_with = "cohort_name")]
+        cohort: Arc<Cohort>,
     },
     /// A rule was created, changed or deleted, or a revision came from another node.
     Rules {
@@ -244,6 +248,10 @@ impl Rings {
 pub fn format_time(at: WallTime) -> String {
     let time = std::time::UNIX_EPOCH + Duration::from_millis(at.as_unix_ms());
     humantime::format_rfc3339_millis(time).to_string()
+}
+
+fn cohort_name<S: serde::Serializer>(cohort: &Cohort, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&cohort.name())
 }
 
 fn rfc3339<S: serde::Serializer>(at: &WallTime, serializer: S) -> Result<S::Ok, S::Error> {

@@ -109,9 +109,9 @@ pub const MESSAGE_IN_OUTCOMES: [&str; 4] = ["accepted", "buffer_full", "bad_fram
 /// Label `outcome` of `seawall_messages_total` for messages to devices.
 pub const MESSAGE_OUT_OUTCOMES: [&str; 4] = ["acked", "sent", "device_offline", "mailbox_full"];
 /// Label `operation` of `seawall_database_errors_total`.
-pub const DATABASE_OPERATIONS: [&str; 4] = ["rules", "devices", "tokens", "other"];
+pub const DATABASE_OPERATIONS: [&str; 1] = ["rules"];
 /// Label `buffer` of `seawall_dropped_total`.
-pub const BUFFERS: [&str; 3] = ["events", "history", "slots"];
+pub const BUFFERS: [&str; 1] = ["events"];
 
 impl Metrics {
     /// All series at zero, so that rates exist from the first scrape on.

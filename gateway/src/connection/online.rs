@@ -83,7 +83,7 @@ fn presence(session: &Session, state: &'static str, reason: &'static str) -> Bod
         device: session.info.device,
         state,
         reason,
-        cohort: session.info.cohort.name().into(),
+        cohort: Arc::clone(&session.info.cohort),
     }
 }
 
