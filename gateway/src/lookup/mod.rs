@@ -244,7 +244,7 @@ impl Gate {
     pub fn set_limit_cut(&self, is_cut: bool) {
         let now = self.0.clock.now();
         let mut core = self.0.lock();
-        core.admission.set_limit_cut(is_cut);
+        core.admission.set_limit_cut(is_cut, now);
         self.0.publish(&core, now);
     }
 

@@ -8,6 +8,8 @@ use crate::time::Instant;
 
 /// Outcomes of statements are judged over this span.
 const WINDOW: Duration = Duration::from_secs(1);
+/// The last so many count however old they are: one failure after an answer is no outage.
+const OUTCOMES_MIN: usize = 2;
 /// Outcomes kept; older ones go. Two statements under way at a time can hardly reach it.
 const OUTCOMES_MAX: usize = 4_096;
 /// Time between two probes that fail. One that succeeds is followed by the next at once.
@@ -84,11 +86,10 @@ impl Breaker {
         }
         self.outcomes.push_back((now, is_answered));
         self.failures += usize::from(!is_answered);
-        while self
-            .outcomes
-            .front()
-            .is_some_and(|(at, _)| *at + WINDOW < now || self.outcomes.len() > OUTCOMES_MAX)
-        {
+        while self.outcomes.front().is_some_and(|(at, _)| {
+            let is_old = *at + WINDOW < now && self.outcomes.len() > OUTCOMES_MIN;
+            is_old || self.outcomes.len() > OUTCOMES_MAX
+        }) {
             let oldest = self.outcomes.pop_front();
             self.failures -= usize::from(oldest.is_some_and(|(_, was_answered)| !was_answered));
         }
@@ -118,11 +119,11 @@ impl Breaker {
         }
     }
 
-    /// A probe was answered, or not.
-    pub fn handle_probed(&mut self, is_answered: bool, now: Instant) {
+    /// A probe was answered, or not. True if that closed the breaker.
+    pub fn handle_probed(&mut self, is_answered: bool, now: Instant) -> bool {
         self.is_probing = false;
         match self.state {
-            BreakerState::Closed | BreakerState::Absent => {}
+            BreakerState::Closed | BreakerState::Absent => return false,
             BreakerState::Open | BreakerState::HalfOpen if is_answered => {
                 self.probes_answered += 1;
                 self.next_probe = now;
@@ -137,6 +138,7 @@ impl Breaker {
                 self.state = BreakerState::Open;
             }
         }
+        self.is_closed()
     }
 
     /// Whether a probe is due; it counts as sent.
@@ -203,7 +205,24 @@ mod tests {
 
         let opened_after = (0..200).position(|n| breaker.handle_outcome(false, at(2_000 + n)));
 
-        assert_eq!(opened_after, Some(0), "the answers are older than a second");
+        assert_eq!(
+            opened_after,
+            Some(1),
+            "but for the last, the answers are older than a second"
+        );
+    }
+
+    #[test]
+    fn single_failure_after_an_answer_is_no_outage_however_rare_statements_are() {
+        let mut breaker = Breaker::new(at(0));
+
+        for minute in 0..10 {
+            let now = at(minute * 60_000);
+            assert!(!breaker.handle_outcome(true, now));
+            assert!(!breaker.handle_outcome(false, now + Duration::from_secs(30)));
+        }
+
+        assert!(breaker.handle_outcome(false, at(600_000)), "the second in a row");
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The words of admission: what it is asked, what it says, and what the caller owes.
 
-use super::{BreakerState, Ticket};
+use std::time::Duration;
+
+use super::{BreakerState, LimitReason, Ticket};
 use crate::{
     id::DeviceId,
     refusal::{Code, Hint, Refusal},
@@ -113,8 +115,20 @@ pub enum BatchOutcome {
 /// Figures for people and metrics.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdmissionState {
-    /// Keys that may be in flight. Where the limit was cut, it falls as what was sent before is answered.
+    /// Keys that may be in flight. Where the limit has shrunk, it falls as what was sent before is answered.
     pub limit: u32,
+    /// The most that the limit may come to.
+    pub limit_ceiling: u32,
+    /// Why the limit is what it is.
+    pub limit_reason: LimitReason,
+    /// The ceiling holds throughput back: for 10 s and more devices have waited, and more in flight would have given more answers.
+    pub is_ceiling_too_low: bool,
+    /// How much of one percent more in flight came out as answers, lately: 1 below the database's knee, 0 at it.
+    pub elasticity: f64,
+    /// Keys answered a second when devices last waited for a second on end; 0 where they never did.
+    pub rate: f64,
+    /// Nine of ten statements took no longer in the last second that had some, to the accuracy of a fifth; 0 where there were none yet.
+    pub took_p90: Duration,
     /// Keys sent and not answered.
     pub in_flight: u32,
     /// Devices waiting for an answer.
@@ -123,6 +137,8 @@ pub struct AdmissionState {
     pub k_ref: f64,
     /// The best rate measured in the last minutes, in keys a second; 0 where none was.
     pub k_peak: f64,
+    /// The best rate known from before, in keys a second; 0 where none is.
+    pub k_last_known_good: f64,
     pub breaker: BreakerState,
     /// Devices whose slot is remembered.
     pub slots: usize,

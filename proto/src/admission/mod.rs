@@ -22,13 +22,13 @@ mod throttle;
 pub use breaker::BreakerState;
 pub use config::{AdmissionConfig, Figure, InvalidAdmission};
 pub use decision::{Action, AdmissionState, Arrival, BatchOutcome, Cause, Decision, Refused};
-pub use limit::{Limit, Window};
+pub use limit::LimitReason;
 pub use queue::{Batch, BatchId, Ticket};
 
 use self::{
     breaker::Breaker,
     ceiling::Ceiling,
-    limit::{Meter, Reference},
+    limit::{Limit, Meter, Reference},
     queue::{Class, Ended, Late, Queue, Waiter},
     throttle::Throttle,
 };
@@ -92,7 +92,7 @@ impl Admission {
         Self {
             slots: Slots::new(&config, keys),
             queue: Queue::default(),
-            limit: Limit::fixed(config.keys_in_flight_max),
+            limit: Limit::new(config.keys_in_flight_max, config.batch_keys_max, now),
             meter: Meter::default(),
             reference: Reference::new(config.lookups_per_second_max, now),
             ceiling: Ceiling::new(config.lookups_per_second_max, now),
@@ -206,9 +206,10 @@ impl Admission {
         let share = to_usize(self.limit.keys()).div_ceil(BATCHES_IN_FLIGHT_MAX);
         let keys_max = to_usize(self.config.batch_keys_max).min(share).min(free);
         let ceiling = &mut self.ceiling;
-        let batch = self.queue.next_batch(keys_max, || ceiling.take(now));
-        self.meter.handle_sent(to_u32(self.queue.in_flight()));
-        batch
+        let batch = self.queue.next_batch(keys_max, || ceiling.take(now))?;
+        self.limit
+            .handle_sent(batch.id, batch.keys.len(), self.queue.in_flight(), now);
+        Some(batch)
     }
 
     /// Keys that may be sent now, the ceiling apart.
@@ -229,7 +230,12 @@ impl Admission {
         };
         let keys = match ended {
             Ended::Unknown => return,
-            Ended::Probe => return self.breaker.handle_probed(is_answered, now),
+            Ended::Probe => {
+                if self.breaker.handle_probed(is_answered, now) {
+                    self.limit.handle_recovered(now);
+                }
+                return;
+            }
             Ended::Answered { keys, waiters } => {
                 for (ticket, device) in waiters {
                     self.queue.finish(ticket);
@@ -254,17 +260,20 @@ impl Admission {
                 }
                 // Its halves will tell whether it was the database or a single key.
                 if !is_retried && self.breaker.handle_outcome(false, now) {
+                    self.limit.handle_outage(now);
                     self.refuse_all_waiting();
                 }
                 keys
             }
         };
-        let in_flight = to_u32(self.queue.in_flight());
-        if let Some(window) = self.meter.handle_ended(keys, is_answered, in_flight, now) {
-            if window.is_backlogged {
-                self.reference.handle_measured(window.rate(), now);
-            }
-            self.limit.handle_window(window);
+        let Some(took) = self.limit.handle_ended(id, is_answered, now) else {
+            return;
+        };
+        let answered = if is_answered { keys } else { 0 };
+        if let Some(window) = self.meter.handle_ended(answered, took, now)
+            && window.is_backlogged
+        {
+            self.reference.handle_measured(window.rate(), now);
         }
     }
 
@@ -325,13 +334,20 @@ impl Admission {
     }
 
     /// The plan guard found, or no longer finds, a look-up that reads a whole table: the limit is cut to 2.
-    pub const fn set_limit_cut(&mut self, is_cut: bool) {
-        self.limit.set_cut(is_cut);
+    pub fn set_limit_cut(&mut self, is_cut: bool, now: Instant) {
+        self.limit.set_cut(is_cut, now);
     }
 
     /// The best rate of an earlier life, in keys a second, to give slots out by until one is measured.
-    pub const fn set_last_known_good(&mut self, keys_per_second: f64) {
+    /// A figure that is no rate counts as none.
+    pub fn set_last_known_good(&mut self, keys_per_second: f64) {
         self.reference.set_last_known_good(keys_per_second);
+    }
+
+    /// To be called once a minute: the best rate measured lately becomes the last known good. The figure to keep for
+    /// [`set_last_known_good`](Self::set_last_known_good) in the next life, if there is news.
+    pub fn take_last_known_good(&mut self) -> Option<f64> {
+        self.reference.take_last_known_good()
     }
 
     /// Time has passed: devices whose deadline is over are refused.
@@ -387,6 +403,13 @@ impl Admission {
             queue: self.queue.len(),
             k_ref: self.reference.keys_per_second(now),
             k_peak: self.reference.peak(now),
+            k_last_known_good: self.reference.last_known_good(),
+            limit_ceiling: self.limit.ceiling(),
+            limit_reason: self.limit.reason(),
+            is_ceiling_too_low: self.queue.has_unsent() && self.limit.is_ceiling_too_low(now),
+            elasticity: self.limit.elasticity(),
+            rate: self.meter.rate(),
+            took_p90: self.meter.took_p90(),
             breaker: self.breaker.state(),
             slots: self.slots.remembered(),
             slots_stateless: self.slots.stateless(),

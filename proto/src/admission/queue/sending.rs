@@ -7,6 +7,13 @@ use crate::{id::DeviceId, slots::STRANGERS_SHARE, time::Instant};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BatchId(u64);
 
+#[cfg(test)]
+impl BatchId {
+    pub(in crate::admission) const fn numbered(number: u64) -> Self {
+        Self(number)
+    }
+}
+
 /// One statement to send.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {

@@ -111,7 +111,7 @@ proptest! {
                 Step::Wait { ms } => now += Duration::from_millis(ms.into()),
                 Step::Admit { device: n } => node.admission.handle_admitted(device(n.into()), "default"),
                 Step::Wrong { device: n } => node.admission.handle_wrong_credential(device(n.into()), now),
-                Step::Cut(is_cut) => node.admission.set_limit_cut(is_cut),
+                Step::Cut(is_cut) => node.admission.set_limit_cut(is_cut, now),
                 Step::Registry { is_there: true } => node.admission.handle_registry_present(now),
                 Step::Registry { is_there: false } => node.admission.handle_registry_absent(now),
             }

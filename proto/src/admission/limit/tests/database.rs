@@ -1,0 +1,199 @@
+//! A database that works on statements for as long as somebody sends them, in virtual time.
+
+use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
+
+use super::super::*;
+
+/// How a database slows down.
+#[derive(Clone, Copy, Debug)]
+pub enum Curve {
+    /// Keys are worked on side by side, so many at full speed; each more slows all down a little (overload-sim, limiter.rs).
+    Knee { keys: f64 },
+    /// A statement costs so many seconds, and so many more a key, on a connection of its own.
+    Statements { each: f64, key: f64 },
+    /// The same, on one connection for all.
+    OneReader { each: f64, key: f64 },
+}
+
+/// Time that a key takes below the knee, in seconds.
+const KEY_SECONDS: f64 = 0.008;
+/// By how much each key beyond the knee slows all of them down.
+const CONTENTION: f64 = 0.004;
+/// Statements of equal size differ by this part at most, either way.
+const NOISE: f64 = 0.3;
+/// The caller gives up on a statement after this time, in seconds.
+const TIMEOUT: f64 = 1.0;
+
+/// Who says how many keys may be in flight.
+pub enum Who {
+    Fixed(usize),
+    Found(Box<Limit>),
+}
+
+struct Statement {
+    id: BatchId,
+    keys: usize,
+    sent: f64,
+    /// Work left of each key, the longest first, as a mark on the common clock of work; or of the statement as a whole.
+    left: Vec<f64>,
+}
+
+pub struct Database {
+    curve: Curve,
+    /// So many times slower than it could be.
+    pub slowness: f64,
+    /// Keys that others have in flight.
+    pub others: f64,
+    /// Keys that come to be looked up a second; as many as the limit allows where this is `None`.
+    pub demand: Option<f64>,
+    pub who: Who,
+    waiting: f64,
+    running: Vec<Statement>,
+    worked: f64,
+    seconds: f64,
+    counter: u64,
+    rng: SmallRng,
+    pub in_flight_max: usize,
+}
+
+impl Database {
+    pub fn new(curve: Curve, who: Who, seed: u64) -> Self {
+        Self {
+            curve,
+            slowness: 1.0,
+            others: 0.0,
+            demand: None,
+            who,
+            waiting: 0.0,
+            running: Vec::new(),
+            worked: 0.0,
+            seconds: 0.0,
+            counter: 0,
+            rng: SmallRng::seed_from_u64(seed),
+            in_flight_max: 0,
+        }
+    }
+
+    pub fn limit(&self) -> &Limit {
+        match &self.who {
+            Who::Found(limit) => limit,
+            Who::Fixed(_) => panic!("this one is fixed"),
+        }
+    }
+
+    /// Keys answered a second in the next `seconds`.
+    pub fn goodput(&mut self, seconds: f64) -> f64 {
+        let (begin, end) = (self.seconds, self.seconds + seconds);
+        let mut answered = 0;
+        while self.seconds < end {
+            self.send();
+            if let Some(statement) = self.work() {
+                let is_answered = self.seconds - statement.sent < TIMEOUT;
+                answered += if is_answered { statement.keys } else { 0 };
+                let now = self.now();
+                if let Who::Found(limit) = &mut self.who {
+                    limit.handle_ended(statement.id, is_answered, now);
+                }
+            }
+        }
+        answered as f64 / (self.seconds - begin)
+    }
+
+    pub fn now(&self) -> Instant {
+        Instant::ZERO + Duration::from_secs_f64(self.seconds)
+    }
+
+    fn in_flight(&self) -> usize {
+        self.running.iter().map(|statement| statement.keys).sum()
+    }
+
+    /// As admission does: two statements of half the limit each.
+    fn send(&mut self) {
+        while self.running.len() < BATCHES_IN_FLIGHT_MAX {
+            let limit = match &self.who {
+                Who::Fixed(keys) => *keys,
+                Who::Found(limit) => to_usize(limit.keys()),
+            };
+            let free = limit.saturating_sub(self.in_flight());
+            let mut keys = free.min(limit.div_ceil(2));
+            if self.demand.is_some() {
+                keys = keys.min(self.waiting as usize);
+            }
+            if keys == 0 {
+                return;
+            }
+            self.waiting -= keys as f64;
+            self.counter += 1;
+            let id = BatchId::numbered(self.counter);
+            let left = self.work_of(keys);
+            self.running.push(Statement {
+                id,
+                keys,
+                sent: self.seconds,
+                left,
+            });
+            let (in_flight, now) = (self.in_flight(), self.now());
+            self.in_flight_max = self.in_flight_max.max(in_flight);
+            if let Who::Found(limit) = &mut self.who {
+                limit.handle_sent(id, keys, in_flight, now);
+            }
+        }
+    }
+
+    fn work_of(&mut self, keys: usize) -> Vec<f64> {
+        match self.curve {
+            Curve::Knee { .. } => {
+                let worked = self.worked;
+                let mut left: Vec<f64> = (0..keys)
+                    .map(|_| worked + KEY_SECONDS * (0.5 - 0.5 * (1.0 - self.rng.random::<f64>()).ln()))
+                    .collect();
+                left.sort_by(|a, b| b.total_cmp(a));
+                left
+            }
+            Curve::Statements { each, key } | Curve::OneReader { each, key } => {
+                let noise = self.rng.random_range(1.0 - NOISE..1.0 + NOISE);
+                vec![(each + key * keys as f64) * noise]
+            }
+        }
+    }
+
+    /// Goes on to the next key or statement that is done; a statement, if that was its last.
+    fn work(&mut self) -> Option<Statement> {
+        if self.running.is_empty() {
+            self.pass(0.001);
+            return None;
+        }
+        let last = |statement: &Statement| statement.left.last().copied().unwrap_or(0.0);
+        let first = (0..self.running.len())
+            .min_by(|a, b| last(&self.running[*a]).total_cmp(&last(&self.running[*b])))
+            .unwrap_or(0);
+        match self.curve {
+            Curve::Knee { keys } => {
+                let busy: usize = self.running.iter().map(|statement| statement.left.len()).sum();
+                let busy = busy as f64 + self.others;
+                let speed = (keys / busy).min(1.0) / (1.0 + CONTENTION * (busy - keys).max(0.0)) / self.slowness;
+                let mark = self.running[first].left.pop()?;
+                self.pass((mark - self.worked).max(0.0) / speed);
+                self.worked = mark;
+                self.running[first].left.is_empty().then(|| self.running.remove(first))
+            }
+            Curve::Statements { .. } => {
+                let work = self.running[first].left[0];
+                self.pass(work * self.slowness);
+                for statement in &mut self.running {
+                    statement.left[0] -= work;
+                }
+                Some(self.running.remove(first))
+            }
+            Curve::OneReader { .. } => {
+                self.pass(self.running[0].left[0] * self.slowness);
+                Some(self.running.remove(0))
+            }
+        }
+    }
+
+    fn pass(&mut self, seconds: f64) {
+        self.seconds += seconds;
+        self.waiting += seconds * self.demand.unwrap_or(0.0);
+    }
+}

@@ -1,0 +1,218 @@
+use self::database::{Curve, Database, Who};
+use super::*;
+
+mod database;
+
+const CEILING: u32 = 512;
+const BATCH_KEYS_MAX: u32 = 256;
+/// Fixed limits that the one found must compare with.
+const FIXED: [usize; 14] = [4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512];
+
+fn found(ceiling: u32) -> Who {
+    Who::Found(Box::new(Limit::new(ceiling, BATCH_KEYS_MAX, Instant::ZERO)))
+}
+
+/// The best that any fixed limit up to `ceiling` gives, and which.
+fn best_fixed(curve: Curve, slowness: f64, ceiling: u32) -> (f64, usize) {
+    FIXED
+        .into_iter()
+        .filter(|keys| *keys <= to_usize(ceiling))
+        .map(|keys| {
+            let mut database = Database::new(curve, Who::Fixed(keys), 1);
+            database.slowness = slowness;
+            database.goodput(1.0);
+            (database.goodput(4.0), keys)
+        })
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .unwrap()
+}
+
+/// Goodput of the limit found while the database is healthy, four times slower, and healthy again, each as a part of the best
+/// fixed limit's; the median of three seeds.
+fn parts_of_the_best(curve: Curve, ceiling: u32) -> [f64; 3] {
+    let healthy = best_fixed(curve, 1.0, ceiling);
+    let slow = best_fixed(curve, 4.0, ceiling);
+    let mut parts = [const { Vec::new() }; 3];
+    for seed in 1..=3 {
+        let mut database = Database::new(curve, found(ceiling), seed);
+        for (phase, (slowness, best)) in [(1.0, healthy), (4.0, slow), (1.0, healthy)].into_iter().enumerate() {
+            database.slowness = slowness;
+            parts[phase].push(database.goodput(30.0) / best.0);
+        }
+        assert!(database.in_flight_max <= to_usize(ceiling));
+    }
+    parts.map(|mut seeds| {
+        seeds.sort_by(f64::total_cmp);
+        seeds[1]
+    })
+}
+
+fn assert_ninety_percent(curve: Curve, ceiling: u32) {
+    let parts = parts_of_the_best(curve, ceiling);
+    println!("{curve:?}, at most {ceiling}: {parts:.3?} of the best fixed limit");
+    assert!(parts.iter().all(|part| *part >= 0.9), "{curve:?}: {parts:.3?}");
+}
+
+#[test]
+fn nine_tenths_of_the_best_fixed_limit_at_any_knee_whether_healthy_slow_or_recovered() {
+    for keys in [8.0, 32.0, 128.0] {
+        assert_ninety_percent(Curve::Knee { keys }, CEILING);
+    }
+}
+
+#[test]
+fn same_for_databases_that_work_by_statements() {
+    // About what PostgreSQL and SQLite take on the same machine, and PostgreSQL far away.
+    for curve in [
+        Curve::Statements {
+            each: 200e-6,
+            key: 5e-6,
+        },
+        Curve::OneReader { each: 30e-6, key: 3e-6 },
+        Curve::Statements {
+            each: 20e-3,
+            key: 10e-6,
+        },
+    ] {
+        assert_ninety_percent(curve, CEILING);
+    }
+}
+
+#[test]
+fn ceiling_ten_times_too_high_costs_nothing() {
+    assert_ninety_percent(Curve::Knee { keys: 32.0 }, 5_120);
+}
+
+#[test]
+fn ceiling_far_below_the_knee_is_reached_used_and_told() {
+    let curve = Curve::Knee { keys: 128.0 };
+    let mut database = Database::new(curve, found(32), 1);
+
+    database.goodput(10.0);
+    let goodput = database.goodput(20.0);
+
+    assert!(goodput >= 0.9 * best_fixed(curve, 1.0, 32).0, "{goodput}");
+    assert!(database.limit().is_ceiling_too_low(database.now()));
+    assert_eq!(database.limit().reason(), LimitReason::Ceiling);
+    assert_eq!(database.in_flight_max, 32);
+}
+
+#[test]
+fn ceiling_that_is_not_what_holds_throughput_back_is_not_told() {
+    for curve in [
+        Curve::Knee { keys: 8.0 },
+        Curve::OneReader {
+            each: 30e-6,
+            key: 30e-6,
+        },
+    ] {
+        let mut database = Database::new(curve, found(256), 1);
+
+        database.goodput(30.0);
+
+        assert!(!database.limit().is_ceiling_too_low(database.now()));
+    }
+}
+
+#[test]
+fn others_who_come_and_go_on_the_same_database_do_not_drive_the_limit_away() {
+    let curve = Curve::Knee { keys: 64.0 };
+    let mut database = Database::new(curve, found(CEILING), 1);
+    let mut fixed = Database::new(curve, Who::Fixed(64), 1);
+    let (mut goodput, mut best) = (0.0, 0.0);
+    for second in 0..60 {
+        let others = if second % 7 < 3 { 64.0 } else { 0.0 };
+        (database.others, fixed.others) = (others, others);
+        goodput += database.goodput(1.0);
+        best += fixed.goodput(1.0);
+    }
+
+    assert!(goodput >= 0.9 * best, "{goodput} of {best}");
+}
+
+#[test]
+fn load_below_the_limit_holds_it_and_the_next_storm_moves_it_again() {
+    let mut database = Database::new(Curve::Knee { keys: 128.0 }, found(CEILING), 1);
+    database.demand = Some(500.0);
+    database.goodput(60.0);
+    assert_eq!(database.limit().reason(), LimitReason::AppLimited);
+    let held = database.limit().keys();
+    assert!((50..=75).contains(&held), "{held}");
+
+    database.demand = None;
+    database.goodput(10.0);
+
+    assert!(database.limit().keys() > 100, "{}", database.limit().keys());
+}
+
+#[test]
+fn statements_that_take_too_long_shrink_the_limit_though_throughput_would_grow() {
+    // Each takes 600 ms, however many keys it has.
+    let mut database = Database::new(Curve::Statements { each: 0.6, key: 1e-6 }, found(CEILING), 1);
+
+    database.goodput(60.0);
+
+    assert_eq!(database.limit().reason(), LimitReason::Latency);
+    assert!(database.limit().keys() <= 8, "{}", database.limit().keys());
+}
+
+#[test]
+fn after_an_outage_the_limit_starts_from_a_quarter_and_finds_its_way_back() {
+    let mut database = Database::new(Curve::Knee { keys: 128.0 }, found(CEILING), 1);
+    database.goodput(30.0);
+    let before = database.limit().keys();
+    let now = database.now();
+    let Who::Found(limit) = &mut database.who else {
+        unreachable!("it was made so");
+    };
+
+    limit.handle_outage(now);
+    limit.handle_outage(now);
+    let after = limit.keys();
+    limit.handle_recovered(now);
+    database.goodput(5.0);
+
+    assert!((before / 6..=before / 3).contains(&after), "{before}, then {after}");
+    assert!(database.limit().keys() > 100, "{}", database.limit().keys());
+}
+
+#[test]
+fn failures_among_the_answers_shrink_the_limit() {
+    let mut limit = Limit::new(CEILING, BATCH_KEYS_MAX, Instant::ZERO);
+    let before = limit.keys();
+    let mut now = Instant::ZERO;
+    for number in 1..=200 {
+        let limit_keys = to_usize(limit.keys());
+        let id = BatchId::numbered(number);
+        limit.handle_sent(id, limit_keys.div_ceil(2), limit_keys, now);
+        now += Duration::from_millis(20);
+        limit.handle_ended(id, !number.is_multiple_of(10), now);
+    }
+
+    assert_eq!(limit.reason(), LimitReason::Errors);
+    assert!(limit.keys() < before / 2, "{before}, then {}", limit.keys());
+}
+
+#[test]
+fn plan_alarm_cuts_the_limit_to_two_and_gives_it_back() {
+    let mut limit = Limit::new(CEILING, BATCH_KEYS_MAX, Instant::ZERO);
+    let before = limit.keys();
+
+    limit.set_cut(true, Instant::ZERO);
+
+    assert_eq!((limit.keys(), limit.reason()), (2, LimitReason::PlanCut));
+    limit.set_cut(false, Instant::ZERO);
+    assert!(limit.keys() >= before * 3 / 4);
+}
+
+#[test]
+fn limit_that_can_hardly_move_stays_within_its_ceiling() {
+    for ceiling in 1..=6 {
+        let mut database = Database::new(Curve::Knee { keys: 32.0 }, found(ceiling), 1);
+
+        database.goodput(20.0);
+
+        assert!(database.in_flight_max <= to_usize(ceiling), "{ceiling}");
+        assert!(database.limit().keys() >= 1);
+    }
+}
