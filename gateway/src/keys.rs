@@ -1,13 +1,15 @@
-//! The keys that this node signs with, in `keys.json` of the data directory: made at the first start, readable by the owner only.
+//! The secrets that this node's keys are made from, in `keys.json` of the data directory: made at the first start, readable by the
+//! owner only.
 //!
-//! Nodes that share the file accept each other's slot tokens. To change a key, put a new one with another id before the old
-//! one and restart: tokens of the old one stay good for as long as it is in the file.
+//! Nodes that share the file accept each other's slot and resume tokens. Each purpose has keys of its own, derived from the same
+//! secrets; those of resume tokens change every week by themselves. To change a secret, put a new one with another id before the
+//! old one and restart: tokens of the old one stay good for as long as it is in the file.
 
 use std::{fmt, fs, io, path::Path};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use rand::{TryRngCore, rngs::OsRng};
-use seawall_proto::slots::SlotKeys;
+use seawall_proto::{resume::ResumeKeys, slots::SlotKeys};
 use serde::{Deserialize, Serialize};
 
 use crate::data_dir::write_atomically;
@@ -20,7 +22,7 @@ const KEYS_MAX: usize = 4;
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct KeyFile {
-    /// Newest first.
+    /// Newest first. Named after their first purpose.
     slots: Vec<Key>,
 }
 
@@ -31,6 +33,13 @@ struct Key {
     id: u8,
     /// 32 bytes as base64url.
     secret: String,
+}
+
+/// The keys of this node.
+#[derive(Debug)]
+pub struct Keys {
+    pub slots: SlotKeys,
+    pub resume: ResumeKeys,
 }
 
 /// The keys can't be read or made.
@@ -45,7 +54,7 @@ pub struct KeysError {
 ///
 /// # Errors
 /// The file can't be read or made, or isn't a list of one to four keys with ids of their own.
-pub fn open(data_dir: &Path) -> Result<SlotKeys, KeysError> {
+pub fn open(data_dir: &Path) -> Result<Keys, KeysError> {
     let path = data_dir.join(FILE);
     let keys = match fs::read(&path) {
         Ok(bytes) => parse(&bytes),
@@ -58,7 +67,21 @@ pub fn open(data_dir: &Path) -> Result<SlotKeys, KeysError> {
     })
 }
 
-fn make(path: &Path) -> io::Result<SlotKeys> {
+impl Keys {
+    fn of((id, secret): (u8, [u8; 32]), older: &[(u8, [u8; 32])]) -> Self {
+        let newest = Self {
+            slots: SlotKeys::new(id, secret),
+            resume: ResumeKeys::new(id, secret),
+        };
+        // The one given first is the first to be forgotten.
+        older.iter().rev().fold(newest, |keys, (id, secret)| Self {
+            slots: keys.slots.with_older(*id, *secret),
+            resume: keys.resume.with_older(*id, *secret),
+        })
+    }
+}
+
+fn make(path: &Path) -> io::Result<Keys> {
     let mut secret = [0; 32];
     OsRng.try_fill_bytes(&mut secret).map_err(io::Error::other)?;
     let file = KeyFile {
@@ -70,10 +93,10 @@ fn make(path: &Path) -> io::Result<SlotKeys> {
     let mut text = serde_json::to_vec(&file).map_err(io::Error::other)?;
     text.push(b'\n');
     write_atomically(path, &text, 0o600)?;
-    Ok(SlotKeys::new(1, secret))
+    Ok(Keys::of((1, secret), &[]))
 }
 
-fn parse(bytes: &[u8]) -> io::Result<SlotKeys> {
+fn parse(bytes: &[u8]) -> io::Result<Keys> {
     let file: KeyFile = serde_json::from_slice(bytes).map_err(damaged)?;
     let mut keys = Vec::with_capacity(file.slots.len());
     for key in &file.slots {
@@ -85,22 +108,14 @@ fn parse(bytes: &[u8]) -> io::Result<SlotKeys> {
         keys.push((key.id, secret));
     }
     match keys.as_slice() {
-        [(id, secret), older @ ..] if older.len() < KEYS_MAX => {
-            // The one given first is the first to be forgotten.
-            Ok(older
-                .iter()
-                .rev()
-                .fold(SlotKeys::new(*id, *secret), |keys, (id, secret)| {
-                    keys.with_older(*id, *secret)
-                }))
-        }
+        [(id, secret), older @ ..] if older.len() < KEYS_MAX => Ok(Keys::of((*id, *secret), older)),
         _ => Err(damaged("there are one to four keys")),
     }
 }
 
 fn damaged(problem: impl fmt::Display) -> io::Error {
     io::Error::other(format!(
-        "{problem}; restore the file, or delete it: devices then lose the slots they hold, nothing else"
+        "{problem}; restore the file, or delete it: devices then lose the slots they hold, and are looked up when they come back"
     ))
 }
 

@@ -140,7 +140,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     let started = clock.wall();
     let gate = Gate::start(
         config.admission.clone(),
-        keys,
+        keys.slots,
         &store,
         clock,
         Arc::clone(&metrics),
@@ -154,6 +154,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         started,
         store,
         gate,
+        resume_keys: keys.resume,
         rules: Rules::open(data_dir.path()),
         sessions: Sessions::new(started),
         cohorts: Cohorts::new(),

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use seawall_proto::{session::SessionLimits, time::WallTime};
+use seawall_proto::{resume::ResumeKeys, session::SessionLimits, time::WallTime};
 use serde::Serialize;
 
 use crate::{
@@ -30,6 +30,7 @@ pub struct State {
     pub node: String,
     pub store: Store,
     pub gate: Gate,
+    pub resume_keys: ResumeKeys,
     pub rules: Rules,
     pub sessions: Sessions,
     pub cohorts: Cohorts,

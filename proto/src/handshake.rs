@@ -3,7 +3,8 @@
 //! Each step takes the state before it and gives the state behind it, so that none can be left out or done twice:
 //!
 //! ```text
-//! Hello ──screen──▶ Screened ──(resume token, throttles, admission, look-up)──▶ conclude ──▶ Admitted
+//! Hello ──screen──▶ Screened ──resume──▶ Unproven ──(throttles, admission, look-up)──▶ conclude ──▶ Admitted
+//!                                  └────────────────── a token that counts ───────────────────────▶ Admitted
 //! ```
 //!
 //! What stands in brackets belongs to admission and to the registry; a device that does not
@@ -13,9 +14,10 @@ use rand::Rng;
 
 use crate::{
     hello::Hello,
-    id::{DeviceId, Label, SecretHash},
+    id::{DeviceId, Label, SecretHash, SessionId},
     record::{DeviceRecord, DeviceState},
     refusal::{Peers, Refusal},
+    resume::{Generation, Grant, Judge, Unusable},
     rules::{Rule, RuleSet, Subject},
     time::WallTime,
 };
@@ -29,9 +31,16 @@ pub struct Policy<'a> {
     pub wall: WallTime,
 }
 
-/// A device that may be looked up: no rule refuses what it says of itself, and it has shown a credential.
+/// A device that may go on: no rule refuses what it says of itself, and it has shown a credential.
 #[derive(Debug)]
 pub struct Screened {
+    hello: Hello,
+    credential: SecretHash,
+}
+
+/// A device that may be looked up: it has shown no resume token that counts.
+#[derive(Debug)]
+pub struct Unproven {
     hello: Hello,
     credential: SecretHash,
 }
@@ -40,10 +49,88 @@ pub struct Screened {
 #[derive(Debug)]
 pub struct Admitted {
     pub hello: Hello,
-    /// The registry's, whatever the device claimed.
-    pub tenant: Label,
     /// The device's own word, else the registry's.
     pub model: Option<Label>,
+    /// What the registry says of it, for its resume tokens.
+    pub grant: Grant,
+    /// The session whose resume token let it in; `None`: it was looked up.
+    pub resumed: Option<SessionId>,
+}
+
+impl Admitted {
+    /// The registry's, whatever the device claimed.
+    #[must_use]
+    pub const fn tenant(&self) -> &Label {
+        &self.grant.tenant
+    }
+}
+
+/// What a device's resume token came to.
+#[derive(Debug)]
+pub struct Resumption {
+    /// `None` where it showed none.
+    pub outcome: Option<ResumeOutcome>,
+    pub next: Next,
+}
+
+/// What is next for a device whose resume token was weighed.
+#[derive(Debug)]
+pub enum Next {
+    /// Its token counts: nothing is looked up.
+    Session(Box<Admitted>),
+    LookUp(Unproven),
+    /// A rule refuses it by what its token says of it.
+    Refused(Refusal),
+}
+
+/// What became of a resume token that was shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResumeOutcome {
+    /// It counted.
+    Resumed,
+    /// It counted although its life was over, since the database is away.
+    Graced,
+    /// It counted, and a rule by registry data refused its device.
+    Blocked,
+    /// Not ours, another device's, another credential's, damaged, or from the future. Ignored.
+    Invalid,
+    /// Ignored.
+    Expired,
+    /// The device was changed in the registry since. Ignored.
+    Revoked,
+}
+
+impl ResumeOutcome {
+    pub const ALL: [Self; 6] = [
+        Self::Resumed,
+        Self::Graced,
+        Self::Blocked,
+        Self::Invalid,
+        Self::Expired,
+        Self::Revoked,
+    ];
+
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Resumed => "resumed",
+            Self::Graced => "graced",
+            Self::Blocked => "blocked",
+            Self::Invalid => "invalid",
+            Self::Expired => "expired",
+            Self::Revoked => "revoked",
+        }
+    }
+}
+
+impl From<Unusable> for ResumeOutcome {
+    fn from(unusable: Unusable) -> Self {
+        match unusable {
+            Unusable::Invalid => Self::Invalid,
+            Unusable::Expired => Self::Expired,
+            Unusable::Revoked => Self::Revoked,
+        }
+    }
 }
 
 /// Draining, then rules on what the device says of itself, then whether it shows a credential at all. No query, no token.
@@ -69,7 +156,51 @@ pub fn screen(hello: Hello, policy: &Policy<'_>, rng: &mut impl Rng) -> Result<S
     }
 }
 
-impl Screened {
+/// Whether the device shows a resume token that counts; then the rules by what the registry said of it. No query. A token that
+/// does not count is ignored.
+pub fn resume(
+    screened: Screened,
+    judge: &Judge<'_>,
+    rules: &RuleSet,
+    wall: WallTime,
+    rng: &mut impl Rng,
+) -> Resumption {
+    let Screened { hello, credential } = screened;
+    let weighed = hello
+        .resume
+        .as_deref()
+        .map(|token| judge.weigh(hello.device, &credential, token, wall));
+    let counted = match weighed {
+        Some(Ok(counted)) => counted,
+        Some(Err(unusable)) => {
+            return Resumption {
+                outcome: Some(unusable.into()),
+                next: Next::LookUp(Unproven { hello, credential }),
+            };
+        }
+        None => {
+            return Resumption {
+                outcome: None,
+                next: Next::LookUp(Unproven { hello, credential }),
+            };
+        }
+    };
+    let outcome = if counted.is_graced {
+        ResumeOutcome::Graced
+    } else {
+        ResumeOutcome::Resumed
+    };
+    let (outcome, next) = match judged_by_registry_data(hello, counted.grant, Some(counted.session), rules, wall, rng) {
+        Ok(admitted) => (outcome, Next::Session(Box::new(admitted))),
+        Err(refusal) => (ResumeOutcome::Blocked, Next::Refused(refusal)),
+    };
+    Resumption {
+        outcome: Some(outcome),
+        next,
+    }
+}
+
+impl Unproven {
     /// What the device says of itself.
     #[must_use]
     pub const fn hello(&self) -> &Hello {
@@ -86,18 +217,19 @@ impl Screened {
 /// Whether the credential is right, then whether the device is disabled, then rules by the registry's data.
 ///
 /// `record` is the answer of the look-up; `None` where the device is not registered. Unknown, wrong and revoked are one
-/// answer, so that nobody learns which ids exist.
+/// answer, so that nobody learns which ids exist. `as_of`: what was known of revocations before the look-up was sent.
 ///
 /// # Errors
 /// `unauthorized`, `device_disabled` or `firmware_blocked`.
 pub fn conclude(
-    screened: Screened,
+    unproven: Unproven,
     record: Option<&DeviceRecord>,
+    as_of: Generation,
     rules: &RuleSet,
     wall: WallTime,
     rng: &mut impl Rng,
 ) -> Result<Admitted, Refusal> {
-    let Screened { hello, credential } = screened;
+    let Unproven { hello, credential } = unproven;
     let Some(record) = record.filter(|record| record.accepts(&credential, wall)) else {
         return Err(Refusal::unauthorized(rng));
     };
@@ -106,19 +238,40 @@ pub fn conclude(
         DeviceState::Disabled => return Err(Refusal::device_disabled(rng)),
         DeviceState::Revoked => return Err(Refusal::unauthorized(rng)),
     }
-    let model = hello.model.clone().or_else(|| record.model.clone());
+    let grant = Grant {
+        device: hello.device,
+        credential,
+        tenant: record.tenant.clone(),
+        model: record.model.clone(),
+        generation: as_of,
+        credential_until: record.ends(&credential),
+    };
+    judged_by_registry_data(hello, grant, None, rules, wall, rng)
+}
+
+/// Rules on tenant, and on model where the device names none.
+fn judged_by_registry_data(
+    hello: Hello,
+    grant: Grant,
+    resumed: Option<SessionId>,
+    rules: &RuleSet,
+    wall: WallTime,
+    rng: &mut impl Rng,
+) -> Result<Admitted, Refusal> {
+    let model = hello.model.clone().or_else(|| grant.model.clone());
     let known = Subject {
         firmware: hello.firmware.as_deref(),
         model: model.as_deref(),
-        tenant: Some(record.tenant.as_str()),
+        tenant: Some(grant.tenant.as_str()),
     };
     if let Some(rule) = rules.evaluate(&known, wall) {
         return Err(blocked(rule, rng));
     }
     Ok(Admitted {
         hello,
-        tenant: record.tenant.clone(),
         model,
+        grant,
+        resumed,
     })
 }
 
@@ -127,208 +280,4 @@ fn blocked(rule: &Rule, rng: &mut impl Rng) -> Refusal {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use rand::{SeedableRng, rngs::SmallRng};
-
-    use super::*;
-    use crate::{
-        hello::SessionKind,
-        id::RuleId,
-        refusal::Code,
-        rules::{Effect, Match, RuleSpec},
-    };
-
-    const WALL: WallTime = WallTime::from_unix_ms(1_000);
-
-    fn rng() -> SmallRng {
-        SmallRng::seed_from_u64(11)
-    }
-
-    fn label(text: &str) -> Label {
-        Label::parse(text).unwrap().unwrap()
-    }
-
-    fn hello(firmware: &str) -> Hello {
-        Hello {
-            device: "9b0c2e4a-11d2-7f00-8000-0000000000aa".parse().unwrap(),
-            credential: Some(SecretHash::of(b"right")),
-            firmware: Some(label(firmware)),
-            model: None,
-            tenant: None,
-            slot: None,
-            resume: None,
-            session_kind: SessionKind::Plain,
-            protocol: None,
-            websocket_key: [b'A'; 24],
-        }
-    }
-
-    fn record(state: DeviceState) -> DeviceRecord {
-        DeviceRecord {
-            id: hello("1").device,
-            tenant: label("acme"),
-            model: Some(label("cam")),
-            secret: SecretHash::of(b"right"),
-            previous_secret: None,
-            state,
-        }
-    }
-
-    fn rules(matches: Match) -> RuleSet {
-        let rule = Rule {
-            id: RuleId(uuid::Uuid::from_u128(1)),
-            spec: RuleSpec {
-                reason: "broken radio".into(),
-                retry_after: Duration::from_secs(900),
-                ..RuleSpec::new(matches, Effect::Block)
-            },
-            created_at: WALL,
-            revision: 1,
-        };
-        RuleSet::compile(1, vec![rule])
-    }
-
-    fn firmware(range: &str) -> Match {
-        Match {
-            firmware: Some(range.parse().unwrap()),
-            ..Match::default()
-        }
-    }
-
-    fn screen_by(hello: Hello, rules: &RuleSet, draining: Option<Peers>) -> Result<Screened, Code> {
-        let policy = Policy {
-            rules,
-            draining,
-            wall: WALL,
-        };
-        screen(hello, &policy, &mut rng()).map_err(|refusal| refusal.code)
-    }
-
-    fn conclude_by(hello: Hello, record: Option<&DeviceRecord>, rules: &RuleSet) -> Result<Admitted, Refusal> {
-        let screened = screen_by(hello, &RuleSet::empty(), None).unwrap();
-        conclude(screened, record, rules, WALL, &mut rng())
-    }
-
-    #[test]
-    fn draining_comes_before_rules_and_rules_before_the_credential() {
-        let blocking = rules(firmware(">=3"));
-        let anonymous = || Hello {
-            credential: None,
-            ..hello("3.8.0")
-        };
-
-        let draining = screen_by(anonymous(), &blocking, Some(Peers::None)).unwrap_err();
-        let blocked = screen_by(anonymous(), &blocking, None).unwrap_err();
-        let unauthorized = screen_by(anonymous(), &RuleSet::empty(), None).unwrap_err();
-
-        assert_eq!(draining, Code::Draining);
-        assert_eq!(blocked, Code::FirmwareBlocked);
-        assert_eq!(unauthorized, Code::Unauthorized);
-        assert!(screen_by(hello("2.0"), &blocking, None).is_ok());
-    }
-
-    #[test]
-    fn unknown_wrong_missing_and_revoked_are_one_answer() {
-        let wrong = Hello {
-            credential: Some(SecretHash::of(b"wrong")),
-            ..hello("1")
-        };
-        let missing = Hello {
-            credential: None,
-            ..hello("1")
-        };
-        let rules = RuleSet::empty();
-        let policy = Policy {
-            rules: &rules,
-            draining: None,
-            wall: WALL,
-        };
-
-        let answers = [
-            conclude_by(hello("1"), None, &rules).unwrap_err(),
-            conclude_by(wrong.clone(), Some(&record(DeviceState::Enabled)), &rules).unwrap_err(),
-            conclude_by(wrong, Some(&record(DeviceState::Disabled)), &rules).unwrap_err(),
-            conclude_by(hello("1"), Some(&record(DeviceState::Revoked)), &rules).unwrap_err(),
-            screen(missing, &policy, &mut rng()).unwrap_err(),
-        ];
-
-        assert_eq!(answers[0].code, Code::Unauthorized);
-        let bytes = answers.map(|refusal| {
-            let mut out = Vec::new();
-            refusal.write_response(&mut out);
-            out
-        });
-        assert!(bytes.windows(2).all(|pair| pair[0] == pair[1]));
-    }
-
-    #[test]
-    fn disabled_is_told_only_to_the_right_credential_and_before_rules() {
-        let blocking = rules(firmware(">=1"));
-
-        let refusal = conclude_by(hello("1"), Some(&record(DeviceState::Disabled)), &blocking).unwrap_err();
-
-        assert_eq!(refusal.code, Code::DeviceDisabled);
-    }
-
-    #[test]
-    fn registry_s_tenant_and_model_are_judged_after_the_look_up() {
-        let by_tenant = rules(Match {
-            tenant: Some(label("acme")),
-            ..Match::default()
-        });
-        let by_model = rules(Match {
-            model: Some(label("cam")),
-            ..Match::default()
-        });
-        let record = record(DeviceState::Enabled);
-        let other_model = Hello {
-            model: Some(label("tv")),
-            ..hello("1")
-        };
-
-        assert!(screen_by(hello("1"), &by_tenant, None).is_ok());
-        let code = |result: Result<Admitted, Refusal>| result.unwrap_err().code;
-        assert_eq!(
-            code(conclude_by(hello("1"), Some(&record), &by_tenant)),
-            Code::FirmwareBlocked
-        );
-        assert_eq!(
-            code(conclude_by(hello("1"), Some(&record), &by_model)),
-            Code::FirmwareBlocked
-        );
-        assert!(conclude_by(other_model, Some(&record), &by_model).is_ok());
-    }
-
-    #[test]
-    fn registry_s_tenant_counts_over_the_claim() {
-        let claiming = Hello {
-            tenant: Some(label("other")),
-            ..hello("1")
-        };
-
-        let admitted = conclude_by(claiming, Some(&record(DeviceState::Enabled)), &RuleSet::empty()).unwrap();
-
-        assert_eq!(admitted.tenant.as_str(), "acme");
-        assert_eq!(admitted.model.as_deref(), Some("cam"));
-    }
-
-    #[test]
-    fn blocked_device_is_told_the_rule_and_its_reason() {
-        let blocking = rules(firmware(">=3"));
-        let policy = Policy {
-            rules: &blocking,
-            draining: None,
-            wall: WALL,
-        };
-
-        let refusal = screen(hello("3.8.0-b3+x"), &policy, &mut rng());
-
-        let refusal = refusal.unwrap_err();
-        assert_eq!(refusal.detail, "broken radio");
-        assert_eq!(refusal.rule, Some(RuleId(uuid::Uuid::from_u128(1))));
-        let after_ms = refusal.hint.unwrap().after_ms();
-        assert!((900_000..=1_800_000).contains(&after_ms));
-    }
-}
+mod tests;

@@ -15,6 +15,7 @@ pub mod hello;
 pub mod id;
 pub mod record;
 pub mod refusal;
+pub mod resume;
 pub mod rules;
 pub mod session;
 pub mod slots;

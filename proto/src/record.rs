@@ -32,6 +32,13 @@ impl DeviceRecord {
         let is_previous = previous == *presented;
         is_current | (is_previous & (wall < valid_until))
     }
+
+    /// When a credential that [is accepted](Self::accepts) ends: that before the last rotation does.
+    #[must_use]
+    pub fn ends(&self, accepted: &SecretHash) -> Option<WallTime> {
+        let (_, valid_until) = self.previous_secret.filter(|_| self.secret != *accepted)?;
+        Some(valid_until)
+    }
 }
 
 /// Whether a device may connect.

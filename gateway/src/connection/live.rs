@@ -96,6 +96,7 @@ impl Live {
         let machine = session::Session::open(
             kind,
             online.session().id,
+            None,
             Arc::clone(&shared.session_limits),
             shared.clock.now(),
             shared.clock.wall(),
@@ -168,6 +169,7 @@ impl Live {
                     self.acknowledged(&id);
                     continue;
                 }
+                Action::RenewToken => continue,
                 Action::Close(close) => return Err(End::Closed(close)),
             }
             has_fed = true;

@@ -11,9 +11,10 @@ mod online;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use seawall_proto::{
-    handshake::{self, Admitted, Policy},
+    handshake::{self, Admitted, Next, Policy},
     hello::{self, Hello, Request, SessionKind},
     refusal::{Peers, Refusal},
+    resume::{Judge, Revoked},
 };
 use tokio::{net::TcpStream, time::timeout};
 
@@ -86,10 +87,7 @@ pub async fn serve(
         decision = decide(&shared, hello) => decision,
         // Dropping the decision takes the device out of the queue: it never reaches the database.
         () = peer_gone(&stream) => return attempt.count(Outcome::Abandoned),
-        () = door.closing.cancelled() => Concluded {
-            result: Err(leaving(&shared)),
-            took: None,
-        },
+        () = door.closing.cancelled() => concluded(Err(leaving(&shared))),
     };
     attempt.looked_up(decided.took);
     match decided.result {
@@ -176,19 +174,33 @@ async fn decide(shared: &Shared, hello: Hello) -> Concluded {
     };
     let screened = match screened {
         Ok(screened) => screened,
-        Err(refusal) => {
-            return Concluded {
-                result: Err(refusal),
-                took: None,
-            };
-        }
+        Err(refusal) => return concluded(Err(refusal)),
     };
-    let mut concluded = shared.gate.admit(screened, arrived, || shared.rules.current()).await;
+    let resumption = {
+        let judge = Judge {
+            keys: &shared.resume_keys,
+            revoked: &Revoked::unknown(),
+            is_stale: false,
+        };
+        let rules = shared.rules.current();
+        handshake::resume(screened, &judge, &rules, shared.clock.wall(), &mut rand::rng())
+    };
+    let unproven = match resumption.next {
+        Next::LookUp(unproven) => unproven,
+        Next::Session(admitted) => return concluded(Ok(*admitted)),
+        Next::Refused(refusal) => return concluded(Err(refusal)),
+    };
+    let mut concluded = shared.gate.admit(unproven, arrived, || shared.rules.current()).await;
     // A drain may have begun meanwhile.
     if let (Ok(_), Some(peers)) = (&concluded.result, shared.drain.peers()) {
         concluded.result = Err(Refusal::draining(peers, &mut rand::rng()));
     }
     concluded
+}
+
+/// Decided without a look-up.
+const fn concluded(result: Result<Admitted, Refusal>) -> Concluded {
+    Concluded { result, took: None }
 }
 
 /// Drain and evictor look at every session that is registered; one that registers behind their backs looks at them.
@@ -227,7 +239,7 @@ async fn upgrade(
         &shared,
         SessionInfo {
             device: hello.device,
-            tenant: admitted.tenant.as_str().into(),
+            tenant: admitted.tenant().as_str().into(),
             cohort: Arc::clone(&cohort),
             speaks_v1: kind == SessionKind::V1,
             peer: attempt.peer(),

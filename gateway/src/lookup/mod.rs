@@ -18,10 +18,11 @@ use seawall_proto::{
         Action, Admission, AdmissionConfig, AdmissionState, Arrival, BATCHES_IN_FLIGHT_MAX, Batch, BatchOutcome, Cause,
         Decision, Refused, Ticket,
     },
-    handshake::{self, Admitted, Screened},
+    handshake::{self, Admitted, Unproven},
     id::DeviceId,
     record::DeviceRecord,
     refusal::{Code, Hint, Refusal},
+    resume::Generation,
     rules::RuleSet,
     slots::SlotKeys,
     time::{Instant, WallTime},
@@ -50,7 +51,7 @@ pub enum LookUp {
     Refused(Refused),
 }
 
-/// What became of a screened device.
+/// What became of an unproven device.
 #[derive(Debug)]
 pub struct Concluded {
     pub result: Result<Admitted, Refusal>,
@@ -149,14 +150,14 @@ impl Gate {
         gate
     }
 
-    /// All that is between a screened device and its session: throttles, admission, look-up, credential, rules by registry
+    /// All that is between an unproven device and its session: throttles, admission, look-up, credential, rules by registry
     /// data. `rules` is asked after the look-up, so that a rule made meanwhile counts.
     ///
     /// # Cancel safety
     /// As for [`look_up`](Self::look_up).
-    pub async fn admit(&self, screened: Screened, arrived: Instant, rules: impl FnOnce() -> Arc<RuleSet>) -> Concluded {
-        let device = screened.device();
-        let answer = self.look_up(device, screened.hello().slot.as_deref(), arrived).await;
+    pub async fn admit(&self, unproven: Unproven, arrived: Instant, rules: impl FnOnce() -> Arc<RuleSet>) -> Concluded {
+        let device = unproven.device();
+        let answer = self.look_up(device, unproven.hello().slot.as_deref(), arrived).await;
         let found = match answer {
             LookUp::Found(found) => Some(found),
             LookUp::Absent => None,
@@ -168,9 +169,16 @@ impl Gate {
             }
         };
         let record = found.as_ref().map(|found| &*found.record);
-        let result = handshake::conclude(screened, record, &rules(), self.0.clock.wall(), &mut rand::rng());
+        let result = handshake::conclude(
+            unproven,
+            record,
+            Generation::default(),
+            &rules(),
+            self.0.clock.wall(),
+            &mut rand::rng(),
+        );
         match &result {
-            Ok(admitted) => self.handle_admitted(device, &admitted.tenant),
+            Ok(admitted) => self.handle_admitted(device, admitted.tenant()),
             Err(refusal) if refusal.code == Code::Unauthorized => self.handle_wrong_credential(device),
             Err(_) => {}
         }

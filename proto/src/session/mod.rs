@@ -16,6 +16,7 @@ use crate::{
     frame::{ErrorCode, ServerFrame},
     hello::SessionKind,
     id::SessionId,
+    resume::Minted,
     time::{Instant, WallTime},
 };
 use limit::{BadFrames, MessageRate};
@@ -73,6 +74,8 @@ pub enum Action {
     Complained(ErrorCode),
     /// The device has the gateway's message of this id: tell whoever waits for it.
     Acked(Box<str>),
+    /// The device's resume token is due for renewal: make another and call [`Session::handle_token`] with it.
+    RenewToken,
     /// Send a close frame with this code and reason, and end the session. Nothing follows.
     Close(Close),
 }
@@ -125,6 +128,8 @@ pub struct Session {
     limits: Arc<SessionLimits>,
     last_heard: Instant,
     next_ping: Instant,
+    /// [`Instant::FAR_FUTURE`] where there is nothing to renew.
+    renew_at: Instant,
     rate: MessageRate,
     /// Made at the first bad frame: most sessions have none.
     bad_frames: Option<Box<BadFrames>>,
@@ -132,12 +137,14 @@ pub struct Session {
 }
 
 impl Session {
-    /// A session that has just been upgraded. The welcome, where there is one, is its first action.
+    /// A session that has just been upgraded. The welcome, where there is one, is its first action, and carries `resume`. A plain
+    /// session has no frame for it.
     ///
     /// The first ping comes at a time drawn from the first heartbeat, so that sessions opened together don't ping together.
     pub fn open(
         kind: SessionKind,
         id: SessionId,
+        resume: Option<&Minted>,
         limits: Arc<SessionLimits>,
         now: Instant,
         wall: WallTime,
@@ -151,6 +158,7 @@ impl Session {
             limits,
             last_heard: now,
             next_ping,
+            renew_at: Instant::FAR_FUTURE,
             rate: MessageRate::new(now),
             bad_frames: None,
             actions: VecDeque::new(),
@@ -160,9 +168,10 @@ impl Session {
                 session: id.to_string().into(),
                 heartbeat_ms: millis(session.limits.heartbeat),
                 backoff_cap_ms: millis(session.limits.backoff_cap),
-                resume: None,
+                resume: resume.map(|minted| (&*minted.text).into()),
                 server_time: rfc3339(wall).into(),
             });
+            session.plan_renewal(resume, now);
         }
         session
     }
@@ -170,6 +179,26 @@ impl Session {
     /// A ping or a pong came in.
     pub fn handle_control(&mut self, now: Instant) {
         self.heard(now);
+    }
+
+    /// Another resume token for the device, asked for by [`Action::RenewToken`] or made before a close that
+    /// [wants one](Self::wants_token_before). Says nothing in a plain session.
+    pub fn handle_token(&mut self, minted: &Minted, now: Instant) {
+        match self.kind {
+            SessionKind::V1 if !self.is_closing => {
+                self.say(&ServerFrame::Resume {
+                    token: (&*minted.text).into(),
+                });
+                self.plan_renewal(Some(minted), now);
+            }
+            SessionKind::V1 | SessionKind::Plain => {}
+        }
+    }
+
+    /// Whether the device should get a fresh token before its session ends like this: it was asked to come back.
+    #[must_use]
+    pub const fn wants_token_before(&self, close: &Close) -> bool {
+        matches!(self.kind, SessionKind::V1) && !self.is_closing && matches!(close, Close::Restart { .. })
     }
 
     /// The message of this id is in the event buffer.
@@ -221,24 +250,30 @@ impl Session {
             return;
         }
         if now >= self.silent_until() {
-            self.handle_close(Close::heartbeat_missed(rng));
-        } else if now >= self.next_ping {
+            return self.handle_close(Close::heartbeat_missed(rng));
+        }
+        if now >= self.next_ping {
             self.actions.push_back(Action::Ping);
             self.next_ping += self.limits.heartbeat;
             if self.next_ping <= now {
                 self.next_ping = now + self.limits.heartbeat;
             }
         }
+        if now >= self.renew_at {
+            self.renew_at = Instant::FAR_FUTURE;
+            self.actions.push_back(Action::RenewToken);
+        }
     }
 
     /// When to call [`handle_timeout`](Self::handle_timeout). Frames only ever move it later, so that a timer need not be
-    /// set anew for each of them: let it fire, ask again, and set it to what this says then.
+    /// set anew for each of them: let it fire, ask again, and set it to what this says then. A new resume token moves it, too; its
+    /// renewal may wait for the ping before.
     #[must_use]
     pub fn poll_timeout(&self) -> Instant {
         if self.is_closing {
             return Instant::FAR_FUTURE;
         }
-        self.next_ping.min(self.silent_until())
+        self.next_ping.min(self.renew_at).min(self.silent_until())
     }
 
     /// The next thing to do. Gives the queue's memory back when it was the last.
@@ -260,6 +295,12 @@ impl Session {
     #[must_use]
     pub const fn is_closing(&self) -> bool {
         self.is_closing
+    }
+
+    fn plan_renewal(&mut self, minted: Option<&Minted>, now: Instant) {
+        self.renew_at = minted
+            .and_then(|minted| minted.renew_after)
+            .map_or(Instant::FAR_FUTURE, |after| now + after);
     }
 
     fn silent_until(&self) -> Instant {

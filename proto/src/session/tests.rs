@@ -15,6 +15,7 @@ fn open(kind: SessionKind, limits: SessionLimits) -> Session {
     Session::open(
         kind,
         SessionId(0x2a),
+        None,
         Arc::new(limits),
         at(0),
         WallTime::from_unix_ms(1_767_225_600_000),
@@ -45,6 +46,7 @@ fn closed_with(session: &mut Session) -> Option<Close> {
         | Action::Ping
         | Action::Received(_)
         | Action::Complained(_)
+        | Action::RenewToken
         | Action::Acked(_) => None,
     })
 }
@@ -308,4 +310,96 @@ fn idle_session_holds_no_queue() {
 #[test]
 fn farthest_wall_time_has_a_text() {
     assert_eq!(rfc3339(WallTime::from_unix_ms(u64::MAX)), "9999-12-31T23:59:59.999Z");
+}
+
+fn minted(text: &str, renew_after: Option<Duration>) -> Minted {
+    Minted {
+        text: text.into(),
+        renew_after,
+    }
+}
+
+fn with_token(kind: SessionKind, renew_after: Option<Duration>) -> Session {
+    Session::open(
+        kind,
+        SessionId(0x2a),
+        Some(&minted("t1", renew_after)),
+        Arc::new(SessionLimits::default()),
+        at(0),
+        WallTime::default(),
+        &mut rng(),
+    )
+}
+
+#[test]
+fn token_is_in_the_welcome_and_renewed_when_due_for_as_long_as_the_session_lives() {
+    let mut session = with_token(SessionKind::V1, Some(Duration::from_hours(13)));
+    let Some(Action::Text(welcome)) = drain(&mut session).pop() else {
+        panic!("a welcome");
+    };
+    assert!(welcome.contains(r#""resume":"t1""#), "{welcome}");
+
+    let mut renewed_at = Vec::new();
+    let mut now = at(0);
+    while now < at(60 * 3_600_000) {
+        now = session.poll_timeout();
+        session.handle_control(now);
+        session.handle_timeout(now, &mut rng());
+        if drain(&mut session).contains(&Action::RenewToken) {
+            renewed_at.push(now.as_micros() / 3_600_000_000);
+            session.handle_token(&minted("t2", Some(Duration::from_hours(13))), now);
+            assert_eq!(drain(&mut session), [text(r#"{"type":"resume","token":"t2"}"#)]);
+        }
+    }
+
+    assert_eq!(renewed_at, [13, 26, 39, 52]);
+}
+
+#[test]
+fn token_that_can_t_be_renewed_is_not() {
+    let mut session = with_token(SessionKind::V1, None);
+
+    let mut now = at(0);
+    while now < at(60 * 3_600_000) {
+        now = session.poll_timeout();
+        session.handle_control(now);
+        session.handle_timeout(now, &mut rng());
+        assert!(!drain(&mut session).contains(&Action::RenewToken));
+    }
+}
+
+#[test]
+fn plain_session_is_told_no_token() {
+    let mut session = with_token(SessionKind::Plain, Some(Duration::from_secs(1)));
+
+    session.handle_token(&minted("t2", None), at(0));
+    session.handle_timeout(at(1_000), &mut rng());
+
+    assert!(drain(&mut session).iter().all(|action| matches!(action, Action::Ping)));
+    let restart = Close::Restart {
+        why: Restart::Draining,
+        hint: Hint::draw(Duration::from_secs(1)..=Duration::from_secs(2), &mut rng()),
+    };
+    assert!(!session.wants_token_before(&restart));
+}
+
+#[test]
+fn fresh_token_goes_out_before_a_device_is_asked_to_come_back() {
+    let mut session = v1();
+    let restart = Close::Restart {
+        why: Restart::Draining,
+        hint: Hint::draw(Duration::from_secs(1)..=Duration::from_secs(2), &mut rng()),
+    };
+
+    assert!(session.wants_token_before(&restart));
+    assert!(!session.wants_token_before(&Close::Revoked));
+    session.handle_token(&minted("t2", None), at(0));
+    session.handle_close(restart);
+
+    let frames = drain(&mut session);
+    assert_eq!(frames[0], text(r#"{"type":"resume","token":"t2"}"#));
+    assert!(matches!(&frames[1], Action::Text(frame) if frame.contains("reconnect")));
+    assert!(matches!(&frames[2], Action::Close(Close::Restart { .. })));
+    session.handle_token(&minted("t3", None), at(0));
+    assert!(!session.has_actions());
 }

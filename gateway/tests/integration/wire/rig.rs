@@ -51,7 +51,7 @@ impl Gateway {
         let keys = keys::open(data_dir.path()).unwrap();
         let gate = Gate::start(
             config.admission.clone(),
-            keys,
+            keys.slots,
             &store,
             clock,
             Arc::clone(&metrics),
@@ -75,6 +75,7 @@ impl Gateway {
             node: "test".into(),
             store,
             gate,
+            resume_keys: keys.resume,
             rules: Rules::open(data_dir.path()),
             sessions: Sessions::new(clock.wall()),
             cohorts: Cohorts::new(),

@@ -1,0 +1,372 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const SECRET: [u8; 32] = [1; 32];
+
+fn keys() -> ResumeKeys {
+    ResumeKeys::new(1, SECRET)
+}
+
+fn device(n: u128) -> DeviceId {
+    DeviceId::from_uuid(uuid::Uuid::from_u128(n))
+}
+
+fn label(text: &str) -> Label {
+    Label::parse(text).unwrap().unwrap()
+}
+
+fn credential() -> SecretHash {
+    SecretHash::of(b"right")
+}
+
+/// A Monday, a while ago.
+fn start() -> WallTime {
+    WallTime::from_unix_ms(1_767_225_600_000)
+}
+
+fn after(span: Duration) -> WallTime {
+    start() + span
+}
+
+fn grant() -> Grant {
+    Grant {
+        device: device(1),
+        credential: credential(),
+        tenant: label("acme"),
+        model: Some(label("camera 2")),
+        generation: Generation(7),
+        credential_until: None,
+    }
+}
+
+fn none_revoked() -> Revoked {
+    Revoked::of(Generation(7), Generation(0), [])
+}
+
+fn mint(grant: &Grant, wall: WallTime) -> Minted {
+    grant.mint(&keys(), SessionId(9), LIFE, wall).unwrap()
+}
+
+struct Weighed<'a> {
+    keys: ResumeKeys,
+    revoked: Revoked,
+    is_stale: bool,
+    device: DeviceId,
+    credential: SecretHash,
+    token: &'a str,
+    wall: WallTime,
+}
+
+impl<'a> Weighed<'a> {
+    fn of(token: &'a str) -> Self {
+        Self {
+            keys: keys(),
+            revoked: none_revoked(),
+            is_stale: false,
+            device: device(1),
+            credential: credential(),
+            token,
+            wall: start(),
+        }
+    }
+
+    fn verdict(&self) -> Result<Counted, Unusable> {
+        let judge = Judge {
+            keys: &self.keys,
+            revoked: &self.revoked,
+            is_stale: self.is_stale,
+        };
+        judge.weigh(self.device, &self.credential, self.token, self.wall)
+    }
+}
+
+#[test]
+fn token_says_what_the_registry_said() {
+    let token = mint(&grant(), start()).text;
+
+    let counted = Weighed::of(&token).verdict().unwrap();
+
+    assert_eq!(
+        counted,
+        Counted {
+            grant: grant(),
+            session: SessionId(9),
+            is_graced: false
+        }
+    );
+}
+
+#[test]
+fn longest_token_fits_its_header() {
+    let name = label(&"m".repeat(Label::LEN_MAX));
+    let longest = Grant {
+        tenant: name.clone(),
+        model: Some(name),
+        ..grant()
+    };
+
+    let token = mint(&longest, start()).text;
+
+    assert_eq!(token.len(), TOKEN_TEXT_LEN_MAX);
+    assert!(TOKEN_TEXT_LEN_MAX <= 256, "what hello::identity looks at");
+    assert_eq!(Weighed::of(&token).verdict().unwrap().grant, longest);
+}
+
+#[test]
+fn token_of_another_device_credential_root_or_form_does_not_count() {
+    let token = mint(&grant(), start()).text;
+    let shown = || Weighed::of(&token);
+    let long = token.repeat(100);
+
+    let others = [
+        Weighed {
+            device: device(2),
+            ..shown()
+        },
+        Weighed {
+            credential: SecretHash::of(b"other"),
+            ..shown()
+        },
+        Weighed {
+            keys: ResumeKeys::new(1, [2; 32]),
+            ..shown()
+        },
+        Weighed {
+            keys: ResumeKeys::new(2, SECRET),
+            ..shown()
+        },
+        Weighed::of(""),
+        Weighed::of("="),
+        Weighed::of(&token[..token.len() - 1]),
+        Weighed::of(&token[..60]),
+        Weighed::of(&token[4..]),
+        Weighed::of(&long),
+        Weighed::of("\u{e9}\u{e9}\u{e9}\u{e9}"),
+    ];
+
+    for other in others {
+        assert_eq!(other.verdict(), Err(Unusable::Invalid));
+    }
+}
+
+#[test]
+fn token_with_any_changed_character_does_not_count() {
+    let token = mint(&grant(), start()).text;
+
+    for at in 0..token.len() {
+        let mut forged = token.as_bytes().to_vec();
+        forged[at] = if forged[at] == b'A' { b'B' } else { b'A' };
+        let forged = String::from_utf8(forged).unwrap();
+
+        assert_eq!(Weighed::of(&forged).verdict(), Err(Unusable::Invalid), "at {at}");
+    }
+}
+
+#[test]
+fn token_lives_a_day_and_eight_hours_more_only_while_the_database_is_away() {
+    let token = mint(&grant(), start()).text;
+    let verdict = |wall, is_stale| {
+        let weighed = Weighed {
+            wall,
+            is_stale,
+            ..Weighed::of(&token)
+        };
+        weighed.verdict().map(|counted| counted.is_graced)
+    };
+    let second = Duration::from_secs(1);
+
+    assert_eq!(verdict(after(LIFE), false), Ok(false));
+    assert_eq!(verdict(after(LIFE + SKEW), false), Ok(false));
+    assert_eq!(verdict(after(LIFE + SKEW + second), false), Err(Unusable::Expired));
+    assert_eq!(verdict(after(LIFE + SKEW + second), true), Ok(true));
+    assert_eq!(verdict(after(LIFE + GRACE + SKEW), true), Ok(true));
+    assert_eq!(
+        verdict(after(LIFE + GRACE + SKEW + second), true),
+        Err(Unusable::Expired)
+    );
+}
+
+#[test]
+fn clocks_may_differ_by_five_minutes_and_no_more() {
+    let token = mint(&grant(), after(SKEW)).text;
+    let too_far = mint(&grant(), after(SKEW + Duration::from_secs(1))).text;
+
+    assert!(Weighed::of(&token).verdict().is_ok());
+    assert_eq!(Weighed::of(&too_far).verdict(), Err(Unusable::Invalid));
+}
+
+#[test]
+fn keys_change_by_themselves_and_refuse_no_token_that_lives() {
+    let minute = Duration::from_mins(1);
+    let oldest = LIFE + GRACE + SKEW;
+    let mut roots = std::collections::BTreeSet::new();
+
+    for minutes in (0..3 * 7 * 24 * 60).step_by(17) {
+        let minted_at = after(minute * minutes);
+        let token = mint(&grant(), minted_at).text;
+        roots.insert(token[..4].to_owned());
+        for age in [Duration::ZERO, LIFE, oldest] {
+            let weighed = Weighed {
+                wall: minted_at + age,
+                is_stale: true,
+                ..Weighed::of(&token)
+            };
+            assert!(weighed.verdict().is_ok(), "{minutes} {age:?}");
+        }
+        // A node whose clock is behind.
+        let behind = Weighed {
+            wall: WallTime::from_unix_ms(minted_at.as_unix_ms() - 299_000),
+            ..Weighed::of(&token)
+        };
+        assert!(behind.verdict().is_ok(), "{minutes}");
+    }
+
+    assert!(roots.len() >= 3, "{roots:?}");
+}
+
+#[test]
+fn a_new_root_accepts_tokens_of_the_one_before() {
+    let token = mint(&grant(), start()).text;
+    let rotated = ResumeKeys::new(2, [2; 32]).with_older(1, SECRET);
+    let prepared = keys().with_older(2, [2; 32]);
+
+    let newer = grant().mint(&rotated, SessionId(9), LIFE, start()).unwrap().text;
+
+    let by = |keys: &ResumeKeys, token| {
+        Weighed {
+            keys: keys.clone(),
+            ..Weighed::of(token)
+        }
+        .verdict()
+        .is_ok()
+    };
+    assert!(by(&rotated, &token));
+    assert!(by(&prepared, &newer), "a node that has not changed over yet");
+    assert!(!by(&keys(), &newer));
+}
+
+#[test]
+fn token_of_a_credential_that_was_replaced_ends_with_it_without_grace() {
+    let overlap = Duration::from_hours(2);
+    let replaced = Grant {
+        credential_until: Some(after(overlap)),
+        ..grant()
+    };
+
+    let minted = mint(&replaced, start());
+
+    assert_eq!(minted.renew_after, None);
+    let at = |wall| Weighed {
+        wall,
+        is_stale: true,
+        ..Weighed::of(&minted.text)
+    };
+    let just_before = at(after(overlap - Duration::from_secs(1))).verdict().unwrap();
+    assert_eq!(just_before.grant, replaced, "and so do the tokens made from it");
+    assert_eq!(at(after(overlap)).verdict(), Err(Unusable::Expired));
+    assert_eq!(replaced.mint(&keys(), SessionId(9), LIFE, after(overlap)), None);
+}
+
+#[test]
+fn token_of_before_a_change_does_not_count_and_one_of_after_it_does() {
+    let before = mint(&grant(), start()).text;
+    let mut revoked = none_revoked();
+    revoked.revoke(device(1), Generation(8));
+    revoked.confirm(Generation(8));
+    let later = Grant {
+        generation: Generation(8),
+        ..grant()
+    };
+    let since = mint(&later, start()).text;
+
+    let verdict = |token, revoked: &Revoked| {
+        Weighed {
+            revoked: revoked.clone(),
+            ..Weighed::of(token)
+        }
+        .verdict()
+        .map(|counted| counted.grant.generation)
+    };
+
+    assert_eq!(verdict(&before, &revoked), Err(Unusable::Revoked));
+    assert_eq!(verdict(&since, &revoked), Ok(Generation(8)));
+    assert_eq!(verdict(&before, &Revoked::unknown()), Err(Unusable::Revoked));
+    revoked.raise(Generation(9));
+    assert_eq!(verdict(&since, &revoked), Err(Unusable::Revoked));
+}
+
+#[test]
+fn session_of_a_device_that_was_changed_gets_no_other_token() {
+    let mut revoked = none_revoked();
+    revoked.confirm(Generation(20));
+    let mut granted = grant();
+
+    assert!(granted.refresh(&revoked));
+    assert_eq!(granted.generation, Generation(20));
+    revoked.revoke_now(device(1));
+
+    assert!(!granted.refresh(&revoked));
+}
+
+#[test]
+fn renewals_of_a_fleet_are_spread_over_six_hours() {
+    let mut hours = [0_u32; 24];
+    for n in 0..60_000 {
+        let after = renewal(device(n), LIFE);
+        assert!((LIFE / 2..=LIFE * 3 / 4).contains(&after), "{after:?}");
+        hours[usize::try_from(after.as_secs() / 3_600).unwrap().min(17)] += 1;
+    }
+
+    for count in &hours[12..18] {
+        assert!((9_000..=11_000).contains(count), "{hours:?}");
+    }
+}
+
+#[test]
+fn full_set_raises_the_floor_instead_of_forgetting() {
+    let mut revoked = Revoked::of(Generation(1), Generation(0), []);
+    let max = u32::try_from(REVOKED_MAX).unwrap();
+
+    for n in 1..=max + 10 {
+        revoked.revoke(device(n.into()), Generation(n));
+    }
+
+    assert_eq!(revoked.devices().len(), REVOKED_MAX);
+    assert_eq!(revoked.floor(), Generation(10));
+    assert!(!revoked.allows(device(1), Generation(0)), "dropped, and still refused");
+    assert!(!revoked.allows(device(1 << 40), Generation(9)));
+    assert!(revoked.allows(device(1 << 40), Generation(10)));
+    assert!(!revoked.allows(device(u128::from(max)), Generation(max - 1)));
+}
+
+proptest! {
+    /// Against a plain list: whatever happens in whatever order, a revocation is never forgotten, and one told twice or late changes nothing.
+    #[test]
+    fn revocations_count_in_any_order(
+        told in prop::collection::vec((0_u128..8, 1_u32..50), 0..60),
+        floors in prop::collection::vec(0_u32..30, 0..3),
+        asked in prop::collection::vec((0_u128..8, 0_u32..60), 1..40),
+    ) {
+        let mut revoked = Revoked::of(Generation(0), Generation(0), []);
+        for (n, at) in &told {
+            revoked.revoke(device(*n), Generation(*at));
+        }
+        for floor in &floors {
+            revoked.raise(Generation(*floor));
+        }
+        let floor = floors.iter().copied().max().unwrap_or_default();
+
+        for (n, generation) in asked {
+            let is_revoked = generation < floor || told.iter().any(|(m, at)| *m == n && generation < *at);
+            prop_assert_eq!(revoked.allows(device(n), Generation(generation)), !is_revoked);
+        }
+        let again = Revoked::of(revoked.known(), revoked.floor(), revoked.devices());
+        prop_assert!(again.devices().eq(revoked.devices()));
+    }
+
+    #[test]
+    fn no_text_of_another_makes_a_token(text in "[A-Za-z0-9_-]{0,300}") {
+        prop_assert_eq!(Weighed::of(&text).verdict(), Err(Unusable::Invalid));
+    }
+}
