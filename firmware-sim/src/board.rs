@@ -149,7 +149,7 @@ impl Observer for Board {
                 stats.failed += 1;
                 entry.go(Place::Waiting, stats);
             }
-            Event::Closed { code } => {
+            Event::Closed { code, .. } => {
                 let code = code.map_or_else(|| "lost".to_owned(), |code| code.to_string());
                 *stats.closed.entry(code).or_default() += 1;
                 entry.away_since = Some(now);
@@ -157,6 +157,8 @@ impl Observer for Board {
             }
             Event::Stopped { .. } => entry.go(Place::Stopped, stats),
             Event::Message => stats.messages += 1,
+            Event::Sent => stats.sent += 1,
+            Event::Acked => stats.acked += 1,
         }
         entry.change_version(versions);
     }

@@ -49,6 +49,8 @@ pub struct FleetConfig {
     pub seed: u64,
     /// How long an attempt waits for an answer. Default a minute.
     pub connect_timeout: Option<Duration>,
+    /// Between two messages that a device sends while it is connected. Default none.
+    pub messages_every: Option<Duration>,
 }
 
 impl FleetConfig {
@@ -65,6 +67,7 @@ impl FleetConfig {
             sources: Vec::new(),
             seed: 0,
             connect_timeout: None,
+            messages_every: None,
         }
     }
 
@@ -154,6 +157,7 @@ impl Fleet {
                     source: sources.of(place, &target),
                     seed: seeds.random(),
                     connect_timeout: config.connect_timeout,
+                    messages_every: config.messages_every,
                 }),
             })
             .collect();

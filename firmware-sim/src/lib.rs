@@ -4,7 +4,7 @@
 //! - [`device`]: the client machine, pure; the simulator runs it in virtual time. Read this first.
 //! - [`profile`], [`backoff`]: how devices behave, from well-behaved to hostile, and how long they wait.
 //! - [`driver`]: machines on real sockets, a task each; [`fleet`]: thousands of them, with figures ([`stats`]).
-//! - [`identity`], [`mix`]: who the devices are, and what they run.
+//! - [`identity`], [`mix`]: who the devices are, and what they run; [`messages`]: what they send of their own accord.
 //! - [`connection`]: one connection by hand, for tests and tools.
 //! - [`target`]: the gateway's URL, and the local addresses that devices connect from.
 
@@ -16,6 +16,7 @@ pub mod driver;
 pub mod fleet;
 mod handshake;
 pub mod identity;
+pub mod messages;
 pub mod mix;
 pub mod profile;
 pub mod stats;

@@ -81,6 +81,12 @@ impl Profile {
         matches!(self, Self::HalfOpen)
     }
 
+    /// Whether it ends sessions by itself, by a reset.
+    #[must_use]
+    pub const fn ends_sessions(self) -> bool {
+        matches!(self, Self::HalfOpen | Self::Flapping)
+    }
+
     /// How many devices share one identity.
     #[must_use]
     pub const fn devices_per_identity(self) -> usize {

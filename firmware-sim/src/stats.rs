@@ -45,6 +45,10 @@ pub struct VersionStats {
     pub closed: BTreeMap<String, u64>,
     /// Messages taken and acked.
     pub messages: u64,
+    /// Messages of their own.
+    pub sent: u64,
+    /// Those of them that the gateway acked.
+    pub acked: u64,
 }
 
 impl Stats {
@@ -80,6 +84,8 @@ impl VersionStats {
         self.reconnects += other.reconnects;
         self.failed += other.failed;
         self.messages += other.messages;
+        self.sent += other.sent;
+        self.acked += other.acked;
         for (code, count) in &other.refused {
             *self.refused.entry(code.clone()).or_default() += count;
         }
@@ -119,6 +125,9 @@ impl fmt::Display for Stats {
         }
         if total.stopped > 0 {
             write!(f, "  stopped {}", total.stopped)?;
+        }
+        if total.sent > 0 {
+            write!(f, "  messages acked {}/{}", total.acked, total.sent)?;
         }
         for (index, (version, stats)) in self.versions.iter().enumerate() {
             let divider = if index == 0 { "  | " } else { ", " };

@@ -39,12 +39,17 @@ pub enum Event<'a> {
     Refused(&'a Refused),
     /// No answer: no TCP connection, a reset, silence, no HTTP; or the attempt was given up on an order.
     Failed,
-    /// A session ended. `code`: of the close frame that came; `None` where none did.
-    Closed { code: Option<u16> },
+    /// A session ended. `code`: of the close frame that came; `None` where none did. `by_device`: the device ended it, as its
+    /// profile does or by an order; otherwise the gateway or the network did, or the device took them for gone.
+    Closed { code: Option<u16>, by_device: bool },
     /// It was told not to come back by itself. Comes after `Closed`.
     Stopped { code: u16 },
     /// It has a message of the gateway's, and acks it.
     Message,
+    /// It sent a message of its own.
+    Sent,
+    /// The gateway acked one.
+    Acked,
 }
 
 /// Is told everything that devices do, from many threads: it must be quick and must not block.
@@ -70,6 +75,8 @@ pub struct DeviceSpec {
     pub seed: u64,
     /// How long an attempt waits for an answer. `None`: a minute.
     pub connect_timeout: Option<Duration>,
+    /// Between two messages that it sends while it is connected. `None`: it sends none.
+    pub messages_every: Option<Duration>,
 }
 
 /// Runs devices against one gateway.
@@ -149,6 +156,7 @@ impl Driver {
                 source: spec.source,
                 is_slow: spec.profile == Profile::SlowReader,
             },
+            messages_every: spec.messages_every,
             is_ending: false,
         });
         self.tasks.spawn(task.live());

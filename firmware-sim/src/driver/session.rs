@@ -12,6 +12,7 @@ use crate::{
     connection::reset,
     device::{Action, CloseFrame, State},
     handshake::Socket,
+    messages::Messages,
     profile::Profile,
 };
 
@@ -28,8 +29,10 @@ const CODE_NONE: u16 = 1005;
 enum Ending {
     /// A close frame came, and its answer goes out.
     Answer { code: u16 },
-    /// Reset: the device has lost its power, or its patience.
-    Reset,
+    /// Reset: the device has lost its power, as its profile does or by an order.
+    Left,
+    /// Reset: the gateway has been silent, or takes nothing.
+    GivenUp,
     /// The socket is gone already.
     Lost,
 }
@@ -37,6 +40,7 @@ enum Ending {
 impl DeviceTask {
     pub(super) async fn session(&mut self, mut socket: Box<Socket>) {
         let ending = self.converse(&mut socket).await;
+        let by_device = matches!(ending, None | Some(Ending::Left));
         let code = match ending {
             None => {
                 say_goodbye(&mut socket).await;
@@ -47,13 +51,13 @@ impl DeviceTask {
                 let _ = timeout(GOODBYE_MAX, drain(&mut socket)).await;
                 Some(code)
             }
-            Some(Ending::Reset) => {
+            Some(Ending::Left | Ending::GivenUp) => {
                 reset(*socket);
                 None
             }
             Some(Ending::Lost) => None,
         };
-        self.report(Event::Closed { code });
+        self.report(Event::Closed { code, by_device });
         if let State::Stopped { code } = self.device.state() {
             self.report(Event::Stopped { code });
         }
@@ -62,44 +66,62 @@ impl DeviceTask {
     /// Until the machine is no longer online; `None` where the driver ends.
     async fn converse(&mut self, socket: &mut Socket) -> Option<Ending> {
         let is_silent = self.device.profile().is_silent();
+        let mut messages = self
+            .messages_every
+            .filter(|_| !is_silent)
+            .map(|every| Messages::new(every, self.context.now(), &mut self.rng));
         let pause = (self.device.profile() == Profile::SlowReader).then_some(SLOW_READ_PAUSE);
         // One timer for the whole session, moved only to come earlier: where the machine's time has moved on meanwhile,
         // the timer fires for nothing, and is set again.
-        let mut timer = std::pin::pin!(sleep_until(self.due()));
+        let mut timer = std::pin::pin!(sleep_until(self.due(messages.as_ref())));
         while !self.is_ending {
-            let due = self.due();
+            // What the device is in for, should it no longer be online after this turn.
+            let mut ending = Ending::Left;
+            let due = self.due(messages.as_ref());
             if due < timer.deadline() {
                 timer.as_mut().reset(due);
             }
             tokio::select! {
                 message = next(socket, pause), if !is_silent => {
-                    if let Some(ending) = self.took(message) {
+                    if let Some(ending) = self.took(message, messages.as_mut()) {
                         return Some(ending);
                     }
                 }
                 () = &mut timer => {
+                    if !self.device.profile().ends_sessions() {
+                        ending = Ending::GivenUp;
+                    }
                     self.device.handle_timeout(self.context.now(), &mut self.rng);
-                    timer.as_mut().reset(self.due());
+                    timer.as_mut().reset(self.due(messages.as_ref()));
                 }
                 () = self.lever.pulled() => self.obey(),
             }
-            let is_sent = self.act(socket).await;
+            let is_sent = self.act(socket).await && self.say(socket, messages.as_mut()).await;
             if self.device.state() != State::Online {
-                return Some(Ending::Reset);
+                return Some(ending);
             }
             if !is_sent {
                 self.device.handle_closed(None, self.context.now(), &mut self.rng);
-                return Some(Ending::Reset);
+                return Some(Ending::GivenUp);
             }
         }
         None
     }
 
     /// Tells the machine what came; says how to end, where that was the end.
-    fn took(&mut self, message: Option<Result<Message, tungstenite::Error>>) -> Option<Ending> {
+    fn took(
+        &mut self,
+        message: Option<Result<Message, tungstenite::Error>>,
+        messages: Option<&mut Messages>,
+    ) -> Option<Ending> {
         let now = self.context.now();
         match message {
-            Some(Ok(Message::Text(text))) => self.device.handle_text(text.as_str(), now),
+            Some(Ok(Message::Text(text))) => {
+                self.device.handle_text(text.as_str(), now);
+                if messages.is_some_and(|messages| messages.handle_text(text.as_str())) {
+                    self.report(Event::Acked);
+                }
+            }
             Some(Ok(Message::Ping(_))) => self.device.handle_ping(now),
             Some(Ok(Message::Binary(_) | Message::Pong(_) | Message::Frame(_))) => self.device.handle_heard(now),
             Some(Ok(Message::Close(frame))) => {
@@ -130,12 +152,27 @@ impl DeviceTask {
             // `Abort` comes with leaving the session, which resets it; `Connect` never comes within one.
             Some(Action::Abort | Action::Connect) | None => return true,
         };
-        matches!(timeout(SEND_MAX, socket.send(Message::text(frame))).await, Ok(Ok(())))
+        send(socket, frame).await
     }
 
-    fn due(&self) -> Instant {
-        let due = self.device.poll_timeout().map(|due| self.context.at(due));
-        due.unwrap_or_else(|| Instant::now() + IDLE_MAX)
+    /// Sends the message that is due, if one is. False: the socket did not take it.
+    async fn say(&mut self, socket: &mut Socket, messages: Option<&mut Messages>) -> bool {
+        let Some(frame) = messages.and_then(|messages| messages.handle_timeout(self.context.now())) else {
+            return true;
+        };
+        self.report(Event::Sent);
+        send(socket, frame).await
+    }
+
+    fn due(&self, messages: Option<&Messages>) -> Instant {
+        let due = self
+            .device
+            .poll_timeout()
+            .into_iter()
+            .chain(messages.map(Messages::due))
+            .min();
+        due.map(|due| self.context.at(due))
+            .unwrap_or_else(|| Instant::now() + IDLE_MAX)
     }
 }
 
@@ -146,6 +183,10 @@ async fn next(socket: &mut Socket, pause: Option<Duration>) -> Option<Result<Mes
         sleep(pause).await;
     }
     socket.next().await
+}
+
+async fn send(socket: &mut Socket, frame: String) -> bool {
+    matches!(timeout(SEND_MAX, socket.send(Message::text(frame))).await, Ok(Ok(())))
 }
 
 /// Close 1000, and the gateway's answer to it. A gateway that gives none is left without.

@@ -1,7 +1,7 @@
 //! A device's life: wait, attempt, session, and again. The attempt and the session live in boxes of their own, so that a
 //! waiting device is small, and an idle session does not keep the room of its handshake.
 
-use std::{future::pending, sync::Arc};
+use std::{future::pending, sync::Arc, time::Duration};
 
 use rand::rngs::SmallRng;
 use seawall_proto::{id::DeviceId, time::Instant};
@@ -25,6 +25,7 @@ pub(super) struct DeviceTask {
     pub(super) model: Option<Arc<str>>,
     pub(super) firmware: Option<Arc<str>>,
     pub(super) socket: SocketOptions,
+    pub(super) messages_every: Option<Duration>,
     pub(super) is_ending: bool,
 }
 

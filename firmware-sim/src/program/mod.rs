@@ -11,6 +11,7 @@ use anyhow::{Context, Error};
 use firmware_sim::{
     fleet::{Fleet, FleetConfig, FleetError},
     identity::read_devices,
+    messages,
     stats::Stats,
     target::{Target, TargetError},
 };
@@ -118,6 +119,7 @@ fn configuration(options: &Options) -> Result<FleetConfig, Failure> {
     config.per_second = options.rate();
     config.sources = options.source.clone();
     config.seed = options.seed;
+    config.messages_every = messages::every(options.messages_per_minute);
     if let Some(part) = &options.part {
         config.part = part.clone();
     }

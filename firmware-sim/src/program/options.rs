@@ -3,7 +3,7 @@
 use std::{net::IpAddr, num::NonZeroU32, ops::Range, path::PathBuf};
 
 use clap::Parser;
-use firmware_sim::{identity::Lines, mix::Mix, profile::Profile};
+use firmware_sim::{identity::Lines, messages::PER_MINUTE_MAX, mix::Mix, profile::Profile};
 
 /// Simulated devices against a Seawall gateway.
 ///
@@ -58,6 +58,10 @@ pub struct Options {
     #[arg(long, value_name = "IP")]
     pub source: Vec<IpAddr>,
 
+    /// Messages that each device sends in a minute while it is connected, at equal distances: 0 to 6000
+    #[arg(long, value_name = "N", default_value_t = 0.0, value_parser = messages_per_minute)]
+    pub messages_per_minute: f64,
+
     /// Seed of all chance
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
@@ -96,6 +100,15 @@ fn profile_mix(text: &str) -> Result<Mix, String> {
         name.parse::<Profile>().map_err(|error| error.to_string())?;
     }
     Ok(mix)
+}
+
+fn messages_per_minute(text: &str) -> Result<f64, String> {
+    let rate: f64 = text.parse().map_err(|error| format!("{error}"))?;
+    if (0.0..=PER_MINUTE_MAX).contains(&rate) {
+        Ok(rate)
+    } else {
+        Err(format!("expected 0 to {PER_MINUTE_MAX}"))
+    }
 }
 
 fn part(text: &str) -> Result<Range<usize>, String> {
@@ -141,6 +154,7 @@ mod tests {
                 "cannot be used with",
             ),
             (&["--source", "x"], "invalid value 'x'"),
+            (&["--messages-per-minute", "6001"], "expected 0 to 6000"),
         ] {
             let message = parse(more).unwrap_err();
 

@@ -98,6 +98,34 @@ async fn messages_are_acked() {
 }
 
 #[tokio::test]
+async fn messages_of_their_own_are_sent_and_the_acks_counted() {
+    let gateway = Gateway::start(|_, attempt| async {
+        let mut socket = attempt.welcome().await;
+        while let Some(Ok(Message::Text(text))) = socket.next().await {
+            let frame: serde_json::Value = serde_json::from_str(&text).unwrap();
+            assert_eq!(frame["type"], "message", "{text}");
+            // Every third goes without: a full buffer means no ack.
+            let number: u32 = frame["id"].as_str().unwrap().parse().unwrap();
+            if !number.is_multiple_of(3) {
+                let ack = serde_json::json!({"type": "ack", "id": frame["id"]});
+                socket.send(Message::text(ack.to_string())).await.unwrap();
+            }
+        }
+    })
+    .await;
+    let mut config = config(&gateway, 2, "3.8.0", "well-behaved");
+    config.messages_every = Some(Duration::from_millis(20));
+
+    let fleet = Fleet::start(config).await.unwrap();
+
+    eventually("many are acked", || fleet.stats().total().acked >= 20).await;
+    let total = fleet.stats().total();
+    assert!(total.sent >= total.acked + total.acked / 2 - 4, "{total:?}");
+    assert_eq!(total.messages, 0);
+    fleet.stop().await;
+}
+
+#[tokio::test]
 async fn dropped_fleet_resets_every_connection_and_returns() {
     let resets = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&resets);
