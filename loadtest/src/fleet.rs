@@ -1,378 +1,124 @@
-//! The devices of a run: the reference device's machine on real sockets, one task each, told what to do by the phases.
-//!
-//! A device decides by itself when to come back; an [`Order`] is what happens to it from outside. Of several orders that it has not
-//! seen yet the newest counts, so that nothing queues up.
+//! The devices of a run, told what to do by the phases: those of `firmware-sim`, with the books as their observer.
 
-use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use firmware_sim::{
-    connection::{Connection, DeviceConfig, OpenError, Received},
-    device::{Action, CloseFrame, Device as Machine, State},
-    profile::Profile,
+    device::CODE_REPLACED,
+    driver::{DeviceHandle, DeviceSpec, Driver, Event, Observer},
+    identity::Identity,
     target::{Sources, Target},
 };
-use rand::{SeedableRng, rngs::SmallRng};
 use seawall_proto::{id::DeviceId, time::Instant};
-use tokio::sync::watch;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     plan::Device,
-    recorder::{Event, Recorder},
+    recorder::{self, Recorder},
 };
 
-/// What a slow reader takes for a message.
-const SLOW_READ: Duration = Duration::from_secs(1);
-
-/// All devices of a run. They end with [`Fleet::stop`], and with this value.
+/// All devices of a run. They end with [`Fleet::stop`], or with the runtime.
 #[derive(Debug)]
 pub struct Fleet {
-    orders: Vec<watch::Sender<Order>>,
-    tasks: TaskTracker,
-    ended: CancellationToken,
-}
-
-/// What happens to a device.
-#[derive(Clone, Debug)]
-enum Order {
-    /// Nothing yet.
-    Stay,
-    /// It starts: its first attempt is now.
-    Start,
-    /// Its connection is reset under it.
-    LoseConnection,
-    /// It starts anew, with an attempt at once; as another version, where one is given.
-    Restart { firmware: Option<String> },
-}
-
-/// What all devices share.
-#[derive(Debug)]
-struct Shared {
-    url: String,
-    recorder: Arc<Recorder>,
-    origin: std::time::Instant,
-    ended: CancellationToken,
+    driver: Driver,
+    devices: Vec<DeviceHandle>,
 }
 
 impl Fleet {
-    /// Makes a task for each device; they wait for [`Self::connect`].
+    /// Makes the devices; they wait for [`Self::connect`].
     ///
     /// # Errors
-    /// `url` is no `ws://HOST:PORT`, HOST has no address, or a profile has an unknown name.
+    /// `url` is no `ws://HOST:PORT`, or HOST has no address.
     pub async fn start(devices: &[Device], url: &str, recorder: Arc<Recorder>, seed: u64) -> Result<Self> {
-        let target = Target::resolve(url).await?;
+        let target = Target::resolve(url).await.context("looking for the gateway")?;
         let sources = Sources::default();
-        let ended = CancellationToken::new();
-        let shared = Arc::new(Shared {
-            url: url.to_owned(),
-            recorder,
-            origin: std::time::Instant::now(),
-            ended: ended.clone(),
-        });
-        let tasks = TaskTracker::new();
-        let mut orders = Vec::with_capacity(devices.len());
-        for (index, device) in devices.iter().enumerate() {
-            let (order, ordered) = watch::channel(Order::Stay);
-            let profile = device.profile.parse().context("reading a device's profile")?;
-            let mut config =
-                DeviceConfig::new(DeviceId::from_uuid(device.id), &device.secret).firmware(&device.firmware);
-            config.model.clone_from(&device.model);
-            config.tenant.clone_from(&device.tenant);
-            config.source = sources.of(index, &target);
-            // The machine gives up first: its patience is the device's.
-            config.open_timeout = 2 * device.connect_timeout;
-            let task = Task {
-                index,
-                config,
-                connect_timeout: device.connect_timeout,
-                profile,
-                shared: Arc::clone(&shared),
-                rng: SmallRng::seed_from_u64(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(index as u64)),
-                machine: Machine::new(profile, Instant::FAR_FUTURE),
-                link: Link::None,
-            };
-            tasks.spawn(task.live(ordered));
-            orders.push(order);
-        }
-        tasks.close();
-        Ok(Self { orders, tasks, ended })
+        let driver = Driver::new(
+            target.clone(),
+            Arc::new(Books {
+                recorder,
+                has_twin: devices.iter().map(|device| device.has_twin).collect(),
+            }),
+        );
+        let devices = devices
+            .iter()
+            .enumerate()
+            .map(|(number, device)| {
+                driver.spawn(DeviceSpec {
+                    number,
+                    identity: Identity {
+                        id: DeviceId::from_uuid(device.id),
+                        secret: device.secret.as_str().into(),
+                        tenant: device.tenant.as_deref().map(Arc::from),
+                        model: device.model.as_deref().map(Arc::from),
+                    },
+                    firmware: Some(device.firmware.as_str().into()),
+                    profile: device.profile,
+                    first_attempt_after: None,
+                    source: sources.of(number, &target),
+                    seed: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(number as u64),
+                    connect_timeout: Some(device.connect_timeout),
+                    messages_every: device.messages_every,
+                })
+            })
+            .collect();
+        Ok(Self { driver, devices })
     }
 
     /// The device makes its first attempt.
     pub fn connect(&self, index: usize) {
-        self.order(index, Order::Start);
+        self.restart(index);
     }
 
     /// The device's connection is reset; when it comes back is its own decision.
     pub fn drop_connection(&self, index: usize) {
-        self.order(index, Order::LoseConnection);
+        if let Some(device) = self.devices.get(index) {
+            device.drop_connection();
+        }
     }
 
     /// The device loses its connection and what it kept in memory, and connects at once.
     pub fn restart(&self, index: usize) {
-        self.order(index, Order::Restart { firmware: None });
+        if let Some(device) = self.devices.get(index) {
+            device.restart(Duration::ZERO);
+        }
     }
 
     /// The same, and runs another version from then on.
     pub fn upgrade(&self, index: usize, firmware: &str) {
-        self.order(
-            index,
-            Order::Restart {
-                firmware: Some(firmware.to_owned()),
-            },
-        );
+        if let Some(device) = self.devices.get(index) {
+            device.upgrade(Some(firmware.into()), Duration::ZERO);
+        }
     }
 
-    /// Ends all devices; their connections are reset.
+    /// Ends all devices, with a goodbye.
     pub async fn stop(self) {
-        self.ended.cancel();
-        self.tasks.wait().await;
-    }
-
-    fn order(&self, index: usize, order: Order) {
-        if let Some(sender) = self.orders.get(index) {
-            sender.send_modify(|waiting| *waiting = order.over(waiting));
-        }
+        self.driver.stop().await;
     }
 }
 
-impl Drop for Fleet {
-    fn drop(&mut self) {
-        self.ended.cancel();
-    }
+/// Writes what devices do into the books.
+struct Books {
+    recorder: Arc<Recorder>,
+    has_twin: Vec<bool>,
 }
 
-impl Order {
-    /// The newer order, that does not forget a version that the older one brought and that the device may not have seen.
-    fn over(self, older: &Self) -> Self {
-        match (self, older) {
-            (Self::Restart { firmware: None }, Self::Restart { firmware }) => Self::Restart {
-                firmware: firmware.clone(),
-            },
-            (newer, _) => newer,
-        }
-    }
-}
-
-/// One device.
-struct Task {
-    index: usize,
-    config: DeviceConfig,
-    connect_timeout: Duration,
-    profile: Profile,
-    shared: Arc<Shared>,
-    rng: SmallRng,
-    machine: Machine,
-    link: Link,
-}
-
-enum Link {
-    None,
-    Dialing(Pin<Box<dyn Future<Output = Dialed> + Send>>),
-    Open {
-        connection: Box<Connection>,
-        /// Until then a slow reader does not read.
-        resting: Option<tokio::time::Instant>,
-    },
-}
-
-type Dialed = Result<Box<Connection>, OpenError>;
-
-/// What a link tells.
-enum News {
-    Dialed(Dialed),
-    Received(Received),
-    Rested,
-}
-
-impl Task {
-    /// One loop: an event, one call of the machine, and what it wants done.
-    async fn live(mut self, mut orders: watch::Receiver<Order>) {
-        let ended = self.shared.ended.clone();
-        loop {
-            let wake = self
-                .machine
-                .poll_timeout()
-                .filter(|at| *at != Instant::FAR_FUTURE)
-                .map(|at| self.clock(at));
-            tokio::select! {
-                () = ended.cancelled() => break,
-                changed = orders.changed() => {
-                    if changed.is_err() {
-                        break;
-                    }
-                    let order = orders.borrow_and_update().clone();
-                    self.obey(order);
-                }
-                news = self.link.news(self.profile) => self.hear(news),
-                () = tokio::time::sleep_until(wake.unwrap_or_else(tokio::time::Instant::now)), if wake.is_some() => self.wake(),
-            }
-            self.act().await;
-        }
-        self.reset();
-    }
-
-    fn obey(&mut self, order: Order) {
-        let now = self.now();
-        match order {
-            Order::Stay => {}
-            Order::Start => self.machine = self.machine_from(now),
-            Order::LoseConnection => {
-                if self.machine.state() == State::Online {
-                    self.reset();
-                    self.machine.handle_closed(None, now, &mut self.rng);
-                }
-            }
-            Order::Restart { firmware } => {
-                self.reset();
-                if let Some(firmware) = firmware {
-                    self.config.firmware = Some(firmware);
-                }
-                self.machine = self.machine_from(now);
-            }
-        }
-    }
-
-    fn hear(&mut self, news: News) {
-        let now = self.now();
-        match news {
-            News::Dialed(Ok(connection)) => {
-                self.link = Link::Open {
-                    connection,
-                    resting: None,
-                };
-                self.tell(Event::Connected);
-                self.machine.handle_connected(now, &mut self.rng);
-            }
-            News::Dialed(Err(error)) => {
-                self.link = Link::None;
-                if let Some(refused) = error.refused() {
-                    self.tell(Event::Refused(refused.known_code()));
-                    self.machine.handle_refused(refused.hint(), now, &mut self.rng);
-                } else {
-                    self.tell(Event::Failed);
-                    self.machine.handle_failed(now, &mut self.rng);
-                }
-            }
-            News::Received(received) => self.receive(received),
-            News::Rested => {
-                if let Link::Open { resting, .. } = &mut self.link {
-                    *resting = None;
-                }
-            }
-        }
-    }
-
-    fn receive(&mut self, received: Received) {
-        let now = self.now();
-        match received {
-            Received::Text(text) => self.machine.handle_text(&text, now),
-            // The socket has queued the pong, and sends it as it goes on reading.
-            Received::Ping(_) => self.machine.handle_ping(now),
-            Received::Pong(_) | Received::Binary(_) => {}
-            Received::Closed { code, reason } => {
-                self.link = Link::None;
-                self.tell(Event::Closed(Some(code)));
-                let frame = CloseFrame { code, reason: &reason };
-                self.machine.handle_closed(Some(frame), now, &mut self.rng);
-            }
-            Received::Lost => {
-                self.link = Link::None;
-                self.tell(Event::Closed(None));
-                self.machine.handle_closed(None, now, &mut self.rng);
-            }
-        }
-        if let (Profile::SlowReader, Link::Open { resting, .. }) = (self.profile, &mut self.link) {
-            *resting = Some(tokio::time::Instant::now() + SLOW_READ);
-        }
-    }
-
-    fn wake(&mut self) {
-        let before = self.machine.state();
-        self.machine.handle_timeout(self.now(), &mut self.rng);
-        match (before, self.machine.state()) {
-            (State::Connecting, State::Waiting) => self.tell(Event::Failed),
-            // A flapping or half-open device has left by itself: nobody lost it.
-            (State::Online, State::Waiting) if matches!(self.profile, Profile::Flapping | Profile::HalfOpen) => {
-                self.shared.recorder.due(self.index, std::time::Instant::now(), false);
-            }
-            (State::Online, State::Waiting) => self.tell(Event::Closed(None)),
-            _ => {}
-        }
-    }
-
-    async fn act(&mut self) {
-        while let Some(action) = self.machine.poll_action() {
-            match action {
-                Action::Connect => {
-                    self.tell(Event::Attempt);
-                    self.config.slot = self.machine.slot().map(str::to_owned);
-                    self.config.resume = self.machine.resume().map(str::to_owned);
-                    let (shared, config) = (Arc::clone(&self.shared), self.config.clone());
-                    self.link = Link::Dialing(Box::pin(async move {
-                        Connection::open(&shared.url, &config).await.map(Box::new)
-                    }));
-                }
-                Action::Abort => self.reset(),
-                Action::SendHeartbeat => self.send(&serde_json::json!({"type": "heartbeat"})).await,
-                Action::SendAck { id } => self.send(&serde_json::json!({"type": "ack", "id": id})).await,
-            }
-        }
-    }
-
-    /// A frame that can't be sent means a connection that has ended, which reading will tell.
-    async fn send(&mut self, frame: &serde_json::Value) {
-        if let Link::Open { connection, .. } = &mut self.link {
-            drop(connection.send_json(frame).await);
-        }
-    }
-
-    /// Ends the connection by a reset, as a device that lost its power or its network, and leaves no TIME_WAIT behind.
-    fn reset(&mut self) {
-        if let Link::Open { connection, .. } = std::mem::replace(&mut self.link, Link::None) {
-            connection.abort();
-        }
-    }
-
-    fn machine_from(&self, first_attempt_at: Instant) -> Machine {
-        Machine::new(self.profile, first_attempt_at).with_connect_timeout(self.connect_timeout)
-    }
-
-    fn tell(&self, event: Event) {
-        self.shared
-            .recorder
-            .handle(self.index, event, std::time::Instant::now());
-    }
-
-    fn now(&self) -> Instant {
-        Instant::ZERO + self.shared.origin.elapsed()
-    }
-
-    fn clock(&self, at: Instant) -> tokio::time::Instant {
-        tokio::time::Instant::from_std(self.shared.origin + at.saturating_since(Instant::ZERO))
-    }
-}
-
-impl Link {
-    /// # Cancel safety
-    /// Safe: nothing that was received is lost when it is dropped.
-    async fn news(&mut self, profile: Profile) -> News {
-        match self {
-            Self::None => std::future::pending().await,
-            Self::Dialing(dialing) => News::Dialed(dialing.await),
-            Self::Open { .. } if profile.is_silent() => std::future::pending().await,
-            Self::Open {
-                resting: Some(until), ..
-            } => {
-                tokio::time::sleep_until(*until).await;
-                News::Rested
-            }
-            Self::Open {
-                connection,
-                resting: None,
-            } => News::Received(connection.next_frame().await),
-        }
+impl Observer for Books {
+    fn observe(&self, device: usize, event: Event<'_>, _: Instant) {
+        let event = match event {
+            Event::Attempt { .. } => recorder::Event::Attempt,
+            Event::Connected => recorder::Event::Connected,
+            Event::Refused(refused) => recorder::Event::Refused(refused.known_code()),
+            Event::Failed => recorder::Event::Failed,
+            Event::Closed { by_device: true, .. } => recorder::Event::Left,
+            Event::Closed {
+                code: Some(CODE_REPLACED),
+                ..
+            } if self.has_twin.get(device) == Some(&true) => recorder::Event::Replaced,
+            Event::Closed { code, .. } => recorder::Event::Closed(code),
+            Event::Sent => recorder::Event::Sent,
+            Event::Acked => recorder::Event::Acked,
+            Event::Message | Event::Stopped { .. } => return,
+        };
+        self.recorder.handle(device, event, std::time::Instant::now());
     }
 }
 
@@ -380,6 +126,7 @@ impl Link {
 mod tests {
     use std::collections::BTreeMap;
 
+    use firmware_sim::profile::Profile;
     use seawall_proto::refusal::Code;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
@@ -421,9 +168,9 @@ mod tests {
         assert!(header(&head, "seawall-firmware") == Some("3.8.0-b3"), "{head}");
         upgrade(&mut third, &head).await;
         await_connected(&recorder, true).await;
+        let (phases, _) = recorder.finish(std::time::Instant::now(), Counters::default());
         fleet.stop().await;
 
-        let (phases, _) = recorder.finish(std::time::Instant::now(), Counters::default());
         let all = &phases[0].groups["all"];
         assert_eq!((all.attempts, all.admitted, all.failed), (3, 2, 0));
         assert_eq!(all.refused, BTreeMap::from([(Code::Overloaded.as_str(), 1)]));
@@ -447,10 +194,10 @@ mod tests {
         second.write_all(b"who are you?\r\n\r\n").await.unwrap();
         drop(second);
         let third = accept(&listener).await;
+        let (phases, _) = recorder.finish(std::time::Instant::now(), Counters::default());
+        drop(third);
         fleet.stop().await;
 
-        drop(third);
-        let (phases, _) = recorder.finish(std::time::Instant::now(), Counters::default());
         assert_eq!(phases[0].groups["all"].failed, 1);
         assert_eq!(phases[0].missing, 1);
     }
@@ -464,10 +211,12 @@ mod tests {
             id: uuid::Uuid::new_v4(),
             secret: "s".repeat(64),
             firmware: "3.8.0-b2".to_owned(),
-            profile: "well-behaved".to_owned(),
+            profile: Profile::WellBehaved,
+            has_twin: false,
             tenant: None,
             model: Some("display".to_owned()),
             connect_timeout: Duration::from_secs(10),
+            messages_every: None,
         };
         (
             Fleet::start(&[device], url, Arc::clone(&recorder), 1).await.unwrap(),

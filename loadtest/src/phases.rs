@@ -23,8 +23,6 @@ use crate::{
     slow,
 };
 
-/// How often it is looked whether something is due.
-const TICK: Duration = Duration::from_millis(5);
 /// How often the books are looked at: whether the phase is over, and for the progress.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Tries to find a connected device of a group by chance, before the group is taken to have none.
@@ -62,6 +60,15 @@ struct Agenda {
     /// They wait for their upgrade: churn leaves them alone.
     set_aside: HashSet<usize>,
     churn_next: Option<Instant>,
+}
+
+impl Agenda {
+    /// The next device to change version, and when.
+    fn next_upgrade(&self) -> Option<(usize, Instant)> {
+        let index = *self.upgrades.get(self.done)?;
+        let part = to_f64(self.done) / to_f64(self.upgrades.len());
+        Some((index, self.started + self.length.mul_f64(part)))
+    }
 }
 
 impl Stage<'_> {
@@ -121,8 +128,9 @@ impl Stage<'_> {
                 }
                 self.check_processes(phase)?;
             }
+            let wake = self.next_due(&agenda).map_or(look_at, |due| due.min(look_at)).min(end);
             tokio::select! {
-                () = tokio::time::sleep(TICK) => {}
+                () = tokio::time::sleep_until(wake.into()) => {}
                 () = self.interrupted.cancelled() => bail!("interrupted"),
             }
         }
@@ -215,24 +223,14 @@ impl Stage<'_> {
     }
 
     fn do_what_is_due(&mut self, phase: &Phase, agenda: &mut Agenda, now: Instant) {
-        while agenda.connect_per_second > 0.0 && self.begun < self.plan.devices.len() {
-            // The first of this phase is due at its start, even where an earlier phase has begun some.
-            let at = agenda.started + Duration::from_secs_f64(to_f64(agenda.done) / agenda.connect_per_second);
-            if at > now {
-                break;
-            }
+        while let Some(at) = self.connect_at(agenda).filter(|at| *at <= now) {
             self.recorder.due(self.begun, at, true);
             self.fleet.connect(self.begun);
             self.begun += 1;
             agenda.done += 1;
         }
         if let Action::Grow { firmware, .. } = &phase.action {
-            while let Some(index) = agenda.upgrades.get(agenda.done).copied() {
-                let part = to_f64(agenda.done) / to_f64(agenda.upgrades.len());
-                let at = agenda.started + agenda.length.mul_f64(part);
-                if at > now {
-                    break;
-                }
+            while let Some((index, at)) = agenda.next_upgrade().filter(|(_, at)| *at <= now) {
                 self.upgrade(index, firmware, at);
                 agenda.set_aside.remove(&index);
                 agenda.done += 1;
@@ -246,6 +244,21 @@ impl Stage<'_> {
             }
             agenda.churn_next = Some(at + self.pause(phase.churn_per_second));
         }
+    }
+
+    /// When the next device connects first. The first of a phase is due at its start, even where an earlier phase has begun some.
+    fn connect_at(&self, agenda: &Agenda) -> Option<Instant> {
+        let is_left = agenda.connect_per_second > 0.0 && self.begun < self.plan.devices.len();
+        is_left.then(|| agenda.started + Duration::from_secs_f64(to_f64(agenda.done) / agenda.connect_per_second))
+    }
+
+    /// When something happens next by the agenda.
+    fn next_due(&self, agenda: &Agenda) -> Option<Instant> {
+        let upgrade_at = agenda.next_upgrade().map(|(_, at)| at);
+        [self.connect_at(agenda), upgrade_at, agenda.churn_next]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn drop_all(&mut self, now: Instant) {

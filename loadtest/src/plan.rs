@@ -1,7 +1,11 @@
 //! Which devices a scenario has: their ids, secrets, versions and behaviours, drawn from the seed.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
+use firmware_sim::{messages, profile::Profile};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use uuid::Uuid;
 
@@ -13,10 +17,14 @@ pub struct Device {
     pub id: Uuid,
     pub secret: String,
     pub firmware: String,
-    pub profile: String,
+    pub profile: Profile,
+    /// Another device has its id and secret.
+    pub has_twin: bool,
     pub tenant: Option<String>,
     pub model: Option<String>,
     pub connect_timeout: Duration,
+    /// Between two messages that it sends. None: it sends none.
+    pub messages_every: Option<Duration>,
 }
 
 /// All devices of a scenario.
@@ -39,17 +47,22 @@ impl Plan {
         for (fleet, count) in scenario.fleets.iter().zip(apportion(total, &fleet_shares)) {
             let versions = dealt(count, &fleet.firmware, &mut rng);
             let profiles = dealt(count, &fleet.profile, &mut rng);
+            let first = devices.len();
             for (firmware, profile) in versions.into_iter().zip(profiles) {
                 devices.push(Device {
                     id: uuid(&mut rng),
                     secret: secret(&mut rng),
                     firmware: firmware.to_owned(),
-                    profile: profile.to_owned(),
+                    // A scenario that has been checked names no other.
+                    profile: profile.parse().unwrap_or_default(),
+                    has_twin: false,
                     tenant: fleet.tenant.clone(),
                     model: fleet.model.clone(),
                     connect_timeout: Duration::from_secs_f64(fleet.connect_timeout_seconds),
+                    messages_every: messages::every(fleet.messages_per_minute),
                 });
             }
+            pair(&mut devices[first..]);
         }
         devices.shuffle(&mut rng);
         let bystanders = scenario.database.registered.saturating_sub(scenario.devices);
@@ -66,7 +79,8 @@ impl Plan {
         let mut out = csv::Writer::from_writer(Vec::new());
         // Writing to memory can't fail, and each record has the four fields of the first.
         let _ = out.write_record(["id", "secret", "tenant", "model"]);
-        for device in &self.devices {
+        let mut ids = BTreeSet::new();
+        for device in self.devices.iter().filter(|device| ids.insert(device.id)) {
             let (tenant, model) = (device.tenant.as_deref(), device.model.as_deref());
             let id = device.id.to_string();
             let _ = out.write_record([&id, device.secret.as_str(), tenant.unwrap_or(""), model.unwrap_or("")]);
@@ -100,6 +114,24 @@ impl Plan {
         others.shuffle(rng);
         others.truncate(wanted.saturating_sub(has));
         others
+    }
+}
+
+/// Gives every second device of a profile that shares ids the id and secret of the one before. An odd one stays alone.
+fn pair(devices: &mut [Device]) {
+    let mut alone: Option<usize> = None;
+    for index in 0..devices.len() {
+        if devices[index].profile.devices_per_identity() == 1 {
+            continue;
+        }
+        match alone.take() {
+            None => alone = Some(index),
+            Some(other) => {
+                devices[index].id = devices[other].id;
+                devices[index].secret = devices[other].secret.clone();
+                (devices[index].has_twin, devices[other].has_twin) = (true, true);
+            }
+        }
     }
 }
 
@@ -181,6 +213,21 @@ mod tests {
             .collect();
         assert_eq!(csv.lines().next(), Some("id,secret,tenant,model"));
         assert_eq!(ids.len(), 250);
+    }
+
+    #[test]
+    fn devices_that_share_ids_do_so_in_pairs_and_are_registered_once() {
+        let mut scenario = scenario(1);
+        scenario.fleets[0].profile =
+            BTreeMap::from([("duplicate-id".to_owned(), 0.21), ("well-behaved".to_owned(), 0.79)]);
+
+        let plan = Plan::new(&scenario);
+
+        let twins: Vec<&Device> = plan.devices.iter().filter(|device| device.has_twin).collect();
+        let ids: BTreeSet<Uuid> = plan.devices.iter().map(|device| device.id).collect();
+        assert_eq!((plan.devices.len(), twins.len(), ids.len()), (100, 20, 90));
+        assert!(twins.iter().all(|twin| twin.profile == Profile::DuplicateId));
+        assert_eq!(plan.csv().lines().count(), 1 + 90 + 150);
     }
 
     #[test]

@@ -4,11 +4,15 @@
 //! themselves (`t99_seconds`), those of a run, a phase of it and a group of devices in it behind their names
 //! (`naive.storm.healthy.p99_ms`).
 
-use std::{collections::BTreeMap, fmt::Write as _};
+mod figures;
+mod text;
+
+use std::collections::BTreeMap;
 
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use self::figures::figures;
 use crate::{
     scenario::{Action, FieldError, Scenario},
     threshold::{Figures, Outcome, Threshold},
@@ -101,6 +105,10 @@ pub struct Group {
     pub refused: BTreeMap<&'static str, u64>,
     /// Attempts without an answer: refused or reset by TCP, timed out, or not HTTP.
     pub failed: u64,
+    /// Messages that they sent of their own accord.
+    pub sent: u64,
+    /// Those of them that were acked.
+    pub acked: u64,
     /// From the time at which a device should have been connected until it was, refusals in between included. Devices that never were
     /// count with the time until the run ended; those that a rule refuses don't count.
     pub latency: Latency,
@@ -156,71 +164,6 @@ impl Latency {
     }
 }
 
-impl Summary {
-    fn figures(&self) -> [(&'static str, Option<f64>); 17] {
-        let ratio = |part: Option<f64>, whole: Option<f64>| Some(part? / whole?).filter(|ratio| ratio.is_finite());
-        [
-            ("t99_seconds", self.t99_seconds),
-            ("t100_seconds", self.t100_seconds),
-            ("optimum_seconds", self.optimum_seconds),
-            ("t99_over_optimum", ratio(self.t99_seconds, self.optimum_seconds)),
-            ("t100_over_optimum", ratio(self.t100_seconds, self.optimum_seconds)),
-            ("attempts_per_device", self.attempts_per_device),
-            ("statements", Some(self.statements)),
-            ("in_flight_max", Some(self.in_flight_max)),
-            ("limit", self.limit_max),
-            ("over_limit", Some(self.over_limit)),
-            ("queue_max", Some(self.queue_max)),
-            ("lost_sessions", Some(self.lost_sessions)),
-            ("missing", Some(self.missing)),
-            ("slow_lookups", Some(self.slow_lookups)),
-            ("rss_start_bytes", self.rss_start_bytes),
-            ("rss_max_bytes", self.rss_max_bytes),
-            ("rss_growth", ratio(self.rss_max_bytes, self.rss_start_bytes)),
-        ]
-    }
-}
-
-impl Group {
-    fn figures(&self) -> impl Iterator<Item = (String, Option<f64>)> {
-        let counts = [
-            ("devices", self.devices),
-            ("connected", self.connected),
-            ("attempts", self.attempts),
-            ("admitted", self.admitted),
-            ("failed", self.failed),
-            ("refused", self.refused.values().sum()),
-            ("connects", self.latency.count),
-        ];
-        let latencies = [
-            ("p50_ms", self.latency.p50_ms),
-            ("p90_ms", self.latency.p90_ms),
-            ("p99_ms", self.latency.p99_ms),
-            ("p999_ms", self.latency.p999_ms),
-            ("max_ms", self.latency.max_ms),
-        ];
-        let refused = seawall_proto::refusal::Code::ALL
-            .into_iter()
-            .map(|code| code.as_str())
-            .map(|code| {
-                (
-                    format!("refused_{code}"),
-                    Some(count(self.refused.get(code).copied().unwrap_or(0))),
-                )
-            });
-        counts
-            .into_iter()
-            .map(|(name, value)| (name.to_owned(), Some(count(value))))
-            .chain(latencies.into_iter().map(|(name, value)| (name.to_owned(), value)))
-            .chain(refused)
-    }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "counts of a load test are far below 2^52")]
-fn count(value: u64) -> f64 {
-    value as f64
-}
-
 impl Report {
     /// Judges the runs.
     #[must_use]
@@ -249,92 +192,6 @@ impl Report {
     #[must_use]
     pub fn figures(&self) -> Figures {
         figures(&self.runs)
-    }
-
-    /// The report for people.
-    #[must_use]
-    pub fn to_text(&self) -> String {
-        let mut text = String::new();
-        // Writing to a String can't fail.
-        let _ = self.write_text(&mut text);
-        text
-    }
-
-    fn write_text(&self, out: &mut String) -> std::fmt::Result {
-        writeln!(out, "{}: {} devices, seed {}", self.scenario, self.devices, self.seed)?;
-        writeln!(out, "{}", self.about)?;
-        for run in &self.runs {
-            let s = &run.summary;
-            writeln!(out, "\nrun {}", run.name)?;
-            writeln!(
-                out,
-                "  t99 {}  t100 {}  optimum {}  attempts/device {}  statements {:.0}",
-                seconds(s.t99_seconds),
-                seconds(s.t100_seconds),
-                seconds(s.optimum_seconds),
-                s.attempts_per_device
-                    .map_or_else(|| "-".to_owned(), |figure| format!("{figure:.2}")),
-                s.statements,
-            )?;
-            writeln!(
-                out,
-                "  in flight {:.0} at most, limit {}  queue {:.0}  lost sessions {:.0}  missing {:.0}  memory {} -> {}",
-                s.in_flight_max,
-                s.limit_max
-                    .map_or_else(|| "none".to_owned(), |limit| format!("{limit:.0}")),
-                s.queue_max,
-                s.lost_sessions,
-                s.missing,
-                megabytes(s.rss_start_bytes),
-                megabytes(s.rss_max_bytes),
-            )?;
-            writeln!(
-                out,
-                "  {:<16} {:<12} {:>7} {:>9} {:>9} {:>9} {:>8} {:>7} {:>10} {:>10} {:>10}",
-                "phase",
-                "group",
-                "seconds",
-                "connected",
-                "attempts",
-                "admitted",
-                "refused",
-                "failed",
-                "p50 ms",
-                "p99 ms",
-                "max ms"
-            )?;
-            for phase in &run.phases {
-                for (name, group) in &phase.groups {
-                    writeln!(
-                        out,
-                        "  {:<16} {:<12} {:>7.1} {:>9} {:>9} {:>9} {:>8} {:>7} {:>10} {:>10} {:>10}",
-                        phase.name,
-                        name,
-                        phase.seconds,
-                        group.connected,
-                        group.attempts,
-                        group.admitted,
-                        group.refused.values().sum::<u64>(),
-                        group.failed,
-                        millis(group.latency.p50_ms),
-                        millis(group.latency.p99_ms),
-                        millis(group.latency.max_ms),
-                    )?;
-                }
-            }
-        }
-        writeln!(out, "\nthresholds")?;
-        for outcome in &self.thresholds {
-            writeln!(
-                out,
-                "  {} {}   ({} against {})",
-                if outcome.passed { "ok    " } else { "FAILED" },
-                outcome.expression,
-                figure(outcome.left),
-                figure(outcome.right),
-            )?;
-        }
-        writeln!(out, "\n{}", if self.passed { "passed" } else { "FAILED" })
     }
 }
 
@@ -391,55 +248,6 @@ pub fn leading_phase(scenario: &Scenario) -> Option<usize> {
             .iter()
             .position(|phase| matches!(phase.action, Action::Connect { .. }))
     })
-}
-
-fn figures(runs: &[Run]) -> Figures {
-    let mut figures = Figures::new();
-    for run in runs {
-        for (name, value) in run.summary.figures() {
-            if run.name == MAIN_RUN {
-                figures.insert(name.to_owned(), value);
-            }
-            figures.insert(format!("{}.{name}", run.name), value);
-        }
-        for phase in &run.phases {
-            let prefix = format!("{}.{}", run.name, phase.name);
-            for (name, value) in phase.summary.figures() {
-                figures.insert(format!("{prefix}.{name}"), value);
-            }
-            for (group, figures_of) in &phase.groups {
-                for (name, value) in figures_of.figures() {
-                    figures.insert(format!("{prefix}.{group}.{name}"), value);
-                }
-            }
-        }
-    }
-    figures
-}
-
-fn seconds(value: Option<f64>) -> String {
-    value.map_or_else(|| "never".to_owned(), |value| format!("{value:.2} s"))
-}
-
-fn millis(value: Option<f64>) -> String {
-    value.map_or_else(|| "-".to_owned(), |value| format!("{value:.1}"))
-}
-
-fn megabytes(value: Option<f64>) -> String {
-    value.map_or_else(|| "?".to_owned(), |value| format!("{:.1} MiB", value / 1024.0 / 1024.0))
-}
-
-fn figure(value: Option<f64>) -> String {
-    value.map_or_else(
-        || "not reached".to_owned(),
-        |value| {
-            if value.fract() == 0.0 {
-                format!("{value:.0}")
-            } else {
-                format!("{value:.3}")
-            }
-        },
-    )
 }
 
 #[cfg(test)]

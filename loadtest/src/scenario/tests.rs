@@ -1,0 +1,134 @@
+use super::*;
+
+const GOOD: &str = r#"
+    name = "storm"
+    about = "Everything drops."
+    devices = 100
+    capacity_per_second = 50
+    thresholds = ["lost_sessions == 0"]
+    groups = { healthy = ["3.8.0-b2"] }
+
+    [[fleet]]
+    name = "displays"
+    firmware = { "3.8.0-b2" = 0.7, "3.8.0-b3" = 0.3 }
+
+    [[phase]]
+    name = "connect"
+    seconds = 10
+    until = "connected"
+    action = { connect = { per_second = 50 } }
+
+    [[phase]]
+    name = "storm"
+    seconds = 10
+    action = "drop-all"
+
+    [[phase]]
+    name = "blocked"
+    seconds = 10
+    action = { block = { range = ">=3.8.0-b3", evict = true } }
+    churn_per_second = 2
+    churn_group = "healthy"
+"#;
+
+#[test]
+fn a_scenario_is_read() {
+    let scenario = parse(GOOD).unwrap();
+
+    assert_eq!(scenario.phases.len(), 3);
+    assert_eq!(scenario.seed, 1);
+    assert_eq!(scenario.group_names().collect::<Vec<_>>(), ["all", "healthy"]);
+    assert_eq!(scenario.time_max(), Duration::from_secs(30));
+    assert_eq!(scenario.run_names(), ["seawall"]);
+}
+
+#[test]
+fn each_mistake_is_named() {
+    for (from, to, expected) in [
+        ("devices = 100", "devices = 0", "`devices`: expected 1 to 18000"),
+        ("devices = 100", "device = 100", "unknown field `device`"),
+        ("0.7", "0.8", "`fleet.displays.firmware`: parts must add up to 1"),
+        ("\"drop-all\"", "\"drop-some\"", "unknown variant `drop-some`"),
+        (
+            "per_second = 50 }",
+            "per_second = 50, x = 1 }",
+            "unexpected keys in table: x",
+        ),
+        (
+            "\"drop-all\"",
+            "{ database = \"frozen\" }",
+            "only a PostgreSQL can be slow, frozen or killed",
+        ),
+        (
+            "\"storm\"\n    seconds",
+            "\"connect\"\n    seconds",
+            "`connect` is there twice",
+        ),
+        ("churn_group = \"healthy\"", "churn_group = \"well\"", "no group `well`"),
+        ("[\"3.8.0-b2\"]", "[\"3.8.0\"]", "no fleet ever runs version 3.8.0"),
+        (
+            "[\"lost_sessions == 0\"]",
+            "[\"lost_sessions = 0\"]",
+            "expected <, <=, ==, !=, >= or >",
+        ),
+        ("[\"lost_sessions == 0\"]", "[]", "proves nothing"),
+        ("seconds = 10", "seconds = -1", "expected more than 0"),
+        (
+            "name = \"displays\"",
+            "name = \"displays\"\n profile = { rude = 1.0 }",
+            "rude",
+        ),
+        ("about", "naive = { pool = 10 }\n about", "need \"postgres\""),
+    ] {
+        let text = GOOD.replacen(from, to, 1);
+        assert_ne!(text, GOOD, "{from} is in the scenario");
+
+        let error = parse(&text).unwrap_err();
+
+        assert!(error.contains(expected), "{to}: {error}");
+    }
+}
+
+#[test]
+fn devices_and_seed_can_be_overridden() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s.toml");
+    std::fs::write(&path, GOOD).unwrap();
+
+    let scenario = Scenario::from_file(&path, Some(7), Some(9)).unwrap();
+    let error = Scenario::from_file(&path, Some(20_000), None).unwrap_err().to_string();
+
+    assert_eq!((scenario.devices, scenario.seed), (7, 9));
+    assert!(error.contains("`devices`"), "{error}");
+}
+
+#[test]
+fn the_scenarios_that_we_deliver_can_be_run() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
+    let mut count = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+
+        let scenario = Scenario::from_file(&path, None, None).unwrap();
+        crate::report::check_names(&scenario, &scenario.thresholds().unwrap()).unwrap();
+
+        assert_eq!(path.file_stem().unwrap().to_str(), Some(scenario.name.as_str()));
+        count += 1;
+    }
+    assert!(count >= 3);
+}
+
+#[test]
+fn a_threshold_on_a_figure_that_there_is_not_is_a_mistake() {
+    let scenario = parse(&GOOD.replace("lost_sessions == 0", "naive.lost_sessions == 0")).unwrap();
+
+    let error = crate::report::check_names(&scenario, &scenario.thresholds().unwrap()).unwrap_err();
+
+    assert!(error.to_string().contains("no figure `naive.lost_sessions`"), "{error}");
+}
+
+fn parse(text: &str) -> Result<Scenario, String> {
+    let scenario: Scenario = toml::from_str(text).map_err(|error| error.to_string())?;
+    scenario.check().map_err(|error| error.to_string())?;
+    Ok(scenario)
+}
