@@ -5,6 +5,7 @@ use std::{fs, path::PathBuf, process::ExitCode};
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use loadtest::{
+    compare::{Comparison, Side},
     guard, html,
     naive::Naive,
     progress::Progress,
@@ -28,6 +29,9 @@ struct Cli {
 enum Command {
     /// Run a scenario with real sockets. Exit 0 only if all of its thresholds hold, 1 if not, 2 for a wrong scenario.
     Run(RunArguments),
+    /// Put two reports of one scenario side by side. Exit 0 if they agree in t99 and attempts a device, 1 if not, 2 where they can't be
+    /// compared.
+    Compare(CompareArguments),
     /// The server that `[naive]` in a scenario asks for.
     #[command(hide = true)]
     NaiveServer(NaiveArguments),
@@ -61,6 +65,17 @@ struct RunArguments {
 }
 
 #[derive(Args)]
+struct CompareArguments {
+    /// A report that `--json` wrote: what the other is measured by.
+    first: PathBuf,
+    /// The other.
+    second: PathBuf,
+    /// Greatest difference that counts as agreement, as a part of the first report's figure.
+    #[arg(long, value_name = "PART", default_value_t = 0.1)]
+    tolerance: f64,
+}
+
+#[derive(Args)]
 struct NaiveArguments {
     /// Connections to the database.
     #[arg(long)]
@@ -74,6 +89,7 @@ fn main() -> ExitCode {
     guard::serve_if_asked();
     let done = match Cli::parse().command {
         Command::Run(arguments) => run_scenario(arguments),
+        Command::Compare(arguments) => Ok(compare(&arguments)),
         Command::NaiveServer(arguments) => serve_naive(&arguments),
     };
     done.unwrap_or_else(|error| {
@@ -114,6 +130,21 @@ fn run_scenario(arguments: RunArguments) -> Result<ExitCode> {
         fs::write(path, html::page(&report)).with_context(|| format!("writing {}", path.display()))?;
     }
     Ok(verdict(&report))
+}
+
+fn compare(arguments: &CompareArguments) -> ExitCode {
+    let comparison = Side::from_file(&arguments.first)
+        .and_then(|first| Comparison::new(&first, &Side::from_file(&arguments.second)?, arguments.tolerance));
+    match comparison {
+        Ok(comparison) => {
+            print!("{comparison}");
+            ExitCode::from(u8::from(!comparison.agrees()))
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
 }
 
 /// Everything that can be wrong before a minute is spent on it.
