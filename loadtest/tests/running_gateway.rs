@@ -1,0 +1,217 @@
+//! `loadtest run` against a gateway that runs already: a real process, that outlives the test's run and keeps nothing of it but devices.
+
+#![expect(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    time::Duration,
+};
+
+use loadtest::{
+    process::{self, Process},
+    server::without_settings,
+};
+use rustix::process::Signal;
+
+const LOADTEST: &str = env!("CARGO_BIN_EXE_loadtest");
+const START_MAX: Duration = Duration::from_secs(60);
+
+/// Well-behaved devices that talk, and pairs that share an id; all drop once, and one version is blocked.
+const SCENARIO: &str = r#"
+    name = "running"
+    about = "A gateway that runs already."
+    devices = 60
+    capacity_per_second = 1000
+    groups = { talkers = ["1.0.0"], twins = ["2.0.0"], marked = ["3.0.0"] }
+    thresholds = [
+        "missing == 0",
+        "lost_sessions == 0",
+        "over_limit == 0",
+        "in_flight_max <= limit",
+        "statements > 0",
+        "t100_seconds <= 30",
+        "seawall.connect.all.admitted >= 60",
+        "seawall.calm.talkers.sent > 20",
+        "seawall.calm.talkers.acked >= 0.8 * seawall.calm.talkers.sent",
+        "seawall.calm.twins.connected < seawall.calm.twins.devices",
+        "seawall.calm.twins.attempts > 0",
+        "seawall.block.marked.connected == 0",
+        "seawall.block.marked.refused_firmware_blocked > 0",
+    ]
+    [[fleet]]
+    name = "talkers"
+    share = 0.5
+    firmware = { "1.0.0" = 1.0 }
+    messages_per_minute = 60
+    [[fleet]]
+    name = "twins"
+    share = 0.2
+    firmware = { "2.0.0" = 1.0 }
+    profile = { duplicate-id = 1.0 }
+    [[fleet]]
+    name = "marked"
+    share = 0.3
+    firmware = { "3.0.0" = 1.0 }
+    [[phase]]
+    name = "connect"
+    seconds = 30
+    until = "connected"
+    action = { connect = { per_second = 200 } }
+    [[phase]]
+    name = "calm"
+    seconds = 3
+    [[phase]]
+    name = "storm"
+    seconds = 60
+    until = "connected"
+    action = "drop-all"
+    [[phase]]
+    name = "block"
+    seconds = 6
+    action = { block = { range = ">=3", evict = true, retry_after = "1s" } }
+"#;
+
+struct Gateway {
+    process: Process,
+    url: String,
+    ops: String,
+    token: String,
+}
+
+impl Gateway {
+    async fn start(folder: &Path) -> Self {
+        let data = folder.join("data");
+        let mut command = Command::new(seawall());
+        without_settings(&mut command)
+            .args(["serve", "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"])
+            .arg("--data-dir")
+            .arg(&data);
+        let mut process = Process::start("seawall", &mut command, &folder.join("log")).unwrap();
+        let read = || serde_json::from_slice::<serde_json::Value>(&fs::read(data.join("addresses.json")).ok()?).ok();
+        let addresses = process::await_from(&mut process, "addresses", START_MAX, read)
+            .await
+            .unwrap();
+        let read = || {
+            fs::read_to_string(data.join("admin.token"))
+                .ok()
+                .filter(|token| !token.trim().is_empty())
+        };
+        let token = process::await_from(&mut process, "token", START_MAX, read)
+            .await
+            .unwrap();
+        let ops = format!("http://{}", addresses["ops"].as_str().unwrap());
+        process::await_from(&mut process, "readiness", START_MAX, || {
+            get(&format!("{ops}/readyz"), None).map(drop)
+        })
+        .await
+        .unwrap();
+        Self {
+            process,
+            url: format!("ws://{}", addresses["devices"].as_str().unwrap()),
+            ops,
+            token: token.trim().to_owned(),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_that_runs_already_is_driven_and_keeps_no_rule() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut gateway = Gateway::start(folder.path()).await;
+    let scenario = folder.path().join("running.toml");
+    fs::write(&scenario, SCENARIO).unwrap();
+    let json = folder.path().join("report.json");
+
+    let done = run(&gateway, &scenario, &gateway.token, &json);
+
+    assert!(done.status.success(), "{}", told(&done));
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    assert_eq!(
+        (&report["passed"], &report["scenario"]),
+        (&true.into(), &"running".into())
+    );
+    gateway.process.check().unwrap();
+    let ask = |path: &str| {
+        let text = get(&format!("{}/api/v1/{path}", gateway.ops), Some(&gateway.token)).unwrap();
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()["items"].clone()
+    };
+    assert_eq!(ask("rules"), serde_json::json!([]));
+    // 48 with ids of their own, and 12 in pairs.
+    assert_eq!(ask("devices?limit=100").as_array().unwrap().len(), 54);
+    gateway.process.stop(Signal::TERM, Duration::from_secs(30)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_that_is_none_and_a_scenario_with_its_own_database_are_refused_in_words() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut gateway = Gateway::start(folder.path()).await;
+    let (plain, own) = (folder.path().join("plain.toml"), folder.path().join("own.toml"));
+    fs::write(&plain, SCENARIO).unwrap();
+    fs::write(
+        &own,
+        SCENARIO.replace(
+            "[[fleet]]\n    name = \"talkers\"",
+            "[database]\n kind = \"postgres\"\n [[fleet]]\n name = \"talkers\"",
+        ),
+    )
+    .unwrap();
+    let json = folder.path().join("report.json");
+
+    let wrong = run(&gateway, &plain, "not-a-token", &json);
+    let other = run(&gateway, &own, &gateway.token, &json);
+
+    assert_eq!((wrong.status.code(), other.status.code()), (Some(1), Some(1)));
+    assert!(told(&wrong).contains("401"), "{}", told(&wrong));
+    assert!(told(&other).contains("database of its own"), "{}", told(&other));
+    assert!(!json.exists());
+    gateway.process.stop(Signal::TERM, Duration::from_secs(30)).await;
+}
+
+fn run(gateway: &Gateway, scenario: &Path, token: &str, json: &Path) -> Output {
+    without_settings(&mut Command::new(LOADTEST))
+        .arg("run")
+        .arg(scenario)
+        .args(["--gateway", &gateway.url, "--ops", &gateway.ops])
+        .arg("--json")
+        .arg(json)
+        .env("SEAWALL_TOKEN", token)
+        .output()
+        .unwrap()
+}
+
+fn told(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+/// The body of an answer of success.
+fn get(url: &str, token: Option<&str>) -> Option<String> {
+    let mut request = ureq::get(url);
+    if let Some(token) = token {
+        request = request.header("Authorization", format!("Bearer {token}"));
+    }
+    request.call().ok()?.body_mut().read_to_string().ok()
+}
+
+/// The gateway beside `loadtest`; built first where nothing has built it yet.
+fn seawall() -> PathBuf {
+    let program = Path::new(LOADTEST).with_file_name("seawall");
+    if !program.exists() {
+        let status = Command::new(env!("CARGO"))
+            .args([
+                "build",
+                "--locked",
+                "--quiet",
+                "--package",
+                "seawall-gateway",
+                "--bin",
+                "seawall",
+            ])
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .status()
+            .unwrap();
+        assert!(status.success(), "the gateway can't be built");
+    }
+    program
+}
