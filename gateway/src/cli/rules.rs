@@ -76,6 +76,12 @@ pub enum Rules {
         /// New range of versions
         #[arg(long, value_name = "RANGE", value_parser = range)]
         firmware: Option<String>,
+        /// Only devices of this model; empty: of every model
+        #[arg(long)]
+        model: Option<String>,
+        /// Only devices of this tenant; empty: of every tenant
+        #[arg(long)]
+        tenant: Option<String>,
         /// New reason; devices see it
         #[arg(long)]
         reason: Option<String>,
@@ -166,6 +172,8 @@ pub fn run(ctx: &Context, verb: Rules) -> Result<(), Failure> {
         Rules::Edit {
             rule,
             firmware,
+            model,
+            tenant,
             reason,
             retry_after,
             expires,
@@ -175,13 +183,16 @@ pub fn run(ctx: &Context, verb: Rules) -> Result<(), Failure> {
         } => {
             let rule = find(ctx, &rule, None, None)?;
             let mut body = Map::new();
-            if let Some(firmware) = firmware {
-                let mut matches = rule
-                    .get("match")
-                    .and_then(Value::as_object)
-                    .cloned()
-                    .unwrap_or_default();
-                matches.insert("firmware".into(), firmware.into());
+            if firmware.is_some() || model.is_some() || tenant.is_some() {
+                let matches = rule.get("match").and_then(Value::as_object);
+                let mut matches = matches.cloned().unwrap_or_default();
+                for (field, text) in [("firmware", firmware), ("model", model), ("tenant", tenant)] {
+                    match text.as_deref() {
+                        None => {}
+                        Some("") => drop(matches.remove(field)),
+                        Some(text) => drop(matches.insert(field.into(), text.into())),
+                    }
+                }
                 body.insert("match".into(), matches.into());
             }
             insert(&mut body, "reason", reason);

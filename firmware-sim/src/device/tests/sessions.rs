@@ -1,0 +1,85 @@
+//! What a device does while it is connected.
+
+use super::*;
+
+#[test]
+fn device_speaks_within_each_heartbeat_and_a_quarter() {
+    let mut rig = Rig::online(Profile::WellBehaved);
+    rig.welcome();
+    rig.pass(20 * SECOND);
+    rig.device.handle_ping(rig.now);
+    let pinged = rig.now;
+
+    assert_eq!(rig.wake(), Some(Action::SendHeartbeat));
+
+    assert_eq!(rig.now, pinged + Duration::from_millis(37_500));
+}
+
+#[test]
+fn gateway_that_pings_on_time_is_sent_no_heartbeats() {
+    let mut rig = Rig::online(Profile::WellBehaved);
+    rig.welcome();
+    for _ in 0..10 {
+        rig.pass(30 * SECOND);
+        rig.device.handle_timeout(rig.now, &mut rig.rng);
+        assert_eq!(rig.device.poll_action(), None);
+        rig.device.handle_ping(rig.now);
+    }
+}
+
+#[test]
+fn silent_gateway_is_left_after_three_heartbeats() {
+    let mut rig = Rig::online(Profile::WellBehaved);
+    rig.welcome();
+
+    let mut actions = Vec::new();
+    while rig.device.state() == State::Online {
+        actions.extend(rig.wake());
+    }
+
+    assert_eq!(rig.now, Instant::ZERO + 90 * SECOND);
+    assert_eq!(actions, [Action::SendHeartbeat, Action::SendHeartbeat, Action::Abort]);
+}
+
+#[test]
+fn plain_session_sends_no_heartbeat() {
+    let mut rig = Rig::online(Profile::WellBehaved);
+
+    assert_eq!(
+        rig.wake(),
+        Some(Action::Abort),
+        "the silence of 90 s is all that is due"
+    );
+    assert_eq!(rig.now, Instant::ZERO + 90 * SECOND);
+}
+
+#[test]
+fn message_is_acked_by_its_id() {
+    let mut rig = Rig::online(Profile::WellBehaved);
+
+    rig.device
+        .handle_text(r#"{"type":"message","id":"m\"1","payload":{}}"#, rig.now);
+
+    assert_eq!(rig.device.poll_action(), Some(Action::SendAck { id: "m\"1".into() }));
+}
+
+#[test]
+fn resume_token_is_kept_renewed_and_shown() {
+    let mut rig = Rig::online(Profile::WellBehaved);
+    rig.welcome();
+    assert_eq!(rig.device.resume(), Some("r1"));
+
+    rig.device.handle_text(r#"{"type":"resume","token":"r2"}"#, rig.now);
+    rig.lose();
+
+    assert_eq!(rig.device.resume(), Some("r2"));
+}
+
+#[test]
+fn half_open_device_is_silent_for_two_minutes() {
+    let mut rig = Rig::online(Profile::HalfOpen);
+    rig.welcome();
+
+    assert_eq!(rig.wake(), Some(Action::Abort));
+    assert_eq!(rig.now, Instant::ZERO + HALF_OPEN_SILENCE);
+}

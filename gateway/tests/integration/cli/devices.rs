@@ -1,0 +1,125 @@
+//! `seawall devices`: files of devices, and single ones.
+
+use std::{fs, os::unix::fs::PermissionsExt};
+
+use super::{assert_refused, done, json};
+use crate::harness::process::{GatewayProcess, run};
+
+#[test]
+fn seed_import_and_list_fit_together() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("fleet.csv");
+    let path = file.to_str().unwrap();
+    let mut seed = gateway.operator(&[
+        "devices",
+        "seed",
+        "--count",
+        "300",
+        "--out",
+        path,
+        "--model",
+        "box",
+        "--offline",
+    ]);
+
+    done(&mut seed);
+    let again = run(&mut seed).unwrap();
+    let imported = json(&run(&mut gateway.operator(&["devices", "import", path, "--json"])).unwrap());
+    let skipped = json(&run(&mut gateway.operator(&["devices", "import", path, "--json"])).unwrap());
+    let listed = json(&run(&mut gateway.operator(&["devices", "list", "--limit", "1000", "--json"])).unwrap());
+    let page = json(&run(&mut gateway.operator(&["devices", "list", "--limit", "7", "--json"])).unwrap());
+
+    assert_refused(&again, 1, &[path]);
+    assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(
+        (imported["added"].as_u64(), skipped["skipped"].as_u64()),
+        (Some(300), Some(300))
+    );
+    assert_eq!(listed["items"].as_array().unwrap().len(), 300);
+    assert_eq!(listed["items"][0]["model"], "box");
+    assert_eq!(
+        (page["items"].as_array().unwrap().len(), page["next_cursor"].is_null()),
+        (7, false)
+    );
+}
+
+#[test]
+fn seed_registers_where_a_gateway_answers() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("fleet.csv");
+
+    done(&mut gateway.operator(&["devices", "seed", "--count", "5", "--out", path.to_str().unwrap()]));
+
+    let listed = json(&run(&mut gateway.operator(&["devices", "list", "--json"])).unwrap());
+    assert_eq!(listed["items"].as_array().unwrap().len(), 5);
+}
+
+#[test]
+fn import_with_bad_lines_names_them_and_takes_nothing() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("fleet.csv");
+    let good = "6f1f64a0-0000-4000-8000-000000000001,0123456789abcdef0123456789abcdef";
+    fs::write(
+        &file,
+        format!("id,secret\n{good}\nnot-a-uuid,0123456789abcdef\n{good}\n"),
+    )
+    .unwrap();
+
+    let output = run(&mut gateway.operator(&["devices", "import", file.to_str().unwrap()])).unwrap();
+
+    let complaint = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{complaint}");
+    assert!(complaint.contains("line 3"), "{complaint}");
+    let listed = json(&run(&mut gateway.operator(&["devices", "list", "--json"])).unwrap());
+    assert_eq!(listed["items"].as_array().unwrap().len(), 0);
+    let missing = run(&mut gateway.operator(&["devices", "import", "/nonexistent.csv"])).unwrap();
+    assert_refused(&missing, 1, &["/nonexistent.csv"]);
+}
+
+#[test]
+fn refusal_of_a_long_import_is_seen() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("fleet.csv");
+    fs::write(
+        &file,
+        format!("id,secret\n{}", format!("{}\n", "x".repeat(99)).repeat(300_000)),
+    )
+    .unwrap();
+    let mut import = gateway.operator(&["devices", "import", file.to_str().unwrap()]);
+
+    let without_leave = run(import.env("SEAWALL_TOKEN", "nobody")).unwrap();
+    let all_bad = run(import.env_remove("SEAWALL_TOKEN")).unwrap();
+
+    assert_refused(&without_leave, 1, &["doesn't accept this token"]);
+    assert_eq!(all_bad.status.code(), Some(1));
+    assert!(String::from_utf8(all_bad.stderr).unwrap().starts_with("line 2: "));
+}
+
+#[test]
+fn device_is_added_changed_and_deleted() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let added = json(&run(&mut gateway.operator(&["devices", "add", "--tenant", "acme", "--json"])).unwrap());
+    let id = added["id"].as_str().unwrap();
+
+    let secret = done(&mut gateway.operator(&["devices", "rotate", id, "--overlap", "1h"]));
+    done(&mut gateway.operator(&["devices", "disable", id]));
+    let disabled = done(&mut gateway.operator(&["devices", "show", id]));
+    done(&mut gateway.operator(&["devices", "enable", id]));
+    let away = run(&mut gateway.operator(&["devices", "send", id, "{\"a\":1}"])).unwrap();
+    done(&mut gateway.operator(&["devices", "delete", id]));
+    let gone = run(&mut gateway.operator(&["devices", "show", id])).unwrap();
+
+    assert!(secret.contains("secret") && !secret.contains(added["secret"].as_str().unwrap()));
+    assert!(disabled.contains("disabled") && disabled.contains("acme"), "{disabled}");
+    assert_refused(&away, 1, &["device_offline"]);
+    assert_refused(&gone, 1, &["404"]);
+    let audit = done(&mut gateway.operator(&["audit"]));
+    assert!(
+        audit.contains(id) && !audit.contains(added["secret"].as_str().unwrap()),
+        "{audit}"
+    );
+}

@@ -1,0 +1,191 @@
+//! How the binary starts, and why it doesn't: settings, ports, data directories, databases.
+
+use std::{
+    fs,
+    net::{SocketAddr, TcpListener},
+    os::unix::fs::PermissionsExt,
+    time::{Duration, Instant},
+};
+
+use rustix::process::Signal;
+
+use super::{STOP_MAX, assert_refused, complaint, done, serve};
+use crate::harness::process::{GatewayProcess, run, seawall};
+
+#[test]
+fn unknown_or_bad_setting_is_named_with_exit_2() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("seawall.toml");
+    let config = file.to_str().unwrap();
+    for (text, named) in [
+        ("[limits]\nhead_byte_max = 1\n", ["limits.head_byte_max", "unknown"]),
+        (
+            "[limits]\nhead_bytes_max = 1\n",
+            ["limits.head_bytes_max", "1024 to 65536"],
+        ),
+        ("[server]\nlisten = \"nowhere\"\n", ["server.listen", "line 2"]),
+        ("[logging]\nlevel = \"a=b=c\"\n", ["logging.level", "expected one of"]),
+        (
+            "[identity]\nslot_header = \"Host\"\n",
+            ["identity.slot_header", "meaning"],
+        ),
+        (
+            "[admission]\nkeys_in_flight_max = 0\n",
+            ["admission.keys_in_flight_max", "65536"],
+        ),
+    ] {
+        fs::write(&file, text).unwrap();
+
+        assert_refused(&serve(&["--config", config]), 2, &named);
+    }
+}
+
+#[test]
+fn wrong_flags_and_environment_are_named_with_exit_2() {
+    assert_refused(&serve(&["--no-such-flag"]), 2, &["--no-such-flag"]);
+    assert_refused(&serve(&["--max-memory", "lots"]), 2, &["--max-memory", "lots"]);
+    assert_refused(&serve(&["--tls-cert", "cert.pem"]), 2, &["--tls-cert"]);
+    assert_refused(
+        &serve(&["--database", "mysql://u:hidden@h/d"]),
+        2,
+        &["--database", "postgres://"],
+    );
+    assert!(!complaint(&serve(&["--database", "mysql://u:hidden@h/d"])).contains("hidden"));
+
+    assert_refused(
+        &serve(&["--database", "postgres://h:port/d"]),
+        2,
+        &["not a PostgreSQL URL"],
+    );
+
+    let bad = run(seawall().arg("serve").env("SEAWALL_OPS_LISTEN", "nowhere")).unwrap();
+    assert_refused(&bad, 2, &["--ops-listen", "nowhere"]);
+}
+
+#[test]
+fn ops_address_outside_loopback_stops_the_start() {
+    let mut command = seawall();
+    let home = tempfile::tempdir().unwrap();
+    command
+        .current_dir(home.path())
+        .args(["serve", "--ops-listen", "0.0.0.0:0"]);
+
+    assert_refused(&run(&mut command).unwrap(), 2, &["ops.listen", "--insecure-ops"]);
+}
+
+#[test]
+fn unreadable_configuration_is_named_with_exit_2() {
+    assert_refused(
+        &serve(&["--config", "/nonexistent/seawall.toml"]),
+        2,
+        &["/nonexistent/seawall.toml"],
+    );
+    assert_refused(&serve(&["--config", "/"]), 2, &["configuration file /"]);
+}
+
+#[test]
+fn taken_port_is_exit_1() {
+    let taken = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let home = tempfile::tempdir().unwrap();
+    for flags in [
+        ["--listen", &address, "--ops-listen", "127.0.0.1:0"],
+        ["--ops-listen", &address, "--listen", "127.0.0.1:0"],
+    ] {
+        let mut command = seawall();
+        command.current_dir(home.path()).arg("serve").args(flags);
+
+        assert_refused(&run(&mut command).unwrap(), 1, &[&address, "in use"]);
+        assert!(!home.path().join("seawall-data/addresses.json").exists());
+    }
+}
+
+#[test]
+fn unusable_data_directory_is_exit_1() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("file");
+    fs::write(&file, "").unwrap();
+    let inside = file.join("data");
+
+    for path in [file.to_str().unwrap(), inside.to_str().unwrap(), "/proc/seawall-data"] {
+        assert_refused(&serve(&["--data-dir", path]), 1, &["data directory", path]);
+    }
+}
+
+#[test]
+fn second_gateway_on_a_data_directory_is_exit_2() {
+    let first = GatewayProcess::start(&[]).unwrap();
+
+    let second = serve(&["--data-dir", first.data_dir().to_str().unwrap()]);
+
+    assert_refused(&second, 2, &["another gateway", first.data_dir().to_str().unwrap()]);
+}
+
+#[test]
+fn unusable_database_is_exit_1() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("not.db");
+    fs::write(&file, "this is no database, however long it may be".repeat(100)).unwrap();
+
+    let refused = serve(&["--database", &format!("sqlite:{}", file.display())]);
+
+    assert_refused(&refused, 1, &["not.db", "not an SQLite database"]);
+}
+
+#[test]
+fn first_start_makes_files_that_only_the_owner_reads() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+
+    let token = fs::metadata(gateway.data_dir().join("admin.token")).unwrap();
+    assert_eq!(token.permissions().mode() & 0o777, 0o600);
+    assert_eq!(
+        fs::metadata(gateway.data_dir()).unwrap().permissions().mode() & 0o777,
+        0o700
+    );
+}
+
+#[test]
+fn data_directory_is_free_again_after_a_kill() {
+    let home = tempfile::tempdir().unwrap();
+    let data_dir = home.path().join("data");
+    let mut first = GatewayProcess::start_on(&data_dir, &[]).unwrap();
+    first.signal(Signal::KILL).unwrap();
+    first.wait(STOP_MAX).unwrap();
+
+    let second = GatewayProcess::start_on(&data_dir, &[]).unwrap();
+
+    assert!(run(&mut second.operator(&["nodes"])).unwrap().status.success());
+}
+
+#[test]
+fn log_level_is_read_again_at_sighup() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("seawall.toml");
+    fs::write(&file, "[logging]\nlevel = \"info\"\n").unwrap();
+    let gateway = GatewayProcess::start(&["--config", file.to_str().unwrap()]).unwrap();
+
+    fs::write(&file, "[logging]\nlevel = \"debug\"\n").unwrap();
+    gateway.signal(Signal::HUP).unwrap();
+
+    let deadline = Instant::now() + STOP_MAX;
+    while !gateway.log().unwrap().contains("log level changed") {
+        assert!(Instant::now() < deadline, "{}", gateway.log().unwrap());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    fs::write(&file, "[logging]\nlevle = 1\n").unwrap();
+    gateway.signal(Signal::HUP).unwrap();
+    while !gateway.log().unwrap().contains("levle") {
+        assert!(Instant::now() < deadline, "{}", gateway.log().unwrap());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(run(&mut gateway.operator(&["nodes"])).unwrap().status.success());
+}
+
+#[test]
+fn migrate_makes_the_tables_without_a_gateway() {
+    let home = tempfile::tempdir().unwrap();
+
+    done(seawall().arg("migrate").current_dir(home.path()));
+
+    assert!(home.path().join("seawall-data/seawall.db").is_file());
+}

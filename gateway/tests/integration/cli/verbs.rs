@@ -1,0 +1,229 @@
+//! The other verbs of operators, and those that need no gateway.
+
+use std::{
+    fs,
+    io::Write,
+    net::{SocketAddr, TcpListener},
+    process::Stdio,
+};
+
+use super::{assert_refused, done, json};
+use crate::harness::process::{GatewayProcess, run, seawall};
+
+#[test]
+fn rule_is_blocked_listed_and_unblocked_by_range_and_by_prefix() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let block = [
+        "rules",
+        "block",
+        ">=3.8.0-b3",
+        "--reason",
+        "storms",
+        "--retry-after",
+        "20m",
+        "--expires",
+        "2h",
+        "--evict",
+    ];
+
+    done(&mut gateway.operator(&block));
+    let listed = json(&run(&mut gateway.operator(&["rules", "list", "--json"])).unwrap());
+    done(&mut gateway.operator(&["rules", "unblock", ">= 3.8.0-b3"]));
+    done(&mut gateway.operator(&block));
+    let again = json(&run(&mut gateway.operator(&["rules", "list", "--json"])).unwrap());
+    let id = again["items"][0]["id"].as_str().unwrap();
+    done(&mut gateway.operator(&[
+        "rules",
+        "edit",
+        &id[..13],
+        "--reason",
+        "still storms",
+        "--expires",
+        "never",
+    ]));
+    let edited = done(&mut gateway.operator(&["rules", "list"]));
+    done(&mut gateway.operator(&["rules", "unblock", &id[..13]]));
+
+    assert_eq!(listed["items"][0]["match"]["firmware"], ">=3.8.0-b3");
+    assert_eq!(listed["items"][0]["evict"], true);
+    assert!(edited.contains("still storms"), "{edited}");
+    assert_eq!(done(&mut gateway.operator(&["rules", "list"])), "none\n");
+    assert_refused(
+        &run(&mut gateway.operator(&["rules", "unblock", "=1"])).unwrap(),
+        1,
+        &["no rule"],
+    );
+}
+
+#[test]
+fn edit_changes_what_a_rule_matches_and_keeps_the_rest() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let block = ["rules", "block", ">=3.8", "--model", "box", "--reason", "storms"];
+    done(&mut gateway.operator(&block));
+    let matches = |edit: &[&str]| {
+        let rule = first_rule(&gateway);
+        done(&mut gateway.operator(&[&["rules", "edit", rule.as_str()], edit].concat()));
+        let listed = json(&run(&mut gateway.operator(&["rules", "list", "--json"])).unwrap());
+        listed["items"][0]["match"].clone()
+    };
+
+    let moved = matches(&["--model", "tube", "--tenant", "acme"]);
+    let widened = matches(&["--model", ""]);
+    let narrowed = matches(&["--firmware", "=3.9"]);
+
+    assert_eq!(
+        moved,
+        serde_json::json!({"firmware": ">=3.8", "model": "tube", "tenant": "acme"})
+    );
+    assert_eq!(widened, serde_json::json!({"firmware": ">=3.8", "tenant": "acme"}));
+    assert_eq!(narrowed, serde_json::json!({"firmware": "=3.9", "tenant": "acme"}));
+    let nothing =
+        run(&mut gateway.operator(&["rules", "edit", &first_rule(&gateway), "--tenant", "", "--firmware", ""]));
+    assert_ne!(
+        nothing.unwrap().status.code(),
+        Some(0),
+        "a rule that matches everything"
+    );
+}
+
+fn first_rule(gateway: &GatewayProcess) -> String {
+    let listed = json(&run(&mut gateway.operator(&["rules", "list", "--json"])).unwrap());
+    listed["items"][0]["id"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn control_characters_never_reach_the_terminal() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let name = "night\u{9b}shift\u{202e}";
+
+    let created = run(&mut gateway.operator(&["tokens", "create", name, "--role", "viewer"])).unwrap();
+    let listed = run(&mut gateway.operator(&["tokens", "list"])).unwrap();
+    let refused = run(&mut gateway.operator(&["rules", "block", "=1", "--reason", "a\u{1b}[31mb"])).unwrap();
+
+    assert_eq!(refused.status.code(), Some(1));
+    for output in [created, listed, refused] {
+        for bytes in [output.stdout, output.stderr] {
+            let text = String::from_utf8(bytes).unwrap();
+            let harmful = text
+                .chars()
+                .find(|c| (c.is_control() && *c != '\n') || *c == '\u{202e}');
+            assert_eq!(harmful, None, "{text:?}");
+        }
+    }
+}
+
+#[test]
+fn token_works_with_its_role_until_it_is_revoked() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let created =
+        json(&run(&mut gateway.operator(&["tokens", "create", "watcher", "--role", "viewer", "--json"])).unwrap());
+    let token = created["token"].as_str().unwrap();
+    let as_watcher = |args: &[&str]| run(gateway.operator(args).env("SEAWALL_TOKEN", token)).unwrap();
+
+    assert!(as_watcher(&["rules", "list"]).status.success());
+    assert_refused(&as_watcher(&["rules", "block", "=1", "--reason", "x"]), 1, &["403"]);
+    done(&mut gateway.operator(&["tokens", "revoke", created["id"].as_str().unwrap()]));
+    assert_refused(&as_watcher(&["rules", "list"]), 1, &["token"]);
+}
+
+#[test]
+fn drain_starts_shows_and_is_cancelled() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+
+    done(&mut gateway.operator(&["drain", "start", "--rate", "10", "--deadline", "1m"]));
+    let status = done(&mut gateway.operator(&["drain", "status"]));
+    done(&mut gateway.operator(&["drain", "cancel"]));
+    let after = done(&mut gateway.operator(&["drain", "status"]));
+
+    assert!(status.contains("drain"), "{status}");
+    assert!(after.contains("idle"), "{after}");
+}
+
+#[test]
+fn doctor_finds_a_healthy_gateway_healthy() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+
+    let report = json(&run(&mut gateway.operator(&["doctor", "--json"])).unwrap());
+
+    assert_eq!(report["healthy"], true, "{report}");
+    assert!(report.to_string().contains("token: accepted"), "{report}");
+}
+
+#[test]
+fn doctor_says_what_is_wrong() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("file");
+    fs::write(&file, "").unwrap();
+
+    let output = run(seawall().args(["doctor", "--data-dir"]).arg(&file)).unwrap();
+
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .contains("is a file: move it away")
+    );
+}
+
+#[test]
+fn verbs_without_a_gateway_say_so() {
+    let nobody = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0)))
+        .unwrap()
+        .local_addr()
+        .unwrap();
+
+    let output = run(seawall().args(["nodes", "--url", &format!("http://{nobody}")])).unwrap();
+
+    assert_refused(&output, 1, &["no gateway answers", &nobody.to_string()]);
+}
+
+#[test]
+fn versions_are_sorted_and_matched_from_standard_input() {
+    let mut sort = seawall()
+        .args(["versions", "sort"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    sort.stdin
+        .take()
+        .unwrap()
+        .write_all(b"3.8.0\n3.8.0-b10\nv3.8\n3.8.0-b3\nnightly")
+        .unwrap();
+    let sorted = sort.wait_with_output().unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("list");
+    fs::write(&file, &sorted.stdout).unwrap();
+
+    let matched = done(seawall().args(["versions", "match", ">=3.8.0-b10"]).arg(&file));
+
+    assert_eq!(
+        String::from_utf8(sorted.stdout).unwrap(),
+        "nightly\n3.8.0-b3\n3.8.0-b10\n3.8.0\nv3.8\n"
+    );
+    assert_eq!(matched, "3.8.0-b10\n3.8.0\nv3.8\n");
+    let wrong = run(seawall().args(["versions", "match", ">=1.*.2"])).unwrap();
+    assert_refused(&wrong, 2, &["RANGE", "character 5"]);
+}
+
+#[test]
+fn closed_standard_output_is_no_panic() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("list");
+    fs::write(&file, "1.0\n".repeat(200_000)).unwrap();
+    let mut child = seawall()
+        .args(["versions", "sort"])
+        .arg(&file)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+
+    assert_eq!(
+        (output.status.code(), String::from_utf8(output.stderr).unwrap().as_str()),
+        (Some(0), "")
+    );
+}
