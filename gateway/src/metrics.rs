@@ -4,13 +4,14 @@
 //! counting on the way of a device is one atomic addition. The per-cohort series are rendered by [`crate::cohorts`], because their label
 //! set changes while the process runs.
 
-use std::cell::RefCell;
-
-use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder, SharedString, Unit};
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use metrics::{Counter, Gauge, Histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use seawall_proto::refusal::Code;
 
-const METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, None);
+use crate::{
+    series::{self, Definition, Family, GaugeFamily, Names},
+    store::Operation,
+};
 
 /// Upper bounds, in seconds, of what a device waits for: from a local cache hit to the longest answer that the contract allows.
 const WAIT_BUCKETS_SECONDS: [f64; 14] = [
@@ -65,12 +66,16 @@ pub struct Metrics {
     pub accept_pauses: Counter,
     /// 1 while the plan guard sees a sequential scan on the connect path.
     pub plan_alarm: Gauge,
-    /// Failed database operations by kind, look-ups apart.
+    /// Failed calls to the database, by what they were for.
     pub database_errors: Family,
     /// Sessions replaced by a newer session of the same device.
     pub replacements: Counter,
     /// Entries dropped because a bounded buffer was full, by buffer.
     pub dropped: Family,
+    /// Slots given to ids for which the memory of slots had no room: they live in their tokens alone.
+    pub slots_stateless: Counter,
+    /// Tasks of connections that panicked.
+    pub task_panics: Counter,
 }
 
 /// What became of a TCP connection that never was a request. Label `outcome` of `seawall_connections_total`.
@@ -85,7 +90,7 @@ pub const CONNECTION_OUTCOMES: [&str; 6] = [
 /// Label `outcome` of `seawall_lookups_total`.
 pub const LOOKUP_OUTCOMES: [&str; 5] = ["found", "not_found", "cached", "failed", "timed_out"];
 /// Label `reason` of `seawall_closes_total`: the words of [`Close::as_str`](seawall_proto::close::Close::as_str), and how a peer ends one.
-pub const CLOSE_REASONS: [&str; 17] = [
+pub const CLOSE_REASONS: [&str; 18] = [
     "normal",
     "protocol",
     "wrong_kind",
@@ -103,15 +108,14 @@ pub const CLOSE_REASONS: [&str; 17] = [
     "client_gone",
     "slow_reader",
     "shutdown",
+    "failed",
 ];
 /// Label `outcome` of `seawall_messages_total` for messages from devices.
 pub const MESSAGE_IN_OUTCOMES: [&str; 4] = ["accepted", "buffer_full", "bad_frame", "rate_limited"];
 /// Label `outcome` of `seawall_messages_total` for messages to devices.
 pub const MESSAGE_OUT_OUTCOMES: [&str; 4] = ["acked", "sent", "device_offline", "mailbox_full"];
-/// Label `operation` of `seawall_database_errors_total`.
-pub const DATABASE_OPERATIONS: [&str; 1] = ["rules"];
 /// Label `buffer` of `seawall_dropped_total`.
-pub const BUFFERS: [&str; 1] = ["events"];
+pub const BUFFERS: [&str; 2] = ["events", "log"];
 
 impl Metrics {
     /// All series at zero, so that rates exist from the first scrape on.
@@ -128,10 +132,7 @@ impl Metrics {
             .and_then(|builder| builder.set_buckets(&WAIT_BUCKETS_SECONDS))
             .expect("bucket lists are constant and not empty")
             .build_recorder();
-        let names = Names {
-            recorder: &recorder,
-            catalog: RefCell::default(),
-        };
+        let names = Names::of(&recorder);
         let mut handshake_outcomes = vec!["admitted", "restricted", "abandoned"];
         handshake_outcomes.extend(Code::ALL.iter().map(|code| code.as_str()));
 
@@ -225,10 +226,10 @@ impl Metrics {
             ),
             database_errors: names.family(
                 "seawall_database_errors_total",
-                "Failed database operations, look-ups apart.",
+                "Failed calls to the database, by what they were for: the statements of `lookup` stand for many devices each.",
                 &[],
                 "operation",
-                &DATABASE_OPERATIONS,
+                &Operation::ALL.map(Operation::as_str),
             ),
             replacements: names.counter(
                 "seawall_session_replacements_total",
@@ -236,13 +237,21 @@ impl Metrics {
             ),
             dropped: names.family(
                 "seawall_dropped_total",
-                "Entries dropped because a bounded buffer was full.",
+                "Entries dropped because a bounded buffer was full; `log`: lines of this process that standard error was too slow for.",
                 &[],
                 "buffer",
                 &BUFFERS,
             ),
+            slots_stateless: names.counter(
+                "seawall_slots_stateless_total",
+                "Slots given while the memory of slots was full: they live in their tokens alone.",
+            ),
+            task_panics: names.counter(
+                "seawall_task_panics_total",
+                "Tasks of device connections that panicked. Each is a bug, and ends one connection.",
+            ),
         };
-        metrics.catalog = names.catalog.into_inner();
+        metrics.catalog = names.into_catalog();
         metrics
     }
 
@@ -255,27 +264,8 @@ impl Metrics {
     /// docs/METRICS.md.
     #[must_use]
     pub fn document(&self) -> String {
-        let mut text = String::from(DOCUMENT_HEAD);
-        let mut rows: Vec<&Definition> = self.catalog.iter().chain(&COHORT_SERIES).collect();
-        rows.sort_by_key(|row| row.name);
-        for row in rows {
-            let labels: Vec<String> = row
-                .labels
-                .iter()
-                .map(|(label, values)| match values.as_slice() {
-                    [] => format!("`{label}`"),
-                    values => format!("`{label}`: {}", values.join(", ")),
-                })
-                .collect();
-            text.push_str(&format!(
-                "| `{}` | {} | {} | {} |\n",
-                row.name,
-                row.kind,
-                row.help,
-                labels.join("; ")
-            ));
-        }
-        text
+        let rows = self.catalog.iter().chain(&COHORT_SERIES);
+        format!("{DOCUMENT_HEAD}{}", series::table(rows))
     }
 
     /// Folds histogram samples together. To be called every few seconds: the exporter keeps each sample until then.
@@ -288,14 +278,6 @@ impl Default for Metrics {
     fn default() -> Self {
         Self::new()
     }
-}
-
-/// One metric, as docs/METRICS.md shows it.
-struct Definition {
-    name: &'static str,
-    kind: &'static str,
-    help: &'static str,
-    labels: Vec<(&'static str, Vec<&'static str>)>,
 }
 
 /// What [`crate::cohorts`] renders.
@@ -324,155 +306,6 @@ address or a raw firmware text is never a label. Histograms have fixed buckets, 
 | name | kind | what | labels |
 |---|---|---|---|
 ";
-
-/// One counter for each value of a closed label.
-pub struct Family(Box<[(&'static str, Counter)]>);
-
-impl Family {
-    /// Counts one. A value outside the closed set is a bug of the caller's, and counts nothing.
-    pub fn increment(&self, value: &'static str) {
-        self.add(value, 1);
-    }
-
-    /// Counts `n` at once.
-    pub fn add(&self, value: &'static str, n: u64) {
-        let found = self.0.iter().find(|(label, _)| *label == value);
-        debug_assert!(found.is_some(), "{value} is not in the closed set");
-        if let Some((_, counter)) = found {
-            counter.increment(n);
-        }
-    }
-}
-
-/// One gauge for each value of a closed label.
-pub struct GaugeFamily(Box<[(&'static str, Gauge)]>);
-
-impl GaugeFamily {
-    pub fn set(&self, value: &'static str, figure: f64) {
-        let found = self.0.iter().find(|(label, _)| *label == value);
-        debug_assert!(found.is_some(), "{value} is not in the closed set");
-        if let Some((_, gauge)) = found {
-            gauge.set(figure);
-        }
-    }
-}
-
-struct Names<'a> {
-    recorder: &'a PrometheusRecorder,
-    catalog: RefCell<Vec<Definition>>,
-}
-
-impl Names<'_> {
-    fn define(
-        &self,
-        name: &'static str,
-        kind: &'static str,
-        help: &'static str,
-        labels: &[(&'static str, &[&'static str])],
-    ) {
-        let labels = labels.iter().map(|(label, values)| (*label, values.to_vec())).collect();
-        let mut catalog = self.catalog.borrow_mut();
-        match catalog.iter_mut().find(|row| row.name == name) {
-            Some(row) => merge(&mut row.labels, labels),
-            None => catalog.push(Definition {
-                name,
-                kind,
-                help,
-                labels,
-            }),
-        }
-    }
-
-    fn counter(&self, name: &'static str, help: &'static str) -> Counter {
-        self.define(name, "counter", help, &[]);
-        self.recorder
-            .describe_counter(KeyName::from_const_str(name), None, SharedString::const_str(help));
-        let counter = self.recorder.register_counter(&Key::from_static_name(name), &METADATA);
-        counter.absolute(0);
-        counter
-    }
-
-    fn gauge(&self, name: &'static str, help: &'static str) -> Gauge {
-        self.define(name, "gauge", help, &[]);
-        self.recorder
-            .describe_gauge(KeyName::from_const_str(name), None, SharedString::const_str(help));
-        let gauge = self.recorder.register_gauge(&Key::from_static_name(name), &METADATA);
-        gauge.set(0.0);
-        gauge
-    }
-
-    fn histogram(&self, name: &'static str, help: &'static str) -> Histogram {
-        self.define(name, "histogram", help, &[]);
-        self.recorder.describe_histogram(
-            KeyName::from_const_str(name),
-            Some(Unit::Seconds),
-            SharedString::const_str(help),
-        );
-        self.recorder
-            .register_histogram(&Key::from_static_name(name), &METADATA)
-    }
-
-    fn family(
-        &self,
-        name: &'static str,
-        help: &'static str,
-        fixed: &[(&'static str, &'static str)],
-        label: &'static str,
-        values: &[&'static str],
-    ) -> Family {
-        let mut labels: Vec<(&'static str, &[&'static str])> = fixed
-            .iter()
-            .map(|(label, value)| (*label, std::slice::from_ref(value)))
-            .collect();
-        labels.push((label, values));
-        self.define(name, "counter", help, &labels);
-        self.recorder
-            .describe_counter(KeyName::from_const_str(name), None, SharedString::const_str(help));
-        let handles = values.iter().map(|value| {
-            let mut labels: Vec<Label> = fixed.iter().map(|(name, value)| Label::new(*name, *value)).collect();
-            labels.push(Label::new(label, *value));
-            let counter = self
-                .recorder
-                .register_counter(&Key::from_parts(name, labels), &METADATA);
-            counter.absolute(0);
-            (*value, counter)
-        });
-        Family(handles.collect())
-    }
-
-    fn gauges(
-        &self,
-        name: &'static str,
-        help: &'static str,
-        label: &'static str,
-        values: &[&'static str],
-    ) -> GaugeFamily {
-        self.define(name, "gauge", help, &[(label, values)]);
-        self.recorder
-            .describe_gauge(KeyName::from_const_str(name), None, SharedString::const_str(help));
-        let handles = values.iter().map(|value| {
-            let key = Key::from_parts(name, vec![Label::new(label, *value)]);
-            let gauge = self.recorder.register_gauge(&key, &METADATA);
-            gauge.set(0.0);
-            (*value, gauge)
-        });
-        GaugeFamily(handles.collect())
-    }
-}
-
-/// Two families of one name differ in a fixed label: the values of both are its values.
-fn merge(labels: &mut [(&'static str, Vec<&'static str>)], more: Vec<(&'static str, Vec<&'static str>)>) {
-    for (label, values) in more {
-        if let Some((_, known)) = labels.iter_mut().find(|(name, _)| *name == label) {
-            known.extend(
-                values
-                    .into_iter()
-                    .filter(|value| !known.contains(value))
-                    .collect::<Vec<_>>(),
-            );
-        }
-    }
-}
 
 #[cfg(test)]
 mod tests {

@@ -165,9 +165,6 @@ pub async fn follow(state: Shared, stop: CancellationToken) {
             (Ok(()), false) | (Err(_), true) => {}
         }
         is_failing = outcome.is_err();
-        if is_failing {
-            state.metrics.database_errors.increment("rules");
-        }
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(state.config.rules.poll()) => {}

@@ -5,7 +5,11 @@ use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::{state::Shared, store::PlanReport};
+use crate::{
+    state::Shared,
+    store::{Operation, PlanReport},
+    telemetry,
+};
 
 /// How often the plans of the connect path are read.
 const PLAN_INTERVAL: Duration = Duration::from_secs(600);
@@ -56,7 +60,7 @@ fn take_report(state: &Shared, report: &PlanReport) {
     state.plan.set(report.clone());
 }
 
-/// Publishes gauges that nothing else changes, and sorts samples into buckets, until `stop`.
+/// Publishes figures that others keep or that nothing else changes, and sorts samples into buckets, until `stop`.
 pub async fn publish(state: Shared, stop: CancellationToken) {
     let mut gauges = interval(GAUGES_INTERVAL);
     let mut samples = interval(SAMPLES_INTERVAL);
@@ -87,6 +91,13 @@ fn publish_gauges(state: &Shared) {
     metrics
         .rules_age_seconds
         .set(state.rules.age(state.clock.now()).as_secs_f64());
+    for operation in Operation::ALL {
+        metrics
+            .database_errors
+            .absolute(operation.as_str(), state.store.failed(operation));
+    }
+    metrics.dropped.absolute("log", telemetry::dropped_lines());
+    metrics.slots_stateless.absolute(state.gate.state().slots_stateless);
 }
 
 /// Measures how late tasks run, until `stop`.

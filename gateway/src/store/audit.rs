@@ -6,6 +6,7 @@ use super::{
     Store,
     connection::{Connection, Row, Sql, Value},
     error::StoreError,
+    failures::Operation,
     model::{Audit, AuditRecord, PAGE_MAX, Page, from_ms, to_ms},
 };
 
@@ -46,7 +47,7 @@ impl Store {
     /// The database is away or full.
     #[tracing::instrument(name = "db.audit.insert", level = "debug", skip_all)]
     pub async fn audit_append(&self, audit: &Audit, subject: &str, details: Option<Json>) -> Result<(), StoreError> {
-        self.bounded(async {
+        self.bounded(Operation::Write, async {
             let mut held = self.writes().take().await?;
             let change = Change {
                 subject: subject.to_owned(),
@@ -67,7 +68,7 @@ impl Store {
     #[tracing::instrument(name = "db.audit.page", level = "debug", skip_all)]
     pub async fn audit_page(&self, cursor: Option<i64>, limit: u32) -> Result<Page<AuditRecord, i64>, StoreError> {
         let limit = limit.clamp(1, PAGE_MAX);
-        self.bounded(async {
+        self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
             let values = [
                 Value::from(cursor.unwrap_or(i64::MAX)),

@@ -11,6 +11,7 @@ use super::{
     audit::{self, Change},
     connection::{Row, Sql, Value},
     error::StoreError,
+    failures::Operation,
     model::{
         Audit, DEFAULT_TENANT, DeviceChange, DeviceFilter, DeviceRow, NewDevice, PAGE_MAX, Page, Rotation, from_ms,
         to_ms,
@@ -78,7 +79,7 @@ impl Store {
     /// The database is away.
     #[tracing::instrument(name = "db.devices.find", level = "debug", skip_all)]
     pub async fn device(&self, id: DeviceId) -> Result<Option<DeviceRow>, StoreError> {
-        self.bounded(async {
+        self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
             let row = held.first(FIND, &[id.into()]).await?;
             held.give_back();
@@ -110,7 +111,7 @@ impl Store {
             (None, Some(model)) => (PAGE_OF_MODEL, [&common[..], &[Some(model).into()]].concat()),
             (None, None) => (PAGE, common.to_vec()),
         };
-        self.bounded(async {
+        self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
             let rows = held.all(sql, &values).await?;
             held.give_back();
@@ -126,7 +127,7 @@ impl Store {
     /// The database is away.
     #[tracing::instrument(name = "db.devices.among", level = "debug", skip_all)]
     pub async fn devices_among(&self, ids: &[DeviceId]) -> Result<Vec<DeviceRow>, StoreError> {
-        self.bounded(async {
+        self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
             let rows = held.all(AMONG, &[Value::Keys(ids)]).await?;
             held.give_back();
@@ -153,7 +154,7 @@ impl Store {
             created_at: audit.at,
             updated_at: audit.at,
         };
-        self.bounded(async {
+        self.bounded(Operation::Write, async {
             let mut held = self.writes().take().await?;
             held.begin().await?;
             let device = &row.record;
@@ -238,7 +239,7 @@ impl Store {
     /// As [`Store::device_update`].
     #[tracing::instrument(name = "db.devices.delete", level = "debug", skip_all)]
     pub async fn device_delete(&self, id: DeviceId, audit: &Audit) -> Result<Option<DeviceRow>, StoreError> {
-        self.bounded(async {
+        self.bounded(Operation::Write, async {
             let mut held = self.writes().take().await?;
             held.begin().await?;
             let Some(row) = held.first(FIND_FOR_UPDATE, &[id.into()]).await? else {
@@ -266,7 +267,7 @@ impl Store {
         audit: &Audit,
         alter: impl FnOnce(&mut DeviceRecord) + Send,
     ) -> Result<Option<DeviceRow>, StoreError> {
-        self.bounded(async {
+        self.bounded(Operation::Write, async {
             let mut held = self.writes().take().await?;
             held.begin().await?;
             let Some(row) = held.first(FIND_FOR_UPDATE, &[id.into()]).await? else {

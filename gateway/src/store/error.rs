@@ -73,6 +73,12 @@ impl StoreError {
         }
     }
 
+    /// Something is wrong with the database, or with the way to it; not with what the caller asked for.
+    #[must_use]
+    pub fn is_failure(&self) -> bool {
+        !matches!(self, Self::Invalid(_) | Self::Conflict(_))
+    }
+
     /// The database gave no answer at all: it is away, frozen or too slow.
     #[must_use]
     pub fn is_away(&self) -> bool {

@@ -3,7 +3,7 @@
 //! Rows are first collected in a temporary table of a connection of the import's own, so that a slow upload holds no lock
 //! on the registry. [`Import::finish`] then compares and moves them in one transaction. Dropping an [`Import`] takes nothing.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use seawall_proto::id::{DeviceId, Label, SecretHash};
 use serde_json::json;
@@ -14,6 +14,7 @@ use super::{
     audit::{self, Change},
     connection::{Connection, Sql, Value},
     error::StoreError,
+    failures::{Failures, Operation},
     lane,
     model::{Audit, DEFAULT_TENANT, to_ms},
 };
@@ -160,6 +161,7 @@ pub struct Import {
     lines: u64,
     collected: u64,
     report: ImportReport,
+    failures: Arc<Failures>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -173,7 +175,7 @@ impl Store {
             .import_permit()
             .map_err(|_| StoreError::Conflict("another import is running".into()))?;
         let connection = self
-            .bounded(async {
+            .bounded(Operation::Import, async {
                 let mut connection = lane::connect(self.imports()).await?;
                 connection.control(CREATE).await?;
                 Ok(connection)
@@ -185,6 +187,7 @@ impl Store {
             lines: 0,
             collected: 0,
             report: ImportReport::default(),
+            failures: Arc::clone(self.failures()),
             _permit: permit,
         })
     }
@@ -213,7 +216,9 @@ impl Import {
         }
         let mut connection = self.connection.take().ok_or_else(over)?;
         let work = collect(&mut connection, &rows);
-        let collected = timeout(PUSH_MAX, work).await.unwrap_or(Err(StoreError::TimedOut))?;
+        let collected = timeout(PUSH_MAX, work).await.unwrap_or(Err(StoreError::TimedOut));
+        self.failures.observe(Operation::Import, &collected);
+        let collected = collected?;
         self.connection = Some(connection);
         self.collected += collected.rows;
         self.report.skipped += collected.repeated;
@@ -232,7 +237,9 @@ impl Import {
     pub async fn finish(mut self, audit: &Audit) -> Result<ImportReport, StoreError> {
         let mut connection = self.connection.take().ok_or_else(over)?;
         let work = self.move_rows(&mut connection, audit);
-        timeout(FINISH_MAX, work).await.unwrap_or(Err(StoreError::TimedOut))?;
+        let finished = timeout(FINISH_MAX, work).await.unwrap_or(Err(StoreError::TimedOut));
+        self.failures.observe(Operation::Import, &finished);
+        finished?;
         Ok(self.report)
     }
 

@@ -13,6 +13,7 @@ use super::{
     connection::{Connection, Connector, Row, Sql, Value},
     devices::device_record,
     error::StoreError,
+    failures::{Failures, Operation},
     lane,
 };
 
@@ -45,6 +46,7 @@ const FIND: Sql = Sql {
 #[derive(Debug)]
 pub struct LookupWorker {
     connector: Arc<Connector>,
+    failures: Arc<Failures>,
     connection: Option<Connection>,
 }
 
@@ -54,6 +56,7 @@ impl Store {
     pub fn lookup_worker(&self) -> LookupWorker {
         LookupWorker {
             connector: Arc::clone(self.lookups()),
+            failures: Arc::clone(self.failures()),
             connection: None,
         }
     }
@@ -78,11 +81,13 @@ impl LookupWorker {
         }
         let deadline = Instant::now() + limit;
         let was_reused = self.connection.is_some();
-        match self.attempt(keys, deadline).await {
+        let found = match self.attempt(keys, deadline).await {
             // The server may have closed an idle connection, by restarting: that is no reason to refuse anybody.
             Err(StoreError::Unavailable(_)) if was_reused => self.attempt(keys, deadline).await,
             outcome => outcome,
-        }
+        };
+        self.failures.observe(Operation::Lookup, &found);
+        found
     }
 
     async fn attempt(&mut self, keys: &[DeviceId], deadline: Instant) -> Result<Vec<DeviceRecord>, StoreError> {

@@ -10,6 +10,7 @@ mod audit;
 mod connection;
 mod devices;
 mod error;
+mod failures;
 mod health;
 mod import;
 mod lane;
@@ -32,12 +33,14 @@ use tokio_util::task::AbortOnDropHandle;
 
 use self::{
     connection::{Connector, Sql},
+    failures::Failures,
     health::Health,
     lane::Lane,
     postgres::Purpose,
 };
 pub use self::{
     error::StoreError,
+    failures::Operation,
     health::{DatabaseState, DatabaseStatus},
     import::{BadLine, Import, ImportLine, ImportReport, ImportRow, LINES_MAX, OnOtherCredential},
     lookup::{KEYS_MAX, LookupWorker},
@@ -80,6 +83,7 @@ struct Inner {
     /// One import at a time.
     import_permit: Arc<Semaphore>,
     health: Arc<Health>,
+    failures: Arc<Failures>,
     /// Waits for PostgreSQL; ends with the store.
     _preparing: Option<AbortOnDropHandle<()>>,
 }
@@ -141,6 +145,7 @@ impl Store {
             rules: Lane::new(sqlite::writer(path), 1),
             import_permit: Arc::new(Semaphore::new(1)),
             health: Arc::new(health),
+            failures: Arc::default(),
             _preparing: None,
         })))
     }
@@ -159,6 +164,7 @@ impl Store {
             rules: Lane::new(postgres::connector(&options, Purpose::Rules), 1),
             import_permit: Arc::new(Semaphore::new(1)),
             health,
+            failures: Arc::default(),
             _preparing: Some(AbortOnDropHandle::new(preparing)),
         })))
     }
@@ -183,6 +189,12 @@ impl Store {
         self.0.health.state()
     }
 
+    /// Calls of this kind that failed since the start.
+    #[must_use]
+    pub fn failed(&self, operation: Operation) -> u64 {
+        self.0.failures.of(operation)
+    }
+
     /// Asks the database for a sign of life, for at most 1 s.
     ///
     /// # Errors
@@ -195,22 +207,32 @@ impl Store {
             held.give_back();
             Ok(())
         };
-        self.observed(PING_MAX, ping).await
+        self.observed(Operation::Read, PING_MAX, ping).await
     }
 
     /// Runs a call within [`CALL_MAX`].
-    async fn bounded<T>(&self, work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
-        self.observed(CALL_MAX, work).await
+    async fn bounded<T>(
+        &self,
+        operation: Operation,
+        work: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        self.observed(operation, CALL_MAX, work).await
     }
 
     async fn observed<T>(
         &self,
+        operation: Operation,
         limit: Duration,
         work: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
         let outcome = timeout(limit, work).await.unwrap_or(Err(StoreError::TimedOut));
         self.0.health.observe(&outcome);
+        self.0.failures.observe(operation, &outcome);
         outcome
+    }
+
+    fn failures(&self) -> &Arc<Failures> {
+        &self.0.failures
     }
 
     fn lookups(&self) -> &Arc<Connector> {

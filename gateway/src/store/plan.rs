@@ -10,7 +10,7 @@ use serde_json::Value as Json;
 use sqlx::{PgConnection, Row as _, SqliteConnection};
 use tokio::time::timeout;
 
-use super::{Store, connection::Connection, error::StoreError, lane, lookup::find};
+use super::{Store, connection::Connection, error::StoreError, failures::Operation, lane, lookup::find};
 
 /// A PostgreSQL table below this size, in bytes, holds about a thousand devices or fewer: reading all of it is cheap.
 const SMALL_TABLE_BYTES: i64 = 128 * 1024;
@@ -68,7 +68,9 @@ impl Store {
                 Connection::Postgres(mut connection) => check_postgres(&mut connection).await,
             }
         };
-        timeout(CHECK_MAX, check).await.unwrap_or(Err(StoreError::TimedOut))
+        let checked = timeout(CHECK_MAX, check).await.unwrap_or(Err(StoreError::TimedOut));
+        self.failures().observe(Operation::Plan, &checked);
+        checked
     }
 }
 

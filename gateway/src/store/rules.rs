@@ -11,6 +11,7 @@ use super::{
     audit::{self, Change},
     connection::{Connection, Row, Sql, Value},
     error::StoreError,
+    failures::Operation,
     model::{Audit, from_ms, to_ms},
 };
 
@@ -61,7 +62,7 @@ impl Store {
     /// The database did not answer within 2 s.
     #[tracing::instrument(name = "db.meta.find", level = "debug", skip_all)]
     pub async fn rules_revision(&self) -> Result<u64, StoreError> {
-        self.observed(RULES_TIME_MAX, async {
+        self.observed(Operation::Rules, RULES_TIME_MAX, async {
             let mut held = self.rules_lane().take().await?;
             let row = held.first(REVISION, &[]).await?;
             held.give_back();
@@ -76,7 +77,7 @@ impl Store {
     /// The database did not answer within 2 s; [`StoreError::Corrupt`] where one rule can't be read: then none may be taken.
     #[tracing::instrument(name = "db.rules.all", level = "debug", skip_all)]
     pub async fn rules(&self) -> Result<StoredRules, StoreError> {
-        self.observed(RULES_TIME_MAX, async {
+        self.observed(Operation::Rules, RULES_TIME_MAX, async {
             let mut held = self.rules_lane().take().await?;
             let rows = held.all(ALL, &[]).await?;
             held.give_back();
@@ -98,7 +99,7 @@ impl Store {
     /// [`StoreError::Conflict`]: the id is taken, or there are [`RULES_MAX`] rules. Not done within 2 s.
     #[tracing::instrument(name = "db.rules.insert", level = "debug", skip_all)]
     pub async fn rule_insert(&self, id: RuleId, spec: RuleSpec, audit: &Audit) -> Result<Rule, StoreError> {
-        self.observed(RULES_TIME_MAX, async {
+        self.observed(Operation::Rules, RULES_TIME_MAX, async {
             let mut held = self.rules_lane().take().await?;
             held.begin().await?;
             let revision = next_revision(&mut held).await?;
@@ -147,7 +148,7 @@ impl Store {
         spec: RuleSpec,
         audit: &Audit,
     ) -> Result<Option<Rule>, StoreError> {
-        self.observed(RULES_TIME_MAX, async {
+        self.observed(Operation::Rules, RULES_TIME_MAX, async {
             let mut held = self.rules_lane().take().await?;
             held.begin().await?;
             let revision = next_revision(&mut held).await?;
@@ -182,7 +183,7 @@ impl Store {
     /// Not done within 2 s.
     #[tracing::instrument(name = "db.rules.delete", level = "debug", skip_all)]
     pub async fn rule_delete(&self, id: RuleId, audit: &Audit) -> Result<Option<u64>, StoreError> {
-        self.observed(RULES_TIME_MAX, async {
+        self.observed(Operation::Rules, RULES_TIME_MAX, async {
             let mut held = self.rules_lane().take().await?;
             held.begin().await?;
             let revision = next_revision(&mut held).await?;

@@ -10,6 +10,7 @@ use super::{
     audit::{self, Change},
     connection::{Row, Sql, Value},
     error::StoreError,
+    failures::Operation,
     model::{Audit, NewToken, Role, TokenRow, from_ms, to_ms},
 };
 
@@ -39,7 +40,7 @@ impl Store {
     /// The database is away.
     #[tracing::instrument(name = "db.tokens.all", level = "debug", skip_all)]
     pub async fn tokens(&self) -> Result<Vec<TokenRow>, StoreError> {
-        self.bounded(async {
+        self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
             let rows = held.all(ALL, &[]).await?;
             held.give_back();
@@ -54,7 +55,7 @@ impl Store {
     /// [`StoreError::Conflict`] beyond [`TOKENS_MAX`]. The database is away or full.
     #[tracing::instrument(name = "db.tokens.insert", level = "debug", skip_all)]
     pub async fn token_insert(&self, new: &NewToken, audit: &Audit) -> Result<TokenRow, StoreError> {
-        self.bounded(async {
+        self.bounded(Operation::Write, async {
             let mut held = self.writes().take().await?;
             held.begin().await?;
             let count = held.first(COUNT, &[]).await?;
@@ -103,7 +104,7 @@ impl Store {
     /// The database is away or full.
     #[tracing::instrument(name = "db.tokens.revoke", level = "debug", skip_all)]
     pub async fn token_revoke(&self, id: Uuid, audit: &Audit) -> Result<Option<TokenRow>, StoreError> {
-        self.bounded(async {
+        self.bounded(Operation::Write, async {
             let mut held = self.writes().take().await?;
             held.begin().await?;
             let Some(row) = held
