@@ -71,11 +71,17 @@ async fn list_devices(
     let asked = page_limit(params.limit)?;
     let limit = asked as usize;
     let mut next: Option<DeviceId> = page_cursor(params.cursor.as_deref())?;
-    let wanted = Wanted::of(&params)?;
+    let wanted = Arc::new(Wanted::of(&params)?);
     let gateway = &api.state;
 
     // Few devices are seen, compared with how many may be registered: where only seen ones can pass, those are looked up.
-    let mut seen = wanted.needs_sight().then(|| seen_devices(gateway, &wanted, next));
+    let mut seen = match wanted.needs_sight() {
+        true => {
+            let wanted = Arc::clone(&wanted);
+            Some(api.survey(move |gateway| seen_devices(gateway, &wanted, next)).await?)
+        }
+        false => None,
+    };
     // Where the database filters, a page of its is a page of ours.
     let chunk = if wanted.presence.is_some() { CHUNK } else { asked };
     let mut items = Vec::new();

@@ -15,6 +15,7 @@
 
 mod audit;
 mod auth;
+mod bare;
 mod csv;
 mod device_list;
 mod devices;
@@ -29,6 +30,7 @@ mod node;
 mod preview;
 mod problem;
 mod public;
+mod rule_form;
 mod rules;
 mod server;
 mod tokens;
@@ -96,6 +98,18 @@ impl Api {
             tracing::error!(%error, "a change made through the API failed half way");
             Problem::new(Code::Internal, "the gateway failed: see its log")
         })
+    }
+
+    /// Looks at every device that this node knows, which takes tens of milliseconds: on a thread of its own, since the runtime's
+    /// workers have handshakes to do.
+    async fn survey<T: Send + 'static>(&self, look: impl FnOnce(&Gateway) -> T + Send + 'static) -> Result<T, Problem> {
+        let state = Arc::clone(&self.state);
+        tokio::task::spawn_blocking(move || look(&state))
+            .await
+            .map_err(|error| {
+                tracing::error!(%error, "a look at all devices failed");
+                Problem::new(Code::Internal, "the gateway failed: see its log")
+            })
     }
 
     /// Does something that no caller waits for, unless the gateway ends.

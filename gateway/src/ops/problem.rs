@@ -30,6 +30,8 @@ pub enum Code {
     NeedsConfirmation,
     DeviceOffline,
     TooLarge,
+    UriTooLong,
+    HeadersTooLarge,
     UnsupportedMediaType,
     Invalid,
     MailboxFull,
@@ -50,6 +52,8 @@ impl Code {
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::Conflict | Self::NeedsConfirmation | Self::DeviceOffline => StatusCode::CONFLICT,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::UriTooLong => StatusCode::URI_TOO_LONG,
+            Self::HeadersTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Invalid => StatusCode::UNPROCESSABLE_ENTITY,
             Self::MailboxFull => StatusCode::TOO_MANY_REQUESTS,
@@ -70,6 +74,8 @@ impl Code {
             Self::NeedsConfirmation => "needs_confirmation",
             Self::DeviceOffline => "device_offline",
             Self::TooLarge => "too_large",
+            Self::UriTooLong => "uri_too_long",
+            Self::HeadersTooLarge => "headers_too_large",
             Self::UnsupportedMediaType => "unsupported_media_type",
             Self::Invalid => "invalid",
             Self::MailboxFull => "mailbox_full",
@@ -91,6 +97,8 @@ impl Code {
             Self::NeedsConfirmation => "So many devices would be refused that it must be confirmed",
             Self::DeviceOffline => "The device is not connected",
             Self::TooLarge => "The request is too large",
+            Self::UriTooLong => "The path is too long",
+            Self::HeadersTooLarge => "The head of the request is too large",
             Self::UnsupportedMediaType => "The request's media type is not taken here",
             Self::Invalid => "A value is not allowed",
             Self::MailboxFull => "The device's mailbox is full",
@@ -184,27 +192,43 @@ pub struct ProblemBody {
     bad_lines: Option<Vec<BadLine>>,
 }
 
-impl IntoResponse for Problem {
-    fn into_response(self) -> Response {
+impl ProblemBody {
+    fn of(problem: Problem) -> Self {
         let Parts {
             code,
             detail,
             preview,
             bad_lines,
-        } = *self.0;
-        let status = code.status();
+        } = *problem.0;
         let (bad, bad_lines) = bad_lines.unzip();
-        let body = ProblemBody {
+        Self {
             problem_type: format!("urn:seawall:problem:{}", code.as_str()),
             title: code.title(),
-            status: status.as_u16(),
+            status: code.status().as_u16(),
             code: code.as_str(),
             detail,
             preview,
             bad,
             bad_lines,
-        };
-        let mut response = (status, axum::Json(body)).into_response();
+        }
+    }
+}
+
+impl Problem {
+    /// Status and body, for whoever writes answers in bytes.
+    pub(super) fn into_json(self) -> (StatusCode, String) {
+        let status = self.0.code.status();
+        // Texts and numbers have a JSON form; without one the status still says what is wrong.
+        let body = serde_json::to_string(&ProblemBody::of(self)).unwrap_or_default();
+        (status, body)
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let code = self.0.code;
+        let body = ProblemBody::of(self);
+        let mut response = (code.status(), axum::Json(body)).into_response();
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
         if code == Code::Unauthorized {

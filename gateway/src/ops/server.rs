@@ -14,7 +14,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{Api, router};
+use super::{Api, bare::Dressed, router};
 use crate::state::Shared;
 
 /// Time for the head of a request, and for the next request on a connection that is kept. Then the connection is closed.
@@ -84,7 +84,7 @@ async fn connection(stream: TcpStream, service: TowerToHyperService<axum::Router
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(HEAD_BYTES_MAX)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(Dressed::new(stream)), service);
     let mut served = std::pin::pin!(served);
     let ended = tokio::select! {
         ended = served.as_mut() => ended,

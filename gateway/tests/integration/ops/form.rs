@@ -11,6 +11,56 @@ use serde_json::json;
 use super::rig::Gateway;
 
 #[test]
+fn heads_that_never_reach_a_handler_are_answered_in_the_same_form() {
+    let gateway = Gateway::start();
+    let lines = "X-Line: 1\r\n".repeat(200);
+    let long = format!("X-Long: {}\r\n", "x".repeat(100 * 1024));
+    let path = "x".repeat(70_000);
+
+    for (request, expected) in [
+        (
+            format!("GET /healthz HTTP/1.1\r\n{long}\r\n"),
+            (431, "headers_too_large"),
+        ),
+        (
+            format!("GET /healthz HTTP/1.1\r\n{lines}\r\n"),
+            (431, "headers_too_large"),
+        ),
+        (
+            format!("GET /{path} HTTP/1.1\r\nHost: x\r\n\r\n"),
+            (431, "headers_too_large"),
+        ),
+        (
+            "GET /healthz HTTP/1.1\r\nno colon here\r\n\r\n".to_owned(),
+            (400, "bad_request"),
+        ),
+        ("G\u{1}T / HTTP/1.1\r\n\r\n".to_owned(), (400, "bad_request")),
+        ("GET / HTTP/9.9\r\n\r\n".to_owned(), (400, "bad_request")),
+    ] {
+        let answer = exchange(&gateway, request.as_bytes());
+
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let problem: serde_json::Value = serde_json::from_str(body).unwrap();
+        assert!(head.contains("application/problem+json"), "{answer}");
+        assert_eq!(
+            (problem["status"].as_u64(), problem["code"].as_str()),
+            (Some(expected.0), Some(expected.1))
+        );
+        assert!(head.starts_with(&format!("HTTP/1.1 {} ", expected.0)), "{answer}");
+    }
+}
+
+/// Sends bytes and reads to the end.
+fn exchange(gateway: &Gateway, request: &[u8]) -> String {
+    let mut stream = TcpStream::connect(gateway.ops()).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    stream.write_all(request).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+#[test]
 fn every_error_has_the_same_form() {
     let gateway = Gateway::start();
     let bearer = format!("Bearer {}", gateway.admin);

@@ -1,0 +1,156 @@
+//! What hyper answers by itself, brought into the form of every other error.
+//!
+//! A head that is too large or malformed never reaches a handler: hyper writes a status line with no body (431, 414, 400) and
+//! closes. [`Dressed`] is the stream below hyper: it puts a problem in the place of that answer, and reads what the client still
+//! sends for a moment, because closing on unread bytes resets the connection and takes the answer with it.
+
+use std::{
+    future::Future,
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    time::{Sleep, sleep},
+};
+
+use super::problem::{Code, MEDIA_TYPE, Problem};
+
+/// What hyper's own answer says, whatever its status. Answers of ours have bodies.
+const NO_BODY: &[u8] = b"content-length: 0\r\n";
+/// What is still read from a client whose head was refused, and for how long.
+const LINGER_LEN_MAX: usize = 256 * 1024;
+const LINGER_TIME: Duration = Duration::from_millis(500);
+
+/// A connection whose bare answers are dressed.
+pub struct Dressed {
+    stream: TcpStream,
+    refusal: Option<Refusal>,
+}
+
+/// A problem on its way instead of a bare answer.
+struct Refusal {
+    response: Vec<u8>,
+    written: usize,
+    /// Bytes of the bare answer, which count as written when the problem is.
+    stands_for: usize,
+    lingered: usize,
+    linger: Option<Pin<Box<Sleep>>>,
+}
+
+impl Dressed {
+    pub fn new(stream: TcpStream) -> Self {
+        Self { stream, refusal: None }
+    }
+}
+
+/// The problem for an answer that hyper made by itself; `None` for all others, which go out as they are.
+fn problem_for(bytes: &[u8]) -> Option<Problem> {
+    let status = bytes.strip_prefix(b"HTTP/1.1 ")?.get(..3)?;
+    let is_bare = bytes.ends_with(b"\r\n\r\n") && bytes.windows(NO_BODY.len()).any(|window| window == NO_BODY);
+    match status {
+        _ if !is_bare => None,
+        b"400" => Some(Problem::new(Code::BadRequest, "this is no HTTP/1.1 request")),
+        b"414" => Some(Problem::new(Code::UriTooLong, "the path is too long")),
+        b"431" => Some(Problem::new(
+            Code::HeadersTooLarge,
+            "the head of the request is over 16 KiB, or has over 100 lines",
+        )),
+        _ => None,
+    }
+}
+
+/// The bytes of a problem, as the last answer of a connection.
+fn written_out(problem: Problem) -> Vec<u8> {
+    let (status, body) = problem.into_json();
+    let phrase = status.canonical_reason().unwrap_or_default();
+    format!(
+        "HTTP/1.1 {} {phrase}\r\ncontent-type: {MEDIA_TYPE}\r\nconnection: close\r\ncache-control: no-store\r\n\
+         x-content-type-options: nosniff\r\ncontent-length: {}\r\n\r\n{body}",
+        status.as_u16(),
+        body.len()
+    )
+    .into_bytes()
+}
+
+impl AsyncRead for Dressed {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Dressed {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        if this.refusal.is_none() {
+            this.refusal = problem_for(bytes).map(|problem| Refusal {
+                response: written_out(problem),
+                written: 0,
+                stands_for: bytes.len(),
+                lingered: 0,
+                linger: None,
+            });
+        }
+        let Some(refusal) = &mut this.refusal else {
+            return Pin::new(&mut this.stream).poll_write(cx, bytes);
+        };
+        while refusal.written < refusal.response.len() {
+            let rest = &refusal.response[refusal.written..];
+            match ready!(Pin::new(&mut this.stream).poll_write(cx, rest))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                written => refusal.written += written,
+            }
+        }
+        Poll::Ready(Ok(refusal.stands_for.min(bytes.len())))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
+        let Some(refusal) = &mut this.refusal else {
+            return Poll::Ready(Ok(()));
+        };
+        let linger = refusal.linger.get_or_insert_with(|| Box::pin(sleep(LINGER_TIME)));
+        let mut space = [0; 4096];
+        while refusal.lingered < LINGER_LEN_MAX && linger.as_mut().poll(cx).is_pending() {
+            let mut buffer = ReadBuf::new(&mut space);
+            match ready!(Pin::new(&mut this.stream).poll_read(cx, &mut buffer)) {
+                Ok(()) if !buffer.filled().is_empty() => refusal.lingered += buffer.filled().len(),
+                Ok(()) | Err(_) => break,
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_answers_without_a_body_are_dressed() {
+        let bare = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+        let ours = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 2\r\n\r\n{}";
+        let empty = b"HTTP/1.1 204 No Content\r\ncontent-length: 0\r\n\r\n";
+
+        let text = String::from_utf8(written_out(problem_for(bare).unwrap())).unwrap();
+
+        assert!(
+            text.starts_with("HTTP/1.1 431 Request Header Fields Too Large\r\n"),
+            "{text}"
+        );
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        assert!(head.contains(&format!("content-length: {}", body.len())), "{text}");
+        assert!(body.contains("\"code\":\"headers_too_large\""), "{text}");
+        assert!(problem_for(ours).is_none() && problem_for(empty).is_none());
+        assert!(problem_for(b"data: 400\n\n").is_none());
+    }
+}

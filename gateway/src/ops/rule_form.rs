@@ -1,0 +1,248 @@
+//! How rules look in the API: as they are asked for, and as they are shown.
+//!
+//! What the fields of a rule may be is written once, in `seawall_proto`; the `…Doc` types describe them for the OpenAPI document,
+//! and a test compares the two.
+
+use seawall_proto::{
+    id::RuleId,
+    rules::{Rule, RuleSpec},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::problem::{Problem, shortened};
+use crate::events::format_time;
+
+/// A rule as it is asked for: the fields of a rule, and `confirm`. What a rule's fields may be is written once, in `seawall_proto`.
+#[derive(Debug, Deserialize)]
+#[serde(transparent)]
+pub struct Asked(Map<String, Value>);
+
+/// A rule. Unknown fields are refused.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = RuleBody)]
+#[expect(
+    dead_code,
+    reason = "describes `RuleSpec` for the OpenAPI document; a test compares the two"
+)]
+pub struct RuleDoc {
+    r#match: MatchDoc,
+    /// `block`; `restrict` and `throttle` are not available yet.
+    #[schema(pattern = "^(block|restrict|throttle)$")]
+    effect: String,
+    /// Share of the matched devices that is let through, in percent. Only 0 is available yet.
+    #[schema(nullable = false, default = 0, maximum = 100)]
+    admit_percent: Option<u8>,
+    /// `enforce`; `dry_run` is not available yet.
+    #[schema(nullable = false, default = "enforce")]
+    mode: Option<String>,
+    /// Told to the devices that are refused: public. At most 256 bytes, no control characters.
+    #[schema(nullable = false)]
+    reason: Option<String>,
+    /// Refused devices come back between this and twice this. 1 second to 7 days.
+    #[schema(nullable = false, default = "15m")]
+    retry_after: Option<String>,
+    /// From then on it matches nothing. RFC 3339.
+    expires_at: Option<String>,
+    /// Close live sessions that match, too, at a pace.
+    #[schema(nullable = false, default = false)]
+    evict: Option<bool>,
+    /// The caller knows that it refuses over 30 % of the connected devices.
+    #[schema(nullable = false, default = false)]
+    confirm: Option<bool>,
+}
+
+/// Which devices: all that is given must hold.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = RuleMatch)]
+#[expect(
+    dead_code,
+    reason = "describes `Match` for the OpenAPI document; a test compares the two"
+)]
+pub struct MatchDoc {
+    /// A comma-separated conjunction of `=`, `!=`, `<`, `<=`, `>`, `>=` and wildcards.
+    #[schema(nullable = false, example = ">=3.8.0-b3")]
+    firmware: Option<String>,
+    #[schema(nullable = false)]
+    model: Option<String>,
+    #[schema(nullable = false)]
+    tenant: Option<String>,
+}
+
+/// What to change of a rule; what is not given stays. `match` is replaced as a whole.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = RulePatch)]
+#[expect(dead_code, reason = "describes a part of `RuleSpec` for the OpenAPI document")]
+pub struct PatchDoc {
+    #[schema(nullable = false)]
+    r#match: Option<MatchDoc>,
+    #[schema(nullable = false)]
+    effect: Option<String>,
+    #[schema(nullable = false)]
+    admit_percent: Option<u8>,
+    #[schema(nullable = false)]
+    mode: Option<String>,
+    #[schema(nullable = false)]
+    reason: Option<String>,
+    #[schema(nullable = false)]
+    retry_after: Option<String>,
+    /// RFC 3339; null takes the expiry away.
+    expires_at: Option<String>,
+    #[schema(nullable = false)]
+    evict: Option<bool>,
+    #[schema(nullable = false)]
+    confirm: Option<bool>,
+}
+
+/// A rule in force.
+#[derive(Debug, Serialize)]
+pub struct RuleView {
+    pub id: RuleId,
+    #[serde(flatten)]
+    spec: RuleSpec,
+    created_at: String,
+    revision: u64,
+}
+
+/// A rule in force.
+#[derive(ToSchema)]
+#[schema(as = Rule)]
+#[expect(
+    dead_code,
+    reason = "describes `RuleView` for the OpenAPI document; a test compares the two"
+)]
+pub struct RuleViewDoc {
+    id: Uuid,
+    r#match: MatchDoc,
+    effect: String,
+    admit_percent: u8,
+    mode: String,
+    reason: String,
+    retry_after: String,
+    expires_at: Option<String>,
+    evict: bool,
+    /// RFC 3339.
+    created_at: String,
+    /// Revision of all rules at which this one was changed last.
+    revision: u64,
+}
+
+impl From<&Rule> for RuleView {
+    fn from(rule: &Rule) -> Self {
+        Self {
+            id: rule.id,
+            spec: rule.spec.clone(),
+            created_at: format_time(rule.created_at),
+            revision: rule.revision,
+        }
+    }
+}
+
+impl Asked {
+    pub fn into_new(mut self) -> Result<(RuleSpec, bool), Problem> {
+        let is_confirmed = self.take_confirm()?;
+        Ok((spec(self.0)?, is_confirmed))
+    }
+
+    pub fn into_change_of(mut self, before: &RuleSpec) -> Result<(RuleSpec, bool), Problem> {
+        let is_confirmed = self.take_confirm()?;
+        if self.0.is_empty() {
+            return Err(Problem::invalid("name what should change"));
+        }
+        let Ok(Value::Object(mut fields)) = serde_json::to_value(before) else {
+            return Err(Problem::invalid("the rule has no JSON form"));
+        };
+        fields.extend(self.0);
+        Ok((spec(fields)?, is_confirmed))
+    }
+
+    fn take_confirm(&mut self) -> Result<bool, Problem> {
+        match self.0.remove("confirm") {
+            None => Ok(false),
+            Some(Value::Bool(is_confirmed)) => Ok(is_confirmed),
+            Some(_) => Err(Problem::invalid("confirm: expected true or false")),
+        }
+    }
+}
+
+fn spec(fields: Map<String, Value>) -> Result<RuleSpec, Problem> {
+    let spec: RuleSpec = serde_json::from_value(Value::Object(fields))
+        .map_err(|error| Problem::invalid(shortened(&error.to_string())))?;
+    spec.validate()
+        .map_err(|error| Problem::invalid(format!("{}: {error}", error.field())))?;
+    Ok(spec)
+}
+
+#[cfg(test)]
+mod tests {
+    use utoipa::{
+        PartialSchema as _,
+        openapi::{RefOr, Schema},
+    };
+
+    use super::*;
+
+    #[test]
+    fn the_documented_fields_are_those_of_a_rule() {
+        let minimal =
+            serde_json::json!({"match": {"firmware": ">=3.8", "model": "m", "tenant": "t"}, "effect": "block"});
+        let Value::Object(minimal) = minimal else { panic!() };
+        let spec = spec(minimal).unwrap();
+        let rule = Rule {
+            id: RuleId(Uuid::nil()),
+            spec: spec.clone(),
+            created_at: seawall_proto::time::WallTime::default(),
+            revision: 1,
+        };
+
+        let mut body = keys(&serde_json::to_value(&spec).unwrap());
+        body.push("confirm".into());
+        body.sort();
+
+        assert_eq!(documented(RuleDoc::schema()), body);
+        assert_eq!(documented(PatchDoc::schema()), body);
+        assert_eq!(
+            documented(RuleViewDoc::schema()),
+            keys(&serde_json::to_value(RuleView::from(&rule)).unwrap())
+        );
+        assert_eq!(
+            documented(MatchDoc::schema()),
+            keys(&serde_json::to_value(&spec.matches).unwrap())
+        );
+    }
+
+    #[test]
+    fn a_change_keeps_what_it_does_not_name() {
+        let Value::Object(fields) = serde_json::json!({"match": {"model": "m"}, "effect": "block", "reason": "a", "expires_at": "2099-01-01T00:00:00Z"})
+        else {
+            panic!()
+        };
+        let before = spec(fields).unwrap();
+        let asked = |json: Value| serde_json::from_value::<Asked>(json).unwrap();
+
+        let (after, is_confirmed) = asked(serde_json::json!({"reason": "b", "expires_at": null, "confirm": true}))
+            .into_change_of(&before)
+            .unwrap();
+
+        assert!(is_confirmed);
+        assert_eq!((after.reason.as_str(), after.expires_at), ("b", None));
+        assert_eq!(after.matches, before.matches);
+        assert!(asked(serde_json::json!({})).into_change_of(&before).is_err());
+        assert!(asked(serde_json::json!({"colour": 1})).into_change_of(&before).is_err());
+    }
+
+    fn keys(json: &Value) -> Vec<String> {
+        let mut keys: Vec<String> = json.as_object().unwrap().keys().cloned().collect();
+        keys.sort();
+        keys
+    }
+
+    fn documented(schema: RefOr<Schema>) -> Vec<String> {
+        keys(&serde_json::to_value(schema).unwrap()["properties"])
+    }
+}

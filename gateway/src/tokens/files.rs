@@ -1,0 +1,143 @@
+//! The two files of tokens in the data directory: `admin.token`, and `tokens.json`, the copy of what the database has.
+//! Both are mode 0600; the copy holds hashes only.
+
+use std::{
+    fs, io,
+    io::Write as _,
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    path::Path,
+};
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use rand::{TryRngCore as _, rngs::OsRng};
+use seawall_proto::id::SecretHash;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::Token;
+use crate::store::Role;
+
+/// Greatest copy that is read: [`TOKENS_MAX`](crate::store::TOKENS_MAX) tokens with the longest names need a third of it.
+const COPY_BYTES_MAX: u64 = 1 << 20;
+/// Bytes of chance in a secret of ours: 256 bits.
+const SECRET_BYTES: usize = 32;
+/// Shortest admin token that is believed: a shorter one is a half-written file.
+const ADMIN_TOKEN_LEN_MIN: usize = 32;
+
+/// 256 bits from the operating system, as 43 characters that need no escaping in a URL.
+///
+/// # Panics
+/// The operating system has no random numbers to give; then no secret can be made at all.
+#[must_use]
+pub fn random_secret() -> String {
+    let mut bytes = [0; SECRET_BYTES];
+    OsRng
+        .try_fill_bytes(&mut bytes)
+        .expect("the operating system gives random numbers");
+    URL_SAFE_NO_PAD.encode(bytes)
+}
+
+/// Fails where the file is there already.
+pub(super) fn make_admin_token(path: &Path) -> io::Result<()> {
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    let written = writeln!(file, "{}", random_secret()).and_then(|()| file.sync_all());
+    if written.is_err() {
+        // Half a token on a full disk would stop the next start. The first error is the one to tell.
+        let _ = fs::remove_file(path);
+    }
+    written
+}
+
+/// `Ok(None)`: there is no file, or no token in it.
+pub(super) fn read_admin_token(path: &Path) -> io::Result<Option<SecretHash>> {
+    match fs::read_to_string(path) {
+        Ok(text) => {
+            let token = text.trim();
+            Ok((token.len() >= ADMIN_TOKEN_LEN_MIN).then(|| SecretHash::of(token.as_bytes())))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+pub(super) fn warn_if_open_to_others(path: &Path) {
+    if let Ok(metadata) = fs::metadata(path)
+        && metadata.permissions().mode() & 0o077 != 0
+    {
+        tracing::warn!(path = %path.display(), "the admin token can be read by other users: run chmod 600 on it");
+    }
+}
+
+pub(super) fn read_copy(path: &Path) -> io::Result<Vec<Token>> {
+    let text = match fs::metadata(path) {
+        Ok(metadata) if metadata.len() > COPY_BYTES_MAX => {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is too large"));
+        }
+        Ok(_) => fs::read_to_string(path)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let copy: CopyFile = serde_json::from_str(&text)?;
+    Ok(copy.tokens.into_iter().filter_map(CopiedToken::into_token).collect())
+}
+
+/// Whole or not at all: a new file takes the old one's place.
+pub(super) fn write_copy(path: &Path, tokens: &[Token]) -> io::Result<()> {
+    let copy = CopyFile {
+        tokens: tokens.iter().map(CopiedToken::of).collect(),
+    };
+    let beside = path.with_extension("json.new");
+    match fs::remove_file(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&beside)?;
+    serde_json::to_writer(&mut file, &copy)?;
+    file.sync_all()?;
+    fs::rename(&beside, path)
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CopyFile {
+    tokens: Vec<CopiedToken>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CopiedToken {
+    id: Uuid,
+    name: String,
+    role: Role,
+    /// Of the token, base64url.
+    sha256: String,
+}
+
+impl CopiedToken {
+    fn of(token: &Token) -> Self {
+        Self {
+            id: token.id,
+            name: token.name.to_string(),
+            role: token.role,
+            sha256: URL_SAFE_NO_PAD.encode(token.hash.as_bytes()),
+        }
+    }
+
+    fn into_token(self) -> Option<Token> {
+        let bytes = URL_SAFE_NO_PAD.decode(self.sha256).ok()?;
+        Some(Token {
+            id: self.id,
+            name: self.name.into(),
+            role: self.role,
+            hash: SecretHash::from_bytes(bytes.try_into().ok()?),
+        })
+    }
+}
