@@ -144,11 +144,14 @@ impl FairShare {
         fixed.min(self.fair(table))
     }
 
-    /// One address more is reckoned with than is seen: the one that waits to be accepted.
     fn fair(&self, table: &Table) -> usize {
-        let even = self.bound / (table.by_network.len() + 1);
         let dynamic = (self.bound - table.used.min(self.bound)).saturating_mul(ALPHA);
-        dynamic.max(even).max(1)
+        dynamic.max(self.even(table)).max(1)
+    }
+
+    /// One address more is reckoned with than is seen: the one that waits to be accepted.
+    fn even(&self, table: &Table) -> usize {
+        self.bound / (table.by_network.len() + 1)
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -157,17 +160,21 @@ impl FairShare {
 }
 
 impl Share {
-    /// Notes that this unit takes long. True where it should be given up now: the bound is used up, and its address holds
-    /// more than its share, so that others wait because of it.
-    pub fn mark_slow(&mut self) -> bool {
+    /// Notes that this unit takes long.
+    pub fn mark_slow(&mut self) {
         let mut table = self.of.table();
-        let mut held = Held::default();
         if let Some(entry) = table.by_network.get_mut(&self.network) {
             entry.slow += usize::from(!self.is_slow);
-            held = *entry;
         }
         self.is_slow = true;
-        table.used >= self.of.bound && held.count > self.of.fair(&table)
+    }
+
+    /// Its address holds more than an even share: where others wait for a unit, they wait because of this address.
+    #[must_use]
+    pub fn is_of_a_crowd(&self) -> bool {
+        let table = self.of.table();
+        let held = table.by_network.get(&self.network).map_or(0, |held| held.count);
+        held > self.of.even(&table)
     }
 }
 
@@ -308,17 +315,30 @@ mod tests {
     }
 
     #[test]
-    fn slow_ones_are_held_to_their_share_and_cut_when_others_wait() {
+    fn slow_ones_are_held_to_their_share() {
         let share = FairShare::new(500, Scope::TheSlow, None);
         let mut held = take_all(&share, v4(1));
 
-        let cut: Vec<bool> = held.iter_mut().map(Share::mark_slow).collect();
-        assert!(cut.iter().all(|&is_cut| is_cut));
+        held.iter_mut().for_each(Share::mark_slow);
         held.truncate(250);
 
         let more = take_all(&share, v4(1));
         assert!(held.len() + more.len() < 450, "{}", more.len());
         assert!(share.take(v4(2)).is_ok());
+    }
+
+    #[test]
+    fn an_address_is_a_crowd_until_it_holds_an_even_share() {
+        let share = FairShare::new(500, Scope::TheSlow, None);
+        let mut crowd = take_all(&share, v4(1));
+
+        while crowd.last().is_some_and(Share::is_of_a_crowd) {
+            crowd.pop();
+        }
+
+        assert_eq!(crowd.len(), 250);
+        let other = share.take(v4(2)).unwrap();
+        assert!(crowd[0].is_of_a_crowd() && !other.is_of_a_crowd());
     }
 
     #[test]

@@ -4,21 +4,22 @@
 //! accepted: newcomers wait in the kernel's backlog, which costs nothing, and live sessions keep the machine. An accept
 //! that fails for want of files or memory pauses; it never spins.
 
-use std::{io, net::SocketAddr, num::NonZeroU32, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::OwnedSemaphorePermit,
     time::sleep,
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
-    address::{Exhausted, FairShare, HandshakeRate, Network, Scope, Share},
+    address::Network,
     config::Limits,
-    connection::{self, Turned},
+    connection,
+    door::{self, Door},
     metrics::Metrics,
     state::Shared,
 };
@@ -32,12 +33,6 @@ const FILES_RESERVED: usize = 256;
 /// First and longest pause after an accept that failed for want of something.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-
-/// Refused connections whose peer gets time to read its answer; more are closed at once, as only a flood brings them.
-const LINGERING_MAX: usize = 64;
-
-/// How often addresses that stay away are forgotten, where handshakes by address are counted.
-const FORGET_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How many connections this process can take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,59 +76,6 @@ fn raise_open_files() -> usize {
         Err(_) => limit.current,
     };
     effective.map_or(usize::MAX, |files| usize::try_from(files).unwrap_or(usize::MAX))
-}
-
-/// What all connections share at the door.
-pub struct Door {
-    /// One for each handshake under way; given back when the head is complete.
-    handshakes: Arc<Semaphore>,
-    handshake_shares: Arc<FairShare>,
-    connection_shares: Arc<FairShare>,
-    /// Only where the operator set a figure.
-    handshake_rate: Option<HandshakeRate>,
-    pub(crate) lingering: Semaphore,
-    /// Every connection's task.
-    pub(crate) tasks: TaskTracker,
-    /// Cancelled when the process is about to end: whoever still waits for an answer gets one now.
-    pub(crate) closing: CancellationToken,
-}
-
-/// What a connection holds until its head is complete.
-pub struct Handshake {
-    // Given back before the permit: whoever gets the permit next finds room in the shares too.
-    pub(crate) share: Share,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl Door {
-    fn new(bounds: Bounds, limits: &Limits) -> Self {
-        let rate = limits.handshakes_per_second_per_address_max.and_then(NonZeroU32::new);
-        Self {
-            handshakes: Arc::new(Semaphore::new(bounds.handshakes)),
-            handshake_shares: FairShare::new(bounds.handshakes, Scope::TheSlow, None),
-            connection_shares: FairShare::new(bounds.connections, Scope::Everyone, limits.connections_per_address_max),
-            handshake_rate: rate.map(HandshakeRate::new),
-            lingering: Semaphore::new(LINGERING_MAX),
-            tasks: TaskTracker::new(),
-            closing: CancellationToken::new(),
-        }
-    }
-
-    /// What a connection from `network` needs, or why it can't have it. A node that is full has a handshake for it all the
-    /// same: who reads the hello can give a slot.
-    fn admit(&self, network: Network, permit: OwnedSemaphorePermit) -> Result<(Option<Share>, Handshake), Turned> {
-        let connection = match self.connection_shares.take(network) {
-            Ok(share) => Some(share),
-            Err(Exhausted::Bound) => None,
-            Err(Exhausted::Address) => return Err(Turned::AddressShare),
-        };
-        if !self.handshake_rate.as_ref().is_none_or(|rate| rate.allows(network)) {
-            return Err(Turned::AddressRate);
-        }
-        let share = self.handshake_shares.take(network).map_err(|_| Turned::AddressShare)?;
-        let handshake = Handshake { share, _permit: permit };
-        Ok((connection, handshake))
-    }
 }
 
 /// A bound and listening socket.
@@ -181,7 +123,7 @@ impl Listener {
     /// devices are owed an answer.
     pub async fn run(self, shared: Shared, hard: CancellationToken) {
         let mut pause = Pause::default();
-        let forgetting = forget_idle(Arc::clone(&self.door));
+        let forgetting = door::forget_idle(Arc::clone(&self.door));
         tokio::pin!(forgetting);
         loop {
             let accepted = tokio::select! {
@@ -216,10 +158,7 @@ impl Listener {
     /// # Cancel safety
     /// Safe: a connection is either returned or still in the backlog.
     async fn accept(&self) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
-        let permit = Arc::clone(&self.door.handshakes)
-            .acquire_owned()
-            .await
-            .map_err(io::Error::other)?;
+        let permit = self.door.enter().await.map_err(io::Error::other)?;
         let (stream, peer) = self.tcp.accept().await?;
         Ok((stream, peer, permit))
     }
@@ -229,29 +168,14 @@ impl Listener {
         let shared = Arc::clone(shared);
         match self.door.admit(Network::from(peer.ip()), permit) {
             Ok((connection, handshake)) => {
-                let life = connection::serve(shared, door, stream, peer, connection, handshake);
-                self.door.tasks.spawn(life);
+                let life = connection::serve(Arc::clone(&shared), door, stream, peer, connection, handshake);
+                self.door.spawn(&shared, life);
             }
             Err(turned) => {
-                self.door
-                    .tasks
-                    .spawn(connection::turn_away(shared, door, stream, turned));
+                let life = connection::turn_away(Arc::clone(&shared), door, stream, turned);
+                self.door.spawn(&shared, life);
             }
         }
-    }
-}
-
-/// Never ready; keeps the table of handshakes by address small, off the runtime's workers.
-async fn forget_idle(door: Arc<Door>) {
-    if door.handshake_rate.is_none() {
-        std::future::pending::<()>().await;
-    }
-    loop {
-        sleep(FORGET_INTERVAL).await;
-        let door = Arc::clone(&door);
-        let sweep = tokio::task::spawn_blocking(move || door.handshake_rate.as_ref().map(HandshakeRate::forget_idle));
-        // Cancelled only where the runtime ends.
-        let _ = sweep.await;
     }
 }
 

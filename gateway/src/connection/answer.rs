@@ -6,7 +6,7 @@ use seawall_proto::refusal::{Code, Refusal};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
-use crate::{listener::Door, socket::drain, state::Shared};
+use crate::{door::Door, socket::drain, state::Shared};
 
 /// What is still read from a refused peer: a head of twice the size allowed, in a moment.
 const LINGER_LEN_MAX: usize = 16 * 1024;
@@ -71,7 +71,7 @@ pub async fn turn_away(shared: Shared, door: Arc<Door>, mut stream: TcpStream, t
 }
 
 /// Whether the peer has sent anything. Asks the kernel, since the runtime may not have looked at this socket yet.
-fn has_unread(stream: &TcpStream) -> bool {
+pub(super) fn has_unread(stream: &TcpStream) -> bool {
     let peeked = socket2::SockRef::from(stream).peek(&mut [MaybeUninit::uninit()]);
     peeked.is_ok_and(|len| len > 0)
 }

@@ -20,6 +20,19 @@ pub(super) struct Attempt {
     peer: SocketAddr,
     begun_at: Instant,
     claims: Option<Claims>,
+    unwinding: Unwinding,
+}
+
+/// Counts an attempt whose task panics: the sum of outcomes stays the number of attempts, and the device had no answer.
+struct Unwinding(Shared);
+
+impl Drop for Unwinding {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.metrics.connections.increment("request");
+            self.0.metrics.handshakes.increment(Outcome::Abandoned.as_str());
+        }
+    }
 }
 
 /// What the device said of itself, for the record.
@@ -39,6 +52,7 @@ impl Attempt {
             peer,
             begun_at: shared.clock.now(),
             claims: None,
+            unwinding: Unwinding(Arc::clone(shared)),
         }
     }
 
@@ -90,7 +104,10 @@ impl Attempt {
             peer,
             begun_at,
             claims,
+            unwinding,
         } = self;
+        // From here on it counts itself.
+        drop(unwinding);
         let took = shared.clock.now().saturating_since(begun_at);
         shared.metrics.connections.increment("request");
         shared.metrics.handshakes.increment(outcome.as_str());

@@ -15,6 +15,10 @@ use tokio::{
     sync::oneshot,
     time::{Sleep, sleep_until},
 };
+use tokio_tungstenite::tungstenite::protocol::frame::{
+    Frame,
+    coding::{Data, OpCode},
+};
 
 use crate::{
     address::Share,
@@ -71,20 +75,41 @@ pub(super) struct Live {
     socket: Socket,
     /// Whoever waits to hear that a message arrived, oldest first.
     waiting: Vec<(Box<str>, oneshot::Sender<Delivery>)>,
-    kind: SessionKind,
     messages_in: u32,
     messages_out: u32,
     /// Its place among the node's connections.
     _connection: Share,
 }
 
+/// The decisions of a session that is about to begin.
+pub(super) fn machine(shared: &Shared, online: &Online, kind: SessionKind) -> session::Session {
+    session::Session::open(
+        kind,
+        online.session().id,
+        None,
+        Arc::clone(&shared.session_limits),
+        shared.clock.now(),
+        shared.clock.wall(),
+        &mut rand::rng(),
+    )
+}
+
+/// Puts what the session says first, where that is text, behind the bytes of its 101.
+pub(super) fn say_at_once(machine: &mut session::Session, bytes: &mut Vec<u8>) {
+    if let Some(text) = machine.poll_text() {
+        let frame = Frame::message(text, OpCode::Data(Data::Text), true);
+        // A buffer in memory takes everything.
+        let _ = frame.format(bytes);
+    }
+}
+
 impl Live {
     pub(super) async fn open(
         shared: Shared,
         online: Online,
+        machine: session::Session,
         stream: TcpStream,
         leftover: Vec<u8>,
-        kind: SessionKind,
         connection: Share,
     ) -> Self {
         let limits = &shared.config.limits;
@@ -93,22 +118,12 @@ impl Live {
             message_len_max: limits.message_bytes_max,
             write_timeout: limits.write_timeout(),
         };
-        let machine = session::Session::open(
-            kind,
-            online.session().id,
-            None,
-            Arc::clone(&shared.session_limits),
-            shared.clock.now(),
-            shared.clock.wall(),
-            &mut rand::rng(),
-        );
         Self {
             socket: Socket::new(stream, leftover, socket_limits).await,
             shared,
             online,
             machine,
             waiting: Vec::new(),
-            kind,
             messages_in: 0,
             messages_out: 0,
             _connection: connection,
@@ -176,7 +191,7 @@ impl Live {
         }
         if has_fed {
             self.socket.flush().await?;
-            if self.kind == SessionKind::Plain {
+            if !self.online.session().info.speaks_v1 {
                 // A plain session has no acknowledgements: written is all that can be known.
                 for (_, done) in self.waiting.drain(..) {
                     // Nobody waits any more.

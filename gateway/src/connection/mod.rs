@@ -8,7 +8,11 @@ mod attempt;
 mod live;
 mod online;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use seawall_proto::{
     handshake::{self, Admitted, Next, Policy},
@@ -22,9 +26,9 @@ use crate::{
     address::Share,
     cohorts::Outcome,
     connection::{answer::Linger, attempt::Attempt, live::Live, online::Online},
+    door::{Door, Handshake, LATE_AFTER},
     drain,
     head::{Complete, HeadError, HeadReader},
-    listener::{Door, Handshake},
     lookup::Concluded,
     rules,
     sessions::{Session, SessionInfo},
@@ -33,8 +37,8 @@ use crate::{
 
 pub use answer::{Turned, turn_away};
 
-/// A head that has taken this part of its time counts as slow: under pressure its address is then held to a fair share. Not
-/// sooner, since a crowd that comes back at once has slow ones too.
+/// A head that has taken this part of its time counts as slow: over half of the places in use, its address then gets no more
+/// than a fair share of them. Not sooner, since a crowd that comes back at once has slow ones too.
 const SLOW_AFTER_PART: u32 = 2;
 
 /// A node that is full sends devices away for at least this long.
@@ -136,14 +140,26 @@ async fn read_head(
     let limits = &shared.config.limits;
     let mut reader = HeadReader::new(limits.head_bytes_max);
     let mut parse = |head: &hello::Head<'_>| hello::parse(head, &shared.config.identity);
-    let slow_after = limits.head_timeout() / SLOW_AFTER_PART;
     let reading = async {
-        let mut read = timeout(slow_after, reader.read(stream, &mut parse)).await;
-        if read.is_err() && !handshake.share.mark_slow() {
-            let rest = limits.head_timeout().saturating_sub(slow_after);
-            read = timeout(rest, reader.read(stream, &mut parse)).await;
+        let begun = Instant::now();
+        let mut has_been_spared = false;
+        loop {
+            let left = limits.head_timeout().saturating_sub(begun.elapsed());
+            let read = timeout(left.min(LATE_AFTER), reader.read(stream, &mut parse)).await;
+            if read.is_ok() || left <= LATE_AFTER {
+                break read;
+            }
+            if begun.elapsed() >= limits.head_timeout() / SLOW_AFTER_PART {
+                handshake.share.mark_slow();
+            }
+            if door.is_in_the_way(handshake) {
+                // On a busy machine its bytes may have come without being read; that counts once.
+                if has_been_spared || !answer::has_unread(stream) {
+                    break read;
+                }
+                has_been_spared = true;
+            }
         }
-        read
     };
     let read = tokio::select! {
         read = reading => read,
@@ -229,7 +245,7 @@ async fn upgrade(
     connection: Share,
 ) {
     let hello = &admitted.hello;
-    let switching = answer::switching_protocols(&hello.websocket_key, hello.protocol.as_deref());
+    let mut first_bytes = answer::switching_protocols(&hello.websocket_key, hello.protocol.as_deref());
     let kind = hello.session_kind;
     let cohort = shared
         .cohorts
@@ -247,12 +263,84 @@ async fn upgrade(
         },
     );
     obey_orders_given_meanwhile(&shared, online.session());
-    let written = answer::write(&shared, &mut stream, &switching).await;
+    let mut machine = live::machine(&shared, &online, kind);
+    // The welcome goes with the 101: one write, one packet, and no device waits for it.
+    live::say_at_once(&mut machine, &mut first_bytes);
+    let written = answer::write(&shared, &mut stream, &first_bytes).await;
     if written.is_err() {
         online.cancel();
         return attempt.count(Outcome::Abandoned);
     }
     attempt.admitted(cohort);
-    let live = Live::open(shared, online, stream, leftover, kind, connection).await;
-    door.tasks.spawn(Box::new(live).run());
+    let live = Live::open(Arc::clone(&shared), online, machine, stream, leftover, connection).await;
+    door.spawn(&shared, Box::new(live).run());
+}
+
+#[cfg(test)]
+mod tests {
+    use seawall_proto::{id::DeviceId, time::WallTime};
+
+    use super::*;
+    use crate::{
+        address::Network,
+        config::{Config, Limits},
+        listener::Bounds,
+        serve,
+    };
+
+    #[tokio::test]
+    async fn a_panic_ends_one_connection_and_leaves_nothing_behind() {
+        let home = tempfile::tempdir().unwrap();
+        let mut config = Config::default();
+        config.server.data_dir = home.path().to_owned();
+        config.server.listen.set_port(0);
+        config.ops.listen.set_port(0);
+        let running = serve::start(config).await.unwrap();
+        let shared = Arc::clone(&running.state);
+        let bounds = Bounds {
+            connections: 4,
+            handshakes: 1,
+        };
+        let door = Arc::new(Door::new(bounds, &Limits::default()));
+        let peer = SocketAddr::from(([127, 0, 0, 1], 1));
+        let permit = door.enter().await.unwrap();
+        let held = door.admit(Network::from(peer.ip()), permit).ok().unwrap();
+        let state = Arc::clone(&shared);
+        let life_of_one = async move {
+            let _held = held;
+            let _attempt = Attempt::begin(&state, peer);
+            let _online = Online::begin(&state, session_of(&state, peer));
+            panic!("a bug");
+        };
+
+        door.spawn(&shared, life_of_one);
+        door.tasks.close();
+        door.tasks.wait().await;
+
+        assert!(shared.sessions.is_empty());
+        assert_eq!(door.connections_held(), 0);
+        assert!(door.enter().await.is_ok(), "its place is free again");
+        let text = shared.metrics.render();
+        for line in [
+            "seawall_sessions 0",
+            "seawall_task_panics_total 1",
+            "seawall_handshakes_total{outcome=\"abandoned\"} 1",
+            "seawall_connections_total{outcome=\"request\"} 1",
+            "seawall_closes_total{reason=\"failed\"} 1",
+        ] {
+            assert!(text.lines().any(|shown| shown == line), "{line} is not in {text}");
+        }
+        running.stop().await.unwrap();
+    }
+
+    fn session_of(shared: &Shared, peer: SocketAddr) -> SessionInfo {
+        SessionInfo {
+            device: DeviceId::from_uuid(uuid::Uuid::from_u128(1)),
+            tenant: "default".into(),
+            cohort: shared.cohorts.intern(None, Some("1.0")),
+            speaks_v1: true,
+            peer,
+            since: WallTime::from_unix_ms(1),
+        }
+    }
 }

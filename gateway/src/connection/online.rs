@@ -63,6 +63,9 @@ impl Online {
 impl Drop for Online {
     fn drop(&mut self) {
         let shared = &self.shared;
+        if std::thread::panicking() {
+            self.reason = "failed";
+        }
         if self.is_session {
             shared.metrics.closes.increment(self.reason);
         }

@@ -285,6 +285,18 @@ impl Session {
         action
     }
 
+    /// The next thing to do where that is to send text; `None` otherwise. What a session says first fits behind the bytes of its
+    /// 101.
+    pub fn poll_text(&mut self) -> Option<String> {
+        if !matches!(self.actions.front(), Some(Action::Text(_))) {
+            return None;
+        }
+        match self.poll_action() {
+            Some(Action::Text(text)) => Some(text),
+            Some(_) | None => None,
+        }
+    }
+
     /// True where [`poll_action`](Self::poll_action) has something to do.
     #[must_use]
     pub fn has_actions(&self) -> bool {

@@ -1,10 +1,39 @@
 //! Who gets in, and what the 101 and the first frames say.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use tokio::{io::AsyncWriteExt, net::TcpStream};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 
 use super::raw::{ACCEPT, Device, ask, masked, request, response};
 use super::rig::{Gateway, eventually};
+
+#[tokio::test]
+async fn welcome_comes_with_the_101() {
+    let gateway = Gateway::start("").await;
+    let lines = gateway.device_lines().await;
+    let mut stream = TcpStream::connect(gateway.devices).await.unwrap();
+    let bytes = request(&[&lines, "Sec-WebSocket-Protocol: seawall.v1"]);
+    stream.write_all(bytes.as_bytes()).await.unwrap();
+
+    let mut first_read = vec![0; 4096];
+    let len = stream.read(&mut first_read).await.unwrap();
+
+    let text = String::from_utf8_lossy(&first_read[..len]).into_owned();
+    let (head, frame) = text.split_once("\r\n\r\n").expect("a whole head");
+    assert!(head.starts_with("HTTP/1.1 101 "), "{text}");
+    assert!(
+        frame.contains("{\"type\":\"welcome\"") && frame.ends_with('}'),
+        "{text}"
+    );
+    // What follows is a session like any other, without a second welcome.
+    let mut device = Device { stream };
+    device
+        .text(r#"{"type":"message","id":"1","topic":"t","payload":1}"#)
+        .await;
+    assert_eq!(device.frame().await.text(), r#"{"type":"ack","id":"1"}"#);
+}
 
 #[tokio::test]
 async fn every_source_of_identity_is_taken() {

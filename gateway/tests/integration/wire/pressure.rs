@@ -1,6 +1,20 @@
 //! The bounds at the door: what happens when they are reached, and that they open again.
 
-use tokio::net::TcpStream;
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpSocket, TcpStream},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 
 use super::raw::{Device, ask, request, response};
 use super::rig::{Gateway, eventually};
@@ -77,5 +91,67 @@ async fn crowd_behind_one_address_is_not_turned_away() {
 
     for answer in asking {
         assert_eq!(answer.await.unwrap(), "bad_request");
+    }
+}
+
+/// Connections of one address that never show a complete head, and come again as soon as they are closed.
+const SLOW_CROWD: usize = 2_000;
+/// Attempts of devices while they are there, and the time between two.
+const DEVICES: usize = 60;
+const DEVICE_INTERVAL: Duration = Duration::from_millis(50);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_crowd_of_one_address_does_not_keep_devices_out() {
+    let gateway = Gateway::start("").await;
+    let lines = gateway.device_lines().await;
+    let is_over = Arc::new(AtomicBool::new(false));
+    let mut crowd = JoinSet::new();
+    for _ in 0..SLOW_CROWD {
+        crowd.spawn(be_slow(gateway.devices, Arc::clone(&is_over)));
+    }
+    eventually(|| gateway.sum("seawall_connections_total") + gateway.sum("seawall_handshakes_total") > 500.0).await;
+
+    let mut waits = JoinSet::new();
+    for _ in 0..DEVICES {
+        let (address, bytes) = (gateway.devices, request(&[&lines]));
+        waits.spawn(async move {
+            let begun = Instant::now();
+            let answer = ask(address, bytes.as_bytes()).await;
+            assert!([101, 503].contains(&answer.status), "{answer:?}");
+            begun.elapsed()
+        });
+        sleep(DEVICE_INTERVAL).await;
+    }
+    let mut waits = waits.join_all().await;
+
+    is_over.store(true, Ordering::Relaxed);
+    waits.sort_unstable();
+    let (median, longest) = (waits[DEVICES / 2], waits[DEVICES - 1]);
+    println!("median {median:?}, longest {longest:?}");
+    assert!(median <= Duration::from_secs(1), "{median:?}");
+    assert!(longest <= Duration::from_secs(3), "{longest:?}");
+}
+
+/// From another address than the devices; sends a byte now and then.
+async fn be_slow(gateway: SocketAddr, is_over: Arc<AtomicBool>) {
+    while !is_over.load(Ordering::Relaxed) {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::from(([127, 0, 0, 2], 0))).unwrap();
+        let Ok(mut stream) = socket.connect(gateway).await else {
+            continue;
+        };
+        let mut space = [0; 512];
+        while !is_over.load(Ordering::Relaxed) {
+            if stream.write_all(b"G").await.is_err() {
+                break;
+            }
+            // Answered, or closed.
+            if timeout(Duration::from_millis(400), stream.read(&mut space))
+                .await
+                .is_ok()
+            {
+                break;
+            }
+        }
     }
 }

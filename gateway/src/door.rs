@@ -1,0 +1,197 @@
+//! What connections of devices hold, and for how long: places for handshakes, shares by address, tasks. Start with [`Door`].
+//!
+//! A place is held from accept to a complete head. When all are taken, newcomers wait in the kernel's backlog, behind each
+//! other: so a crowd that takes places and shows no head would keep everybody out. While connections wait, a handshake of an
+//! address that holds more than an even share of the places therefore gives its place up as soon as it
+//! [is late](LATE_AFTER). Without that pressure nobody is hurried.
+
+use std::{
+    num::NonZeroU32,
+    panic::AssertUnwindSafe,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use futures_util::FutureExt;
+use tokio::{
+    sync::{AcquireError, OwnedSemaphorePermit, Semaphore},
+    time::sleep,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    address::{Exhausted, FairShare, HandshakeRate, Network, Scope, Share},
+    config::Limits,
+    connection::Turned,
+    listener::Bounds,
+    state::Shared,
+};
+
+/// A head that is not there after this time is late. It leaves with the last packet of the TCP handshake, so that it is there
+/// when the connection is accepted, unless a packet was lost. With 500 places and half of them an even share, a crowd of 2,000
+/// connections is through in 0.6 s.
+pub const LATE_AFTER: Duration = Duration::from_millis(100);
+
+/// Connections that found every place taken are pressure for so long.
+const PRESSURE_SPAN: Duration = Duration::from_secs(1);
+
+/// Refused connections whose peer gets time to read its answer; more are closed at once, as only a flood brings them.
+const LINGERING_MAX: usize = 64;
+
+/// How often addresses that stay away are forgotten, where handshakes by address are counted.
+const FORGET_INTERVAL: Duration = Duration::from_secs(60);
+
+/// The alarm that operators see when a connection's task has panicked.
+const PANIC_ALARM: &str = "panic";
+
+/// What all connections share.
+pub struct Door {
+    /// One for each handshake under way; given back when the head is complete.
+    handshakes: Arc<Semaphore>,
+    handshake_shares: Arc<FairShare>,
+    connection_shares: Arc<FairShare>,
+    /// Only where the operator set a figure.
+    handshake_rate: Option<HandshakeRate>,
+    pub(crate) lingering: Semaphore,
+    pressure: Pressure,
+    has_panicked: AtomicBool,
+    /// Every connection's task.
+    pub(crate) tasks: TaskTracker,
+    /// Cancelled when the process is about to end: whoever still waits for an answer gets one now.
+    pub(crate) closing: CancellationToken,
+}
+
+/// What a connection holds until its head is complete.
+pub struct Handshake {
+    // Given back before the permit: whoever gets the permit next finds room in the shares too.
+    pub(crate) share: Share,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Door {
+    pub fn new(bounds: Bounds, limits: &Limits) -> Self {
+        let rate = limits.handshakes_per_second_per_address_max.and_then(NonZeroU32::new);
+        Self {
+            handshakes: Arc::new(Semaphore::new(bounds.handshakes)),
+            handshake_shares: FairShare::new(bounds.handshakes, Scope::TheSlow, None),
+            connection_shares: FairShare::new(bounds.connections, Scope::Everyone, limits.connections_per_address_max),
+            handshake_rate: rate.map(HandshakeRate::new),
+            lingering: Semaphore::new(LINGERING_MAX),
+            pressure: Pressure::new(),
+            has_panicked: AtomicBool::new(false),
+            tasks: TaskTracker::new(),
+            closing: CancellationToken::new(),
+        }
+    }
+
+    /// A place for one more handshake, once there is one.
+    ///
+    /// # Errors
+    /// Never while the door is there.
+    ///
+    /// # Cancel safety
+    /// Safe: dropped before it is ready, it has taken no place.
+    pub async fn enter(&self) -> Result<OwnedSemaphorePermit, AcquireError> {
+        if let Ok(permit) = Arc::clone(&self.handshakes).try_acquire_owned() {
+            return Ok(permit);
+        }
+        self.pressure.note();
+        let permit = Arc::clone(&self.handshakes).acquire_owned().await;
+        self.pressure.note();
+        permit
+    }
+
+    /// Connections wait because this handshake's address holds more places than its even share: one that shows no head gives
+    /// its place up.
+    #[must_use]
+    pub(crate) fn is_in_the_way(&self, handshake: &Handshake) -> bool {
+        self.pressure.was_on_lately() && handshake.share.is_of_a_crowd()
+    }
+
+    /// Runs a connection's task, tracked. A panic in it ends that connection alone: what the connection holds is given back as
+    /// it unwinds, the panic is counted, and the first one is an alarm.
+    pub fn spawn(self: &Arc<Self>, shared: &Shared, life: impl Future<Output = ()> + Send + 'static) {
+        let (door, shared) = (Arc::clone(self), Arc::clone(shared));
+        self.tasks.spawn(async move {
+            if AssertUnwindSafe(life).catch_unwind().await.is_err() {
+                door.note_panic(&shared);
+            }
+        });
+    }
+
+    /// Places among the node's connections that are taken.
+    #[cfg(test)]
+    pub fn connections_held(&self) -> usize {
+        self.connection_shares.used()
+    }
+
+    fn note_panic(&self, shared: &Shared) {
+        shared.metrics.task_panics.increment(1);
+        if !self.has_panicked.swap(true, Ordering::Relaxed) {
+            let detail = "the task of a device's connection panicked: a bug, please report it with the log; the alarm stays until a restart";
+            shared.alarm(PANIC_ALARM, true, detail);
+        }
+    }
+
+    /// What a connection from `network` needs, or why it can't have it. A node that is full has a handshake for it all the
+    /// same: who reads the hello can give a slot.
+    pub fn admit(&self, network: Network, permit: OwnedSemaphorePermit) -> Result<(Option<Share>, Handshake), Turned> {
+        let connection = match self.connection_shares.take(network) {
+            Ok(share) => Some(share),
+            Err(Exhausted::Bound) => None,
+            Err(Exhausted::Address) => return Err(Turned::AddressShare),
+        };
+        if !self.handshake_rate.as_ref().is_none_or(|rate| rate.allows(network)) {
+            return Err(Turned::AddressRate);
+        }
+        let share = self.handshake_shares.take(network).map_err(|_| Turned::AddressShare)?;
+        let handshake = Handshake { share, _permit: permit };
+        Ok((connection, handshake))
+    }
+}
+
+/// Whether every place was taken lately.
+struct Pressure {
+    since: Instant,
+    /// When they last were, in milliseconds since `since`, plus one; 0: never.
+    noted_at: AtomicU64,
+}
+
+impl Pressure {
+    fn new() -> Self {
+        Self {
+            since: Instant::now(),
+            noted_at: AtomicU64::new(0),
+        }
+    }
+
+    fn note(&self) {
+        self.noted_at.store(self.now() + 1, Ordering::Relaxed);
+    }
+
+    fn was_on_lately(&self) -> bool {
+        let noted_at = self.noted_at.load(Ordering::Relaxed);
+        noted_at > 0 && u128::from(self.now().saturating_sub(noted_at)) < PRESSURE_SPAN.as_millis()
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX - 1)
+    }
+}
+
+/// Never ready; keeps the table of handshakes by address small, off the runtime's workers.
+pub async fn forget_idle(door: Arc<Door>) {
+    if door.handshake_rate.is_none() {
+        std::future::pending::<()>().await;
+    }
+    loop {
+        sleep(FORGET_INTERVAL).await;
+        let door = Arc::clone(&door);
+        let sweep = tokio::task::spawn_blocking(move || door.handshake_rate.as_ref().map(HandshakeRate::forget_idle));
+        // Cancelled only where the runtime ends.
+        let _ = sweep.await;
+    }
+}
