@@ -8,11 +8,11 @@ use std::{
     fmt::Write as _,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
-use seawall_proto::refusal::Code;
+use seawall_proto::{admission::CohortTag, refusal::Code};
 
 /// Most cohorts with a row of their own. Further ones are counted as `other`.
 pub const COHORTS_MAX: usize = 2_000;
@@ -45,6 +45,8 @@ pub struct Cohort {
     repeats: AtomicU64,
     lookup_keys: AtomicU64,
     lookup_micros: AtomicU64,
+    /// Its look-ups cost far more than the others', and are sent apart.
+    is_costly: AtomicBool,
 }
 
 /// What became of a connect attempt.
@@ -93,6 +95,7 @@ impl Cohort {
             repeats: AtomicU64::new(0),
             lookup_keys: AtomicU64::new(0),
             lookup_micros: AtomicU64::new(0),
+            is_costly: AtomicBool::new(false),
         }
     }
 
@@ -151,6 +154,24 @@ impl Cohort {
     pub fn lookup_cost(&self) -> (u64, f64) {
         let micros = self.lookup_micros.load(Ordering::Relaxed);
         (self.lookup_keys.load(Ordering::Relaxed), micros as f64 / 1e6)
+    }
+
+    /// Its look-ups cost far more than the others', and are sent apart.
+    #[must_use]
+    pub fn is_costly(&self) -> bool {
+        self.is_costly.load(Ordering::Relaxed)
+    }
+
+    /// Notes whether its look-ups are sent apart; true if that is news.
+    pub fn set_costly(&self, is_costly: bool) -> bool {
+        self.is_costly.swap(is_costly, Ordering::Relaxed) != is_costly
+    }
+
+    /// What admission calls it: by what its devices say, which may leave the model to the registry.
+    #[must_use]
+    pub fn is_tagged(&self, tag: CohortTag) -> bool {
+        let firmware = self.firmware.as_deref();
+        !self.is_rest && (tag == CohortTag::of(self.model.as_deref(), firmware) || tag == CohortTag::of(None, firmware))
     }
 
     /// Attempts by outcome, those that never happened left out.

@@ -64,6 +64,8 @@ pub struct Metrics {
     pub event_loop_lag_seconds: Histogram,
     /// Times that accepting paused because the process or the machine was out of files.
     pub accept_pauses: Counter,
+    /// Cohorts that are looked up apart, because their look-ups cost far more than the others'.
+    pub lookup_cohorts_apart: Gauge,
     /// 1 while the plan guard sees a sequential scan on the connect path.
     pub plan_alarm: Gauge,
     /// Failed calls to the database, by what they were for.
@@ -219,6 +221,10 @@ impl Metrics {
             accept_pauses: names.counter(
                 "seawall_accept_pauses_total",
                 "Times that accepting paused: out of files, or out of memory.",
+            ),
+            lookup_cohorts_apart: names.gauge(
+                "seawall_lookup_cohorts_apart",
+                "Cohorts that are looked up apart, because their look-ups cost far more than the others'.",
             ),
             plan_alarm: names.gauge(
                 "seawall_plan_alarm",

@@ -1,4 +1,5 @@
-//! What a gateway does every so often, whoever connects: read the plans of its statements, publish gauges, measure its own lag.
+//! What a gateway does every so often, whoever connects: read the plans of its statements, publish gauges,
+//! tell which cohorts cost too much, measure its own lag.
 
 use std::time::Duration;
 
@@ -22,6 +23,8 @@ const SAMPLES_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the runtime's lag is measured.
 const LAG_INTERVAL: Duration = Duration::from_millis(100);
 
+/// The alarm that operators see while a cohort's look-ups cost far more than the others'.
+const COSTLY_ALARM: &str = "costly_cohort";
 /// The alarm that operators see while a statement of the connect path is too costly.
 const PLAN_ALARM: &str = "plan";
 
@@ -64,12 +67,16 @@ fn take_report(state: &Shared, report: &PlanReport) {
 pub async fn publish(state: Shared, stop: CancellationToken) {
     let mut gauges = interval(GAUGES_INTERVAL);
     let mut samples = interval(SAMPLES_INTERVAL);
+    let mut had_costly = false;
     gauges.set_missed_tick_behavior(MissedTickBehavior::Delay);
     samples.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            _ = gauges.tick() => publish_gauges(&state),
+            _ = gauges.tick() => {
+                publish_gauges(&state);
+                watch_costs(&state, &mut had_costly);
+            }
             _ = samples.tick() => state.metrics.upkeep(),
         }
     }
@@ -98,6 +105,33 @@ fn publish_gauges(state: &Shared) {
     }
     metrics.dropped.absolute("log", telemetry::dropped_lines());
     metrics.slots_stateless.absolute(state.gate.state().slots_stateless);
+}
+
+/// Tells operators which cohorts admission looks up apart.
+fn watch_costs(state: &Shared, had_costly: &mut bool) {
+    let costly = state.gate.costly();
+    if costly.is_empty() && !*had_costly {
+        return;
+    }
+    *had_costly = !costly.is_empty();
+    for cohort in state.cohorts.rows() {
+        let found = costly.iter().find(|costly| cohort.is_tagged(costly.cohort));
+        if !cohort.set_costly(found.is_some()) {
+            continue;
+        }
+        let name = cohort.name();
+        match found {
+            Some(costly) => state.alarm(
+                COSTLY_ALARM,
+                true,
+                format!(
+                    "look-ups of {name} take {:.1} ms a device, several times what the others' take: they are sent apart, one statement at a time. Block the version if it is a bad one",
+                    costly.per_key.as_secs_f64() * 1e3
+                ),
+            ),
+            None => state.alarm(COSTLY_ALARM, false, format!("look-ups of {name} are sent with the others' again")),
+        }
+    }
 }
 
 /// Measures how late tasks run, until `stop`.

@@ -11,7 +11,9 @@ use std::{
 
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use seawall_proto::{
-    admission::{Action, Admission, AdmissionConfig, Arrival, BatchId, BatchOutcome, BreakerState, Decision, Ticket},
+    admission::{
+        Action, Admission, AdmissionConfig, Arrival, BatchId, BatchOutcome, BreakerState, CohortTag, Decision, Ticket,
+    },
     id::DeviceId,
     refusal::Hint,
     slots::SlotKeys,
@@ -223,6 +225,7 @@ impl World {
         device.arrived = now;
         let arrival = Arrival {
             device: id(index),
+            cohort: CohortTag::of(None, None),
             slot_token: device.token.as_deref().filter(|_| device.obeys),
             arrived: now,
             is_known_absent: false,
@@ -254,6 +257,7 @@ impl World {
         self.counter += 1;
         let arrival = Arrival {
             device: id(STRANGERS_FROM + self.counter as usize),
+            cohort: CohortTag::of(None, None),
             slot_token: None,
             arrived: now,
             is_known_absent: false,
@@ -466,6 +470,7 @@ fn waiting_devices_are_answered_at_once_when_the_breaker_opens() {
     for index in 0..200 {
         let arrival = Arrival {
             device: id(index),
+            cohort: CohortTag::of(None, None),
             slot_token: None,
             arrived: now,
             is_known_absent: false,

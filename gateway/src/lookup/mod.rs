@@ -15,8 +15,8 @@ use std::{
 use rand::{SeedableRng as _, rngs::SmallRng};
 use seawall_proto::{
     admission::{
-        Action, Admission, AdmissionConfig, AdmissionState, Arrival, BATCHES_IN_FLIGHT_MAX, Batch, BatchOutcome, Cause,
-        Decision, Refused, Ticket,
+        Action, Admission, AdmissionConfig, AdmissionState, Arrival, Batch, BatchOutcome, Cause, CohortTag, Costly,
+        Decision, Refused, STATEMENTS_IN_FLIGHT_MAX, Ticket,
     },
     handshake::{self, Admitted, Unproven},
     id::DeviceId,
@@ -127,7 +127,7 @@ impl Gate {
             metrics,
         }));
         gate.0.publish(&gate.0.lock(), now);
-        for _ in 0..BATCHES_IN_FLIGHT_MAX {
+        for _ in 0..STATEMENTS_IN_FLIGHT_MAX {
             life.spawn(
                 "lookup worker",
                 worker::run(Arc::clone(&gate.0), store.lookup_worker(), life.hard().clone()),
@@ -157,7 +157,9 @@ impl Gate {
     /// As for [`look_up`](Self::look_up).
     pub async fn admit(&self, unproven: Unproven, arrived: Instant, rules: impl FnOnce() -> Arc<RuleSet>) -> Concluded {
         let device = unproven.device();
-        let answer = self.look_up(device, unproven.hello().slot.as_deref(), arrived).await;
+        let hello = unproven.hello();
+        let cohort = CohortTag::of(hello.model.as_deref(), hello.firmware.as_deref());
+        let answer = self.look_up(device, cohort, hello.slot.as_deref(), arrived).await;
         let found = match answer {
             LookUp::Found(found) => Some(found),
             LookUp::Absent => None,
@@ -192,9 +194,16 @@ impl Gate {
     ///
     /// # Cancel safety
     /// Dropping the future takes the device out of the queue; its key is not sent, unless others wait for it or it is under way.
-    pub async fn look_up(&self, device: DeviceId, slot_token: Option<&str>, arrived: Instant) -> LookUp {
+    pub async fn look_up(
+        &self,
+        device: DeviceId,
+        cohort: CohortTag,
+        slot_token: Option<&str>,
+        arrived: Instant,
+    ) -> LookUp {
         let arrival = Arrival {
             device,
+            cohort,
             slot_token,
             arrived,
             is_known_absent: self.0.absent.contains(device),
@@ -260,6 +269,12 @@ impl Gate {
     #[must_use]
     pub fn k_ref(&self) -> f64 {
         self.state().k_ref
+    }
+
+    /// Cohorts that are looked up apart, because their look-ups cost far more than the others'.
+    #[must_use]
+    pub fn costly(&self) -> Vec<Costly> {
+        self.0.lock().admission.costly().collect()
     }
 
     /// Figures for people.
@@ -424,6 +439,7 @@ impl Inner {
         self.metrics.admission_limit.set(f64::from(state.limit));
         self.metrics.lookups_in_flight.set(f64::from(state.in_flight));
         self.metrics.admission_queue.set(state.queue as f64);
+        self.metrics.lookup_cohorts_apart.set(state.cohorts_apart as f64);
     }
 }
 

@@ -46,6 +46,8 @@ pub struct LookupCost {
     keys: u64,
     /// Time that they waited for the database, in sum.
     seconds: f64,
+    /// They cost so much more than the others' that they are sent apart, one statement at a time.
+    apart: bool,
 }
 
 impl From<&Arc<Cohort>> for CohortRow {
@@ -58,7 +60,11 @@ impl From<&Arc<Cohort>> for CohortRow {
             connected: cohort.sessions(),
             attempts: cohort.attempts().into_iter().collect(),
             repeats: cohort.repeats(),
-            lookup: LookupCost { keys, seconds },
+            lookup: LookupCost {
+                keys,
+                seconds,
+                apart: cohort.is_costly(),
+            },
             breaker: "closed",
         }
     }

@@ -16,7 +16,7 @@ use seawall_gateway::{
     store::{Audit, NewDevice, Store},
 };
 use seawall_proto::{
-    admission::{AdmissionConfig, BreakerState, Cause, Refused},
+    admission::{AdmissionConfig, BreakerState, Cause, CohortTag, Refused},
     id::{DeviceId, SecretHash},
     refusal::Code,
     slots::SlotKeys,
@@ -101,7 +101,9 @@ impl Fixture {
     }
 
     async fn look_up(&self, number: u128) -> LookUp {
-        self.gate.look_up(device(number), None, self.clock.now()).await
+        self.gate
+            .look_up(device(number), CohortTag::of(None, None), None, self.clock.now())
+            .await
     }
 
     async fn look_up_timed(&self, number: u128) -> (LookUp, Duration) {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{BreakerState, LimitReason, Ticket};
+use super::{BreakerState, CohortTag, LimitReason, Ticket};
 use crate::{
     id::DeviceId,
     refusal::{Code, Hint, Refusal},
@@ -13,6 +13,8 @@ use crate::{
 #[derive(Clone, Copy, Debug)]
 pub struct Arrival<'a> {
     pub device: DeviceId,
+    /// What it says it is. One whose look-ups cost far more than the others' is looked up apart.
+    pub cohort: CohortTag,
     pub slot_token: Option<&'a str>,
     /// When its request was complete. Deadlines count from here.
     pub arrived: Instant,
@@ -146,4 +148,6 @@ pub struct AdmissionState {
     pub slots_stateless: u64,
     /// Devices remembered as seen authenticated.
     pub known: usize,
+    /// Cohorts that are looked up apart, because their look-ups cost far more than the others'.
+    pub cohorts_apart: usize,
 }

@@ -14,6 +14,7 @@ use rand::Rng;
 mod breaker;
 mod ceiling;
 mod config;
+mod cost;
 mod decision;
 mod limit;
 mod queue;
@@ -21,6 +22,7 @@ mod throttle;
 
 pub use breaker::BreakerState;
 pub use config::{AdmissionConfig, Figure, InvalidAdmission};
+pub use cost::{CohortTag, Costly};
 pub use decision::{Action, AdmissionState, Arrival, BatchOutcome, Cause, Decision, Refused};
 pub use limit::LimitReason;
 pub use queue::{Batch, BatchId, Ticket};
@@ -28,14 +30,15 @@ pub use queue::{Batch, BatchId, Ticket};
 use self::{
     breaker::Breaker,
     ceiling::Ceiling,
-    limit::{Limit, Meter, Reference},
-    queue::{Class, Ended, Late, Queue, Waiter},
+    cost::{Costs, Move, Statement},
+    limit::{Limit, Meter, OVERBOOKING, Reference},
+    queue::{Class, Ended, Late, Queue, Ran, Waiter},
     throttle::Throttle,
 };
 use crate::{
     id::DeviceId,
     refusal::{Hint, draw},
-    slots::{HINT_MIN, SlotKeys, Slots, Standing},
+    slots::{HINT_MIN, Pace, SlotKeys, Slots, Standing},
     time::{Instant, WallTime},
 };
 
@@ -49,8 +52,12 @@ pub const SEND_WITHIN: Duration = Duration::from_millis(1_800);
 pub const ANSWER_WITHIN: Duration = Duration::from_millis(2_800);
 /// Longest look-up statement. The caller enforces it, and says [`BatchOutcome::TimedOut`] then.
 pub const LOOKUP_MAX: Duration = Duration::from_secs(1);
-/// Statements in flight. Two: while one runs, the next gathers.
-pub const BATCHES_IN_FLIGHT_MAX: usize = 2;
+/// Statements in flight, those of cohorts apart left out. Two: while one runs, the next gathers.
+const BATCHES_IN_FLIGHT_MAX: usize = 2;
+/// Statements in flight in all: one more, for cohorts whose look-ups cost far more than the others'.
+pub const STATEMENTS_IN_FLIGHT_MAX: usize = BATCHES_IN_FLIGHT_MAX + 1;
+/// The part of the limit that one statement of a cohort apart may take.
+const APART_PART: usize = 4;
 /// A throttled device gets a slot not before a time drawn from here.
 const THROTTLED_FOR: std::ops::RangeInclusive<Duration> = Duration::from_secs(5)..=Duration::from_secs(15);
 
@@ -80,6 +87,7 @@ pub struct Admission {
     ceiling: Ceiling,
     breaker: Breaker,
     throttle: Throttle,
+    costs: Costs,
     /// Bounded by the devices that wait.
     owed: VecDeque<Owed>,
 }
@@ -98,6 +106,7 @@ impl Admission {
             ceiling: Ceiling::new(config.lookups_per_second_max, now),
             breaker: Breaker::new(now),
             throttle: Throttle::default(),
+            costs: Costs::default(),
             owed: VecDeque::new(),
             config,
         }
@@ -109,18 +118,18 @@ impl Admission {
         let standing = self.slots.standing(device, arrival.slot_token, now, wall);
         if !standing.is_due && self.throttle.is_throttled(device, now) {
             let at_least = draw(THROTTLED_FOR, rng);
-            return self.refuse(device, &standing, Cause::Throttle, at_least, (now, wall), rng);
+            return self.refuse(arrival, &standing, Cause::Throttle, at_least, (now, wall), rng);
         }
         if arrival.is_known_absent {
             return Decision::KnownAbsent;
         }
         if !self.breaker.is_closed() {
             let at_least = self.breaker.floor(now, rng);
-            return self.refuse(device, &standing, Cause::Breaker, at_least, (now, wall), rng);
+            return self.refuse(arrival, &standing, Cause::Breaker, at_least, (now, wall), rng);
         }
         match self.admit_to_queue(arrival, &standing, now) {
             Some(ticket) => Decision::Queued(ticket),
-            None => self.refuse(device, &standing, Cause::QueueFull, HINT_MIN, (now, wall), rng),
+            None => self.refuse(arrival, &standing, Cause::QueueFull, HINT_MIN, (now, wall), rng),
         }
     }
 
@@ -129,9 +138,11 @@ impl Admission {
             return None;
         }
         let device = arrival.device;
-        let class = self.class_with_room(device, standing, now);
+        let is_apart = self.costs.is_apart(arrival.cohort);
+        let class = self.class_with_room(arrival, standing, now);
         let waiter = Waiter {
             device,
+            cohort: arrival.cohort,
             standing: *standing,
             send_by: arrival.arrived + SEND_WITHIN,
             answer_by: arrival.arrived + ANSWER_WITHIN,
@@ -139,11 +150,15 @@ impl Admission {
         if self.queue.holds(device) {
             return self.queue.join(waiter, class);
         }
-        class.map(|class| self.queue.enqueue(waiter, class))
+        class.map(|class| self.queue.enqueue(waiter, class, is_apart))
     }
 
     /// The best class that the device may wait in, if any has room.
-    fn class_with_room(&self, device: DeviceId, standing: &Standing, now: Instant) -> Option<Class> {
+    fn class_with_room(&self, arrival: &Arrival<'_>, standing: &Standing, now: Instant) -> Option<Class> {
+        let Arrival { device, cohort, .. } = *arrival;
+        if self.costs.is_apart(cohort) {
+            return self.class_apart(cohort, standing);
+        }
         let reference = self.reference.keys_per_second(now);
         let holders_max = keys_in(HOLDERS_QUEUE, reference);
         let walk_ins_max = keys_in(WALK_INS_QUEUE, reference);
@@ -169,9 +184,22 @@ impl Admission {
             .map(|(_, class, _)| class)
     }
 
+    /// The same for a cohort apart: its line is bounded in time by what its own look-ups cost.
+    fn class_apart(&self, cohort: CohortTag, standing: &Standing) -> Option<Class> {
+        let (rate, len) = (self.costs.rate(cohort), self.queue.apart_len(cohort));
+        let (holder, walk_in) = match standing.tenant {
+            Some(_) => (Class::Holder, Class::WalkIn),
+            None => (Class::StrangerHolder, Class::StrangerWalkIn),
+        };
+        if standing.is_due && len < keys_in(HOLDERS_QUEUE, rate) {
+            return Some(holder);
+        }
+        (len < keys_in(WALK_INS_QUEUE, rate)).then_some(walk_in)
+    }
+
     fn refuse(
         &mut self,
-        device: DeviceId,
+        arrival: &Arrival<'_>,
         standing: &Standing,
         cause: Cause,
         at_least: Duration,
@@ -179,7 +207,8 @@ impl Admission {
         rng: &mut impl Rng,
     ) -> Decision {
         let rate = self.reference.keys_per_second(times.0);
-        let hint = self.slots.refuse(device, standing, at_least, rate, times, rng);
+        let pace = self.costs.pace(arrival.cohort, rate, OVERBOOKING);
+        let hint = self.slots.refuse(arrival.device, standing, at_least, pace, times, rng);
         Decision::Refused(Refused { cause, hint })
     }
 
@@ -191,12 +220,16 @@ impl Admission {
     /// The next statement to send, if one may be sent now. Call until `None`, after every other call.
     pub fn poll_batch(&mut self, now: Instant) -> Option<Batch> {
         self.handle_timeout(now);
+        if !self.breaker.is_closed() {
+            let may_probe = self.free_keys() > 0 && self.breaker.take_probe(now);
+            return may_probe.then(|| self.queue.probe(now));
+        }
+        if let Some(batch) = self.next_apart_batch(now) {
+            return Some(batch);
+        }
         let free = self.free_keys();
         if free == 0 {
             return None;
-        }
-        if !self.breaker.is_closed() {
-            return self.breaker.take_probe(now).then(|| self.queue.probe());
         }
         if !self.queue.has_unsent() {
             self.meter.handle_idle();
@@ -206,18 +239,50 @@ impl Admission {
         let share = to_usize(self.limit.keys()).div_ceil(BATCHES_IN_FLIGHT_MAX);
         let keys_max = to_usize(self.config.batch_keys_max).min(share).min(free);
         let ceiling = &mut self.ceiling;
-        let batch = self.queue.next_batch(keys_max, || ceiling.take(now))?;
+        let batch = self.queue.next_batch(keys_max, now, || ceiling.take(now))?;
         self.limit
-            .handle_sent(batch.id, batch.keys.len(), self.queue.in_flight(), now);
+            .handle_sent(batch.id, batch.keys.len(), self.queue.shared_in_flight(), now);
         Some(batch)
     }
 
-    /// Keys that may be sent now, the ceiling apart.
+    /// The next statement of a cohort apart, beside those of the others: one at a time, of few keys.
+    fn next_apart_batch(&mut self, now: Instant) -> Option<Batch> {
+        let cohort = self.queue.next_apart()?;
+        let free = self.keys_max().saturating_sub(self.queue.in_flight());
+        if self.queue.apart_in_flight() > 0 || free == 0 {
+            return None;
+        }
+        let keys_max = self.apart_keys().min(free);
+        let ceiling = &mut self.ceiling;
+        self.queue.next_apart_batch(cohort, keys_max, now, || ceiling.take(now))
+    }
+
+    /// Keys of cohorts apart that are in flight, or would be next: what the others leave to them.
+    fn apart_keys(&self) -> usize {
+        let in_flight = self.queue.apart_in_flight();
+        match self.queue.next_apart() {
+            Some(cohort) if in_flight == 0 => {
+                let part = (to_usize(self.limit.keys()) / APART_PART).max(1);
+                self.costs.keys_at_a_time(cohort).min(part)
+            }
+            Some(_) | None => in_flight,
+        }
+    }
+
+    /// Keys that may be in flight in all: the limit, which is found for the others, and what is in flight beside them.
+    fn keys_max(&self) -> usize {
+        to_usize(self.limit.keys())
+            .saturating_add(self.apart_keys())
+            .min(to_usize(self.limit.bound()))
+    }
+
+    /// Keys that may be sent now in a statement for all, the ceiling a second apart.
     fn free_keys(&self) -> usize {
         if self.queue.batches_in_flight() >= BATCHES_IN_FLIGHT_MAX {
             return 0;
         }
-        to_usize(self.limit.keys()).saturating_sub(self.queue.in_flight())
+        let shared_max = self.keys_max().saturating_sub(self.apart_keys());
+        shared_max.saturating_sub(self.queue.shared_in_flight())
     }
 
     /// A statement ended.
@@ -228,7 +293,7 @@ impl Admission {
             BatchOutcome::Failed => self.queue.handle_failed(id, self.breaker.is_closed(), now),
             BatchOutcome::TimedOut => self.queue.handle_failed(id, false, now),
         };
-        let keys = match ended {
+        let ran = match ended {
             Ended::Unknown => return,
             Ended::Probe => {
                 if self.breaker.handle_probed(is_answered, now) {
@@ -236,16 +301,16 @@ impl Admission {
                 }
                 return;
             }
-            Ended::Answered { keys, waiters } => {
+            Ended::Answered { statement, waiters } => {
                 for (ticket, device) in waiters {
                     self.queue.finish(ticket);
                     self.owed.push_back(Owed::Answer { ticket, device });
                 }
                 self.breaker.handle_outcome(true, now);
-                keys
+                statement
             }
             Ended::Failed {
-                keys,
+                statement,
                 waiters,
                 is_retried,
             } => {
@@ -258,22 +323,49 @@ impl Admission {
                         self.owed.push_back(Owed::Refuse { ticket, waiter, cause });
                     }
                 }
+                // That a cohort apart is too slow is why it is apart.
+                let is_expected = statement.apart.is_some() && outcome == BatchOutcome::TimedOut;
                 // Its halves will tell whether it was the database or a single key.
-                if !is_retried && self.breaker.handle_outcome(false, now) {
+                if !is_retried && !is_expected && self.breaker.handle_outcome(false, now) {
                     self.limit.handle_outage(now);
                     self.refuse_all_waiting();
                 }
-                keys
+                statement
             }
         };
+        self.learn_cost(&ran, outcome, now);
         let Some(took) = self.limit.handle_ended(id, is_answered, now) else {
             return;
         };
-        let answered = if is_answered { keys } else { 0 };
+        let answered = if is_answered { ran.keys } else { 0 };
         if let Some(window) = self.meter.handle_ended(answered, took, now)
             && window.is_backlogged
         {
             self.reference.handle_measured(window.rate(), now);
+        }
+    }
+
+    /// One that failed at once says nothing of its keys' cost.
+    fn learn_cost(&mut self, ran: &Ran, outcome: BatchOutcome, now: Instant) {
+        if outcome == BatchOutcome::Failed {
+            return;
+        }
+        let statement = Statement {
+            cohorts: &ran.cohorts,
+            took: now.saturating_since(ran.sent_at),
+        };
+        let moved = match ran.apart {
+            Some(cohort) => self.costs.handle_apart(cohort, &statement, now),
+            None => self.costs.handle_shared(&statement, now),
+        };
+        self.follow(moved);
+    }
+
+    fn follow(&mut self, moved: Option<Move>) {
+        match moved {
+            Some(Move::Apart(cohort)) => self.queue.set_apart(cohort, true),
+            Some(Move::Back(cohort)) => self.queue.set_apart(cohort, false),
+            None => {}
         }
     }
 
@@ -330,7 +422,13 @@ impl Admission {
     ) -> Hint {
         let standing = self.slots.standing(device, None, now, wall);
         let rate = self.reference.keys_per_second(now);
-        self.slots.refuse(device, &standing, at_least, rate, (now, wall), rng)
+        self.slots
+            .refuse(device, &standing, at_least, Pace::Shared(rate), (now, wall), rng)
+    }
+
+    /// Cohorts whose look-ups are sent apart, because they cost far more than the others'.
+    pub fn costly(&self) -> impl Iterator<Item = Costly> {
+        self.costs.costly()
     }
 
     /// The plan guard found, or no longer finds, a look-up that reads a whole table: the limit is cut to 2.
@@ -359,6 +457,8 @@ impl Admission {
             };
             self.owed.push_back(Owed::Refuse { ticket, waiter, cause });
         }
+        let moved = self.costs.handle_timeout(now);
+        self.follow(moved);
     }
 
     /// When to call [`poll_batch`](Self::poll_batch) and [`poll_action`](Self::poll_action) next, if nothing else happens.
@@ -370,7 +470,7 @@ impl Admission {
             self.breaker.poll_timeout().filter(|_| may_send),
             self.ceiling
                 .blocked_until()
-                .filter(|_| may_send && self.queue.has_unsent()),
+                .filter(|_| may_send && (self.queue.has_unsent() || self.queue.next_apart().is_some())),
         ]
         .into_iter()
         .flatten()
@@ -384,9 +484,10 @@ impl Admission {
             Owed::Refuse { ticket, waiter, cause } => {
                 let at_least = self.breaker.floor(now, rng).max(HINT_MIN);
                 let rate = self.reference.keys_per_second(now);
+                let pace = self.costs.pace(waiter.cohort, rate, OVERBOOKING);
                 let hint = self
                     .slots
-                    .refuse(waiter.device, &waiter.standing, at_least, rate, (now, wall), rng);
+                    .refuse(waiter.device, &waiter.standing, at_least, pace, (now, wall), rng);
                 let refused = Refused { cause, hint };
                 Some(Action::Refuse { ticket, refused })
             }
@@ -398,7 +499,7 @@ impl Admission {
     pub fn state(&self, now: Instant) -> AdmissionState {
         let in_flight = to_u32(self.queue.in_flight());
         AdmissionState {
-            limit: self.limit.keys().max(in_flight),
+            limit: to_u32(self.keys_max()).max(in_flight),
             in_flight,
             queue: self.queue.len(),
             k_ref: self.reference.keys_per_second(now),
@@ -414,6 +515,7 @@ impl Admission {
             slots: self.slots.remembered(),
             slots_stateless: self.slots.stateless(),
             known: self.slots.known(),
+            cohorts_apart: self.costs.costly().count(),
         }
     }
 }

@@ -7,6 +7,7 @@ use super::*;
 use crate::refusal::Code;
 
 mod any_order;
+mod costly;
 
 fn device(n: u128) -> DeviceId {
     DeviceId::from_uuid(Uuid::from_u128(n + 1))
@@ -41,6 +42,7 @@ impl Node {
     fn attempt(&mut self, n: u128, token: Option<&str>, now: Instant) -> Decision {
         let arrival = Arrival {
             device: device(n),
+            cohort: CohortTag::of(None, None),
             slot_token: token,
             arrived: now,
             is_known_absent: false,
@@ -497,6 +499,7 @@ fn known_absent_id_costs_nothing_but_is_throttled_like_any_other() {
     let mut node = Node::new();
     let arrival = Arrival {
         device: device(1),
+        cohort: CohortTag::of(None, None),
         slot_token: None,
         arrived: at(0),
         is_known_absent: true,

@@ -11,7 +11,7 @@ mod memory;
 mod tenants;
 mod token;
 
-pub(crate) use tenants::STRANGERS_SHARE;
+pub(crate) use tenants::{STRANGERS_SHARE, Tail};
 pub use token::{SlotKeys, TOKEN_TEXT_LEN, TenantTag};
 
 use self::{
@@ -67,6 +67,15 @@ pub(crate) struct Standing {
     pub slot: Option<Slot>,
     /// Its slot helps it now.
     pub is_due: bool,
+}
+
+/// Where a new slot is taken from.
+#[derive(Debug)]
+pub(crate) enum Pace<'a> {
+    /// The queues of tenants and strangers, which share this many places a second.
+    Shared(f64),
+    /// A queue of its own, whoever is in it.
+    Apart { tail: &'a mut Tail, rate: f64 },
 }
 
 /// All slots given out here, and the tokens to take elsewhere.
@@ -146,13 +155,13 @@ impl Slots {
     }
 
     /// Tells a refused device when to come back: at the slot it has, if that is still ahead, else at a new one, not before
-    /// `now + at_least`. `rate` slots a second are given out.
+    /// `now + at_least`.
     pub(crate) fn refuse(
         &mut self,
         device: DeviceId,
         standing: &Standing,
         at_least: Duration,
-        rate: f64,
+        pace: Pace<'_>,
         (now, wall): (Instant, WallTime),
         rng: &mut impl Rng,
     ) -> Hint {
@@ -165,7 +174,11 @@ impl Slots {
         let slot = match newest {
             Some(slot) if slot.at > now + SLOT_KEPT => slot,
             previous => {
-                let place = self.tenants.take(standing.tenant, now + HINT_MIN, rate);
+                let from = now + HINT_MIN;
+                let place = match pace {
+                    Pace::Shared(rate) => self.tenants.take(standing.tenant, from, rate),
+                    Pace::Apart { tail, rate } => tail.take(from, rate),
+                };
                 Slot {
                     at: place.max(now + at_least),
                     first_unix_s: previous.map_or(unix_s(wall), |slot| slot.first_unix_s),

@@ -30,14 +30,21 @@ pub(super) struct Tenants {
 
 /// The end of one queue. Nanoseconds: at a million slots a second, microseconds would round by too much.
 #[derive(Clone, Copy, Debug)]
-struct Tail {
+pub(crate) struct Tail {
     nanos: u64,
     weight: f64,
 }
 
 impl Tail {
-    const fn empty(weight: f64) -> Self {
+    pub const fn empty(weight: f64) -> Self {
         Self { nanos: 0, weight }
+    }
+
+    /// The next place not before `from` in a queue that has `rate` places a second to itself.
+    pub fn take(&mut self, from: Instant, rate: f64) -> Instant {
+        let base = self.base(from, STRANGERS_HORIZON);
+        self.nanos = base.saturating_add(step(rate));
+        Instant::from_micros(base / 1_000)
     }
 
     fn base(&self, from: Instant, horizon: Duration) -> u64 {

@@ -40,8 +40,14 @@ impl Node {
 
     fn refuse_on(&mut self, n: u128, token: Option<&str>, now: Instant, wall: WallTime) -> Hint {
         let standing = self.slots.standing(device(n), token, now, wall);
-        self.slots
-            .refuse(device(n), &standing, HINT_MIN, RATE, (now, wall), &mut self.rng)
+        self.slots.refuse(
+            device(n),
+            &standing,
+            HINT_MIN,
+            Pace::Shared(RATE),
+            (now, wall),
+            &mut self.rng,
+        )
     }
 
     fn refuse(&mut self, n: u128, token: Option<&str>, now: Instant) -> Hint {
@@ -274,7 +280,7 @@ fn floor_of_an_outage_delays_a_device_but_not_the_queue() {
         device(1),
         &standing,
         Duration::from_secs(20),
-        RATE,
+        Pace::Shared(RATE),
         (at(0), WALL),
         &mut node.rng,
     );

@@ -17,7 +17,10 @@ use std::time::Duration;
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
 
 use self::arm::{Arm, Mark, Pair};
-pub(super) use self::{meter::Meter, reference::Reference};
+pub(super) use self::{
+    meter::Meter,
+    reference::{OVERBOOKING, Reference},
+};
 use super::{BATCHES_IN_FLIGHT_MAX, BatchId, to_u32, to_usize};
 use crate::time::Instant;
 
@@ -180,6 +183,11 @@ impl Limit {
     /// Most keys that it may ever come to.
     pub fn ceiling(&self) -> u32 {
         whole(self.ceiling)
+    }
+
+    /// Most keys that may be in flight now for whatever reason.
+    pub fn bound(&self) -> u32 {
+        if self.is_cut { self.keys() } else { self.ceiling() }
     }
 
     pub const fn reason(&self) -> LimitReason {

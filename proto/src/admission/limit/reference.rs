@@ -7,7 +7,7 @@ use crate::time::Instant;
 /// The best rate measured fades with this time constant.
 const PEAK_FADES: Duration = Duration::from_secs(600);
 /// Slots are given out a quarter faster than the best measured: unused ones cost nothing, idle time does.
-const OVERBOOKING: f64 = 1.25;
+pub(in crate::admission) const OVERBOOKING: f64 = 1.25;
 /// The reference never falls below this part of the ceiling, or an outage seen first would be taken for the capacity.
 const FLOOR_PART: f64 = 0.25;
 

@@ -1,16 +1,22 @@
 //! Devices waiting for a look-up, and the keys under way: who goes next, single flight by key, batches, second tries.
 //!
+//! Keys of a cohort apart (see [`super::cost`]) have a line of their own, and statements of their own.
+//!
 //! Keys wait, not devices: several devices that ask for one key wait for one look-up. Start with [`Queue`]. It knows
 //! neither limits nor slots; [`super::Admission`] asks them.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    ops::Bound,
+};
 
 mod sending;
 
-pub(super) use sending::Ended;
 pub use sending::{Batch, BatchId};
+pub(super) use sending::{Ended, Ran};
 use sending::{Retry, Sent};
 
+use super::cost::CohortTag;
 use crate::{id::DeviceId, slots::Standing, time::Instant};
 
 /// A device that waits for an answer. Never given twice.
@@ -45,6 +51,7 @@ impl Class {
 #[derive(Clone, Debug)]
 pub(super) struct Waiter {
     pub device: DeviceId,
+    pub cohort: CohortTag,
     pub standing: Standing,
     /// Not sent after this.
     pub send_by: Instant,
@@ -55,6 +62,8 @@ pub(super) struct Waiter {
 #[derive(Debug)]
 struct Key {
     waiters: Vec<Ticket>,
+    /// Of the device that asked first.
+    cohort: CohortTag,
     state: KeyState,
 }
 
@@ -63,6 +72,7 @@ enum KeyState {
     Waiting {
         class: Class,
         place: u64,
+        line: Line,
     },
     /// Its statement failed, and it waits for a second try.
     Retrying {
@@ -71,6 +81,15 @@ enum KeyState {
     InFlight {
         batch: BatchId,
     },
+}
+
+/// Where a key waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Line {
+    /// With all others of its class.
+    Shared,
+    /// With its cohort's.
+    Apart,
 }
 
 /// Why a device's time ran out.
@@ -90,10 +109,15 @@ pub(super) struct Queue {
     /// At most one a waiter and one a key in flight.
     keys: BTreeMap<DeviceId, Key>,
     lines: [BTreeMap<u64, DeviceId>; Class::COUNT],
+    /// Never empty ones.
+    apart: BTreeMap<CohortTag, BTreeMap<(Class, u64), DeviceId>>,
+    /// The cohort apart that was served last.
+    apart_served: Option<CohortTag>,
     retries: VecDeque<Retry>,
     deadlines: BTreeSet<(Instant, Ticket)>,
     sent: BTreeMap<BatchId, Sent>,
     in_flight: usize,
+    apart_in_flight: usize,
     taken: u32,
 }
 
@@ -113,11 +137,34 @@ impl Queue {
         self.in_flight
     }
 
-    /// Statements sent and not answered.
-    pub fn batches_in_flight(&self) -> usize {
-        self.sent.len()
+    /// Those of them that were sent in the statement of a cohort apart: there is one at a time.
+    pub const fn apart_in_flight(&self) -> usize {
+        self.apart_in_flight
     }
 
+    /// Those of them that were sent in statements for all.
+    pub const fn shared_in_flight(&self) -> usize {
+        self.in_flight - self.apart_in_flight
+    }
+
+    /// Statements sent and not answered, those of cohorts apart left out.
+    pub fn batches_in_flight(&self) -> usize {
+        self.sent.len() - usize::from(self.apart_in_flight > 0)
+    }
+
+    /// Keys of a cohort apart that wait.
+    pub fn apart_len(&self, cohort: CohortTag) -> usize {
+        self.apart.get(&cohort).map_or(0, BTreeMap::len)
+    }
+
+    /// The cohort apart whose turn it is, if one has a key to send.
+    pub fn next_apart(&self) -> Option<CohortTag> {
+        let after = self.apart_served.map_or(Bound::Unbounded, Bound::Excluded);
+        let next = self.apart.range((after, Bound::Unbounded)).next();
+        next.or_else(|| self.apart.first_key_value()).map(|(cohort, _)| *cohort)
+    }
+
+    /// Somebody waits in the shared lines.
     pub fn has_unsent(&self) -> bool {
         !self.retries.is_empty() || self.lines.iter().any(|line| !line.is_empty())
     }
@@ -132,31 +179,41 @@ impl Queue {
         let ticket = self.next_ticket();
         let key = self.keys.get_mut(&device)?;
         key.waiters.push(ticket);
-        if let (KeyState::Waiting { class: was, place }, Some(class)) = (key.state, class)
+        if let (
+            KeyState::Waiting {
+                class: was,
+                place,
+                line,
+            },
+            Some(class),
+        ) = (key.state, class)
             && class < was
         {
-            key.state = KeyState::Waiting { class, place };
-            self.lines[was.index()].remove(&place);
-            self.lines[class.index()].insert(place, device);
+            let cohort = key.cohort;
+            key.state = KeyState::Waiting { class, place, line };
+            self.leave_line(cohort, was, place, line);
+            self.enter_line(cohort, class, place, line, device);
         }
         self.wait(ticket, waiter);
         Some(ticket)
     }
 
-    /// Waits at the end of the line of its class.
-    pub fn enqueue(&mut self, waiter: Waiter, class: Class) -> Ticket {
+    /// Waits at the end of the line of its class, or of its cohort if that is apart.
+    pub fn enqueue(&mut self, waiter: Waiter, class: Class, is_apart: bool) -> Ticket {
         debug_assert!(!self.holds(waiter.device), "one key, one place");
-        let device = waiter.device;
+        let (device, cohort) = (waiter.device, waiter.cohort);
         let ticket = self.next_ticket();
         let place = ticket.0;
+        let line = if is_apart { Line::Apart } else { Line::Shared };
         self.keys.insert(
             device,
             Key {
                 waiters: vec![ticket],
-                state: KeyState::Waiting { class, place },
+                cohort,
+                state: KeyState::Waiting { class, place, line },
             },
         );
-        self.lines[class.index()].insert(place, device);
+        self.enter_line(cohort, class, place, line, device);
         self.wait(ticket, waiter);
         ticket
     }
@@ -182,12 +239,51 @@ impl Queue {
         };
         match key.state {
             KeyState::InFlight { .. } => return,
-            KeyState::Waiting { class, place } => {
-                self.lines[class.index()].remove(&place);
-            }
+            KeyState::Waiting { class, place, line } => self.leave_line(key.cohort, class, place, line),
             KeyState::Retrying { .. } => {}
         }
         self.keys.remove(&device);
+    }
+
+    fn enter_line(&mut self, cohort: CohortTag, class: Class, place: u64, line: Line, device: DeviceId) {
+        match line {
+            Line::Shared => self.lines[class.index()].insert(place, device),
+            Line::Apart => self.apart.entry(cohort).or_default().insert((class, place), device),
+        };
+    }
+
+    fn leave_line(&mut self, cohort: CohortTag, class: Class, place: u64, line: Line) {
+        match line {
+            Line::Shared => {
+                self.lines[class.index()].remove(&place);
+            }
+            Line::Apart => {
+                if let Some(own) = self.apart.get_mut(&cohort) {
+                    own.remove(&(class, place));
+                    if own.is_empty() {
+                        self.apart.remove(&cohort);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The cohort's waiting keys go to a line of their own, or back to where they would be without one.
+    pub fn set_apart(&mut self, cohort: CohortTag, is_apart: bool) {
+        let to = if is_apart { Line::Apart } else { Line::Shared };
+        let mut moved = Vec::new();
+        for (device, key) in self.keys.iter_mut().filter(|(_, key)| key.cohort == cohort) {
+            if let KeyState::Waiting { class, place, line } = key.state
+                && line != to
+            {
+                key.state = KeyState::Waiting { class, place, line: to };
+                moved.push((*device, class, place, line));
+            }
+        }
+        for (device, class, place, from) in moved {
+            self.leave_line(cohort, class, place, from);
+            self.enter_line(cohort, class, place, to, device);
+        }
     }
 
     /// The next device whose time has run out; it no longer waits.
@@ -226,6 +322,7 @@ impl Queue {
         for line in &mut self.lines {
             line.clear();
         }
+        self.apart.clear();
         self.keys
             .retain(|_, key| matches!(key.state, KeyState::InFlight { .. }));
         for key in self.keys.values_mut() {

@@ -1,6 +1,6 @@
 //! The queue's other end: statements that are sent, answered, and tried again.
 
-use super::{Class, KeyState, Queue, Ticket};
+use super::{super::cost::CohortTag, Class, KeyState, Queue, Ticket};
 use crate::{id::DeviceId, slots::STRANGERS_SHARE, time::Instant};
 
 /// A statement under way.
@@ -32,15 +32,25 @@ pub(in crate::admission) enum Ended {
     Probe,
     /// The devices are to be answered, each with its key's record or its absence.
     Answered {
-        keys: usize,
+        statement: Ran,
         waiters: Vec<(Ticket, DeviceId)>,
     },
     /// The devices are to be refused; those for whom there is time are tried for again.
     Failed {
-        keys: usize,
+        statement: Ran,
         waiters: Vec<Ticket>,
         is_retried: bool,
     },
+}
+
+/// What there is to know of a statement that ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(in crate::admission) struct Ran {
+    pub keys: usize,
+    pub cohorts: Vec<(CohortTag, u32)>,
+    pub sent_at: Instant,
+    /// It was of this cohort alone, beside the others.
+    pub apart: Option<CohortTag>,
 }
 
 /// A statement that was sent.
@@ -49,6 +59,20 @@ pub(super) struct Sent {
     pub keys: Vec<DeviceId>,
     pub is_retry: bool,
     pub is_probe: bool,
+    pub cohorts: Vec<(CohortTag, u32)>,
+    pub sent_at: Instant,
+    pub apart: Option<CohortTag>,
+}
+
+impl Sent {
+    fn ran(&self) -> Ran {
+        Ran {
+            keys: self.keys.len(),
+            cohorts: self.cohorts.clone(),
+            sent_at: self.sent_at,
+            apart: self.apart,
+        }
+    }
 }
 
 /// A half of a failed statement.
@@ -68,10 +92,11 @@ const STRANGER_EVERY: u32 = (1.0 / STRANGERS_SHARE) as u32;
 
 impl Queue {
     /// The next statement of at most `keys_max` keys, as far as `may_send` allows one more key. Halves of failed ones go first.
-    pub fn next_batch(&mut self, keys_max: usize, mut may_send: impl FnMut() -> bool) -> Option<Batch> {
+    pub fn next_batch(&mut self, keys_max: usize, now: Instant, mut may_send: impl FnMut() -> bool) -> Option<Batch> {
         self.drop_dead_retries();
         let id = BatchId(self.counter + 1);
         let mut keys = Vec::new();
+        let mut cohorts = Vec::new();
         let is_retry = !self.retries.is_empty();
         while keys.len() < keys_max && self.has_next(is_retry) && may_send() {
             let Some(device) = self.take_next(is_retry) else {
@@ -80,6 +105,7 @@ impl Queue {
             if let Some(key) = self.keys.get_mut(&device) {
                 key.state = KeyState::InFlight { batch: id };
                 keys.push(device);
+                cohorts.push(key.cohort);
             }
             if is_retry && self.retries.front().is_none_or(|retry| retry.keys.is_empty()) {
                 break;
@@ -89,27 +115,82 @@ impl Queue {
         if keys.is_empty() {
             return None;
         }
-        Some(self.send(id, keys, is_retry, false))
+        let sent = Sent {
+            keys,
+            is_retry,
+            is_probe: false,
+            cohorts: counted(cohorts),
+            sent_at: now,
+            apart: None,
+        };
+        Some(self.send(id, sent))
+    }
+
+    /// The next statement of a cohort apart.
+    pub fn next_apart_batch(
+        &mut self,
+        cohort: CohortTag,
+        keys_max: usize,
+        now: Instant,
+        mut may_send: impl FnMut() -> bool,
+    ) -> Option<Batch> {
+        let id = BatchId(self.counter + 1);
+        let mut keys = Vec::new();
+        while let Some(line) = self.apart.get_mut(&cohort) {
+            if keys.len() >= keys_max || !may_send() {
+                break;
+            }
+            let taken = line.pop_first();
+            if line.is_empty() {
+                self.apart.remove(&cohort);
+            }
+            if let Some((_, device)) = taken
+                && let Some(key) = self.keys.get_mut(&device)
+            {
+                key.state = KeyState::InFlight { batch: id };
+                keys.push(device);
+            }
+        }
+        if keys.is_empty() {
+            return None;
+        }
+        self.apart_served = Some(cohort);
+        self.apart_in_flight = keys.len();
+        let sent = Sent {
+            cohorts: vec![(cohort, u32::try_from(keys.len()).unwrap_or(u32::MAX))],
+            keys,
+            is_retry: false,
+            is_probe: false,
+            sent_at: now,
+            apart: Some(cohort),
+        };
+        Some(self.send(id, sent))
     }
 
     /// A statement for nobody, with a key that belongs to none.
-    pub fn probe(&mut self) -> Batch {
+    pub fn probe(&mut self, now: Instant) -> Batch {
         let id = BatchId(self.counter + 1);
-        self.send(id, vec![DeviceId::from_uuid(uuid::Uuid::nil())], false, true)
+        let sent = Sent {
+            keys: vec![DeviceId::from_uuid(uuid::Uuid::nil())],
+            is_retry: false,
+            is_probe: true,
+            cohorts: Vec::new(),
+            sent_at: now,
+            apart: None,
+        };
+        self.send(id, sent)
     }
 
-    fn send(&mut self, id: BatchId, keys: Vec<DeviceId>, is_retry: bool, is_probe: bool) -> Batch {
+    fn send(&mut self, id: BatchId, sent: Sent) -> Batch {
         self.counter = id.0;
-        self.in_flight += keys.len();
-        self.sent.insert(
+        self.in_flight += sent.keys.len();
+        let batch = Batch {
             id,
-            Sent {
-                keys: keys.clone(),
-                is_retry,
-                is_probe,
-            },
-        );
-        Batch { id, keys, is_probe }
+            keys: sent.keys.clone(),
+            is_probe: sent.is_probe,
+        };
+        self.sent.insert(id, sent);
+        batch
     }
 
     fn has_next(&self, is_retry: bool) -> bool {
@@ -158,16 +239,14 @@ impl Queue {
         if sent.is_probe {
             return Ended::Probe;
         }
+        let statement = sent.ran();
         let mut waiters = Vec::with_capacity(sent.keys.len());
         for device in &sent.keys {
             for ticket in self.take_waiters(*device, id) {
                 waiters.push((ticket, *device));
             }
         }
-        Ended::Answered {
-            keys: sent.keys.len(),
-            waiters,
-        }
+        Ended::Answered { statement, waiters }
     }
 
     /// A statement failed. If it may be tried again and somebody has time to wait, it is, in two halves: one key that the
@@ -179,8 +258,8 @@ impl Queue {
         if sent.is_probe {
             return Ended::Probe;
         }
-        let keys = sent.keys.len();
-        let may_retry = may_retry && !sent.is_retry;
+        let statement = sent.ran();
+        let may_retry = may_retry && !sent.is_retry && sent.apart.is_none();
         self.counter += 1;
         let round = self.counter;
         let mut alive = Vec::new();
@@ -200,7 +279,7 @@ impl Queue {
             }
         }
         Ended::Failed {
-            keys,
+            statement,
             waiters,
             is_retried,
         }
@@ -223,6 +302,9 @@ impl Queue {
         let sent = self.sent.remove(&id)?;
         debug_assert!(self.in_flight >= sent.keys.len(), "what was sent was counted");
         self.in_flight -= sent.keys.len();
+        if sent.apart.is_some() {
+            self.apart_in_flight = 0;
+        }
         Some(sent)
     }
 
@@ -234,4 +316,17 @@ impl Queue {
             Some(_) | None => Vec::new(),
         }
     }
+}
+
+/// Each cohort once, with how often it is there.
+fn counted(mut cohorts: Vec<CohortTag>) -> Vec<(CohortTag, u32)> {
+    cohorts.sort_unstable();
+    let mut counted: Vec<(CohortTag, u32)> = Vec::new();
+    for cohort in cohorts {
+        match counted.last_mut() {
+            Some((last, keys)) if *last == cohort => *keys += 1,
+            Some(_) | None => counted.push((cohort, 1)),
+        }
+    }
+    counted
 }

@@ -85,7 +85,7 @@ proptest! {
                 Step::Attempt { device: n, arrived_ms_ago, with_token } => {
                     let arrived = now - Duration::from_millis(arrived_ms_ago.into());
                     let token = tokens.get(&n).filter(|_| with_token).cloned();
-                    let arrival = Arrival { device: device(n.into()), slot_token: token.as_deref(), arrived, is_known_absent: false };
+                    let arrival = Arrival { device: device(n.into()), cohort: CohortTag::of(None, None), slot_token: token.as_deref(), arrived, is_known_absent: false };
                     match node.admission.attempt(&arrival, now, wall(now), &mut node.rng) {
                         Decision::Queued(ticket) => prop_assert!(waiting.insert(ticket, (arrival.device, arrived)).is_none()),
                         Decision::Refused(refused) => {

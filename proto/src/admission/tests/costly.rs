@@ -1,0 +1,302 @@
+//! One cohort's look-ups cost a hundred times the others': a small database in virtual time, production admission in front.
+
+use std::{cmp::Reverse, collections::BinaryHeap};
+
+use super::*;
+
+const HEALTHY: &str = "3.8.0-b2";
+const MARKED: &str = "3.8.0-b3";
+/// What a statement costs besides its keys.
+const BASE: Duration = Duration::from_millis(1);
+
+/// A fleet whose devices come one after the other, and a database that answers a key in a time of its own.
+struct World {
+    node: Node,
+    healthy_cost: Duration,
+    marked_cost: Duration,
+    events: BinaryHeap<Reverse<(Instant, u64)>>,
+    in_flight: BTreeMap<u64, Batch>,
+    arrived: BTreeMap<Ticket, (u128, Instant)>,
+    counter: u64,
+    devices: u64,
+    now: Instant,
+    /// Waits of admitted devices, healthy and marked.
+    waits: [Vec<Duration>; 2],
+    refused: [usize; 2],
+    moves: Vec<(Instant, usize)>,
+}
+
+fn is_marked(n: u128) -> bool {
+    n % 1_000_000 >= 500_000
+}
+
+impl World {
+    fn new() -> Self {
+        Self {
+            node: Node::new(),
+            healthy_cost: Duration::from_micros(200),
+            marked_cost: Duration::from_millis(90),
+            events: BinaryHeap::new(),
+            in_flight: BTreeMap::new(),
+            arrived: BTreeMap::new(),
+            counter: 0,
+            devices: 0,
+            now: at(0),
+            waits: [Vec::new(), Vec::new()],
+            refused: [0, 0],
+            moves: Vec::new(),
+        }
+    }
+
+    /// `per_second` devices come for `span`; each `marked_of`-th is marked (0: none).
+    fn arrivals(&mut self, per_second: u64, marked_of: u64, span: Duration) {
+        let end = self.now + span;
+        let gap = Duration::from_micros(1_000_000 / per_second);
+        let mut next = self.now;
+        while next < end {
+            self.run_until(next);
+            self.devices += 1;
+            let n = u128::from(self.devices);
+            let marked = marked_of > 0 && self.devices.is_multiple_of(marked_of);
+            self.arrive(if marked { n * 1_000_000 + 500_000 } else { n * 1_000_000 });
+            next += gap;
+        }
+        self.run_until(end);
+    }
+
+    fn arrive(&mut self, n: u128) {
+        let firmware = if is_marked(n) { MARKED } else { HEALTHY };
+        self.node.admission.handle_admitted(device(n), "default");
+        let arrival = Arrival {
+            device: device(n),
+            cohort: CohortTag::of(None, Some(firmware)),
+            slot_token: None,
+            arrived: self.now,
+            is_known_absent: false,
+        };
+        let now = self.now;
+        match self
+            .node
+            .admission
+            .attempt(&arrival, now, wall(now), &mut self.node.rng)
+        {
+            Decision::Queued(ticket) => drop(self.arrived.insert(ticket, (n, now))),
+            Decision::Refused(_) => self.refused[usize::from(is_marked(n))] += 1,
+            Decision::KnownAbsent => unreachable!("nobody said so"),
+        }
+        self.settle();
+    }
+
+    fn settle(&mut self) {
+        for batch in self.node.batches(self.now) {
+            let cost: Duration = batch
+                .keys
+                .iter()
+                .map(|key| {
+                    if is_marked(key.as_uuid().as_u128() - 1) {
+                        self.marked_cost
+                    } else {
+                        self.healthy_cost
+                    }
+                })
+                .sum();
+            let took = (BASE + cost).min(LOOKUP_MAX);
+            self.counter += 1;
+            self.events.push(Reverse((self.now + took, self.counter)));
+            self.in_flight.insert(self.counter, batch);
+        }
+        let state = self.node.admission.state(self.now);
+        assert!(state.in_flight <= state.limit);
+        if self.moves.last().is_none_or(|(_, apart)| *apart != state.cohorts_apart) {
+            self.moves.push((self.now, state.cohorts_apart));
+        }
+        for action in self.node.actions(self.now) {
+            match action {
+                Action::Answer { ticket, .. } => {
+                    let (n, arrived) = self.arrived.remove(&ticket).unwrap();
+                    self.waits[usize::from(is_marked(n))].push(self.now.saturating_since(arrived));
+                }
+                Action::Refuse { ticket, .. } => {
+                    let (n, _) = self.arrived.remove(&ticket).unwrap();
+                    self.refused[usize::from(is_marked(n))] += 1;
+                }
+            }
+        }
+    }
+
+    fn run_until(&mut self, end: Instant) {
+        while let Some(Reverse((at, id))) = self.events.peek().copied().filter(|Reverse((at, _))| *at <= end) {
+            self.events.pop();
+            self.now = at;
+            let batch = self.in_flight.remove(&id).unwrap();
+            let cost: Duration = batch
+                .keys
+                .iter()
+                .map(|key| {
+                    if is_marked(key.as_uuid().as_u128() - 1) {
+                        self.marked_cost
+                    } else {
+                        self.healthy_cost
+                    }
+                })
+                .sum();
+            let outcome = if BASE + cost >= LOOKUP_MAX {
+                BatchOutcome::TimedOut
+            } else {
+                BatchOutcome::Answered
+            };
+            self.node.admission.handle_batch_done(batch.id, outcome, at);
+            self.settle();
+        }
+        self.now = end;
+        self.node.admission.handle_timeout(end);
+        self.settle();
+    }
+
+    fn forget(&mut self) {
+        self.waits = [Vec::new(), Vec::new()];
+        self.refused = [0, 0];
+    }
+
+    fn healthy_p99(&mut self) -> Duration {
+        let waits = &mut self.waits[0];
+        waits.sort_unstable();
+        waits[(waits.len() * 99).div_ceil(100) - 1]
+    }
+
+    fn apart(&self) -> usize {
+        self.node.admission.state(self.now).cohorts_apart
+    }
+}
+
+fn secs(n: u64) -> Duration {
+    Duration::from_secs(n)
+}
+
+#[test]
+fn healthy_devices_do_not_wait_for_a_costly_cohort_that_grows() {
+    let mut world = World::new();
+    world.arrivals(100, 0, secs(20));
+    let calm = world.healthy_p99();
+
+    world.forget();
+    for marked_of in [50, 20, 10, 5, 4] {
+        world.arrivals(100, marked_of, secs(10));
+    }
+
+    assert_eq!(world.apart(), 1, "{:?}", world.moves);
+    assert!(
+        world.healthy_p99() <= calm * 2,
+        "{:?}, calm {calm:?}",
+        world.healthy_p99()
+    );
+    assert_eq!(world.refused[0], 0, "healthy ones");
+    assert!(
+        world.waits[1].len() > 150,
+        "{} costly ones are served all the same",
+        world.waits[1].len()
+    );
+}
+
+#[test]
+fn costly_cohort_is_found_in_the_middle_of_a_storm() {
+    let mut world = World::new();
+    world.arrivals(100, 0, secs(2));
+
+    world.arrivals(1_000, 4, secs(5));
+    world.forget();
+    world.arrivals(1_000, 4, secs(5));
+
+    assert_eq!(world.apart(), 1, "{:?}", world.moves);
+    assert_eq!(world.refused[0], 0, "healthy ones");
+    assert!(
+        world.healthy_p99() < Duration::from_millis(50),
+        "{:?}",
+        world.healthy_p99()
+    );
+}
+
+#[test]
+fn costly_cohort_that_most_devices_are_of_is_set_apart_too() {
+    let mut world = World::new();
+    world.arrivals(100, 0, secs(2));
+
+    // Of two arrivals one is marked; they come too fast for the database by far.
+    world.arrivals(500, 2, secs(10));
+    world.forget();
+    world.arrivals(500, 2, secs(5));
+
+    assert_eq!(world.refused[0], 0, "healthy ones");
+    assert!(
+        world.healthy_p99() < Duration::from_millis(50),
+        "{:?}",
+        world.healthy_p99()
+    );
+}
+
+#[test]
+fn database_slow_for_all_sets_nobody_apart() {
+    let mut world = World::new();
+    world.marked_cost = world.healthy_cost;
+    world.arrivals(200, 4, secs(5));
+    world.healthy_cost *= 60;
+    world.marked_cost *= 60;
+    world.forget();
+
+    world.arrivals(120, 4, secs(60));
+
+    assert!(world.moves.iter().all(|(_, apart)| *apart == 0), "{:?}", world.moves);
+    let answered = world.waits[0].len() + world.waits[1].len();
+    assert!(answered > 120 * 60 * 9 / 10, "{answered} of {}", 120 * 60);
+}
+
+#[test]
+fn cohort_that_is_no_longer_costly_goes_back() {
+    let mut world = World::new();
+    world.arrivals(100, 10, secs(10));
+    assert_eq!(world.apart(), 1, "{:?}", world.moves);
+
+    world.marked_cost = world.healthy_cost;
+    world.arrivals(100, 10, secs(5));
+
+    assert_eq!(world.apart(), 0);
+}
+
+#[test]
+fn fleet_of_one_cohort_is_never_set_apart() {
+    let mut world = World::new();
+    world.arrivals(100, 0, secs(5));
+    world.healthy_cost *= 100;
+
+    world.arrivals(100, 0, secs(20));
+
+    assert!(world.moves.iter().all(|(_, apart)| *apart == 0));
+}
+
+#[test]
+fn slots_of_a_cohort_apart_are_as_far_apart_as_its_look_ups() {
+    let mut world = World::new();
+    world.arrivals(100, 10, secs(10));
+    let now = world.now;
+    let mut hint = |firmware, n| {
+        let arrival = Arrival {
+            device: device(n),
+            cohort: CohortTag::of(None, Some(firmware)),
+            slot_token: None,
+            arrived: now,
+            is_known_absent: false,
+        };
+        let node = &mut world.node;
+        match node.admission.attempt(&arrival, now, wall(now), &mut node.rng) {
+            Decision::Refused(refused) => Some(refused.hint.after),
+            Decision::Queued(_) | Decision::KnownAbsent => None,
+        }
+    };
+
+    let marked: Vec<Duration> = (0..100).filter_map(|n| hint(MARKED, n * 1_000_000 + 500_000)).collect();
+    let healthy: Vec<Duration> = (0..5_000).filter_map(|n| hint(HEALTHY, n * 1_000_000)).collect();
+
+    let (nearest, farthest) = (marked.first().unwrap(), marked.last().unwrap());
+    assert!(*farthest - *nearest > secs(5), "{nearest:?} to {farthest:?}");
+    assert!(*healthy.last().unwrap() < secs(2), "{:?}", healthy.last());
+}
