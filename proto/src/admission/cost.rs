@@ -12,7 +12,7 @@ use crate::{
     time::Instant,
 };
 
-/// Most cohorts watched. Then the one not seen longest is forgotten.
+/// Most cohorts watched. Then the half not seen longest is forgotten.
 const COHORTS_MAX: usize = 1_024;
 /// A faster statement is never slow.
 const SLOW_MIN: Duration = Duration::from_millis(10);
@@ -161,6 +161,12 @@ impl Sample {
 impl Costs {
     pub fn is_apart(&self, cohort: CohortTag) -> bool {
         self.apart.contains_key(&cohort)
+    }
+
+    /// Cohorts watched, for tests of the bound.
+    #[cfg(test)]
+    pub fn watched(&self) -> usize {
+        self.cohorts.len()
     }
 
     /// Cohorts found costly.
@@ -365,14 +371,11 @@ impl Costs {
 
     fn entry(&mut self, cohort: CohortTag, now: Instant) -> &mut Cohort {
         if self.cohorts.len() >= COHORTS_MAX && !self.cohorts.contains_key(&cohort) {
-            let oldest = self
-                .cohorts
-                .iter()
-                .min_by_key(|(_, entry)| entry.seen)
-                .map(|(cohort, _)| *cohort);
-            if let Some(oldest) = oldest {
-                self.cohorts.remove(&oldest);
-            }
+            // Half at once: devices may invent cohorts, and each must cost little.
+            let mut seen: Vec<Instant> = self.cohorts.values().map(|entry| entry.seen).collect();
+            let (_, median, _) = seen.select_nth_unstable(COHORTS_MAX / 2);
+            let median = *median;
+            self.cohorts.retain(|_, entry| entry.seen > median);
         }
         let entry = self.cohorts.entry(cohort).or_insert(Cohort {
             seen: now,

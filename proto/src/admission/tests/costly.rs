@@ -274,6 +274,29 @@ fn fleet_of_one_cohort_is_never_set_apart() {
 }
 
 #[test]
+fn invented_cohorts_are_bounded_and_do_not_hide_a_costly_one() {
+    let mut costs = Costs::default();
+    let marked = CohortTag::of(None, Some(MARKED));
+    let mut apart = None;
+    for n in 0..5_000_u64 {
+        let invented = CohortTag::of(None, Some(&n.to_string()));
+        let (cohort, took) = match n % 100 {
+            0 => (marked, Duration::from_millis(90)),
+            _ => (invented, BASE),
+        };
+        let cohorts = [(cohort, 1)];
+        let statement = Statement {
+            cohorts: &cohorts,
+            took,
+        };
+        apart = apart.or(costs.handle_shared(&statement, at(n)));
+        assert!(costs.watched() <= 1_024);
+    }
+
+    assert_eq!(apart, Some(Move::Apart(marked)));
+}
+
+#[test]
 fn slots_of_a_cohort_apart_are_as_far_apart_as_its_look_ups() {
     let mut world = World::new();
     world.arrivals(100, 10, secs(10));
