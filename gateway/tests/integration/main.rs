@@ -8,5 +8,6 @@ mod fleet;
 mod harness;
 mod lookup;
 mod ops;
+mod scarce;
 mod store;
 mod wire;

@@ -29,7 +29,7 @@ fn serve(args: &[&str]) -> Output {
 
 /// Asserts the exit status and that standard error is one line with all of `named` in it.
 #[track_caller]
-fn assert_refused(output: &Output, status: i32, named: &[&str]) {
+pub fn assert_refused(output: &Output, status: i32, named: &[&str]) {
     let complaint = complaint(output);
     assert_eq!(output.status.code(), Some(status), "{complaint}");
     for part in named {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use firmware_sim::connection::{Connection, Credential, Received, Refused};
 use seawall_gateway::{
-    events::Body,
+    events::{Body, MESSAGE_BYTES_MAX, MESSAGE_KEPT_AT_LEAST},
     sessions::{Delivery, MAILBOX_LEN_MAX, Outgoing, OutgoingBody, PostError},
     store::DeviceChange,
 };
@@ -223,6 +223,48 @@ async fn message_from_a_device_is_acknowledged_once_it_is_in_the_event_buffer() 
         gateway.metric("seawall_messages_total{direction=\"in\",outcome=\"accepted\"}"),
         2
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn full_event_buffer_acknowledges_nothing_until_there_is_room() {
+    let gateway = Gateway::start("").await;
+    gateway.register(0..1).await;
+    let mut session = gateway.session(&device(0)).await;
+    let payload = "x".repeat(60 * 1024);
+    let fitting = MESSAGE_BYTES_MAX / (payload.len() + 2);
+    let message = |id: usize| json!({"type": "message", "id": id.to_string(), "topic": "t", "payload": payload});
+
+    for id in 0..fitting + 5 {
+        session.send_json(&message(id)).await.unwrap();
+        if id < fitting {
+            let ack = session.next_json(PATIENCE).await.unwrap();
+            assert_eq!(ack, json!({"type": "ack", "id": id.to_string()}));
+        }
+    }
+    // Answered in order: what was not acknowledged before this error never is.
+    session.send_json(&json!({"type": "nonsense"})).await.unwrap();
+    let next = session.next_json(PATIENCE).await.unwrap();
+
+    assert_eq!((&next["type"], &next["code"]), (&json!("error"), &json!("bad_frame")));
+    assert_eq!(
+        gateway.metric("seawall_messages_total{direction=\"in\",outcome=\"buffer_full\"}"),
+        5
+    );
+    // Room comes with age: the device, which kept its message, sends it again.
+    let deadline = std::time::Instant::now() + MESSAGE_KEPT_AT_LEAST + PATIENCE;
+    loop {
+        session.send_json(&message(fitting)).await.unwrap();
+        session.send_json(&json!({"type": "nonsense"})).await.unwrap();
+        if session.next_json(PATIENCE).await.unwrap()["type"] == "ack" {
+            break;
+        }
+        assert!(
+            std::time::Instant::now() < deadline,
+            "no room after {MESSAGE_KEPT_AT_LEAST:?}"
+        );
+        // Ten bad frames a minute are too many.
+        tokio::time::sleep(MESSAGE_KEPT_AT_LEAST / 3).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,6 +3,6 @@
 mod devices;
 mod drain;
 mod outage;
-mod rig;
+pub mod rig;
 mod rules;
 mod storm;

@@ -12,6 +12,7 @@ use std::{
 use firmware_sim::connection::Credential;
 use rustix::process::Signal;
 use seawall_gateway::{
+    config::DatabaseUrl,
     drain::{DrainState, Order},
     store::Store,
 };
@@ -25,7 +26,7 @@ use tokio::{
 
 use super::rig::{
     ANSWER_MAX, ANSWER_MAX_AWAY, Attempt, Gateway, PATIENCE, assert_alive, attempt, block, device, devices, end_of,
-    eventually, persist, persist_all, register,
+    eventually, id, persist, persist_all, register,
 };
 use crate::harness::{
     pg::{self, Cluster},
@@ -39,8 +40,14 @@ const ARRIVING: std::ops::Range<u32> = 20..220;
 const ARRIVAL_INTERVAL: Duration = Duration::from_millis(8);
 /// It happens when so many of them have got in.
 const HURT_AFTER: u32 = 50;
-/// What a gateway may hold at a time: 2 connections for look-ups, 1 for rules, 4 for the rest.
-const BACKENDS_MAX: i64 = 7;
+/// Devices and calls that wait at the same time for a table, so that a gateway opens every connection that it may have.
+const AT_ONCE: u32 = 12;
+/// Numbers of devices that nobody registers, from here on.
+const STRANGERS: u32 = 100_000;
+/// A number of connections that stays the same for so long stays so.
+const SETTLED_AFTER: Duration = Duration::from_millis(700);
+/// How long they wait: less than a look-up may take.
+const TABLE_LOCKED_FOR: Duration = Duration::from_millis(400);
 /// Longest start while the database does not answer.
 const START_MAX: Duration = Duration::from_secs(5);
 /// Longest end of a gateway without sessions.
@@ -194,6 +201,7 @@ async fn survive(hurt: fn(&Cluster), heal: fn(&Cluster)) {
     gateway.register(LIVE.start..ARRIVING.end).await;
     gateway.add_rule(block("=6.6.6")).await;
     let mut live = gateway.sessions(&devices(LIVE)).await;
+    let backends_before = backends_in_use(&gateway, &cluster, &url, STRANGERS).await;
 
     // While they arrive.
     let admitted = Arc::new(AtomicU32::new(0));
@@ -207,7 +215,7 @@ async fn survive(hurt: fn(&Cluster), heal: fn(&Cluster)) {
             assert_sent_away(attempt);
         }
     }
-    let mut attempts_made = LIVE.len() + ARRIVING.len();
+    let mut attempts_made = LIVE.len() + 2 * AT_ONCE as usize + ARRIVING.len();
 
     // Once it is known.
     eventually(|| gateway.shared.gate.state().breaker != BreakerState::Closed).await;
@@ -251,10 +259,45 @@ async fn survive(hurt: fn(&Cluster), heal: fn(&Cluster)) {
     assert_eq!(gateway.shared.sessions.len(), LIVE.len() + ARRIVING.len());
     assert_eq!(gateway.metric("seawall_handshakes_total{") as usize, attempts_made);
     eventually(|| gateway.shared.readiness().reasons.is_empty()).await;
-    let deadline = Instant::now() + PATIENCE;
-    while cluster.backends("test_0").await.unwrap() > BACKENDS_MAX {
-        assert!(Instant::now() < deadline, "connections are left behind");
-        tokio::time::sleep(Duration::from_millis(20)).await;
+    assert_eq!(
+        backends_in_use(&gateway, &cluster, &url, STRANGERS + 2 * AT_ONCE).await,
+        backends_before,
+        "as many connections to the database as before"
+    );
+}
+
+/// How many connections a gateway holds that has just been asked for as many as it may have, and is at rest again.
+async fn backends_in_use(gateway: &Gateway, cluster: &Cluster, url: &DatabaseUrl, strangers: u32) -> i64 {
+    let mut migration = PgConnection::connect(url.expose()).await.unwrap();
+    let lock = "BEGIN; LOCK TABLE devices IN ACCESS EXCLUSIVE MODE";
+    sqlx::raw_sql(lock).execute(&mut migration).await.unwrap();
+    let mut waiting = JoinSet::new();
+    for number in 0..AT_ONCE {
+        // One after the other: those that wait already are in a statement of their own.
+        tokio::time::sleep(TABLE_LOCKED_FOR / AT_ONCE).await;
+        let (address, store) = (gateway.devices, gateway.shared.store.clone());
+        waiting.spawn(async move {
+            let unknown = attempt(address, device(strangers + number)).await;
+            assert!(unknown.outcome.is_err());
+        });
+        waiting.spawn(async move { assert!(store.device(id(number)).await.unwrap().is_some()) });
+    }
+    migration.close().await.unwrap();
+    waiting.join_all().await;
+    // Workers take turns: each has its connection after a few statements.
+    for number in AT_ONCE..2 * AT_ONCE {
+        let unknown = attempt(gateway.devices, device(strangers + number)).await;
+        assert!(unknown.outcome.is_err());
+    }
+    // The one that held the lock may take a moment to go.
+    let mut counted = cluster.backends("test_0").await.unwrap();
+    loop {
+        tokio::time::sleep(SETTLED_AFTER).await;
+        let again = cluster.backends("test_0").await.unwrap();
+        if again == counted {
+            return counted;
+        }
+        counted = again;
     }
 }
 

@@ -73,6 +73,11 @@ struct Guardian {
 impl Cluster {
     /// Makes and starts a cluster; takes one or two seconds.
     pub fn start() -> Result<Self> {
+        Self::start_with(&[])
+    }
+
+    /// The same with these settings over ours, each as `name=value`.
+    pub fn start_with(settings: &[&str]) -> Result<Self> {
         let binaries = binaries()?;
         let directory = tempfile::Builder::new().prefix("seawall-pg-").tempdir()?.keep();
         let data = directory.join("data");
@@ -102,7 +107,10 @@ impl Cluster {
             "full_page_writes=off",
             "max_connections=200",
             "shared_buffers=64MB",
-        ] {
+        ]
+        .iter()
+        .chain(settings)
+        {
             guardian.args(["-c", setting]);
         }
         // Out of reach of a Ctrl-C, or of a test runner that kills the whole group of this process.

@@ -19,9 +19,17 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Time between two looks at a condition.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
+/// A gateway on free ports.
+const SERVE: [&str; 5] = ["serve", "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"];
+
 /// A command line of the binary, without the settings of whoever runs the tests.
 pub fn seawall() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_seawall"));
+    plain(env!("CARGO_BIN_EXE_seawall"))
+}
+
+/// A command line of any program, without the settings of whoever runs the tests.
+fn plain(program: &str) -> Command {
+    let mut command = Command::new(program);
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("SEAWALL_") {
             command.env_remove(name);
@@ -77,6 +85,7 @@ pub struct GatewayProcess {
     child: Child,
     pub addresses: Addresses,
     data_dir: PathBuf,
+    log: PathBuf,
     _home: Option<TempDir>,
 }
 
@@ -91,36 +100,101 @@ impl GatewayProcess {
 
     /// Starts one on free ports and waits until it listens.
     pub fn start_on(data_dir: &Path, args: &[&str]) -> Result<Self> {
-        let mut command = seawall();
-        command
-            .args([
-                "serve",
-                "--listen",
-                "127.0.0.1:0",
-                "--ops-listen",
-                "127.0.0.1:0",
-                "--data-dir",
-            ])
-            .arg(data_dir);
-        command.args(args).stdin(Stdio::null()).stdout(Stdio::null());
-        let log = fs::File::create(data_dir.with_extension("log"))?;
         // What an earlier gateway left behind must not be taken for this one's.
         let _ = fs::remove_file(data_dir.join(data_dir::ADDRESSES));
-        let mut child = command.stderr(log).spawn()?;
-        match listening(&mut child, data_dir) {
+        let mut command = seawall();
+        command.args(SERVE).arg("--data-dir").arg(data_dir).args(args);
+        Self::spawn(command, data_dir.with_extension("log"), |_| data_dir.to_owned())
+    }
+
+    /// Starts one whose data directory lies on a disk of its own, of so many bytes (a tmpfs that nobody else sees). `Ok(None)`
+    /// where this machine allows no such thing.
+    pub fn start_on_small_disk(bytes: usize) -> Result<Option<Self>> {
+        let private: &[&str] = if rustix::process::geteuid().is_root() {
+            &["--mount"]
+        } else {
+            &["--mount", "--map-root-user"]
+        };
+        let home = tempfile::tempdir()?;
+        let disk = home.path().join("disk");
+        fs::create_dir(&disk)?;
+        let mount = "mount -t tmpfs -o size=\"$1\" tmpfs \"$2\" && shift 2 && exec \"$@\"";
+        let mut command = plain("unshare");
+        command
+            .args(private)
+            .args(["sh", "-c", mount, "sh", &bytes.to_string()])
+            .arg(&disk);
+        if !run(command.arg("true"))?.status.success() {
+            return Ok(None);
+        }
+        let mut command = plain("unshare");
+        command
+            .args(private)
+            .args(["sh", "-c", mount, "sh", &bytes.to_string()])
+            .arg(&disk);
+        command
+            .arg(seawall().get_program())
+            .args(SERVE)
+            .arg("--data-dir")
+            .arg(disk.join("data"));
+        // Neither unshare nor the shell leaves a process behind: the child becomes the gateway.
+        let seen = |pid: u32| {
+            Path::new("/proc")
+                .join(pid.to_string())
+                .join("root")
+                .join(relative(&disk))
+                .join("data")
+        };
+        let mut process = Self::spawn(command, home.path().join("log"), seen)?;
+        process._home = Some(home);
+        Ok(Some(process))
+    }
+
+    /// Starts what `command` says and waits until it listens. `data_dir` says where its data directory is seen from here.
+    fn spawn(mut command: Command, log: PathBuf, data_dir: impl FnOnce(u32) -> PathBuf) -> Result<Self> {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(&log)?)
+            .spawn()?;
+        let data_dir = data_dir(child.id());
+        match listening(&mut child, &data_dir) {
             Ok(addresses) => Ok(Self {
                 child,
                 addresses,
-                data_dir: data_dir.to_owned(),
+                data_dir,
+                log,
                 _home: None,
             }),
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
-                let log = fs::read_to_string(data_dir.with_extension("log")).unwrap_or_default();
-                Err(error.context(log))
+                Err(error.context(fs::read_to_string(log).unwrap_or_default()))
             }
         }
+    }
+
+    pub fn pid(&self) -> Result<Pid> {
+        Pid::from_raw(i32::try_from(self.child.id())?).context("a process id is never 0")
+    }
+
+    /// Text of `/metrics`.
+    pub fn metrics(&self) -> Result<String> {
+        let agent: ureq::Agent = ureq::Agent::config_builder()
+            .proxy(None)
+            .timeout_global(Some(PATIENCE))
+            .build()
+            .into();
+        let answer = agent.get(format!("http://{}/metrics", self.addresses.ops)).call();
+        Ok(answer?.body_mut().read_to_string()?)
+    }
+
+    /// The sum of all series whose text begins like this.
+    pub fn metric(&self, beginning: &str) -> Result<u64> {
+        let text = self.metrics()?;
+        let figures = text.lines().filter(|line| line.starts_with(beginning));
+        let figures = figures.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+        Ok(figures.sum::<f64>().round() as u64)
     }
 
     /// An operator's command line for this gateway, with its admin token.
@@ -135,7 +209,7 @@ impl GatewayProcess {
 
     /// Everything the gateway wrote to standard error so far.
     pub fn log(&self) -> Result<String> {
-        Ok(fs::read_to_string(self.data_dir.with_extension("log"))?)
+        Ok(fs::read_to_string(&self.log)?)
     }
 
     pub fn data_dir(&self) -> &Path {
@@ -143,8 +217,7 @@ impl GatewayProcess {
     }
 
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        let pid = Pid::from_raw(i32::try_from(self.child.id())?).context("a process id is never 0")?;
-        Ok(kill_process(pid, signal)?)
+        Ok(kill_process(self.pid()?, signal)?)
     }
 
     /// Waits for the gateway to end by itself.
@@ -159,6 +232,11 @@ impl Drop for GatewayProcess {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A path below whatever is the root.
+fn relative(path: &Path) -> &Path {
+    path.strip_prefix("/").unwrap_or(path)
 }
 
 fn listening(child: &mut Child, data_dir: &Path) -> Result<Addresses> {

@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::rig::{Gateway, V1};
+use crate::wire::raw::{ask, request};
 
 #[test]
 fn a_drain_is_started_looked_at_and_cancelled() {
@@ -29,6 +30,35 @@ fn a_drain_is_started_looked_at_and_cancelled() {
     assert_eq!((cancelled.status, &cancelled.json()["state"]), (200, &json!("idle")));
     assert_eq!(gateway.delete("/api/v1/drain").problem(), (409, "conflict".into()));
     gateway.connected(&[]);
+}
+
+#[test]
+fn a_drain_tells_live_sessions_their_slots_and_newcomers_to_wait() {
+    let gateway = Gateway::start();
+    let (id, secret) = gateway.register(json!({}));
+    let mut device = gateway.connect(&id, &secret, &[V1]);
+    gateway.block_on(device.frame());
+
+    gateway.post("/api/v1/drain", json!({"rate_per_second": 50, "deadline": "30s"}));
+    let reconnect = gateway.block_on(device.frame());
+    let closed = gateway.block_on(device.frame());
+    let identity = format!("Seawall-Device: {id}\r\nAuthorization: Bearer {secret}");
+    let refused = gateway.block_on(ask(gateway.device_address(), request(&[&identity]).as_bytes()));
+
+    let told: serde_json::Value = serde_json::from_str(reconnect.text()).unwrap();
+    let reason: serde_json::Value = serde_json::from_str(closed.close().1).unwrap();
+    assert_eq!(
+        (&told["type"], &told["reason"]),
+        (&json!("reconnect"), &json!("draining"))
+    );
+    assert_eq!(
+        (&told["slot"], &told["after_ms"]),
+        (&reason["slot"], &reason["retry_after_ms"])
+    );
+    assert!(reason["slot"].is_string(), "{reason}");
+    assert_eq!((refused.status, refused.code().as_str()), (503, "draining"));
+    assert_eq!(gateway.delete("/api/v1/drain").status, 200);
+    gateway.connect(&id, &secret, &[V1]);
 }
 
 #[test]

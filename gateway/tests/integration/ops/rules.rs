@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::rig::{Gateway, text};
+use super::rig::{Gateway, V1, text};
 use crate::wire::raw::{ask, request};
 
 #[test]
@@ -107,6 +107,31 @@ fn a_rule_is_in_force_when_its_answer_is_there() {
     assert_eq!((refused.status, refused.code().as_str()), (403, "firmware_blocked"));
     assert_eq!(refused.problem()["rule"], rule.json()["id"]);
     assert_eq!((removed.status, admitted.status), (204, 101));
+}
+
+#[test]
+fn a_rule_with_evict_closes_the_sessions_that_it_matches() {
+    let gateway = Gateway::start();
+    let (_, mut blocked) = gateway.connected(&[V1, "Seawall-Firmware: 3.8.0-b3"]);
+    let (_, mut other) = gateway.connected(&[V1, "Seawall-Firmware: 3.7"]);
+    gateway.block_on(blocked.frame());
+    gateway.block_on(other.frame());
+
+    let rule = json!({"match": {"firmware": ">=3.8.0-b3"}, "effect": "block", "reason": "bad", "evict": true});
+    let made = gateway.post("/api/v1/rules", rule);
+    let closed = gateway.block_on(blocked.frame());
+
+    assert_eq!(made.status, 201, "{made:?}");
+    let (code, reason) = closed.close();
+    let reason: serde_json::Value = serde_json::from_str(reason).unwrap();
+    assert_eq!((code, &reason["reason"]), (4000, &json!("evicted")));
+    // 15 min, the default, to twice that.
+    assert!(
+        (900_000..=1_800_000).contains(&reason["retry_after_ms"].as_u64().unwrap()),
+        "{reason}"
+    );
+    gateway.block_on(other.text(r#"{"type":"message","id":"1","topic":"t","payload":1}"#));
+    assert_eq!(gateway.block_on(other.frame()).text(), r#"{"type":"ack","id":"1"}"#);
 }
 
 #[test]

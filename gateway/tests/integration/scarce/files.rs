@@ -1,0 +1,84 @@
+//! A gateway that is out of files (EMFILE at accept): it waits, says so, and goes on.
+
+use std::{fs, time::Duration};
+
+use firmware_sim::connection::Connection;
+use rustix::process::{Resource, Rlimit, prlimit};
+use tokio::{net::TcpStream, task::spawn_blocking, time::sleep};
+
+use super::{
+    super::{
+        fleet::rig::{PATIENCE, assert_alive, attempt, device},
+        harness::process::GatewayProcess,
+    },
+    disk::import,
+};
+
+/// Files that the gateway may still open.
+const FILES_LEFT: u64 = 4;
+/// Silent connections that use them up, and more.
+const SILENT: usize = 12;
+/// How long it is out of files, and the CPU time that it may take meanwhile: a loop without a pause takes all of it.
+const OUT_OF_FILES_FOR: Duration = Duration::from_secs(2);
+const CPU_MAX: Duration = Duration::from_millis(600);
+/// A tick of /proc/PID/stat: USER_HZ is 100 on every Linux.
+const TICK_MS: u64 = 10;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gateway_out_of_files_waits_without_spinning_and_recovers() {
+    let gateway = spawn_blocking(|| GatewayProcess::start(&[])).await.unwrap().unwrap();
+    let address = gateway.addresses.devices;
+    import(&gateway, 0..2);
+    let mut live = attempt(address, device(0)).await.admitted();
+    let pid = gateway.pid().unwrap();
+    let open = fs::read_dir(format!("/proc/{}/fd", pid.as_raw_nonzero()))
+        .unwrap()
+        .count();
+    let limit = prlimit(None, Resource::Nofile, rustix::process::getrlimit(Resource::Nofile)).unwrap();
+    let tight = Rlimit {
+        current: Some(open as u64 + FILES_LEFT),
+        maximum: limit.maximum,
+    };
+    prlimit(Some(pid), Resource::Nofile, tight).unwrap();
+
+    let mut silent = Vec::new();
+    for _ in 0..SILENT {
+        silent.push(TcpStream::connect(address).await.unwrap());
+    }
+    let waiting = tokio::spawn(attempt(address, device(1)));
+    eventually_logged(&gateway, "accepting devices paused").await;
+    let before = cpu_time(pid.as_raw_nonzero().get());
+    sleep(OUT_OF_FILES_FOR).await;
+    let spent = cpu_time(pid.as_raw_nonzero().get()) - before;
+
+    assert!(spent < CPU_MAX, "{spent:?} of CPU time in {OUT_OF_FILES_FOR:?}");
+    assert_alive(&mut live).await;
+    drop(silent);
+    let mut second: Connection = tokio::time::timeout(PATIENCE, waiting)
+        .await
+        .unwrap()
+        .unwrap()
+        .admitted();
+    assert_alive(&mut second).await;
+    eventually_logged(&gateway, "accepting devices goes on").await;
+    assert!(gateway.metric("seawall_accept_pauses_total").unwrap() >= 1);
+}
+
+async fn eventually_logged(gateway: &GatewayProcess, line: &str) {
+    let waiting = async {
+        while !gateway.log().unwrap().contains(line) {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, waiting).await.expect(line);
+}
+
+/// In user and kernel mode, of all its threads.
+fn cpu_time(pid: i32) -> Duration {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let (_, fields) = stat.rsplit_once(')').unwrap();
+    let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
+    // utime and stime are the 14th and 15th field; the first two stand before the parenthesis.
+    let ticks: u64 = fields[11..=12].iter().map(|ticks| ticks.parse::<u64>().unwrap()).sum();
+    Duration::from_millis(ticks * TICK_MS)
+}

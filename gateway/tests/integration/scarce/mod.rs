@@ -1,0 +1,8 @@
+//! What a machine runs out of: room on its disk, files, connections of the database, permissions. And what it must not run out of:
+//! room for many devices behind one address.
+
+mod backends;
+mod crowd;
+mod disk;
+mod files;
+mod permission;
