@@ -10,6 +10,8 @@ const HEIGHT: f64 = 180.0;
 const LEFT: f64 = 64.0;
 const BOTTOM: f64 = 22.0;
 const TOP: f64 = 8.0;
+/// Points of a line: as many as a chart has room for. Of several the greatest is drawn, so that no peak gets lost.
+const POINTS_MAX: usize = 900;
 const COLOURS: [&str; 4] = ["#0b6e99", "#c4451c", "#3b7a2a", "#7a4ea3"];
 
 const STYLE: &str = "body{font:15px/1.45 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#222;background:#fff}\
@@ -103,13 +105,13 @@ fn summary(run: &Run, out: &mut String) -> std::fmt::Result {
 }
 
 fn charts(run: &Run, out: &mut String) -> std::fmt::Result {
-    let line = |name, value: &dyn Fn(&Second) -> Option<f64>| Line {
-        name,
-        points: run
-            .samples
-            .iter()
-            .filter_map(|second| Some((second.at_seconds, value(second)?)))
-            .collect(),
+    let line = |name, value: &dyn Fn(&Second) -> Option<f64>| {
+        let points = run.samples.iter();
+        let points = points.filter_map(|second| Some((second.at_seconds, value(second)?)));
+        Line {
+            name,
+            points: thinned(points.collect()),
+        }
     };
     #[expect(clippy::cast_precision_loss, reason = "a chart's points")]
     let count = |value: u64| Some(value as f64);
@@ -136,6 +138,29 @@ fn charts(run: &Run, out: &mut String) -> std::fmt::Result {
         &[line("in flight", &|s| Some(s.in_flight)), line("limit", &|s| s.limit)],
         out,
     )?;
+    let mut back = 0;
+    let recovered = run.samples.iter().map(|second| {
+        back += second.returned;
+        #[expect(clippy::cast_precision_loss, reason = "a chart's points")]
+        let back = back as f64;
+        (second.at_seconds, back)
+    });
+    let recovered = Line {
+        name: "back",
+        points: thinned(recovered.collect()),
+    };
+    if back > 0 {
+        chart(run, "Devices back, of those that phases wait for", &[recovered], out)?;
+    }
+    #[expect(clippy::cast_precision_loss, reason = "a chart's points")]
+    let hint = |s: &Second| (s.hints > 0).then(|| s.hint_seconds / s.hints as f64);
+    chart(run, "Hints of slots, seconds", &[line("mean", &hint)], out)?;
+    chart(
+        run,
+        "Keys a second that slots are given out by",
+        &[line("reference", &|s| s.k_ref)],
+        out,
+    )?;
     chart(
         run,
         "Devices waiting for a look-up",
@@ -154,6 +179,16 @@ fn charts(run: &Run, out: &mut String) -> std::fmt::Result {
         &[line("resident", &|s| s.rss_bytes.map(mib))],
         out,
     )
+}
+
+/// At most [`POINTS_MAX`] points.
+fn thinned(points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
+    let each = points.len().div_ceil(POINTS_MAX).max(1);
+    let greatest = |some: &[(f64, f64)]| {
+        let most = some.iter().map(|point| point.1).fold(f64::MIN, f64::max);
+        some.first().map(|first| (first.0, most))
+    };
+    points.chunks(each).filter_map(greatest).collect()
 }
 
 fn chart(run: &Run, title: &str, lines: &[Line<'_>], out: &mut String) -> std::fmt::Result {
@@ -318,6 +353,10 @@ mod tests {
             samples: vec![
                 Second {
                     connected: 7,
+                    returned: 2,
+                    hints: 4,
+                    hint_seconds: 10.0,
+                    k_ref: Some(100.0),
                     ..Second::default()
                 };
                 3
@@ -337,6 +376,8 @@ mod tests {
                 right: Some(1.0),
                 passed: false,
             }],
+            not_judged: Vec::new(),
+            simulation: None,
             runs: vec![run],
         };
 
@@ -344,9 +385,33 @@ mod tests {
 
         assert!(!page.contains("<script"), "{page}");
         assert!(page.contains("&lt;script&gt;alert(&#39;x&#39;)") && page.contains("a &lt; 1"));
-        assert!(page.matches("<svg").count() >= 4);
+        for chart in [
+            "Sessions",
+            "Attempts",
+            "in flight",
+            "waiting",
+            "Devices back",
+            "Hints",
+            "given out by",
+        ] {
+            assert!(page.contains(chart), "{chart}");
+        }
+        assert_eq!(page.matches("<svg").count(), 8);
         assert!(!page.contains("NaN"));
         assert!(!page.contains("http"), "the page needs nothing from elsewhere");
+    }
+
+    #[test]
+    fn long_runs_keep_their_peaks_in_few_points() {
+        let mut points: Vec<(f64, f64)> = (0..100_000_u32).map(|n| (f64::from(n), 1.0)).collect();
+        points[77_777].1 = 5.0;
+
+        let thin = thinned(points);
+
+        assert!(thin.len() <= POINTS_MAX);
+        assert!(thin.iter().any(|point| point.1 > 4.0));
+        assert_eq!(thinned(vec![(1.0, 2.0)]), [(1.0, 2.0)]);
+        assert!(thinned(Vec::new()).is_empty());
     }
 
     #[test]

@@ -24,5 +24,6 @@ pub mod run;
 pub mod scenario;
 pub mod server;
 pub mod signals;
+pub mod simulate;
 pub mod slow;
 pub mod threshold;

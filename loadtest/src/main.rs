@@ -11,9 +11,10 @@ use loadtest::{
     progress::Progress,
     report::{self, Report},
     run::{Job, run},
-    scenario::Scenario,
+    scenario::{Executor, Scenario},
     server::{External, NAIVE_DATABASE},
     signals,
+    simulate::{SimulateError, simulate},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -32,13 +33,15 @@ enum Command {
     /// Put two reports of one scenario side by side. Exit 0 if they agree in t99 and attempts a device, 1 if not, 2 where they can't be
     /// compared.
     Compare(CompareArguments),
+    /// Run a scenario in virtual time, with production's decisions and a model of the rest. Exits as `run` does.
+    Simulate(ScenarioArguments),
     /// The server that `[naive]` in a scenario asks for.
     #[command(hide = true)]
     NaiveServer(NaiveArguments),
 }
 
 #[derive(Args)]
-struct RunArguments {
+struct ScenarioArguments {
     /// The scenario: docs/SCENARIOS.md has its format.
     scenario: PathBuf,
     /// Devices, instead of the scenario's number.
@@ -53,6 +56,12 @@ struct RunArguments {
     /// Write the report as a page with charts.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct RunArguments {
+    #[command(flatten)]
+    what: ScenarioArguments,
     /// Use the gateway that runs here, such as ws://127.0.0.1:8080, and start none.
     #[arg(long, value_name = "URL", requires_all = ["ops", "token"])]
     gateway: Option<String>,
@@ -90,6 +99,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Run(arguments) => run_scenario(arguments),
         Command::Compare(arguments) => Ok(compare(&arguments)),
+        Command::Simulate(arguments) => simulate_scenario(&arguments),
         Command::NaiveServer(arguments) => serve_naive(&arguments),
     };
     done.unwrap_or_else(|error| {
@@ -99,7 +109,7 @@ fn main() -> ExitCode {
 }
 
 fn run_scenario(arguments: RunArguments) -> Result<ExitCode> {
-    let scenario = match read(&arguments) {
+    let scenario = match read(&arguments.what, Executor::Run) {
         Ok(scenario) => scenario,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -121,15 +131,36 @@ fn run_scenario(arguments: RunArguments) -> Result<ExitCode> {
         tokio::spawn(signals::cancel(job.interrupted.clone()));
         run(&job, &Progress::new()).await
     })?;
+    publish(&report, &arguments.what)
+}
+
+fn simulate_scenario(arguments: &ScenarioArguments) -> Result<ExitCode> {
+    let done = read(arguments, Executor::Simulate).and_then(|scenario| match simulate(&scenario) {
+        Ok(report) => Ok(Ok(report)),
+        Err(SimulateError::Scenario(error)) => Err(error.into()),
+        Err(SimulateError::Broken(broken)) => Ok(Err(broken)),
+    });
+    match done {
+        Ok(Ok(report)) => publish(&report, arguments),
+        Ok(Err(broken)) => Err(broken.into()),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            Ok(ExitCode::from(2))
+        }
+    }
+}
+
+/// Prints the report, and writes it where it was asked for.
+fn publish(report: &Report, arguments: &ScenarioArguments) -> Result<ExitCode> {
     print!("{}", report.to_text());
     if let Some(path) = &arguments.json {
-        let json = serde_json::to_vec_pretty(&report).context("writing the report")?;
+        let json = serde_json::to_vec_pretty(report).context("writing the report")?;
         fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;
     }
     if let Some(path) = &arguments.html {
-        fs::write(path, html::page(&report)).with_context(|| format!("writing {}", path.display()))?;
+        fs::write(path, html::page(report)).with_context(|| format!("writing {}", path.display()))?;
     }
-    Ok(verdict(&report))
+    Ok(verdict(report))
 }
 
 fn compare(arguments: &CompareArguments) -> ExitCode {
@@ -148,8 +179,8 @@ fn compare(arguments: &CompareArguments) -> ExitCode {
 }
 
 /// Everything that can be wrong before a minute is spent on it.
-fn read(arguments: &RunArguments) -> Result<Scenario> {
-    let scenario = Scenario::from_file(&arguments.scenario, arguments.devices, arguments.seed)?;
+fn read(arguments: &ScenarioArguments, executor: Executor) -> Result<Scenario> {
+    let scenario = Scenario::from_file(&arguments.scenario, arguments.devices, arguments.seed, executor)?;
     report::check_names(&scenario, &scenario.thresholds()?)
         .with_context(|| arguments.scenario.display().to_string())?;
     Ok(scenario)

@@ -136,12 +136,12 @@ fn pair(devices: &mut [Device]) {
 }
 
 /// Parts of a whole, rounded so that they add up: the greatest remainders get the rest.
-fn apportion(total: usize, shares: &[f64]) -> Vec<usize> {
+pub(crate) fn apportion(total: usize, shares: &[f64]) -> Vec<usize> {
     #[expect(
         clippy::cast_precision_loss,
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
-        reason = "at most 18,000 devices, and shares of 0 to 1"
+        reason = "at most 16,000,000 devices, and shares of 0 to 1"
     )]
     let mut parts: Vec<(usize, f64)> = shares
         .iter()

@@ -218,7 +218,7 @@ fn assemble(
 }
 
 /// See [`Summary`] for what of it is the leading phase's, and what is everyone's.
-fn of_run(scenario: &Scenario, phases: &[PhaseReport]) -> Summary {
+pub(crate) fn of_run(scenario: &Scenario, phases: &[PhaseReport]) -> Summary {
     let leading = report::leading_phase(scenario)
         .and_then(|index| phases.get(index))
         .map(|phase| phase.summary.clone())
@@ -291,7 +291,7 @@ mod tests {
     use sqlx::{Connection, PgConnection};
 
     use super::*;
-    use crate::naive::Naive;
+    use crate::{naive::Naive, scenario::Executor};
 
     #[test]
     fn a_phase_takes_the_samples_of_its_own_time() {
@@ -369,7 +369,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn devices_go_through_the_phases_against_a_real_server_and_database() {
         let scenario: Scenario = toml::from_str(DROPS).unwrap();
-        scenario.check().unwrap();
+        scenario.check(Executor::Run).unwrap();
         let thresholds = scenario.thresholds().unwrap();
         report::check_names(&scenario, &thresholds).unwrap();
         let plan = Plan::new(&scenario);

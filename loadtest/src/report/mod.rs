@@ -36,7 +36,25 @@ pub struct Report {
     #[serde(flatten)]
     pub summary: Summary,
     pub thresholds: Vec<Outcome>,
+    /// Thresholds on figures that this way of testing doesn't have.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub not_judged: Vec<String>,
+    /// Where the time was virtual: what else is to be known of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub simulation: Option<Simulation>,
     pub runs: Vec<Run>,
+}
+
+/// What there is to know of a simulation besides its figures.
+#[derive(Clone, Debug, Serialize)]
+pub struct Simulation {
+    pub nodes: u8,
+    pub virtual_seconds: f64,
+    pub events: u64,
+    /// A hash of all events: two simulations with the same were the same.
+    pub trace: String,
+    /// Most attempts of a single device until it was connected.
+    pub attempts_max: u16,
 }
 
 /// One server's way through all phases.
@@ -139,6 +157,21 @@ pub struct Second {
     pub queue: f64,
     pub statements: f64,
     pub rss_bytes: Option<u64>,
+    /// Devices back, of those that a phase waits for.
+    pub returned: u64,
+    /// Hints of slots: how many, and their sum in seconds.
+    pub hints: u64,
+    pub hint_seconds: f64,
+    /// Keys a second that slots are given out by.
+    pub k_ref: Option<f64>,
+}
+
+impl Second {
+    /// A slot was given out, that far ahead.
+    pub fn add_hint(&mut self, seconds: f64) {
+        self.hints += 1;
+        self.hint_seconds += seconds;
+    }
 }
 
 /// A histogram for latencies: three significant digits, up to an hour.
@@ -184,6 +217,8 @@ impl Report {
             passed: outcomes.iter().all(|outcome| outcome.passed),
             summary,
             thresholds: outcomes,
+            not_judged: Vec::new(),
+            simulation: None,
             runs,
         }
     }

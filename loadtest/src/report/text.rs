@@ -17,6 +17,13 @@ impl Report {
     fn write_text(&self, out: &mut String) -> std::fmt::Result {
         writeln!(out, "{}: {} devices, seed {}", self.scenario, self.devices, self.seed)?;
         writeln!(out, "{}", self.about)?;
+        if let Some(s) = &self.simulation {
+            writeln!(
+                out,
+                "simulated: {:.1} s of virtual time, {} nodes, {} events, trace {}, at most {} attempts a device",
+                s.virtual_seconds, s.nodes, s.events, s.trace, s.attempts_max
+            )?;
+        }
         for run in &self.runs {
             let s = &run.summary;
             writeln!(out, "\nrun {}", run.name)?;
@@ -87,6 +94,9 @@ impl Report {
                 figure(outcome.left),
                 figure(outcome.right),
             )?;
+        }
+        for threshold in &self.not_judged {
+            writeln!(out, "  not judged {threshold}")?;
         }
         writeln!(out, "\n{}", if self.passed { "passed" } else { "FAILED" })
     }

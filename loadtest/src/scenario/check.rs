@@ -7,26 +7,36 @@ use firmware_sim::{
     profile::{Profile, UnknownProfile},
 };
 
-use super::{Action, DEVICES_MAX, FieldError, GROUP_ALL, Scenario, Trouble};
+use super::{Action, DEVICES_MAX, Executor, FieldError, GROUP_ALL, Scenario, Trouble};
+use crate::simulate::settings;
 
 /// Most rows in the registry.
 const REGISTERED_MAX: u32 = 1_000_000;
 /// Longest phase, in seconds.
 const SECONDS_MAX: f64 = 3_600.0;
 
+impl Executor {
+    const fn devices_max(self) -> u32 {
+        match self {
+            Self::Run => DEVICES_MAX,
+            Self::Simulate => settings::DEVICES_MAX,
+        }
+    }
+}
+
 impl Scenario {
     /// # Errors
     /// The first setting that can't be, by its path. Names of figures are checked by the report, which knows them.
-    pub fn check(&self) -> Result<(), FieldError> {
+    pub fn check(&self, executor: Executor) -> Result<(), FieldError> {
         check(
             is_name(&self.name, '-'),
             "name",
             "expected lower-case letters, digits and `-`",
         )?;
         check(
-            (1..=DEVICES_MAX).contains(&self.devices),
+            (1..=executor.devices_max()).contains(&self.devices),
             "devices",
-            "expected 1 to 18000",
+            format!("expected 1 to {}", executor.devices_max()),
         )?;
         check(
             self.capacity_per_second.is_finite() && self.capacity_per_second > 0.0,
@@ -49,6 +59,7 @@ impl Scenario {
         self.check_fleets()?;
         self.check_versions()?;
         self.check_phases()?;
+        self.simulate.check()?;
         self.thresholds().map(drop)
     }
 
@@ -109,15 +120,10 @@ impl Scenario {
     }
 
     fn check_versions(&self) -> Result<(), FieldError> {
-        let mut known: BTreeSet<&str> = self
-            .fleets
-            .iter()
-            .flat_map(|fleet| fleet.firmware.keys().map(String::as_str))
-            .collect();
+        let known: BTreeSet<&str> = self.versions().collect();
         for phase in &self.phases {
             if let Action::Grow { firmware, .. } = &phase.action {
                 check_label(firmware, &format!("phase.{}.action.grow.firmware", phase.name))?;
-                known.insert(firmware);
             }
         }
         for (name, versions) in &self.groups {
@@ -212,11 +218,11 @@ impl Scenario {
     }
 }
 
-pub(super) fn check(holds: bool, field: impl Into<String>, otherwise: impl Into<String>) -> Result<(), FieldError> {
+pub(crate) fn check(holds: bool, field: impl Into<String>, otherwise: impl Into<String>) -> Result<(), FieldError> {
     if holds { Ok(()) } else { Err(problem(field, otherwise)) }
 }
 
-pub(super) fn problem(field: impl Into<String>, problem: impl Into<String>) -> FieldError {
+pub(crate) fn problem(field: impl Into<String>, problem: impl Into<String>) -> FieldError {
     FieldError {
         field: field.into(),
         problem: problem.into(),

@@ -15,8 +15,11 @@ use std::{
 
 use serde::Deserialize;
 
-use self::check::{check, problem};
-use crate::threshold::{Threshold, ThresholdError};
+pub(crate) use self::check::{check, problem};
+use crate::{
+    simulate::settings::Settings,
+    threshold::{Threshold, ThresholdError},
+};
 
 /// Most devices of one scenario: each takes a socket of this process, and its limit on open files is 20,000 by common default.
 pub const DEVICES_MAX: u32 = 18_000;
@@ -55,6 +58,18 @@ pub struct Scenario {
     pub phases: Vec<Phase>,
     /// What must hold, in the form that [`Threshold`] reads.
     pub thresholds: Vec<String>,
+    /// What the simulator assumes; `run` does not look at it.
+    #[serde(default)]
+    pub simulate: Settings,
+}
+
+/// What goes through a scenario's phases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Executor {
+    /// Real devices and a real gateway.
+    Run,
+    /// Virtual time.
+    Simulate,
 }
 
 /// The registry's database.
@@ -136,6 +151,9 @@ pub struct Phase {
     pub churn_per_second: f64,
     /// Which groups churn draws from. Default: `all`.
     pub churn_group: Option<String>,
+    /// How much longer than `seconds` it lasts: for more devices than the file asks for.
+    #[serde(skip, default = "whole")]
+    pub stretch: f64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -207,7 +225,12 @@ impl Scenario {
     ///
     /// # Errors
     /// It can't be read, is no scenario, or contradicts itself.
-    pub fn from_file(path: &Path, devices: Option<u32>, seed: Option<u64>) -> Result<Self, ScenarioError> {
+    pub fn from_file(
+        path: &Path,
+        devices: Option<u32>,
+        seed: Option<u64>,
+        executor: Executor,
+    ) -> Result<Self, ScenarioError> {
         let unreadable = |source| ScenarioError::Unreadable {
             path: path.to_owned(),
             source,
@@ -225,10 +248,28 @@ impl Scenario {
         let text = std::fs::read_to_string(path).map_err(unreadable)?;
         let mut scenario: Self =
             toml::from_str(&text).map_err(|error| invalid(error.to_string().trim_end().to_owned()))?;
-        scenario.devices = devices.unwrap_or(scenario.devices);
+        if let Some(devices) = devices {
+            scenario.set_devices(devices, executor);
+        }
         scenario.seed = seed.unwrap_or(scenario.seed);
-        scenario.check().map_err(|error| invalid(error.to_string()))?;
+        scenario.check(executor).map_err(|error| invalid(error.to_string()))?;
         Ok(scenario)
+    }
+
+    /// Another number of devices. In virtual time, phases that wait for all of them last as much longer as there are more: time costs
+    /// nothing there.
+    fn set_devices(&mut self, devices: u32, executor: Executor) {
+        let factor = f64::from(devices) / f64::from(self.devices.max(1));
+        self.devices = devices;
+        if executor == Executor::Simulate && factor > 1.0 {
+            for phase in self
+                .phases
+                .iter_mut()
+                .filter(|phase| phase.until == Some(Until::Connected))
+            {
+                phase.stretch = factor;
+            }
+        }
     }
 
     /// The thresholds, parsed.
@@ -252,6 +293,23 @@ impl Scenario {
     #[must_use]
     pub fn is_postgres(&self) -> bool {
         self.database.kind == DatabaseKind::Postgres
+    }
+
+    /// Every version that a device ever runs; some more than once.
+    pub fn versions(&self) -> impl Iterator<Item = &str> {
+        let grown = self.phases.iter().filter_map(|phase| match &phase.action {
+            Action::Grow { firmware, .. } => Some(firmware.as_str()),
+            Action::Hold
+            | Action::Connect { .. }
+            | Action::DropAll
+            | Action::Database(_)
+            | Action::Block { .. }
+            | Action::Unblock => None,
+        });
+        self.fleets
+            .iter()
+            .flat_map(|fleet| fleet.firmware.keys().map(String::as_str))
+            .chain(grown)
     }
 
     /// Names of the groups, `all` first.
@@ -278,7 +336,7 @@ impl Scenario {
 impl Phase {
     #[must_use]
     pub fn time_max(&self) -> Duration {
-        Duration::from_secs_f64(self.seconds)
+        Duration::from_secs_f64(self.seconds * self.stretch)
     }
 }
 

@@ -95,8 +95,10 @@ fn devices_and_seed_can_be_overridden() {
     let path = folder.path().join("s.toml");
     std::fs::write(&path, GOOD).unwrap();
 
-    let scenario = Scenario::from_file(&path, Some(7), Some(9)).unwrap();
-    let error = Scenario::from_file(&path, Some(20_000), None).unwrap_err().to_string();
+    let scenario = Scenario::from_file(&path, Some(7), Some(9), Executor::Run).unwrap();
+    let error = Scenario::from_file(&path, Some(20_000), None, Executor::Run)
+        .unwrap_err()
+        .to_string();
 
     assert_eq!((scenario.devices, scenario.seed), (7, 9));
     assert!(error.contains("`devices`"), "{error}");
@@ -109,7 +111,7 @@ fn the_scenarios_that_we_deliver_can_be_run() {
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
 
-        let scenario = Scenario::from_file(&path, None, None).unwrap();
+        let scenario = Scenario::from_file(&path, None, None, Executor::Run).unwrap();
         crate::report::check_names(&scenario, &scenario.thresholds().unwrap()).unwrap();
 
         assert_eq!(path.file_stem().unwrap().to_str(), Some(scenario.name.as_str()));
@@ -129,6 +131,6 @@ fn a_threshold_on_a_figure_that_there_is_not_is_a_mistake() {
 
 fn parse(text: &str) -> Result<Scenario, String> {
     let scenario: Scenario = toml::from_str(text).map_err(|error| error.to_string())?;
-    scenario.check().map_err(|error| error.to_string())?;
+    scenario.check(Executor::Run).map_err(|error| error.to_string())?;
     Ok(scenario)
 }

@@ -1,0 +1,429 @@
+//! The books of a simulation: what [`crate::recorder::Recorder`] keeps of a real run, in a few bytes a device and in virtual time.
+//!
+//! Rules and words are the recorder's: latency counts from the time at which a device should have been connected, and belongs to that
+//! time's phase; a phase's return times are those of the devices that it disconnected, or let connect first.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use hdrhistogram::Histogram;
+use seawall_proto::{refusal::Code, time::Instant};
+
+use crate::report::{Group, Latency, PhaseReport, Second, Summary, histogram};
+
+const CONNECTED: u8 = 1;
+/// A rule refuses it: nobody waits for it.
+const BLOCKED: u8 = 2;
+/// No phase.
+const NONE: u8 = u8::MAX;
+/// Most phases that the books can tell apart.
+pub const PHASES_MAX: usize = 254;
+/// The device is not due.
+const NOT_DUE: u64 = u64::MAX;
+
+/// What a device tells of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    Attempt,
+    Connected,
+    Refused(Code),
+    /// No answer.
+    Failed,
+    /// Its session ended, by a rule.
+    Evicted,
+}
+
+#[derive(Debug)]
+pub struct Books {
+    devices: Vec<Entry>,
+    /// Groups of each version's devices, by the version's number; the first, `all`, always.
+    groups_of: Vec<Vec<usize>>,
+    group_names: Vec<String>,
+    phases: Vec<Phase>,
+    seconds: Vec<Second>,
+    standing: Standing,
+    attempts_max: u16,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    /// Microseconds at which it should have been connected.
+    due_at: u64,
+    /// Attempts since it was.
+    attempts: u16,
+    due_phase: u8,
+    /// The phase that counts its return and its attempts.
+    wanted_in: u8,
+    flags: u8,
+    version: u8,
+}
+
+/// How things stand now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    pub connected: u64,
+    /// Should be connected, and are not.
+    pub missing: u64,
+    pub blocked: u64,
+}
+
+#[derive(Debug)]
+struct Phase {
+    name: String,
+    action: String,
+    started: Instant,
+    ended: Option<Instant>,
+    wanted: u64,
+    wanted_attempts: u64,
+    /// Microseconds since its start, in the order of time.
+    returned: Vec<u64>,
+    missing: u64,
+    gauges: Gauges,
+    groups: Vec<GroupBook>,
+}
+
+/// Figures of the nodes, all together, in one phase.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Gauges {
+    pub statements: u64,
+    pub slow_lookups: u64,
+    pub in_flight_max: u64,
+    pub limit_max: u64,
+    pub queue_max: u64,
+}
+
+#[derive(Debug)]
+struct GroupBook {
+    devices: u64,
+    connected: u64,
+    attempts: u64,
+    admitted: u64,
+    refused: BTreeMap<&'static str, u64>,
+    failed: u64,
+    latency: Histogram<u64>,
+}
+
+impl Books {
+    /// `versions`: the number of each device's version, in order. `groups_of`: the groups of each version.
+    #[must_use]
+    pub fn new(versions: impl Iterator<Item = usize>, groups_of: Vec<Vec<usize>>, group_names: Vec<String>) -> Self {
+        let entry = |version: usize| Entry {
+            due_at: NOT_DUE,
+            attempts: 0,
+            due_phase: NONE,
+            wanted_in: NONE,
+            flags: 0,
+            version: u8::try_from(version).unwrap_or(u8::MAX),
+        };
+        Self {
+            devices: versions.map(entry).collect(),
+            groups_of,
+            group_names,
+            phases: Vec::new(),
+            seconds: Vec::new(),
+            standing: Standing::default(),
+            attempts_max: 0,
+        }
+    }
+
+    pub fn begin_phase(&mut self, name: &str, action: String, now: Instant) {
+        self.end_phase(now);
+        debug_assert!(self.phases.len() < PHASES_MAX, "checked before the start");
+        self.phases.push(Phase {
+            name: name.to_owned(),
+            action,
+            started: now,
+            ended: None,
+            wanted: 0,
+            wanted_attempts: 0,
+            returned: Vec::new(),
+            missing: 0,
+            gauges: Gauges::default(),
+            groups: self.group_names.iter().map(|_| GroupBook::new()).collect(),
+        });
+    }
+
+    /// Device should be connected from `at` on: it was dropped then, or is to connect first. `counts`: the phase waits for its return.
+    pub fn due(&mut self, device: usize, at: Instant, counts: bool) {
+        let current = self.phase_number();
+        let entry = &mut self.devices[device];
+        if entry.flags & CONNECTED != 0 {
+            entry.flags &= !CONNECTED;
+            self.standing.connected -= 1;
+        }
+        // One that waits already goes on waiting from when it first did.
+        if entry.due_at == NOT_DUE {
+            self.standing.missing += 1;
+            (entry.due_at, entry.due_phase, entry.attempts) = (at.as_micros(), current, 0);
+        }
+        if counts && entry.wanted_in != current {
+            entry.wanted_in = current;
+            if let Some(phase) = self.phases.get_mut(usize::from(current)) {
+                phase.wanted += 1;
+            }
+        }
+    }
+
+    /// Device runs another version now.
+    pub fn upgraded(&mut self, device: usize, version: usize) {
+        self.devices[device].version = u8::try_from(version).unwrap_or(u8::MAX);
+    }
+
+    pub fn handle(&mut self, device: usize, told: Told, now: Instant) {
+        let entry = &mut self.devices[device];
+        let groups = &self.groups_of[usize::from(entry.version)];
+        let second = second(&mut self.seconds, now);
+        let Some(phase) = self.phases.last_mut() else {
+            return;
+        };
+        match told {
+            Told::Attempt => {
+                phase.count(groups, |book| book.attempts += 1);
+                second.attempts += 1;
+                entry.attempts = entry.attempts.saturating_add(1);
+                if let Some(wanted) = self.phases.get_mut(usize::from(entry.wanted_in)) {
+                    wanted.wanted_attempts += 1;
+                }
+            }
+            Told::Connected => {
+                phase.count(groups, |book| book.admitted += 1);
+                second.admitted += 1;
+                self.attempts_max = self.attempts_max.max(entry.attempts);
+                if entry.flags & BLOCKED != 0 {
+                    entry.flags &= !BLOCKED;
+                    self.standing.blocked -= 1;
+                }
+                if entry.flags & CONNECTED == 0 {
+                    entry.flags |= CONNECTED;
+                    self.standing.connected += 1;
+                }
+                let wanted = std::mem::replace(&mut entry.wanted_in, NONE);
+                if let Some(phase) = self.phases.get_mut(usize::from(wanted)) {
+                    phase.returned.push(micros_since(now, phase.started));
+                    second.returned += 1;
+                }
+                if entry.due_at != NOT_DUE {
+                    let due = (std::mem::replace(&mut entry.due_at, NOT_DUE), entry.due_phase);
+                    self.standing.missing -= 1;
+                    record(&mut self.phases, groups, due, now);
+                }
+            }
+            Told::Refused(code) => {
+                phase.count(groups, |book| *book.refused.entry(code.as_str()).or_default() += 1);
+                second.refused += 1;
+                if matches!(code, Code::FirmwareBlocked | Code::DeviceDisabled) {
+                    self.excuse(device);
+                }
+            }
+            Told::Failed => {
+                phase.count(groups, |book| book.failed += 1);
+                second.failed += 1;
+            }
+            Told::Evicted => {
+                if entry.flags & CONNECTED != 0 {
+                    entry.flags &= !CONNECTED;
+                    self.standing.connected -= 1;
+                    self.excuse(device);
+                }
+            }
+        }
+    }
+
+    /// A rule refuses it: it is not missing, and no phase waits for it.
+    fn excuse(&mut self, device: usize) {
+        let entry = &mut self.devices[device];
+        if entry.flags & BLOCKED == 0 {
+            entry.flags |= BLOCKED;
+            self.standing.blocked += 1;
+        }
+        if entry.due_at != NOT_DUE {
+            entry.due_at = NOT_DUE;
+            self.standing.missing -= 1;
+        }
+        let wanted = std::mem::replace(&mut entry.wanted_in, NONE);
+        if let Some(phase) = self.phases.get_mut(usize::from(wanted)) {
+            phase.wanted -= 1;
+        }
+    }
+
+    #[must_use]
+    pub const fn standing(&self) -> Standing {
+        self.standing
+    }
+
+    #[must_use]
+    pub fn is_connected(&self, device: usize) -> bool {
+        self.devices[device].flags & CONNECTED != 0
+    }
+
+    #[must_use]
+    pub fn is_in(&self, device: usize, group: usize) -> bool {
+        self.groups_of[usize::from(self.devices[device].version)].contains(&group)
+    }
+
+    /// The number of a group.
+    #[must_use]
+    pub fn group(&self, name: &str) -> Option<usize> {
+        self.group_names.iter().position(|known| known == name)
+    }
+
+    /// Most attempts that a device made until it was connected.
+    #[must_use]
+    pub const fn attempts_max(&self) -> u16 {
+        self.attempts_max
+    }
+
+    /// Changes the gauges of the phase, and the second, that are under way.
+    pub fn gauge(&mut self, now: Instant, change: impl FnOnce(&mut Gauges, &mut Second)) {
+        if let Some(phase) = self.phases.last_mut() {
+            let second = second(&mut self.seconds, now);
+            second.connected = self.standing.connected;
+            change(&mut phase.gauges, second);
+        }
+    }
+
+    fn phase_number(&self) -> u8 {
+        u8::try_from(self.phases.len().saturating_sub(1)).unwrap_or(NONE)
+    }
+
+    fn end_phase(&mut self, now: Instant) {
+        let Some(phase) = self.phases.last_mut().filter(|phase| phase.ended.is_none()) else {
+            return;
+        };
+        phase.ended = Some(now);
+        phase.missing = self.standing.missing;
+        for entry in &self.devices {
+            for group in &self.groups_of[usize::from(entry.version)] {
+                if let Some(book) = phase.groups.get_mut(*group) {
+                    book.devices += 1;
+                    book.connected += u64::from(entry.flags & CONNECTED != 0);
+                }
+            }
+        }
+    }
+
+    /// Ends the run: devices that still wait count with the time they have waited.
+    #[must_use]
+    pub fn finish(mut self, capacity_per_second: f64, now: Instant) -> (Vec<PhaseReport>, Vec<Second>) {
+        self.end_phase(now);
+        for entry in &self.devices {
+            if entry.due_at != NOT_DUE {
+                let groups = &self.groups_of[usize::from(entry.version)];
+                record(&mut self.phases, groups, (entry.due_at, entry.due_phase), now);
+            }
+        }
+        let phases = self
+            .phases
+            .iter()
+            .map(|phase| phase.report(&self.group_names, capacity_per_second))
+            .collect();
+        (phases, self.seconds)
+    }
+}
+
+fn record(phases: &mut [Phase], groups: &[usize], (at, phase): (u64, u8), now: Instant) {
+    let us = now.as_micros().saturating_sub(at).max(1);
+    if let Some(phase) = phases.get_mut(usize::from(phase)) {
+        phase.count(groups, |book| book.latency.saturating_record(us));
+    }
+}
+
+impl Phase {
+    fn count(&mut self, groups: &[usize], mut change: impl FnMut(&mut GroupBook)) {
+        for group in groups {
+            if let Some(book) = self.groups.get_mut(*group) {
+                change(book);
+            }
+        }
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "counts of a simulation are far below 2^52")]
+    fn report(&self, names: &[String], capacity_per_second: f64) -> PhaseReport {
+        let back = |part: f64| {
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "a part of a count of devices"
+            )]
+            let needed = (self.wanted as f64 * part).ceil() as usize;
+            let us = self.returned.get(needed.checked_sub(1)?)?;
+            Some(Duration::from_micros(*us).as_secs_f64())
+        };
+        let wanted = (self.wanted > 0).then_some(self.wanted as f64);
+        let summary = Summary {
+            t99_seconds: back(0.99),
+            t100_seconds: back(1.0),
+            optimum_seconds: wanted.map(|wanted| wanted / capacity_per_second),
+            attempts_per_device: wanted.map(|wanted| self.wanted_attempts as f64 / wanted),
+            statements: self.gauges.statements as f64,
+            in_flight_max: self.gauges.in_flight_max as f64,
+            limit_max: Some(self.gauges.limit_max as f64),
+            over_limit: 0.0,
+            queue_max: self.gauges.queue_max as f64,
+            // Nothing here ends a session but the script, its rules and the device itself.
+            lost_sessions: 0.0,
+            missing: self.missing as f64,
+            slow_lookups: self.gauges.slow_lookups as f64,
+            rss_start_bytes: None,
+            rss_max_bytes: None,
+        };
+        let ended = self.ended.unwrap_or(self.started);
+        PhaseReport {
+            name: self.name.clone(),
+            action: self.action.clone(),
+            starts_seconds: self.started.saturating_since(Instant::ZERO).as_secs_f64(),
+            seconds: ended.saturating_since(self.started).as_secs_f64(),
+            summary,
+            groups: names
+                .iter()
+                .zip(&self.groups)
+                .map(|(name, book)| (name.clone(), book.report()))
+                .collect(),
+        }
+    }
+}
+
+impl GroupBook {
+    fn new() -> Self {
+        Self {
+            devices: 0,
+            connected: 0,
+            attempts: 0,
+            admitted: 0,
+            refused: BTreeMap::new(),
+            failed: 0,
+            latency: histogram(),
+        }
+    }
+
+    fn report(&self) -> Group {
+        Group {
+            devices: self.devices,
+            connected: self.connected,
+            attempts: self.attempts,
+            admitted: self.admitted,
+            refused: self.refused.clone(),
+            failed: self.failed,
+            // Sessions are not simulated, nor what they say.
+            sent: 0,
+            acked: 0,
+            latency: Latency::of(&self.latency),
+        }
+    }
+}
+
+fn micros_since(now: Instant, earlier: Instant) -> u64 {
+    now.as_micros().saturating_sub(earlier.as_micros())
+}
+
+fn second(seconds: &mut Vec<Second>, now: Instant) -> &mut Second {
+    let index = usize::try_from(now.as_micros() / 1_000_000).unwrap_or(usize::MAX);
+    while seconds.len() <= index {
+        #[expect(clippy::cast_precision_loss, reason = "seconds of a simulation are far below 2^52")]
+        let at_seconds = seconds.len() as f64;
+        seconds.push(Second {
+            at_seconds,
+            ..Second::default()
+        });
+    }
+    &mut seconds[index]
+}

@@ -1,0 +1,246 @@
+//! What must hold at every moment, as claims that a run ends at when one fails.
+//!
+//! Each takes what it judges as arguments and costs constant time, so that it can be asked after every event, and shown a world that
+//! breaks it. [`Ledger`] is the simulator's own count of what a node was asked and has answered: admission's figures are held against it.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use seawall_proto::{
+    admission::{AdmissionConfig, AdmissionState, BATCHES_IN_FLIGHT_MAX, Batch, BreakerState},
+    slots::{HINT_FAR_MIN, HINT_MAX, HINT_MIN},
+    time::Instant,
+};
+
+/// Contract section 3: every device is answered in less.
+const ANSWER_BELOW: Duration = Duration::from_secs(3);
+/// Told slots are whole milliseconds, of two clocks.
+const SLOT_ROUNDING: Duration = Duration::from_millis(2);
+/// Keys of one second that the ceiling allows, as a part of its rate.
+const CEILING_SLACK: f64 = 1.1;
+
+/// An invariant that does not hold.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{claim}: {found}")]
+pub struct Violation {
+    /// What should hold.
+    pub claim: &'static str,
+    pub found: String,
+}
+
+fn claim(holds: bool, claim: &'static str, found: impl FnOnce() -> String) -> Result<(), Violation> {
+    if holds {
+        Ok(())
+    } else {
+        Err(Violation { claim, found: found() })
+    }
+}
+
+/// One node's requests, and what became of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ledger {
+    pub arrived: u64,
+    pub admitted: u64,
+    pub refused: u64,
+    /// The device hung up.
+    pub abandoned: u64,
+    /// Keys sent to the database and not answered.
+    pub in_flight: usize,
+    pub statements_in_flight: usize,
+    /// Keys sent in the second under way.
+    pub keys_this_second: u64,
+}
+
+impl Ledger {
+    /// After every event at a node: its figures agree with ours, and with its settings.
+    ///
+    /// # Errors
+    /// The first claim that fails.
+    pub fn check(&self, waiting: usize, state: &AdmissionState, config: &AdmissionConfig) -> Result<(), Violation> {
+        let answered = self.admitted + self.refused + self.abandoned;
+        claim(
+            self.arrived == answered + waiting as u64,
+            "every request is answered, abandoned or waiting",
+            || format!("{self:?}, {waiting} waiting"),
+        )?;
+        claim(state.queue == waiting, "the node knows who waits", || {
+            format!("{} by its count, {waiting} by ours", state.queue)
+        })?;
+        claim(waiting <= config.waiting_max, "no more wait than waiting_max", || {
+            format!("{waiting} of {}", config.waiting_max)
+        })?;
+        let in_flight = self.in_flight;
+        claim(
+            usize::try_from(state.in_flight) == Ok(in_flight),
+            "the node knows what is in flight",
+            || format!("{} by its count, {in_flight} by ours", state.in_flight),
+        )?;
+        claim(
+            state.in_flight <= config.keys_in_flight_max && state.in_flight <= state.limit,
+            "keys in flight never exceed the limit",
+            || format!("{in_flight} of {}, at most {}", state.limit, config.keys_in_flight_max),
+        )?;
+        claim(
+            state.breaker == BreakerState::Closed || waiting == 0,
+            "nobody waits for a database that is away",
+            || format!("{waiting} wait, breaker {}", state.breaker.as_str()),
+        )
+    }
+
+    /// Once a second: the ceiling on keys was kept.
+    ///
+    /// # Errors
+    /// It was not.
+    pub fn check_second(&mut self, config: &AdmissionConfig) -> Result<(), Violation> {
+        let keys = std::mem::take(&mut self.keys_this_second);
+        let most = f64::from(config.lookups_per_second_max) * CEILING_SLACK + 1.0;
+        #[expect(clippy::cast_precision_loss, reason = "keys of a second are far below 2^52")]
+        let holds = keys as f64 <= most;
+        claim(holds, "no second has more keys than the ceiling allows", || {
+            format!("{keys} keys, {most} are allowed")
+        })
+    }
+}
+
+/// A statement is about to be sent, where `before` is the state from before it was taken.
+///
+/// # Errors
+/// It is empty, too large, names a key twice, or is one too many.
+pub fn statement(
+    batch: &Batch,
+    before: &AdmissionState,
+    running: usize,
+    config: &AdmissionConfig,
+) -> Result<(), Violation> {
+    let keys = batch.keys.len();
+    claim(
+        (1..=usize::try_from(config.batch_keys_max).unwrap_or(usize::MAX)).contains(&keys),
+        "a statement has 1 to batch_keys_max keys",
+        || format!("{keys} keys"),
+    )?;
+    claim(
+        batch.keys.iter().collect::<BTreeSet<_>>().len() == keys,
+        "a statement names no key twice",
+        || format!("{keys} keys"),
+    )?;
+    claim(
+        running < BATCHES_IN_FLIGHT_MAX,
+        "no more statements than two are under way",
+        || format!("{running} before this one"),
+    )?;
+    let in_flight = usize::try_from(before.in_flight).unwrap_or(usize::MAX) + keys;
+    claim(
+        in_flight <= usize::try_from(before.limit).unwrap_or(usize::MAX),
+        "what is sent stays within the limit",
+        || format!("{in_flight} in flight, limit {}", before.limit),
+    )?;
+    claim(
+        before.breaker == BreakerState::Closed || batch.is_probe,
+        "only probes are sent while the breaker is open",
+        || format!("{keys} keys, breaker {}", before.breaker.as_str()),
+    )
+}
+
+/// Virtual time goes on.
+///
+/// # Errors
+/// It went back.
+pub fn time(now: Instant, next: Instant) -> Result<(), Violation> {
+    claim(next >= now, "time never goes back", || {
+        format!("from {} to {} us", now.as_micros(), next.as_micros())
+    })
+}
+
+/// A device that arrived then is answered now.
+///
+/// # Errors
+/// It waited too long.
+pub fn answer(arrived: Instant, now: Instant) -> Result<(), Violation> {
+    let waited = now.saturating_since(arrived);
+    claim(waited < ANSWER_BELOW, "every device is answered in under 3 s", || {
+        format!("after {waited:?}")
+    })
+}
+
+/// The hint of a slot.
+///
+/// # Errors
+/// It is out of the contract's bounds.
+pub fn slot_hint(after: Duration) -> Result<(), Violation> {
+    claim(
+        (HINT_MIN..=HINT_MAX).contains(&after),
+        "a slot's hint is 0.5 to 600 s",
+        || format!("{after:?}"),
+    )
+}
+
+/// A device that showed its slot was given another. `promised`: the time it was told before, if that was its slot's.
+///
+/// # Errors
+/// The new one is earlier.
+pub fn slot_kept(promised: Option<Instant>, told: Instant) -> Result<(), Violation> {
+    let Some(promised) = promised else {
+        return Ok(());
+    };
+    claim(told + SLOT_ROUNDING >= promised, "a slot is never shortened", || {
+        format!("from {} to {} us", promised.as_micros(), told.as_micros())
+    })
+}
+
+/// What a device was promised by this hint: nothing that can be held against a later one where the hint was not its slot.
+#[must_use]
+pub fn promise(after: Duration, now: Instant) -> Option<Instant> {
+    (after < HINT_FAR_MIN).then(|| now + after)
+}
+
+/// A node answers a request: it was waiting until now.
+///
+/// # Errors
+/// It was answered before, or never asked.
+pub fn answered_once<T>(waiting: Option<T>, ticket: &impl std::fmt::Debug) -> Result<T, Violation> {
+    waiting.ok_or_else(|| Violation {
+        claim: "every request is answered once",
+        found: format!("{ticket:?}"),
+    })
+}
+
+/// A device is let in.
+///
+/// # Errors
+/// It is in already.
+pub fn admitted_once(is_connected: bool, device: usize) -> Result<(), Violation> {
+    claim(!is_connected, "one admission a device", || format!("device {device}"))
+}
+
+/// A device is where the script and its own timer say. `due`: when its timer is due; `slack`: what it may be late by.
+///
+/// # Errors
+/// Its time is long past, and nothing woke it.
+pub fn not_forgotten(device: usize, due: Option<Instant>, slack: Duration, now: Instant) -> Result<(), Violation> {
+    claim(
+        due.is_none_or(|due| due + slack >= now),
+        "no device is forgotten",
+        || format!("device {device} was due at {due:?}, it is {now:?}"),
+    )
+}
+
+/// What the books say of a device is what its machine says.
+///
+/// # Errors
+/// They differ.
+pub fn books_agree(device: usize, is_online: bool, is_connected: bool) -> Result<(), Violation> {
+    claim(
+        is_online == is_connected,
+        "books and devices agree on who is connected",
+        || format!("device {device}: online {is_online}, connected {is_connected}"),
+    )
+}
+
+/// So many devices are connected by the books, and by a count of all.
+///
+/// # Errors
+/// They differ.
+pub fn counts_add_up(by_books: u64, counted: u64) -> Result<(), Violation> {
+    claim(by_books == counted, "the sum of devices is their number", || {
+        format!("{by_books} by the books, {counted} counted")
+    })
+}

@@ -1,0 +1,235 @@
+//! The fleet of a simulation: production's device machines, and what the simulator must know of each, in arrays.
+//!
+//! Ten million devices fit because nothing is kept that follows from a device's number: its id is computed, and version,
+//! profile, tenant and model are its cohort's.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use firmware_sim::{device::Device as Machine, profile::Profile};
+use rand::{Rng, seq::SliceRandom};
+use seawall_proto::{
+    id::{DeviceId, Label},
+    time::Instant,
+};
+use uuid::Uuid;
+
+use super::network::Network;
+use crate::{
+    plan::apportion,
+    scenario::{FieldError, Scenario, problem},
+};
+
+/// The registry's word for a device without a tenant.
+const TENANT_DEFAULT: &str = "default";
+
+/// Devices that have all of this in common.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cohort {
+    pub fleet: usize,
+    /// An index into [`Devices::versions`].
+    pub version: usize,
+    pub profile: Profile,
+    pub tenant: Label,
+    pub model: Option<Label>,
+    pub connect_timeout: Duration,
+}
+
+/// All devices, by number.
+#[derive(Debug)]
+pub struct Devices {
+    pub machines: Vec<Machine>,
+    cohort_of: Vec<u16>,
+    /// Half a round trip, in microseconds.
+    half_trips: Vec<u32>,
+    /// Attempts so far, modulo 2^16: an event of another attempt is not this one's.
+    attempts: Vec<u16>,
+    /// The node that holds its session, or was asked last.
+    homes: Vec<u8>,
+    cohorts: Vec<Cohort>,
+    versions: Vec<String>,
+    seed: u64,
+}
+
+impl Devices {
+    /// The scenario's fleets, shuffled. `None` of them begins by itself.
+    /// # Errors
+    /// A tenant is none.
+    pub fn new(scenario: &Scenario, network: &Network, rng: &mut impl Rng) -> Result<Self, FieldError> {
+        let total = usize::try_from(scenario.devices).unwrap_or(usize::MAX);
+        let shares: Vec<f64> = scenario.fleets.iter().map(|fleet| fleet.share).collect();
+        let mut devices = Self {
+            machines: Vec::with_capacity(total),
+            cohort_of: Vec::with_capacity(total),
+            half_trips: (0..total).map(|_| network.draw_half_trip(rng)).collect(),
+            attempts: vec![0; total],
+            homes: vec![0; total],
+            cohorts: Vec::new(),
+            versions: Vec::new(),
+            seed: scenario.seed,
+        };
+        for (number, count) in apportion(total, &shares).into_iter().enumerate() {
+            let fleet = &scenario.fleets[number];
+            let versions = dealt(count, &fleet.firmware, rng);
+            let profiles = dealt(count, &fleet.profile, rng);
+            let tenant = fleet.tenant.as_deref().unwrap_or(TENANT_DEFAULT);
+            let tenant = label(tenant).ok_or_else(|| problem("fleet.tenant", "is empty"))?;
+            for (version, profile) in versions.into_iter().zip(profiles) {
+                let cohort = Cohort {
+                    fleet: number,
+                    version: devices.version(version),
+                    profile: profile.parse().unwrap_or_default(),
+                    tenant: tenant.clone(),
+                    model: fleet.model.as_deref().and_then(label),
+                    connect_timeout: Duration::from_secs_f64(fleet.connect_timeout_seconds),
+                };
+                let cohort = devices.cohort_number(&cohort);
+                devices.cohort_of.push(cohort);
+            }
+        }
+        devices.cohort_of.shuffle(rng);
+        for number in 0..total {
+            let machine = devices.machine_from(number, Instant::FAR_FUTURE);
+            devices.machines.push(machine);
+        }
+        Ok(devices)
+    }
+
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.machines.len()
+    }
+
+    /// A machine for this device that knows nothing of a life before.
+    #[must_use]
+    pub fn machine_from(&self, device: usize, first_attempt_at: Instant) -> Machine {
+        let cohort = self.cohort(device);
+        Machine::new(cohort.profile, first_attempt_at).with_connect_timeout(cohort.connect_timeout)
+    }
+
+    #[must_use]
+    pub fn cohort(&self, device: usize) -> &Cohort {
+        &self.cohorts[usize::from(self.cohort_of[device])]
+    }
+
+    #[must_use]
+    pub fn version_name(&self, version: usize) -> &str {
+        &self.versions[version]
+    }
+
+    /// Its id looks random, as ids of real fleets do, and belongs to no other: the halves are permutations of its number.
+    #[must_use]
+    pub fn id(&self, device: usize) -> DeviceId {
+        let number = u64::try_from(device).unwrap_or(u64::MAX);
+        DeviceId::from_uuid(Uuid::from_u64_pair(
+            mixed(number ^ self.seed.rotate_left(32)),
+            mixed(number.wrapping_add(self.seed)),
+        ))
+    }
+
+    /// Whether the device is one of the `share` that hold resume tokens. Of the last bits of its id, so that it goes with nothing else.
+    #[must_use]
+    pub fn holds_token(&self, device: usize, share: f64) -> bool {
+        let [.., a, b, c, d] = *self.id(device).as_bytes();
+        f64::from(u32::from_be_bytes([a, b, c, d])) < share * f64::from(u32::MAX)
+    }
+
+    #[must_use]
+    pub fn half_trip(&self, device: usize) -> Duration {
+        Duration::from_micros(self.half_trips[device].into())
+    }
+
+    #[must_use]
+    pub fn attempt(&self, device: usize) -> u16 {
+        self.attempts[device]
+    }
+
+    /// It begins its next attempt.
+    pub fn count_attempt(&mut self, device: usize) -> u16 {
+        self.attempts[device] = self.attempts[device].wrapping_add(1);
+        self.attempts[device]
+    }
+
+    #[must_use]
+    pub fn home(&self, device: usize) -> u8 {
+        self.homes[device]
+    }
+
+    pub fn set_home(&mut self, device: usize, node: u8) {
+        self.homes[device] = node;
+    }
+
+    /// It runs another version from now on.
+    pub fn upgrade(&mut self, device: usize, version: &str) {
+        let version = self.version(version);
+        let cohort = Cohort {
+            version,
+            ..self.cohort(device).clone()
+        };
+        self.cohort_of[device] = self.cohort_number(&cohort);
+    }
+
+    /// Draws devices of other versions until `version` has the share `to` of all, in the order in which they change.
+    pub fn draw_upgrades(&mut self, version: &str, to: f64, rng: &mut impl Rng) -> Vec<u32> {
+        let version = self.version(version);
+        let (has, mut others): (Vec<u32>, Vec<u32>) = (0_u32..)
+            .zip(&self.cohort_of)
+            .map(|(device, cohort)| (device, self.cohorts[usize::from(*cohort)].version))
+            .fold((Vec::new(), Vec::new()), |(mut has, mut others), (device, of)| {
+                if of == version {
+                    has.push(device)
+                } else {
+                    others.push(device)
+                }
+                (has, others)
+            });
+        let wanted = apportion(self.len(), &[to, 1.0 - to]).first().copied().unwrap_or(0);
+        others.shuffle(rng);
+        others.truncate(wanted.saturating_sub(has.len()));
+        others
+    }
+
+    /// The number of a version, known or new.
+    pub fn version(&mut self, name: &str) -> usize {
+        self.versions.iter().position(|known| known == name).unwrap_or_else(|| {
+            self.versions.push(name.to_owned());
+            self.versions.len() - 1
+        })
+    }
+
+    /// There are as many as fleets, versions and profiles make: far fewer than 2^16 (a scenario is a file of 256 KiB).
+    fn cohort_number(&mut self, cohort: &Cohort) -> u16 {
+        let number = self
+            .cohorts
+            .iter()
+            .position(|known| known == cohort)
+            .unwrap_or_else(|| {
+                self.cohorts.push(cohort.clone());
+                self.cohorts.len() - 1
+            });
+        u16::try_from(number).unwrap_or(u16::MAX)
+    }
+}
+
+/// `count` names in the proportions of `mix`, shuffled.
+fn dealt<'a>(count: usize, mix: &'a BTreeMap<String, f64>, rng: &mut impl Rng) -> Vec<&'a str> {
+    let shares: Vec<f64> = mix.values().copied().collect();
+    let mut names: Vec<&str> = mix
+        .keys()
+        .zip(apportion(count, &shares))
+        .flat_map(|(name, count)| std::iter::repeat_n(name.as_str(), count))
+        .collect();
+    names.shuffle(rng);
+    names
+}
+
+fn label(text: &str) -> Option<Label> {
+    Label::parse(text).ok().flatten()
+}
+
+/// A permutation of all numbers of 64 bits that leaves no trace of their order (SplitMix64's).
+const fn mixed(number: u64) -> u64 {
+    let number = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let number = (number ^ (number >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    number ^ (number >> 31)
+}

@@ -1,0 +1,209 @@
+//! One gateway node of the simulation: production's admission, and what its adapters would hold around it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use seawall_proto::{
+    admission::{Admission, AdmissionConfig, AdmissionState, Batch, BatchId, Ticket},
+    drain::Pacing,
+    id::DeviceId,
+    slots::SlotKeys,
+    time::Instant,
+};
+
+use super::{
+    checks::{self, Ledger, Violation},
+    database::StatementId,
+    devices::Devices,
+    network::Edge,
+    settings::Settings,
+};
+
+/// Whoever asked with an id of nobody's.
+pub const STRANGER: u32 = u32::MAX;
+
+/// A request that waits for its answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Waiting {
+    pub device: u32,
+    pub attempt: u16,
+    pub arrived: Instant,
+}
+
+/// A statement under way.
+#[derive(Clone, Copy, Debug)]
+pub struct Sent {
+    pub batch: BatchId,
+    keys: usize,
+}
+
+/// Sessions that a rule ends, one after the other.
+#[derive(Debug)]
+pub struct Eviction {
+    pub pacing: Pacing,
+    pub left: Vec<u32>,
+}
+
+/// What a node does at a moment; of all nodes, the sums.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Load {
+    pub in_flight: u64,
+    pub limit: u64,
+    pub queue: u64,
+}
+
+impl Load {
+    /// The sum, after one part of it has changed.
+    #[must_use]
+    pub const fn changed(&self, before: &Self, after: &Self) -> Self {
+        Self {
+            in_flight: self.in_flight + after.in_flight - before.in_flight,
+            limit: self.limit + after.limit - before.limit,
+            queue: self.queue + after.queue - before.queue,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub struct Node {
+    pub admission: Admission,
+    pub edge: Edge,
+    pub config: AdmissionConfig,
+    pub ledger: Ledger,
+    pub eviction: Option<Eviction>,
+    /// As the books saw it last.
+    pub load: Load,
+    waiting: BTreeMap<Ticket, Waiting>,
+    /// Tickets by device and attempt.
+    tickets: BTreeMap<(u32, u16), Ticket>,
+    sent: BTreeMap<StatementId, Sent>,
+    /// When the calendar has it look after its deadlines.
+    armed: Instant,
+}
+
+impl Node {
+    /// All nodes share the keys that slots are signed with.
+    #[must_use]
+    pub fn new(config: &AdmissionConfig, settings: &Settings, seed: u64) -> Self {
+        let mut secret = [0; 32];
+        secret[..8].copy_from_slice(&seed.to_be_bytes());
+        let mut admission = Admission::new(config.clone(), SlotKeys::new(1, secret), Instant::ZERO);
+        if settings.last_known_good_per_second > 0.0 {
+            admission.set_last_known_good(settings.last_known_good_per_second);
+        }
+        Self {
+            admission,
+            edge: Edge::new(&settings.edge),
+            config: config.clone(),
+            ledger: Ledger::default(),
+            eviction: None,
+            load: Load::default(),
+            waiting: BTreeMap::new(),
+            tickets: BTreeMap::new(),
+            sent: BTreeMap::new(),
+            armed: Instant::FAR_FUTURE,
+        }
+    }
+
+    #[must_use]
+    pub fn state(&self, now: Instant) -> AdmissionState {
+        self.admission.state(now)
+    }
+
+    pub fn begin_waiting(&mut self, ticket: Ticket, waiting: Waiting) {
+        self.waiting.insert(ticket, waiting);
+        if waiting.device != STRANGER {
+            self.tickets.insert((waiting.device, waiting.attempt), ticket);
+        }
+    }
+
+    /// # Errors
+    /// It did not wait, or has waited too long.
+    pub fn end_waiting(&mut self, ticket: Ticket, now: Instant) -> Result<Waiting, Violation> {
+        let waiting = checks::answered_once(self.waiting.remove(&ticket), &ticket)?;
+        self.tickets.remove(&(waiting.device, waiting.attempt));
+        checks::answer(waiting.arrived, now)?;
+        Ok(waiting)
+    }
+
+    /// The devices behind these keys.
+    pub fn waiting_for(&self, keys: &[DeviceId], devices: &Devices) -> impl Iterator<Item = u32> {
+        let keys: BTreeSet<DeviceId> = keys.iter().copied().collect();
+        self.waiting
+            .values()
+            .map(|waiting| waiting.device)
+            .filter(move |device| *device != STRANGER && keys.contains(&devices.id(*device as usize)))
+    }
+
+    /// Does this attempt of the device wait here?
+    #[must_use]
+    pub fn is_waiting(&self, device: u32, attempt: u16) -> bool {
+        self.tickets.contains_key(&(device, attempt))
+    }
+
+    /// The device has hung up, if it still waits.
+    pub fn abandon(&mut self, device: u32, attempt: u16) {
+        let Some(ticket) = self.tickets.remove(&(device, attempt)) else {
+            return;
+        };
+        if self.waiting.remove(&ticket).is_some() {
+            self.admission.abandon(ticket);
+            self.ledger.abandoned += 1;
+        }
+    }
+
+    pub fn begin_statement(&mut self, id: StatementId, batch: &Batch) {
+        let keys = batch.keys.len();
+        self.ledger.in_flight += keys;
+        self.ledger.statements_in_flight += 1;
+        if !batch.is_probe {
+            self.ledger.keys_this_second += keys as u64;
+        }
+        self.sent.insert(id, Sent { batch: batch.id, keys });
+    }
+
+    /// `None` where it has ended before.
+    pub fn end_statement(&mut self, id: StatementId) -> Option<Sent> {
+        let sent = self.sent.remove(&id)?;
+        self.ledger.in_flight -= sent.keys;
+        self.ledger.statements_in_flight -= 1;
+        Some(sent)
+    }
+
+    /// When the calendar must have it look after its deadlines, if it does not yet.
+    pub fn arm(&mut self, now: Instant) -> Option<Instant> {
+        let due = self.admission.poll_timeout()?.max(now);
+        if due >= self.armed {
+            return None;
+        }
+        self.armed = due;
+        Some(due)
+    }
+
+    /// The calendar has it look after its deadlines. False where that was for an earlier arrangement.
+    pub fn is_armed(&mut self, now: Instant) -> bool {
+        let is_now = self.armed == now;
+        if is_now {
+            self.armed = Instant::FAR_FUTURE;
+        }
+        is_now
+    }
+
+    /// # Errors
+    /// A claim on the node that fails.
+    pub fn check(&self, now: Instant) -> Result<AdmissionState, Violation> {
+        let state = self.state(now);
+        self.ledger.check(self.waiting.len(), &state, &self.config)?;
+        Ok(state)
+    }
+
+    /// Once a second.
+    ///
+    /// # Errors
+    /// A request waits too long, or the ceiling was not kept.
+    pub fn check_second(&mut self, now: Instant) -> Result<(), Violation> {
+        if let Some((_, oldest)) = self.waiting.first_key_value() {
+            checks::answer(oldest.arrived, now)?;
+        }
+        self.ledger.check_second(&self.config)
+    }
+}

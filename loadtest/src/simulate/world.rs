@@ -1,0 +1,423 @@
+//! The world of a simulation: devices, the way to the nodes, the nodes, their database, and the one loop that moves them.
+//!
+//! [`World::run`] takes the next event, hands it to whom it concerns, and checks what must hold. What devices do is here; what nodes do is
+//! in `gateway`, what the scenario does to both in `script`.
+
+use std::{
+    collections::BTreeMap,
+    hash::{DefaultHasher, Hash, Hasher},
+    time::Duration,
+};
+
+use firmware_sim::{
+    device::{Action, CloseFrame, State},
+    profile::Profile,
+};
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+use seawall_proto::{
+    admission::AdmissionConfig,
+    frame::ServerFrame,
+    resume::{ResumeKeys, Revoked},
+    rules::RuleSet,
+    time::{Instant, WallTime},
+};
+
+use super::{
+    books::{Books, Told},
+    checks::{self, Violation},
+    database::{Database, StatementId},
+    devices::Devices,
+    event::{Content, Event, Letter, Letters},
+    gateway::none_revoked,
+    network::{Accepted, Network},
+    node::{Load, Node},
+    queue::Calendar,
+    script::Agenda,
+    settings,
+};
+use crate::scenario::{FieldError, GROUP_ALL, Scenario};
+
+/// Wall time at the start, in milliseconds: 2027.
+const WALL_START_MS: u64 = 1_800_000_000_000;
+/// The gateway's defaults, as its welcome says them.
+const HEARTBEAT_MS: u64 = 30_000;
+const BACKOFF_CAP_MS: u64 = 60_000;
+/// Devices that a sweep looks at, each virtual second: all of them up to this number, else the next so many.
+pub(super) const SWEEP_MAX: usize = 131_072;
+
+pub(super) struct World<'a> {
+    pub scenario: &'a Scenario,
+    pub now: Instant,
+    pub calendar: Calendar<Event>,
+    pub rng: SmallRng,
+    pub network: Network,
+    pub devices: Devices,
+    /// What each device was told, in microseconds of the slot; 0 for nothing.
+    pub promised: Vec<u64>,
+    pub nodes: Vec<Node>,
+    /// Of all nodes.
+    pub load: Load,
+    pub database: Database,
+    /// Which node sent a statement.
+    pub statements: BTreeMap<StatementId, u8>,
+    pub statement_counter: u32,
+    pub rules: RuleSet,
+    pub revision: u64,
+    pub resume_keys: ResumeKeys,
+    pub revoked: Revoked,
+    pub books: Books,
+    pub agenda: Agenda,
+    /// Devices that have been told to connect; those behind have not.
+    pub begun: usize,
+    pub events: u64,
+    letters: Letters,
+    /// The first frame for devices without a resume token.
+    welcome: String,
+    /// An attempt without an answer can't outlast this: its timer need not be in the calendar if it is longer.
+    answer_max: Duration,
+    swept: usize,
+    trace: DefaultHasher,
+}
+
+/// Where and when an invariant broke.
+#[derive(Debug, thiserror::Error)]
+#[error("invariant violated at {at_us} us of virtual time, seed {seed}, event {number} ({event}): {violation}")]
+pub struct Broken {
+    pub seed: u64,
+    pub at_us: u64,
+    pub number: u64,
+    pub event: String,
+    pub violation: Violation,
+}
+
+/// The gateway's first frame.
+fn welcome(resume: Option<&str>) -> String {
+    ServerFrame::Welcome {
+        session: "0000000000000001".into(),
+        heartbeat_ms: HEARTBEAT_MS,
+        backoff_cap_ms: BACKOFF_CAP_MS,
+        resume: resume.map(Into::into),
+        server_time: "2027-01-15T08:00:00Z".into(),
+    }
+    .to_json()
+}
+
+impl<'a> World<'a> {
+    /// # Errors
+    /// The gateway's settings in the scenario are none.
+    pub fn new(scenario: &'a Scenario) -> Result<Self, FieldError> {
+        let config: AdmissionConfig = settings::admission(scenario)?;
+        let assumed = &scenario.simulate;
+        let mut rng = SmallRng::seed_from_u64(scenario.seed);
+        let network = assumed.network();
+        let mut devices = Devices::new(scenario, &network, &mut rng)?;
+        let group_names: Vec<String> = scenario.group_names().map(str::to_owned).collect();
+        let mut groups_of: Vec<Vec<usize>> = Vec::new();
+        for version in scenario.versions() {
+            let number = devices.version(version);
+            let in_group = |name: &String| {
+                scenario
+                    .groups
+                    .get(name)
+                    .is_some_and(|of| of.iter().any(|v| v == version))
+            };
+            let groups = (0..group_names.len())
+                .filter(|group| group_names[*group] == GROUP_ALL || in_group(&group_names[*group]));
+            groups_of.resize(groups_of.len().max(number + 1), Vec::new());
+            groups_of[number] = groups.collect();
+        }
+        let books = Books::new(
+            (0..devices.len()).map(|device| devices.cohort(device).version),
+            groups_of,
+            group_names,
+        );
+        Ok(Self {
+            now: Instant::ZERO,
+            calendar: Calendar::default(),
+            promised: vec![0; devices.len()],
+            nodes: (0..assumed.nodes)
+                .map(|_| Node::new(&config, assumed, scenario.seed))
+                .collect(),
+            load: Load::default(),
+            database: Database::new(settings::curve(scenario, &config)),
+            statements: BTreeMap::new(),
+            statement_counter: 0,
+            rules: RuleSet::empty(),
+            revision: 0,
+            resume_keys: ResumeKeys::new(1, [1; 32]),
+            revoked: none_revoked(),
+            books,
+            agenda: Agenda::default(),
+            begun: 0,
+            events: 0,
+            letters: Letters::default(),
+            welcome: welcome(None),
+            answer_max: network.answer_max(&assumed.edge),
+            swept: 0,
+            trace: DefaultHasher::new(),
+            scenario,
+            rng,
+            network,
+            devices,
+        })
+    }
+
+    /// Runs the scenario to its end. `look` is called ten times a virtual second.
+    ///
+    /// # Errors
+    /// A claim that fails ends the run.
+    pub fn run(&mut self, mut look: impl FnMut(&Self)) -> Result<(), Broken> {
+        self.begin_first_phase();
+        if self.scenario.simulate.strangers_per_second > 0.0 {
+            self.calendar.push(self.now, Event::Stranger);
+        }
+        while !self.agenda.is_over {
+            let Some((at, event)) = self.calendar.pop() else {
+                return Ok(());
+            };
+            self.events += 1;
+            let done = checks::time(self.now, at).and_then(|()| {
+                self.now = at;
+                (at, event).hash(&mut self.trace);
+                self.handle(event)
+            });
+            if let Err(violation) = done {
+                return Err(Broken {
+                    seed: self.scenario.seed,
+                    at_us: at.as_micros(),
+                    number: self.events,
+                    event: format!("{event:?}"),
+                    violation,
+                });
+            }
+            if matches!(event, Event::Look { .. }) {
+                look(self);
+            }
+        }
+        Ok(())
+    }
+
+    /// A hash of every event and its time: two runs with the same are the same.
+    #[must_use]
+    pub fn trace(&self) -> u64 {
+        self.trace.finish()
+    }
+
+    #[must_use]
+    pub fn wall(&self) -> WallTime {
+        WallTime::from_unix_ms(WALL_START_MS + self.now.as_micros() / 1_000)
+    }
+
+    fn handle(&mut self, event: Event) -> Result<(), Violation> {
+        match event {
+            Event::Wake { device } => self.wake(device),
+            Event::Syn { device, attempt, tries } => self.syn(device, attempt, tries),
+            Event::Request { device, attempt, node } => return self.request(device, attempt, node),
+            Event::Letter { number } => self.deliver(number),
+            Event::Hangup { device, attempt, node } => return self.hang_up(device, attempt, node),
+            Event::Database { version } => return self.database_due(version),
+            Event::StatementLate { statement } => return self.statement_late(StatementId(statement)),
+            Event::StatementFailed { statement } => return self.statement_failed(StatementId(statement)),
+            Event::Node { node } => {
+                if self.nodes[usize::from(node)].is_armed(self.now) {
+                    return self.settle(node);
+                }
+            }
+            Event::Stranger => self.stranger(),
+            Event::StrangerRequest { node } => return self.stranger_request(node),
+            Event::Act { phase } => return self.act_of_phase(phase),
+            Event::PhaseEnd { phase } => return self.phase_over(phase),
+            Event::Look { phase } => return self.look_at_phase(phase),
+            Event::Finish => return self.finish(),
+            Event::Evict { node } => self.evict(node),
+        }
+        Ok(())
+    }
+
+    /// A device's timer: as its driver does, the machine is asked, and what it did is told to the books.
+    fn wake(&mut self, device: u32) {
+        let index = device as usize;
+        let machine = &mut self.devices.machines[index];
+        if machine.poll_timeout().is_none_or(|due| due > self.now) {
+            return; // for a wait that something else ended; the one under way has its own
+        }
+        let before = machine.state();
+        machine.handle_timeout(self.now, &mut self.rng);
+        match (before, machine.state()) {
+            (State::Connecting, State::Waiting) => self.books.handle(index, Told::Failed, self.now),
+            (State::Online, State::Waiting) => {
+                // A flapping or half-open device has left by itself: nobody lost it.
+                self.books.due(index, self.now, false);
+            }
+            (State::Waiting | State::Connecting | State::Online | State::Stopped { .. }, _) => {}
+        }
+        self.act(device);
+    }
+
+    /// Does what the machine wants done, and has its timer in the calendar.
+    pub(super) fn act(&mut self, device: u32) {
+        let index = device as usize;
+        while let Some(action) = self.devices.machines[index].poll_action() {
+            match action {
+                Action::Connect => self.connect(device),
+                Action::Abort => self.abort(device),
+                // The session is not simulated: pings are answered, and nothing is sent.
+                Action::SendHeartbeat | Action::SendAck { .. } => {}
+            }
+        }
+        let machine = &self.devices.machines[index];
+        let is_timed = match machine.state() {
+            State::Waiting => true,
+            State::Online => matches!(machine.profile(), Profile::Flapping | Profile::HalfOpen),
+            State::Connecting | State::Stopped { .. } => false,
+        };
+        if let Some(due) = machine.poll_timeout().filter(|_| is_timed) {
+            let at = due.max(self.now) + self.network.draw_noise(&mut self.rng);
+            self.calendar.push(at, Event::Wake { device });
+        }
+    }
+
+    fn connect(&mut self, device: u32) {
+        let index = device as usize;
+        self.books.handle(index, Told::Attempt, self.now);
+        let attempt = self.devices.count_attempt(index);
+        let at = self.now + self.devices.half_trip(index);
+        let tries = 0;
+        self.calendar.push(at, Event::Syn { device, attempt, tries });
+        if self.devices.cohort(index).connect_timeout < self.answer_max {
+            self.time_out(device);
+        }
+    }
+
+    /// The attempt may have no answer: the machine's patience counts.
+    fn time_out(&mut self, device: u32) {
+        if let Some(due) = self.devices.machines[device as usize].poll_timeout() {
+            self.calendar.push(due, Event::Wake { device });
+        }
+    }
+
+    /// Whatever the device had of a connection is gone; the node that it asked last learns of it.
+    pub(super) fn abort(&mut self, device: u32) {
+        let index = device as usize;
+        let (attempt, node) = (self.devices.attempt(index), self.devices.home(index));
+        if !self.nodes[usize::from(node)].is_waiting(device, attempt) {
+            return; // what is still on its way to the node finds nobody behind it
+        }
+        let at = self.now + self.devices.half_trip(index);
+        self.calendar.push(at, Event::Hangup { device, attempt, node });
+    }
+
+    /// Is this still the attempt that the device makes?
+    pub(super) fn is_current(&self, device: u32, attempt: u16) -> bool {
+        let index = device as usize;
+        self.devices.attempt(index) == attempt && self.devices.machines[index].state() == State::Connecting
+    }
+
+    fn syn(&mut self, device: u32, attempt: u16, tries: u8) {
+        if !self.is_current(device, attempt) {
+            return;
+        }
+        let node = self.draw_node();
+        match self.nodes[usize::from(node)].edge.accept(tries, self.now) {
+            Accepted::At(at) => {
+                self.devices.set_home(device as usize, node);
+                self.calendar.push(at, Event::Request { device, attempt, node });
+            }
+            Accepted::Again(after) => {
+                let tries = tries + 1;
+                self.calendar
+                    .push(self.now + after, Event::Syn { device, attempt, tries });
+            }
+            Accepted::Lost => self.time_out(device),
+            Accepted::Reset => self.send(device, attempt, Content::Reset),
+        }
+    }
+
+    pub(super) fn draw_node(&mut self) -> u8 {
+        match self.scenario.simulate.nodes {
+            1 => 0,
+            nodes => self.rng.random_range(0..nodes),
+        }
+    }
+
+    /// Something goes to a device, and is there half a round trip from now.
+    pub(super) fn send(&mut self, device: u32, attempt: u16, content: Content) {
+        let at = self.now + self.devices.half_trip(device as usize);
+        let number = self.letters.put(Letter {
+            device,
+            attempt,
+            content,
+        });
+        self.calendar.push(at, Event::Letter { number });
+    }
+
+    fn deliver(&mut self, number: u32) {
+        let Some(letter) = self.letters.take(number) else {
+            return;
+        };
+        let (device, index, now) = (letter.device, letter.device as usize, self.now);
+        let is_current = self.is_current(device, letter.attempt);
+        let machine = &mut self.devices.machines[index];
+        match letter.content {
+            Content::Connected if is_current => {
+                machine.handle_connected(now, &mut self.rng);
+                match self.mint(index) {
+                    None => self.devices.machines[index].handle_text(&self.welcome, now),
+                    token => self.devices.machines[index].handle_text(&welcome(token.as_deref()), now),
+                }
+                self.books.handle(index, Told::Connected, now);
+                self.promised[index] = 0;
+            }
+            Content::Refused(code, hint) if is_current => {
+                machine.handle_refused(hint, now, &mut self.rng);
+                self.books.handle(index, Told::Refused(code), now);
+            }
+            Content::Reset if is_current => {
+                machine.handle_failed(now, &mut self.rng);
+                self.books.handle(index, Told::Failed, now);
+            }
+            Content::Closed(close)
+                if machine.state() == State::Online && self.devices.attempt(index) == letter.attempt =>
+            {
+                let machine = &mut self.devices.machines[index];
+                let reason = close.reason();
+                let frame = CloseFrame {
+                    code: close.code(),
+                    reason: &reason,
+                };
+                machine.handle_closed(Some(frame), now, &mut self.rng);
+                self.books.handle(index, Told::Evicted, now);
+            }
+            Content::Connected | Content::Refused(..) | Content::Reset | Content::Closed(_) => return,
+        }
+        self.act(device);
+    }
+
+    /// Looks at as many devices as a sweep may, going round; and at every node.
+    pub(super) fn sweep(&mut self) -> Result<(), Violation> {
+        for node in &mut self.nodes {
+            node.check_second(self.now)?;
+        }
+        let all = self.devices.len();
+        let count = all.min(SWEEP_MAX);
+        let mut online = 0;
+        for step in 0..count {
+            let device = (self.swept + step) % all;
+            let machine = &self.devices.machines[device];
+            let state = machine.state();
+            let due = match state {
+                State::Waiting | State::Connecting => machine.poll_timeout(),
+                State::Online | State::Stopped { .. } => None,
+            };
+            checks::not_forgotten(device, due, self.network.wake_noise, self.now)?;
+            let is_online = state == State::Online;
+            checks::books_agree(device, is_online, self.books.is_connected(device))?;
+            online += u64::from(is_online);
+        }
+        self.swept = (self.swept + count) % all;
+        if count == all {
+            checks::counts_add_up(self.books.standing().connected, online)?;
+        }
+        Ok(())
+    }
+}
