@@ -6,7 +6,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use seawall_proto::{
-    admission::{AdmissionConfig, AdmissionState, BATCHES_IN_FLIGHT_MAX, Batch, BreakerState},
+    admission::{AdmissionConfig, AdmissionState, Batch, BreakerState, STATEMENTS_IN_FLIGHT_MAX},
     slots::{HINT_FAR_MIN, HINT_MAX, HINT_MIN},
     time::Instant,
 };
@@ -123,8 +123,8 @@ pub fn statement(
         || format!("{keys} keys"),
     )?;
     claim(
-        running < BATCHES_IN_FLIGHT_MAX,
-        "no more statements than two are under way",
+        running < STATEMENTS_IN_FLIGHT_MAX,
+        "no more statements than three are under way",
         || format!("{running} before this one"),
     )?;
     let in_flight = usize::try_from(before.in_flight).unwrap_or(usize::MAX) + keys;

@@ -44,7 +44,7 @@ struct Running {
 pub struct Database {
     curve: Curve,
     trouble: Option<Trouble>,
-    /// Two a node at most.
+    /// Three a node at most.
     running: Vec<Running>,
     keys: u32,
     /// Seconds of work done on each key since the start.

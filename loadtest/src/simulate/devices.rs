@@ -8,6 +8,7 @@ use std::{collections::BTreeMap, time::Duration};
 use firmware_sim::{device::Device as Machine, profile::Profile};
 use rand::{Rng, seq::SliceRandom};
 use seawall_proto::{
+    admission::CohortTag,
     id::{DeviceId, Label},
     time::Instant,
 };
@@ -32,6 +33,8 @@ pub struct Cohort {
     pub tenant: Label,
     pub model: Option<Label>,
     pub connect_timeout: Duration,
+    /// What admission knows it by.
+    pub tag: CohortTag,
 }
 
 /// All devices, by number.
@@ -81,6 +84,7 @@ impl Devices {
                     tenant: tenant.clone(),
                     model: fleet.model.as_deref().and_then(label),
                     connect_timeout: Duration::from_secs_f64(fleet.connect_timeout_seconds),
+                    tag: CohortTag::of(fleet.model.as_deref(), Some(version)),
                 };
                 let cohort = devices.cohort_number(&cohort);
                 devices.cohort_of.push(cohort);
@@ -160,10 +164,11 @@ impl Devices {
 
     /// It runs another version from now on.
     pub fn upgrade(&mut self, device: usize, version: &str) {
-        let version = self.version(version);
+        let of = self.cohort(device).clone();
         let cohort = Cohort {
-            version,
-            ..self.cohort(device).clone()
+            tag: CohortTag::of(of.model.as_ref().map(Label::as_str), Some(version)),
+            version: self.version(version),
+            ..of
         };
         self.cohort_of[device] = self.cohort_number(&cohort);
     }

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use rand::Rng;
 use seawall_proto::{
-    admission::{Action, AdmissionState, Arrival, Batch, BatchOutcome, Decision, LOOKUP_MAX, Refused, Ticket},
+    admission::{
+        Action, AdmissionState, Arrival, Batch, BatchOutcome, CohortTag, Decision, LOOKUP_MAX, Refused, Ticket,
+    },
     handshake::{self, Next, Policy},
     hello::{Hello, SessionKind},
     id::{DeviceId, Label, SecretHash, SessionId},
@@ -63,6 +65,7 @@ impl World<'_> {
         let at = &mut self.nodes[usize::from(node)];
         let arrival = Arrival {
             device: id,
+            cohort: self.devices.cohort(index).tag,
             slot_token: self.devices.machines[index].slot(),
             arrived: now,
             is_known_absent: false,
@@ -214,6 +217,7 @@ impl World<'_> {
         at.ledger.arrived += 1;
         let arrival = Arrival {
             device: id,
+            cohort: CohortTag::of(None, None),
             slot_token: None,
             arrived: now,
             is_known_absent: false,

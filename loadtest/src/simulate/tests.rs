@@ -1,7 +1,7 @@
 use std::{path::Path, time::Duration};
 
 use seawall_proto::{
-    admission::{Admission, AdmissionConfig, AdmissionState, Arrival, Batch, BreakerState},
+    admission::{Admission, AdmissionConfig, AdmissionState, Arrival, Batch, BreakerState, CohortTag},
     id::DeviceId,
     slots::SlotKeys,
     time::{Instant, WallTime},
@@ -312,6 +312,7 @@ fn each_claim_on_a_statement_can_fail() {
     let mut rng = <rand::rngs::SmallRng as rand::SeedableRng>::seed_from_u64(1);
     let arrival = Arrival {
         device: DeviceId::from_uuid(Uuid::from_u128(1)),
+        cohort: CohortTag::of(None, None),
         slot_token: None,
         arrived: Instant::ZERO,
         is_known_absent: false,
@@ -326,7 +327,7 @@ fn each_claim_on_a_statement_can_fail() {
     let claims = [
         checks::statement(&with(Vec::new()), &before, 0, &config),
         checks::statement(&with(vec![key, key]), &before, 0, &config),
-        checks::statement(&batch, &before, 2, &config),
+        checks::statement(&batch, &before, 3, &config),
         checks::statement(
             &batch,
             &AdmissionState {
@@ -353,7 +354,7 @@ fn each_claim_on_a_statement_can_fail() {
         [
             "a statement has 1 to batch_keys_max keys",
             "a statement names no key twice",
-            "no more statements than two are under way",
+            "no more statements than three are under way",
             "what is sent stays within the limit",
             "only probes are sent while the breaker is open",
         ]
