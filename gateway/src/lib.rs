@@ -20,6 +20,7 @@ pub mod lookup;
 pub mod metrics;
 pub mod ops;
 pub mod presence;
+pub mod resume;
 pub mod rules;
 mod series;
 pub mod serve;

@@ -6,7 +6,7 @@
 
 use metrics::{Counter, Gauge, Histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use seawall_proto::refusal::Code;
+use seawall_proto::{handshake::ResumeOutcome, refusal::Code, resume::Finding};
 
 use crate::{
     series::{self, Definition, Family, GaugeFamily, Names},
@@ -40,6 +40,16 @@ pub struct Metrics {
     pub lookup_duration_seconds: Histogram,
     /// Look-up statements sent to the database.
     pub lookup_statements: Counter,
+    /// Resume tokens shown, by outcome.
+    pub resumes: Family,
+    /// Resume tokens given to devices, by occasion.
+    pub resume_tokens: Family,
+    /// Look-ups of devices that came back by token, by what was found.
+    pub resume_drills: Family,
+    /// Devices whose older resume tokens do not count.
+    pub revoked_devices: Gauge,
+    /// Time since the revocations were last confirmed by the database.
+    pub revocations_age_seconds: Gauge,
     /// Distinct keys sent to the database and not yet answered. Never above `seawall_admission_limit`.
     pub lookups_in_flight: Gauge,
     /// The most keys that may be in flight now.
@@ -116,6 +126,8 @@ pub const CLOSE_REASONS: [&str; 18] = [
 pub const MESSAGE_IN_OUTCOMES: [&str; 4] = ["accepted", "buffer_full", "bad_frame", "rate_limited"];
 /// Label `outcome` of `seawall_messages_total` for messages to devices.
 pub const MESSAGE_OUT_OUTCOMES: [&str; 4] = ["acked", "sent", "device_offline", "mailbox_full"];
+/// Label `occasion` of `seawall_resume_tokens_total`.
+pub const TOKEN_OCCASIONS: [&str; 3] = ["welcome", "renewal", "drain"];
 /// Label `buffer` of `seawall_dropped_total`.
 pub const BUFFERS: [&str; 2] = ["events", "log"];
 
@@ -137,6 +149,9 @@ impl Metrics {
         let names = Names::of(&recorder);
         let mut handshake_outcomes = vec!["admitted", "restricted", "abandoned"];
         handshake_outcomes.extend(Code::ALL.iter().map(|code| code.as_str()));
+
+        let mut drill_outcomes = Finding::ALL.map(Finding::as_str).to_vec();
+        drill_outcomes.extend(["failed", "dropped"]);
 
         let mut metrics = Self {
             handle: recorder.handle(),
@@ -174,6 +189,35 @@ impl Metrics {
             lookup_statements: names.counter(
                 "seawall_lookup_statements_total",
                 "Look-up statements sent to the database; each carries up to 256 keys.",
+            ),
+            resumes: names.family(
+                "seawall_resumes_total",
+                "Resume tokens shown, by outcome. `resumed` and `graced` let their devices in without a look-up, `blocked` met a rule, the others were ignored.",
+                &[],
+                "outcome",
+                &ResumeOutcome::ALL.map(ResumeOutcome::as_str),
+            ),
+            resume_tokens: names.family(
+                "seawall_resume_tokens_total",
+                "Resume tokens given to devices.",
+                &[],
+                "occasion",
+                &TOKEN_OCCASIONS,
+            ),
+            resume_drills: names.family(
+                "seawall_resume_drills_total",
+                "Devices let in by a resume token that were looked up afterwards, one in 100, by what was found; `failed`: the database did not answer, `dropped`: too many waited. Their statements are in no other metric.",
+                &[],
+                "outcome",
+                &drill_outcomes,
+            ),
+            revoked_devices: names.gauge(
+                "seawall_revoked_devices",
+                "Devices whose older resume tokens do not count, of at most 65,536 that are remembered.",
+            ),
+            revocations_age_seconds: names.gauge(
+                "seawall_revocations_age_seconds",
+                "Time since the database last confirmed the revocations of resume tokens.",
             ),
             lookups_in_flight: names.gauge(
                 "seawall_lookups_in_flight",

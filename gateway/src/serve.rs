@@ -23,6 +23,7 @@ use crate::{
     lookup::Gate,
     metrics::Metrics,
     ops,
+    resume::{self, Resume},
     rules::{self, Rules},
     sessions::Sessions,
     state::{Plan, Shared, State},
@@ -138,12 +139,14 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     };
 
     let started = clock.wall();
+    let resume = Arc::new(Resume::open(data_dir.path(), keys.resume, config.resume.life()));
     let gate = Gate::start(
         config.admission.clone(),
         keys.slots,
         &store,
         clock,
         Arc::clone(&metrics),
+        Arc::clone(&resume),
         life,
     );
     let state = Arc::new(State {
@@ -154,7 +157,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         started,
         store,
         gate,
-        resume_keys: keys.resume,
+        resume,
         rules: Rules::open(data_dir.path()),
         sessions: Sessions::new(started),
         cohorts: Cohorts::new(),
@@ -191,7 +194,8 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
 async fn await_first_contact(state: &Shared) {
     let contact = async {
         state.store.ready().await;
-        state.rules.poll(&state.store, &state.clock, &state.events).await
+        state.rules.poll(&state.store, &state.clock, &state.events).await?;
+        state.resume.poll(&state.store, &state.clock).await
     };
     match timeout(FIRST_CONTACT_TIMEOUT, contact).await {
         Ok(Ok(())) => {}
@@ -207,6 +211,8 @@ fn spawn_tasks(state: &Shared, life: &Lifecycle) {
     let shared = || Arc::clone(state);
     life.spawn("rules", rules::follow(shared(), hard()));
     life.spawn("evictor", rules::evict(shared(), hard()));
+    life.spawn("revocations", resume::follow(shared(), hard()));
+    life.spawn("drill", resume::drill(shared(), hard()));
     life.spawn("drain", drain::run(shared(), hard()));
     life.spawn("tokens", state.tokens.clone().follow(state.store.clone(), hard()));
     life.spawn("plan guard", upkeep::guard_plans(shared(), hard()));

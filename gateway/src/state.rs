@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use seawall_proto::{resume::ResumeKeys, session::SessionLimits, time::WallTime};
+use seawall_proto::{session::SessionLimits, time::WallTime};
 use serde::Serialize;
 
 use crate::{
@@ -14,6 +14,7 @@ use crate::{
     history::History,
     lookup::Gate,
     metrics::Metrics,
+    resume::Resume,
     rules::Rules,
     sessions::Sessions,
     store::{DatabaseStatus, PlanReport, Store},
@@ -30,7 +31,7 @@ pub struct State {
     pub node: String,
     pub store: Store,
     pub gate: Gate,
-    pub resume_keys: ResumeKeys,
+    pub resume: Arc<Resume>,
     pub rules: Rules,
     pub sessions: Sessions,
     pub cohorts: Cohorts,

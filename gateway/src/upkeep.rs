@@ -95,6 +95,10 @@ fn publish_gauges(state: &Shared) {
         .presence_devices
         .set("offline", state.history.known_len().saturating_sub(online) as f64);
     metrics.rules_revision.set(state.rules.current().revision() as f64);
+    metrics.revoked_devices.set(state.resume.revoked_len() as f64);
+    metrics
+        .revocations_age_seconds
+        .set(state.resume.age(state.clock.now()).as_secs_f64());
     metrics
         .rules_age_seconds
         .set(state.rules.age(state.clock.now()).as_secs_f64());

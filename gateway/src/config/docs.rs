@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::{
-    Config, Database, Drain, Limits, Logging, Ops, RulesSync, Server, Session,
+    Config, Database, Drain, Limits, Logging, Ops, ResumeTokens, RulesSync, Server, Session,
     section::{Field, Section},
 };
 
@@ -73,6 +73,7 @@ fn sections() -> Vec<Section> {
         admission(),
         Limits::describe(),
         Session::describe(),
+        ResumeTokens::describe(),
         RulesSync::describe(),
         Drain::describe(),
         Logging::describe(),

@@ -16,7 +16,7 @@ pub mod section;
 mod sections;
 mod url;
 
-pub use sections::{Database, Drain, Limits, LogFormat, Logging, Ops, RulesSync, Server, Session};
+pub use sections::{Database, Drain, Limits, LogFormat, Logging, Ops, ResumeTokens, RulesSync, Server, Session};
 pub use url::{DatabaseKind, DatabaseUrl, InvalidDatabaseUrl};
 
 /// Greatest configuration file, in bytes: more is a wrong file.
@@ -35,6 +35,7 @@ pub struct Config {
     pub admission: AdmissionConfig,
     pub limits: Limits,
     pub session: Session,
+    pub resume: ResumeTokens,
     pub rules: RulesSync,
     pub drain: Drain,
     pub logging: Logging,
@@ -86,6 +87,7 @@ impl Config {
             .map_err(|error| SettingError::new(format!("admission.{}", error.setting), error.reason))?;
         self.limits.check_bounds()?;
         self.session.check_bounds()?;
+        self.resume.check_bounds()?;
         self.rules.check_bounds()?;
         self.drain.check_bounds()?;
         self.check_texts()?;

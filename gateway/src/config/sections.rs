@@ -145,6 +145,22 @@ impl RulesSync {
 }
 
 section! {
+    /// Resume tokens: how devices come back without a look-up.
+    pub struct ResumeTokens = "resume" {
+        /// How long a token counts; eight hours more while the database is away. Devices get a new one after 50 to 75 % of it. 0: none is given, and none counts.
+        pub life_seconds: u64 = 86_400, "seconds", 0..=518_400;
+    }
+}
+
+impl ResumeTokens {
+    /// [`Self::life_seconds`] as a span.
+    #[must_use]
+    pub const fn life(&self) -> Duration {
+        Duration::from_secs(self.life_seconds)
+    }
+}
+
+section! {
     /// Leaving: at SIGTERM, at Ctrl-C, and by `seawall drain start`.
     pub struct Drain = "drain" {
         /// Time to close sessions one by one; those left then get their 1012 at once. After a signal the process exits.

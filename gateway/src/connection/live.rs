@@ -8,6 +8,8 @@ use seawall_proto::{
     close::Close,
     frame::ErrorCode,
     hello::SessionKind,
+    id::SessionId,
+    resume::{Grant, Minted},
     session::{self, Action, OutBody, Received},
 };
 use tokio::{
@@ -75,18 +77,26 @@ pub(super) struct Live {
     socket: Socket,
     /// Whoever waits to hear that a message arrived, oldest first.
     waiting: Vec<(Box<str>, oneshot::Sender<Delivery>)>,
+    /// What its resume tokens are made from; `None` in a plain session, which has no frame for them.
+    grant: Option<Box<Grant>>,
     messages_in: u32,
     messages_out: u32,
     /// Its place among the node's connections.
     _connection: Share,
 }
 
-/// The decisions of a session that is about to begin.
-pub(super) fn machine(shared: &Shared, online: &Online, kind: SessionKind) -> session::Session {
+/// The decisions of a session that is about to begin. `grant`: what its resume tokens are made from.
+pub(super) fn machine(
+    shared: &Shared,
+    online: &Online,
+    kind: SessionKind,
+    grant: Option<&mut Grant>,
+) -> session::Session {
+    let minted = minted(shared, grant, online.session().id, "welcome");
     session::Session::open(
         kind,
         online.session().id,
-        None,
+        minted.as_ref(),
         Arc::clone(&shared.session_limits),
         shared.clock.now(),
         shared.clock.wall(),
@@ -110,6 +120,7 @@ impl Live {
         machine: session::Session,
         stream: TcpStream,
         leftover: Vec<u8>,
+        grant: Option<Box<Grant>>,
         connection: Share,
     ) -> Self {
         let limits = &shared.config.limits;
@@ -124,6 +135,7 @@ impl Live {
             online,
             machine,
             waiting: Vec::new(),
+            grant,
             messages_in: 0,
             messages_out: 0,
             _connection: connection,
@@ -184,7 +196,10 @@ impl Live {
                     self.acknowledged(&id);
                     continue;
                 }
-                Action::RenewToken => continue,
+                Action::RenewToken => {
+                    self.renew_token("renewal");
+                    continue;
+                }
                 Action::Close(close) => return Err(End::Closed(close)),
             }
             has_fed = true;
@@ -205,9 +220,21 @@ impl Live {
     fn obey(&mut self) {
         while let Some(command) = self.online.session().take() {
             match command {
-                Command::Close(close) => self.machine.handle_close(close),
+                Command::Close(close) => {
+                    if self.machine.wants_token_before(&close) {
+                        self.renew_token("drain");
+                    }
+                    self.machine.handle_close(close);
+                }
                 Command::Deliver(message) => self.deliver(message),
             }
+        }
+    }
+
+    fn renew_token(&mut self, occasion: &'static str) {
+        let id = self.online.session().id;
+        if let Some(minted) = minted(&self.shared, self.grant.as_deref_mut(), id, occasion) {
+            self.machine.handle_token(&minted, self.shared.clock.now());
         }
     }
 
@@ -297,4 +324,11 @@ impl Live {
             End::Gone | End::Slow => {}
         }
     }
+}
+
+/// A resume token for a session, where it may have one.
+fn minted(shared: &Shared, grant: Option<&mut Grant>, session: SessionId, occasion: &'static str) -> Option<Minted> {
+    let minted = shared.resume.mint(grant?, session, &shared.clock)?;
+    shared.metrics.resume_tokens.increment(occasion);
+    Some(minted)
 }

@@ -18,7 +18,6 @@ use seawall_proto::{
     handshake::{self, Admitted, Next, Policy},
     hello::{self, Hello, Request, SessionKind},
     refusal::{Peers, Refusal},
-    resume::{Judge, Revoked},
 };
 use tokio::{net::TcpStream, time::timeout};
 
@@ -176,7 +175,7 @@ async fn read_head(
     }
 }
 
-/// The order of `seawall_proto::handshake`, with the look-up in its place.
+/// The order of `seawall_proto::handshake`, with resume token and look-up in their places.
 async fn decide(shared: &Shared, hello: Hello) -> Concluded {
     let arrived = shared.clock.now();
     let screened = {
@@ -192,18 +191,16 @@ async fn decide(shared: &Shared, hello: Hello) -> Concluded {
         Ok(screened) => screened,
         Err(refusal) => return concluded(Err(refusal)),
     };
-    let resumption = {
-        let judge = Judge {
-            keys: &shared.resume_keys,
-            revoked: &Revoked::unknown(),
-            is_stale: false,
-        };
-        let rules = shared.rules.current();
-        handshake::resume(screened, &judge, &rules, shared.clock.wall(), &mut rand::rng())
-    };
+    let resumption = shared.resume.weigh(screened, &shared.rules.current(), &shared.clock);
+    if let Some(outcome) = resumption.outcome {
+        shared.metrics.resumes.increment(outcome.as_str());
+    }
     let unproven = match resumption.next {
         Next::LookUp(unproven) => unproven,
-        Next::Session(admitted) => return concluded(Ok(*admitted)),
+        Next::Session(admitted) => {
+            shared.gate.handle_admitted(admitted.hello.device, admitted.tenant());
+            return concluded(Ok(*admitted));
+        }
         Next::Refused(refusal) => return concluded(Err(refusal)),
     };
     let mut concluded = shared.gate.admit(unproven, arrived, || shared.rules.current()).await;
@@ -263,7 +260,9 @@ async fn upgrade(
         },
     );
     obey_orders_given_meanwhile(&shared, online.session());
-    let mut machine = live::machine(&shared, &online, kind);
+    // A plain session has no frame for a resume token.
+    let mut grant = (kind == SessionKind::V1).then(|| Box::new(admitted.grant.clone()));
+    let mut machine = live::machine(&shared, &online, kind, grant.as_deref_mut());
     // The welcome goes with the 101: one write, one packet, and no device waits for it.
     live::say_at_once(&mut machine, &mut first_bytes);
     let written = answer::write(&shared, &mut stream, &first_bytes).await;
@@ -272,7 +271,23 @@ async fn upgrade(
         return attempt.count(Outcome::Abandoned);
     }
     attempt.admitted(cohort);
-    let live = Live::open(Arc::clone(&shared), online, machine, stream, leftover, connection).await;
+    if let Some(before) = admitted.resumed {
+        let session = online.session().id;
+        tracing::debug!(device.id = %admitted.grant.device, session.id = %session, session.before = %before, "session resumed by token");
+        if !shared.resume.offer_drill(&admitted.grant, session) {
+            shared.metrics.resume_drills.increment("dropped");
+        }
+    }
+    let live = Live::open(
+        Arc::clone(&shared),
+        online,
+        machine,
+        stream,
+        leftover,
+        grant,
+        connection,
+    )
+    .await;
     door.spawn(&shared, Box::new(live).run());
 }
 

@@ -33,7 +33,7 @@ mod absent;
 mod worker;
 
 use self::absent::{Absent, Epoch};
-use crate::{clock::Clock, lifecycle::Lifecycle, metrics::Metrics, store::Store};
+use crate::{clock::Clock, lifecycle::Lifecycle, metrics::Metrics, resume::Resume, store::Store};
 
 /// Longest sleep of the keeper: gauges that fade with time are published at least this often.
 const KEEPER_SLEEP_MAX: Duration = Duration::from_secs(1);
@@ -65,6 +65,8 @@ pub struct Found {
     pub record: Arc<DeviceRecord>,
     /// How long the database took for the statement.
     pub took: Duration,
+    /// The revocations that were known before it was sent.
+    pub as_of: Generation,
 }
 
 /// The way to the registry for connecting devices. Clones are the same gate.
@@ -80,6 +82,7 @@ struct Inner {
     rearm: Notify,
     clock: Clock,
     metrics: Arc<Metrics>,
+    resume: Arc<Resume>,
 }
 
 /// Behind the mutex.
@@ -95,6 +98,7 @@ struct Core {
 struct Sent {
     batch: Batch,
     epochs: Vec<Epoch>,
+    as_of: Generation,
 }
 
 impl Gate {
@@ -106,6 +110,7 @@ impl Gate {
         store: &Store,
         clock: Clock,
         metrics: Arc<Metrics>,
+        resume: Arc<Resume>,
         life: &Lifecycle,
     ) -> Self {
         let now = clock.now();
@@ -125,6 +130,7 @@ impl Gate {
             rearm: Notify::new(),
             clock,
             metrics,
+            resume,
         }));
         gate.0.publish(&gate.0.lock(), now);
         for _ in 0..STATEMENTS_IN_FLIGHT_MAX {
@@ -171,14 +177,8 @@ impl Gate {
             }
         };
         let record = found.as_ref().map(|found| &*found.record);
-        let result = handshake::conclude(
-            unproven,
-            record,
-            Generation::default(),
-            &rules(),
-            self.0.clock.wall(),
-            &mut rand::rng(),
-        );
+        let as_of = found.as_ref().map(|found| found.as_of).unwrap_or_default();
+        let result = handshake::conclude(unproven, record, as_of, &rules(), self.0.clock.wall(), &mut rand::rng());
         match &result {
             Ok(admitted) => self.handle_admitted(device, admitted.tenant()),
             Err(refusal) if refusal.code == Code::Unauthorized => self.handle_wrong_credential(device),
@@ -347,7 +347,8 @@ impl Inner {
         let epochs = batch.keys.iter().map(|device| self.absent.epoch(*device)).collect();
         // There may be more, for the other worker.
         self.work.notify_one();
-        Some(Sent { batch, epochs })
+        let as_of = self.resume.known();
+        Some(Sent { batch, epochs, as_of })
     }
 
     /// A statement ended.
@@ -372,7 +373,8 @@ impl Inner {
         core.admission.handle_batch_done(sent.batch.id, outcome, now);
         self.answer_all(core, now, wall, |device| {
             let record = Arc::clone(records.get(&device)?);
-            Some(Found { record, took })
+            let as_of = sent.as_of;
+            Some(Found { record, took, as_of })
         });
         self.publish(core, now);
         self.rearm_keeper(core);

@@ -403,7 +403,7 @@ enum Leaves {
 }
 
 /// Makes a change to the end, whether or not the caller waits, and lets it take effect: what was remembered of the device's absence no longer
-/// counts, and its session ends where the registry does not want it any more.
+/// counts, nor do its resume tokens, and its session ends where the registry does not want it any more.
 async fn carry_out(
     api: &Arc<Api>,
     id: DeviceId,
@@ -415,6 +415,7 @@ async fn carry_out(
         .carry_out(async move {
             let changed = change.await;
             gateway.gate.forget(id);
+            gateway.resume.revoke(id, &gateway.store, &gateway.clock).await;
             if let Ok(Some(row)) = &changed {
                 let state = match leaves {
                     Leaves::Row => Some(row.record.state),

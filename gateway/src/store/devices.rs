@@ -16,6 +16,7 @@ use super::{
         Audit, DEFAULT_TENANT, DeviceChange, DeviceFilter, DeviceRow, NewDevice, PAGE_MAX, Page, Rotation, from_ms,
         to_ms,
     },
+    revocations,
 };
 
 /// Index: devices' primary key.
@@ -189,7 +190,7 @@ impl Store {
         Ok(row)
     }
 
-    /// Changes state, tenant or model. `Ok(None)`: there is no such device.
+    /// Changes state, tenant or model, and revokes the device's resume tokens. `Ok(None)`: there is no such device.
     ///
     /// # Errors
     /// The database is away, full, or another transaction holds the device for too long.
@@ -214,7 +215,7 @@ impl Store {
         .await
     }
 
-    /// Gives a device a new credential, and lets the old one go after the overlap. `Ok(None)`: there is no such device.
+    /// Gives a device a new credential, lets the old one go after the overlap, and revokes the resume tokens. `Ok(None)`: there is no such device.
     ///
     /// # Errors
     /// As [`Store::device_update`].
@@ -233,7 +234,7 @@ impl Store {
         .await
     }
 
-    /// Forgets a device. `Ok(None)`: there was none.
+    /// Forgets a device, and revokes its resume tokens. `Ok(None)`: there was none.
     ///
     /// # Errors
     /// As [`Store::device_update`].
@@ -254,6 +255,7 @@ impl Store {
                 after: None,
             };
             audit::record(&mut held, audit, change).await?;
+            revocations::revoke(&mut held, id, audit.at).await?;
             held.commit().await?;
             Ok(Some(device))
         })
@@ -297,6 +299,7 @@ impl Store {
                 after: Some(describe(record)),
             };
             audit::record(&mut held, audit, change).await?;
+            revocations::revoke(&mut held, id, audit.at).await?;
             held.commit().await?;
             Ok(Some(device))
         })

@@ -11,6 +11,8 @@ pub enum Operation {
     Lookup,
     /// Rules, written by operators and polled by every node.
     Rules,
+    /// Revocations of resume tokens, polled by every node.
+    Revocations,
     /// What the API and the tokens' poll read.
     Read,
     /// What the API changes, rules and imports apart.
@@ -21,9 +23,10 @@ pub enum Operation {
 }
 
 impl Operation {
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Lookup,
         Self::Rules,
+        Self::Revocations,
         Self::Read,
         Self::Write,
         Self::Import,
@@ -35,6 +38,7 @@ impl Operation {
         match self {
             Self::Lookup => "lookup",
             Self::Rules => "rules",
+            Self::Revocations => "revocations",
             Self::Read => "read",
             Self::Write => "write",
             Self::Import => "import",

@@ -17,6 +17,7 @@ use super::{
     failures::{Failures, Operation},
     lane,
     model::{Audit, DEFAULT_TENANT, to_ms},
+    revocations,
 };
 
 /// Most lines of one import, the header aside. The next one fails the import with [`StoreError::Invalid`].
@@ -146,6 +147,12 @@ const UPDATE_OTHERS: Sql = Sql::both(
      FROM import_rows AS s WHERE s.id = devices.id AND s.secret_sha256 <> devices.secret_sha256",
 );
 
+/// Leaves the devices that are to get another credential: those whose resume tokens are revoked. Index: devices' primary key.
+const KEEP_OTHERS: Sql = Sql::both(
+    "DELETE FROM import_rows WHERE NOT EXISTS \
+     (SELECT 1 FROM devices AS d WHERE d.id = import_rows.id AND d.secret_sha256 <> import_rows.secret_sha256)",
+);
+
 const BEGIN: Sql = Sql {
     sqlite: "BEGIN IMMEDIATE",
     postgres: "BEGIN",
@@ -257,6 +264,7 @@ impl Import {
             OnOtherCredential::Update if self.report.bad == 0 => {
                 let others = [at, Value::from(audit.actor.as_str()), Value::from(audit.action)];
                 connection.run(AUDIT_OTHERS, &others).await?;
+                connection.run(KEEP_OTHERS, &[]).await?;
                 self.report.updated = connection.run(UPDATE_OTHERS, &[at]).await?;
             }
             OnOtherCredential::Update => {}
@@ -277,6 +285,9 @@ impl Import {
             })),
         };
         audit::record(connection, audit, change).await?;
+        if self.report.updated > 0 {
+            revocations::revoke_imported(connection, self.report.updated, audit.at).await?;
+        }
         connection.control(COMMIT).await
     }
 

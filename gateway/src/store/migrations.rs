@@ -14,12 +14,20 @@ struct Version {
     postgres: &'static str,
 }
 
-const VERSIONS: &[Version] = &[Version {
-    number: 1,
-    name: "registry",
-    sqlite: include_str!("../../../migrations/sqlite/0001_registry.sql"),
-    postgres: include_str!("../../../migrations/postgres/0001_registry.sql"),
-}];
+const VERSIONS: &[Version] = &[
+    Version {
+        number: 1,
+        name: "registry",
+        sqlite: include_str!("../../../migrations/sqlite/0001_registry.sql"),
+        postgres: include_str!("../../../migrations/postgres/0001_registry.sql"),
+    },
+    Version {
+        number: 2,
+        name: "revocations",
+        sqlite: include_str!("../../../migrations/sqlite/0002_revocations.sql"),
+        postgres: include_str!("../../../migrations/postgres/0002_revocations.sql"),
+    },
+];
 
 /// The newest version of the schema that this binary knows.
 pub const SCHEMA_VERSION: i64 = VERSIONS[VERSIONS.len() - 1].number;

@@ -19,6 +19,7 @@ mod migrations;
 mod model;
 mod plan;
 mod postgres;
+mod revocations;
 mod rules;
 mod sqlite;
 mod tokens;
@@ -50,6 +51,7 @@ pub use self::{
         Role, Rotation, TokenRow,
     },
     plan::PlanReport,
+    revocations::StoredRevocations,
     rules::{RULES_MAX, StoredRules},
     tokens::TOKENS_MAX,
 };

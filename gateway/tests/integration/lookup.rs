@@ -2,6 +2,7 @@
 
 use std::{
     future::Future,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -13,12 +14,14 @@ use seawall_gateway::{
     lifecycle::Lifecycle,
     lookup::{Gate, LookUp},
     metrics::Metrics,
+    resume::Resume,
     store::{Audit, NewDevice, Store},
 };
 use seawall_proto::{
     admission::{AdmissionConfig, BreakerState, Cause, CohortTag, Refused},
     id::{DeviceId, SecretHash},
     refusal::Code,
+    resume::{self, ResumeKeys},
     slots::SlotKeys,
     time::WallTime,
 };
@@ -64,6 +67,11 @@ impl Fixture {
             &store,
             clock,
             Arc::clone(&metrics),
+            Arc::new(Resume::open(
+                Path::new("/nonexistent"),
+                ResumeKeys::new(1, [7; 32]),
+                resume::LIFE,
+            )),
             &life,
         );
         Self {

@@ -31,7 +31,9 @@ async fn drain_tells_every_session_when_to_come_back_and_refuses_newcomers() {
     for mut session in speaking {
         let (frames, code, reason) = end_of(&mut session, PATIENCE).await;
         assert_eq!((code, &reason["reason"]), (1012, &json!("draining")));
-        assert_eq!(frames.len(), 1, "{frames:?}");
+        assert_eq!(frames.len(), 2, "{frames:?}");
+        let (token, frames) = (&frames[0], &frames[1..]);
+        assert_eq!(token["type"], "resume", "a fresh one, to come back with");
         assert_eq!(
             (&frames[0]["type"], &frames[0]["reason"]),
             (&json!("reconnect"), &json!("draining"))
@@ -83,7 +85,7 @@ async fn cancelled_drain_leaves_the_rest_in_peace() {
         let _ = session.send_json(&message()).await;
         match session.next_json(PATIENCE).await {
             Ok(frame) if frame["type"] == "ack" => left += 1,
-            Ok(frame) => assert_eq!(frame["type"], "reconnect"),
+            Ok(frame) => assert_eq!(frame["type"], "resume", "a fresh token, then the close"),
             Err(error) => panic!("{error}"),
         }
     }

@@ -3,6 +3,7 @@
 mod devices;
 mod drain;
 mod outage;
+mod resume;
 pub mod rig;
 mod rules;
 mod storm;

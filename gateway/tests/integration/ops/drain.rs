@@ -13,7 +13,8 @@ fn a_drain_is_started_looked_at_and_cancelled() {
     let started = gateway.post("/api/v1/drain", json!({"rate_per_second": 50, "deadline": "30s"}));
     let closed = gateway.block_on(async {
         device.frame().await;
-        // Told when to come back, then closed.
+        // Given a resume token, told when to come back, then closed.
+        device.frame().await;
         device.frame().await;
         device.frame().await
     });

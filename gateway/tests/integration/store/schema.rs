@@ -22,7 +22,10 @@ async fn both_schemas_have_the_same_tables_columns_and_keys() {
 
     assert_eq!(sqlite, postgres);
     let tables: std::collections::BTreeSet<_> = sqlite.keys().map(|(table, _)| table.as_str()).collect();
-    assert_eq!(tables, ["audit", "devices", "meta", "rules", "tokens"].into());
+    assert_eq!(
+        tables,
+        ["audit", "devices", "meta", "revocations", "rules", "tokens"].into()
+    );
 }
 
 async fn sqlite_columns(fixture: &Fixture) -> Columns {
@@ -37,7 +40,7 @@ async fn sqlite_columns(fixture: &Fixture) -> Columns {
     let columns = rows.iter().map(|row| {
         let (table, column): (String, String) = (row.get("tab"), row.get("col"));
         let kind = match (row.get::<String, _>("kind").as_str(), column.as_str()) {
-            ("BLOB", "id") => "uuid",
+            ("BLOB", "id" | "device") => "uuid",
             ("BLOB", _) => "bytes",
             ("INTEGER", "state") => "small",
             ("INTEGER", _) => "int",

@@ -15,6 +15,7 @@ use seawall_gateway::{
     listener::{Bounds, Listener},
     lookup::Gate,
     metrics::Metrics,
+    resume::Resume,
     rules::Rules,
     sessions::Sessions,
     state::{Plan, Shared, State},
@@ -49,12 +50,14 @@ impl Gateway {
         let (clock, life, metrics) = (Clock::start(), Lifecycle::new(), Arc::new(Metrics::new()));
         let store = Store::open(&config.database_url()).await.unwrap();
         let keys = keys::open(data_dir.path()).unwrap();
+        let resume = Arc::new(Resume::open(data_dir.path(), keys.resume, config.resume.life()));
         let gate = Gate::start(
             config.admission.clone(),
             keys.slots,
             &store,
             clock,
             Arc::clone(&metrics),
+            Arc::clone(&resume),
             &life,
         );
         let listener = Listener::bind(
@@ -75,7 +78,7 @@ impl Gateway {
             node: "test".into(),
             store,
             gate,
-            resume_keys: keys.resume,
+            resume,
             rules: Rules::open(data_dir.path()),
             sessions: Sessions::new(clock.wall()),
             cohorts: Cohorts::new(),

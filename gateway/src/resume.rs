@@ -1,0 +1,298 @@
+//! Resume tokens on this node: minted for sessions, weighed when a device comes back, and revoked.
+//!
+//! A revocation made through this node counts before its caller is answered; one made elsewhere is seen by polling the revision.
+//! What is known is also on disk, so that a start without a database refuses those who were revoked. Where nothing is known, no
+//! token counts. `seawall_proto::resume` decides; the statements are in [`crate::store`].
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use seawall_proto::{
+    handshake::{self, Resumption, Screened},
+    id::{DeviceId, SessionId},
+    resume::{Drills, Generation, Grant, Judge, Minted, Offered, REVOKED_MAX, ResumeKeys, Revoked, STALE_AFTER},
+    rules::RuleSet,
+    time::Instant,
+};
+use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    clock::Clock,
+    data_dir::write_atomically,
+    state::Shared,
+    store::{Store, StoreError, StoredRevocations},
+};
+
+mod drill;
+
+pub use drill::drill;
+
+/// File of the revocations in the data directory: at most [`REVOKED_MAX`] devices, 50 bytes each.
+const FILE: &str = "revoked.json";
+/// How often the revision of the revocations is read: a revocation counts on every node within a second.
+const POLL_INTERVAL: Duration = Duration::from_millis(400);
+/// Polls between two prunings of the revocations in the database: an hour.
+const POLLS_TO_PRUNE: u32 = 9_000;
+
+/// The resume tokens of this node.
+pub struct Resume {
+    keys: ResumeKeys,
+    /// Zero: there are none.
+    life: Duration,
+    revoked: RwLock<Revoked>,
+    /// When the database last confirmed them, in microseconds of the process clock; `u64::MAX` before the first time.
+    confirmed_at: AtomicU64,
+    /// Who reads the database or writes the file.
+    loading: tokio::sync::Mutex<()>,
+    file: PathBuf,
+    drills: Mutex<Drills<Case>>,
+    drawn: Notify,
+}
+
+/// One who came back by token, to be looked up.
+struct Case {
+    grant: Grant,
+    session: SessionId,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    known: u32,
+    floor: u32,
+    devices: Vec<(DeviceId, u32)>,
+}
+
+impl Resume {
+    /// Starts from the revocations on disk. Without them no token counts until the database was asked.
+    #[must_use]
+    pub fn open(data_dir: &Path, keys: ResumeKeys, life: Duration) -> Self {
+        let file = data_dir.join(FILE);
+        let revoked = match read(&file) {
+            Ok(saved) => saved,
+            Err(error) => {
+                tracing::error!(%error, file = %file.display(), "ignoring unreadable file of revocations: no resume token counts until the database answers");
+                None
+            }
+        };
+        Self {
+            keys,
+            life,
+            revoked: RwLock::new(revoked.unwrap_or_else(Revoked::unknown)),
+            confirmed_at: AtomicU64::new(u64::MAX),
+            loading: tokio::sync::Mutex::default(),
+            file,
+            drills: Mutex::default(),
+            drawn: Notify::new(),
+        }
+    }
+
+    /// Weighs the token that a device shows, if it shows one.
+    pub fn weigh(&self, screened: Screened, rules: &RuleSet, clock: &Clock) -> Resumption {
+        let revoked = self.revoked();
+        let nothing = Revoked::unknown();
+        let judge = Judge {
+            keys: &self.keys,
+            revoked: if self.life.is_zero() { &nothing } else { &revoked },
+            is_stale: self.is_stale(clock.now()),
+        };
+        handshake::resume(screened, &judge, rules, clock.wall(), &mut rand::rng())
+    }
+
+    /// All revocations up to here are known. To be asked before a look-up is sent.
+    #[must_use]
+    pub fn known(&self) -> Generation {
+        self.revoked().known()
+    }
+
+    /// A token for a device's session; `None` where tokens are off, or the device was changed since it was authenticated.
+    pub fn mint(&self, grant: &mut Grant, session: SessionId, clock: &Clock) -> Option<Minted> {
+        if self.life.is_zero() || !grant.refresh(&self.revoked()) {
+            return None;
+        }
+        grant.mint(&self.keys, session, self.life, clock.wall())
+    }
+
+    /// No revocation concerns the device since it was granted this.
+    fn allows(&self, grant: &Grant) -> bool {
+        self.revoked().allows(grant.device, grant.generation)
+    }
+
+    /// Draws whether one who came back by token is looked up. False where too many wait for that.
+    pub fn offer_drill(&self, grant: &Grant, session: SessionId) -> bool {
+        let case = || Case {
+            grant: grant.clone(),
+            session,
+        };
+        match self.drills().offer(case, &mut rand::rng()) {
+            Offered::NotDrawn => true,
+            Offered::Waiting => {
+                self.drawn.notify_one();
+                true
+            }
+            Offered::Full => false,
+        }
+    }
+
+    /// A device was changed in the registry, or may have been: tokens of before no longer count, here and on disk, when this
+    /// returns; on other nodes when they have polled.
+    pub async fn revoke(&self, device: DeviceId, store: &Store, clock: &Clock) {
+        self.change(|revoked| revoked.revoke_now(device));
+        if let Err(error) = self.poll(store, clock).await {
+            tracing::warn!(%error, "revocations can't be read: those known stay");
+            let _one_at_a_time = self.loading.lock().await;
+            self.save().await;
+        }
+    }
+
+    /// Looks whether the database holds other revocations, and takes them.
+    ///
+    /// # Errors
+    /// The database can't be read; what is known stays.
+    pub async fn poll(&self, store: &Store, clock: &Clock) -> Result<(), StoreError> {
+        let _one_at_a_time = self.loading.lock().await;
+        let (known, floor) = {
+            let revoked = self.revoked();
+            let is_unknown = revoked.floor() == Generation::MAX;
+            ((!is_unknown).then(|| revoked.known()), revoked.floor())
+        };
+        let mut stored = store.revocations_since(known).await?;
+        if let Some(known) = known.filter(|known| *known > stored.revision) {
+            tracing::warn!(
+                revision = stored.revision.0,
+                known = known.0,
+                "the registry is older than what this node has seen of it: resume tokens of before no longer count"
+            );
+            store.revoke_all_tokens(known).await?;
+            stored = store.revocations_since(Some(known)).await?;
+        }
+        let is_news = known != Some(stored.revision) || stored.floor > floor;
+        if is_news {
+            self.take(&stored, known);
+            self.save().await;
+        }
+        self.confirmed_at.store(clock.now().as_micros(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn take(&self, stored: &StoredRevocations, known: Option<Generation>) {
+        self.change(|revoked| {
+            if known.is_none() {
+                *revoked = Revoked::of(Generation(0), stored.floor, []);
+            }
+            for (device, at) in &stored.devices {
+                revoked.revoke(*device, *at);
+            }
+            revoked.raise(stored.floor);
+            let oldest = stored.devices.iter().map(|(_, at)| *at).min();
+            if let Some(oldest) = oldest.filter(|_| stored.devices.len() >= REVOKED_MAX) {
+                // Older ones may be missing.
+                revoked.raise(oldest);
+            }
+            revoked.confirm(stored.revision);
+        });
+        tracing::debug!(
+            revision = stored.revision.0,
+            devices = stored.devices.len(),
+            "revocations taken"
+        );
+    }
+
+    /// Whole or not at all. A file that can't be written is taken away: a start without a database must not use an older one.
+    async fn save(&self) {
+        let saved = {
+            let revoked = self.revoked();
+            Saved {
+                known: revoked.known().0,
+                floor: revoked.floor().0,
+                devices: revoked.devices().map(|(device, at)| (device, at.0)).collect(),
+            }
+        };
+        let file = self.file.clone();
+        let write = move || {
+            let text = serde_json::to_vec(&saved).map_err(std::io::Error::other)?;
+            write_atomically(&file, &text, 0o600).inspect_err(|_| drop(std::fs::remove_file(&file)))
+        };
+        let written = tokio::task::spawn_blocking(write)
+            .await
+            .unwrap_or_else(|error| Err(std::io::Error::other(error)));
+        if let Err(error) = written {
+            tracing::error!(%error, file = %self.file.display(), "revocations count but could not be written to disk: free space or repair the data directory, after a restart without the database no resume token would count");
+        }
+    }
+
+    /// Time since the database last confirmed the revocations; since the start where it never did.
+    #[must_use]
+    pub fn age(&self, now: Instant) -> Duration {
+        match self.confirmed_at.load(Ordering::Relaxed) {
+            u64::MAX => now.saturating_since(Instant::ZERO),
+            at => now.saturating_since(Instant::from_micros(at)),
+        }
+    }
+
+    fn is_stale(&self, now: Instant) -> bool {
+        self.confirmed_at.load(Ordering::Relaxed) == u64::MAX || self.age(now) > STALE_AFTER
+    }
+
+    /// Devices whose older tokens don't count.
+    #[must_use]
+    pub fn revoked_len(&self) -> usize {
+        self.revoked().devices().len()
+    }
+
+    fn revoked(&self) -> std::sync::RwLockReadGuard<'_, Revoked> {
+        self.revoked.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Revoked)) {
+        change(&mut self.revoked.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn drills(&self) -> MutexGuard<'_, Drills<Case>> {
+        self.drills.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Polls the revocations until `stop`.
+pub async fn follow(state: Shared, stop: CancellationToken) {
+    let mut is_failing = false;
+    let mut polls = 0_u32;
+    loop {
+        let mut outcome = state.resume.poll(&state.store, &state.clock).await;
+        if outcome.is_ok() && polls.is_multiple_of(POLLS_TO_PRUNE) {
+            outcome = state.store.revocations_prune(state.clock.wall()).await;
+        }
+        polls = polls.wrapping_add(1);
+        match (&outcome, is_failing) {
+            (Err(error), false) => tracing::warn!(%error, "revocations can't be read: those known stay"),
+            (Ok(()), true) => tracing::info!("revocations can be read again"),
+            (Ok(()), false) | (Err(_), true) => {}
+        }
+        is_failing = outcome.is_err();
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(POLL_INTERVAL) => {}
+        }
+    }
+}
+
+fn read(file: &Path) -> Result<Option<Revoked>, std::io::Error> {
+    let saved: Saved = match std::fs::read(file) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map_err(std::io::Error::other)?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let devices = saved.devices.into_iter().map(|(device, at)| (device, Generation(at)));
+    Ok(Some(Revoked::of(
+        Generation(saved.known),
+        Generation(saved.floor),
+        devices,
+    )))
+}
