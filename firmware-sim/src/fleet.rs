@@ -158,6 +158,7 @@ impl Fleet {
                     seed: seeds.random(),
                     connect_timeout: config.connect_timeout,
                     messages_every: config.messages_every,
+                    resumes: true,
                 }),
             })
             .collect();

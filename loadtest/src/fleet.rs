@@ -57,6 +57,7 @@ impl Fleet {
                     seed: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(number as u64),
                     connect_timeout: Some(device.connect_timeout),
                     messages_every: device.messages_every,
+                    resumes: device.resumes,
                 })
             })
             .collect();
@@ -217,6 +218,7 @@ mod tests {
             model: Some("display".to_owned()),
             connect_timeout: Duration::from_secs(10),
             messages_every: None,
+            resumes: false,
         };
         (
             Fleet::start(&[device], url, Arc::clone(&recorder), 1).await.unwrap(),

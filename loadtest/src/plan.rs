@@ -25,6 +25,8 @@ pub struct Device {
     pub connect_timeout: Duration,
     /// Between two messages that it sends. None: it sends none.
     pub messages_every: Option<Duration>,
+    /// It shows its resume token when it comes back.
+    pub resumes: bool,
 }
 
 /// All devices of a scenario.
@@ -60,6 +62,7 @@ impl Plan {
                     model: fleet.model.clone(),
                     connect_timeout: Duration::from_secs_f64(fleet.connect_timeout_seconds),
                     messages_every: messages::every(fleet.messages_per_minute),
+                    resumes: fleet.resume,
                 });
             }
             pair(&mut devices[first..]);

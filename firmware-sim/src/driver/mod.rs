@@ -77,6 +77,8 @@ pub struct DeviceSpec {
     pub connect_timeout: Option<Duration>,
     /// Between two messages that it sends while it is connected. `None`: it sends none.
     pub messages_every: Option<Duration>,
+    /// Whether it shows the resume token that it has. Devices of before resume tokens don't.
+    pub resumes: bool,
 }
 
 /// Runs devices against one gateway.
@@ -157,6 +159,7 @@ impl Driver {
                 is_slow: spec.profile == Profile::SlowReader,
             },
             messages_every: spec.messages_every,
+            resumes: spec.resumes,
             is_ending: false,
         });
         self.tasks.spawn(task.live());

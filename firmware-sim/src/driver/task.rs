@@ -26,6 +26,7 @@ pub(super) struct DeviceTask {
     pub(super) firmware: Option<Arc<str>>,
     pub(super) socket: SocketOptions,
     pub(super) messages_every: Option<Duration>,
+    pub(super) resumes: bool,
     pub(super) is_ending: bool,
 }
 
@@ -104,7 +105,7 @@ impl DeviceTask {
             model: self.model.as_deref(),
             tenant: self.tenant.as_deref(),
             slot: self.device.slot(),
-            resume: self.device.resume(),
+            resume: self.device.resume().filter(|_| self.resumes),
             protocols: Some(SUBPROTOCOL),
         }
     }

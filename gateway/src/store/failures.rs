@@ -78,6 +78,6 @@ mod tests {
         failures.observe(Operation::Write, &Err::<(), _>(StoreError::TimedOut));
 
         let counted = Operation::ALL.map(|operation| failures.of(operation));
-        assert_eq!(counted, [0, 0, 0, 1, 0, 0]);
+        assert_eq!(counted, [0, 0, 0, 0, 1, 0, 0]);
     }
 }

@@ -130,6 +130,9 @@ pub struct Fleet {
     /// Messages that each device sends in a minute while it is connected. 0 to 6,000. Default: none.
     #[serde(default)]
     pub messages_per_minute: f64,
+    /// Whether its devices come back by resume token, past the database. Default: they are looked up, as after their first start.
+    #[serde(default)]
+    pub resume: bool,
 }
 
 /// A stretch of time with figures of its own.

@@ -14,6 +14,7 @@ use crate::{
 
 /// Longest slot or resume token looked at, in bytes. A longer one can't be ours, and is ignored like any that does not count.
 const TOKEN_LEN_MAX: usize = 256;
+const _: () = assert!(crate::resume::TOKEN_TEXT_LEN_MAX <= TOKEN_LEN_MAX);
 
 const DOUBLED: &str = "an identity header is given twice";
 const DOUBLED_QUERY: &str = "an identity parameter is given twice";

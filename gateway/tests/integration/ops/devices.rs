@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::rig::{Gateway, V1, text};
+use crate::wire::raw::{Device, ask, request};
 
 #[test]
 fn a_device_is_registered_shown_changed_and_removed() {
@@ -192,4 +193,41 @@ fn a_device_that_was_refused_connects_as_soon_as_it_is_registered() {
         .map(|attempt| text(&attempt["outcome"]))
         .collect();
     assert_eq!(outcomes, ["admitted", "unauthorized"]);
+}
+
+#[test]
+fn a_change_counts_against_resume_tokens_before_it_is_answered() {
+    let gateway = Gateway::start();
+    let changes = [
+        ("PATCH", "", Some(json!({"state": "disabled"})), 403),
+        ("PATCH", "", Some(json!({"state": "revoked"})), 401),
+        ("POST", "/secret", Some(json!({})), 401),
+        ("DELETE", "", None, 401),
+    ];
+
+    for (method, path, body, status) in changes {
+        let (id, secret) = gateway.register(json!({}));
+        let mut device = gateway.connect(&id, &secret, &[V1]);
+        let welcome: Value = serde_json::from_str(gateway.block_on(device.frame()).text()).unwrap();
+        let identity = format!("Seawall-Device: {id}\r\nAuthorization: Bearer {secret}");
+        let token = format!("Seawall-Resume: {}", text(&welcome["resume"]));
+        let back = request(&[&identity, &token]);
+        drop(gateway.block_on(Device::connect(gateway.device_address(), &[&identity, &token])));
+
+        let path = format!("/api/v1/devices/{id}{path}");
+        let changed = gateway.call_as(&gateway.admin, method, &path, body.as_ref());
+        assert!((200..300).contains(&changed.status), "{changed:?}");
+
+        let answer = gateway.block_on(ask(gateway.device_address(), back.as_bytes()));
+        assert_eq!(answer.status, status);
+    }
+    let metrics = gateway.state().metrics.render();
+    assert!(
+        metrics.contains("seawall_resumes_total{outcome=\"resumed\"} 4\n"),
+        "{metrics}"
+    );
+    assert!(
+        metrics.contains("seawall_resumes_total{outcome=\"revoked\"} 4\n"),
+        "{metrics}"
+    );
 }

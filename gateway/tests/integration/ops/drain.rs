@@ -41,6 +41,8 @@ fn a_drain_tells_live_sessions_their_slots_and_newcomers_to_wait() {
     gateway.block_on(device.frame());
 
     gateway.post("/api/v1/drain", json!({"rate_per_second": 50, "deadline": "30s"}));
+    let fresh = gateway.block_on(device.frame());
+    assert!(fresh.text().contains(r#""type":"resume""#), "{fresh:?}");
     let reconnect = gateway.block_on(device.frame());
     let closed = gateway.block_on(device.frame());
     let identity = format!("Seawall-Device: {id}\r\nAuthorization: Bearer {secret}");

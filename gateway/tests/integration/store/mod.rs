@@ -7,6 +7,7 @@ mod import;
 mod lookup;
 mod plan;
 mod records;
+mod revocations;
 mod rules;
 mod schema;
 
