@@ -14,6 +14,7 @@ pub mod events;
 pub mod head;
 pub mod history;
 pub mod keys;
+pub mod known_good;
 pub mod lifecycle;
 pub mod listener;
 pub mod lookup;

@@ -6,7 +6,7 @@
 
 use metrics::{Counter, Gauge, Histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use seawall_proto::{handshake::ResumeOutcome, refusal::Code, resume::Finding};
+use seawall_proto::{admission::LimitReason, handshake::ResumeOutcome, refusal::Code, resume::Finding};
 
 use crate::{
     series::{self, Definition, Family, GaugeFamily, Names},
@@ -54,6 +54,14 @@ pub struct Metrics {
     pub lookups_in_flight: Gauge,
     /// The most keys that may be in flight now.
     pub admission_limit: Gauge,
+    /// Why the limit is what it is: 1 for the reason in force.
+    pub admission_limit_reason: GaugeFamily,
+    /// How much of one percent more in flight came out as answers, lately.
+    pub admission_elasticity: Gauge,
+    /// What the database is known to answer.
+    pub admission_capacity: GaugeFamily,
+    /// 1 while the limit's ceiling holds throughput back.
+    pub admission_ceiling_alarm: Gauge,
     /// Devices waiting for a look-up.
     pub admission_queue: Gauge,
     /// Hints given to refused devices.
@@ -101,6 +109,8 @@ pub const CONNECTION_OUTCOMES: [&str; 6] = [
 ];
 /// Label `outcome` of `seawall_lookups_total`.
 pub const LOOKUP_OUTCOMES: [&str; 5] = ["found", "not_found", "cached", "failed", "timed_out"];
+/// Label `measure` of `seawall_admission_capacity_keys_per_second`.
+pub const CAPACITY_MEASURES: [&str; 4] = ["measured", "peak", "last_known_good", "reference"];
 /// Label `reason` of `seawall_closes_total`: the words of [`Close::as_str`](seawall_proto::close::Close::as_str), and how a peer ends one.
 pub const CLOSE_REASONS: [&str; 18] = [
     "normal",
@@ -224,6 +234,26 @@ impl Metrics {
                 "Distinct keys sent to the database and not answered. Never above seawall_admission_limit.",
             ),
             admission_limit: names.gauge("seawall_admission_limit", "The most keys that may be in flight now."),
+            admission_limit_reason: names.gauges(
+                "seawall_admission_limit_reason",
+                "Why the limit is what it is: 1 for the reason in force, 0 for the others.",
+                "reason",
+                &LimitReason::ALL.map(LimitReason::as_str),
+            ),
+            admission_elasticity: names.gauge(
+                "seawall_admission_elasticity",
+                "How much of one percent more in flight came out as answers, lately: 1 below the database's knee, 0 at it.",
+            ),
+            admission_capacity: names.gauges(
+                "seawall_admission_capacity_keys_per_second",
+                "What the database answers: as last measured while devices waited, the best of ten minutes, the last known good, and the reference that slots go by.",
+                "measure",
+                &CAPACITY_MEASURES,
+            ),
+            admission_ceiling_alarm: names.gauge(
+                "seawall_admission_ceiling_alarm",
+                "1 while devices wait because admission.keys_in_flight_max is too low.",
+            ),
             admission_queue: names.gauge("seawall_admission_queue", "Devices waiting for a look-up."),
             retry_hint_seconds: names.histogram("seawall_retry_hint_seconds", "Hints given to refused devices."),
             closes: names.family(

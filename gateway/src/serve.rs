@@ -18,6 +18,7 @@ use crate::{
     events::Events,
     history::History,
     keys::{self, KeysError},
+    known_good,
     lifecycle::{Asked, HARD_STOP_TIMEOUT, Lifecycle, Signals},
     listener::{Bounds, Listener},
     lookup::Gate,
@@ -149,6 +150,9 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         Arc::clone(&resume),
         life,
     );
+    if let Some(rate) = known_good::load(data_dir.path()) {
+        gate.set_last_known_good(rate);
+    }
     let state = Arc::new(State {
         node: node_name(&config),
         session_limits: Arc::new(session_limits(&config)),
@@ -216,6 +220,7 @@ fn spawn_tasks(state: &Shared, life: &Lifecycle) {
     life.spawn("drain", drain::run(shared(), hard()));
     life.spawn("tokens", state.tokens.clone().follow(state.store.clone(), hard()));
     life.spawn("plan guard", upkeep::guard_plans(shared(), hard()));
+    life.spawn("known good", known_good::keep(shared(), hard()));
     life.spawn("gauges", upkeep::publish(shared(), hard()));
     life.spawn("lag", upkeep::measure_lag(shared(), hard()));
 }

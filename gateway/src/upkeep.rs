@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use seawall_proto::admission::LimitReason;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
@@ -27,6 +28,11 @@ const LAG_INTERVAL: Duration = Duration::from_millis(100);
 const COSTLY_ALARM: &str = "costly_cohort";
 /// The alarm that operators see while a statement of the connect path is too costly.
 const PLAN_ALARM: &str = "plan";
+
+/// The alarm that operators see while devices wait because the limit on look-ups may not grow.
+const CEILING_ALARM: &str = "admission_ceiling";
+/// It ends once there was no sign of it for so long.
+const CEILING_QUIET: Duration = Duration::from_secs(60);
 
 /// Guards the plans of the connect path until `stop`: an alarm is told once, cuts the limit on look-ups, and ends by itself.
 pub async fn guard_plans(state: Shared, stop: CancellationToken) {
@@ -65,6 +71,7 @@ fn take_report(state: &Shared, report: &PlanReport) {
 
 /// Publishes figures that others keep or that nothing else changes, and sorts samples into buckets, until `stop`.
 pub async fn publish(state: Shared, stop: CancellationToken) {
+    let mut ceiling_seen: Option<Instant> = None;
     let mut gauges = interval(GAUGES_INTERVAL);
     let mut samples = interval(SAMPLES_INTERVAL);
     let mut had_costly = false;
@@ -76,6 +83,7 @@ pub async fn publish(state: Shared, stop: CancellationToken) {
             _ = gauges.tick() => {
                 publish_gauges(&state);
                 watch_costs(&state, &mut had_costly);
+                publish_admission(&state, &mut ceiling_seen);
             }
             _ = samples.tick() => state.metrics.upkeep(),
         }
@@ -136,6 +144,45 @@ fn watch_costs(state: &Shared, had_costly: &mut bool) {
             None => state.alarm(COSTLY_ALARM, false, format!("look-ups of {name} are sent with the others' again")),
         }
     }
+}
+
+/// Publishes why the limit on look-ups is what it is, and tells operators where its ceiling is too low. `ceiling_seen` is when that was
+/// seen last, while the alarm is on.
+fn publish_admission(state: &Shared, ceiling_seen: &mut Option<Instant>) {
+    let admission = state.gate.state();
+    let metrics = &state.metrics;
+    for reason in LimitReason::ALL {
+        let is_it = reason == admission.limit_reason;
+        metrics
+            .admission_limit_reason
+            .set(reason.as_str(), if is_it { 1.0 } else { 0.0 });
+    }
+    metrics.admission_elasticity.set(admission.elasticity);
+    let capacity = &metrics.admission_capacity;
+    capacity.set("measured", admission.rate);
+    capacity.set("peak", admission.k_peak);
+    capacity.set("last_known_good", admission.k_last_known_good);
+    capacity.set("reference", admission.k_ref);
+    let now = Instant::now();
+    if admission.is_ceiling_too_low {
+        if ceiling_seen.is_none() {
+            let detail = format!(
+                "devices wait, and the database would answer more than {} keys at a time: raise admission.keys_in_flight_max",
+                admission.limit_ceiling
+            );
+            state.alarm(CEILING_ALARM, true, detail);
+        }
+        *ceiling_seen = Some(now);
+    } else if ceiling_seen.is_some_and(|seen| now.duration_since(seen) >= CEILING_QUIET) {
+        state.alarm(
+            CEILING_ALARM,
+            false,
+            "the limit on look-ups is no longer at its ceiling",
+        );
+        *ceiling_seen = None;
+    }
+    let is_alarm = ceiling_seen.is_some();
+    metrics.admission_ceiling_alarm.set(if is_alarm { 1.0 } else { 0.0 });
 }
 
 /// Measures how late tasks run, until `stop`.

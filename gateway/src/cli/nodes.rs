@@ -19,10 +19,12 @@ fn shown(answer: &Value) -> String {
             table::at(node, "ready"),
             table::at(node, "sessions"),
             format!(
-                "{} of {}",
+                "{} of {}, at most {}",
                 table::at(node, "admission.in_flight"),
-                table::at(node, "admission.limit")
+                table::at(node, "admission.limit"),
+                table::at(node, "admission.limit_ceiling")
             ),
+            table::at(node, "admission.limit_reason"),
             table::at(node, "admission.queue"),
             table::at(node, "admission.breaker"),
             table::at(node, "database.state"),
@@ -32,7 +34,8 @@ fn shown(answer: &Value) -> String {
         ]
     });
     let head = [
-        "NODE", "VERSION", "READY", "SESSIONS", "LOOK-UPS", "QUEUE", "BREAKER", "DATABASE", "PLAN", "RULES", "DRAIN",
+        "NODE", "VERSION", "READY", "SESSIONS", "LOOK-UPS", "LIMIT", "QUEUE", "BREAKER", "DATABASE", "PLAN", "RULES",
+        "DRAIN",
     ];
     table::table(&head, rows)
 }

@@ -265,6 +265,17 @@ impl Gate {
         self.0.publish(&core, now);
     }
 
+    /// The best rate of an earlier life, in keys a second, to give slots out by until one is measured.
+    pub fn set_last_known_good(&self, keys_per_second: f64) {
+        self.0.lock().admission.set_last_known_good(keys_per_second);
+    }
+
+    /// To be called once a minute: the figure for [`set_last_known_good`](Self::set_last_known_good) in the next life, if there is news.
+    #[must_use]
+    pub fn take_last_known_good(&self) -> Option<f64> {
+        self.0.lock().admission.take_last_known_good()
+    }
+
     /// Devices a second that can be taken back, on what is known.
     #[must_use]
     pub fn k_ref(&self) -> f64 {

@@ -46,12 +46,28 @@ pub struct Node {
 pub struct AdmissionView {
     /// Keys that may be with the database at a time.
     limit: u32,
+    /// The most that the limit may come to.
+    limit_ceiling: u32,
+    /// Why the limit is what it is: `start`, `grew`, `held`, `app_limited` (devices ask for less than the database could answer),
+    /// `ceiling` (more in flight would give more answers, but is not allowed), or what made it shrink: `elasticity` (more in flight gave
+    /// hardly more answers), `latency`, `errors`, `outage`, `plan_cut`.
+    limit_reason: &'static str,
+    /// How much of one percent more in flight came out as answers, lately: 1 below the database's knee, 0 at it.
+    elasticity: f64,
+    /// Keys answered a second when devices last waited for a second on end; 0 where they never did.
+    rate: f64,
+    /// Nine of ten statements took no longer, in the last second that had some; in milliseconds.
+    took_p90_ms: f64,
     /// Keys that are.
     in_flight: u32,
     /// Devices that wait.
     queue: usize,
     /// Devices a second that can be taken back.
     k_ref: f64,
+    /// The best rate of the last ten minutes or so, in keys a second.
+    k_peak: f64,
+    /// The best rate known from before, also from before the last restart; 0 where none is.
+    k_last_known_good: f64,
     /// `closed`: asking; `open`: the database is not asked; `half_open`: being tried.
     breaker: &'static str,
 }
@@ -94,9 +110,16 @@ impl Node {
             sessions: gateway.sessions.len(),
             admission: AdmissionView {
                 limit: admission.limit,
+                limit_ceiling: admission.limit_ceiling,
+                limit_reason: admission.limit_reason.as_str(),
+                elasticity: admission.elasticity,
+                rate: admission.rate,
+                took_p90_ms: admission.took_p90.as_secs_f64() * 1e3,
                 in_flight: admission.in_flight,
                 queue: admission.queue,
                 k_ref: admission.k_ref,
+                k_peak: admission.k_peak,
+                k_last_known_good: admission.k_last_known_good,
                 breaker: admission.breaker.as_str(),
             },
             database: DatabaseView {

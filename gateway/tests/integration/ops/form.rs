@@ -191,6 +191,12 @@ fn a_node_tells_how_it_is() {
         "/admission/in_flight",
         "/admission/queue",
         "/admission/k_ref",
+        "/admission/k_peak",
+        "/admission/k_last_known_good",
+        "/admission/limit_ceiling",
+        "/admission/elasticity",
+        "/admission/rate",
+        "/admission/took_p90_ms",
         "/database/since",
         "/database/plan",
         "/rules/digest",
@@ -201,6 +207,7 @@ fn a_node_tells_how_it_is() {
         assert!(node.pointer(path).is_some(), "{path}: {node}");
     }
     assert_eq!(node["admission"]["breaker"], "closed");
+    assert_eq!(node["admission"]["limit_reason"], "start");
     assert_eq!(
         (&node["database"]["state"], &node["rules"]["revision"]),
         (&json!("available"), &json!(0))

@@ -39,7 +39,7 @@ const ARM_MAX: Duration = Duration::from_secs(2);
 /// At its ceiling the limit stays that many times longer at the higher of the two.
 const AT_CEILING: u32 = 4;
 /// Statements and keys that an arm wants before it ends.
-const ARM_STATEMENTS: u32 = 16;
+const ARM_STATEMENTS: u32 = 10;
 const ARM_KEYS: u64 = 50;
 /// Statements without which an arm says nothing.
 const ARM_STATEMENTS_MIN: u32 = 3;
@@ -48,8 +48,9 @@ const DITHER_MIN: f64 = 0.05;
 const DITHER_MAX: f64 = 0.14;
 /// The standard error of a measured elasticity that is wanted.
 const ERROR_WANTED: f64 = 0.15;
-/// Weight of a new measurement of the elasticity.
+/// Weight of a new measurement of the elasticity; the second while the limit searches.
 const GAIN: f64 = 0.4;
+const GAIN_SEARCHING: f64 = 0.6;
 /// A single measurement counts as no more than this, either way.
 const ELASTICITY_MAX: f64 = 2.0;
 /// Statements slower than this in one of ten, or failed keys in more than one of twenty, shrink the limit whatever the throughput does.
@@ -299,7 +300,8 @@ impl Limit {
     fn conclude(&mut self) -> LimitReason {
         let measured = self.pair.elasticity().unwrap_or(0.0);
         let measured = measured.clamp(-ELASTICITY_MAX, ELASTICITY_MAX);
-        self.elasticity += GAIN * (measured - self.elasticity);
+        let gain = if self.is_searching { GAIN_SEARCHING } else { GAIN };
+        self.elasticity += gain * (measured - self.elasticity);
         let (mut factor, mut reason) = self.factor();
         if self.pair.failed_part() > FAILED_PART {
             (factor, reason) = (factor.min(HARD_CUT), LimitReason::Errors);

@@ -1,0 +1,241 @@
+//! What the limit on keys in flight must hold to, whatever happens: production admission before a database with a knee, in virtual
+//! time. How near the limit comes to the best is tested beside it, in `admission/limit/tests`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+use seawall_proto::{
+    admission::{
+        Action, Admission, AdmissionConfig, AdmissionState, Arrival, BatchId, BatchOutcome, BreakerState, CohortTag,
+        Decision, LOOKUP_MAX, LimitReason, Ticket,
+    },
+    id::DeviceId,
+    slots::SlotKeys,
+    time::{Instant, WallTime},
+};
+use uuid::Uuid;
+
+/// Keys that the database works on side by side at full speed.
+const KNEE: f64 = 32.0;
+/// Time of a key below the knee.
+const KEY: Duration = Duration::from_millis(16);
+/// How much each key beyond the knee slows all of them down.
+const CONTENTION: f64 = 0.004;
+/// Devices that wait at a time, where there are as many as can be.
+const WAITING: usize = 500;
+/// Most that come in a tick.
+const ARRIVING_MAX: usize = 20;
+const TICK: Duration = Duration::from_millis(1);
+const CEILING: u32 = 512;
+
+struct World {
+    admission: Admission,
+    rng: SmallRng,
+    now: Instant,
+    running: BTreeMap<BatchId, (Instant, BatchOutcome, usize)>,
+    devices: u128,
+    is_dead: bool,
+    slowness: f64,
+    answered: usize,
+}
+
+fn wall(now: Instant) -> WallTime {
+    WallTime::from_unix_ms(1_800_000_000_000 + now.as_micros() / 1_000)
+}
+
+fn arrival(number: u128, arrived: Instant) -> Arrival<'static> {
+    Arrival {
+        device: DeviceId::from_uuid(Uuid::from_u128(number)),
+        cohort: CohortTag::of(None, None),
+        slot_token: None,
+        arrived,
+        is_known_absent: false,
+    }
+}
+
+fn admission(keys_in_flight_max: u32) -> Admission {
+    let config = AdmissionConfig {
+        lookups_per_second_max: 100_000,
+        keys_in_flight_max,
+        ..AdmissionConfig::default()
+    };
+    Admission::new(config, SlotKeys::new(1, [7; 32]), Instant::ZERO)
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        Self {
+            admission: admission(CEILING),
+            rng: SmallRng::seed_from_u64(seed),
+            now: Instant::ZERO,
+            running: BTreeMap::new(),
+            devices: 0,
+            is_dead: false,
+            slowness: 1.0,
+            answered: 0,
+        }
+    }
+
+    fn state(&self) -> AdmissionState {
+        self.admission.state(self.now)
+    }
+
+    /// Keys answered a second while as many devices wait as can.
+    fn goodput(&mut self, span: Duration) -> f64 {
+        self.run(span, |world| {
+            WAITING.saturating_sub(world.state().queue).min(ARRIVING_MAX)
+        })
+    }
+
+    /// Keys answered a second while so many devices come each second.
+    fn goodput_of(&mut self, per_second: usize, span: Duration) -> f64 {
+        let every = 1_000 / per_second as u64;
+        self.run(span, |world| {
+            usize::from((world.now.as_micros() / 1_000).is_multiple_of(every))
+        })
+    }
+
+    fn run(&mut self, span: Duration, arriving: impl Fn(&Self) -> usize) -> f64 {
+        let (end, before) = (self.now + span, self.answered);
+        while self.now < end {
+            for _ in 0..arriving(self) {
+                self.devices += 1;
+                let arrival = arrival(self.devices, self.now);
+                self.admission
+                    .attempt(&arrival, self.now, wall(self.now), &mut self.rng);
+            }
+            self.settle();
+            self.now += TICK;
+        }
+        (self.answered - before) as f64 / span.as_secs_f64()
+    }
+
+    fn settle(&mut self) {
+        let now = self.now;
+        let due: Vec<BatchId> = self
+            .running
+            .iter()
+            .filter(|(_, (ends, ..))| *ends <= now)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in due {
+            let (_, outcome, keys) = self.running.remove(&id).unwrap();
+            self.answered += if outcome == BatchOutcome::Answered { keys } else { 0 };
+            self.admission.handle_batch_done(id, outcome, now);
+        }
+        while let Some(batch) = self.admission.poll_batch(now) {
+            let state = self.state();
+            assert!(state.in_flight <= state.limit && state.limit <= CEILING, "{state:?}");
+            let busy = f64::from(state.in_flight);
+            let contention = 1.0 + CONTENTION * (busy - KNEE).max(0.0);
+            let noise = self.rng.random_range(0.8..1.2);
+            let took = KEY.mul_f64((busy / KNEE).max(1.0) * contention * self.slowness * noise);
+            let (took, outcome) = if self.is_dead || took > LOOKUP_MAX {
+                (LOOKUP_MAX, BatchOutcome::TimedOut)
+            } else {
+                (took, BatchOutcome::Answered)
+            };
+            self.running.insert(batch.id, (now + took, outcome, batch.keys.len()));
+        }
+        while self.admission.poll_action(now, wall(now), &mut self.rng).is_some() {}
+    }
+}
+
+#[test]
+fn in_flight_stays_within_the_limit_and_goodput_returns_after_whatever_befell_the_database() {
+    for seed in 1..=3 {
+        let mut world = World::new(seed);
+        let healthy = world.goodput(Duration::from_secs(10));
+
+        world.slowness = 4.0;
+        let slow = world.goodput(Duration::from_secs(20));
+        world.is_dead = true;
+        world.goodput(Duration::from_secs(15));
+        assert_ne!(world.state().breaker, BreakerState::Closed);
+        assert_eq!(world.state().limit_reason, LimitReason::Outage);
+        (world.is_dead, world.slowness) = (false, 1.0);
+        world.goodput(Duration::from_secs(3));
+        let recovered = world.goodput(Duration::from_secs(5));
+
+        let best = KNEE / KEY.as_secs_f64();
+        assert!(healthy > 0.85 * best, "{healthy} of {best}");
+        assert!(slow > 0.85 * best / 4.0, "{slow} of {best} / 4");
+        assert!(recovered > 0.8 * best, "{recovered} of {best}");
+    }
+}
+
+#[test]
+fn database_that_is_dead_before_anything_was_measured_is_found_when_it_comes() {
+    let mut world = World::new(1);
+    world.is_dead = true;
+    world.goodput(Duration::from_secs(60));
+    assert!(world.state().limit >= 4);
+
+    world.is_dead = false;
+    world.goodput(Duration::from_secs(3));
+    let goodput = world.goodput(Duration::from_secs(10));
+
+    assert!(goodput > 0.8 * KNEE / KEY.as_secs_f64(), "{goodput}");
+}
+
+#[test]
+fn calm_hour_neither_moves_the_limit_nor_freezes_it() {
+    let mut world = World::new(1);
+    world.goodput(Duration::from_secs(10));
+    let before = world.state();
+
+    world.goodput_of(50, Duration::from_secs(60));
+    let calm = world.state();
+    world.slowness = 0.1;
+    world.goodput(Duration::from_secs(15));
+    let after = world.state();
+
+    assert_eq!(calm.limit_reason, LimitReason::AppLimited);
+    assert!(
+        calm.limit.abs_diff(before.limit) * 3 < before.limit,
+        "{before:?}, then {calm:?}"
+    );
+    assert_ne!(after.limit_reason, LimitReason::AppLimited);
+    assert!(after.rate > 5.0 * before.rate, "{before:?}, then {after:?}");
+}
+
+#[test]
+fn million_abandoned_devices_leak_no_permit() {
+    let mut rng = SmallRng::seed_from_u64(1);
+    let mut admission = admission(16);
+    let mut now = Instant::ZERO;
+    let mut running: BTreeMap<BatchId, usize> = BTreeMap::new();
+    let mut answered: BTreeSet<Ticket> = BTreeSet::new();
+    for number in 0..1_000_000_u128 {
+        now += Duration::from_micros(20);
+        let ticket = match admission.attempt(&arrival(number % 5_000, now), now, wall(now), &mut rng) {
+            Decision::Queued(ticket) => ticket,
+            Decision::Refused(_) | Decision::KnownAbsent => panic!("there is room"),
+        };
+        if let Some(batch) = admission.poll_batch(now) {
+            running.insert(batch.id, batch.keys.len());
+        }
+        admission.abandon(ticket);
+        if number.is_multiple_of(3)
+            && let Some((id, _)) = running.pop_first()
+        {
+            admission.handle_batch_done(id, BatchOutcome::Answered, now);
+        }
+        while let Some(action) = admission.poll_action(now, wall(now), &mut rng) {
+            let (Action::Answer { ticket, .. } | Action::Refuse { ticket, .. }) = action;
+            assert!(answered.insert(ticket), "answered once");
+        }
+        assert_eq!(admission.state(now).in_flight as usize, running.values().sum::<usize>());
+    }
+
+    for id in running.into_keys() {
+        admission.handle_batch_done(id, BatchOutcome::Answered, now);
+    }
+    let state = admission.state(now);
+
+    assert_eq!((state.in_flight, state.queue), (0, 0));
+    assert!(answered.is_empty(), "nobody was there to be answered");
+}
