@@ -5,6 +5,7 @@
 //! token counts. `seawall_proto::resume` decides; the statements are in [`crate::store`].
 
 use std::{
+    collections::VecDeque,
     path::{Path, PathBuf},
     sync::{
         Mutex, MutexGuard, PoisonError, RwLock,
@@ -32,13 +33,17 @@ use crate::{
 };
 
 mod drill;
+mod unwanted;
 
 pub use drill::drill;
+pub use unwanted::{HANDSHAKE_MAX, end_unwanted_session};
 
 /// File of the revocations in the data directory: at most [`REVOKED_MAX`] devices, 50 bytes each.
 const FILE: &str = "revoked.json";
 /// How often the revision of the revocations is read: a revocation counts on every node within a second.
 const POLL_INTERVAL: Duration = Duration::from_millis(400);
+/// Most changed devices whose sessions are still to be looked at. Beyond it the oldest are not: their sessions stay.
+const CHANGED_MAX: usize = 2 * REVOKED_MAX;
 /// Polls between two prunings of the revocations in the database: an hour.
 const POLLS_TO_PRUNE: u32 = 9_000;
 
@@ -53,6 +58,8 @@ pub struct Resume {
     /// Who reads the database or writes the file.
     loading: tokio::sync::Mutex<()>,
     file: PathBuf,
+    /// Changed devices, each with the time from which its session is to be looked at.
+    changed: Mutex<VecDeque<(Instant, DeviceId)>>,
     drills: Mutex<Drills<Case>>,
     drawn: Notify,
 }
@@ -89,6 +96,7 @@ impl Resume {
             confirmed_at: AtomicU64::new(u64::MAX),
             loading: tokio::sync::Mutex::default(),
             file,
+            changed: Mutex::default(),
             drills: Mutex::default(),
             drawn: Notify::new(),
         }
@@ -176,6 +184,10 @@ impl Resume {
         let is_news = known != Some(stored.revision) || stored.floor > floor;
         if is_news {
             self.take(&stored, known);
+            let now = clock.now();
+            let changed = || stored.devices.iter().map(|(device, _)| *device);
+            self.note_changed(changed(), now);
+            self.note_changed(changed(), now + HANDSHAKE_MAX);
             self.save().await;
         }
         self.confirmed_at.store(clock.now().as_micros(), Ordering::Relaxed);
@@ -203,6 +215,30 @@ impl Resume {
             devices = stored.devices.len(),
             "revocations taken"
         );
+    }
+
+    /// Sessions of these devices are to be looked at, from `due` on.
+    fn note_changed(&self, devices: impl IntoIterator<Item = DeviceId>, due: Instant) {
+        let mut changed = self.changed.lock().unwrap_or_else(PoisonError::into_inner);
+        changed.extend(devices.into_iter().map(|device| (due, device)));
+        let surplus = changed.len().saturating_sub(CHANGED_MAX);
+        changed.drain(..surplus);
+    }
+
+    /// Up to `most` of those whose time has come and who are `wanted`; the others whose time has come are forgotten.
+    fn take_changed(&self, now: Instant, most: usize, wanted: impl Fn(DeviceId) -> bool) -> Vec<DeviceId> {
+        let mut changed = self.changed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut taken = Vec::new();
+        let mut later = VecDeque::new();
+        for (due, device) in changed.drain(..) {
+            if due > now || taken.len() >= most {
+                later.push_back((due, device));
+            } else if wanted(device) {
+                taken.push(device);
+            }
+        }
+        *changed = later;
+        taken
     }
 
     /// Whole or not at all. A file that can't be written is taken away: a start without a database must not use an older one.
@@ -266,6 +302,9 @@ pub async fn follow(state: Shared, stop: CancellationToken) {
     let mut polls = 0_u32;
     loop {
         let mut outcome = state.resume.poll(&state.store, &state.clock).await;
+        if outcome.is_ok() {
+            outcome = unwanted::end_unwanted_sessions(&state).await;
+        }
         if outcome.is_ok() && polls.is_multiple_of(POLLS_TO_PRUNE) {
             outcome = state.store.revocations_prune(state.clock.wall()).await;
         }

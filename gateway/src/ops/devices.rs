@@ -27,6 +27,7 @@ use super::{
 use crate::{
     events::format_time,
     presence::Presence,
+    resume::{HANDSHAKE_MAX, end_unwanted_session},
     state::State as Gateway,
     store::{DeviceChange, DeviceRow, NewDevice, Rotation, StoreError},
     tokens::random_secret,
@@ -34,8 +35,6 @@ use crate::{
 
 /// Longest time for which an old secret may stay valid.
 const OVERLAP_MAX: Duration = Duration::from_hours(30 * 24);
-/// A handshake that had read the registry before a change is over by then (contract section 3): what became a session meanwhile is looked at again.
-const HANDSHAKE_MAX: Duration = Duration::from_secs(4);
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
     OpenApiRouter::new()
@@ -415,7 +414,9 @@ async fn carry_out(
         .carry_out(async move {
             let changed = change.await;
             gateway.gate.forget(id);
-            gateway.resume.revoke(id, &gateway.store, &gateway.clock).await;
+            if !matches!(changed, Ok(None)) {
+                gateway.resume.revoke(id, &gateway.store, &gateway.clock).await;
+            }
             if let Ok(Some(row)) = &changed {
                 let state = match leaves {
                     Leaves::Row => Some(row.record.state),
@@ -426,26 +427,15 @@ async fn carry_out(
             changed
         })
         .await?;
-    // Not waited for. Also after an error, which may leave open what was done.
-    let gateway = Arc::clone(&api.state);
-    api.in_background(async move {
-        tokio::time::sleep(HANDSHAKE_MAX).await;
-        match gateway.store.device(id).await {
-            Ok(row) => end_unwanted_session(&gateway, id, row.map(|row| row.record.state)),
-            Err(error) => tracing::warn!(device.id = %id, %error, "a changed device can't be looked at again: a session that began during the change stays"),
-        }
-    });
-    changed?.ok_or_else(no_such_device)
-}
-
-/// `state` as the registry has it; `None`: the device is not in it.
-fn end_unwanted_session(gateway: &Gateway, id: DeviceId, state: Option<DeviceState>) {
-    let order = match state {
-        Some(DeviceState::Enabled) => return,
-        Some(DeviceState::Disabled) => Close::disabled(&mut SmallRng::from_os_rng()),
-        Some(DeviceState::Revoked) | None => Close::Revoked,
-    };
-    if let Some(session) = gateway.sessions.get(id) {
-        session.close(order);
+    if changed.is_err() {
+        // The error may leave open what was done. Not waited for.
+        let gateway = Arc::clone(&api.state);
+        api.in_background(async move {
+            tokio::time::sleep(HANDSHAKE_MAX).await;
+            if let Err(error) = gateway.store.revoke_tokens(id, gateway.clock.wall()).await {
+                tracing::warn!(device.id = %id, %error, "a device whose change failed is looked up at each return, until another device is changed");
+            }
+        });
     }
+    changed?.ok_or_else(no_such_device)
 }

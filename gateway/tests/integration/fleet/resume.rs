@@ -166,6 +166,30 @@ async fn revoked_by_another_process_on_sqlite_is_refused_within_a_second_and_aft
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn session_ends_within_a_second_when_its_device_is_disabled_revoked_or_deleted_on_another_node() {
+    let url = pg::shared().database().await.unwrap();
+    let gateway = Gateway::start_on(Some(&url), "").await;
+    eventually(|| gateway.shared.readiness().ready).await;
+    let elsewhere = Store::open(&url).await.unwrap();
+    elsewhere.ready().await;
+    gateway.register(0..6).await;
+    let mut sessions = Vec::new();
+    for device in devices(0..6) {
+        sessions.push(gateway.session(&device).await);
+    }
+
+    change_five(&elsewhere).await;
+
+    for (session, expected) in sessions.iter_mut().zip([4002, 4501, 4501]) {
+        let (_, code, _) = end_of(session, REVOKED_WITHIN).await;
+        assert_eq!(code, expected);
+    }
+    for session in &mut sessions[3..] {
+        assert_alive(session).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn revoked_on_this_node_is_refused_at_once_even_if_the_database_dies_then() {
     let (cluster, url, gateway) = on_postgres().await;
     let returning = returning(&gateway, 0..2).await;

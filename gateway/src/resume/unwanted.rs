@@ -1,0 +1,54 @@
+//! Sessions of devices that were disabled, revoked or deleted, through whichever node: they end when the change is seen.
+
+use std::time::Duration;
+
+use rand::{SeedableRng as _, rngs::SmallRng};
+use seawall_proto::{close::Close, id::DeviceId, record::DeviceState};
+
+use crate::{
+    state::State,
+    store::{PAGE_MAX, StoreError},
+};
+
+/// A handshake that had read the registry before a change is over by then (contract section 3): what became a session meanwhile is
+/// looked at again.
+pub const HANDSHAKE_MAX: Duration = Duration::from_secs(4);
+
+/// Looks at the changed devices that have a session here, and ends those that the registry does not want any more.
+///
+/// # Errors
+/// The registry can't be read: they are looked at again.
+pub async fn end_unwanted_sessions(state: &State) -> Result<(), StoreError> {
+    loop {
+        let now = state.clock.now();
+        let due = state
+            .resume
+            .take_changed(now, PAGE_MAX as usize, |device| state.sessions.get(device).is_some());
+        if due.is_empty() {
+            return Ok(());
+        }
+        let rows = match state.store.devices_among(&due).await {
+            Ok(rows) => rows,
+            Err(error) => {
+                state.resume.note_changed(due, now);
+                return Err(error);
+            }
+        };
+        for device in due {
+            let row = rows.iter().find(|row| row.record.id == device);
+            end_unwanted_session(state, device, row.map(|row| row.record.state));
+        }
+    }
+}
+
+/// `registered` as the registry has it; `None`: the device is not in it.
+pub fn end_unwanted_session(state: &State, device: DeviceId, registered: Option<DeviceState>) {
+    let order = match registered {
+        Some(DeviceState::Enabled) => return,
+        Some(DeviceState::Disabled) => Close::disabled(&mut SmallRng::from_os_rng()),
+        Some(DeviceState::Revoked) | None => Close::Revoked,
+    };
+    if let Some(session) = state.sessions.get(device) {
+        session.close(order);
+    }
+}
