@@ -308,7 +308,7 @@ impl World {
                 }
             }
         }
-        if let Some(due) = self.admission.poll_timeout() {
+        if let Some(due) = self.admission.poll_timeout(now) {
             // One wake-up at a time is enough: every event ends here.
             let is_earliest = self.events.peek().is_none_or(|Reverse((next, _, _))| due < *next);
             if is_earliest {

@@ -338,7 +338,7 @@ impl Inner {
         guard.waiting.insert(ticket, sender);
         self.publish(guard, now);
         self.work.notify_one();
-        self.rearm_keeper(guard);
+        self.rearm_keeper(guard, now);
         let waiting = Waiting {
             gate: Arc::clone(self),
             ticket: Some(ticket),
@@ -353,7 +353,7 @@ impl Inner {
         let batch = core.admission.poll_batch(now);
         self.answer_all(core, now, wall, |_| None);
         self.publish(core, now);
-        self.rearm_keeper(core);
+        self.rearm_keeper(core, now);
         let batch = batch?;
         let epochs = batch.keys.iter().map(|device| self.absent.epoch(*device)).collect();
         // There may be more, for the other worker.
@@ -388,7 +388,7 @@ impl Inner {
             Some(Found { record, took, as_of })
         });
         self.publish(core, now);
-        self.rearm_keeper(core);
+        self.rearm_keeper(core, now);
         self.work.notify_one();
     }
 
@@ -420,7 +420,7 @@ impl Inner {
                 self.answer_all(core, now, wall, |_| None);
                 self.publish(core, now);
                 let (earliest, latest) = (now + KEEPER_SLEEP_MIN, now + KEEPER_SLEEP_MAX);
-                let due = core.admission.poll_timeout().unwrap_or(latest);
+                let due = core.admission.poll_timeout(now).unwrap_or(latest);
                 core.keeper_wakes = due.clamp(earliest, latest);
                 core.keeper_wakes
             };
@@ -431,8 +431,12 @@ impl Inner {
         }
     }
 
-    fn rearm_keeper(&self, core: &Core) {
-        if core.admission.poll_timeout().is_some_and(|due| due < core.keeper_wakes) {
+    fn rearm_keeper(&self, core: &Core, now: Instant) {
+        if core
+            .admission
+            .poll_timeout(now)
+            .is_some_and(|due| due < core.keeper_wakes)
+        {
             self.rearm.notify_one();
         }
     }

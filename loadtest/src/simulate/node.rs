@@ -171,7 +171,7 @@ impl Node {
 
     /// When the calendar must have it look after its deadlines, if it does not yet.
     pub fn arm(&mut self, now: Instant) -> Option<Instant> {
-        let due = self.admission.poll_timeout()?.max(now);
+        let due = self.admission.poll_timeout(now)?.max(now);
         if due >= self.armed {
             return None;
         }

@@ -16,6 +16,7 @@ mod ceiling;
 mod config;
 mod cost;
 mod decision;
+mod gather;
 mod limit;
 mod queue;
 mod throttle;
@@ -31,6 +32,7 @@ use self::{
     breaker::Breaker,
     ceiling::Ceiling,
     cost::{Costs, Move, Statement},
+    gather::Gather,
     limit::{Limit, Meter, OVERBOOKING, Reference},
     queue::{Class, Ended, Late, Queue, Ran, Waiter},
     throttle::Throttle,
@@ -88,6 +90,7 @@ pub struct Admission {
     breaker: Breaker,
     throttle: Throttle,
     costs: Costs,
+    gather: Gather,
     /// Bounded by the devices that wait.
     owed: VecDeque<Owed>,
 }
@@ -107,6 +110,7 @@ impl Admission {
             breaker: Breaker::new(now),
             throttle: Throttle::default(),
             costs: Costs::default(),
+            gather: Gather::new(now),
             owed: VecDeque::new(),
             config,
         }
@@ -235,14 +239,35 @@ impl Admission {
             self.meter.handle_idle();
             return None;
         }
-        // Half of the limit each, so that one statement can gather while the other runs, however small the limit.
-        let share = to_usize(self.limit.keys()).div_ceil(BATCHES_IN_FLIGHT_MAX);
-        let keys_max = to_usize(self.config.batch_keys_max).min(share).min(free);
+        let keys_max = self.share().min(free);
+        if self.gathering_until(keys_max, now).is_some() {
+            if self.ceiling.blocked_until().is_none() {
+                self.meter.handle_idle();
+            }
+            return None;
+        }
         let ceiling = &mut self.ceiling;
         let batch = self.queue.next_batch(keys_max, now, || ceiling.take(now))?;
+        self.gather.handle_sent(batch.keys.len(), now);
         self.limit
             .handle_sent(batch.id, batch.keys.len(), self.queue.shared_in_flight(), now);
         Some(batch)
+    }
+
+    /// Most keys in one statement: half of the limit, so that one can gather while the other runs, however small the limit.
+    fn share(&self) -> usize {
+        let share = to_usize(self.limit.keys()).div_ceil(BATCHES_IN_FLIGHT_MAX);
+        share.min(to_usize(self.config.batch_keys_max))
+    }
+
+    /// Until when the next statement waits for more keys than are there, if it does.
+    fn gathering_until(&self, keys_max: usize, now: Instant) -> Option<Instant> {
+        let is_at_ceiling = self.ceiling.blocked_until().is_some();
+        let is_full = self.queue.unsent() >= keys_max && !is_at_ceiling;
+        if is_full || self.queue.has_retries() {
+            return None;
+        }
+        Some(self.gather.until(is_at_ceiling, now)).filter(|until| *until > now)
     }
 
     /// The next statement of a cohort apart, beside those of the others: one at a time, of few keys.
@@ -463,14 +488,16 @@ impl Admission {
 
     /// When to call [`poll_batch`](Self::poll_batch) and [`poll_action`](Self::poll_action) next, if nothing else happens.
     #[must_use]
-    pub fn poll_timeout(&self) -> Option<Instant> {
-        let may_send = self.free_keys() > 0;
+    pub fn poll_timeout(&self, now: Instant) -> Option<Instant> {
+        let free = self.free_keys();
+        let may_send = free > 0 && self.queue.has_unsent();
+        let gathered = self.gathering_until(self.share().min(free), now);
+        let allowed = self.ceiling.blocked_until();
         [
             self.queue.next_deadline(),
-            self.breaker.poll_timeout().filter(|_| may_send),
-            self.ceiling
-                .blocked_until()
-                .filter(|_| may_send && (self.queue.has_unsent() || self.queue.next_apart().is_some())),
+            self.breaker.poll_timeout().filter(|_| free > 0),
+            gathered.or(allowed).filter(|_| may_send),
+            allowed.filter(|_| self.queue.apart_in_flight() == 0 && self.queue.next_apart().is_some()),
         ]
         .into_iter()
         .flatten()

@@ -8,6 +8,7 @@ use crate::refusal::Code;
 
 mod any_order;
 mod costly;
+mod gathering;
 
 fn device(n: u128) -> DeviceId {
     DeviceId::from_uuid(Uuid::from_u128(n + 1))
@@ -243,7 +244,7 @@ fn device_whose_deadline_passed_is_refused_with_a_slot_and_never_sent() {
     let mut node = Node::new();
     let blocking = node.block(at(0));
     let ticket = node.queued(1, at(0));
-    assert_eq!(node.admission.poll_timeout(), Some(at(1_800)));
+    assert_eq!(node.admission.poll_timeout(at(0)), Some(at(1_800)));
 
     let batches = node.batches(at(1_800));
     let actions = node.actions(at(1_800));
@@ -426,7 +427,10 @@ fn dead_registry_is_known_after_one_time_out_and_probed_without_devices() {
             node.done(&probes[0], BatchOutcome::TimedOut, at(second * 1_000 + 999))
                 .is_empty()
         );
-        assert_eq!(node.admission.poll_timeout(), Some(at(second * 1_000 + 1_000)));
+        assert_eq!(
+            node.admission.poll_timeout(at(second * 1_000 + 999)),
+            Some(at(second * 1_000 + 1_000))
+        );
     }
 
     for _ in 0..3 {

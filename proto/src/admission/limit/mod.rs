@@ -28,8 +28,8 @@ use crate::time::Instant;
 const LIMIT_CUT: u32 = 2;
 /// The limit never falls below this, unless its ceiling is lower.
 const LIMIT_MIN: f64 = 4.0;
-/// Where it starts: harmless to any database, and not far from the knee of most.
-const LIMIT_START: f64 = 64.0;
+/// Where it starts: two statements of 64 keys, harmless to any database, and large enough that a storm costs few of them.
+const LIMIT_START: f64 = 128.0;
 /// After an outage it starts from this part of what it was.
 const AFTER_OUTAGE: f64 = 0.25;
 /// Shortest time at one of the two limits of a pair.

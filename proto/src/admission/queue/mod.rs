@@ -164,9 +164,19 @@ impl Queue {
         next.or_else(|| self.apart.first_key_value()).map(|(cohort, _)| *cohort)
     }
 
-    /// Somebody waits in the shared lines.
+    /// Somebody waits in the shared lines, or for a second try.
     pub fn has_unsent(&self) -> bool {
-        !self.retries.is_empty() || self.lines.iter().any(|line| !line.is_empty())
+        self.has_retries() || self.lines.iter().any(|line| !line.is_empty())
+    }
+
+    /// Keys of a failed statement wait for a second try.
+    pub fn has_retries(&self) -> bool {
+        !self.retries.is_empty()
+    }
+
+    /// Keys that wait in the shared lines.
+    pub fn unsent(&self) -> usize {
+        self.lines.iter().map(BTreeMap::len).sum()
     }
 
     pub fn holds(&self, device: DeviceId) -> bool {

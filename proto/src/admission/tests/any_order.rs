@@ -143,7 +143,7 @@ proptest! {
             prop_assert_eq!(node.admission.state(now).queue, waiting.len());
             let is_late = |arrived: &Instant| now >= *arrived + ANSWER_WITHIN;
             prop_assert!(!waiting.values().any(|(_, arrived)| is_late(arrived)));
-            if let Some(due) = node.admission.poll_timeout() {
+            if let Some(due) = node.admission.poll_timeout(now) {
                 prop_assert!(due > now || !flying.is_empty() || !waiting.is_empty());
             }
         }

@@ -132,17 +132,17 @@ fn others_who_come_and_go_on_the_same_database_do_not_drive_the_limit_away() {
 
 #[test]
 fn load_below_the_limit_holds_it_and_the_next_storm_moves_it_again() {
-    let mut database = Database::new(Curve::Knee { keys: 128.0 }, found(CEILING), 1);
+    let mut database = Database::new(Curve::Knee { keys: 256.0 }, found(CEILING), 1);
     database.demand = Some(500.0);
     database.goodput(60.0);
     assert_eq!(database.limit().reason(), LimitReason::AppLimited);
     let held = database.limit().keys();
-    assert!((50..=75).contains(&held), "{held}");
+    assert!((100..=150).contains(&held), "{held}");
 
     database.demand = None;
     database.goodput(10.0);
 
-    assert!(database.limit().keys() > 100, "{}", database.limit().keys());
+    assert!(database.limit().keys() > 200, "{}", database.limit().keys());
 }
 
 #[test]
@@ -173,7 +173,7 @@ fn after_an_outage_the_limit_starts_from_a_quarter_and_finds_its_way_back() {
     database.goodput(5.0);
 
     assert!((before / 6..=before / 3).contains(&after), "{before}, then {after}");
-    assert!(database.limit().keys() > 100, "{}", database.limit().keys());
+    assert!(database.limit().keys() > 200, "{}", database.limit().keys());
 }
 
 #[test]

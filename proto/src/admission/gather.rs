@@ -1,0 +1,54 @@
+//! Gathering: while many devices come, a statement waits a moment for more keys, so that a storm costs the database few large
+//! statements instead of thousands of small ones. In calm times nothing waits. Start with [`Gather`].
+
+use std::time::Duration;
+
+use crate::time::Instant;
+
+/// Keys that a statement is gathered for, about: beyond it a key in a larger statement costs no less.
+const KEYS_WANTED: f64 = 128.0;
+/// Below so many keys a second, statements are few anyway, and none waits.
+const RATE_MIN: f64 = 400.0;
+/// Longest wait of a statement where the database could take it.
+const WAIT_MAX: Duration = Duration::from_millis(40);
+/// Longest wait where the ceiling is in the way: less than the tenth of a second that an idle ceiling saves up, or it would lose some.
+const WAIT_AT_CEILING_MAX: Duration = Duration::from_millis(80);
+/// The rate is averaged over about this time.
+const RATE_OVER: Duration = Duration::from_millis(50);
+
+/// When the next statement may be sent.
+#[derive(Debug)]
+pub(super) struct Gather {
+    keys_per_second: f64,
+    sent_at: Instant,
+}
+
+impl Gather {
+    pub const fn new(now: Instant) -> Self {
+        Self {
+            keys_per_second: 0.0,
+            sent_at: now,
+        }
+    }
+
+    /// A statement of so many keys was sent.
+    pub fn handle_sent(&mut self, keys: usize, now: Instant) {
+        self.keys_per_second = self.rate(now) + keys as f64 / RATE_OVER.as_secs_f64();
+        self.sent_at = now;
+    }
+
+    /// Until when a statement that is not full waits for more keys; also a full one where the ceiling is in the way.
+    pub fn until(&self, is_at_ceiling: bool, now: Instant) -> Instant {
+        let rate = self.rate(now);
+        let max = if is_at_ceiling { WAIT_AT_CEILING_MAX } else { WAIT_MAX };
+        if !is_at_ceiling && rate < RATE_MIN {
+            return self.sent_at;
+        }
+        self.sent_at + Duration::from_secs_f64(KEYS_WANTED / rate.max(1.0)).min(max)
+    }
+
+    fn rate(&self, now: Instant) -> f64 {
+        let age = now.saturating_since(self.sent_at).as_secs_f64();
+        self.keys_per_second * (-age / RATE_OVER.as_secs_f64()).exp()
+    }
+}
