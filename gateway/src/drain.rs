@@ -1,4 +1,4 @@
-//! Emptying this node: sessions leave at a pace, each with a slot, and nobody new comes in.
+//! Emptying this node: not ready first, then sessions leave at a pace, each with a slot, and nobody new comes in.
 //!
 //! [`Drain`] holds the order and what became of it; [`run`] carries it out. SIGTERM, Ctrl-C and `POST /api/v1/drain` give the same order.
 
@@ -27,6 +27,8 @@ use crate::{events::Body, sessions::Session, state::Shared};
 pub struct Order {
     /// Sessions closed a second; `None`: as fast as admission could take them back.
     pub rate_per_second: Option<f64>,
+    /// Between not being ready and the first close: balancers send nobody here any more then. Less than the deadline.
+    pub announce: Duration,
     /// When the last session has been told.
     pub deadline: Duration,
 }
@@ -37,6 +39,8 @@ pub struct Order {
 pub enum DrainState {
     /// Nobody asked for one.
     Idle,
+    /// Not ready, so that balancers turn away; devices that come all the same are let in.
+    Announced,
     /// Sessions are leaving; new devices are refused.
     Draining,
     /// All have left; new devices are refused.
@@ -91,7 +95,8 @@ impl Default for Drain {
 }
 
 impl Drain {
-    /// Starts one. New devices are refused from now on.
+    /// Starts one. The node is not ready from now on; new devices are refused from the end of the announcement on, at once where
+    /// there is none.
     ///
     /// # Errors
     /// One is under way.
@@ -100,13 +105,18 @@ impl Drain {
         if inner.state != DrainState::Idle {
             return Err(AlreadyDraining);
         }
+        let is_announced = !order.announce.is_zero();
         *inner = Inner {
-            state: DrainState::Draining,
+            state: if is_announced {
+                DrainState::Announced
+            } else {
+                DrainState::Draining
+            },
             order: Some(order),
             is_hurried: false,
             rate: 0.0,
         };
-        self.is_draining.store(true, Ordering::Relaxed);
+        self.is_draining.store(!is_announced, Ordering::Relaxed);
         drop(inner);
         self.wake.notify_one();
         Ok(())
@@ -134,6 +144,12 @@ impl Drain {
         self.wake.notify_one();
     }
 
+    /// One was asked for: the node is not ready.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.inner().state != DrainState::Idle
+    }
+
     /// New devices are refused.
     #[must_use]
     pub fn is_draining(&self) -> bool {
@@ -157,8 +173,26 @@ impl Drain {
         }
     }
 
+    /// The announcement is over. False where the drain was cancelled meanwhile, or begun anew.
+    fn begin(&self) -> bool {
+        let mut inner = self.inner();
+        if inner.has_ended(DrainState::Announced) {
+            return false;
+        }
+        inner.state = DrainState::Draining;
+        self.is_draining.store(true, Ordering::Relaxed);
+        true
+    }
+
     fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// The drain that was in this state was cancelled; another may have been asked for since.
+    fn has_ended(&self, state: DrainState) -> bool {
+        self.state != state || self.order.is_some()
     }
 }
 
@@ -186,12 +220,55 @@ pub fn send_away(state: &Shared, session: &Session, rng: &mut impl Rng) {
     });
 }
 
+/// Waits until balancers have noticed that this node is not ready. False where there is nothing more to do.
+async fn announce(state: &Shared, span: Duration, stop: &CancellationToken) -> bool {
+    state
+        .events
+        .notice(state.clock.wall(), Body::Drain { state: "announced" });
+    tracing::info!(
+        announce_seconds = span.as_secs(),
+        "drain announced: not ready, devices are still let in"
+    );
+    let over = tokio::time::sleep(span);
+    tokio::pin!(over);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return false,
+            () = state.drain.wake.notified() => {}
+            () = &mut over => return state.drain.begin(),
+        }
+        let is_hurried = {
+            let inner = state.drain.inner();
+            if inner.has_ended(DrainState::Announced) {
+                return false;
+            }
+            inner.is_hurried
+        };
+        if is_hurried {
+            return state.drain.begin();
+        }
+    }
+}
+
 async fn drain_once(state: &Shared, order: Order, stop: &CancellationToken) {
+    if !order.announce.is_zero() && !announce(state, order.announce, stop).await {
+        if !stop.is_cancelled() {
+            note_cancelled(state);
+        }
+        return;
+    }
     let mut rng = SmallRng::from_os_rng();
     let now = state.clock.now();
     let rate = order.rate_per_second.unwrap_or_else(|| state.gate.k_ref());
-    let mut pacing = Pacing::drain(rate, state.sessions.len(), order.deadline, now);
-    state.drain.inner().rate = pacing.rate_per_second();
+    let time = order.deadline.saturating_sub(order.announce);
+    let mut pacing = Pacing::drain(rate, state.sessions.len(), time, now);
+    {
+        let mut inner = state.drain.inner();
+        inner.rate = pacing.rate_per_second();
+        if inner.is_hurried {
+            pacing.hurry(now);
+        }
+    }
     state
         .events
         .notice(state.clock.wall(), Body::Drain { state: "draining" });
@@ -221,12 +298,9 @@ async fn drain_once(state: &Shared, order: Order, stop: &CancellationToken) {
             () = tokio::time::sleep_until(state.clock.deadline(next)) => {}
         }
         let inner = state.drain.inner();
-        if inner.state != DrainState::Draining {
-            state
-                .events
-                .notice(state.clock.wall(), Body::Drain { state: "cancelled" });
-            tracing::info!(sessions = state.sessions.len(), "drain cancelled");
-            return;
+        if inner.has_ended(DrainState::Draining) {
+            drop(inner);
+            return note_cancelled(state);
         }
         if inner.is_hurried {
             pacing.hurry(state.clock.now());
@@ -240,4 +314,11 @@ async fn drain_once(state: &Shared, order: Order, stop: &CancellationToken) {
             .notice(state.clock.wall(), Body::Drain { state: "drained" });
         tracing::info!("drain ended: no session is left");
     }
+}
+
+fn note_cancelled(state: &Shared) {
+    state
+        .events
+        .notice(state.clock.wall(), Body::Drain { state: "cancelled" });
+    tracing::info!(sessions = state.sessions.len(), "drain cancelled");
 }

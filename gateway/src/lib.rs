@@ -1,6 +1,7 @@
 //! The gateway: sockets, databases, API and command line around the policy of `seawall_proto`.
 
 pub mod address;
+mod ageing;
 pub mod capacity;
 pub mod cli;
 pub mod clock;

@@ -9,7 +9,7 @@ use seawall_proto::{id::Label, session::SessionLimits};
 use tokio::{net::TcpListener, time::timeout};
 
 use crate::{
-    capacity,
+    ageing, capacity,
     clock::Clock,
     cohorts::Cohorts,
     config::{Config, ConfigError},
@@ -218,6 +218,7 @@ fn spawn_tasks(state: &Shared, life: &Lifecycle) {
     life.spawn("revocations", resume::follow(shared(), hard()));
     life.spawn("drill", resume::drill(shared(), hard()));
     life.spawn("drain", drain::run(shared(), hard()));
+    life.spawn("ageing", ageing::run(shared(), hard()));
     life.spawn("tokens", state.tokens.clone().follow(state.store.clone(), hard()));
     life.spawn("plan guard", upkeep::guard_plans(shared(), hard()));
     life.spawn("known good", known_good::keep(shared(), hard()));
@@ -266,6 +267,7 @@ impl Running {
         // A drain that an operator started goes on; the deadline below is for it too.
         let _ = self.state.drain.start(Order {
             rate_per_second: rate,
+            announce: settings.announce(),
             deadline,
         });
         tokio::select! {
@@ -277,6 +279,7 @@ impl Running {
             // An operator may have cancelled the drain meanwhile; then there is none to hurry.
             let _ = self.state.drain.start(Order {
                 rate_per_second: None,
+                announce: Duration::ZERO,
                 deadline: Duration::ZERO,
             });
             self.state.drain.hurry();

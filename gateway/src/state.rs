@@ -83,8 +83,7 @@ impl State {
         if !had_contact {
             reasons.push("registry_not_reached_yet");
         }
-        let is_draining = self.drain.is_draining();
-        if is_draining {
+        if self.drain.is_on() {
             reasons.push("draining");
         }
         let ready = reasons.is_empty();

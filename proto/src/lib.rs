@@ -6,6 +6,7 @@
 //! Start with [`handshake`]: it holds the fixed order of decisions that a connecting device goes through.
 
 pub mod admission;
+pub mod ageing;
 pub mod close;
 pub mod drain;
 pub mod firmware;

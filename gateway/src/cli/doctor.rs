@@ -262,7 +262,7 @@ fn token_holder(node: &Value, findings: &mut Findings) {
         ));
     }
     let drain = table::at(node, "drain.state");
-    if matches!(drain.as_str(), "draining" | "drained") {
+    if matches!(drain.as_str(), "announced" | "draining" | "drained") {
         findings.notice("drain: devices are sent away; `seawall drain cancel` ends that");
     }
 }

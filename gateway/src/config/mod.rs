@@ -136,6 +136,12 @@ impl Config {
                 format!("{} is the address for devices too", self.ops.listen),
             ));
         }
+        if self.drain.announce_seconds >= self.drain.deadline_seconds {
+            return Err(SettingError::new(
+                "drain.announce_seconds",
+                "is not less than drain.deadline_seconds",
+            ));
+        }
         if self.limits.frame_bytes_max > self.limits.message_bytes_max {
             return Err(SettingError::new(
                 "limits.frame_bytes_max",

@@ -111,6 +111,8 @@ section! {
         pub backoff_cap_ms: u64 = 60_000, "milliseconds", 1_000..=3_600_000;
         /// Time for the acknowledgement of a message to a device; then the API answers 202 `sent`.
         pub ack_timeout_ms: u64 = 10_000, "milliseconds", 100..=60_000;
+        /// How long a session lives, a quarter more or less; then close 1012 `ageing` with a slot. So few at a time (0.1 % a minute), and none in a storm, that a fleet which has connected together drifts apart. 0: for ever.
+        pub age_max_seconds: u64 = 86_400, "seconds", 0..=31_536_000;
     }
 }
 
@@ -119,6 +121,15 @@ impl Session {
     #[must_use]
     pub const fn heartbeat(&self) -> Duration {
         Duration::from_millis(self.heartbeat_ms)
+    }
+
+    /// [`Self::age_max_seconds`] as a span; `None` where sessions live for ever.
+    #[must_use]
+    pub const fn age_max(&self) -> Option<Duration> {
+        match self.age_max_seconds {
+            0 => None,
+            seconds => Some(Duration::from_secs(seconds)),
+        }
     }
 
     /// [`Self::ack_timeout_ms`] as a span.
@@ -163,6 +174,8 @@ impl ResumeTokens {
 section! {
     /// Leaving: at SIGTERM, at Ctrl-C, and by `seawall drain start`.
     pub struct Drain = "drain" {
+        /// Time between `/readyz` turning 503 and the first close; devices are let in meanwhile. At least two health intervals of the balancer in front, which then sends nobody here who would have to be sent away. Part of the deadline, and less than it. 0: none, as for a node without a balancer.
+        pub announce_seconds: u64 = 0, "seconds", 0..=3_600;
         /// Time to close sessions one by one; those left then get their 1012 at once. After a signal the process exits.
         pub deadline_seconds: u64 = 25, "seconds", 1..=86_400;
         /// Sessions closed a second. 0: as fast as the deadline asks for, and other nodes or this node's admission can take them back.
@@ -171,6 +184,12 @@ section! {
 }
 
 impl Drain {
+    /// [`Self::announce_seconds`] as a span.
+    #[must_use]
+    pub const fn announce(&self) -> Duration {
+        Duration::from_secs(self.announce_seconds)
+    }
+
     /// [`Self::deadline_seconds`] as a span.
     #[must_use]
     pub const fn deadline(&self) -> Duration {

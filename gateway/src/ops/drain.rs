@@ -34,7 +34,8 @@ pub fn routes() -> OpenApiRouter<Arc<Api>> {
 /// Where a drain stands.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct DrainView {
-    /// `idle`, `draining`, or `drained`: nobody is left, and new devices are refused.
+    /// `idle`; `announced`: not ready, so that balancers turn away, and devices that come are let in; `draining`; or `drained`:
+    /// nobody is left, and new devices are refused.
     state: &'static str,
     /// Sessions that are still here.
     left: usize,
@@ -48,6 +49,7 @@ impl DrainView {
         Self {
             state: match status.state {
                 DrainState::Idle => "idle",
+                DrainState::Announced => "announced",
                 DrainState::Draining => "draining",
                 DrainState::Drained => "drained",
             },
@@ -87,6 +89,7 @@ async fn start_drain(
     let configured = (config.rate_per_second > 0).then(|| f64::from(config.rate_per_second));
     let order = Order {
         rate_per_second: body.rate_per_second.or(configured),
+        announce: config.announce(),
         deadline: body.deadline.map_or_else(|| config.deadline(), |span| span.0),
     };
     if !order.rate_per_second.is_none_or(|rate| rate > 0.0 && rate <= RATE_MAX) {
@@ -96,6 +99,12 @@ async fn start_drain(
     }
     if !DEADLINE.contains(&order.deadline) {
         return Err(Problem::invalid("deadline: expected 1s to 24h"));
+    }
+    if order.deadline <= order.announce {
+        return Err(Problem::invalid(format!(
+            "deadline: expected more than the {} s of drain.announce_seconds",
+            order.announce.as_secs()
+        )));
     }
     let details = serde_json::json!({
         "rate_per_second": order.rate_per_second,

@@ -169,6 +169,7 @@ fn message() -> Value {
 fn order(rate_per_second: Option<f64>) -> Order {
     Order {
         rate_per_second,
+        announce: Duration::ZERO,
         deadline: Duration::from_secs(60),
     }
 }

@@ -2,6 +2,7 @@
 
 mod devices;
 mod drain;
+mod moving;
 mod outage;
 mod resume;
 pub mod rig;

@@ -154,6 +154,7 @@ async fn device_verified_after_the_drain_began_is_not_let_in() {
     eventually(|| gateway.shared.gate.state().in_flight == 1).await;
     let order = Order {
         rate_per_second: None,
+        announce: Duration::ZERO,
         deadline: Duration::from_secs(60),
     };
     gateway.shared.drain.start(order).unwrap();

@@ -345,6 +345,7 @@ async fn tokens_are_renewed_while_connected_and_before_a_drain_closes() {
     assert_eq!(gateway.metric("seawall_resume_tokens_total{occasion=\"renewal\"}"), 1);
     let order = Order {
         rate_per_second: None,
+        announce: Duration::ZERO,
         deadline: Duration::from_secs(10),
     };
     gateway.shared.drain.start(order).unwrap();

@@ -5,4 +5,5 @@ mod backends;
 mod crowd;
 mod disk;
 mod files;
+mod heartbeat;
 mod permission;

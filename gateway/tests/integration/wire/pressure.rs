@@ -16,7 +16,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::raw::{Device, ask, request, response};
+use super::raw::{Device, PATIENCE, ask, request, response};
 use super::rig::{Gateway, eventually};
 
 #[tokio::test]
@@ -76,6 +76,28 @@ async fn silent_connections_do_not_keep_a_device_out() {
 }
 
 #[tokio::test]
+async fn nobody_is_reset_at_a_full_door() {
+    let gateway = Gateway::start("[limits]\nhandshakes_max = 8\nhead_timeout_ms = 1000\n").await;
+    let mut silent = JoinSet::new();
+    for _ in 0..40 {
+        let mut stream = TcpStream::connect(gateway.devices).await.unwrap();
+        silent.spawn(async move {
+            let mut answer = String::new();
+            // A reset would be an error here.
+            timeout(PATIENCE, stream.read_to_string(&mut answer))
+                .await
+                .unwrap()
+                .unwrap();
+            answer
+        });
+    }
+
+    for answer in silent.join_all().await {
+        assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn crowd_behind_one_address_is_not_turned_away() {
     let gateway = Gateway::start("[limits]\nhandshakes_max = 8\n").await;
     let mut asking = Vec::new();
@@ -99,6 +121,10 @@ const SLOW_CROWD: usize = 2_000;
 /// Attempts of devices while they are there, and the time between two.
 const DEVICES: usize = 60;
 const DEVICE_INTERVAL: Duration = Duration::from_millis(50);
+/// On two quiet cores 0.37 s and 0.43 s were measured; a machine that runs other tests, too, needs more. Where places are not
+/// taken back, a device waits for 2.5 s a round, and there are four.
+const MEDIAN_MAX: Duration = Duration::from_secs(2);
+const LONGEST_MAX: Duration = Duration::from_secs(4);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_crowd_of_one_address_does_not_keep_devices_out() {
@@ -128,8 +154,8 @@ async fn slow_crowd_of_one_address_does_not_keep_devices_out() {
     waits.sort_unstable();
     let (median, longest) = (waits[DEVICES / 2], waits[DEVICES - 1]);
     println!("median {median:?}, longest {longest:?}");
-    assert!(median <= Duration::from_secs(1), "{median:?}");
-    assert!(longest <= Duration::from_secs(3), "{longest:?}");
+    assert!(median <= MEDIAN_MAX, "{median:?}");
+    assert!(longest <= LONGEST_MAX, "{longest:?}");
 }
 
 /// From another address than the devices; sends a byte now and then.
