@@ -164,7 +164,8 @@ impl Stage<'_> {
         match &phase.action {
             Action::Hold => {}
             Action::Connect { per_second } => agenda.connect_per_second = *per_second,
-            Action::DropAll => self.drop_all(agenda.started),
+            Action::DropAll => self.drop_group(GROUP_ALL, agenda.started),
+            Action::Drop { group } => self.drop_group(group, agenda.started),
             Action::Grow { firmware, to } => {
                 agenda.upgrades = self.plan.to_upgrade(firmware, *to, &mut self.rng);
                 agenda.set_aside = agenda.upgrades.iter().copied().collect();
@@ -261,9 +262,9 @@ impl Stage<'_> {
             .min()
     }
 
-    fn drop_all(&mut self, now: Instant) {
+    fn drop_group(&mut self, group: &str, now: Instant) {
         for index in 0..self.begun {
-            if self.recorder.is_connected(index) {
+            if self.recorder.is_connected(index) && self.recorder.is_in(index, group) {
                 self.recorder.due(index, now, true);
                 self.fleet.drop_connection(index);
             }
@@ -342,6 +343,7 @@ pub fn describe(action: &Action) -> String {
         Action::Hold => "hold".to_owned(),
         Action::Connect { per_second } => format!("connect {per_second} a second"),
         Action::DropAll => "drop all".to_owned(),
+        Action::Drop { group } => format!("drop {group}"),
         Action::Grow { firmware, to } => format!("grow {firmware} to {:.0} %", to * 100.0),
         Action::Database(Trouble::Slow { factor }) => format!("database {factor}x slower"),
         Action::Database(Trouble::Frozen) => "database frozen".to_owned(),

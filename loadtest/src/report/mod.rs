@@ -276,7 +276,7 @@ fn outline(scenario: &Scenario) -> Vec<Run> {
 /// The phase that speaks for a run's return times: see [`Summary`].
 #[must_use]
 pub fn leading_phase(scenario: &Scenario) -> Option<usize> {
-    let is_storm = |action: &Action| *action == Action::DropAll;
+    let is_storm = |action: &Action| matches!(action, Action::DropAll | Action::Drop { .. });
     let phases = &scenario.phases;
     phases.iter().rposition(|phase| is_storm(&phase.action)).or_else(|| {
         phases

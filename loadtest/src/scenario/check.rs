@@ -177,20 +177,22 @@ impl Scenario {
                 "expected 0 to 10000",
             )?;
             if let Some(group) = &phase.churn_group {
-                check(
-                    self.group_names().any(|name| name == group),
-                    field("churn_group"),
-                    format!("no group `{group}`"),
-                )?;
+                self.check_group(group, &field("churn_group"))?;
             }
             self.check_action(&phase.action, &field("action"))?;
         }
         Ok(())
     }
 
+    fn check_group(&self, group: &str, field: &str) -> Result<(), FieldError> {
+        let is_known = self.group_names().any(|name| name == group);
+        check(is_known, field, format!("no group `{group}`"))
+    }
+
     fn check_action(&self, action: &Action, field: &str) -> Result<(), FieldError> {
         match action {
             Action::Hold | Action::DropAll | Action::Unblock => Ok(()),
+            Action::Drop { group } => self.check_group(group, field),
             Action::Connect { per_second } => check(
                 (0.1..=100_000.0).contains(per_second),
                 field,

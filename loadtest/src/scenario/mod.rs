@@ -169,6 +169,8 @@ pub enum Action {
     Connect { per_second: f64 },
     /// Every open socket is closed at once, by reset; each device then does what its profile says.
     DropAll,
+    /// The same, of the devices of a group only.
+    Drop { group: String },
     /// Devices change to a version, evenly over the phase, until it has this share of all. Each loses its connection and comes back as
     /// the new version.
     Grow { firmware: String, to: f64 },
@@ -305,6 +307,7 @@ impl Scenario {
             Action::Hold
             | Action::Connect { .. }
             | Action::DropAll
+            | Action::Drop { .. }
             | Action::Database(_)
             | Action::Block { .. }
             | Action::Unblock => None,

@@ -54,6 +54,7 @@ fn each_mistake_is_named() {
             "per_second = 50, x = 1 }",
             "unexpected keys in table: x",
         ),
+        ("\"drop-all\"", "{ drop = { group = \"well\" } }", "no group `well`"),
         (
             "\"drop-all\"",
             "{ database = \"frozen\" }",

@@ -33,6 +33,8 @@ pub struct Cohort {
     pub tenant: Label,
     pub model: Option<Label>,
     pub connect_timeout: Duration,
+    /// Its devices keep their resume tokens.
+    pub resumes: bool,
     /// What admission knows it by.
     pub tag: CohortTag,
 }
@@ -84,6 +86,7 @@ impl Devices {
                     tenant: tenant.clone(),
                     model: fleet.model.as_deref().and_then(label),
                     connect_timeout: Duration::from_secs_f64(fleet.connect_timeout_seconds),
+                    resumes: fleet.resume,
                     tag: CohortTag::of(fleet.model.as_deref(), Some(version)),
                 };
                 let cohort = devices.cohort_number(&cohort);
@@ -128,13 +131,6 @@ impl Devices {
             mixed(number ^ self.seed.rotate_left(32)),
             mixed(number.wrapping_add(self.seed)),
         ))
-    }
-
-    /// Whether the device is one of the `share` that hold resume tokens. Of the last bits of its id, so that it goes with nothing else.
-    #[must_use]
-    pub fn holds_token(&self, device: usize, share: f64) -> bool {
-        let [.., a, b, c, d] = *self.id(device).as_bytes();
-        f64::from(u32::from_be_bytes([a, b, c, d])) < share * f64::from(u32::MAX)
     }
 
     #[must_use]

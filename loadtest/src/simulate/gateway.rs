@@ -323,10 +323,10 @@ impl World<'_> {
 
     /// The resume token that a device's welcome brings.
     pub(super) fn mint(&self, device: usize) -> Option<Box<str>> {
-        if !self.devices.holds_token(device, self.scenario.simulate.resume_share) {
+        let cohort = self.devices.cohort(device);
+        if !cohort.resumes {
             return None;
         }
-        let cohort = self.devices.cohort(device);
         let grant = Grant {
             device: self.devices.id(device),
             credential: CREDENTIAL,

@@ -15,8 +15,9 @@ use super::{
 
 /// No round trip is longer.
 const ROUND_TRIP_MAX: Duration = Duration::from_secs(2);
-/// When TCP sends a SYN again that was not answered, after the try before: 1, 3 and 7 s after the first.
-const SYN_AGAIN: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(2), Duration::from_secs(4)];
+/// When TCP sends a SYN again that was not answered, in seconds after the try before: 1, 3, 7, 15, 31 and 63 s after the first (Linux's
+/// `tcp_syn_retries`). A device that gives up earlier sends none of those behind.
+const SYN_AGAIN: [u64; 6] = [1, 2, 4, 8, 16, 32];
 
 /// Distances and timers.
 #[derive(Clone, Copy, Debug)]
@@ -44,7 +45,7 @@ impl Network {
     /// The longest that an attempt takes until it is answered, if it is answered at all.
     #[must_use]
     pub fn answer_max(&self, edge: &EdgeSettings) -> Duration {
-        let again: Duration = SYN_AGAIN.iter().sum();
+        let again = Duration::from_secs(SYN_AGAIN.iter().sum());
         let backlog = Duration::from_secs_f64(edge.backlog_seconds);
         again + backlog + seawall_proto::admission::ANSWER_WITHIN + ROUND_TRIP_MAX + Duration::from_secs(1)
     }
@@ -90,7 +91,7 @@ impl Edge {
         if self.busy_until.saturating_sub(now) >= self.backlog {
             return match (self.overflow, SYN_AGAIN.get(usize::from(tries))) {
                 (Overflow::Reset, _) => Accepted::Reset,
-                (Overflow::Drop, Some(after)) => Accepted::Again(*after),
+                (Overflow::Drop, Some(after)) => Accepted::Again(Duration::from_secs(*after)),
                 (Overflow::Drop, None) => Accepted::Lost,
             };
         }
@@ -133,14 +134,14 @@ mod tests {
             resetting.accept(0, Instant::ZERO);
         }
 
-        let tries: Vec<Accepted> = (0..4).map(|tries| dropping.accept(tries, Instant::ZERO)).collect();
+        let tries: Vec<Accepted> = [0, 1, 5, 6].map(|tries| dropping.accept(tries, Instant::ZERO)).into();
 
         assert_eq!(
             tries,
             [
                 Accepted::Again(Duration::from_secs(1)),
                 Accepted::Again(Duration::from_secs(2)),
-                Accepted::Again(Duration::from_secs(4)),
+                Accepted::Again(Duration::from_secs(32)),
                 Accepted::Lost
             ]
         );

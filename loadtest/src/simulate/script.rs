@@ -102,7 +102,8 @@ impl World<'_> {
         match &phase.action {
             Action::Hold => {}
             Action::Connect { per_second } => self.agenda.connect_per_second = *per_second,
-            Action::DropAll => self.drop_all(),
+            Action::DropAll => self.drop_group(GROUP_ALL),
+            Action::Drop { group } => self.drop_group(group),
             Action::Grow { firmware, to } => {
                 self.agenda.upgrades = self.devices.draw_upgrades(firmware, *to, &mut self.rng);
                 self.agenda.set_aside = self.agenda.upgrades.iter().copied().collect();
@@ -238,9 +239,10 @@ impl World<'_> {
         self.act(number);
     }
 
-    fn drop_all(&mut self) {
+    fn drop_group(&mut self, group: &str) {
+        let group = self.books.group(group).unwrap_or_default();
         for device in 0..self.begun {
-            if self.books.is_connected(device) {
+            if self.books.is_connected(device) && self.books.is_in(device, group) {
                 self.books.due(device, self.now, true);
                 self.devices.machines[device].handle_closed(None, self.now, &mut self.rng);
                 self.act(u32::try_from(device).unwrap_or(u32::MAX));

@@ -33,8 +33,6 @@ pub struct Settings {
     pub strangers_per_second: f64,
     /// Look-ups a second that each node remembers from an earlier life. 0: none.
     pub last_known_good_per_second: f64,
-    /// Part of the devices that hold a resume token from their first connect on.
-    pub resume_share: f64,
     pub edge: Edge,
     pub database: Database,
 }
@@ -54,7 +52,7 @@ pub struct Edge {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Overflow {
-    /// Nothing: the device's own TCP sends its SYN again, 1, 3 and 7 s after the first.
+    /// Nothing: the device's own TCP sends its SYN again, 1, 3, 7 s and so on after the first.
     #[default]
     Drop,
     /// It is reset.
@@ -84,7 +82,6 @@ impl Default for Settings {
             wake_noise_ms: 50.0,
             strangers_per_second: 0.0,
             last_known_good_per_second: 0.0,
-            resume_share: 0.0,
             edge: Edge::default(),
             database: Database::default(),
         }
@@ -127,7 +124,6 @@ impl Settings {
             ("wake_noise_ms", self.wake_noise_ms, 0.0, 60_000.0),
             ("strangers_per_second", self.strangers_per_second, 0.0, 1_000_000.0),
             ("last_known_good_per_second", self.last_known_good_per_second, 0.0, 1e6),
-            ("resume_share", self.resume_share, 0.0, 1.0),
             ("edge.handshakes_per_second", self.edge.handshakes_per_second, 1.0, 1e6),
             ("edge.backlog_seconds", self.edge.backlog_seconds, 0.001, 60.0),
             ("database.keys_per_second", self.database.keys_per_second, 0.0, 1e7),

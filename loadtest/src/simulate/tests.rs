@@ -385,11 +385,7 @@ fn each_claim_on_a_device_can_fail() {
 #[test]
 fn devices_with_resume_tokens_return_without_a_statement_also_while_the_database_is_dead() {
     let text = STORM
-        .replacen(
-            "[simulate.database]",
-            "[simulate]\nresume_share = 1\n[simulate.database]",
-            1,
-        )
+        .replacen("name = \"displays\"", "name = \"displays\"\nresume = true", 1)
         .replacen("[gateway", "[database]\nkind = \"postgres\"\n[gateway", 1)
         .replacen(
             "action = \"drop-all\"",
