@@ -166,11 +166,7 @@ impl Resume {
     /// The database can't be read; what is known stays.
     pub async fn poll(&self, store: &Store, clock: &Clock) -> Result<(), StoreError> {
         let _one_at_a_time = self.loading.lock().await;
-        let (known, floor) = {
-            let revoked = self.revoked();
-            let is_unknown = revoked.floor() == Generation::MAX;
-            ((!is_unknown).then(|| revoked.known()), revoked.floor())
-        };
+        let (known, floor) = (self.revision(), self.revoked().floor());
         let mut stored = store.revocations_since(known).await?;
         if let Some(known) = known.filter(|known| *known > stored.revision) {
             tracing::warn!(
@@ -275,6 +271,13 @@ impl Resume {
 
     fn is_stale(&self, now: Instant) -> bool {
         self.confirmed_at.load(Ordering::Relaxed) == u64::MAX || self.age(now) > STALE_AFTER
+    }
+
+    /// All revocations up to here are known; `None` where nothing is.
+    #[must_use]
+    pub fn revision(&self) -> Option<Generation> {
+        let revoked = self.revoked();
+        (revoked.floor() != Generation::MAX).then(|| revoked.known())
     }
 
     /// Devices whose older tokens don't count.

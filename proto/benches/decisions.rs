@@ -5,7 +5,8 @@ use std::hint::black_box;
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use seawall_proto::{
     firmware::compare,
-    id::RuleId,
+    id::{DeviceId, Label, RuleId, SecretHash, SessionId},
+    resume::{Generation, Grant, Judge, LIFE, ResumeKeys, Revoked},
     rules::{Effect, Match, Rule, RuleSet, RuleSpec, Subject},
     time::WallTime,
 };
@@ -68,5 +69,33 @@ fn versions(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(decisions, rules, versions);
+fn resume(criterion: &mut Criterion) {
+    let grant = Grant {
+        device: DeviceId::from_uuid(Uuid::from_u128(7)),
+        credential: SecretHash::of(b"the secret"),
+        tenant: Label::parse("default").ok().flatten().expect("a label"),
+        model: None,
+        generation: Generation(0),
+        credential_until: None,
+    };
+    let (keys, wall) = (ResumeKeys::new(1, [1; 32]), WallTime::from_unix_ms(1_800_000_000_000));
+    let revoked = Revoked::of(
+        Generation(60_000),
+        Generation(0),
+        (1..=60_000).map(|n| (DeviceId::from_uuid(Uuid::from_u128(u128::from(n) << 64)), Generation(n))),
+    );
+    let judge = Judge {
+        keys: &keys,
+        revoked: &revoked,
+        is_stale: false,
+    };
+    let mint = || grant.mint(&keys, SessionId(1), LIFE, wall).expect("a token");
+    let token = mint().text;
+    criterion.bench_function("resume/mint", |bencher| bencher.iter(mint));
+    criterion.bench_function("resume/weigh", |bencher| {
+        bencher.iter(|| judge.weigh(grant.device, &grant.credential, black_box(&token), wall));
+    });
+}
+
+criterion_group!(decisions, rules, versions, resume);
 criterion_main!(decisions);

@@ -38,6 +38,7 @@ pub struct Node {
     admission: AdmissionView,
     database: DatabaseView,
     rules: RulesView,
+    resume: ResumeView,
     drain: DrainView,
 }
 
@@ -95,6 +96,17 @@ pub struct RulesView {
     age_seconds: f64,
 }
 
+/// What is known of revoked resume tokens.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ResumeView {
+    /// All revocations up to it are known. Null: none are, and no token counts until the database answers.
+    revision: Option<u32>,
+    /// Devices whose older tokens don't count.
+    revoked: usize,
+    /// Time since the database confirmed this.
+    age_seconds: f64,
+}
+
 impl Node {
     fn of(gateway: &Gateway) -> Self {
         let readiness = gateway.readiness();
@@ -135,6 +147,11 @@ impl Node {
                 revision: rules.revision(),
                 digest: rules.digest_hex(),
                 age_seconds: gateway.rules.age(gateway.clock.now()).as_secs_f64(),
+            },
+            resume: ResumeView {
+                revision: gateway.resume.revision().map(|revision| revision.0),
+                revoked: gateway.resume.revoked_len(),
+                age_seconds: gateway.resume.age(gateway.clock.now()).as_secs_f64(),
             },
             drain: DrainView::of(gateway),
         }
