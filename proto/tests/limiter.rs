@@ -122,7 +122,7 @@ impl World {
             .map(|(id, _)| *id)
             .collect();
         for id in due {
-            let (_, outcome, keys) = self.running.remove(&id).unwrap();
+            let (_, outcome, keys) = self.running.remove(&id).expect("it was found there");
             self.answered += if outcome == BatchOutcome::Answered { keys } else { 0 };
             self.admission.handle_batch_done(id, outcome, now);
         }

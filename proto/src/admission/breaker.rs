@@ -16,8 +16,10 @@ const OUTCOMES_MAX: usize = 4_096;
 const PROBE_EVERY: Duration = Duration::from_secs(1);
 /// Probes in a row that close the breaker. overload.md section 1.
 const PROBE_SUCCESSES: u8 = 3;
-/// Hints grow with the age of the outage up to this.
+/// Hints grow with the age of the outage up to this,
 const FLOOR_MAX: Duration = Duration::from_secs(30);
+/// by this part of it: so much longer than the outage a small fleet is away, at most.
+const FLOOR_PART: u32 = 4;
 
 /// What the breaker says of the registry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -164,8 +166,8 @@ impl Breaker {
         if self.is_closed() {
             return Duration::ZERO;
         }
-        let age = now.saturating_since(self.since).min(FLOOR_MAX);
-        age.mul_f64(rng.random_range(0.5..=1.0))
+        let floor = (now.saturating_since(self.since) / FLOOR_PART).min(FLOOR_MAX);
+        floor.mul_f64(rng.random_range(0.5..=1.0))
     }
 
     fn leave_closed(&mut self, state: BreakerState, now: Instant) {

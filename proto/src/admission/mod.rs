@@ -40,12 +40,16 @@ use self::{
 use crate::{
     id::DeviceId,
     refusal::{Hint, draw},
-    slots::{HINT_MIN, Pace, SlotKeys, Slots, Standing},
+    slots::{HINT_MIN, Pace, SlotKeys, Slots, Standing, Weights},
     time::{Instant, WallTime},
 };
 
 /// Slot holders waiting are bounded to what the reference capacity answers in this time. Then they get a new slot.
 const HOLDERS_QUEUE: Duration = Duration::from_secs(2);
+/// Devices sent away so often that they are served by seniority. overload.md section 4.
+const EXPRESS_BOUNCES: u8 = 3;
+/// The part of the holders' bound that they have for themselves.
+const EXPRESS_PART: usize = 4;
 /// The same for devices without a due slot: they use what holders leave.
 const WALK_INS_QUEUE: Duration = Duration::from_millis(100);
 /// A device is looked up at most this long after its arrival: a look-up of [`LOOKUP_MAX`] then still ends in time.
@@ -101,8 +105,8 @@ impl Admission {
     #[must_use]
     pub fn new(config: AdmissionConfig, keys: SlotKeys, now: Instant) -> Self {
         Self {
+            queue: Queue::new(Weights::new(&config.tenant_weights)),
             slots: Slots::new(&config, keys),
-            queue: Queue::default(),
             limit: Limit::new(config.keys_in_flight_max, config.batch_keys_max, now),
             meter: Meter::default(),
             reference: Reference::new(config.lookups_per_second_max, now),
@@ -154,7 +158,26 @@ impl Admission {
         if self.queue.holds(device) {
             return self.queue.join(waiter, class);
         }
+        let class = class.or_else(|| self.make_room(arrival, standing, now));
         class.map(|class| self.queue.enqueue(waiter, class, is_apart))
+    }
+
+    /// Where holders fill their line, a due device of a tenant with fewer of them takes the place of the longest tenant's newest.
+    fn make_room(&mut self, arrival: &Arrival<'_>, standing: &Standing, now: Instant) -> Option<Class> {
+        let is_entitled = standing.is_due && self.is_trusted(arrival.device, standing, now);
+        if !is_entitled || self.costs.is_apart(arrival.cohort) {
+            return None;
+        }
+        let gone = self.queue.make_room(Class::Holder, standing.tenant);
+        let cause = Cause::QueueFull;
+        let has_room = !gone.is_empty();
+        let refused = |(ticket, waiter)| Owed::Refuse { ticket, waiter, cause };
+        self.owed.extend(gone.into_iter().map(refused));
+        has_room.then_some(Class::Holder)
+    }
+
+    fn is_trusted(&self, device: DeviceId, standing: &Standing, now: Instant) -> bool {
+        standing.tenant.is_some() && !self.throttle.is_disputed(device, now)
     }
 
     /// The best class that the device may wait in, if any has room.
@@ -166,26 +189,30 @@ impl Admission {
         let reference = self.reference.keys_per_second(now);
         let holders_max = keys_in(HOLDERS_QUEUE, reference);
         let walk_ins_max = keys_in(WALK_INS_QUEUE, reference);
-        let is_trusted = standing.tenant.is_some() && !self.throttle.is_disputed(device, now);
+        let is_bounced = standing.slot.is_some_and(|slot| slot.bounces >= EXPRESS_BOUNCES);
         let len = |classes: &[Class]| self.queue.line_len(classes);
-        let known = len(&[Class::Holder, Class::WalkIn]);
+        let known = len(&[Class::Holder, Class::Express, Class::WalkIn]);
         let all = known + len(&[Class::StrangerHolder, Class::StrangerWalkIn]);
-        let candidates = if is_trusted {
-            [
+        let first = |candidates: &[(bool, Class, bool)]| {
+            let found = candidates
+                .iter()
+                .find(|(is_entitled, _, has_room)| *is_entitled && *has_room);
+            found.map(|(_, class, _)| *class)
+        };
+        if self.is_trusted(device, standing, now) {
+            let has_express_room = len(&[Class::Express]) < holders_max.div_ceil(EXPRESS_PART);
+            first(&[
+                (standing.is_due && is_bounced, Class::Express, has_express_room),
                 (standing.is_due, Class::Holder, len(&[Class::Holder]) < holders_max),
                 (true, Class::WalkIn, known < walk_ins_max),
-            ]
+            ])
         } else {
             let holders = len(&[Class::Holder, Class::StrangerHolder]);
-            [
+            first(&[
                 (standing.is_due, Class::StrangerHolder, holders < holders_max),
                 (true, Class::StrangerWalkIn, all < walk_ins_max),
-            ]
-        };
-        candidates
-            .into_iter()
-            .find(|(is_entitled, _, has_room)| *is_entitled && *has_room)
-            .map(|(_, class, _)| class)
+            ])
+        }
     }
 
     /// The same for a cohort apart: its line is bounded in time by what its own look-ups cost.

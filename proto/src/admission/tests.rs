@@ -8,6 +8,7 @@ use crate::refusal::Code;
 
 mod any_order;
 mod costly;
+mod fairness;
 mod gathering;
 
 fn device(n: u128) -> DeviceId {
@@ -447,10 +448,10 @@ fn hints_grow_with_the_age_of_the_outage() {
     let mut node = Node::new();
     node.admission.handle_registry_absent(at(0));
 
-    for (n, age_s) in [0, 10, 60].into_iter().enumerate() {
+    for (n, age_s) in [0, 40, 240].into_iter().enumerate() {
         let hint = node.refused(u128::try_from(n).unwrap(), None, at(age_s * 1_000)).hint;
 
-        let from = (age_s.min(30) * 500).max(500);
+        let from = ((age_s / 4).min(30) * 500).max(500);
         assert!(
             (from..=from * 2 + 500).contains(&hint.after_ms()),
             "{age_s}: {}",

@@ -11,7 +11,7 @@ mod memory;
 mod tenants;
 mod token;
 
-pub(crate) use tenants::{STRANGERS_SHARE, Tail};
+pub(crate) use tenants::{STRANGERS_SHARE, Tail, Weights};
 pub use token::{SlotKeys, TOKEN_TEXT_LEN, TenantTag};
 
 use self::{

@@ -16,6 +16,28 @@ const STRANGERS_HORIZON: Duration = Duration::from_secs(3_600);
 /// The same for tenants, whose queue moves once a slot and device: reached only if the memory of slots is full.
 const TENANTS_HORIZON: Duration = Duration::from_secs(24 * 3_600);
 
+/// Weights of tenants, as configured.
+#[derive(Debug, Default)]
+pub(crate) struct Weights(BTreeMap<TenantTag, u32>);
+
+impl Weights {
+    pub fn new(named: &BTreeMap<String, u32>) -> Self {
+        Self(
+            named
+                .iter()
+                .map(|(name, weight)| (TenantTag::of(name), *weight))
+                .collect(),
+        )
+    }
+
+    /// At least 1; that of strangers and of tenants that are not named.
+    pub fn of(&self, tenant: Option<TenantTag>) -> u32 {
+        tenant
+            .and_then(|tenant| self.0.get(&tenant))
+            .map_or(1, |weight| (*weight).max(1))
+    }
+}
+
 /// The tails of all virtual queues.
 #[derive(Debug)]
 pub(super) struct Tenants {
@@ -24,7 +46,7 @@ pub(super) struct Tenants {
     /// Tenants beyond `tenants_max`, together.
     rest: Tail,
     strangers: Tail,
-    weights: BTreeMap<TenantTag, f64>,
+    weights: Weights,
     tenants_max: usize,
 }
 
@@ -58,10 +80,7 @@ impl Tenants {
             tails: BTreeMap::new(),
             rest: Tail::empty(1.0),
             strangers: Tail::empty(1.0),
-            weights: weights
-                .iter()
-                .map(|(name, weight)| (TenantTag::of(name), f64::from(*weight)))
-                .collect(),
+            weights: Weights::new(weights),
             tenants_max,
         }
     }
@@ -108,7 +127,7 @@ impl Tenants {
         if self.tails.len() >= self.tenants_max {
             return None;
         }
-        let weight = self.weights.get(&tenant).copied().unwrap_or(1.0);
+        let weight = f64::from(self.weights.of(Some(tenant)));
         self.tails.insert(tenant, Tail::empty(weight));
         Some(tenant)
     }

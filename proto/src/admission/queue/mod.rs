@@ -10,39 +10,55 @@ use std::{
     ops::Bound,
 };
 
+mod lines;
 mod sending;
 
+use lines::Lines;
 pub use sending::{Batch, BatchId};
 pub(super) use sending::{Ended, Ran};
 use sending::{Retry, Sent};
 
 use super::cost::CohortTag;
-use crate::{id::DeviceId, slots::Standing, time::Instant};
+use crate::{
+    id::DeviceId,
+    slots::{Standing, TenantTag, Weights},
+    time::Instant,
+};
 
 /// A device that waits for an answer. Never given twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(u64);
 
-/// Who goes first. The order of the variants is the order of service, but for the share that due strangers are sure of.
+/// Who goes first. The order of the variants is the order of service, but for the shares that due strangers and those often bounced are
+/// sure of. Within a class tenants take turns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Class {
     Holder,
+    /// Holders that were sent away often, the one first that came first of all.
+    Express,
     WalkIn,
     StrangerHolder,
     StrangerWalkIn,
 }
 
 impl Class {
-    const COUNT: usize = 4;
+    const COUNT: usize = 5;
     /// In the order of service.
-    const ALL: [Self; Self::COUNT] = [Self::Holder, Self::WalkIn, Self::StrangerHolder, Self::StrangerWalkIn];
+    const ALL: [Self; Self::COUNT] = [
+        Self::Holder,
+        Self::Express,
+        Self::WalkIn,
+        Self::StrangerHolder,
+        Self::StrangerWalkIn,
+    ];
 
     const fn index(self) -> usize {
         match self {
             Self::Holder => 0,
-            Self::WalkIn => 1,
-            Self::StrangerHolder => 2,
-            Self::StrangerWalkIn => 3,
+            Self::Express => 1,
+            Self::WalkIn => 2,
+            Self::StrangerHolder => 3,
+            Self::StrangerWalkIn => 4,
         }
     }
 }
@@ -64,6 +80,8 @@ struct Key {
     waiters: Vec<Ticket>,
     /// Of the device that asked first.
     cohort: CohortTag,
+    /// Whose turn it waits for.
+    tenant: Option<TenantTag>,
     state: KeyState,
 }
 
@@ -82,6 +100,9 @@ enum KeyState {
         batch: BatchId,
     },
 }
+
+/// The cohort and the tenant that a key counts for.
+type Crowd = (CohortTag, Option<TenantTag>);
 
 /// Where a key waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,7 +129,8 @@ pub(super) struct Queue {
     waiters: BTreeMap<Ticket, Waiter>,
     /// At most one a waiter and one a key in flight.
     keys: BTreeMap<DeviceId, Key>,
-    lines: [BTreeMap<u64, DeviceId>; Class::COUNT],
+    lines: Lines,
+    weights: Weights,
     /// Never empty ones.
     apart: BTreeMap<CohortTag, BTreeMap<(Class, u64), DeviceId>>,
     /// The cohort apart that was served last.
@@ -122,6 +144,13 @@ pub(super) struct Queue {
 }
 
 impl Queue {
+    pub fn new(weights: Weights) -> Self {
+        Self {
+            weights,
+            ..Self::default()
+        }
+    }
+
     /// Devices that wait for an answer.
     pub fn len(&self) -> usize {
         self.waiters.len()
@@ -129,7 +158,7 @@ impl Queue {
 
     /// Keys that wait in the lines of these classes.
     pub fn line_len(&self, classes: &[Class]) -> usize {
-        classes.iter().map(|class| self.lines[class.index()].len()).sum()
+        classes.iter().map(|class| self.lines.len(*class)).sum()
     }
 
     /// Keys sent and not answered.
@@ -166,7 +195,7 @@ impl Queue {
 
     /// Somebody waits in the shared lines, or for a second try.
     pub fn has_unsent(&self) -> bool {
-        self.has_retries() || self.lines.iter().any(|line| !line.is_empty())
+        self.has_retries() || !self.lines.is_empty()
     }
 
     /// Keys of a failed statement wait for a second try.
@@ -176,7 +205,7 @@ impl Queue {
 
     /// Keys that wait in the shared lines.
     pub fn unsent(&self) -> usize {
-        self.lines.iter().map(BTreeMap::len).sum()
+        self.line_len(&Class::ALL)
     }
 
     pub fn holds(&self, device: DeviceId) -> bool {
@@ -199,10 +228,11 @@ impl Queue {
         ) = (key.state, class)
             && class < was
         {
-            let cohort = key.cohort;
+            let (cohort, from, to) = (key.cohort, key.tenant, waiter.standing.tenant);
             key.state = KeyState::Waiting { class, place, line };
-            self.leave_line(cohort, was, place, line);
-            self.enter_line(cohort, class, place, line, device);
+            key.tenant = to;
+            self.leave_line((cohort, from), was, place, line);
+            self.enter_line((cohort, to), class, place, line, device);
         }
         self.wait(ticket, waiter);
         Some(ticket)
@@ -211,19 +241,23 @@ impl Queue {
     /// Waits at the end of the line of its class, or of its cohort if that is apart.
     pub fn enqueue(&mut self, waiter: Waiter, class: Class, is_apart: bool) -> Ticket {
         debug_assert!(!self.holds(waiter.device), "one key, one place");
-        let (device, cohort) = (waiter.device, waiter.cohort);
+        let (device, cohort, tenant) = (waiter.device, waiter.cohort, waiter.standing.tenant);
         let ticket = self.next_ticket();
-        let place = ticket.0;
+        let place = match (class, waiter.standing.slot) {
+            (Class::Express, Some(slot)) => u64::from(slot.first_unix_s) << 32 | ticket.0 & u64::from(u32::MAX),
+            (_, _) => ticket.0,
+        };
         let line = if is_apart { Line::Apart } else { Line::Shared };
         self.keys.insert(
             device,
             Key {
                 waiters: vec![ticket],
                 cohort,
+                tenant,
                 state: KeyState::Waiting { class, place, line },
             },
         );
-        self.enter_line(cohort, class, place, line, device);
+        self.enter_line((cohort, tenant), class, place, line, device);
         self.wait(ticket, waiter);
         ticket
     }
@@ -242,6 +276,19 @@ impl Queue {
         Some(waiter)
     }
 
+    /// Takes the newest key from the tenant that has the most waiting for its weight, if `tenant` has fewer: those who waited for it.
+    pub fn make_room(&mut self, class: Class, tenant: Option<TenantTag>) -> Vec<(Ticket, Waiter)> {
+        let newest = self.lines.newest_of_longest(class, tenant, &self.weights);
+        let Some(key) = newest.and_then(|device| self.keys.get(&device)) else {
+            return Vec::new();
+        };
+        let tickets = key.waiters.clone();
+        tickets
+            .into_iter()
+            .filter_map(|ticket| Some((ticket, self.leave(ticket)?)))
+            .collect()
+    }
+
     /// Forgets a key that nobody waits for, unless it is under way.
     fn drop_key(&mut self, device: DeviceId) {
         let Some(key) = self.keys.get(&device) else {
@@ -249,23 +296,25 @@ impl Queue {
         };
         match key.state {
             KeyState::InFlight { .. } => return,
-            KeyState::Waiting { class, place, line } => self.leave_line(key.cohort, class, place, line),
+            KeyState::Waiting { class, place, line } => self.leave_line((key.cohort, key.tenant), class, place, line),
             KeyState::Retrying { .. } => {}
         }
         self.keys.remove(&device);
     }
 
-    fn enter_line(&mut self, cohort: CohortTag, class: Class, place: u64, line: Line, device: DeviceId) {
+    fn enter_line(&mut self, (cohort, tenant): Crowd, class: Class, place: u64, line: Line, device: DeviceId) {
         match line {
-            Line::Shared => self.lines[class.index()].insert(place, device),
-            Line::Apart => self.apart.entry(cohort).or_default().insert((class, place), device),
-        };
+            Line::Shared => self.lines.insert(class, tenant, place, device),
+            Line::Apart => {
+                self.apart.entry(cohort).or_default().insert((class, place), device);
+            }
+        }
     }
 
-    fn leave_line(&mut self, cohort: CohortTag, class: Class, place: u64, line: Line) {
+    fn leave_line(&mut self, (cohort, tenant): Crowd, class: Class, place: u64, line: Line) {
         match line {
             Line::Shared => {
-                self.lines[class.index()].remove(&place);
+                self.lines.remove(class, tenant, place);
             }
             Line::Apart => {
                 if let Some(own) = self.apart.get_mut(&cohort) {
@@ -287,12 +336,12 @@ impl Queue {
                 && line != to
             {
                 key.state = KeyState::Waiting { class, place, line: to };
-                moved.push((*device, class, place, line));
+                moved.push((*device, (key.cohort, key.tenant), class, place, line));
             }
         }
-        for (device, class, place, from) in moved {
-            self.leave_line(cohort, class, place, from);
-            self.enter_line(cohort, class, place, to, device);
+        for (device, crowd, class, place, from) in moved {
+            self.leave_line(crowd, class, place, from);
+            self.enter_line(crowd, class, place, to, device);
         }
     }
 
@@ -329,9 +378,7 @@ impl Queue {
         let waiters = std::mem::take(&mut self.waiters);
         self.deadlines.clear();
         self.retries.clear();
-        for line in &mut self.lines {
-            line.clear();
-        }
+        self.lines.clear();
         self.apart.clear();
         self.keys
             .retain(|_, key| matches!(key.state, KeyState::InFlight { .. }));

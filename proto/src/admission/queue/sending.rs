@@ -82,6 +82,8 @@ pub(super) struct Retry {
     pub keys: Vec<DeviceId>,
 }
 
+/// Every n-th key taken is of a device that was bounced often, if one waits: they have a quarter. overload.md section 4.
+const EXPRESS_EVERY: u32 = 4;
 /// Every n-th key taken is a due stranger's, if one waits: the inverse of their share.
 #[expect(
     clippy::cast_possible_truncation,
@@ -197,7 +199,7 @@ impl Queue {
         if is_retry {
             self.retries.front().is_some_and(|retry| !retry.keys.is_empty())
         } else {
-            self.lines.iter().any(|line| !line.is_empty())
+            !self.lines.is_empty()
         }
     }
 
@@ -206,13 +208,15 @@ impl Queue {
             return self.retries.front_mut()?.keys.pop();
         }
         self.taken = self.taken.wrapping_add(1);
-        let strangers_turn = self.taken.is_multiple_of(STRANGER_EVERY);
-        let first = strangers_turn.then_some(Class::StrangerHolder);
+        let first = if self.taken.is_multiple_of(STRANGER_EVERY) {
+            Some(Class::StrangerHolder)
+        } else {
+            (self.taken % EXPRESS_EVERY == 1).then_some(Class::Express)
+        };
         first
             .into_iter()
             .chain(Class::ALL)
-            .find_map(|class| self.lines[class.index()].pop_first())
-            .map(|(_, device)| device)
+            .find_map(|class| self.lines.pop(class, &self.weights))
     }
 
     /// Keys of failed statements that nobody waits for any more, or that have started anew since.
