@@ -148,6 +148,7 @@ impl World {
 fn in_flight_stays_within_the_limit_and_goodput_returns_after_whatever_befell_the_database() {
     for seed in 1..=3 {
         let mut world = World::new(seed);
+        world.goodput(Duration::from_secs(10));
         let healthy = world.goodput(Duration::from_secs(10));
 
         world.slowness = 4.0;
@@ -161,7 +162,7 @@ fn in_flight_stays_within_the_limit_and_goodput_returns_after_whatever_befell_th
         let recovered = world.goodput(Duration::from_secs(5));
 
         let best = KNEE / KEY.as_secs_f64();
-        assert!(healthy > 0.85 * best, "{healthy} of {best}");
+        assert!(healthy > 0.9 * best, "{healthy} of {best}");
         assert!(slow > 0.85 * best / 4.0, "{slow} of {best} / 4");
         assert!(recovered > 0.8 * best, "{recovered} of {best}");
     }

@@ -66,7 +66,7 @@ fn disobedient_fifth_does_not_delay_the_others() {
             ..Scenario::default()
         });
 
-        assert_within(report.obedient_back, OPTIMUM, 1.05);
+        assert_within(report.obedient_back, OPTIMUM, 1.06);
         assert_within(report.all_back, OPTIMUM, 1.5);
     }
 }
