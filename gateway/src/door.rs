@@ -1,9 +1,9 @@
 //! What connections of devices hold, and for how long: places for handshakes, shares by address, tasks. Start with [`Door`].
 //!
 //! A place is held from accept to a complete head. When all are taken, newcomers wait in the kernel's backlog, behind each
-//! other: so a crowd that takes places and shows no head would keep everybody out. While connections wait, a handshake of an
-//! address that holds more than an even share of the places therefore gives its place up as soon as it
-//! [is late](LATE_AFTER). Without that pressure nobody is hurried.
+//! other: so a crowd that takes places and shows no head would keep everybody out. While connections wait, a handshake that
+//! [is late](LATE_AFTER) therefore steps aside: it keeps its time, not its place. Only so many can stand aside; beyond that, one
+//! of an address that holds more than an even share of the places is given up. Without that pressure nobody is hurried.
 
 use std::{
     num::NonZeroU32,
@@ -30,10 +30,12 @@ use crate::{
     state::Shared,
 };
 
-/// A head that is not there after this time is late. It leaves with the last packet of the TCP handshake, so that it is there
-/// when the connection is accepted, unless a packet was lost. With 500 places and half of them an even share, a crowd of 2,000
-/// connections is through in 0.6 s.
+/// A head that is not there after this time is late. Most leave with the last packet of the TCP handshake, and are there when the
+/// connection is accepted; a proxy that connects first and reads then, a slow link or a lost packet make it later.
 pub const LATE_AFTER: Duration = Duration::from_millis(100);
+
+/// So many handshakes for each place may stand aside: with 500 places 2,000, of at most a head's size each.
+const ASIDE_PER_PLACE: usize = 4;
 
 /// Connections that found every place taken are pressure for so long.
 const PRESSURE_SPAN: Duration = Duration::from_secs(1);
@@ -52,6 +54,8 @@ pub struct Door {
     /// One for each handshake under way; given back when the head is complete.
     handshakes: Arc<Semaphore>,
     handshake_shares: Arc<FairShare>,
+    /// One for each handshake that gave its place up and still has time.
+    aside: Arc<Semaphore>,
     connection_shares: Arc<FairShare>,
     /// Only where the operator set a figure.
     handshake_rate: Option<HandshakeRate>,
@@ -66,9 +70,34 @@ pub struct Door {
 
 /// What a connection holds until its head is complete.
 pub struct Handshake {
-    // Given back before the permit: whoever gets the permit next finds room in the shares too.
-    pub(crate) share: Share,
-    _permit: OwnedSemaphorePermit,
+    hold: Hold,
+    /// It is one of the node's connections, too, and may become a session.
+    has_connection: bool,
+}
+
+#[expect(dead_code, reason = "permits are held, and given back when they are dropped")]
+enum Hold {
+    /// The share is given back before the permit: whoever gets the permit next finds room in the shares, too.
+    Place(Share, OwnedSemaphorePermit),
+    Aside(OwnedSemaphorePermit),
+}
+
+/// What a handshake that is late shall do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Late {
+    /// Go on: nobody waits because of it.
+    Stay,
+    /// Others wait because of its address: it has to go.
+    Leave,
+}
+
+impl Handshake {
+    /// Its head takes long: its address gets no more than a fair share of the places.
+    pub(crate) fn mark_slow(&mut self) {
+        if let Hold::Place(share, _) = &mut self.hold {
+            share.mark_slow();
+        }
+    }
 }
 
 impl Door {
@@ -77,6 +106,7 @@ impl Door {
         Self {
             handshakes: Arc::new(Semaphore::new(bounds.handshakes)),
             handshake_shares: FairShare::new(bounds.handshakes, Scope::TheSlow, None),
+            aside: Arc::new(Semaphore::new(bounds.handshakes * ASIDE_PER_PLACE)),
             connection_shares: FairShare::new(bounds.connections, Scope::Everyone, limits.connections_per_address_max),
             handshake_rate: rate.map(HandshakeRate::new),
             lingering: Semaphore::new(LINGERING_MAX),
@@ -104,11 +134,24 @@ impl Door {
         permit
     }
 
-    /// Connections wait because this handshake's address holds more places than its even share: one that shows no head gives
-    /// its place up.
+    /// What becomes of a handshake that is late. Where others wait it steps aside; one that has no connection of the node's does
+    /// not, since those are what files are counted by.
     #[must_use]
-    pub(crate) fn is_in_the_way(&self, handshake: &Handshake) -> bool {
-        self.pressure.was_on_lately() && handshake.share.is_of_a_crowd()
+    pub(crate) fn make_way(&self, handshake: &mut Handshake) -> Late {
+        let Hold::Place(share, _) = &handshake.hold else {
+            return Late::Stay;
+        };
+        if !self.pressure.was_on_lately() {
+            return Late::Stay;
+        }
+        let is_of_a_crowd = share.is_of_a_crowd();
+        if handshake.has_connection
+            && let Ok(permit) = Arc::clone(&self.aside).try_acquire_owned()
+        {
+            handshake.hold = Hold::Aside(permit);
+            return Late::Stay;
+        }
+        if is_of_a_crowd { Late::Leave } else { Late::Stay }
     }
 
     /// Runs a connection's task, tracked. A panic in it ends that connection alone: what the connection holds is given back as
@@ -148,7 +191,10 @@ impl Door {
             return Err(Turned::AddressRate);
         }
         let share = self.handshake_shares.take(network).map_err(|_| Turned::AddressShare)?;
-        let handshake = Handshake { share, _permit: permit };
+        let handshake = Handshake {
+            hold: Hold::Place(share, permit),
+            has_connection: connection.is_some(),
+        };
         Ok((connection, handshake))
     }
 }

@@ -25,7 +25,7 @@ use crate::{
     address::Share,
     cohorts::Outcome,
     connection::{answer::Linger, attempt::Attempt, live::Live, online::Online},
-    door::{Door, Handshake, LATE_AFTER},
+    door::{Door, Handshake, LATE_AFTER, Late},
     drain,
     head::{Complete, HeadError, HeadReader},
     lookup::Concluded,
@@ -149,9 +149,9 @@ async fn read_head(
                 break read;
             }
             if begun.elapsed() >= limits.head_timeout() / SLOW_AFTER_PART {
-                handshake.share.mark_slow();
+                handshake.mark_slow();
             }
-            if door.is_in_the_way(handshake) {
+            if door.make_way(handshake) == Late::Leave {
                 // On a busy machine its bytes may have come without being read; that counts once.
                 if has_been_spared || !answer::has_unread(stream) {
                     break read;

@@ -238,6 +238,11 @@ async fn survive(hurt: fn(&Cluster), heal: fn(&Cluster)) {
         "a database lost later sends nobody elsewhere"
     );
 
+    for operation in ["lookup", "rules"] {
+        let failed = format!("seawall_database_errors_total{{operation=\"{operation}\"}}");
+        eventually(|| gateway.metric(&failed) > 0).await;
+    }
+
     // When it is back.
     heal(&cluster);
     let (connected, waiting): (Vec<_>, Vec<_>) = attempts

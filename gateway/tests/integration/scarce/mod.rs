@@ -1,4 +1,4 @@
-//! What a machine runs out of: room on its disk, files, connections of the database, permissions. And what it must not run out of:
+//! What a machine runs out of: room on its disk, files, connections of the database, permissions, readers of its log. And what it must not run out of:
 //! room for many devices behind one address.
 
 mod backends;
@@ -6,4 +6,5 @@ mod crowd;
 mod disk;
 mod files;
 mod heartbeat;
+mod log;
 mod permission;
