@@ -224,6 +224,26 @@ fn far_slot_is_told_by_a_drawn_hint_and_kept_to_the_millisecond() {
 }
 
 #[test]
+fn attempts_until_a_far_slot_stay_under_one_in_450_seconds_and_a_few() {
+    for slot_s in [601, 700, 1_000, 5_000] {
+        let mut node = Node::new();
+        node.fill(slot_s * 1_000);
+        node.slots.handle_admitted(device(1), "default");
+        let (mut now, mut attempts) = (at(0), 0.0);
+
+        while !node.is_due(1, None, now) {
+            attempts += 1.0;
+            now += node.refuse(1, None, now).after;
+        }
+        // The one that is let in.
+        attempts += 1.0;
+
+        let most = 2.5 + slot_s as f64 / 450.0;
+        assert!(attempts < most, "{attempts} for {slot_s} s");
+    }
+}
+
+#[test]
 fn only_the_authenticated_are_known_and_a_token_tells_other_nodes() {
     let mut node = Node::new();
     let other = Node::new();
