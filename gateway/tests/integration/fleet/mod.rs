@@ -5,6 +5,7 @@ mod drain;
 mod moving;
 mod outage;
 mod resume;
+mod revoked;
 pub mod rig;
 mod rules;
 mod storm;

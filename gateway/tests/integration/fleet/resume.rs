@@ -1,4 +1,4 @@
-//! Resume tokens: devices come back without the database, and whoever was revoked does not, whoever revoked it and where.
+//! Resume tokens: devices come back without the database. Whoever was revoked does not: see [`super::revoked`].
 
 use std::{
     fs,
@@ -8,12 +8,8 @@ use std::{
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use firmware_sim::connection::{Connection, DeviceConfig};
-use seawall_gateway::{
-    config::DatabaseUrl,
-    drain::Order,
-    store::{DeviceChange, Rotation, Store},
-};
-use seawall_proto::{id::SecretHash, record::DeviceState, resume::Generation, rules::Match};
+use seawall_gateway::{config::DatabaseUrl, drain::Order, store::Rotation};
+use seawall_proto::{id::SecretHash, resume::Generation, rules::Match};
 use serde_json::{Value, json};
 use sqlx::{Connection as _, SqliteConnection};
 
@@ -22,9 +18,6 @@ use super::rig::{
     label, plain, with_wrong_secret,
 };
 use crate::harness::pg::{self, Cluster};
-
-/// Within this a revocation counts on every node.
-const REVOKED_WITHIN: Duration = Duration::from_secs(1);
 
 const STATEMENTS: &str = "seawall_lookup_statements_total ";
 const RESUMED: &str = "seawall_resumes_total{outcome=\"resumed\"}";
@@ -39,7 +32,7 @@ async fn welcomed(gateway: &Gateway, device: &DeviceConfig) -> (Connection, Opti
 }
 
 /// Devices that were connected once, with what they keep of it. Their sessions have ended.
-async fn returning(gateway: &Gateway, numbers: Range<u32>) -> Vec<DeviceConfig> {
+pub async fn returning(gateway: &Gateway, numbers: Range<u32>) -> Vec<DeviceConfig> {
     gateway.register(numbers.clone()).await;
     let mut returning = Vec::new();
     for mut device in devices(numbers) {
@@ -53,7 +46,7 @@ async fn returning(gateway: &Gateway, numbers: Range<u32>) -> Vec<DeviceConfig> 
 }
 
 /// All of them get in without a query, and fast.
-async fn assert_resumed(gateway: &Gateway, returning: &[DeviceConfig]) {
+pub async fn assert_resumed(gateway: &Gateway, returning: &[DeviceConfig]) {
     let (asked, resumed) = (gateway.metric(STATEMENTS), gateway.metric(RESUMED));
 
     for attempt in gateway.connect_all(returning).await {
@@ -66,7 +59,7 @@ async fn assert_resumed(gateway: &Gateway, returning: &[DeviceConfig]) {
     eventually(|| gateway.shared.sessions.is_empty()).await;
 }
 
-async fn on_postgres() -> (Cluster, DatabaseUrl, Gateway) {
+pub async fn on_postgres() -> (Cluster, DatabaseUrl, Gateway) {
     let cluster = Cluster::start().unwrap();
     let url = cluster.database().await.unwrap();
     let gateway = Gateway::start_on(Some(&url), "").await;
@@ -87,170 +80,6 @@ async fn devices_return_without_a_statement_while_the_database_is_dead_and_after
     assert_resumed(&restarted, &returning).await;
     assert_eq!(restarted.metric(STATEMENTS), 0);
     assert_eq!(restarted.shared.gate.state().known, 40, "no strangers to the slots");
-}
-
-/// Device 0 is disabled, 1 revoked, 2 deleted, 3 has a new secret, 4 another tenant; the others are as they were.
-async fn change_five(store: &Store) {
-    let state = |state| DeviceChange {
-        state: Some(state),
-        ..DeviceChange::default()
-    };
-    let moved = DeviceChange {
-        tenant: Some(label("elsewhere")),
-        ..DeviceChange::default()
-    };
-    let audit = audit("device.update");
-    for (number, change) in [
-        (0, state(DeviceState::Disabled)),
-        (1, state(DeviceState::Revoked)),
-        (4, moved),
-    ] {
-        store.device_update(id(number), &change, &audit).await.unwrap().unwrap();
-    }
-    store.device_delete(id(2), &audit).await.unwrap().unwrap();
-    let rotation = Rotation {
-        secret: SecretHash::of(b"a new secret of device 3"),
-        overlap: Duration::ZERO,
-    };
-    store.device_rotate(id(3), rotation, &audit).await.unwrap().unwrap();
-}
-
-async fn assert_five_are_refused(gateway: &Gateway, returning: &[DeviceConfig]) {
-    for (device, status) in returning.iter().zip([403, 401, 401, 401]) {
-        assert_eq!(gateway.connect(device).await.refused().status, status);
-    }
-    gateway.connect(&returning[4]).await.admitted();
-    assert_eq!(gateway.metric("seawall_resumes_total{outcome=\"revoked\"}"), 5);
-    eventually(|| gateway.shared.sessions.is_empty()).await;
-    assert_resumed(gateway, &returning[5..]).await;
-}
-
-async fn revoked_elsewhere(gateway: &Gateway, elsewhere: &Store) -> Vec<DeviceConfig> {
-    let returning = returning(gateway, 0..10).await;
-    let known = gateway.shared.resume.known();
-    change_five(elsewhere).await;
-    let begun = Instant::now();
-    eventually(|| gateway.shared.resume.known() == Generation(known.0 + 5)).await;
-    assert!(begun.elapsed() < REVOKED_WITHIN, "{:?}", begun.elapsed());
-    assert_five_are_refused(gateway, &returning).await;
-    returning
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn revoked_on_another_node_is_refused_within_a_second_and_after_a_restart_without_the_database() {
-    let (cluster, url, gateway) = on_postgres().await;
-    let elsewhere = Store::open(&url).await.unwrap();
-    elsewhere.ready().await;
-    let returning = revoked_elsewhere(&gateway, &elsewhere).await;
-    cluster.kill().unwrap();
-
-    let gateway = gateway.restart_on(Some(&url)).await;
-
-    for device in &returning[..5] {
-        let attempt = gateway.connect(device).await;
-        attempt.refused_with(503, "registry_unavailable");
-    }
-    assert_resumed(&gateway, &returning[5..]).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn revoked_by_another_process_on_sqlite_is_refused_within_a_second_and_after_a_restart() {
-    let gateway = Gateway::start("").await;
-    let url = gateway.shared.config.database_url();
-    let elsewhere = Store::open(&url).await.unwrap();
-    let returning = revoked_elsewhere(&gateway, &elsewhere).await;
-
-    let gateway = gateway.restart_on(None).await;
-
-    assert_five_are_refused(&gateway, &returning).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn session_ends_within_a_second_when_its_device_is_disabled_revoked_or_deleted_on_another_node() {
-    let url = pg::shared().database().await.unwrap();
-    let gateway = Gateway::start_on(Some(&url), "").await;
-    eventually(|| gateway.shared.readiness().ready).await;
-    let elsewhere = Store::open(&url).await.unwrap();
-    elsewhere.ready().await;
-    gateway.register(0..6).await;
-    let mut sessions = Vec::new();
-    for device in devices(0..6) {
-        sessions.push(gateway.session(&device).await);
-    }
-
-    change_five(&elsewhere).await;
-
-    for (session, expected) in sessions.iter_mut().zip([4002, 4501, 4501]) {
-        let (_, code, _) = end_of(session, REVOKED_WITHIN).await;
-        assert_eq!(code, expected);
-    }
-    for session in &mut sessions[3..] {
-        assert_alive(session).await;
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn revoked_on_this_node_is_refused_at_once_even_if_the_database_dies_then() {
-    let (cluster, url, gateway) = on_postgres().await;
-    let returning = returning(&gateway, 0..2).await;
-    let state = &gateway.shared;
-    cluster.kill().unwrap();
-
-    // As the API does behind each change, also behind one whose outcome is not known.
-    state.resume.revoke(id(0), &state.store, &state.clock).await;
-
-    let refused = |gateway: Gateway, device: DeviceConfig| async move {
-        let status = gateway.connect(&device).await.refused().status;
-        (gateway, status)
-    };
-    let (gateway, status) = refused(gateway, returning[0].clone()).await;
-    assert_eq!(status, 503);
-    assert_resumed(&gateway, &returning[1..]).await;
-    let gateway = gateway.restart_on(Some(&url)).await;
-    let (gateway, status) = refused(gateway, returning[0].clone()).await;
-    assert_eq!(status, 503);
-    assert_resumed(&gateway, &returning[1..]).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn without_its_file_of_revocations_a_node_counts_no_token_until_the_database_answers() {
-    let (cluster, url, gateway) = on_postgres().await;
-    let returning = returning(&gateway, 0..3).await;
-    let file = gateway.shared.config.server.data_dir.join("revoked.json");
-    cluster.kill().unwrap();
-    fs::write(&file, "{").unwrap();
-
-    let gateway = gateway.restart_on(Some(&url)).await;
-
-    gateway
-        .connect(&returning[0])
-        .await
-        .refused_with(503, "registry_unavailable");
-    cluster.restart().unwrap();
-    eventually(|| gateway.shared.readiness().ready && file_is_good(&file)).await;
-    assert_resumed(&gateway, &returning).await;
-}
-
-fn file_is_good(file: &std::path::Path) -> bool {
-    serde_json::from_slice::<Value>(&fs::read(file).unwrap()).is_ok()
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn registry_out_of_a_backup_has_every_device_looked_up_once() {
-    let url = pg::shared().database().await.unwrap();
-    let gateway = Gateway::start_on(Some(&url), "").await;
-    eventually(|| gateway.shared.readiness().ready).await;
-    let returning = returning(&gateway, 0..6).await;
-    change_five(&gateway.shared.store).await;
-    eventually(|| gateway.shared.resume.known() == Generation(5)).await;
-    let mut backup = sqlx::PgConnection::connect(url.expose()).await.unwrap();
-    let older = "DELETE FROM revocations; UPDATE meta SET value = '2' WHERE key = 'revocations_revision'";
-    sqlx::raw_sql(older).execute(&mut backup).await.unwrap();
-
-    eventually(|| gateway.shared.resume.known() == Generation(6)).await;
-
-    gateway.connect(&returning[5]).await.admitted();
-    assert_eq!(gateway.metric("seawall_resumes_total{outcome=\"revoked\"}"), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -399,6 +228,35 @@ async fn key_rotation_refuses_nobody() {
     assert_resumed(&gateway, &before).await;
     let after = returning(&gateway, 10..20).await;
     assert_resumed(&gateway, &after).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn token_of_one_node_counts_on_another_with_the_same_keys_and_no_longer_once_revoked() {
+    let url = pg::shared().database().await.unwrap();
+    let first = Gateway::start_on(Some(&url), "").await;
+    eventually(|| first.shared.readiness().ready).await;
+    let returning = returning(&first, 0..5).await;
+    let home = tempfile::tempdir().unwrap();
+    fs::create_dir(home.path().join("data")).unwrap();
+    let keys = first.shared.config.server.data_dir.join("keys.json");
+    fs::copy(keys, home.path().join("data/keys.json")).unwrap();
+
+    let second = Gateway::start_in(home, Some(&url), "").await;
+    eventually(|| second.shared.readiness().ready).await;
+
+    assert_resumed(&second, &returning).await;
+    first
+        .shared
+        .store
+        .device_delete(id(0), &audit("device.delete"))
+        .await
+        .unwrap();
+    eventually(|| second.shared.resume.known() == Generation(1)).await;
+    second.connect(&returning[0]).await.refused_with(401, "unauthorized");
+    let stranger = Gateway::start_on(Some(&url), "").await;
+    eventually(|| stranger.shared.readiness().ready).await;
+    stranger.connect(&returning[1]).await.admitted();
+    assert_eq!(stranger.metric(RESUMED), 0, "it has keys of its own");
 }
 
 #[tokio::test(flavor = "multi_thread")]

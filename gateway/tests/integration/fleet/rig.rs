@@ -61,7 +61,8 @@ impl Gateway {
         Self::start_in(self.home, database, "").await
     }
 
-    async fn start_in(home: TempDir, database: Option<&DatabaseUrl>, settings: &str) -> Self {
+    /// In `data` of a directory that may hold files already.
+    pub async fn start_in(home: TempDir, database: Option<&DatabaseUrl>, settings: &str) -> Self {
         let mut config = Config::from_toml(settings).unwrap();
         config.server.data_dir = home.path().join("data");
         config.server.listen = SocketAddr::from(([127, 0, 0, 1], 0));
