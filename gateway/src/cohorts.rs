@@ -4,6 +4,7 @@
 //! Memory is bounded by [`COHORTS_MAX`]; cohorts beyond it share one row, `other`.
 
 use std::{
+    borrow::Cow,
     collections::HashMap,
     fmt::Write as _,
     sync::{
@@ -13,6 +14,7 @@ use std::{
 };
 
 use seawall_proto::{admission::CohortTag, refusal::Code};
+use sha2::{Digest as _, Sha256};
 
 /// Most cohorts with a row of their own. Further ones are counted as `other`.
 pub const COHORTS_MAX: usize = 2_000;
@@ -26,6 +28,8 @@ pub const NONE: &str = "(none)";
 const HYSTERESIS: f64 = 1.2;
 /// Longest value of the label `cohort`, in bytes.
 const LABEL_LEN_MAX: usize = 64;
+/// What a cut label ends with: a tilde and eight digits.
+const LABEL_HASH_LEN: usize = 9;
 
 /// Outcomes counted for each cohort: admitted, abandoned, and the codes of refusals.
 const OUTCOMES: usize = 2 + Code::ALL.len();
@@ -47,6 +51,17 @@ pub struct Cohort {
     lookup_micros: AtomicU64,
     /// Its look-ups cost far more than the others', and are sent apart.
     is_costly: AtomicBool,
+    shown: Mutex<Shown>,
+}
+
+/// How far a cohort's attempts were shown in metrics. Counters never fall, whichever cohorts have series of their own: what was counted
+/// under `other` stays there.
+#[derive(Clone, Copy, Debug, Default)]
+struct Shown {
+    /// Of all attempts, shown somewhere.
+    counted: [u64; OUTCOMES],
+    /// Of those, shown in the cohort's own series.
+    own: [u64; OUTCOMES],
 }
 
 /// What became of a connect attempt.
@@ -96,6 +111,7 @@ impl Cohort {
             lookup_keys: AtomicU64::new(0),
             lookup_micros: AtomicU64::new(0),
             is_costly: AtomicBool::new(false),
+            shown: Mutex::default(),
         }
     }
 
@@ -111,9 +127,30 @@ impl Cohort {
         }
         format!(
             "{}/{}",
-            self.model.as_deref().unwrap_or(NONE),
-            self.firmware.as_deref().unwrap_or(NONE)
+            part(self.model.as_deref(), true),
+            part(self.firmware.as_deref(), false)
         )
+    }
+
+    /// Hands out the attempts that were not shown yet, and notes them as shown: in series of its own, or elsewhere.
+    fn show(&self, in_own_series: bool) -> [u64; OUTCOMES] {
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut fresh = [0; OUTCOMES];
+        for (index, attempts) in self.attempts.iter().enumerate() {
+            let counted = attempts.load(Ordering::Relaxed);
+            fresh[index] = counted - shown.counted[index];
+            shown.counted[index] = counted;
+            if in_own_series {
+                shown.own[index] += fresh[index];
+            }
+        }
+        fresh
+    }
+
+    /// Attempts shown in series of its own, by outcome; those that never happened left out.
+    fn own_series(&self) -> Vec<(&'static str, u64)> {
+        let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        named(&shown.own)
     }
 
     pub fn session_opened(&self) {
@@ -177,10 +214,9 @@ impl Cohort {
     /// Attempts by outcome, those that never happened left out.
     #[must_use]
     pub fn attempts(&self) -> Vec<(&'static str, u64)> {
-        Outcome::all()
-            .map(|outcome| (outcome.as_str(), self.attempts[outcome.index()].load(Ordering::Relaxed)))
-            .filter(|(_, n)| *n > 0)
-            .collect()
+        named(&std::array::from_fn(|index| {
+            self.attempts[index].load(Ordering::Relaxed)
+        }))
     }
 }
 
@@ -198,6 +234,8 @@ type Name = (Option<Box<str>>, Option<Box<str>>);
 struct Rows {
     by_name: HashMap<Name, Arc<Cohort>>,
     series: Vec<Arc<Cohort>>,
+    /// Attempts shown under `other`.
+    other: [u64; OUTCOMES],
 }
 
 impl Default for Cohorts {
@@ -257,19 +295,13 @@ impl Cohorts {
     pub fn render(&self) -> String {
         let all = self.rows();
         let series = self.choose_series(&all);
-        let mut rest_sessions = 0;
-        let mut rest_attempts: Vec<(&'static str, u64)> = Outcome::all().map(|outcome| (outcome.as_str(), 0)).collect();
-        for cohort in all
+        let other = self.settle(&all);
+        let is_in = |cohort: &Arc<Cohort>| series.iter().any(|chosen| Arc::ptr_eq(cohort, chosen));
+        let rest_sessions: usize = all
             .iter()
-            .filter(|cohort| !series.iter().any(|other| Arc::ptr_eq(cohort, other)))
-        {
-            rest_sessions += cohort.sessions();
-            for (outcome, n) in cohort.attempts() {
-                if let Some(slot) = rest_attempts.iter_mut().find(|(name, _)| *name == outcome) {
-                    slot.1 += n;
-                }
-            }
-        }
+            .filter(|cohort| !is_in(cohort))
+            .map(|cohort| cohort.sessions())
+            .sum();
 
         let mut text = String::from("# HELP seawall_cohort_sessions Live sessions by cohort (model/version).\n");
         text.push_str("# TYPE seawall_cohort_sessions gauge\n");
@@ -287,15 +319,29 @@ impl Cohorts {
         text.push_str("# TYPE seawall_cohort_handshakes_total counter\n");
         for cohort in &series {
             let name = label(&cohort.name());
-            for (outcome, n) in cohort.attempts() {
+            for (outcome, n) in cohort.own_series() {
                 line(&mut text, "seawall_cohort_handshakes_total", &name, Some(outcome), n);
             }
         }
-        for (outcome, n) in rest_attempts.into_iter().filter(|(_, n)| *n > 0) {
+        for (outcome, n) in named(&other) {
             line(&mut text, "seawall_cohort_handshakes_total", OTHER, Some(outcome), n);
         }
         text.push('\n');
         text
+    }
+
+    /// Notes where the attempts since the last time are shown: in the cohort's own series if it has them now, else under `other`,
+    /// whose figures these are.
+    fn settle(&self, all: &[Arc<Cohort>]) -> [u64; OUTCOMES] {
+        let mut rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
+        for cohort in all {
+            let has_series = rows.series.iter().any(|chosen| Arc::ptr_eq(cohort, chosen));
+            let fresh = cohort.show(has_series);
+            if !has_series {
+                rows.add_to_other(&fresh);
+            }
+        }
+        rows.other
     }
 
     /// Keeps yesterday's choice but for cohorts that lost clearly to one outside.
@@ -337,7 +383,37 @@ impl Rows {
             .iter()
             .find(|(_, cohort)| cohort.sessions() == 0)
             .map(|(name, _)| name.clone());
-        idle.is_some_and(|name| self.by_name.remove(&name).is_some())
+        let Some(forgotten) = idle.and_then(|name| self.by_name.remove(&name)) else {
+            return false;
+        };
+        self.add_to_other(&forgotten.show(false));
+        true
+    }
+
+    fn add_to_other(&mut self, attempts: &[u64; OUTCOMES]) {
+        for (other, fresh) in self.other.iter_mut().zip(attempts) {
+            *other += fresh;
+        }
+    }
+}
+
+/// By outcome; those that never happened left out.
+fn named(attempts: &[u64; OUTCOMES]) -> Vec<(&'static str, u64)> {
+    Outcome::all()
+        .map(|outcome| (outcome.as_str(), attempts[outcome.index()]))
+        .filter(|(_, n)| *n > 0)
+        .collect()
+}
+
+/// A model or a version within a cohort's name: what would make two cohorts look alike is percent-encoded.
+fn part(text: Option<&str>, is_model: bool) -> Cow<'_, str> {
+    match text {
+        None => NONE.into(),
+        Some(NONE) => "%28none%29".into(),
+        // The first slash parts model and version, so that a version may have some.
+        Some(text) if is_model && text.contains(['/', '%']) => text.replace('%', "%25").replace('/', "%2F").into(),
+        Some(text) if text.starts_with("%28") => text.replace('%', "%25").into(),
+        Some(text) => text.into(),
     }
 }
 
@@ -349,20 +425,30 @@ fn line(text: &mut String, metric: &str, cohort: &str, outcome: Option<&str>, fi
     debug_assert!(written.is_ok(), "writing to a string does not fail");
 }
 
-/// Escaped for the exposition format, and cut to 64 bytes between characters and escapes.
+/// Escaped for the exposition format, and at most 64 bytes: a longer one is cut between characters and escapes, and ends with a part
+/// of its hash, so that no two are alike.
 fn label(name: &str) -> String {
     let mut escaped = String::new();
+    let mut cut = 0;
     for character in name.chars() {
-        let piece: &str = match character {
-            '\\' => "\\\\",
-            '"' => "\\\"",
-            '\n' => "\\n",
-            other => &String::from(other),
-        };
-        if escaped.len() + piece.len() > LABEL_LEN_MAX {
-            break;
+        match character {
+            '\\' => escaped.push_str("\\\\"),
+            '"' => escaped.push_str("\\\""),
+            '\n' => escaped.push_str("\\n"),
+            other => escaped.push(other),
         }
-        escaped.push_str(piece);
+        if escaped.len() <= LABEL_LEN_MAX - LABEL_HASH_LEN {
+            cut = escaped.len();
+        }
+    }
+    if escaped.len() > LABEL_LEN_MAX {
+        escaped.truncate(cut);
+        let digest = Sha256::digest(name.as_bytes());
+        escaped.push('~');
+        for byte in &digest[..LABEL_HASH_LEN / 2] {
+            let written = write!(escaped, "{byte:02x}");
+            debug_assert!(written.is_ok(), "writing to a string does not fail");
+        }
     }
     escaped
 }
@@ -434,6 +520,82 @@ mod tests {
     #[test]
     fn labels_are_escaped_and_short() {
         assert_eq!(label("a\"b\\c"), "a\\\"b\\\\c");
-        assert_eq!(label(&"\"".repeat(100)).len(), LABEL_LEN_MAX);
+        assert!((60..=LABEL_LEN_MAX).contains(&label(&"\"".repeat(100)).len()));
+        assert_eq!(label(&"m".repeat(64)).len(), LABEL_LEN_MAX);
+        assert_eq!(label(&"m".repeat(65)).len(), LABEL_LEN_MAX);
+    }
+
+    #[test]
+    fn no_two_cohorts_have_one_series() {
+        let cohorts = Cohorts::new();
+        let long = "m".repeat(64);
+        let names = [
+            (Some(long.as_str()), Some("1.0")),
+            (Some(long.as_str()), Some("2.0")),
+            (Some("a"), Some("b/c")),
+            (Some("a/b"), Some("c")),
+            (Some("a%2Fb"), Some("c")),
+            (None, Some("9")),
+            (Some("(none)"), Some("9")),
+            (Some("%28none%29"), Some("9")),
+            (Some("m"), None),
+            (Some("m"), Some("(none)")),
+            (Some("m"), Some("%28none%29")),
+        ];
+        for (model, firmware) in names {
+            let cohort = cohorts.intern(model, firmware);
+            cohort.session_opened();
+            cohort.attempted(Outcome::Admitted);
+        }
+        let text = cohorts.render();
+
+        let series: Vec<&str> = text
+            .lines()
+            .filter_map(|line| line.rsplit_once(' '))
+            .map(|(name, _)| name)
+            .collect();
+        let distinct: std::collections::BTreeSet<&str> = series.iter().copied().collect();
+        assert_eq!(series.len(), distinct.len(), "{text}");
+    }
+
+    #[test]
+    fn counters_never_fall_when_a_cohort_gets_series_of_its_own() {
+        let cohorts = Cohorts::new();
+        let figure = |text: &str| -> u64 {
+            let lines = text
+                .lines()
+                .filter(|line| line.starts_with("seawall_cohort_handshakes_total"));
+            lines
+                .filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok())
+                .sum()
+        };
+        let other = |text: &str| -> u64 {
+            let line = text
+                .lines()
+                .find(|line| line.starts_with("seawall_cohort_handshakes_total{cohort=\"other\""));
+            line.and_then(|line| line.rsplit_once(' ')?.1.parse().ok()).unwrap_or(0)
+        };
+        for n in 0..60 {
+            let cohort = cohorts.intern(Some("m"), Some(&format!("1.{n}")));
+            (0..100).for_each(|_| cohort.session_opened());
+            (0..5).for_each(|_| cohort.attempted(Outcome::Admitted));
+        }
+        let before = cohorts.render();
+        assert_eq!(figure(&before), 300);
+
+        let grown = cohorts.intern(Some("m"), Some("1.59"));
+        (0..500).for_each(|_| grown.session_opened());
+        (0..7).for_each(|_| grown.attempted(Outcome::Admitted));
+        let after = cohorts.render();
+
+        // What was counted under `other` stays there, and the cohort that made room takes its own series along.
+        assert!(after.contains("cohort=\"m/1.59\",outcome=\"admitted\"} 7"), "{after}");
+        assert_eq!(figure(&after), 300 + 7 - 5);
+        assert!(
+            other(&after) >= other(&before),
+            "{} fell to {}",
+            other(&before),
+            other(&after)
+        );
     }
 }

@@ -7,6 +7,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use seawall_proto::{id::DeviceId, time::WallTime};
@@ -19,6 +20,8 @@ pub const ATTEMPTS_MAX: usize = 20;
 const KNOWN_MAX: usize = 250_000;
 /// The same for ids that have not.
 const STRANGERS_MAX: usize = 5_000;
+/// A session that begins within this time of the end of the device's last one is a repeat: 10 min, as in overload.md section 5.
+pub const REPEAT_WITHIN: Duration = Duration::from_secs(600);
 /// Shards: a power of two. With 500,000 devices remembered a shard has 8,000, and a walk through it takes well under 1 ms.
 const SHARDS: usize = 64;
 
@@ -99,7 +102,6 @@ impl History {
             at,
             outcome: "admitted",
         });
-        record.offline = None;
     }
 
     /// A device was refused, or left before its answer.
@@ -113,10 +115,13 @@ impl History {
         generations.entry(device).push(Attempt { at, outcome });
     }
 
-    /// A device has a session.
-    pub fn came_online(&self, device: DeviceId, identity: Identity) {
+    /// A device has a session. True if it had another one until a short time ago: see [`REPEAT_WITHIN`].
+    pub fn came_online(&self, device: DeviceId, identity: Identity, at: WallTime) -> bool {
         let mut shard = self.shard(device);
-        shard.known.entry(device).identity = Some(identity);
+        let record = shard.known.entry(device);
+        let had_session = record.identity.replace(identity).is_some();
+        let left = record.offline.take();
+        had_session && left.is_none_or(|left| at.saturating_since(left.since) < REPEAT_WITHIN)
     }
 
     /// Shows every remembered device that had a session, shard by shard, in no order. Nothing else is remembered in that shard
@@ -258,7 +263,7 @@ mod tests {
                 cohort: Arc::clone(&cohort),
                 tenant: "default".into(),
             };
-            history.came_online(spread(n), identity);
+            history.came_online(spread(n), identity, WallTime::from_unix_ms(1));
         }
         let longest = |shards: &[Mutex<Shard>]| {
             let lens = shards.iter().map(|shard| {
@@ -275,6 +280,26 @@ mod tests {
 
         assert_eq!((seen, history.known_len()), (200_000, 200_000));
         assert!(most < 200_000 / 32, "{most} devices under one lock");
+    }
+
+    #[test]
+    fn session_soon_after_another_of_the_device_is_a_repeat() {
+        let history = History::default();
+        let cohort = Cohorts::new().intern(None, Some("1.0"));
+        let online = |ms| {
+            let identity = Identity {
+                cohort: Arc::clone(&cohort),
+                tenant: "default".into(),
+            };
+            history.came_online(device(1), identity, WallTime::from_unix_ms(ms))
+        };
+
+        assert!(!online(0), "the first");
+        assert!(online(1), "it replaced one");
+        history.went_offline(device(1), WallTime::from_unix_ms(1_000), "client_gone");
+        assert!(online(600_000));
+        history.went_offline(device(1), WallTime::from_unix_ms(600_000), "client_gone");
+        assert!(!online(1_200_000), "ten minutes later");
     }
 
     /// Ids whose bytes spread as those of random ids do.

@@ -135,7 +135,7 @@ pub const CLOSE_REASONS: [&str; 18] = [
 /// Label `outcome` of `seawall_messages_total` for messages from devices.
 pub const MESSAGE_IN_OUTCOMES: [&str; 4] = ["accepted", "buffer_full", "bad_frame", "rate_limited"];
 /// Label `outcome` of `seawall_messages_total` for messages to devices.
-pub const MESSAGE_OUT_OUTCOMES: [&str; 4] = ["acked", "sent", "device_offline", "mailbox_full"];
+pub const MESSAGE_OUT_OUTCOMES: [&str; 5] = ["acked", "sent", "device_offline", "mailbox_full", "refused"];
 /// Label `occasion` of `seawall_resume_tokens_total`.
 pub const TOKEN_OCCASIONS: [&str; 3] = ["welcome", "renewal", "drain"];
 /// Label `buffer` of `seawall_dropped_total`.

@@ -160,6 +160,26 @@ impl Session {
         message.map(Command::Deliver)
     }
 
+    /// Waits until the session is ordered to end. For the session's task alone; afterwards the mailbox is to be looked at, whatever
+    /// woke this.
+    ///
+    /// # Cancel safety
+    /// A wake-up for a message may be lost: look at the mailbox.
+    pub async fn ordered_to_close(&self) {
+        while !self.is_closing() {
+            self.wake.notified().await;
+        }
+    }
+
+    /// Nothing more is taken from or put into the mailbox. Whoever waits for a message in it hears that it was not delivered.
+    fn shut(&self) {
+        let mut inbox = self.inbox();
+        inbox.closed = true;
+        let undelivered = std::mem::take(&mut inbox.messages);
+        drop(inbox);
+        drop(undelivered);
+    }
+
     fn inbox(&self) -> MutexGuard<'_, Inbox> {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -193,8 +213,9 @@ impl Sessions {
         }
     }
 
-    /// Makes a session the one session of its device, and tells an older one to close (4500).
-    pub fn register(&self, info: SessionInfo) -> Registered {
+    /// Makes a session the one session of its device, and tells an older one to close (4500). `tell` runs before anybody else's session
+    /// of the device can come or go, so that what it says is said in order: it must be quick, and not ask for sessions.
+    pub fn register(&self, info: SessionInfo, tell: impl FnOnce(&Registered)) -> Registered {
         let device = info.device;
         let id = SessionId(self.next.fetch_add(1, Ordering::Relaxed));
         info.cohort.session_opened();
@@ -204,7 +225,8 @@ impl Sessions {
             inbox: Mutex::default(),
             wake: Notify::new(),
         });
-        let replaced = self.shard(device).insert(device, Arc::clone(&session));
+        let mut shard = self.shard(device);
+        let replaced = shard.insert(device, Arc::clone(&session));
         match &replaced {
             Some(older) => {
                 older.info.cohort.session_closed();
@@ -214,20 +236,25 @@ impl Sessions {
                 self.len.fetch_add(1, Ordering::Relaxed);
             }
         }
-        Registered { session, replaced }
+        let registered = Registered { session, replaced };
+        tell(&registered);
+        drop(shard);
+        registered
     }
 
-    /// Removes a session, if it is still its device's newest. Returns whether it was.
-    pub fn unregister(&self, session: &Session) -> bool {
+    /// Removes a session, if it is still its device's newest, and then tells of it, as in [`register`](Self::register).
+    /// Returns whether it was. What lies in its mailbox is dropped in any case: it won't be sent.
+    pub fn unregister(&self, session: &Session, tell: impl FnOnce()) -> bool {
+        session.shut();
         let mut shard = self.shard(session.info.device);
         let is_newest = shard
             .get(&session.info.device)
             .is_some_and(|newest| newest.id == session.id);
         if is_newest {
             shard.remove(&session.info.device);
-            drop(shard);
             session.info.cohort.session_closed();
             self.len.fetch_sub(1, Ordering::Relaxed);
+            tell();
         }
         is_newest
     }
@@ -282,8 +309,8 @@ mod tests {
     fn a_second_session_replaces_the_first() {
         let (sessions, cohorts) = rig();
 
-        let first = sessions.register(info(&cohorts, 1)).session;
-        let second = sessions.register(info(&cohorts, 1));
+        let first = sessions.register(info(&cohorts, 1), |_| {}).session;
+        let second = sessions.register(info(&cohorts, 1), |_| {});
 
         assert!(matches!(first.take(), Some(Command::Close(Close::Replaced))));
         assert_eq!(second.replaced.map(|older| older.id), Some(first.id));
@@ -294,34 +321,34 @@ mod tests {
     #[test]
     fn a_late_close_does_not_evict_the_newer_session() {
         let (sessions, cohorts) = rig();
-        let first = sessions.register(info(&cohorts, 1)).session;
-        let second = sessions.register(info(&cohorts, 1)).session;
+        let first = sessions.register(info(&cohorts, 1), |_| {}).session;
+        let second = sessions.register(info(&cohorts, 1), |_| {}).session;
 
-        assert!(!sessions.unregister(&first));
+        assert!(!sessions.unregister(&first, || {}));
 
         assert_eq!(sessions.get(device(1)).map(|session| session.id), Some(second.id));
-        assert!(sessions.unregister(&second));
-        assert!(!sessions.unregister(&second));
+        assert!(sessions.unregister(&second, || {}));
+        assert!(!sessions.unregister(&second, || {}));
         assert!(sessions.is_empty());
     }
 
     #[test]
     fn cohort_counts_follow_the_newest_session_only() {
         let (sessions, cohorts) = rig();
-        let first = sessions.register(info(&cohorts, 1)).session;
-        let second = sessions.register(info(&cohorts, 1)).session;
+        let first = sessions.register(info(&cohorts, 1), |_| {}).session;
+        let second = sessions.register(info(&cohorts, 1), |_| {}).session;
 
         assert_eq!(second.info.cohort.sessions(), 1);
-        sessions.unregister(&first);
+        sessions.unregister(&first, || {});
         assert_eq!(second.info.cohort.sessions(), 1);
-        sessions.unregister(&second);
+        sessions.unregister(&second, || {});
         assert_eq!(second.info.cohort.sessions(), 0);
     }
 
     #[test]
     fn a_full_mailbox_refuses_and_a_close_still_goes_first() {
         let (sessions, cohorts) = rig();
-        let session = sessions.register(info(&cohorts, 1)).session;
+        let session = sessions.register(info(&cohorts, 1), |_| {}).session;
         let message = || Outgoing {
             id: "m".into(),
             body: OutgoingBody::Json("{}".into()),
@@ -337,6 +364,24 @@ mod tests {
 
         assert!(matches!(session.take(), Some(Command::Close(Close::Revoked))));
         assert_eq!(session.post(message()), Err(PostError::Offline));
+    }
+
+    #[test]
+    fn messages_in_the_mailbox_of_a_session_that_ends_are_known_to_be_undelivered() {
+        let (sessions, cohorts) = rig();
+        let session = sessions.register(info(&cohorts, 1), |_| {}).session;
+        let (done, mut delivery) = oneshot::channel();
+        let message = Outgoing {
+            id: "m".into(),
+            body: OutgoingBody::Json("{}".into()),
+            done,
+        };
+        session.post(message).unwrap();
+
+        sessions.unregister(&session, || {});
+
+        assert!(matches!(delivery.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
+        assert!(session.take().is_none());
     }
 
     fn rig() -> (Sessions, Cohorts) {

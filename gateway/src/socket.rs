@@ -32,7 +32,7 @@ const WRITE_BUFFER_LEN: usize = 4 * 1024;
 const ENVELOPE_LEN: usize = 1024;
 
 /// Time for the peer to answer our close frame. One that does not is dropped. Less than the 2 s that a process has for its end.
-const CLOSE_TIMEOUT: Duration = Duration::from_millis(1500);
+pub const CLOSE_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// What is still read from a peer after its connection was given up, so that a reset does not destroy the close frame.
 const DRAIN_LEN_MAX: usize = 64 * 1024;
@@ -59,6 +59,8 @@ pub enum Inbound {
     Control,
     /// The peer said goodbye; finish with [`Socket::finish`].
     Goodbye,
+    /// The same with a code that must not be sent: it has been answered 1002.
+    BadGoodbye,
     /// The peer broke the protocol: close with this, and [`Socket::fail`].
     Broken(Close),
     /// The connection is gone, without a word.
@@ -106,6 +108,7 @@ impl Socket {
             Some(Ok(Message::Text(text))) => Inbound::Text(text),
             Some(Ok(Message::Binary(bytes))) => Inbound::Binary(bytes),
             Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => Inbound::Control,
+            Some(Ok(Message::Close(Some(frame)))) if !frame.code.is_allowed() => Inbound::BadGoodbye,
             Some(Ok(Message::Close(_))) => Inbound::Goodbye,
             Some(Err(error)) => broken_by(&error).map_or(Inbound::Gone, Inbound::Broken),
             None => Inbound::Gone,
@@ -394,6 +397,7 @@ mod tests {
                     other @ (Inbound::Text(_)
                     | Inbound::Binary(_)
                     | Inbound::Goodbye
+                    | Inbound::BadGoodbye
                     | Inbound::Broken(_)
                     | Inbound::Gone) => {
                         break Ok(format!("{other:?}"));

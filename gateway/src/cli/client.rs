@@ -55,6 +55,13 @@ impl Client {
     /// The URL is none that this build can speak to, or the token file can't be read.
     pub fn new(url: &str, data_dir: Option<&Path>) -> Result<Self, Failure> {
         let base = url.trim_end_matches('/').to_owned();
+        // It would stand in messages, and in the list of processes.
+        if base.contains('@') {
+            return Err(Failure::WrongUse(
+                "--url: expected http://HOST:PORT, without a name or a password: the token comes from SEAWALL_TOKEN"
+                    .into(),
+            ));
+        }
         if !base.starts_with("http://") {
             return Err(Failure::WrongUse(format!("--url: {base}: expected http://HOST:PORT")));
         }

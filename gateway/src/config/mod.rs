@@ -19,6 +19,9 @@ mod url;
 pub use sections::{Database, Drain, Limits, LogFormat, Logging, Ops, ResumeTokens, RulesSync, Server, Session};
 pub use url::{DatabaseKind, DatabaseUrl, InvalidDatabaseUrl};
 
+/// Least memory to plan with, in bytes: below it hardly more than the program itself fits.
+const MEMORY_MIN: u64 = 64 << 20;
+
 /// Greatest configuration file, in bytes: more is a wrong file.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
 
@@ -134,6 +137,15 @@ impl Config {
             return Err(SettingError::new(
                 "ops.listen",
                 format!("{} is the address for devices too", self.ops.listen),
+            ));
+        }
+        if (1..MEMORY_MIN).contains(&self.server.max_memory_bytes) {
+            return Err(SettingError::new(
+                "server.max_memory_bytes",
+                format!(
+                    "{} is less than a gateway needs: give at least {MEMORY_MIN}, or 0 for what there is",
+                    self.server.max_memory_bytes
+                ),
             ));
         }
         if self.drain.announce_seconds >= self.drain.deadline_seconds {

@@ -21,7 +21,7 @@ section! {
         pub data_dir: PathBuf = PathBuf::from("./seawall-data");
         /// Name of this node in the API, logs and events: 1 to 64 bytes of printable ASCII. Not given: the name of the host.
         pub node: Option<String> = None;
-        /// Memory that the gateway may plan with. 0: what the cgroup allows, else what the machine has. Flag `--max-memory`, environment `SEAWALL_MAX_MEMORY`.
+        /// Memory that the gateway may plan with, at least 64 MiB. 0: what the cgroup allows, else what the machine has. Flag `--max-memory`, environment `SEAWALL_MAX_MEMORY`.
         pub max_memory_bytes: u64 = 0, "bytes", 0..=1 << 50;
     }
 }

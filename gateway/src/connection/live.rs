@@ -2,7 +2,7 @@
 //!
 //! [`seawall_proto::session::Session`] decides everything; this carries its actions out.
 
-use std::sync::Arc;
+use std::{pin::pin, sync::Arc};
 
 use seawall_proto::{
     close::Close,
@@ -15,7 +15,7 @@ use seawall_proto::{
 use tokio::{
     net::TcpStream,
     sync::oneshot,
-    time::{Sleep, sleep_until},
+    time::{Sleep, sleep_until, timeout},
 };
 use tokio_tungstenite::tungstenite::protocol::frame::{
     Frame,
@@ -25,8 +25,8 @@ use tokio_tungstenite::tungstenite::protocol::frame::{
 use crate::{
     address::Share,
     connection::online::Online,
-    sessions::{Command, Delivery, Outgoing, OutgoingBody},
-    socket::{Inbound, SendError, Socket, SocketLimits},
+    sessions::{Command, Delivery, Outgoing, OutgoingBody, Session},
+    socket::{CLOSE_TIMEOUT, Inbound, SendError, Socket, SocketLimits},
     state::Shared,
 };
 
@@ -41,10 +41,14 @@ enum End {
     Failed(Close),
     /// The peer said goodbye.
     Goodbye,
+    /// The peer said goodbye with a code that must not be sent, and was told so.
+    BadGoodbye,
     /// The connection broke.
     Gone,
     /// The peer does not read.
     Slow,
+    /// The peer does not read, not even what would tell it that its session ends for this reason.
+    Unheard(&'static str),
 }
 
 impl End {
@@ -53,8 +57,10 @@ impl End {
         match self {
             Self::Closed(close) | Self::Failed(close) => close.as_str(),
             Self::Goodbye => Close::Normal.as_str(),
+            Self::BadGoodbye => Close::Protocol.as_str(),
             Self::Gone => "client_gone",
             Self::Slow => "slow_reader",
+            Self::Unheard(reason) => reason,
         }
     }
 }
@@ -79,6 +85,8 @@ pub(super) struct Live {
     waiting: Vec<(Box<str>, oneshot::Sender<Delivery>)>,
     /// What its resume tokens are made from; `None` in a plain session, which has no frame for them.
     grant: Option<Box<Grant>>,
+    /// The reason of the order to end it, once that was taken.
+    ordered: Option<&'static str>,
     messages_in: u32,
     messages_out: u32,
     /// Its place among the node's connections.
@@ -136,6 +144,7 @@ impl Live {
             machine,
             waiting: Vec::new(),
             grant,
+            ordered: None,
             messages_in: 0,
             messages_out: 0,
             _connection: connection,
@@ -154,10 +163,14 @@ impl Live {
         let timer = sleep_until(self.shared.clock.deadline(self.machine.poll_timeout()));
         tokio::pin!(timer);
         loop {
-            if self.machine.has_actions()
-                && let Err(end) = Box::pin(self.act()).await
-            {
-                return end;
+            if self.machine.has_actions() {
+                if let Err(end) = Box::pin(self.act_until_ordered(&handle)).await {
+                    return end;
+                }
+                self.obey();
+                if self.machine.has_actions() {
+                    continue;
+                }
             }
             // In this order: orders are few and bounded; what a device has sent counts before its silence does.
             tokio::select! {
@@ -170,6 +183,26 @@ impl Live {
                 }
                 () = &mut timer => self.tick(timer.as_mut()),
             }
+        }
+    }
+
+    /// A peer that does not read must not hold up an order to end its session: then what is being written gets a moment more.
+    async fn act_until_ordered(&mut self, handle: &Session) -> Result<(), End> {
+        {
+            let mut acting = pin!(self.act());
+            tokio::select! {
+                biased;
+                done = &mut acting => return done,
+                () = handle.ordered_to_close() => {}
+            }
+            if let Ok(done) = timeout(CLOSE_TIMEOUT, acting).await {
+                return done;
+            }
+        }
+        match handle.take() {
+            Some(Command::Close(close)) => Err(End::Closed(close)),
+            // The order was taken before, and its close comes after what can't be written.
+            Some(Command::Deliver(_)) | None => Err(End::Unheard(self.ordered.unwrap_or("slow_reader"))),
         }
     }
 
@@ -221,6 +254,7 @@ impl Live {
         while let Some(command) = self.online.session().take() {
             match command {
                 Command::Close(close) => {
+                    self.ordered = Some(close.as_str());
                     if self.machine.wants_token_before(&close) {
                         self.renew_token("drain");
                     }
@@ -248,7 +282,9 @@ impl Live {
             self.messages_out = self.messages_out.saturating_add(1);
             self.waiting.retain(|(_, done)| !done.is_closed());
             if self.waiting.len() >= WAITING_MAX {
-                self.waiting.remove(0);
+                let (_, done) = self.waiting.remove(0);
+                // The one who waited may have given up.
+                let _ = done.send(Delivery::Sent);
             }
             self.waiting.push((message.id, message.done));
         }
@@ -261,6 +297,7 @@ impl Live {
             Inbound::Binary(bytes) => self.machine.handle_binary(&bytes, now),
             Inbound::Control => self.machine.handle_control(now),
             Inbound::Goodbye => return Some(End::Goodbye),
+            Inbound::BadGoodbye => return Some(End::BadGoodbye),
             Inbound::Broken(close) => return Some(End::Failed(close)),
             Inbound::Gone => return Some(End::Gone),
         }
@@ -320,8 +357,8 @@ impl Live {
         match end {
             End::Closed(close) => self.socket.close(&close).await,
             End::Failed(close) => self.socket.fail(&close).await,
-            End::Goodbye => self.socket.finish().await,
-            End::Gone | End::Slow => {}
+            End::Goodbye | End::BadGoodbye => self.socket.finish().await,
+            End::Gone | End::Slow | End::Unheard(_) => {}
         }
     }
 }

@@ -23,18 +23,23 @@ impl Online {
     /// Makes this the one session of its device; an older one is told to close.
     pub(super) fn begin(shared: &Shared, info: SessionInfo) -> Self {
         let since = info.since;
-        let registered = shared.sessions.register(info);
-        let session = registered.session;
-        let identity = Identity {
-            cohort: Arc::clone(&session.info.cohort),
-            tenant: Arc::clone(&session.info.tenant),
-        };
-        shared.history.came_online(session.info.device, identity);
+        let registered = shared.sessions.register(info, |registered| {
+            let session = &registered.session;
+            let identity = Identity {
+                cohort: Arc::clone(&session.info.cohort),
+                tenant: Arc::clone(&session.info.tenant),
+            };
+            if shared.history.came_online(session.info.device, identity, since) {
+                session.info.cohort.repeated();
+            }
+            if registered.replaced.is_none() {
+                shared.events.notice(since, presence(session, "online", "connected"));
+            }
+        });
         if registered.replaced.is_some() {
             shared.metrics.replacements.increment(1);
-        } else {
-            shared.events.notice(since, presence(&session, "online", "connected"));
         }
+        let session = registered.session;
         shared.metrics.sessions.set(len_of(shared));
         Self {
             shared: Arc::clone(shared),
@@ -70,13 +75,13 @@ impl Drop for Online {
             shared.metrics.closes.increment(self.reason);
         }
         // A session that was replaced says nothing about its device, which is online in the newer one.
-        if shared.sessions.unregister(&self.session) {
+        shared.sessions.unregister(&self.session, || {
             let now = shared.clock.wall();
             shared.history.went_offline(self.session.info.device, now, self.reason);
             shared
                 .events
                 .notice(now, presence(&self.session, "offline", self.reason));
-        }
+        });
         shared.metrics.sessions.set(len_of(shared));
     }
 }

@@ -215,7 +215,7 @@ async fn register_device(
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DevicePatch {
-    /// `enabled`, `disabled` (for now: its session is closed with 4002) or `revoked` (for good: 4501).
+    /// `enabled`, `disabled` (for now: its session is closed with 4002) or `revoked` (closed with 4501: it does not come back by itself).
     #[schema(value_type = Option<String>, pattern = "^(enabled|disabled|revoked)$")]
     state: Option<DeviceState>,
     /// 1 to 64 bytes of printable ASCII. A live session keeps the one it came with.

@@ -73,11 +73,10 @@ async fn send_message(
     Body(body): Body<MessageBody>,
 ) -> Result<(StatusCode, Json<Sent>), Problem> {
     let Some(session) = api.state.sessions.get(id) else {
-        api.state.metrics.messages_out.increment("device_offline");
-        return Err(offline_or_unknown(&api, id).await);
+        return Err(counted(&api, offline_or_unknown(&api, id).await));
     };
     let config = &api.state.config;
-    let body = outgoing(body, &session, config.limits.message_bytes_max)?;
+    let body = outgoing(body, &session, config.limits.message_bytes_max).map_err(|problem| counted(&api, problem))?;
     let message = uuid::Uuid::now_v7().to_string();
     let (done, delivery) = oneshot::channel();
     let posted = session.post(Outgoing {
@@ -86,19 +85,14 @@ async fn send_message(
         done,
     });
     if let Err(error) = posted {
-        return Err(match error {
-            PostError::Offline => {
-                api.state.metrics.messages_out.increment("device_offline");
-                Problem::new(Code::DeviceOffline, "the device's session is ending")
-            }
-            PostError::MailboxFull => {
-                api.state.metrics.messages_out.increment("mailbox_full");
-                Problem::new(
-                    Code::MailboxFull,
-                    "messages to this device wait already: send it again when they are gone",
-                )
-            }
-        });
+        let problem = match error {
+            PostError::Offline => Problem::new(Code::DeviceOffline, "the device's session is ending"),
+            PostError::MailboxFull => Problem::new(
+                Code::MailboxFull,
+                "messages to this device wait already: send it again when they are gone",
+            ),
+        };
+        return Err(counted(&api, problem));
     }
     let patience = config
         .session
@@ -108,13 +102,26 @@ async fn send_message(
         Ok(Ok(Delivery::Acked)) => (StatusCode::OK, "acked"),
         Ok(Ok(Delivery::Sent)) | Err(_) => (StatusCode::ACCEPTED, "sent"),
         Ok(Err(_)) => {
-            return Err(Problem::new(
+            let problem = Problem::new(
                 Code::DeviceOffline,
                 "the session ended before the device acknowledged the message: it may have arrived",
-            ));
+            );
+            return Err(counted(&api, problem));
         }
     };
+    api.state.metrics.messages_out.increment(state);
     Ok((status, Json(Sent { id: message, state })))
+}
+
+/// Counts a message that was not sent: each call has one outcome.
+fn counted(api: &Api, problem: Problem) -> Problem {
+    let outcome = match problem.code() {
+        Code::DeviceOffline => "device_offline",
+        Code::MailboxFull => "mailbox_full",
+        _ => "refused",
+    };
+    api.state.metrics.messages_out.increment(outcome);
+    problem
 }
 
 fn outgoing(body: MessageBody, session: &Session, bytes_max: usize) -> Result<OutgoingBody, Problem> {

@@ -123,6 +123,10 @@ struct Parts {
 }
 
 impl Problem {
+    pub fn code(&self) -> Code {
+        self.0.code
+    }
+
     #[must_use]
     pub fn new(code: Code, detail: impl Into<Cow<'static, str>>) -> Self {
         Self(Box::new(Parts {

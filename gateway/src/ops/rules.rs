@@ -229,6 +229,7 @@ fn hits_others(before: &RuleSpec, after: &RuleSpec) -> bool {
         || before.mode != after.mode
         || before.admit_percent != after.admit_percent
         || before.expires_at != after.expires_at
+        || (!before.evict && after.evict)
 }
 
 fn no_such_rule() -> Problem {

@@ -44,6 +44,11 @@ fn unknown_or_bad_setting_is_named_with_exit_2() {
 fn wrong_flags_and_environment_are_named_with_exit_2() {
     assert_refused(&serve(&["--no-such-flag"]), 2, &["--no-such-flag"]);
     assert_refused(&serve(&["--max-memory", "lots"]), 2, &["--max-memory", "lots"]);
+    assert_refused(
+        &serve(&["--max-memory", "1000000"]),
+        2,
+        &["max_memory_bytes", "1000000", "67108864"],
+    );
     assert_refused(&serve(&["--tls-cert", "cert.pem"]), 2, &["--tls-cert"]);
     assert_refused(
         &serve(&["--database", "mysql://u:hidden@h/d"]),

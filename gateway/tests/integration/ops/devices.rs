@@ -231,3 +231,58 @@ fn a_change_counts_against_resume_tokens_before_it_is_answered() {
         "{metrics}"
     );
 }
+
+#[test]
+fn a_device_that_comes_back_at_once_is_a_repeat_of_its_cohort() {
+    let gateway = Gateway::start();
+    let (id, secret) = gateway.register(json!({}));
+    let first = gateway.connect(&id, &secret, &["Seawall-Firmware: 3.1"]);
+    drop(first);
+    gateway.eventually(|| gateway.state().sessions.is_empty());
+
+    let _second = gateway.connect(&id, &secret, &["Seawall-Firmware: 3.1"]);
+
+    let cohorts = gateway.get("/api/v1/firmware").json();
+    assert_eq!(cohorts["items"][0]["repeats"], json!(1), "{cohorts}");
+}
+
+#[test]
+fn a_device_that_does_not_read_is_revoked_all_the_same() {
+    let gateway = Gateway::start();
+    let (id, deaf) = gateway.connected(&[V1]);
+    let path = format!("/api/v1/devices/{id}/messages");
+    std::thread::scope(|scope| {
+        // More than its socket and ours hold, so that a write waits.
+        let sending: Vec<_> = (0..60)
+            .map(|_| scope.spawn(|| gateway.post(&path, json!({"payload": "x".repeat(60_000)})).status))
+            .collect();
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        let began = std::time::Instant::now();
+
+        assert_eq!(
+            gateway
+                .patch(&format!("/api/v1/devices/{id}"), json!({"state": "revoked"}))
+                .status,
+            200
+        );
+        gateway.eventually(|| gateway.state().sessions.is_empty());
+
+        assert!(
+            began.elapsed() < std::time::Duration::from_secs(5),
+            "{:?}",
+            began.elapsed()
+        );
+        for sending in sending {
+            assert!(
+                [409, 429].contains(&sending.join().unwrap()),
+                "nothing was acknowledged, and the session ended"
+            );
+        }
+    });
+    let metrics = gateway.raw("GET", "/metrics", &[], "").text;
+    assert!(
+        metrics.contains("seawall_closes_total{reason=\"revoked\"} 1"),
+        "{metrics}"
+    );
+    drop(deaf);
+}

@@ -125,3 +125,60 @@ fn a_full_mailbox_is_429_and_a_session_that_ends_is_409() {
     let counted: usize = full.rsplit(' ').next().unwrap().parse().unwrap();
     assert_eq!(counted, statuses.iter().filter(|status| **status == 429).count());
 }
+
+/// The figure of one outcome of messages to devices.
+fn counted(gateway: &Gateway, outcome: &str) -> usize {
+    let metrics = gateway.raw("GET", "/metrics", &[], "").text;
+    let series = format!("seawall_messages_total{{direction=\"out\",outcome=\"{outcome}\"}} ");
+    metrics
+        .lines()
+        .find_map(|line| line.strip_prefix(&series))
+        .map_or(0, |figure| figure.parse().unwrap())
+}
+
+#[test]
+fn every_call_has_one_outcome_in_the_metrics() {
+    let gateway = Gateway::start_with("[session]\nack_timeout_ms = 100\n");
+    let (offline, _) = gateway.register(json!({}));
+    let (id, _silent) = gateway.connected(&[V1]);
+    let send = |id: &str, body: Value| gateway.post(&format!("/api/v1/devices/{id}/messages"), body).status;
+
+    assert_eq!(send(&id, json!({"payload": 1})), 202);
+    assert_eq!(send(&id, json!({})), 422);
+    assert_eq!(send(&offline, json!({"payload": 1})), 409);
+
+    let outcomes =
+        ["sent", "refused", "device_offline", "acked", "mailbox_full"].map(|outcome| counted(&gateway, outcome));
+    assert_eq!(outcomes, [1, 1, 1, 0, 0]);
+}
+
+#[test]
+fn messages_beyond_those_waited_for_count_as_sent_while_the_device_is_online() {
+    let gateway = Gateway::start_with("[session]\nack_timeout_ms = 5000\n");
+    let (id, mut device) = gateway.connected(&[V1]);
+    let path = format!("/api/v1/devices/{id}/messages");
+
+    let statuses = std::thread::scope(|scope| {
+        let sending: Vec<_> = (0..70)
+            .map(|_| scope.spawn(|| gateway.post(&path, json!({"payload": 1})).status))
+            .collect();
+        gateway.block_on(async {
+            // The welcome, and whatever the mailbox let through: none of it is acknowledged.
+            for _ in 0..67 {
+                if tokio::time::timeout(std::time::Duration::from_secs(3), device.frame())
+                    .await
+                    .is_err()
+                {
+                    break;
+                }
+            }
+        });
+        sending
+            .into_iter()
+            .map(|sending| sending.join().unwrap())
+            .collect::<Vec<_>>()
+    });
+
+    assert!(!statuses.contains(&409), "{statuses:?}");
+    assert!(statuses.contains(&202), "{statuses:?}");
+}

@@ -135,6 +135,31 @@ fn a_rule_with_evict_closes_the_sessions_that_it_matches() {
 }
 
 #[test]
+fn evicting_many_must_be_confirmed_though_refusing_them_was() {
+    let gateway = Gateway::start();
+    let _devices: Vec<_> = (0..20)
+        .map(|_| gateway.connected(&["Seawall-Firmware: 2.0"]).1)
+        .collect();
+    let mut confirmed = json!({"match": {"firmware": "=2.0"}, "effect": "block"});
+    confirmed["confirm"] = Value::Bool(true);
+    let id = text(&gateway.post("/api/v1/rules", confirmed).json()["id"]);
+    let path = format!("/api/v1/rules/{id}");
+
+    let refused = gateway.patch(&path, json!({"evict": true}));
+    let unchanged = gateway.get(&path).json();
+
+    assert_eq!(refused.problem(), (409, "needs_confirmation".into()));
+    assert_eq!(
+        (&unchanged["evict"], gateway.state().sessions.len()),
+        (&Value::Bool(false), 20)
+    );
+    assert_eq!(
+        gateway.patch(&path, json!({"evict": true, "confirm": true})).status,
+        200
+    );
+}
+
+#[test]
 fn a_rule_that_refuses_many_must_be_confirmed() {
     let gateway = Gateway::start();
     let rule = |firmware: &str| json!({"match": {"firmware": firmware}, "effect": "block"});
