@@ -321,7 +321,7 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn devices_connect_to_it_over_real_sockets_by_one_query_each() {
-        let postgres = Postgres::start().await.unwrap();
+        let postgres = Postgres::start(None).await.unwrap();
         let device = Uuid::new_v4();
         register(&postgres, device, "secret-of-the-device").await;
         let naive = Naive::start(postgres.options(), 4).await.unwrap();

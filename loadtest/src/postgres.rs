@@ -18,7 +18,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    process::{Pid, Signal, kill_process},
+    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
+};
 use sqlx::{
     Connection, PgConnection,
     postgres::{PgConnectOptions, PgSslMode},
@@ -44,6 +47,7 @@ const SLOW_PERIOD: Duration = Duration::from_millis(40);
 pub struct Postgres {
     programs: PathBuf,
     account: Option<Account>,
+    cores: Option<u32>,
     port: u16,
     password: String,
     server: Process,
@@ -64,9 +68,11 @@ struct TroubleTask {
 }
 
 impl Postgres {
+    /// `cores`: of this machine, that it runs on at most. None: all.
+    ///
     /// # Errors
     /// PostgreSQL's programs are missing, or it does not start.
-    pub async fn start() -> Result<Self> {
+    pub async fn start(cores: Option<u32>) -> Result<Self> {
         let programs = programs()?;
         let account = account()?;
         let folder = TempDir::new("pg").context("creating a folder for PostgreSQL")?;
@@ -102,7 +108,7 @@ impl Postgres {
         let mut attempt = 1;
         let (port, server) = loop {
             let port = process::free_port().context("looking for a free port")?;
-            match serve(account, &programs, folder.path(), port, &password).await {
+            match serve(account, &programs, folder.path(), port, &password, cores).await {
                 Ok(server) => break (port, server),
                 Err(_) if attempt < START_ATTEMPTS_MAX => attempt += 1,
                 Err(error) => return Err(error),
@@ -111,6 +117,7 @@ impl Postgres {
         Ok(Self {
             programs,
             account,
+            cores,
             port,
             password,
             server,
@@ -198,6 +205,7 @@ impl Postgres {
                 self.folder.path(),
                 self.port,
                 &self.password,
+                self.cores,
             )
             .await?;
         } else {
@@ -234,7 +242,14 @@ fn signal_all(postmaster: Pid, signal: Signal) {
     }
 }
 
-async fn serve(account: Option<Account>, programs: &Path, folder: &Path, port: u16, password: &str) -> Result<Process> {
+async fn serve(
+    account: Option<Account>,
+    programs: &Path,
+    folder: &Path,
+    port: u16,
+    password: &str,
+    cores: Option<u32>,
+) -> Result<Process> {
     let mut postgres = command(account, &programs.join("postgres"), folder);
     postgres
         .arg("-D")
@@ -261,8 +276,13 @@ async fn serve(account: Option<Account>, programs: &Path, folder: &Path, port: u
             "-c",
             "autovacuum_naptime=10s",
         ])
+        // A scan keeps to one core, as it must where many run at once; two would leave none of a small machine to anybody else.
+        .args(["-c", "max_parallel_workers_per_gather=0"])
         .args(["-c", "log_error_verbosity=terse"]);
     let mut server = Process::start("postgres", &mut postgres, &folder.join("log"))?;
+    if let Some(cores) = cores {
+        confine(server.pid(), cores).context("keeping PostgreSQL to some of the cores")?;
+    }
     let deadline = tokio::time::Instant::now() + START_TIME_MAX;
     loop {
         server.check()?;
@@ -277,6 +297,18 @@ async fn serve(account: Option<Account>, programs: &Path, folder: &Path, port: u
             Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
         }
     }
+}
+
+/// Keeps a process, and all that it starts from now on, to the last `cores` of those that this one may use.
+fn confine(pid: Pid, cores: u32) -> io::Result<()> {
+    let ours = sched_getaffinity(None)?;
+    let mut theirs = CpuSet::new();
+    (0..CpuSet::MAX_CPU)
+        .rev()
+        .filter(|core| ours.is_set(*core))
+        .take(usize::try_from(cores).unwrap_or(usize::MAX))
+        .for_each(|core| theirs.set(core));
+    Ok(sched_setaffinity(Some(pid), &theirs)?)
 }
 
 fn options(port: u16, password: &str) -> PgConnectOptions {
@@ -351,9 +383,15 @@ mod tests {
 
     #[tokio::test]
     async fn a_private_server_freezes_is_killed_and_comes_back() {
-        let mut postgres = Postgres::start().await.unwrap();
+        let mut postgres = Postgres::start(Some(1)).await.unwrap();
         let mut connection = PgConnection::connect_with(&postgres.options()).await.unwrap();
 
+        // The server process of this connection, and not only the first of them.
+        let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()")
+            .fetch_one(&mut connection)
+            .await
+            .unwrap();
+        assert_eq!(sched_getaffinity(Pid::from_raw(pid)).unwrap().count(), 1);
         postgres.freeze();
         assert!(
             tokio::time::timeout(Duration::from_millis(200), connection.ping())

@@ -68,7 +68,7 @@ async fn with_own_servers(job: &Job, plan: &Plan, progress: &Progress) -> Result
     let mut postgres = None;
     if scenario.is_postgres() {
         progress.note("starting PostgreSQL");
-        postgres = Some(Postgres::start().await?);
+        postgres = Some(Postgres::start(scenario.database.cores).await?);
     }
     let runs = job
         .interrupted
@@ -373,7 +373,7 @@ mod tests {
         let thresholds = scenario.thresholds().unwrap();
         report::check_names(&scenario, &thresholds).unwrap();
         let plan = Plan::new(&scenario);
-        let mut postgres = Postgres::start().await.unwrap();
+        let mut postgres = Postgres::start(None).await.unwrap();
         register(&postgres, &plan).await;
         slow::install(&postgres.options()).await.unwrap();
         slow::mark_only(&postgres.options(), &slow_ids(&scenario, &plan))

@@ -99,7 +99,7 @@ mod tests {
 
     #[tokio::test]
     async fn only_marked_devices_cost_a_scan_and_each_is_counted() {
-        let mut postgres = Postgres::start().await.unwrap();
+        let mut postgres = Postgres::start(None).await.unwrap();
         let options = postgres.options();
         let mut connection = PgConnection::connect_with(&options).await.unwrap();
         sqlx::raw_sql(

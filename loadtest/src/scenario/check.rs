@@ -53,6 +53,13 @@ impl Scenario {
             "database.kind",
             "[naive] and slow_firmware need \"postgres\"",
         )?;
+        check(
+            self.database
+                .cores
+                .is_none_or(|cores| self.is_postgres() && (1..=64).contains(&cores)),
+            "database.cores",
+            "expected 1 to 64, and \"postgres\"",
+        )?;
         if let Some(naive) = &self.naive {
             check((1..=400).contains(&naive.pool), "naive.pool", "expected 1 to 400")?;
         }

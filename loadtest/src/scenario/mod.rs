@@ -81,6 +81,8 @@ pub struct Database {
     pub registered: u32,
     /// Look-ups of devices that run these versions cost a scan of the whole table, inside the database.
     pub slow_firmware: Vec<String>,
+    /// Cores of the machine that a PostgreSQL runs on at most, 1 to 64. None: all.
+    pub cores: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
