@@ -1,10 +1,8 @@
 //! `loadtest run` against a gateway that runs already: a real process, that outlives the test's run and keeps nothing of it but devices.
 
-#![expect(clippy::unwrap_used, reason = "a test that can't go on has failed")]
-
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Output},
     time::Duration,
 };
@@ -15,7 +13,8 @@ use loadtest::{
 };
 use rustix::process::Signal;
 
-const LOADTEST: &str = env!("CARGO_BIN_EXE_loadtest");
+use crate::{LOADTEST, seawall, told};
+
 const START_MAX: Duration = Duration::from_secs(60);
 
 /// Well-behaved devices that talk, and pairs that share an id; all drop once, and one version is blocked.
@@ -181,10 +180,6 @@ fn run(gateway: &Gateway, scenario: &Path, token: &str, json: &Path) -> Output {
         .unwrap()
 }
 
-fn told(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
-}
-
 /// The body of an answer of success.
 fn get(url: &str, token: Option<&str>) -> Option<String> {
     let mut request = ureq::get(url);
@@ -192,26 +187,4 @@ fn get(url: &str, token: Option<&str>) -> Option<String> {
         request = request.header("Authorization", format!("Bearer {token}"));
     }
     request.call().ok()?.body_mut().read_to_string().ok()
-}
-
-/// The gateway beside `loadtest`; built first where nothing has built it yet.
-fn seawall() -> PathBuf {
-    let program = Path::new(LOADTEST).with_file_name("seawall");
-    if !program.exists() {
-        let status = Command::new(env!("CARGO"))
-            .args([
-                "build",
-                "--locked",
-                "--quiet",
-                "--package",
-                "seawall-gateway",
-                "--bin",
-                "seawall",
-            ])
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .status()
-            .unwrap();
-        assert!(status.success(), "the gateway can't be built");
-    }
-    program
 }
