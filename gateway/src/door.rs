@@ -27,6 +27,7 @@ use crate::{
     config::Limits,
     connection::Turned,
     listener::Bounds,
+    metrics::Metrics,
     state::Shared,
 };
 
@@ -43,6 +44,9 @@ const PRESSURE_SPAN: Duration = Duration::from_secs(1);
 /// Refused connections whose peer gets time to read its answer; more are closed at once, as only a flood brings them.
 const LINGERING_MAX: usize = 64;
 
+/// How often it is published how many are under way.
+const GAUGES_INTERVAL: Duration = Duration::from_secs(1);
+
 /// How often addresses that stay away are forgotten, where handshakes by address are counted.
 const FORGET_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -51,6 +55,8 @@ const PANIC_ALARM: &str = "panic";
 
 /// What all connections share.
 pub struct Door {
+    /// All places for handshakes.
+    places: usize,
     /// One for each handshake under way; given back when the head is complete.
     handshakes: Arc<Semaphore>,
     handshake_shares: Arc<FairShare>,
@@ -104,6 +110,7 @@ impl Door {
     pub fn new(bounds: Bounds, limits: &Limits) -> Self {
         let rate = limits.handshakes_per_second_per_address_max.and_then(NonZeroU32::new);
         Self {
+            places: bounds.handshakes,
             handshakes: Arc::new(Semaphore::new(bounds.handshakes)),
             handshake_shares: FairShare::new(bounds.handshakes, Scope::TheSlow, None),
             aside: Arc::new(Semaphore::new(bounds.handshakes * ASIDE_PER_PLACE)),
@@ -163,6 +170,15 @@ impl Door {
                 door.note_panic(&shared);
             }
         });
+    }
+
+    /// Handshakes that hold a place, and those that stand aside.
+    fn under_way(&self) -> (usize, usize) {
+        let free = |semaphore: &Semaphore, bound: usize| bound.saturating_sub(semaphore.available_permits());
+        (
+            free(&self.handshakes, self.places),
+            free(&self.aside, self.places * ASIDE_PER_PLACE),
+        )
     }
 
     /// Places among the node's connections that are taken.
@@ -225,6 +241,20 @@ impl Pressure {
 
     fn now(&self) -> u64 {
         u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX - 1)
+    }
+}
+
+/// Never ready; publishes how many handshakes are under way.
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "gauges are floating point, and these counts far below 2^53"
+)]
+pub async fn publish(door: Arc<Door>, metrics: Arc<Metrics>) {
+    loop {
+        sleep(GAUGES_INTERVAL).await;
+        let (places, aside) = door.under_way();
+        metrics.handshakes_under_way.set("place", places as f64);
+        metrics.handshakes_under_way.set("aside", aside as f64);
     }
 }
 

@@ -125,7 +125,7 @@ impl History {
     }
 
     /// Shows every remembered device that had a session, shard by shard, in no order. Nothing else is remembered in that shard
-    /// meanwhile: `each` must be quick. Takes some 50 ms for all that fits: not for an async task.
+    /// meanwhile: `each` must be quick. Takes some 20 ms for all that fits: not for an async task.
     pub fn for_each_known(&self, mut each: impl FnMut(DeviceId, &Identity)) {
         for shard in &self.shards {
             let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
@@ -218,6 +218,12 @@ impl Generations {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        sync::atomic::{AtomicBool, Ordering},
+        thread,
+        time::{Duration, Instant},
+    };
+
     use super::*;
     use crate::cohorts::Cohorts;
 
@@ -265,21 +271,34 @@ mod tests {
             };
             history.came_online(spread(n), identity, WallTime::from_unix_ms(1));
         }
-        let longest = |shards: &[Mutex<Shard>]| {
-            let lens = shards.iter().map(|shard| {
-                let shard = shard.lock().unwrap();
-                shard.known.young.len() + shard.known.old.len()
-            });
-            lens.max().unwrap_or(0)
-        };
-        // What is held while a lock is held is what others wait for.
-        let most = longest(&history.shards);
-
-        let mut seen = 0;
+        let (mut seen, begun) = (0, Instant::now());
         history.for_each_known(|_, _| seen += 1);
+        let walk = begun.elapsed();
 
+        // Devices come while somebody walks through all of it, again and again.
+        let is_over = AtomicBool::new(false);
+        let mut waits: Vec<Duration> = thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    history.for_each_known(|_, identity| drop(Arc::clone(&identity.tenant)));
+                }
+            });
+            let waits = (0..20_000).map(|n| {
+                let begun = Instant::now();
+                history.admitted(spread(n), WallTime::from_unix_ms(1));
+                begun.elapsed()
+            });
+            let waits = waits.collect();
+            is_over.store(true, Ordering::Relaxed);
+            waits
+        });
+
+        waits.sort_unstable();
+        let (most, longest) = (waits[waits.len() * 95 / 100], waits[waits.len() - 1]);
+        println!("a walk takes {walk:?}; 95 % of devices waited at most {most:?}, the last one {longest:?}");
         assert_eq!((seen, history.known_len()), (200_000, 200_000));
-        assert!(most < 200_000 / 32, "{most} devices under one lock");
+        // Under one lock half of them wait for half a walk and more.
+        assert!(most < walk / 8, "{most:?} of {walk:?}");
     }
 
     #[test]

@@ -159,12 +159,14 @@ impl Listener {
     pub async fn run(self, shared: Shared, hard: CancellationToken) {
         let mut pause = Pause::default();
         let forgetting = door::forget_idle(Arc::clone(&self.door));
-        tokio::pin!(forgetting);
+        let publishing = door::publish(Arc::clone(&self.door), Arc::clone(&shared.metrics));
+        tokio::pin!(forgetting, publishing);
         loop {
             let accepted = tokio::select! {
                 biased;
                 () = hard.cancelled() => break,
                 () = &mut forgetting => continue,
+                () = &mut publishing => continue,
                 accepted = self.accept() => accepted,
             };
             match accepted {

@@ -80,6 +80,8 @@ pub struct Metrics {
     pub messages_out: Family,
     /// How late a task that asked to run at once did run.
     pub event_loop_lag_seconds: Histogram,
+    /// Handshakes whose head is not complete, by what they hold.
+    pub handshakes_under_way: GaugeFamily,
     /// Times that accepting paused because the process or the machine was out of files.
     pub accept_pauses: Counter,
     /// Cohorts that are looked up apart, because their look-ups cost far more than the others'.
@@ -292,9 +294,15 @@ impl Metrics {
                 "seawall_event_loop_lag_seconds",
                 "How late a task that asked to be woken did run.",
             ),
+            handshakes_under_way: names.gauges(
+                "seawall_handshakes_under_way",
+                "Connections whose head is not complete: those that hold a `place` (at most limits.handshakes_max; then connections wait to be accepted), and late ones that stepped `aside` (at most four times as many; then those of a crowd are given up).",
+                "state",
+                &["place", "aside"],
+            ),
             accept_pauses: names.counter(
                 "seawall_accept_pauses_total",
-                "Times that accepting paused: out of files, or out of memory.",
+                "Times that accepting devices or API connections paused: out of files, or out of memory.",
             ),
             lookup_cohorts_apart: names.gauge(
                 "seawall_lookup_cohorts_apart",

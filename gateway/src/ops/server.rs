@@ -55,6 +55,7 @@ pub async fn serve(listener: TcpListener, state: Shared, stop: CancellationToken
                 });
             }
             Some((_, Err(error))) => {
+                api.state.metrics.accept_pauses.increment(1);
                 tracing::warn!(%error, "accepting an API connection failed");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }

@@ -169,6 +169,8 @@ async fn assert_devices_get_in(settings: &str, crowd_len: usize) -> f64 {
     }
     let mut waits = waits.join_all().await;
     let gave_up = gateway.metric("seawall_handshakes_total{outcome=\"request_timeout\"}");
+    // Published every second, and the crowd is still there.
+    eventually(|| gateway.metric("seawall_handshakes_under_way{state=\"aside\"}") > 100.0).await;
 
     is_over.store(true, Ordering::Relaxed);
     waits.sort_unstable();
