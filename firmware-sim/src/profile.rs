@@ -60,7 +60,7 @@ impl Profile {
         Self::DuplicateId,
     ];
 
-    /// Whether it waits as hints say, shows its slot, and heeds close codes. The others know nothing of this gateway.
+    /// Whether it waits as hints say, shows its slot and its resume token, and heeds close codes. The others know nothing of this gateway.
     #[must_use]
     pub const fn obeys_hints(self) -> bool {
         match self {

@@ -142,10 +142,10 @@ impl Device {
         self.slot.as_deref()
     }
 
-    /// The resume token to show at the next attempt (header `Seawall-Resume`).
+    /// The resume token to show at the next attempt (header `Seawall-Resume`). A profile that knows nothing of slots knows nothing of it.
     #[must_use]
     pub fn resume(&self) -> Option<&str> {
-        self.resume.as_deref()
+        self.resume.as_deref().filter(|_| self.profile.obeys_hints())
     }
 
     /// Attempts and unstable sessions since the last stable one.

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use seawall_proto::resume::LIFE_MAX;
 use serde::{Deserialize, Serialize};
 
 use super::{section::section, url::DatabaseUrl};
@@ -159,7 +160,7 @@ section! {
     /// Resume tokens: how devices come back without a look-up.
     pub struct ResumeTokens = "resume" {
         /// How long a token counts; eight hours more while the database is away. Devices get a new one after 50 to 75 % of it. 0: none is given, and none counts.
-        pub life_seconds: u64 = 86_400, "seconds", 0..=518_400;
+        pub life_seconds: u64 = 86_400, "seconds", 0..=LIFE_MAX.as_secs();
     }
 }
 

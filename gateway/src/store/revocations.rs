@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use seawall_proto::{
     id::DeviceId,
-    resume::{Generation, REVOKED_MAX},
+    resume::{GRACE, Generation, LIFE_MAX, REVOKED_MAX, SKEW},
     time::WallTime,
 };
 
@@ -18,8 +18,9 @@ use super::{
     model::to_ms,
 };
 
-/// How long a revocation is kept: longer than any token lives that was made before it, its life of at most six days and its grace.
+/// How long a revocation is kept: longer than any token lives that was made before it, by several hours.
 const KEPT_FOR: Duration = Duration::from_hours(7 * 24);
+const _: () = assert!(KEPT_FOR.as_secs() > LIFE_MAX.as_secs() + GRACE.as_secs() + SKEW.as_secs());
 const NOT_A_NUMBER: &str = "a revision of the revocations is not a number of 32 bits";
 
 /// What was revoked since a revision.

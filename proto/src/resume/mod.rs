@@ -28,6 +28,8 @@ use self::token::Claims;
 
 /// How long a token counts by default. overload.md section 3.
 pub const LIFE: Duration = Duration::from_hours(24);
+/// The longest that it may be made to count.
+pub const LIFE_MAX: Duration = Duration::from_hours(6 * 24);
 /// How long it counts beyond that, while this node can't learn of revocations. overload.md section 3.
 pub const GRACE: Duration = Duration::from_hours(8);
 /// How much the wall clocks of two nodes may differ. overload.md section 3, tests.
@@ -39,8 +41,8 @@ const RENEW_FROM: f64 = 0.5;
 /// See [`RENEW_FROM`].
 const RENEW_SPREAD: f64 = 0.25;
 
-// A token outlives the key that signed it by nothing: the key before counts for a whole epoch.
-const _: () = assert!(EPOCH.as_secs() > (LIFE.as_secs() + GRACE.as_secs() + SKEW.as_secs()) * 2);
+// The key before counts for a whole epoch: no token outlives it.
+const _: () = assert!(EPOCH.as_secs() >= LIFE_MAX.as_secs() + GRACE.as_secs() + SKEW.as_secs());
 
 /// What is known of an authenticated device, and as of when. Tokens are made from it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -76,6 +76,16 @@ fn resume_token_is_kept_renewed_and_shown() {
 }
 
 #[test]
+fn profile_that_ignores_hints_shows_no_resume_token() {
+    for profile in Profile::ALL {
+        let mut rig = Rig::online(profile);
+        rig.welcome();
+
+        assert_eq!(rig.device.resume().is_some(), profile.obeys_hints(), "{profile}");
+    }
+}
+
+#[test]
 fn half_open_device_is_silent_for_two_minutes() {
     let mut rig = Rig::online(Profile::HalfOpen);
     rig.welcome();
