@@ -16,6 +16,7 @@ use std::{
 };
 
 use futures_util::FutureExt;
+use seawall_proto::refusal::Limit;
 use tokio::{
     sync::{AcquireError, OwnedSemaphorePermit, Semaphore},
     time::sleep,
@@ -25,7 +26,6 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     address::{Exhausted, FairShare, HandshakeRate, Network, Scope, Share},
     config::Limits,
-    connection::Turned,
     listener::Bounds,
     metrics::Metrics,
     state::Shared,
@@ -37,6 +37,9 @@ pub const LATE_AFTER: Duration = Duration::from_millis(100);
 
 /// So many handshakes for each place may stand aside: with 500 places 2,000, of at most a head's size each.
 const ASIDE_PER_PLACE: usize = 4;
+/// Time for the head of a connection that is refused by its address, whatever it asks for but `/readyz`. As long as a peer may
+/// need to send one packet again (RFC 6298: 200 ms at least, in practice), since a balancer's probe may come from the same address.
+pub const TURNED_HEAD_TIME_MAX: Duration = Duration::from_millis(500);
 
 /// Connections that found every place taken are pressure for so long.
 const PRESSURE_SPAN: Duration = Duration::from_secs(1);
@@ -83,8 +86,9 @@ pub struct Handshake {
 
 #[expect(dead_code, reason = "permits are held, and given back when they are dropped")]
 enum Hold {
-    /// The share is given back before the permit: whoever gets the permit next finds room in the shares, too.
-    Place(Share, OwnedSemaphorePermit),
+    /// The share is given back before the permit: whoever gets the permit next finds room in the shares, too. `None`: its address
+    /// has its share of the places, and nothing but `/readyz` is answered.
+    Place(Option<Share>, OwnedSemaphorePermit),
     Aside(OwnedSemaphorePermit),
 }
 
@@ -100,8 +104,27 @@ pub enum Late {
 impl Handshake {
     /// Its head takes long: its address gets no more than a fair share of the places.
     pub(crate) fn mark_slow(&mut self) {
-        if let Hold::Place(share, _) = &mut self.hold {
+        if let Hold::Place(Some(share), _) = &mut self.hold {
             share.mark_slow();
+        }
+    }
+}
+
+/// Why a connection gets no session, whatever it asks for. Its head is read all the same: a balancer may ask for `/readyz`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turned {
+    /// The node holds as many connections as it can: whoever reads the hello can give a slot.
+    NodeFull,
+    /// By a limit on its address.
+    Address(Limit),
+}
+
+impl Turned {
+    /// The limit on its address, where it is one.
+    pub(crate) const fn limit(self) -> Option<Limit> {
+        match self {
+            Self::NodeFull => None,
+            Self::Address(limit) => Some(limit),
         }
     }
 }
@@ -151,7 +174,7 @@ impl Door {
         if !self.pressure.was_on_lately() {
             return Late::Stay;
         }
-        let is_of_a_crowd = share.is_of_a_crowd();
+        let is_of_a_crowd = share.as_ref().is_none_or(Share::is_of_a_crowd);
         if handshake.has_connection
             && let Ok(permit) = Arc::clone(&self.aside).try_acquire_owned()
         {
@@ -195,23 +218,28 @@ impl Door {
         }
     }
 
-    /// What a connection from `network` needs, or why it can't have it. A node that is full has a handshake for it all the
-    /// same: who reads the hello can give a slot.
-    pub fn admit(&self, network: Network, permit: OwnedSemaphorePermit) -> Result<(Option<Share>, Handshake), Turned> {
-        let connection = match self.connection_shares.take(network) {
-            Ok(share) => Some(share),
-            Err(Exhausted::Bound) => None,
-            Err(Exhausted::Address) => return Err(Turned::AddressShare),
+    /// What a connection from `network` needs, or why it can't have it, and the place in which its head is read either way.
+    pub fn admit(&self, network: Network, permit: OwnedSemaphorePermit) -> (Result<Share, Turned>, Handshake) {
+        let connection = self
+            .connection_shares
+            .take(network)
+            .map_err(|exhausted| match exhausted {
+                Exhausted::Bound => Turned::NodeFull,
+                Exhausted::Address => Turned::Address(Limit::AddressConnections),
+            });
+        let share = self.handshake_shares.take(network).ok();
+        let is_too_fast = || self.handshake_rate.as_ref().is_some_and(|rate| !rate.allows(network));
+        let place = match connection {
+            Err(turned @ Turned::Address(_)) => Err(turned),
+            Ok(_) | Err(Turned::NodeFull) if is_too_fast() => Err(Turned::Address(Limit::AddressRate)),
+            Ok(_) | Err(Turned::NodeFull) if share.is_none() => Err(Turned::Address(Limit::AddressHandshakes)),
+            place @ (Ok(_) | Err(Turned::NodeFull)) => place,
         };
-        if !self.handshake_rate.as_ref().is_none_or(|rate| rate.allows(network)) {
-            return Err(Turned::AddressRate);
-        }
-        let share = self.handshake_shares.take(network).map_err(|_| Turned::AddressShare)?;
         let handshake = Handshake {
             hold: Hold::Place(share, permit),
-            has_connection: connection.is_some(),
+            has_connection: place.is_ok(),
         };
-        Ok((connection, handshake))
+        (place, handshake)
     }
 }
 

@@ -201,18 +201,16 @@ impl Listener {
     }
 
     fn receive(&self, shared: &Shared, stream: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
-        let door = Arc::clone(&self.door);
-        let shared = Arc::clone(shared);
-        match self.door.admit(Network::from(peer.ip()), permit) {
-            Ok((connection, handshake)) => {
-                let life = connection::serve(Arc::clone(&shared), door, stream, peer, connection, handshake);
-                self.door.spawn(&shared, life);
-            }
-            Err(turned) => {
-                let life = connection::turn_away(Arc::clone(&shared), door, stream, turned);
-                self.door.spawn(&shared, life);
-            }
-        }
+        let (place, handshake) = self.door.admit(Network::from(peer.ip()), permit);
+        let life = connection::serve(
+            Arc::clone(shared),
+            Arc::clone(&self.door),
+            stream,
+            peer,
+            place,
+            handshake,
+        );
+        self.door.spawn(shared, life);
     }
 }
 

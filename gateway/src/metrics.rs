@@ -6,7 +6,12 @@
 
 use metrics::{Counter, Gauge, Histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use seawall_proto::{admission::LimitReason, handshake::ResumeOutcome, refusal::Code, resume::Finding};
+use seawall_proto::{
+    admission::LimitReason,
+    handshake::ResumeOutcome,
+    refusal::{Code, Limit},
+    resume::Finding,
+};
 
 use crate::{
     series::{self, Definition, Family, GaugeFamily, Names},
@@ -32,6 +37,8 @@ pub struct Metrics {
     pub connections: Family,
     /// Connect attempts (a connection that sent at least a byte of a request to /v1/connect), by outcome. The sum is every attempt.
     pub handshakes: Family,
+    /// Attempts refused with `throttled`, by the limit that refused.
+    pub throttled: Family,
     /// Time from accept to the answer of a connect attempt.
     pub handshake_duration_seconds: Histogram,
     /// Registry look-ups by outcome, one a device.
@@ -171,7 +178,7 @@ impl Metrics {
             sessions: names.gauge("seawall_sessions", "Live WebSocket sessions."),
             connections: names.family(
                 "seawall_connections_total",
-                "TCP connections accepted, by what became of them; `request` is counted in seawall_handshakes_total, `probe` asked for /readyz.",
+                "TCP connections accepted, by what became of them; `request` is counted in seawall_handshakes_total, `probe` asked for /readyz, `silent` and `address_limited` sent nothing.",
                 &[],
                 "outcome",
                 &CONNECTION_OUTCOMES,
@@ -182,6 +189,13 @@ impl Metrics {
                 &[],
                 "outcome",
                 &handshake_outcomes,
+            ),
+            throttled: names.family(
+                "seawall_throttled_total",
+                "Connect attempts refused with `throttled`, by the limit that refused.",
+                &[],
+                "limit",
+                &Limit::ALL.map(Limit::as_str),
             ),
             handshake_duration_seconds: names.histogram(
                 "seawall_handshake_duration_seconds",

@@ -5,9 +5,12 @@
 
 use std::{borrow::Cow, ops::RangeInclusive, time::Duration};
 
+mod limit;
+
 use rand::Rng;
 use serde::Serialize;
 
+pub use self::limit::Limit;
 use crate::id::RuleId;
 
 /// Why a device is refused. Closed: clients, metrics and the API know these words.
@@ -236,6 +239,8 @@ impl Peers {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     pub code: Code,
+    /// Where the code is `throttled`; the device reads it in `detail`.
+    pub limit: Option<Limit>,
     /// For the people who debug a device. Fixed texts, or an operator's public reason; never what the device sent.
     pub detail: Cow<'static, str>,
     pub hint: Option<Hint>,
@@ -248,6 +253,7 @@ impl Refusal {
     pub const fn plain(code: Code, detail: &'static str) -> Self {
         Self {
             code,
+            limit: None,
             detail: Cow::Borrowed(detail),
             hint: None,
             rule: None,
@@ -257,6 +263,7 @@ impl Refusal {
     const fn hinted(code: Code, detail: &'static str, hint: Hint) -> Self {
         Self {
             code,
+            limit: None,
             detail: Cow::Borrowed(detail),
             hint: Some(hint),
             rule: None,
@@ -287,6 +294,7 @@ impl Refusal {
         };
         Self {
             code: Code::FirmwareBlocked,
+            limit: None,
             detail,
             hint: Some(Hint::draw(retry_after..=retry_after.saturating_mul(2), rng)),
             rule: Some(rule),
@@ -341,9 +349,21 @@ impl Refusal {
         )
     }
 
-    /// 503 by a limit on this tenant, address, cohort or id. Without a slot: priority is for devices that kept to the rules.
-    pub fn throttled(detail: &'static str, rng: &mut impl Rng) -> Self {
-        Self::hinted(Code::Throttled, detail, Hint::draw(hints::THROTTLED, rng))
+    /// 503 by a limit on this address. Without a slot: priority is for devices that kept to the rules.
+    pub fn throttled(limit: Limit, rng: &mut impl Rng) -> Self {
+        Self::throttled_until(limit, Hint::draw(hints::THROTTLED, rng))
+    }
+
+    /// 503 by a limit on this tenant, address, cohort or id.
+    #[must_use]
+    pub const fn throttled_until(limit: Limit, hint: Hint) -> Self {
+        Self {
+            code: Code::Throttled,
+            limit: Some(limit),
+            detail: Cow::Borrowed(limit.detail()),
+            hint: Some(hint),
+            rule: None,
+        }
     }
 
     /// 503 by admission.

@@ -1,6 +1,6 @@
 //! What is written to a connection before it is a session: refusals, the 101, readiness. And how a refused one ends.
 
-use std::{io, mem::MaybeUninit, sync::Arc, time::Duration};
+use std::{io, mem::MaybeUninit, time::Duration};
 
 use seawall_proto::refusal::{Code, Refusal};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
@@ -30,43 +30,6 @@ impl Linger {
         } else {
             Self::AllRead
         }
-    }
-}
-
-/// Why a connection was turned away before it was read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Turned {
-    /// Its address holds its share.
-    AddressShare,
-    /// Its address came too often, by the operator's figure.
-    AddressRate,
-}
-
-impl Turned {
-    fn refusal(self) -> Refusal {
-        let mut rng = rand::rng();
-        match self {
-            Self::AddressShare => Refusal::throttled("too many connections from this address", &mut rng),
-            Self::AddressRate => Refusal::throttled("too many attempts from this address", &mut rng),
-        }
-    }
-}
-
-/// Answers a connection of an address that has its share, unread. It counts as an attempt if the peer sent anything.
-pub async fn turn_away(shared: Shared, door: Arc<Door>, mut stream: TcpStream, turned: Turned) {
-    let refusal = turned.refusal();
-    let mut response = Vec::new();
-    refusal.write_response(&mut response);
-    let written = write(&shared, &mut stream, &response).await;
-    let has_asked = match (written, door.lingering.try_acquire()) {
-        (Ok(()), Ok(_permit)) => drain(&mut stream, LINGER_LEN_MAX, LINGER_TIME).await > 0,
-        (Ok(()), Err(_)) | (Err(_), _) => has_unread(&stream),
-    };
-    if has_asked {
-        shared.metrics.connections.increment("request");
-        shared.metrics.handshakes.increment(refusal.code.as_str());
-    } else {
-        shared.metrics.connections.increment("address_limited");
     }
 }
 
@@ -137,15 +100,5 @@ mod tests {
             "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
              Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\nSec-WebSocket-Protocol: arduino\r\n\r\n"
         );
-    }
-
-    #[test]
-    fn whoever_is_turned_away_is_told_when_to_come_back() {
-        for turned in [Turned::AddressShare, Turned::AddressRate] {
-            let refusal = turned.refusal();
-
-            assert_eq!(refusal.code, Code::Throttled);
-            assert!(refusal.hint.is_some());
-        }
     }
 }

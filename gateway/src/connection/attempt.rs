@@ -94,6 +94,9 @@ impl Attempt {
         if let Some(hint) = &refusal.hint {
             self.shared.metrics.retry_hint_seconds.record(hint.after.as_secs_f64());
         }
+        if let Some(limit) = refusal.limit {
+            self.shared.metrics.throttled.increment(limit.as_str());
+        }
         self.count(Outcome::Refused(refusal.code));
     }
 

@@ -17,15 +17,15 @@ use std::{
 use seawall_proto::{
     handshake::{self, Admitted, Next, Policy},
     hello::{self, Hello, Request, SessionKind},
-    refusal::{Peers, Refusal},
+    refusal::{Limit, Peers, Refusal},
 };
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{io::Interest, net::TcpStream, time::timeout};
 
 use crate::{
     address::Share,
     cohorts::Outcome,
     connection::{answer::Linger, attempt::Attempt, live::Live, online::Online},
-    door::{Door, Handshake, LATE_AFTER, Late},
+    door::{Door, Handshake, LATE_AFTER, Late, TURNED_HEAD_TIME_MAX, Turned},
     drain,
     head::{Complete, HeadError, HeadReader},
     lookup::Concluded,
@@ -34,8 +34,6 @@ use crate::{
     state::Shared,
 };
 
-pub use answer::{Turned, turn_away};
-
 /// A head that has taken this part of its time counts as slow: over half of the places in use, its address then gets no more
 /// than a fair share of them. Not sooner, since a crowd that comes back at once has slow ones too.
 const SLOW_AFTER_PART: u32 = 2;
@@ -43,29 +41,37 @@ const SLOW_AFTER_PART: u32 = 2;
 /// A node that is full sends devices away for at least this long.
 const NODE_FULL_FOR: Duration = Duration::from_secs(30);
 
-/// From accept to the answer; an upgraded connection goes on as a session, in another task. `connection` is `None` where the
-/// node is full.
+/// How a peer shows that it has left, whatever it has sent before: on Linux, waiting for priority waits for the end of the stream too.
+/// Elsewhere only a broken connection shows behind bytes that nobody has read.
+#[cfg(target_os = "linux")]
+const LEFT: Interest = Interest::PRIORITY.add(Interest::ERROR);
+#[cfg(not(target_os = "linux"))]
+const LEFT: Interest = Interest::ERROR;
+
+/// From accept to the answer; an upgraded connection goes on as a session, in another task. Without a `place` it never is one.
 pub async fn serve(
     shared: Shared,
     door: Arc<Door>,
     stream: TcpStream,
     peer: SocketAddr,
-    connection: Option<Share>,
+    place: Result<Share, Turned>,
     mut handshake: Handshake,
 ) {
     let attempt = Attempt::begin(&shared, peer);
-    let head = read_head(&shared, &door, &stream, &mut handshake).await;
+    let limit = place.as_ref().err().copied().and_then(Turned::limit);
+    let head = read_head(&shared, &door, &stream, limit, &mut handshake).await;
     drop(handshake);
 
     let Complete { parsed, leftover } = match head {
         Ok(complete) => complete,
         Err(NoHead::PeerGone { has_begun: true }) => return attempt.count(Outcome::Abandoned),
-        Err(NoHead::PeerGone { has_begun: false }) => return shared.metrics.connections.increment("silent"),
-        Err(NoHead::Silent) => {
-            shared.metrics.connections.increment("silent");
-            return answer::refuse(&shared, &door, stream, &Refusal::request_timeout(), Linger::Unread).await;
+        Err(NoHead::PeerGone { has_begun: false }) => return count_silent(&shared, limit),
+        Err(NoHead::Silent(refusal)) => {
+            count_silent(&shared, limit);
+            return answer::refuse(&shared, &door, stream, &refusal, Linger::Unread).await;
         }
         Err(NoHead::Refused(refusal)) => {
+            let refusal = limit.map_or(refusal, throttled);
             attempt.refused(&refusal);
             return answer::refuse(&shared, &door, stream, &refusal, Linger::Unread).await;
         }
@@ -74,16 +80,23 @@ pub async fn serve(
         Ok(Request::Connect(hello)) => hello,
         Ok(Request::Ready) => return answer::readiness(&shared, stream).await,
         Err(refusal) => {
-            attempt.refused(&refusal);
             let linger = Linger::behind(&refusal, &leftover);
+            let refusal = limit.map_or(refusal, throttled);
+            attempt.refused(&refusal);
             return answer::refuse(&shared, &door, stream, &refusal, linger).await;
         }
     };
     let mut attempt = attempt.by(&hello);
-    let Some(connection) = connection else {
-        let refusal = Refusal::overloaded(shared.gate.slot_for_close(hello.device, NODE_FULL_FOR));
-        attempt.refused(&refusal);
-        return answer::refuse(&shared, &door, stream, &refusal, Linger::behind(&refusal, &leftover)).await;
+    let connection = match place {
+        Ok(connection) => connection,
+        Err(turned) => {
+            let refusal = match turned {
+                Turned::NodeFull => Refusal::overloaded(shared.gate.slot_for_close(hello.device, NODE_FULL_FOR)),
+                Turned::Address(limit) => throttled(limit),
+            };
+            attempt.refused(&refusal);
+            return answer::refuse(&shared, &door, stream, &refusal, Linger::behind(&refusal, &leftover)).await;
+        }
     };
     let decided = tokio::select! {
         biased;
@@ -109,7 +122,7 @@ enum NoHead {
         has_begun: bool,
     },
     /// The deadline passed without a byte.
-    Silent,
+    Silent(Refusal),
     Refused(Refusal),
 }
 
@@ -130,23 +143,42 @@ fn leaving(shared: &Shared) -> Refusal {
     Refusal::draining(peers, &mut rand::rng())
 }
 
+/// What a device is told that a limit on its address refuses.
+fn throttled(limit: Limit) -> Refusal {
+    Refusal::throttled(limit, &mut rand::rng())
+}
+
+/// A connection that never sent a byte is no attempt.
+fn count_silent(shared: &Shared, limit: Option<Limit>) {
+    let outcome = limit.map_or("silent", |_| "address_limited");
+    shared.metrics.connections.increment(outcome);
+}
+
+/// Reads one head. Where a `limit` on the address refuses the connection already, only a moment is waited for it.
 async fn read_head(
     shared: &Shared,
     door: &Door,
     stream: &TcpStream,
+    limit: Option<Limit>,
     handshake: &mut Handshake,
 ) -> Result<Complete<Result<Request, Refusal>>, NoHead> {
     let limits = &shared.config.limits;
+    let time_max = match limit {
+        Some(_) => limits.head_timeout().min(TURNED_HEAD_TIME_MAX),
+        None => limits.head_timeout(),
+    };
     let mut reader = HeadReader::new(limits.head_bytes_max);
     let mut parse = |head: &hello::Head<'_>| hello::parse(head, &shared.config.identity);
     let reading = async {
         let begun = Instant::now();
         let mut has_been_spared = false;
         loop {
-            let left = limits.head_timeout().saturating_sub(begun.elapsed());
-            let read = timeout(left.min(LATE_AFTER), reader.read(stream, &mut parse)).await;
-            if read.is_ok() || left <= LATE_AFTER {
-                break read;
+            let left = time_max.saturating_sub(begun.elapsed());
+            if let Ok(read) = timeout(left.min(LATE_AFTER), reader.read(stream, &mut parse)).await {
+                break Ok(read);
+            }
+            if left <= LATE_AFTER {
+                break Err(limit.map_or_else(Refusal::request_timeout, throttled));
             }
             if begun.elapsed() >= limits.head_timeout() / SLOW_AFTER_PART {
                 handshake.mark_slow();
@@ -154,7 +186,7 @@ async fn read_head(
             if door.make_way(handshake) == Late::Leave {
                 // On a busy machine its bytes may have come without being read; that counts once.
                 if has_been_spared || !answer::has_unread(stream) {
-                    break read;
+                    break Err(throttled(limit.unwrap_or(Limit::AddressHandshakes)));
                 }
                 has_been_spared = true;
             }
@@ -170,8 +202,8 @@ async fn read_head(
             has_begun: reader.has_begun(),
         }),
         Ok(Err(HeadError::Refused(refusal))) => Err(NoHead::Refused(refusal)),
-        Err(_) if reader.has_begun() => Err(NoHead::Refused(Refusal::request_timeout())),
-        Err(_) => Err(NoHead::Silent),
+        Err(refusal) if reader.has_begun() => Err(NoHead::Refused(refusal)),
+        Err(refusal) => Err(NoHead::Silent(refusal)),
     }
 }
 
@@ -227,7 +259,8 @@ fn obey_orders_given_meanwhile(shared: &Shared, session: &Session) {
 /// Ready once the peer has closed its side or broken the connection. A peer that sends on is still there.
 async fn peer_gone(stream: &TcpStream) {
     if let Ok(1..) = stream.peek(&mut [0]).await {
-        std::future::pending::<()>().await;
+        // An error here is one of the connection's.
+        let _ = stream.ready(LEFT).await;
     }
 }
 
@@ -319,7 +352,8 @@ mod tests {
         let door = Arc::new(Door::new(bounds, &Limits::default()));
         let peer = SocketAddr::from(([127, 0, 0, 1], 1));
         let permit = door.enter().await.unwrap();
-        let held = door.admit(Network::from(peer.ip()), permit).ok().unwrap();
+        let held = door.admit(Network::from(peer.ip()), permit);
+        assert!(held.0.is_ok());
         let state = Arc::clone(&shared);
         let life_of_one = async move {
             let _held = held;

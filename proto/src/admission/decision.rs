@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{BreakerState, CohortTag, LimitReason, Ticket};
 use crate::{
     id::DeviceId,
-    refusal::{Code, Hint, Refusal},
+    refusal::{Code, Hint, Limit, Refusal},
     time::Instant,
 };
 
@@ -84,10 +84,7 @@ impl Cause {
 impl From<Refused> for Refusal {
     fn from(refused: Refused) -> Self {
         match refused.cause {
-            Cause::Throttle => Self {
-                hint: Some(refused.hint),
-                ..Self::plain(Code::Throttled, "too many attempts with wrong credentials for this id")
-            },
+            Cause::Throttle => Self::throttled_until(Limit::Credential, refused.hint),
             Cause::QueueFull | Cause::Deadline => Self::overloaded(refused.hint),
             Cause::Breaker | Cause::LookupFailed | Cause::LookupTimedOut => Self::registry_unavailable(refused.hint),
         }

@@ -195,6 +195,31 @@ async fn peer_that_leaves_while_it_waits_is_abandoned() {
 }
 
 #[tokio::test]
+async fn eager_peer_that_leaves_while_it_waits_costs_no_look_up() {
+    const ATTEMPTS: usize = 12;
+    // A second between two look-ups: all but the first device wait.
+    let gateway = Gateway::start("[admission]\nlookups_per_second_max = 1\n").await;
+    let _first = Device::connect(gateway.devices, &[&gateway.device_lines().await]).await;
+    let lines = gateway.device_lines().await;
+    let mut waiting = Vec::new();
+    for _ in 0..ATTEMPTS {
+        let mut stream = TcpStream::connect(gateway.devices).await.unwrap();
+        stream.write_all(request(&[&lines]).as_bytes()).await.unwrap();
+        waiting.push(stream);
+    }
+    eventually(|| gateway.shared.gate.state().queue >= 1).await;
+    for stream in &mut waiting {
+        stream.write_all(&masked(0x81, b"{}")).await.unwrap();
+    }
+
+    drop(waiting);
+
+    let abandoned = "seawall_handshakes_total{outcome=\"abandoned\"}";
+    eventually(|| gateway.metric(abandoned) == 12.0).await;
+    assert_eq!(gateway.metric("seawall_lookup_statements_total"), 1.0);
+}
+
+#[tokio::test]
 async fn end_of_the_process_leaves_nobody_waiting() {
     let gateway = Gateway::start("").await;
     let mut half = TcpStream::connect(gateway.devices).await.unwrap();

@@ -35,6 +35,80 @@ async fn connection_over_the_figure_of_its_address_is_throttled() {
 }
 
 #[tokio::test]
+async fn readiness_is_told_to_an_address_that_has_its_share() {
+    let gateway = Gateway::start("[limits]\nconnections_per_address_max = 2\n").await;
+    let lines = gateway.device_lines().await;
+    let _held = [
+        TcpStream::connect(gateway.devices).await.unwrap(),
+        TcpStream::connect(gateway.devices).await.unwrap(),
+    ];
+
+    for _ in 0..3 {
+        let probe = ask(gateway.devices, b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").await;
+        assert_eq!(probe.status, 200, "{probe:?}");
+    }
+    let device = ask(gateway.devices, request(&[&lines]).as_bytes()).await;
+
+    assert_eq!((device.status, device.code().as_str()), (503, "throttled"));
+    assert_eq!(gateway.metric("seawall_connections_total{outcome=\"probe\"}"), 3.0);
+    let throttled = "seawall_throttled_total{limit=\"address_connections\"}";
+    assert_eq!(gateway.metric(throttled), 1.0);
+}
+
+#[tokio::test]
+async fn readiness_is_told_to_an_address_that_came_too_often() {
+    let gateway = Gateway::start("[limits]\nhandshakes_per_second_per_address_max = 1\n").await;
+
+    for _ in 0..4 {
+        let probe = ask(gateway.devices, b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").await;
+        assert_eq!(probe.status, 200, "{probe:?}");
+    }
+}
+
+#[tokio::test]
+async fn silent_connection_over_the_figure_of_its_address_is_answered_soon_and_is_no_attempt() {
+    let gateway = Gateway::start("[limits]\nconnections_per_address_max = 1\n").await;
+    let _held = TcpStream::connect(gateway.devices).await.unwrap();
+    let begun = Instant::now();
+    let mut silent = TcpStream::connect(gateway.devices).await.unwrap();
+
+    let answer = response(&mut silent).await;
+
+    assert_eq!((answer.status, answer.code().as_str()), (503, "throttled"));
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    let limited = "seawall_connections_total{outcome=\"address_limited\"}";
+    eventually(|| gateway.metric(limited) == 1.0).await;
+    assert_eq!(gateway.sum("seawall_handshakes_total{"), 0.0);
+}
+
+#[tokio::test]
+async fn place_that_is_taken_back_is_throttled_and_only_a_late_head_gets_408() {
+    const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
+    let gateway = Gateway::start("[limits]\nhandshakes_max = 8\nhead_timeout_ms = 2000\n").await;
+    let mut halves = JoinSet::new();
+    for _ in 0..60 {
+        let begun = Instant::now();
+        let mut stream = TcpStream::connect(gateway.devices).await.unwrap();
+        stream.write_all(b"GET /v1/connect HTTP/1.1\r\n").await.unwrap();
+        halves.spawn(async move { (response(&mut stream).await, begun.elapsed()) });
+    }
+
+    let mut taken_back = 0;
+    for (answer, took) in halves.join_all().await {
+        if answer.status == 408 {
+            assert!(took >= HEAD_TIMEOUT, "{took:?}");
+            continue;
+        }
+        assert_eq!((answer.status, answer.code().as_str()), (503, "throttled"));
+        assert!(answer.header("Seawall-Retry-After-Ms").is_some(), "{answer:?}");
+        taken_back += 1;
+    }
+    assert!(taken_back > 0);
+    let throttled = gateway.metric("seawall_throttled_total{limit=\"address_handshakes\"}");
+    assert_eq!(throttled, f64::from(taken_back));
+}
+
+#[tokio::test]
 async fn node_that_is_full_gives_slots() {
     let gateway = Gateway::start("[limits]\nconnections_max = 1\n").await;
     let lines = gateway.device_lines().await;
@@ -93,7 +167,8 @@ async fn nobody_is_reset_at_a_full_door() {
     }
 
     for answer in silent.join_all().await {
-        assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+        let is_taken_back = answer.starts_with("HTTP/1.1 503 ") && answer.contains("throttled");
+        assert!(is_taken_back || answer.starts_with("HTTP/1.1 408 "), "{answer}");
     }
 }
 
@@ -140,7 +215,7 @@ async fn slow_crowd_that_has_no_room_aside_is_given_up() {
 
     assert!(
         gave_up > 0.0,
-        "nobody was told 408 before the time of its head was over"
+        "nobody was throttled before the time of its head was over"
     );
 }
 
@@ -168,7 +243,7 @@ async fn assert_devices_get_in(settings: &str, crowd_len: usize) -> f64 {
         sleep(DEVICE_INTERVAL).await;
     }
     let mut waits = waits.join_all().await;
-    let gave_up = gateway.metric("seawall_handshakes_total{outcome=\"request_timeout\"}");
+    let gave_up = gateway.metric("seawall_throttled_total{limit=\"address_handshakes\"}");
     // Published every second, and the crowd is still there.
     eventually(|| gateway.metric("seawall_handshakes_under_way{state=\"aside\"}") > 100.0).await;
 
