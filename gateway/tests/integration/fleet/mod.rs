@@ -2,6 +2,7 @@
 
 mod devices;
 mod drain;
+mod limit;
 mod moving;
 mod outage;
 mod resume;
