@@ -197,10 +197,11 @@ impl Door {
 
     /// Handshakes that hold a place, and those that stand aside.
     fn under_way(&self) -> (usize, usize) {
-        let free = |semaphore: &Semaphore, bound: usize| bound.saturating_sub(semaphore.available_permits());
+        // By shares, not by permits: the listener holds a permit while nobody comes.
+        let aside_max = self.places * ASIDE_PER_PLACE;
         (
-            free(&self.handshakes, self.places),
-            free(&self.aside, self.places * ASIDE_PER_PLACE),
+            self.handshake_shares.used(),
+            aside_max.saturating_sub(self.aside.available_permits()),
         )
     }
 
