@@ -8,15 +8,15 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
 use rand::{SeedableRng as _, rngs::SmallRng};
 use seawall_proto::{
     admission::{
-        Action, Admission, AdmissionConfig, AdmissionState, Arrival, Batch, BatchOutcome, Cause, CohortTag, Costly,
-        Decision, Refused, STATEMENTS_IN_FLIGHT_MAX, Ticket,
+        Admission, AdmissionConfig, AdmissionState, Arrival, Cause, CohortTag, Costly, Refused,
+        STATEMENTS_IN_FLIGHT_MAX,
     },
     handshake::{self, Admitted, Unproven},
     id::DeviceId,
@@ -25,20 +25,19 @@ use seawall_proto::{
     resume::Generation,
     rules::RuleSet,
     slots::SlotKeys,
-    time::{Instant, WallTime},
+    time::Instant,
 };
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::Notify;
 
 mod absent;
+mod inner;
 mod worker;
 
-use self::absent::{Absent, Epoch};
+use self::{
+    absent::Absent,
+    inner::{Core, Entered, Inner},
+};
 use crate::{clock::Clock, lifecycle::Lifecycle, metrics::Metrics, resume::Resume, store::Store};
-
-/// Longest sleep of the keeper: gauges that fade with time are published at least this often.
-const KEEPER_SLEEP_MAX: Duration = Duration::from_secs(1);
-/// Shortest: what is due but waits for a worker must not keep a core busy.
-const KEEPER_SLEEP_MIN: Duration = Duration::from_millis(1);
 
 /// What a look-up came to.
 #[derive(Clone, Debug)]
@@ -72,34 +71,6 @@ pub struct Found {
 /// The way to the registry for connecting devices. Clones are the same gate.
 #[derive(Clone)]
 pub struct Gate(Arc<Inner>);
-
-struct Inner {
-    core: Mutex<Core>,
-    absent: Absent,
-    /// Something may be sent.
-    work: Notify,
-    /// The keeper sleeps too long.
-    rearm: Notify,
-    clock: Clock,
-    metrics: Arc<Metrics>,
-    resume: Arc<Resume>,
-}
-
-/// Behind the mutex.
-struct Core {
-    admission: Admission,
-    /// Bounded by admission's `waiting_max`.
-    waiting: BTreeMap<Ticket, oneshot::Sender<LookUp>>,
-    rng: SmallRng,
-    keeper_wakes: Instant,
-}
-
-/// A statement, with what was known when it was sent.
-struct Sent {
-    batch: Batch,
-    epochs: Vec<Epoch>,
-    as_of: Generation,
-}
 
 impl Gate {
     /// Starts the gate and its tasks, which end with `life`. Until the store was ready once, devices are refused with slots.
@@ -292,183 +263,5 @@ impl Gate {
     #[must_use]
     pub fn state(&self) -> AdmissionState {
         self.0.lock().admission.state(self.0.clock.now())
-    }
-}
-
-enum Entered {
-    Answered(LookUp),
-    Waiting(Waiting, oneshot::Receiver<LookUp>),
-}
-
-/// A device that waits. Dropped before its answer came, it has gone.
-struct Waiting {
-    gate: Arc<Inner>,
-    ticket: Option<Ticket>,
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        if let Some(ticket) = self.ticket {
-            let mut core = self.gate.lock();
-            core.waiting.remove(&ticket);
-            core.admission.abandon(ticket);
-        }
-    }
-}
-
-impl Inner {
-    /// A panic while the lock was held is a bug that ends the gateway elsewhere; those who still wait get their answers meanwhile.
-    fn lock(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn enter(self: &Arc<Self>, arrival: &Arrival<'_>) -> Entered {
-        let (now, wall) = (self.clock.now(), self.clock.wall());
-        let guard = &mut *self.lock();
-        let decision = guard.admission.attempt(arrival, now, wall, &mut guard.rng);
-        let ticket = match decision {
-            Decision::Queued(ticket) => ticket,
-            Decision::Refused(refused) => return Entered::Answered(LookUp::Refused(refused)),
-            Decision::KnownAbsent => {
-                self.metrics.lookups.increment("cached");
-                return Entered::Answered(LookUp::Absent);
-            }
-        };
-        let (sender, answer) = oneshot::channel();
-        guard.waiting.insert(ticket, sender);
-        self.publish(guard, now);
-        self.work.notify_one();
-        self.rearm_keeper(guard, now);
-        let waiting = Waiting {
-            gate: Arc::clone(self),
-            ticket: Some(ticket),
-        };
-        Entered::Waiting(waiting, answer)
-    }
-
-    /// The next statement to send.
-    fn next_batch(&self) -> Option<Sent> {
-        let (now, wall) = (self.clock.now(), self.clock.wall());
-        let core = &mut *self.lock();
-        let batch = core.admission.poll_batch(now);
-        self.answer_all(core, now, wall, |_| None);
-        self.publish(core, now);
-        self.rearm_keeper(core, now);
-        let batch = batch?;
-        let epochs = batch.keys.iter().map(|device| self.absent.epoch(*device)).collect();
-        // There may be more, for the other worker.
-        self.work.notify_one();
-        let as_of = self.resume.known();
-        Some(Sent { batch, epochs, as_of })
-    }
-
-    /// A statement ended.
-    fn handle_done(&self, sent: &Sent, found: Result<Vec<DeviceRecord>, BatchOutcome>, took: Duration) {
-        let (now, wall) = (self.clock.now(), self.clock.wall());
-        let (outcome, records) = match found {
-            Ok(records) => (BatchOutcome::Answered, records),
-            Err(outcome) => (outcome, Vec::new()),
-        };
-        let records: BTreeMap<DeviceId, Arc<DeviceRecord>> = records
-            .into_iter()
-            .map(|record| (record.id, Arc::new(record)))
-            .collect();
-        let core = &mut *self.lock();
-        if outcome == BatchOutcome::Answered && !sent.batch.is_probe {
-            for (device, epoch) in sent.batch.keys.iter().zip(&sent.epochs) {
-                if !records.contains_key(device) {
-                    self.absent.learn(*device, *epoch, &mut core.rng);
-                }
-            }
-        }
-        core.admission.handle_batch_done(sent.batch.id, outcome, now);
-        self.answer_all(core, now, wall, |device| {
-            let record = Arc::clone(records.get(&device)?);
-            let as_of = sent.as_of;
-            Some(Found { record, took, as_of })
-        });
-        self.publish(core, now);
-        self.rearm_keeper(core, now);
-        self.work.notify_one();
-    }
-
-    /// Tells the devices what admission owes them; `find` has the records of the statement just ended.
-    fn answer_all(&self, core: &mut Core, now: Instant, wall: WallTime, find: impl Fn(DeviceId) -> Option<Found>) {
-        while let Some(action) = core.admission.poll_action(now, wall, &mut core.rng) {
-            let (ticket, answer) = match action {
-                Action::Answer { ticket, device } => (ticket, find(device).map_or(LookUp::Absent, LookUp::Found)),
-                Action::Refuse { ticket, refused } => (ticket, LookUp::Refused(refused)),
-            };
-            if let Some(outcome) = outcome_label(&answer) {
-                self.metrics.lookups.increment(outcome);
-            }
-            if let Some(sender) = core.waiting.remove(&ticket) {
-                // A device that went at this very moment needs no answer.
-                let _ = sender.send(answer);
-            }
-        }
-    }
-
-    /// Wakes devices whose time is over, and workers when something may be sent that could not before.
-    async fn keep(&self) {
-        loop {
-            let rearmed = self.rearm.notified();
-            let wake = {
-                let (now, wall) = (self.clock.now(), self.clock.wall());
-                let core = &mut *self.lock();
-                core.admission.handle_timeout(now);
-                self.answer_all(core, now, wall, |_| None);
-                self.publish(core, now);
-                let (earliest, latest) = (now + KEEPER_SLEEP_MIN, now + KEEPER_SLEEP_MAX);
-                let due = core.admission.poll_timeout(now).unwrap_or(latest);
-                core.keeper_wakes = due.clamp(earliest, latest);
-                core.keeper_wakes
-            };
-            tokio::select! {
-                () = tokio::time::sleep_until(self.clock.deadline(wake)) => self.work.notify_one(),
-                () = rearmed => {}
-            }
-        }
-    }
-
-    fn rearm_keeper(&self, core: &Core, now: Instant) {
-        if core
-            .admission
-            .poll_timeout(now)
-            .is_some_and(|due| due < core.keeper_wakes)
-        {
-            self.rearm.notify_one();
-        }
-    }
-
-    fn handle_registry_present(&self) {
-        let now = self.clock.now();
-        let mut core = self.lock();
-        core.admission.handle_registry_present(now);
-        self.publish(&core, now);
-        drop(core);
-        self.work.notify_one();
-    }
-
-    /// Under the lock, so that no scrape sees more keys in flight than the limit.
-    fn publish(&self, core: &Core, now: Instant) {
-        let state = core.admission.state(now);
-        self.metrics.admission_limit.set(f64::from(state.limit));
-        self.metrics.lookups_in_flight.set(f64::from(state.in_flight));
-        self.metrics.admission_queue.set(state.queue as f64);
-        self.metrics.lookup_cohorts_apart.set(state.cohorts_apart as f64);
-    }
-}
-
-/// Label of `seawall_lookups_total`; `None` where no key was sent for the device.
-fn outcome_label(answer: &LookUp) -> Option<&'static str> {
-    match answer {
-        LookUp::Found(_) => Some("found"),
-        LookUp::Absent => Some("not_found"),
-        LookUp::Refused(refused) => match refused.cause {
-            Cause::LookupFailed => Some("failed"),
-            Cause::LookupTimedOut => Some("timed_out"),
-            Cause::Throttle | Cause::QueueFull | Cause::Deadline | Cause::Breaker => None,
-        },
     }
 }

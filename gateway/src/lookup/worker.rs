@@ -8,7 +8,7 @@ use seawall_proto::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Inner, Sent};
+use super::inner::{Inner, Sent};
 use crate::store::{LookupWorker, StoreError};
 
 /// Sends what admission lets through until `hard` is cancelled.

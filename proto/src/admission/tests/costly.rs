@@ -3,6 +3,7 @@
 use std::{cmp::Reverse, collections::BinaryHeap};
 
 use super::*;
+use crate::admission::cost::{Move, Statement};
 
 const HEALTHY: &str = "3.8.0-b2";
 const MARKED: &str = "3.8.0-b3";
