@@ -11,6 +11,8 @@ mod checks;
 mod database;
 mod devices;
 mod event;
+#[cfg(test)]
+mod figures;
 mod gateway;
 mod network;
 mod node;
