@@ -99,6 +99,8 @@ pub struct Metrics {
     pub database_errors: Family,
     /// Sessions replaced by a newer session of the same device.
     pub replacements: Counter,
+    /// Ids that devices share: their sessions replace each other.
+    pub duplicate_ids: Gauge,
     /// Entries dropped because a bounded buffer was full, by buffer.
     pub dropped: Family,
     /// Slots given to ids for which the memory of slots had no room: they live in their tokens alone.
@@ -336,6 +338,10 @@ impl Metrics {
             replacements: names.counter(
                 "seawall_session_replacements_total",
                 "Sessions replaced by a newer one of the same device.",
+            ),
+            duplicate_ids: names.gauge(
+                "seawall_duplicate_ids",
+                "Device ids whose sessions were replaced five times within ten minutes: several devices share one. Of at most 4,096 ids watched.",
             ),
             dropped: names.family(
                 "seawall_dropped_total",

@@ -27,7 +27,7 @@ use crate::{
     resume::{self, Resume},
     rules::{self, Rules},
     sessions::Sessions,
-    state::{Plan, Shared, State},
+    state::{Plan, Shared, SharedIds, State},
     store::{Store, StoreError},
     telemetry,
     tokens::{Tokens, TokensError},
@@ -116,7 +116,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     data_dir.remove_addresses();
     let store = Store::open(&config.database_url()).await?;
     let clock = Clock::start();
-    let tokens = Tokens::open(data_dir.path(), clock.now())?;
+    let tokens = Tokens::open(data_dir.path())?;
     let keys = keys::open(data_dir.path())?;
     let metrics = Arc::new(Metrics::new());
     let limits = capacity::sized(&config.limits, &config.server);
@@ -171,6 +171,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         metrics,
         tokens,
         plan: Plan::default(),
+        shared_ids: SharedIds::default(),
     });
     await_first_contact(&state).await;
     spawn_tasks(&state, life);

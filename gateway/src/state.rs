@@ -1,8 +1,13 @@
 //! What every part of one gateway shares. Built once by [`crate::serve`]; nothing in it is global, so several gateways run in one process.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use seawall_proto::{session::SessionLimits, time::WallTime};
+use seawall_proto::{
+    duplicates::{Duplicates, Found},
+    id::DeviceId,
+    session::SessionLimits,
+    time::{Instant, WallTime},
+};
 use serde::Serialize;
 
 use crate::{
@@ -42,6 +47,8 @@ pub struct State {
     pub tokens: Tokens,
     /// What the plan guard saw last.
     pub plan: Plan,
+    /// Ids that several devices seem to share.
+    pub shared_ids: SharedIds,
     /// What all sessions have in common.
     pub session_limits: Arc<SessionLimits>,
 }
@@ -64,6 +71,34 @@ impl Plan {
     }
 }
 
+/// Counts sessions that replace each other.
+#[derive(Debug, Default)]
+pub struct SharedIds(Mutex<(Duplicates, Found)>);
+
+impl SharedIds {
+    /// A session of `device` was replaced by a newer one.
+    pub fn handle_replaced(&self, device: DeviceId, now: Instant) {
+        self.lock().0.handle_replaced(device, now);
+    }
+
+    /// Looks which ids are duplicates now; what was found before, and what is found.
+    pub fn look(&self, now: Instant) -> (Found, Found) {
+        let mut guard = self.lock();
+        let found = guard.0.find(now);
+        (std::mem::replace(&mut guard.1, found), found)
+    }
+
+    /// What the last look has found.
+    #[must_use]
+    pub fn found(&self) -> Found {
+        self.lock().1
+    }
+
+    fn lock(&self) -> MutexGuard<'_, (Duplicates, Found)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Answer of `/readyz`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Readiness {
@@ -74,7 +109,7 @@ pub struct Readiness {
 }
 
 impl State {
-    /// Ready from the first contact with rules and registry on, unless draining. Never unready for overload, a plan alarm or a database lost
+    /// Ready from the first contact with rules and registry on, unless draining. Never unready for overload, an alarm or a database lost
     /// later: that would move the storm to the other nodes.
     #[must_use]
     pub fn readiness(&self) -> Readiness {
@@ -92,6 +127,9 @@ impl State {
         }
         if self.plan.get().is_some_and(|report| report.is_alarm()) {
             reasons.push("plan_alarm");
+        }
+        if self.shared_ids.found().count > 0 {
+            reasons.push("duplicate_id");
         }
         Readiness { ready, reasons }
     }

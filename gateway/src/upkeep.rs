@@ -3,7 +3,10 @@
 
 use std::time::Duration;
 
-use seawall_proto::admission::LimitReason;
+use seawall_proto::{
+    admission::LimitReason,
+    duplicates::{REPLACEMENTS, WINDOW},
+};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
@@ -33,6 +36,9 @@ const PLAN_ALARM: &str = "plan";
 const CEILING_ALARM: &str = "admission_ceiling";
 /// It ends once there was no sign of it for so long.
 const CEILING_QUIET: Duration = Duration::from_secs(60);
+
+/// The alarm that operators see while devices share an id.
+const DUPLICATE_ALARM: &str = "duplicate_id";
 
 /// Guards the plans of the connect path until `stop`: an alarm is told once, cuts the limit on look-ups, and ends by itself.
 pub async fn guard_plans(state: Shared, stop: CancellationToken) {
@@ -84,6 +90,7 @@ pub async fn publish(state: Shared, stop: CancellationToken) {
                 publish_gauges(&state);
                 watch_costs(&state, &mut had_costly);
                 publish_admission(&state, &mut ceiling_seen);
+                watch_duplicates(&state);
             }
             _ = samples.tick() => state.metrics.upkeep(),
         }
@@ -143,6 +150,26 @@ fn watch_costs(state: &Shared, had_costly: &mut bool) {
             ),
             None => state.alarm(COSTLY_ALARM, false, format!("look-ups of {name} are sent with the others' again")),
         }
+    }
+}
+
+/// Tells operators that devices share an id: one replaces the other, and neither is online for long.
+#[expect(clippy::cast_precision_loss, reason = "a few thousand ids are watched")]
+fn watch_duplicates(state: &Shared) {
+    let (before, found) = state.shared_ids.look(state.clock.now());
+    state.metrics.duplicate_ids.set(found.count as f64);
+    match (before.example, found.example) {
+        (None, Some(example)) => state.alarm(
+            DUPLICATE_ALARM,
+            true,
+            format!(
+                "devices with one id replace each other, {REPLACEMENTS} times within {} minutes: {} such ids, {example} is one. Give each device an id of its own",
+                WINDOW.as_secs() / 60,
+                found.count
+            ),
+        ),
+        (Some(_), None) => state.alarm(DUPLICATE_ALARM, false, "no devices replace each other any more"),
+        (None, None) | (Some(_), Some(_)) => {}
     }
 }
 

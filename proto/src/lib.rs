@@ -9,6 +9,7 @@ pub mod admission;
 pub mod ageing;
 pub mod close;
 pub mod drain;
+pub mod duplicates;
 pub mod firmware;
 pub mod frame;
 pub mod handshake;

@@ -38,6 +38,8 @@ impl Online {
         });
         if registered.replaced.is_some() {
             shared.metrics.replacements.increment(1);
+            let now = shared.clock.now();
+            shared.shared_ids.handle_replaced(registered.session.info.device, now);
         }
         let session = registered.session;
         shared.metrics.sessions.set(len_of(shared));

@@ -70,8 +70,7 @@ impl<R: AtLeast> FromRequestParts<Arc<Api>> for Caller<R> {
 
     async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Self, Problem> {
         let token = bearer(&parts.headers)?;
-        let now = api.state.clock.now();
-        let Some(principal) = api.state.tokens.authenticate(token, now) else {
+        let Some(principal) = api.state.tokens.authenticate(token) else {
             return Err(Problem::new(Code::Unauthorized, "the token is not valid"));
         };
         if principal.role < R::ROLE {

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use seawall_proto::{id::SecretHash, time::Instant};
+use seawall_proto::id::SecretHash;
 use subtle::ConstantTimeEq as _;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -49,18 +49,11 @@ pub struct Tokens {
 #[derive(Debug)]
 struct Inner {
     data_dir: PathBuf,
-    admin: Mutex<Admin>,
+    /// The admin token as it was read last; `None`: the file is gone, or holds no token.
+    admin: Mutex<Option<SecretHash>>,
     issued: Mutex<Issued>,
     /// Held while `tokens.json` is written, so that an older copy never replaces a newer.
     file: Mutex<()>,
-}
-
-/// The admin token as it was read last.
-#[derive(Debug)]
-struct Admin {
-    /// `None`: the file is gone, or holds no token.
-    hash: Option<SecretHash>,
-    read_at: Instant,
 }
 
 #[derive(Debug, Default)]
@@ -94,7 +87,7 @@ impl Tokens {
     /// # Errors
     /// `admin.token` can't be read or made, or holds no token. An unusable `tokens.json` is only worth a warning: the database
     /// has them all.
-    pub fn open(data_dir: &Path, now: Instant) -> Result<Self, TokensError> {
+    pub fn open(data_dir: &Path) -> Result<Self, TokensError> {
         let path = data_dir.join(ADMIN_TOKEN_FILE);
         let unusable = |source| TokensError::Unusable {
             path: path.clone(),
@@ -116,7 +109,7 @@ impl Tokens {
         Ok(Self {
             inner: Arc::new(Inner {
                 data_dir: data_dir.to_owned(),
-                admin: Mutex::new(Admin { hash, read_at: now }),
+                admin: Mutex::new(hash),
                 issued: Mutex::new(Issued { tokens, generation: 0 }),
                 file: Mutex::default(),
             }),
@@ -125,10 +118,10 @@ impl Tokens {
 
     /// Whose token this is. Takes as long for a wrong token as for a right one.
     #[must_use]
-    pub fn authenticate(&self, presented: &str, now: Instant) -> Option<Principal> {
+    pub fn authenticate(&self, presented: &str) -> Option<Principal> {
         let presented = SecretHash::of(presented.as_bytes());
         let is_admin = self
-            .admin_hash(now)
+            .admin_hash()
             .is_some_and(|hash| bool::from(hash.as_bytes().ct_eq(presented.as_bytes())));
         let mut found = is_admin.then(|| Principal {
             name: ADMIN_TOKEN_NAME.into(),
@@ -172,11 +165,23 @@ impl Tokens {
         self.save().await;
     }
 
-    /// Reads the tokens from the database every few seconds, until stopped. While the database is away, the copy stays in force.
+    /// Reads `admin.token` every second, and the tokens from the database every few, until stopped. While the database is away, the
+    /// copy stays in force.
     pub async fn follow(self, store: Store, stop: CancellationToken) {
+        tokio::join!(self.follow_file(stop.clone()), self.follow_database(&store, stop));
+    }
+
+    async fn follow_file(&self, stop: CancellationToken) {
+        let pause = || tokio::time::sleep(ADMIN_TOKEN_TRUSTED);
+        while stop.run_until_cancelled(pause()).await.is_some() {
+            self.reread_admin_token().await;
+        }
+    }
+
+    async fn follow_database(&self, store: &Store, stop: CancellationToken) {
         let mut was_read = true;
         loop {
-            match self.refresh(&store).await {
+            match self.refresh(store).await {
                 Ok(()) => was_read = true,
                 Err(error) => {
                     if was_read {
@@ -231,13 +236,18 @@ impl Tokens {
         true
     }
 
-    fn admin_hash(&self, now: Instant) -> Option<SecretHash> {
-        let mut admin = self.inner.admin.lock().unwrap_or_else(PoisonError::into_inner);
-        if now.saturating_since(admin.read_at) >= ADMIN_TOKEN_TRUSTED {
-            admin.read_at = now;
-            admin.hash = read_admin_token(&self.inner.data_dir.join(ADMIN_TOKEN_FILE)).unwrap_or(None);
+    fn admin_hash(&self) -> Option<SecretHash> {
+        *self.inner.admin.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads `admin.token`, off the runtime's workers. A file that is gone or holds no token ends the admin token.
+    async fn reread_admin_token(&self) {
+        let path = self.inner.data_dir.join(ADMIN_TOKEN_FILE);
+        let reading = tokio::task::spawn_blocking(move || read_admin_token(&path).unwrap_or(None));
+        // Cancelled only where the runtime ends.
+        if let Ok(hash) = reading.await {
+            *self.inner.admin.lock().unwrap_or_else(PoisonError::into_inner) = hash;
         }
-        admin.hash
     }
 
     fn write_copy(&self) {
@@ -273,58 +283,51 @@ mod tests {
 
     use super::*;
 
-    const START: Instant = Instant::ZERO;
-
     #[test]
     fn first_start_makes_an_admin_token_that_only_the_owner_may_read() {
         let dir = tempfile::tempdir().unwrap();
 
-        let tokens = Tokens::open(dir.path(), START).unwrap();
+        let tokens = Tokens::open(dir.path()).unwrap();
 
         let path = dir.path().join(ADMIN_TOKEN_FILE);
         let token = fs::read_to_string(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(URL_SAFE_NO_PAD.decode(token.trim()).unwrap().len(), 32);
-        assert_eq!(
-            tokens.authenticate(token.trim(), START).map(|who| who.role),
-            Some(Role::Admin)
-        );
-        assert_eq!(tokens.authenticate("", START), None);
-        assert_eq!(tokens.authenticate(&random_secret(), START), None);
+        assert_eq!(tokens.authenticate(token.trim()).map(|who| who.role), Some(Role::Admin));
+        assert_eq!(tokens.authenticate(""), None);
+        assert_eq!(tokens.authenticate(&random_secret()), None);
     }
 
-    #[test]
-    fn a_replaced_or_deleted_admin_token_counts_within_a_second() {
+    #[tokio::test]
+    async fn a_replaced_or_deleted_admin_token_counts_when_it_is_read_again() {
         let dir = tempfile::tempdir().unwrap();
-        let tokens = Tokens::open(dir.path(), START).unwrap();
+        let tokens = Tokens::open(dir.path()).unwrap();
         let path = dir.path().join(ADMIN_TOKEN_FILE);
         let old = fs::read_to_string(&path).unwrap();
         let new = random_secret();
 
         fs::write(&path, &new).unwrap();
-        let later = START + ADMIN_TOKEN_TRUSTED;
+        tokens.reread_admin_token().await;
 
-        assert_eq!(tokens.authenticate(old.trim(), later), None);
-        assert!(tokens.authenticate(&new, later).is_some());
+        assert_eq!(tokens.authenticate(old.trim()), None);
+        assert!(tokens.authenticate(&new).is_some());
         fs::remove_file(&path).unwrap();
-        assert_eq!(tokens.authenticate(&new, later + ADMIN_TOKEN_TRUSTED), None);
+        tokens.reread_admin_token().await;
+        assert_eq!(tokens.authenticate(&new), None);
     }
 
     #[test]
     fn an_admin_token_survives_a_restart_and_half_of_one_stops_it() {
         let dir = tempfile::tempdir().unwrap();
-        drop(Tokens::open(dir.path(), START).unwrap());
+        drop(Tokens::open(dir.path()).unwrap());
         let path = dir.path().join(ADMIN_TOKEN_FILE);
         let token = fs::read_to_string(&path).unwrap();
 
-        let tokens = Tokens::open(dir.path(), START).unwrap();
+        let tokens = Tokens::open(dir.path()).unwrap();
 
-        assert!(tokens.authenticate(token.trim(), START).is_some());
+        assert!(tokens.authenticate(token.trim()).is_some());
         fs::write(&path, "").unwrap();
-        assert!(matches!(
-            Tokens::open(dir.path(), START),
-            Err(TokensError::Damaged { .. })
-        ));
+        assert!(matches!(Tokens::open(dir.path()), Err(TokensError::Damaged { .. })));
     }
 
     #[tokio::test]
@@ -332,24 +335,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let secret = random_secret();
         let row = row("ci", Role::Operator, &secret);
-        Tokens::open(dir.path(), START).unwrap().insert(&row).await;
+        Tokens::open(dir.path()).unwrap().insert(&row).await;
 
-        let tokens = Tokens::open(dir.path(), START).unwrap();
+        let tokens = Tokens::open(dir.path()).unwrap();
 
         let copy = dir.path().join(COPY_FILE);
         assert!(!fs::read_to_string(&copy).unwrap().contains(&secret));
         assert_eq!(fs::metadata(&copy).unwrap().permissions().mode() & 0o777, 0o600);
-        let who = tokens.authenticate(&secret, START).unwrap();
+        let who = tokens.authenticate(&secret).unwrap();
         assert_eq!((&*who.name, who.role), ("ci", Role::Operator));
         tokens.remove(row.id).await;
-        assert_eq!(tokens.authenticate(&secret, START), None);
-        assert!(Tokens::open(dir.path(), START).unwrap().is_empty());
+        assert_eq!(tokens.authenticate(&secret), None);
+        assert!(Tokens::open(dir.path()).unwrap().is_empty());
     }
 
     #[tokio::test]
     async fn what_was_read_before_a_revocation_does_not_undo_it() {
         let dir = tempfile::tempdir().unwrap();
-        let tokens = Tokens::open(dir.path(), START).unwrap();
+        let tokens = Tokens::open(dir.path()).unwrap();
         let secret = random_secret();
         let row = row("ci", Role::Viewer, &secret);
         tokens.insert(&row).await;
@@ -358,7 +361,7 @@ mod tests {
         tokens.remove(row.id).await;
 
         assert!(!tokens.replace(generation, vec![Token::of(&row)]));
-        assert_eq!(tokens.authenticate(&secret, START), None);
+        assert_eq!(tokens.authenticate(&secret), None);
     }
 
     fn row(name: &str, role: Role, token: &str) -> TokenRow {

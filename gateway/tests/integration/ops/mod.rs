@@ -4,6 +4,7 @@ mod access;
 mod devices;
 mod document;
 mod drain;
+mod duplicates;
 mod events;
 mod form;
 mod import;
