@@ -1,13 +1,14 @@
 //! The firmware rules in force on this node: loaded from the database, kept on disk, swapped in one step.
 //!
-//! A write through this node applies at once; a write through another node is seen by polling the revision. Any failure to read means
-//! "keep what you have": the last good set is also on disk, and is what a start without a database uses.
+//! A write through this node applies at once, without another look at the database; a write through another node is seen by polling the
+//! revision. Any failure to read means "keep what you have": the last good set is also on disk, and is what a start without a
+//! database uses. Rules are compiled and written to disk off the runtime's workers.
 
 use std::{
     io::Write as _,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -18,11 +19,12 @@ use rand::{SeedableRng as _, rngs::SmallRng};
 use seawall_proto::{
     close::Close,
     drain::Pacing,
+    id::RuleId,
     rules::{Rule, RuleSet, Subject},
     time::{Instant, WallTime},
 };
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Mutex, watch};
+use tokio::{sync::watch, task::spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -44,8 +46,55 @@ pub struct Rules {
     revision: watch::Sender<u64>,
     /// When the database last confirmed them, in microseconds of the process clock; `u64::MAX` before the first time.
     confirmed_at: AtomicU64,
-    loading: Mutex<()>,
+    /// Writes applied so far. Held while the rules in force are replaced: what was read before a write never undoes it.
+    writes: Mutex<u64>,
     file: PathBuf,
+}
+
+/// A change of the rules that this node has written to the database.
+#[derive(Clone, Debug)]
+pub enum Written {
+    /// Made or changed. Its revision is that of the rule set.
+    Rule(Rule),
+    Deleted {
+        rule: RuleId,
+        revision: u64,
+    },
+}
+
+impl Written {
+    const fn revision(&self) -> u64 {
+        match self {
+            Self::Rule(rule) => rule.revision,
+            Self::Deleted { revision, .. } => *revision,
+        }
+    }
+
+    /// `base` with this change; `None` where it has it already. Where `base` lacks changes of others before this one, it keeps its
+    /// revision, so that the poll brings those.
+    fn onto(self, base: &RuleSet) -> Option<RuleSet> {
+        let revision = self.revision();
+        if base.revision() >= revision {
+            return None;
+        }
+        let is_next = base.revision() + 1 == revision;
+        let mut rules = base.rules().to_vec();
+        match self {
+            Self::Rule(rule) => {
+                if rules
+                    .iter()
+                    .any(|other| other.id == rule.id && other.revision >= revision)
+                {
+                    return None;
+                }
+                rules.retain(|other| other.id != rule.id);
+                rules.push(rule);
+            }
+            Self::Deleted { rule, .. } => rules.retain(|other| other.id != rule),
+        }
+        let labelled = if is_next { revision } else { base.revision() };
+        Some(RuleSet::compile(labelled, rules))
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -71,7 +120,7 @@ impl Rules {
             revision: watch::Sender::new(set.revision()),
             current: ArcSwap::from_pointee(set),
             confirmed_at: AtomicU64::new(u64::MAX),
-            loading: Mutex::new(()),
+            writes: Mutex::default(),
             file,
         }
     }
@@ -102,41 +151,84 @@ impl Rules {
         }
     }
 
-    /// Makes what the database holds the rules in force. Called after each write through this node, and by the poll.
+    /// Makes what the database holds the rules in force. Where a write through this node came meanwhile, nothing changes: what was read
+    /// may be older, and the next poll finds out.
     ///
     /// # Errors
     /// The database can't be read; the rules in force stay.
     pub async fn reload(&self, store: &Store, clock: &Clock, events: &Events) -> Result<(), StoreError> {
-        let _one_at_a_time = self.loading.lock().await;
+        let writes = *self.writes();
         let StoredRules { revision, rules } = store.rules().await?;
-        let set = RuleSet::compile(revision, rules);
-        let before = self.current.load().revision();
-        if revision != before || set.digest() != self.current.load().digest() {
-            let saved = Saved {
-                revision,
-                rules: set.rules().to_vec(),
-            };
-            if let Err(error) = save(&self.file, &saved) {
-                tracing::error!(%error, file = %self.file.display(), "rules are in force but could not be written to disk: free space or repair the data directory, a restart without the database would use older rules");
-            }
-            self.current.store(Arc::new(set));
-            events.notice(
-                clock.wall(),
-                Body::Rules {
-                    revision,
-                    rule: None,
-                    change: "applied",
-                },
-            );
-            tracing::info!(
-                rules.revision = revision,
-                rules.revision_before = before,
-                "firmware rules applied"
-            );
-            self.revision.send_replace(revision);
+        let Ok(set) = spawn_blocking(move || RuleSet::compile(revision, rules)).await else {
+            // The runtime ends.
+            return Ok(());
+        };
+        let guard = self.writes();
+        if *guard != writes {
+            return Ok(());
         }
+        let in_force = self.current();
+        if revision != in_force.revision() || set.digest() != in_force.digest() {
+            self.put_in_force(set, clock, events);
+        }
+        drop(guard);
         self.confirmed_at.store(clock.now().as_micros(), Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Puts a change in force that this node has just written. Asks nobody.
+    pub async fn apply(&self, written: &Written, clock: &Clock, events: &Events) {
+        loop {
+            let base = self.current();
+            let (change, onto) = (written.clone(), Arc::clone(&base));
+            let Ok(Some(set)) = spawn_blocking(move || change.onto(&onto)).await else {
+                return;
+            };
+            let mut writes = self.writes();
+            // Other rules came into force meanwhile: once more, onto those. Each round somebody else got on.
+            if Arc::ptr_eq(&base, &self.current()) {
+                *writes += 1;
+                self.put_in_force(set, clock, events);
+                return;
+            }
+        }
+    }
+
+    fn put_in_force(&self, set: RuleSet, clock: &Clock, events: &Events) {
+        let (before, revision) = (self.current.load().revision(), set.revision());
+        self.current.store(Arc::new(set));
+        let applied = Body::Rules {
+            revision,
+            rule: None,
+            change: "applied",
+        };
+        events.notice(clock.wall(), applied);
+        tracing::info!(
+            rules.revision = revision,
+            rules.revision_before = before,
+            "firmware rules applied"
+        );
+        self.revision.send_replace(revision);
+    }
+
+    fn writes(&self) -> MutexGuard<'_, u64> {
+        self.writes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes `set` to disk, for a start without the database.
+    async fn keep(&self, set: Arc<RuleSet>) {
+        let file = self.file.clone();
+        let saving = spawn_blocking(move || {
+            let saved = Saved {
+                revision: set.revision(),
+                rules: set.rules().to_vec(),
+            };
+            if let Err(error) = save(&file, &saved) {
+                tracing::error!(%error, file = %file.display(), "rules are in force but could not be written to disk: free space or repair the data directory, a restart without the database would use older rules");
+            }
+        });
+        // Cancelled only where the runtime ends.
+        let _ = saving.await;
     }
 
     /// Looks whether the database holds another revision, and takes it.
@@ -152,9 +244,11 @@ impl Rules {
     }
 }
 
-/// Polls the revision until `stop`.
+/// Polls the revision, and keeps what is in force on disk, until `stop`.
 pub async fn follow(state: Shared, stop: CancellationToken) {
     let mut is_failing = false;
+    let mut kept: Option<Arc<RuleSet>> = None;
+    let mut changes = state.rules.subscribe();
     loop {
         let outcome = state.rules.poll(&state.store, &state.clock, &state.events).await;
         match (&outcome, is_failing) {
@@ -165,9 +259,23 @@ pub async fn follow(state: Shared, stop: CancellationToken) {
             (Ok(()), false) | (Err(_), true) => {}
         }
         is_failing = outcome.is_err();
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(state.config.rules.poll()) => {}
+        let next_poll = tokio::time::sleep(state.config.rules.poll());
+        tokio::pin!(next_poll);
+        loop {
+            changes.borrow_and_update();
+            let current = state.rules.current();
+            // What came from the disk need not go there.
+            let is_kept = kept.as_ref().is_some_and(|kept| Arc::ptr_eq(kept, &current));
+            if state.rules.is_confirmed() && !is_kept {
+                state.rules.keep(Arc::clone(&current)).await;
+                kept = Some(current);
+            }
+            tokio::select! {
+                biased;
+                changed = changes.changed() => if changed.is_err() { return },
+                () = stop.cancelled() => return,
+                () = &mut next_poll => break,
+            }
         }
     }
 }
@@ -258,4 +366,75 @@ fn save(file: &Path, saved: &Saved) -> Result<(), std::io::Error> {
     out.write_all(&serde_json::to_vec(saved)?)?;
     out.sync_all()?;
     std::fs::rename(&beside, file)
+}
+
+#[cfg(test)]
+mod tests {
+    use seawall_proto::rules::{Effect, Match, RuleSpec};
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn rule(id: u128, revision: u64, reason: &str) -> Rule {
+        let mut spec = RuleSpec::new(Match::default(), Effect::Block);
+        reason.clone_into(&mut spec.reason);
+        Rule {
+            id: RuleId(Uuid::from_u128(id)),
+            spec,
+            created_at: WallTime::from_unix_ms(1),
+            revision,
+        }
+    }
+
+    fn reasons(set: &RuleSet) -> Vec<&str> {
+        let mut reasons: Vec<&str> = set.rules().iter().map(|rule| rule.spec.reason.as_str()).collect();
+        reasons.sort_unstable();
+        reasons
+    }
+
+    #[test]
+    fn the_next_change_makes_the_next_revision() {
+        let base = RuleSet::compile(4, vec![rule(1, 4, "one")]);
+
+        let made = Written::Rule(rule(2, 5, "two")).onto(&base).unwrap();
+        let changed = Written::Rule(rule(1, 6, "uno")).onto(&made).unwrap();
+        let deleted = Written::Deleted {
+            rule: RuleId(Uuid::from_u128(2)),
+            revision: 7,
+        };
+        let deleted = deleted.onto(&changed).unwrap();
+
+        assert_eq!((made.revision(), reasons(&made)), (5, vec!["one", "two"]));
+        assert_eq!((changed.revision(), reasons(&changed)), (6, vec!["two", "uno"]));
+        assert_eq!((deleted.revision(), reasons(&deleted)), (7, vec!["uno"]));
+    }
+
+    #[test]
+    fn change_after_one_of_another_node_is_in_force_and_the_poll_still_has_work() {
+        let base = RuleSet::compile(4, vec![rule(1, 4, "one")]);
+
+        let set = Written::Rule(rule(3, 6, "three")).onto(&base).unwrap();
+
+        assert_eq!((set.revision(), reasons(&set)), (4, vec!["one", "three"]));
+    }
+
+    #[test]
+    fn change_that_is_in_force_already_is_not_made_again() {
+        let base = RuleSet::compile(4, vec![rule(1, 3, "newer")]);
+
+        assert!(Written::Rule(rule(1, 2, "older")).onto(&base).is_none());
+        assert!(Written::Rule(rule(2, 4, "two")).onto(&base).is_none());
+    }
+
+    #[tokio::test]
+    async fn writes_at_the_same_time_are_both_in_force() {
+        let home = tempfile::tempdir().unwrap();
+        let (rules, clock, events) = (Rules::open(home.path()), Clock::start(), Events::default());
+        let (one, two) = (Written::Rule(rule(1, 1, "one")), Written::Rule(rule(2, 2, "two")));
+
+        tokio::join!(rules.apply(&one, &clock, &events), rules.apply(&two, &clock, &events),);
+
+        assert_eq!(reasons(&rules.current()), ["one", "two"]);
+        assert_eq!(*rules.writes(), 2);
+    }
 }

@@ -61,6 +61,8 @@ use crate::config::DatabaseUrl;
 const CALL_MAX: Duration = Duration::from_secs(5);
 /// Longest that a call about rules takes.
 const RULES_TIME_MAX: Duration = Duration::from_secs(2);
+/// Longest that a change of the rules takes: it is to be in force and answered within 2 s.
+const RULES_WRITE_TIME_MAX: Duration = Duration::from_millis(1_800);
 /// Longest that [`Store::ping`] takes.
 const PING_MAX: Duration = Duration::from_secs(1);
 /// Longest that [`Store::probe`] takes, connecting included.

@@ -7,7 +7,7 @@ use seawall_proto::{
 use serde_json::Value as Json;
 
 use super::{
-    RULES_TIME_MAX, Store,
+    RULES_TIME_MAX, RULES_WRITE_TIME_MAX, Store,
     audit::{self, Change},
     connection::{Connection, Row, Sql, Value},
     error::StoreError,
@@ -96,10 +96,10 @@ impl Store {
     /// Adds a rule. Its revision is that of the rule set from now on.
     ///
     /// # Errors
-    /// [`StoreError::Conflict`]: the id is taken, or there are [`RULES_MAX`] rules. Not done within 2 s.
+    /// [`StoreError::Conflict`]: the id is taken, or there are [`RULES_MAX`] rules. Not done within 1.8 s.
     #[tracing::instrument(name = "db.rules.insert", level = "debug", skip_all)]
     pub async fn rule_insert(&self, id: RuleId, spec: RuleSpec, audit: &Audit) -> Result<Rule, StoreError> {
-        self.observed(Operation::Rules, RULES_TIME_MAX, async {
+        self.observed(Operation::Rules, RULES_WRITE_TIME_MAX, async {
             let mut held = self.rules_lane().take().await?;
             held.begin().await?;
             let revision = next_revision(&mut held).await?;
@@ -139,7 +139,7 @@ impl Store {
     /// Replaces a rule's spec, if the rule is still as the caller saw it. `Ok(None)`: there is no such rule.
     ///
     /// # Errors
-    /// [`StoreError::Conflict`] where the rule is no longer at `seen_revision`. Not done within 2 s.
+    /// [`StoreError::Conflict`] where the rule is no longer at `seen_revision`. Not done within 1.8 s.
     #[tracing::instrument(name = "db.rules.update", level = "debug", skip_all)]
     pub async fn rule_update(
         &self,
@@ -148,7 +148,7 @@ impl Store {
         spec: RuleSpec,
         audit: &Audit,
     ) -> Result<Option<Rule>, StoreError> {
-        self.observed(Operation::Rules, RULES_TIME_MAX, async {
+        self.observed(Operation::Rules, RULES_WRITE_TIME_MAX, async {
             let mut held = self.rules_lane().take().await?;
             held.begin().await?;
             let revision = next_revision(&mut held).await?;
@@ -180,10 +180,10 @@ impl Store {
     /// Deletes a rule; the revision of the rule set from now on. `Ok(None)`: there is no such rule.
     ///
     /// # Errors
-    /// Not done within 2 s.
+    /// Not done within 1.8 s.
     #[tracing::instrument(name = "db.rules.delete", level = "debug", skip_all)]
     pub async fn rule_delete(&self, id: RuleId, audit: &Audit) -> Result<Option<u64>, StoreError> {
-        self.observed(Operation::Rules, RULES_TIME_MAX, async {
+        self.observed(Operation::Rules, RULES_WRITE_TIME_MAX, async {
             let mut held = self.rules_lane().take().await?;
             held.begin().await?;
             let revision = next_revision(&mut held).await?;
