@@ -1,0 +1,180 @@
+//! Registries that fail, and devices that fail to prove themselves.
+
+use super::*;
+
+#[test]
+fn failed_statement_is_tried_once_more_in_two_halves_and_one_bad_key_stops_only_its_half() {
+    let mut node = Node::new();
+    let blocking = node.block(at(0));
+    let tickets: BTreeMap<Ticket, u128> = (0..20).map(|n| (node.queued(n, at(0)), n)).collect();
+    node.done(&blocking[0], BatchOutcome::Answered, at(1));
+    node.done(&blocking[1], BatchOutcome::Answered, at(1));
+    let whole = node.batches(at(1)).remove(0);
+    let poison = device(12);
+
+    assert!(
+        node.done(&whole, BatchOutcome::Failed, at(2)).is_empty(),
+        "nobody is refused yet"
+    );
+    let halves = node.batches(at(2));
+
+    assert_eq!(halves.iter().map(|half| half.keys.len()).collect::<Vec<_>>(), [10, 10]);
+    assert!(keys(&halves[0]).is_disjoint(&keys(&halves[1])));
+    let mut answered = 0;
+    for half in &halves {
+        if half.keys.contains(&poison) {
+            let refused = node.done(half, BatchOutcome::Failed, at(3));
+            assert_eq!(refused.len(), 10);
+            assert_eq!(causes(&refused), [Cause::LookupFailed].into());
+        } else {
+            answered += node.done(half, BatchOutcome::Answered, at(3)).len();
+        }
+    }
+    assert_eq!(answered, 10);
+    assert_eq!(tickets.len(), 20);
+    assert_eq!(node.admission.state(at(3)).in_flight, 0);
+    assert_eq!(node.admission.state(at(3)).queue, 0);
+}
+
+#[test]
+fn dead_registry_is_known_after_one_time_out_and_probed_without_devices() {
+    let mut node = Node::new();
+    node.queued(1, at(0));
+    let batch = node.batches(at(0)).remove(0);
+    let refused = node.done(&batch, BatchOutcome::TimedOut, at(1_000));
+    assert_eq!(causes(&refused), [Cause::LookupTimedOut].into());
+
+    let at_once = node.refused(2, None, at(1_001));
+    assert_eq!(at_once.cause, Cause::Breaker);
+    assert_eq!(at_once.cause.code(), Code::RegistryUnavailable);
+    for second in 1..5 {
+        let probes = node.batches(at(second * 1_000));
+        assert_eq!(probes.len(), 1);
+        assert!(probes[0].is_probe);
+        assert!(
+            node.done(&probes[0], BatchOutcome::TimedOut, at(second * 1_000 + 999))
+                .is_empty()
+        );
+        assert_eq!(
+            node.admission.poll_timeout(at(second * 1_000 + 999)),
+            Some(at(second * 1_000 + 1_000))
+        );
+    }
+
+    for _ in 0..3 {
+        let probe = node.batches(at(5_000)).remove(0);
+        node.done(&probe, BatchOutcome::Answered, at(5_000));
+    }
+
+    assert_eq!(node.admission.state(at(5_000)).breaker, BreakerState::Closed);
+    node.queued(3, at(5_000));
+}
+
+#[test]
+fn hints_grow_with_the_age_of_the_outage() {
+    let mut node = Node::new();
+    node.admission.handle_registry_absent(at(0));
+
+    for (n, age_s) in [0, 40, 240].into_iter().enumerate() {
+        let hint = node.refused(u128::try_from(n).unwrap(), None, at(age_s * 1_000)).hint;
+
+        let from = ((age_s / 4).min(30) * 500).max(500);
+        assert!(
+            (from..=from * 2 + 500).contains(&hint.after_ms()),
+            "{age_s}: {}",
+            hint.after_ms()
+        );
+    }
+}
+
+#[test]
+fn registry_that_was_never_there_lets_nobody_wait_until_it_comes() {
+    let mut node = Node::new();
+    node.queued(1, at(0));
+    node.admission.handle_registry_absent(at(0));
+    assert_eq!(causes(&node.actions(at(0))), [Cause::Breaker].into());
+    assert!(node.batches(at(100_000)).is_empty());
+    assert_eq!(node.refused(2, None, at(100_000)).cause, Cause::Breaker);
+
+    node.admission.handle_registry_present(at(100_000));
+    for _ in 0..3 {
+        let probe = node.batches(at(100_000)).remove(0);
+        node.done(&probe, BatchOutcome::Answered, at(100_000));
+    }
+
+    node.queued(2, at(100_000));
+}
+
+#[test]
+fn guessed_credentials_are_throttled_but_lock_nobody_out() {
+    let mut node = Node::new();
+    node.admission.handle_admitted(device(1), "default");
+    for _ in 0..20 {
+        node.admission.handle_wrong_credential(device(1), at(0));
+    }
+
+    let refused = node.refused(1, None, at(0));
+    assert_eq!(refused.cause, Cause::Throttle);
+    assert!(refused.hint.slot.is_some());
+    assert!((5_000..=15_000).contains(&refused.hint.after_ms()));
+    node.queued(2, at(0));
+
+    let back = at(refused.hint.after_ms());
+    assert!(matches!(
+        node.attempt(1, refused.hint.slot.as_deref(), back),
+        Decision::Queued(_)
+    ));
+}
+
+#[test]
+fn known_absent_id_costs_nothing_but_is_throttled_like_any_other() {
+    let mut node = Node::new();
+    let arrival = Arrival {
+        device: device(1),
+        cohort: CohortTag::of(None, None),
+        slot_token: None,
+        arrived: at(0),
+        is_known_absent: true,
+    };
+    let mut outcomes = Vec::new();
+    for _ in 0..11 {
+        outcomes.push(node.admission.attempt(&arrival, at(0), wall(at(0)), &mut node.rng));
+        node.admission.handle_wrong_credential(device(1), at(0));
+    }
+
+    assert!(outcomes[..10].iter().all(|decision| *decision == Decision::KnownAbsent));
+    assert!(matches!(&outcomes[10], Decision::Refused(refused) if refused.cause == Cause::Throttle));
+    assert!(node.batches(at(0)).is_empty());
+}
+
+#[test]
+fn devices_waiting_are_bounded_even_for_one_key() {
+    let mut node = Node::with(AdmissionConfig {
+        waiting_max: 100,
+        ..AdmissionConfig::default()
+    });
+    for _ in 0..100 {
+        node.queued(1, at(0));
+    }
+
+    assert_eq!(node.refused(1, None, at(0)).cause, Cause::QueueFull);
+}
+
+#[test]
+fn session_that_is_closed_gets_a_slot_of_its_tenants_queue() {
+    let mut node = Node::new();
+    node.admission.set_last_known_good(2_000.0);
+    for n in 0..2_501 {
+        node.admission.handle_admitted(device(n), "default");
+    }
+
+    let hints: Vec<u64> = (0..2_501)
+        .map(|n| {
+            node.admission
+                .slot_for_close(device(n), Duration::from_millis(500), at(0), wall(at(0)), &mut node.rng)
+                .after_ms()
+        })
+        .collect();
+
+    assert_eq!(hints.last(), Some(&1_500), "2,500 a second");
+}
