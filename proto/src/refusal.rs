@@ -5,12 +5,13 @@
 
 use std::{borrow::Cow, ops::RangeInclusive, time::Duration};
 
+mod hints;
 mod limit;
 
 use rand::Rng;
 use serde::Serialize;
 
-pub use self::limit::Limit;
+pub use self::{hints::Peers, limit::Limit};
 use crate::id::RuleId;
 
 /// Why a device is refused. Closed: clients, metrics and the API know these words.
@@ -202,37 +203,6 @@ pub(crate) fn draw(between: RangeInclusive<Duration>, rng: &mut impl Rng) -> Dur
 
 fn millis(span: Duration) -> u64 {
     u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// Hints of contract section 3.
-mod hints {
-    use std::{ops::RangeInclusive, time::Duration};
-
-    pub(super) const UNAUTHORIZED: RangeInclusive<Duration> = Duration::from_secs(60)..=Duration::from_secs(300);
-    pub(super) const DISABLED: RangeInclusive<Duration> = Duration::from_secs(900)..=Duration::from_secs(1800);
-    pub(super) const DRAINING_WITH_PEERS: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(5);
-    pub(super) const DRAINING_ALONE: RangeInclusive<Duration> = Duration::from_secs(10)..=Duration::from_secs(30);
-    pub(super) const THROTTLED: RangeInclusive<Duration> = Duration::from_secs(5)..=Duration::from_secs(15);
-}
-
-/// Whether other nodes can take the devices of one that leaves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Peers {
-    /// Come back soon: the balancer finds another node.
-    Some,
-    /// Come back when this node has restarted.
-    None,
-}
-
-impl Peers {
-    /// How long a device that meets a draining node should stay away.
-    #[must_use]
-    pub const fn hint_range(self) -> RangeInclusive<Duration> {
-        match self {
-            Self::Some => hints::DRAINING_WITH_PEERS,
-            Self::None => hints::DRAINING_ALONE,
-        }
-    }
 }
 
 /// A refused attempt: everything the device is told.
