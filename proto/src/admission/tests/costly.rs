@@ -88,20 +88,21 @@ impl World {
         self.settle();
     }
 
+    /// A statement's time: the longest allowed where the database takes longer.
+    fn took(&self, batch: &Batch) -> Duration {
+        let cost = |key: &DeviceId| {
+            if is_marked(key.as_uuid().as_u128() - 1) {
+                self.marked_cost
+            } else {
+                self.healthy_cost
+            }
+        };
+        (BASE + batch.keys.iter().map(cost).sum::<Duration>()).min(LOOKUP_MAX)
+    }
+
     fn settle(&mut self) {
         for batch in self.node.batches(self.now) {
-            let cost: Duration = batch
-                .keys
-                .iter()
-                .map(|key| {
-                    if is_marked(key.as_uuid().as_u128() - 1) {
-                        self.marked_cost
-                    } else {
-                        self.healthy_cost
-                    }
-                })
-                .sum();
-            let took = (BASE + cost).min(LOOKUP_MAX);
+            let took = self.took(&batch);
             self.counter += 1;
             self.events.push(Reverse((self.now + took, self.counter)));
             self.in_flight.insert(self.counter, batch);
@@ -130,18 +131,8 @@ impl World {
             self.events.pop();
             self.now = at;
             let batch = self.in_flight.remove(&id).unwrap();
-            let cost: Duration = batch
-                .keys
-                .iter()
-                .map(|key| {
-                    if is_marked(key.as_uuid().as_u128() - 1) {
-                        self.marked_cost
-                    } else {
-                        self.healthy_cost
-                    }
-                })
-                .sum();
-            let outcome = if BASE + cost >= LOOKUP_MAX {
+            let took = self.took(&batch);
+            let outcome = if took == LOOKUP_MAX {
                 BatchOutcome::TimedOut
             } else {
                 BatchOutcome::Answered
