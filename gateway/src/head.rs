@@ -3,11 +3,11 @@
 //! hyper answers a bad or oversized head with an empty body and a late one with silence; the contract owes a device more.
 //! So the device listener reads heads itself, with `httparse`. Start with [`HeadReader::read`]. Deadlines are the caller's.
 
-use std::io;
-
 use bytes::BufMut;
 use seawall_proto::{hello::Head, refusal::Refusal};
-use tokio::net::TcpStream;
+use tokio::io::AsyncReadExt;
+
+use crate::transport::Transport;
 
 /// Most header lines in a head; then 431. The limit on bytes alone would allow thousands.
 const HEADERS_MAX: usize = 64;
@@ -67,7 +67,7 @@ impl HeadReader {
     /// Safe: what was read stays in the reader.
     pub async fn read<T>(
         &mut self,
-        stream: &TcpStream,
+        stream: &mut Transport,
         mut parse: impl FnMut(&Head<'_>) -> T,
     ) -> Result<Complete<T>, HeadError> {
         loop {
@@ -84,17 +84,12 @@ impl HeadReader {
     }
 
     /// One read, never over the limit.
-    async fn fill(&mut self, stream: &TcpStream) -> Result<(), HeadError> {
+    async fn fill(&mut self, stream: &mut Transport) -> Result<(), HeadError> {
         let room = (self.len_max - self.buffer.len()).min(self.buffer.len().max(FIRST_READ_LEN));
         self.buffer.reserve(room);
-        loop {
-            stream.readable().await.map_err(|_| HeadError::PeerGone)?;
-            match stream.try_read_buf(&mut (&mut self.buffer).limit(room)) {
-                Ok(0) => return Err(HeadError::PeerGone),
-                Ok(_) => return Ok(()),
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                Err(_) => return Err(HeadError::PeerGone),
-            }
+        match stream.read_buf(&mut (&mut self.buffer).limit(room)).await {
+            Ok(1..) => Ok(()),
+            Ok(0) | Err(_) => Err(HeadError::PeerGone),
         }
     }
 
@@ -158,25 +153,28 @@ fn too_large(buffer: &[u8]) -> Refusal {
 #[cfg(test)]
 mod tests {
     use seawall_proto::refusal::Code;
-    use tokio::{io::AsyncWriteExt, net::TcpListener};
+    use tokio::{
+        io::AsyncWriteExt,
+        net::{TcpListener, TcpStream},
+    };
 
     use super::*;
 
     const LEN_MAX: usize = 8 * 1024;
 
-    async fn pair() -> (TcpStream, TcpStream) {
+    async fn pair() -> (TcpStream, Transport) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        (client, listener.accept().await.unwrap().0)
+        (client, listener.accept().await.unwrap().0.into())
     }
 
     /// What the reader makes of these bytes, followed by the end of the stream.
     async fn read(bytes: &[u8]) -> Result<Complete<(String, usize)>, HeadError> {
-        let (mut client, server) = pair().await;
+        let (mut client, mut server) = pair().await;
         let bytes = bytes.to_vec();
         let writer = tokio::spawn(async move { client.write_all(&bytes).await });
         let outcome = HeadReader::new(LEN_MAX)
-            .read(&server, |head| (head.target.to_owned(), head.headers.len()))
+            .read(&mut server, |head| (head.target.to_owned(), head.headers.len()))
             .await;
         drop(server);
         let _ = writer.await.unwrap();
@@ -200,7 +198,7 @@ mod tests {
 
     #[tokio::test]
     async fn head_that_comes_byte_by_byte_is_read() {
-        let (mut client, server) = pair().await;
+        let (mut client, mut server) = pair().await;
         client.set_nodelay(true).unwrap();
         let writer = tokio::spawn(async move {
             for byte in b"GET / HTTP/1.1\nHost: x\n\n" {
@@ -211,7 +209,7 @@ mod tests {
         });
 
         let complete = HeadReader::new(LEN_MAX)
-            .read(&server, |head| head.headers.len())
+            .read(&mut server, |head| head.headers.len())
             .await
             .unwrap();
 
@@ -221,11 +219,14 @@ mod tests {
 
     #[tokio::test]
     async fn peer_that_leaves_is_gone() {
-        let (client, server) = pair().await;
+        let (client, mut server) = pair().await;
         drop(client);
         let mut reader = HeadReader::new(LEN_MAX);
 
-        assert!(matches!(reader.read(&server, |_| ()).await, Err(HeadError::PeerGone)));
+        assert!(matches!(
+            reader.read(&mut server, |_| ()).await,
+            Err(HeadError::PeerGone)
+        ));
         assert!(!reader.has_begun());
         assert!(matches!(read(b"GET / HT").await, Err(HeadError::PeerGone)));
     }

@@ -32,4 +32,5 @@ pub mod state;
 pub mod store;
 pub mod telemetry;
 pub mod tokens;
+pub mod transport;
 pub mod upkeep;

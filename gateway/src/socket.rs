@@ -10,7 +10,6 @@ use futures_util::{SinkExt, StreamExt};
 use seawall_proto::close::Close;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
     time::timeout,
 };
 use tokio_tungstenite::{
@@ -21,6 +20,8 @@ use tokio_tungstenite::{
         protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode},
     },
 };
+
+use crate::transport::Transport;
 
 /// The read buffer is made at once and stays: with the library's default it would be 128 KiB.
 const READ_BUFFER_LEN: usize = 1024;
@@ -79,13 +80,13 @@ pub enum SendError {
 /// An upgraded connection.
 #[derive(Debug)]
 pub struct Socket {
-    stream: WebSocketStream<TcpStream>,
+    stream: WebSocketStream<Transport>,
     write_timeout: Duration,
 }
 
 impl Socket {
     /// Takes over a connection behind its 101. `leftover` is what the peer sent without waiting for it.
-    pub async fn new(stream: TcpStream, leftover: Vec<u8>, limits: SocketLimits) -> Self {
+    pub async fn new(stream: Transport, leftover: Vec<u8>, limits: SocketLimits) -> Self {
         let config = WebSocketConfig::default()
             .read_buffer_size(READ_BUFFER_LEN)
             .write_buffer_size(WRITE_BUFFER_LEN)
@@ -159,7 +160,10 @@ impl Socket {
 
     /// Answers the peer's close frame, which the library does while it reads, and ends the connection.
     pub async fn finish(mut self) {
-        let last_words = async { while self.stream.next().await.is_some_and(|message| message.is_ok()) {} };
+        let last_words = async {
+            while self.stream.next().await.is_some_and(|message| message.is_ok()) {}
+            self.stream.get_mut().say_goodbye().await;
+        };
         // Whether the peer answers or not, the connection ends here.
         let _ = timeout(CLOSE_TIMEOUT, last_words).await;
     }
@@ -224,7 +228,7 @@ fn is_loss(error: &tokio_tungstenite::tungstenite::error::ProtocolError) -> bool
 /// Ends our half, then reads and forgets what the peer still sends, up to a bound in bytes and time: closing a socket with
 /// unread bytes makes the kernel send a reset, and that destroys an answer which the peer has not read yet. Returns how
 /// many bytes came.
-pub async fn drain(stream: &mut TcpStream, len_max: usize, time_max: Duration) -> usize {
+pub async fn drain(stream: &mut Transport, len_max: usize, time_max: Duration) -> usize {
     let mut drained = 0;
     let reading = async {
         stream.shutdown().await?;
@@ -248,7 +252,7 @@ const DRAIN_CHUNK_LEN: usize = 2 * 1024;
 #[cfg(test)]
 mod tests {
     use seawall_proto::close::REASON_LEN_MAX;
-    use tokio::net::TcpListener;
+    use tokio::net::{TcpListener, TcpStream};
 
     use super::*;
 
@@ -262,7 +266,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let server = listener.accept().await.unwrap().0;
-        (client, Socket::new(server, Vec::new(), LIMITS).await)
+        (client, Socket::new(server.into(), Vec::new(), LIMITS).await)
     }
 
     /// A masked frame with a key of zeros.
@@ -355,7 +359,7 @@ mod tests {
         let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let server = listener.accept().await.unwrap().0;
 
-        let mut socket = Socket::new(server, frame(0x81, b"hi"), LIMITS).await;
+        let mut socket = Socket::new(server.into(), frame(0x81, b"hi"), LIMITS).await;
 
         let Inbound::Text(text) = socket.next().await else {
             panic!("no text");

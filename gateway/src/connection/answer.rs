@@ -1,12 +1,12 @@
 //! What is written to a connection before it is a session: refusals, the 101, readiness. And how a refused one ends.
 
-use std::{io, mem::MaybeUninit, time::Duration};
+use std::{io, time::Duration};
 
 use seawall_proto::refusal::{Code, Refusal};
-use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
+use tokio::{io::AsyncWriteExt, time::timeout};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
-use crate::{door::Door, socket::drain, state::Shared};
+use crate::{door::Door, socket::drain, state::Shared, transport::Transport};
 
 /// What is still read from a refused peer: a head of twice the size allowed, in a moment.
 const LINGER_LEN_MAX: usize = 16 * 1024;
@@ -33,18 +33,15 @@ impl Linger {
     }
 }
 
-/// Whether the peer has sent anything. Asks the kernel, since the runtime may not have looked at this socket yet.
-pub(super) fn has_unread(stream: &TcpStream) -> bool {
-    let peeked = socket2::SockRef::from(stream).peek(&mut [MaybeUninit::uninit()]);
-    peeked.is_ok_and(|len| len > 0)
-}
-
 /// Writes a refusal and ends the connection such that the peer can read it.
-pub(super) async fn refuse(shared: &Shared, door: &Door, mut stream: TcpStream, refusal: &Refusal, linger: Linger) {
+pub(super) async fn refuse(shared: &Shared, door: &Door, mut stream: Transport, refusal: &Refusal, linger: Linger) {
     let mut response = Vec::new();
     refusal.write_response(&mut response);
-    if write(shared, &mut stream, &response).await.is_err() || linger == Linger::AllRead {
+    if write(shared, &mut stream, &response).await.is_err() {
         return;
+    }
+    if linger == Linger::AllRead {
+        return say_goodbye(shared, &mut stream).await;
     }
     if let Ok(_permit) = door.lingering.try_acquire() {
         drain(&mut stream, LINGER_LEN_MAX, LINGER_TIME).await;
@@ -52,7 +49,7 @@ pub(super) async fn refuse(shared: &Shared, door: &Door, mut stream: TcpStream, 
 }
 
 /// `GET /readyz`: a status, for balancers.
-pub(super) async fn readiness(shared: &Shared, mut stream: TcpStream) {
+pub(super) async fn readiness(shared: &Shared, mut stream: Transport) {
     shared.metrics.connections.increment("probe");
     let status = if shared.readiness().ready {
         "200 OK"
@@ -61,8 +58,9 @@ pub(super) async fn readiness(shared: &Shared, mut stream: TcpStream) {
     };
     let response =
         format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\nCache-Control: no-store\r\n\r\n");
-    // A balancer that left without the answer has none.
-    let _ = write(shared, &mut stream, response.as_bytes()).await;
+    if write(shared, &mut stream, response.as_bytes()).await.is_ok() {
+        say_goodbye(shared, &mut stream).await;
+    }
 }
 
 /// The 101 of RFC 6455 §4.2.2, with the sub-protocol confirmed where one was offered.
@@ -81,10 +79,19 @@ pub(super) fn switching_protocols(key: &[u8], protocol: Option<&str>) -> Vec<u8>
 }
 
 /// Writes an answer within the time that a peer gets for it.
-pub(super) async fn write(shared: &Shared, stream: &mut TcpStream, response: &[u8]) -> io::Result<()> {
-    timeout(shared.config.limits.answer_timeout(), stream.write_all(response))
+pub(super) async fn write(shared: &Shared, stream: &mut Transport, response: &[u8]) -> io::Result<()> {
+    let writing = async {
+        stream.write_all(response).await?;
+        stream.flush().await
+    };
+    timeout(shared.config.limits.answer_timeout(), writing)
         .await
         .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+}
+
+/// Ends what was said in time, or not at all: a peer that does not read has no use for it.
+async fn say_goodbye(shared: &Shared, stream: &mut Transport) {
+    let _ = timeout(shared.config.limits.answer_timeout(), stream.say_goodbye()).await;
 }
 
 #[cfg(test)]

@@ -13,7 +13,6 @@ use seawall_proto::{
     session::{self, Action, OutBody, Received},
 };
 use tokio::{
-    net::TcpStream,
     sync::oneshot,
     time::{Sleep, sleep_until, timeout},
 };
@@ -28,6 +27,7 @@ use crate::{
     sessions::{Command, Delivery, Outgoing, OutgoingBody, Session},
     socket::{CLOSE_TIMEOUT, Inbound, SendError, Socket, SocketLimits},
     state::Shared,
+    transport::Transport,
 };
 
 /// Messages whose delivery somebody waits for. Beyond it the oldest is no longer waited for: it counts as sent.
@@ -126,7 +126,7 @@ impl Live {
         shared: Shared,
         online: Online,
         machine: session::Session,
-        stream: TcpStream,
+        stream: Transport,
         leftover: Vec<u8>,
         grant: Option<Box<Grant>>,
         connection: Share,

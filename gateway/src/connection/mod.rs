@@ -32,6 +32,7 @@ use crate::{
     rules,
     sessions::{Session, SessionInfo},
     state::Shared,
+    transport::Transport,
 };
 
 /// A head that has taken this part of its time counts as slow: over half of the places in use, its address then gets no more
@@ -52,14 +53,14 @@ const LEFT: Interest = Interest::ERROR;
 pub async fn serve(
     shared: Shared,
     door: Arc<Door>,
-    stream: TcpStream,
+    mut stream: Transport,
     peer: SocketAddr,
     place: Result<Share, Turned>,
     mut handshake: Handshake,
 ) {
     let attempt = Attempt::begin(&shared, peer);
     let limit = place.as_ref().err().copied().and_then(Turned::limit);
-    let head = read_head(&shared, &door, &stream, limit, &mut handshake).await;
+    let head = read_head(&shared, &door, &mut stream, limit, &mut handshake).await;
     drop(handshake);
 
     let Complete { parsed, leftover } = match head {
@@ -102,7 +103,7 @@ pub async fn serve(
         biased;
         decision = decide(&shared, hello) => decision,
         // Dropping the decision takes the device out of the queue: it never reaches the database.
-        () = peer_gone(&stream) => return attempt.count(Outcome::Abandoned),
+        () = peer_gone(stream.tcp()) => return attempt.count(Outcome::Abandoned),
         () = door.closing.cancelled() => concluded(Err(leaving(&shared))),
     };
     attempt.looked_up(decided.took);
@@ -158,7 +159,7 @@ fn count_silent(shared: &Shared, limit: Option<Limit>) {
 async fn read_head(
     shared: &Shared,
     door: &Door,
-    stream: &TcpStream,
+    stream: &mut Transport,
     limit: Option<Limit>,
     handshake: &mut Handshake,
 ) -> Result<Complete<Result<Request, Refusal>>, NoHead> {
@@ -185,7 +186,7 @@ async fn read_head(
             }
             if door.make_way(handshake) == Late::Leave {
                 // On a busy machine its bytes may have come without being read; that counts once.
-                if has_been_spared || !answer::has_unread(stream) {
+                if has_been_spared || !stream.has_unread() {
                     break Err(throttled(limit.unwrap_or(Limit::AddressHandshakes)));
                 }
                 has_been_spared = true;
@@ -268,7 +269,7 @@ async fn peer_gone(stream: &TcpStream) {
 async fn upgrade(
     shared: Shared,
     door: Arc<Door>,
-    mut stream: TcpStream,
+    mut stream: Transport,
     leftover: Vec<u8>,
     attempt: Attempt,
     admitted: Admitted,
