@@ -5,6 +5,7 @@
 //!
 //! Nothing here depends on the gateway's code: it is started, watched and judged from outside, like any other program.
 
+pub mod bench;
 pub mod compare;
 pub mod demo;
 pub mod fleet;

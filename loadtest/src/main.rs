@@ -1,10 +1,11 @@
 //! `loadtest`: runs a scenario of real devices against a real gateway, and says whether it held.
 
-use std::{fs, path::PathBuf, process::ExitCode};
+use std::{fs, path::PathBuf, process::ExitCode, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use loadtest::{
+    bench::{self, Database},
     compare::{Comparison, Side},
     guard, html,
     naive::Naive,
@@ -35,6 +36,11 @@ enum Command {
     Compare(CompareArguments),
     /// Run a scenario in virtual time, with production's decisions and a model of the rest. Exits as `run` does.
     Simulate(ScenarioArguments),
+    /// What a connection costs the gateway, beside a bare tokio-tungstenite server: memory, processor time, time to come back.
+    Bench(BenchArguments),
+    /// A server that `bench` measures beside.
+    #[command(hide = true)]
+    BenchPeer(BenchPeerArguments),
     /// The server that `[naive]` in a scenario asks for.
     #[command(hide = true)]
     NaiveServer(NaiveArguments),
@@ -74,6 +80,31 @@ struct RunArguments {
 }
 
 #[derive(Args)]
+struct BenchArguments {
+    /// Devices.
+    #[arg(long, default_value_t = 15_000)]
+    devices: usize,
+    /// Where they are registered.
+    #[arg(long, value_enum, default_value = "postgres")]
+    database: Database,
+    /// How long the devices only send heartbeats, one every 10 s.
+    #[arg(long, default_value = "20s", value_parser = humantime::parse_duration)]
+    hold: Duration,
+    /// Write the page with the figures, such as docs/BENCHMARKS.md.
+    #[arg(long, value_name = "FILE")]
+    write: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct BenchPeerArguments {
+    #[arg(long, value_enum)]
+    kind: bench::peer::Kind,
+    /// File for the address it listens on.
+    #[arg(long)]
+    address: PathBuf,
+}
+
+#[derive(Args)]
 struct CompareArguments {
     /// A report that `--json` wrote: what the other is measured by.
     first: PathBuf,
@@ -100,6 +131,8 @@ fn main() -> ExitCode {
         Command::Run(arguments) => run_scenario(arguments),
         Command::Compare(arguments) => Ok(compare(&arguments)),
         Command::Simulate(arguments) => simulate_scenario(&arguments),
+        Command::Bench(arguments) => measure(&arguments),
+        Command::BenchPeer(arguments) => serve_bench_peer(&arguments),
         Command::NaiveServer(arguments) => serve_naive(&arguments),
     };
     done.unwrap_or_else(|error| {
@@ -192,6 +225,32 @@ fn verdict(report: &Report) -> ExitCode {
     } else {
         ExitCode::FAILURE
     }
+}
+
+fn measure(arguments: &BenchArguments) -> Result<ExitCode> {
+    guard::start().context("starting the guard that cleans up")?;
+    let options = bench::Options {
+        devices: arguments.devices,
+        database: arguments.database,
+        hold: arguments.hold,
+    };
+    let report = runtime()?.block_on(async {
+        let interrupted = CancellationToken::new();
+        tokio::spawn(signals::cancel(interrupted.clone()));
+        let progress = Progress::new();
+        let measured = interrupted.run_until_cancelled(bench::bench(options, &progress)).await;
+        measured.unwrap_or_else(|| bail!("interrupted"))
+    })?;
+    print!("{}", report.table());
+    if let Some(path) = &arguments.write {
+        fs::write(path, report.page()).with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn serve_bench_peer(arguments: &BenchPeerArguments) -> Result<ExitCode> {
+    runtime()?.block_on(bench::peer::serve(arguments.kind, &arguments.address))?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn serve_naive(arguments: &NaiveArguments) -> Result<ExitCode> {

@@ -85,6 +85,11 @@ impl Ops {
         &self.url
     }
 
+    #[must_use]
+    pub fn token(&self) -> Option<&str> {
+        self.token.as_deref()
+    }
+
     /// Blocks.
     ///
     /// # Errors

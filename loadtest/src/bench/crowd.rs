@@ -1,0 +1,243 @@
+//! All devices of a bench, and what they do together. Start with [`Crowd`].
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use tokio::{
+    sync::{Mutex, MutexGuard},
+    task::JoinSet,
+    time::{sleep, sleep_until, timeout},
+};
+
+use super::{
+    FIRMWARE, FIRMWARE_BLOCKED,
+    device::{Account, Answer, Device, Request},
+};
+
+/// Whatever a device does, it is done by then.
+const TIME_MAX: Duration = Duration::from_secs(120);
+/// A server may be unable to accept all that come at once: they try again, after this.
+const AGAIN_AFTER: Duration = Duration::from_millis(250);
+
+/// Devices of one server.
+#[derive(Clone)]
+pub struct Crowd {
+    server: SocketAddr,
+    is_gateway: bool,
+    seats: Arc<[Mutex<Seat>]>,
+}
+
+struct Seat {
+    account: Account,
+    device: Option<Device>,
+    resume: Option<String>,
+}
+
+/// Whether devices show their resume tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    LookUp,
+    Token,
+}
+
+impl Crowd {
+    pub fn new(server: SocketAddr, is_gateway: bool, accounts: &[Account]) -> Self {
+        let seat = |account: &Account| {
+            Mutex::new(Seat {
+                account: account.clone(),
+                device: None,
+                resume: None,
+            })
+        };
+        Self {
+            server,
+            is_gateway,
+            seats: accounts.iter().map(seat).collect(),
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.seats.len()
+    }
+
+    /// Connects all, `at_once` at a time. Those sent away come back when they were told to. Returns how long it took.
+    pub async fn connect(&self, at_once: usize, by: By) -> Result<Duration> {
+        let begun = Instant::now();
+        let crowd = self.clone();
+        run(at_once, self.len(), move |index| {
+            let crowd = crowd.clone();
+            async move { crowd.connect_one(index, by).await }
+        })
+        .await?;
+        Ok(begun.elapsed())
+    }
+
+    /// Every device is refused by a rule.
+    pub async fn be_refused(&self, at_once: usize) -> Result<()> {
+        let crowd = self.clone();
+        run(at_once, self.len(), move |index| {
+            let crowd = crowd.clone();
+            async move {
+                let seat = crowd.seat(index).await;
+                let request = crowd.request(&seat.account, FIRMWARE_BLOCKED);
+                match Device::connect(request).await? {
+                    Answer::Refused(403) => Ok(()),
+                    Answer::Refused(status) => bail!("a device that a rule refuses got {status}"),
+                    Answer::Connected { .. } | Answer::Later { .. } => bail!("a device was not refused by its rule"),
+                }
+            }
+        })
+        .await
+    }
+
+    /// All connections are reset.
+    pub async fn drop_all(&self) {
+        for seat in &*self.seats {
+            if let Some(device) = seat.lock().await.device.take() {
+                device.reset();
+            }
+        }
+    }
+
+    /// The devices send `count` messages, in turn, and wait for what answers them.
+    pub async fn ask(&self, at_once: usize, count: usize) -> Result<()> {
+        let crowd = self.clone();
+        run(at_once, count, move |number| {
+            let crowd = crowd.clone();
+            async move {
+                let index = number % crowd.len();
+                let text = format!(r#"{{"type":"message","id":"{index}","topic":"t","payload":{{"n":{index}}}}}"#);
+                crowd.seat(index).await.device()?.ask(&text).await
+            }
+        })
+        .await
+    }
+
+    /// A device waits for a message of the server's, and acknowledges it.
+    pub async fn acknowledge(&self, index: usize) -> Result<()> {
+        let mut seat = self.seat(index).await;
+        let device = seat.device()?;
+        let message = device.text().await?;
+        let message: serde_json::Value = serde_json::from_slice(&message).context("reading a message")?;
+        let id = message["id"].as_str().context("a message without an id")?;
+        device.say(&format!(r#"{{"type":"ack","id":"{id}"}}"#)).await
+    }
+
+    /// Each device sends a heartbeat `every` so often, all of them evenly spread, for this long.
+    pub async fn hold(&self, every: Duration, time: Duration) -> Result<()> {
+        let begun = tokio::time::Instant::now();
+        let step = every.div_f64(self.len() as f64);
+        let mut under_way = JoinSet::new();
+        for beat in 0.. {
+            let at = step.mul_f64(f64::from(beat));
+            if at >= time {
+                break;
+            }
+            sleep_until(begun + at).await;
+            let (crowd, index) = (self.clone(), beat as usize % self.len());
+            under_way.spawn(async move { crowd.heartbeat(index).await });
+            while let Some(done) = under_way.try_join_next() {
+                done??;
+            }
+        }
+        while let Some(done) = under_way.join_next().await {
+            done??;
+        }
+        Ok(())
+    }
+
+    /// One heartbeat: a ping, and its pong.
+    pub async fn heartbeat(&self, index: usize) -> Result<()> {
+        let mut seat = self.seat(index).await;
+        timeout(TIME_MAX, seat.device()?.ping())
+            .await
+            .context("a heartbeat without an answer")?
+    }
+
+    pub async fn id(&self, index: usize) -> uuid::Uuid {
+        self.seat(index).await.account.id
+    }
+
+    async fn connect_one(&self, index: usize, by: By) -> Result<()> {
+        let mut seat = self.seat(index).await;
+        let begun = Instant::now();
+        let mut slot = None;
+        loop {
+            ensure!(
+                begun.elapsed() < TIME_MAX,
+                "a device was not let in within {TIME_MAX:?}"
+            );
+            let request = Request {
+                slot: slot.as_deref(),
+                resume: seat.resume.as_deref().filter(|_| by == By::Token),
+                ..self.request(&seat.account, FIRMWARE)
+            };
+            match Device::connect(request).await {
+                Ok(Answer::Connected { device, resume }) => {
+                    seat.device = Some(device);
+                    seat.resume = resume.or(seat.resume.take());
+                    return Ok(());
+                }
+                Ok(Answer::Later { after, slot: given }) => {
+                    slot = given;
+                    sleep(after).await;
+                }
+                Ok(Answer::Refused(status)) => bail!("a device got {status}"),
+                Err(_) => sleep(AGAIN_AFTER).await,
+            }
+        }
+    }
+
+    fn request<'a>(&self, account: &'a Account, firmware: &'a str) -> Request<'a> {
+        Request {
+            server: self.server,
+            account,
+            firmware,
+            slot: None,
+            resume: None,
+            awaits_welcome: self.is_gateway,
+        }
+    }
+
+    async fn seat(&self, index: usize) -> MutexGuard<'_, Seat> {
+        self.seats[index].lock().await
+    }
+}
+
+/// Runs `work` for each number below `count`, `at_once` of them at a time.
+async fn run<W>(at_once: usize, count: usize, work: impl Fn(usize) -> W + Clone + Send + 'static) -> Result<()>
+where
+    W: Future<Output = Result<()>> + Send,
+{
+    let next = Arc::new(AtomicUsize::new(0));
+    let mut workers = JoinSet::new();
+    for _ in 0..at_once.min(count) {
+        let (next, work) = (Arc::clone(&next), work.clone());
+        workers.spawn(async move {
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                if number >= count {
+                    return anyhow::Ok(());
+                }
+                timeout(TIME_MAX, work(number)).await.context("a device hangs")??;
+            }
+        });
+    }
+    while let Some(done) = workers.join_next().await {
+        done.context("a device's task")??;
+    }
+    Ok(())
+}
+
+impl Seat {
+    fn device(&mut self) -> Result<&mut Device> {
+        self.device.as_mut().context("the device is not connected")
+    }
+}

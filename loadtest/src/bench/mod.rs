@@ -1,0 +1,137 @@
+//! `loadtest bench`: what a connection costs the gateway, measured beside a bare tokio-tungstenite server in the same run.
+//!
+//! [`bench`] starts the servers in turn, each as a process of its own, and sends the same devices to both. Costs are memory (Pss) and
+//! processor time of the server's process alone, which hardly depend on what else the machine does; only the times of the storms do, and those
+//! stand beside the other server's. Nothing here judges: docs/BENCHMARKS.md shows the figures beside their bounds.
+
+mod course;
+mod crowd;
+mod device;
+mod messages;
+pub mod peer;
+mod report;
+mod usage;
+mod witness;
+
+use std::{path::Path, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
+
+pub use report::Report;
+
+use self::{
+    course::{Course, Measured},
+    peer::Kind,
+};
+use crate::{guard::TempDir, postgres::Postgres, programs, progress::Progress, server::Server};
+
+/// Files of this process that are no devices' sockets.
+const FILES_RESERVED: u64 = 500;
+/// A firmware version that the gateway's rule lets in, and one that it does not.
+const FIRMWARE: &str = "3.8.0-b2";
+const FIRMWARE_BLOCKED: &str = "9.0.0";
+
+/// Which registry the gateway asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Database {
+    Postgres,
+    Sqlite,
+}
+
+/// What to measure.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub devices: usize,
+    pub database: Database,
+    /// How long the devices only send heartbeats.
+    pub hold: Duration,
+}
+
+/// Measures both servers, one after the other.
+///
+/// # Errors
+/// A program is missing or died, there are too few files for the devices, or a device got an answer that it should not.
+pub async fn bench(options: Options, progress: &Progress) -> Result<Report> {
+    programs::build(&["seawall"]).await?;
+    ensure_files(options.devices)?;
+    let folder = TempDir::new("bench").context("creating a temporary folder")?;
+    let accounts = device::accounts(options.devices + witness::COUNT);
+    let course = |name, is_gateway| Course {
+        name,
+        is_gateway,
+        accounts: &accounts,
+        options,
+        progress,
+    };
+
+    let (process, address) = peer::start(Kind::Echo, folder.path()).await?;
+    let mut echo = course("echo", false).run(address, process.pid(), None).await?;
+    drop(process);
+    let (mut process, address) = peer::start(Kind::Refuse, folder.path()).await?;
+    echo.refusal_micros = Some(course("echo", false).refusals(address, process.pid()).await?);
+    process.stop(Signal::TERM, Duration::from_secs(1)).await;
+
+    let postgres = match options.database {
+        Database::Postgres => Some(Postgres::start(None).await?),
+        Database::Sqlite => None,
+    };
+    let measured = gateway(&course("gateway", true), folder.path(), postgres.as_ref()).await;
+    if let Some(postgres) = postgres {
+        postgres.stop().await;
+    }
+    progress.finish();
+    Ok(Report {
+        options,
+        gateway: measured?,
+        echo,
+    })
+}
+
+async fn gateway(course: &Course<'_>, folder: &Path, postgres: Option<&Postgres>) -> Result<Measured> {
+    let data = folder.join("data");
+    let url = postgres.map(Postgres::url);
+    let start = || async { Server::gateway(&data, &toml::Table::new(), url.as_deref()).await };
+    let server = start().await?;
+    let (ops, csv) = (server.ops().clone(), device::csv(course.accounts));
+    tokio::task::spawn_blocking(move || {
+        ops.import(&csv)?;
+        ops.block("=9.0.0", "measured", false, None)
+    })
+    .await
+    .context("the task that registers devices")??;
+    // What the import left in memory would be used again for devices, and hide what they need.
+    server.stop().await;
+
+    let server = start().await?;
+    let address = server
+        .url()
+        .trim_start_matches("ws://")
+        .parse()
+        .context("reading the gateway's address")?;
+    let pid = server.pid().context("the gateway is a process of ours")?;
+    let mut measured = course.run(address, pid, Some(server.ops())).await?;
+    measured.refusal_micros = Some(course.refusals(address, pid).await?);
+    server.stop().await;
+    Ok(measured)
+}
+
+/// Raises the soft limit on open files as far as it goes.
+fn ensure_files(devices: usize) -> Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    // Where it can't be raised, the check below says what is missing.
+    let _ = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limit.maximum,
+            maximum: limit.maximum,
+        },
+    );
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let needed = devices as u64 + FILES_RESERVED;
+    ensure!(
+        needed <= files,
+        "{devices} devices need {needed} open files, and a process may have {files} (ulimit -n)"
+    );
+    Ok(())
+}
