@@ -15,8 +15,8 @@ use seawall_proto::{
 use uuid::Uuid;
 
 /// As docs/CONFIG.md says of `admission.slots_max` and `admission.known_max`, in bytes.
-const SLOT_BYTES_MAX: usize = 110;
-const KNOWN_BYTES_MAX: usize = 80;
+const SLOT_BYTES_MAX: usize = 75;
+const KNOWN_BYTES_MAX: usize = 65;
 
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 

@@ -101,14 +101,14 @@ impl AdmissionConfig {
             },
             Figure {
                 name: "slots_max",
-                text: "Most devices whose slot this node remembers, about 105 bytes each, a quarter of them strangers. Then a slot is in its token only.",
+                text: "Most devices whose slot this node remembers, about 70 bytes each, a quarter of them strangers. Then a slot is in its token only.",
                 unit: "devices",
                 bounds: 1..=16_000_000,
                 value: wide(self.slots_max),
             },
             Figure {
                 name: "known_max",
-                text: "Most devices remembered as seen authenticated, about 75 bytes each. Then the one not seen longest counts as a stranger.",
+                text: "Most devices remembered as seen authenticated, about 60 bytes each. Then the one not seen longest counts as a stranger.",
                 unit: "devices",
                 bounds: 1..=16_000_000,
                 value: wide(self.known_max),

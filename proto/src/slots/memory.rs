@@ -1,39 +1,64 @@
 //! What this node remembers of devices: the slot each was given, and which have been seen authenticated. Both bounded.
+//!
+//! Both are hash maps in the order of entry, so that nothing depends on the hash. Their key is secret: ids come from outside, and
+//! whoever could choose them to fall into one place would make every look there slow.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::hash::BuildHasher;
+
+use indexmap::IndexMap;
+use siphasher::sip::SipHasher13;
 
 use super::{SLOT_GOOD_FOR, Slot, token::TenantTag};
 use crate::{id::DeviceId, time::Instant};
 
 /// Strangers fill at most one part in this many of the memory of slots: they are free to invent.
 const STRANGERS_PART: usize = 4;
-/// Entries of the expiry list looked at a call: more than one comes with a call, so that the list shrinks faster than it grows.
-const EXPIRE_STEPS: usize = 8;
+/// Remembered slots looked at a call, going round. A call adds one at most: so what is past goes faster than new ones come.
+const EXPIRE_STEPS: usize = 4;
+/// Second chances that a call gives to acquaintances: then the next goes, seen again or not.
+const CHANCES_MAX: usize = 7;
+
+type Map<V> = IndexMap<DeviceId, V, Keyed>;
+
+/// SipHash-1-3 with a secret key.
+#[derive(Clone, Copy)]
+struct Keyed(SipHasher13);
+
+impl Keyed {
+    fn new(key: [u8; 16]) -> Self {
+        Self(SipHasher13::new_with_key(&key))
+    }
+}
+
+impl BuildHasher for Keyed {
+    type Hasher = SipHasher13;
+
+    fn build_hasher(&self) -> SipHasher13 {
+        self.0
+    }
+}
+
+impl std::fmt::Debug for Keyed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Keyed").finish_non_exhaustive()
+    }
+}
 
 /// Slots by device. Holds at most `slots_max`; a slot that finds no room lives in its token alone.
 #[derive(Debug)]
 pub(super) struct SlotMemory {
-    slots: BTreeMap<DeviceId, Remembered>,
-    /// By the second at which a look is due. One entry a remembered slot; entries of slots that were cleared stay until then.
-    expiries: BTreeMap<u32, Vec<DeviceId>>,
-    expiries_len: usize,
+    slots: Map<Slot>,
+    /// The place at which to look next for slots that are past.
+    hand: usize,
     strangers: usize,
     slots_max: usize,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Remembered {
-    slot: Slot,
-    /// The second in `expiries` that holds this device.
-    listed: u32,
-}
-
 impl SlotMemory {
-    pub const fn new(slots_max: usize) -> Self {
+    pub fn new(slots_max: usize, key: [u8; 16]) -> Self {
         Self {
-            slots: BTreeMap::new(),
-            expiries: BTreeMap::new(),
-            expiries_len: 0,
+            slots: Map::with_hasher(Keyed::new(key)),
+            hand: 0,
             strangers: 0,
             slots_max,
         }
@@ -45,90 +70,63 @@ impl SlotMemory {
 
     /// The slot of `device`, unless it is past.
     pub fn get(&self, device: DeviceId, now: Instant) -> Option<Slot> {
-        let remembered = self.slots.get(&device)?;
-        (now <= remembered.slot.at + SLOT_GOOD_FOR).then_some(remembered.slot)
+        self.slots.get(&device).copied().filter(|slot| !is_past(slot, now))
     }
 
     /// `false` where there is no room.
     pub fn put(&mut self, device: DeviceId, slot: Slot, now: Instant) -> bool {
         self.expire(now);
         if let Some(remembered) = self.slots.get_mut(&device) {
-            self.strangers -= usize::from(remembered.slot.is_strangers());
+            self.strangers -= usize::from(remembered.is_strangers());
             self.strangers += usize::from(slot.is_strangers());
-            remembered.slot = slot;
+            *remembered = slot;
             return true;
         }
         let is_full = self.slots.len() >= self.slots_max
-            || self.expiries_len >= self.slots_max.saturating_mul(2)
             || (slot.is_strangers() && self.strangers >= self.slots_max / STRANGERS_PART);
         if is_full {
             return false;
         }
-        let listed = expiry(slot);
         self.strangers += usize::from(slot.is_strangers());
-        self.slots.insert(device, Remembered { slot, listed });
-        self.list(listed, device);
+        self.slots.insert(device, slot);
         true
     }
 
     pub fn remove(&mut self, device: DeviceId) {
-        if let Some(removed) = self.slots.remove(&device) {
-            self.strangers -= usize::from(removed.slot.is_strangers());
+        if let Some(removed) = self.slots.swap_remove(&device) {
+            self.strangers -= usize::from(removed.is_strangers());
         }
-    }
-
-    fn list(&mut self, second: u32, device: DeviceId) {
-        self.expiries.entry(second).or_default().push(device);
-        self.expiries_len += 1;
     }
 
     /// Forgets a few slots that are past.
     fn expire(&mut self, now: Instant) {
         for _ in 0..EXPIRE_STEPS {
-            let Some(mut entry) = self.expiries.first_entry() else {
+            let Some((_, slot)) = self.slots.get_index(self.hand) else {
+                self.hand = 0;
                 return;
             };
-            let second = *entry.key();
-            if second >= seconds(now) {
-                return;
-            }
-            let Some(device) = entry.get_mut().pop() else {
-                entry.remove();
-                continue;
-            };
-            self.expiries_len -= 1;
-            let Some(remembered) = self.slots.get_mut(&device) else {
-                continue;
-            };
-            if remembered.listed != second {
-                continue;
-            }
-            let due = expiry(remembered.slot);
-            if due > second {
-                remembered.listed = due;
-                self.list(due, device);
+            if is_past(slot, now) {
+                self.strangers -= usize::from(slot.is_strangers());
+                // The last one comes here, and is looked at next.
+                self.slots.swap_remove_index(self.hand);
             } else {
-                self.remove(device);
+                self.hand += 1;
             }
         }
     }
 }
 
-/// The first whole second at which the slot is past.
-fn expiry(slot: Slot) -> u32 {
-    seconds(slot.at + SLOT_GOOD_FOR).saturating_add(1)
-}
-
-fn seconds(at: Instant) -> u32 {
-    u32::try_from(at.as_micros() / 1_000_000).unwrap_or(u32::MAX)
+fn is_past(slot: &Slot, now: Instant) -> bool {
+    now > slot.at + SLOT_GOOD_FOR
 }
 
 /// Devices that were seen authenticated, and their tenants. At most `known_max`: the one not seen longest goes first, found by
 /// giving each a second chance in the order of coming.
 #[derive(Debug)]
 pub(super) struct Known {
-    devices: BTreeMap<DeviceId, Acquaintance>,
-    order: VecDeque<DeviceId>,
+    devices: Map<Acquaintance>,
+    /// Who has to go next, once there is no room.
+    hand: usize,
     known_max: usize,
 }
 
@@ -139,10 +137,10 @@ struct Acquaintance {
 }
 
 impl Known {
-    pub const fn new(known_max: usize) -> Self {
+    pub fn new(known_max: usize, key: [u8; 16]) -> Self {
         Self {
-            devices: BTreeMap::new(),
-            order: VecDeque::new(),
+            devices: Map::with_hasher(Keyed::new(key)),
+            hand: 0,
             known_max,
         }
     }
@@ -161,35 +159,34 @@ impl Known {
             known.seen_again = true;
             return;
         }
-        if self.devices.len() >= self.known_max {
-            self.forget_one();
+        let seen_again = false;
+        if self.devices.len() < self.known_max {
+            self.devices.insert(device, Acquaintance { tenant, seen_again });
+            return;
         }
-        self.order.push_back(device);
-        self.devices.insert(
-            device,
-            Acquaintance {
-                tenant,
-                seen_again: false,
-            },
-        );
+        self.pass_over();
+        // The last one comes to its place; then the new one and the last one change theirs.
+        self.devices.swap_remove_index(self.hand);
+        let (last, _) = self.devices.insert_full(device, Acquaintance { tenant, seen_again });
+        self.devices.swap_indices(self.hand, last);
+        self.step();
     }
 
-    /// Second chances are bounded a call, so that no call takes long; then the next goes, seen again or not.
-    fn forget_one(&mut self) {
-        for chances_left in (0..EXPIRE_STEPS).rev() {
-            let Some(device) = self.order.pop_front() else {
-                return;
-            };
-            match self.devices.get_mut(&device) {
-                Some(known) if known.seen_again && chances_left > 0 => {
-                    known.seen_again = false;
-                    self.order.push_back(device);
-                }
-                Some(_) | None => {
-                    self.devices.remove(&device);
-                    return;
-                }
+    /// Goes on to one that was not seen again, or past as many as a call may.
+    fn pass_over(&mut self) {
+        for _ in 0..CHANCES_MAX {
+            match self.devices.get_index_mut(self.hand) {
+                Some((_, known)) if known.seen_again => known.seen_again = false,
+                Some(_) | None => return,
             }
+            self.step();
+        }
+    }
+
+    const fn step(&mut self) {
+        self.hand += 1;
+        if self.hand >= self.known_max {
+            self.hand = 0;
         }
     }
 }
@@ -200,6 +197,7 @@ mod tests {
 
     use super::*;
 
+    const KEY: [u8; 16] = [7; 16];
     /// Time after which a slot of time zero is past, whatever the rounding.
     const FORGOTTEN_AFTER: Duration = Duration::from_secs(62);
 
@@ -218,7 +216,7 @@ mod tests {
 
     #[test]
     fn past_slots_are_forgotten_and_their_room_is_used_again() {
-        let mut memory = SlotMemory::new(1_000);
+        let mut memory = SlotMemory::new(1_000, KEY);
         for n in 0..1_000 {
             assert!(memory.put(device(n), slot(Instant::ZERO, Some("a")), Instant::ZERO));
         }
@@ -236,7 +234,7 @@ mod tests {
 
     #[test]
     fn slot_moved_ahead_outlives_its_first_time() {
-        let mut memory = SlotMemory::new(10);
+        let mut memory = SlotMemory::new(10, KEY);
         memory.put(device(1), slot(Instant::ZERO, None), Instant::ZERO);
         let moved = slot(Instant::ZERO + Duration::from_secs(100), None);
         memory.put(device(1), moved, Instant::ZERO);
@@ -249,7 +247,7 @@ mod tests {
 
     #[test]
     fn strangers_leave_room_for_the_known() {
-        let mut memory = SlotMemory::new(1_000);
+        let mut memory = SlotMemory::new(1_000, KEY);
         for n in 0..5_000 {
             memory.put(device(n), slot(Instant::ZERO, None), Instant::ZERO);
         }
@@ -259,19 +257,43 @@ mod tests {
     }
 
     #[test]
-    fn clearing_and_giving_again_does_not_grow_the_expiry_list_without_end() {
-        let mut memory = SlotMemory::new(10);
-        for _ in 0..1_000 {
-            memory.put(device(1), slot(Instant::ZERO, None), Instant::ZERO);
-            memory.remove(device(1));
+    fn what_is_past_is_forgotten_while_others_come_and_go() {
+        let mut memory = SlotMemory::new(1_000, KEY);
+        let mut now = Instant::ZERO;
+        for n in 0..100_000 {
+            now += Duration::from_millis(100);
+            assert!(memory.put(device(n), slot(now, None), now) || memory.len() >= 250);
+            memory.remove(device(n / 2));
         }
 
-        assert!(memory.expiries_len <= 20);
+        // 600 come in the minute for which a slot is good; strangers have room for 250.
+        assert!((1..=250).contains(&memory.len()), "{}", memory.len());
+        assert_eq!(memory.strangers, memory.len());
+    }
+
+    #[test]
+    fn memory_acts_alike_whatever_its_key() {
+        let lives = [KEY, [8; 16]].map(|key| {
+            let mut memory = SlotMemory::new(100, key);
+            let mut known = Known::new(100, key);
+            let mut stored = Vec::new();
+            for n in 0..10_000 {
+                let now = Instant::from_micros(n * 1_000_000);
+                let id = device(u128::from(n * n % 977));
+                stored.push(memory.put(id, slot(now, Some("a")), now));
+                known.meet(id, TenantTag::of("a"));
+                memory.remove(device(u128::from(n % 31)));
+            }
+            let met: Vec<bool> = (0..977).map(|n| known.tenant_of(device(n)).is_some()).collect();
+            (stored, memory.len(), met)
+        });
+
+        assert_eq!(lives[0], lives[1]);
     }
 
     #[test]
     fn acquaintances_are_bounded_and_those_seen_again_stay() {
-        let mut known = Known::new(100);
+        let mut known = Known::new(100, KEY);
         let tenant = TenantTag::of("a");
         known.meet(device(0), tenant);
         for n in 1..250 {

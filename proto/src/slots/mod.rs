@@ -93,9 +93,9 @@ impl Slots {
     #[must_use]
     pub fn new(config: &AdmissionConfig, keys: SlotKeys) -> Self {
         Self {
+            memory: SlotMemory::new(config.slots_max, keys.memory_key()),
+            known: Known::new(config.known_max, keys.memory_key()),
             keys,
-            memory: SlotMemory::new(config.slots_max),
-            known: Known::new(config.known_max),
             tenants: Tenants::new(&config.tenant_weights, config.tenants_max),
             stateless: 0,
         }

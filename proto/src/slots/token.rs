@@ -22,6 +22,8 @@ const TOKEN_LEN: usize = BODY_LEN + MAC_LEN;
 pub const TOKEN_TEXT_LEN: usize = 52;
 /// Keeps this MAC apart from others made with keys of the same root.
 const MAC_DOMAIN: &[u8] = b"seawall slot 1";
+/// Sets the key of [`SlotKeys::memory_key`] apart from all MACs.
+const MEMORY_DOMAIN: &[u8] = b"seawall memory 1";
 /// Most keys that are accepted beside the newest.
 const OLDER_MAX: usize = 3;
 
@@ -58,6 +60,16 @@ impl SlotKeys {
         }
         self.older.push((key_id, secret));
         self
+    }
+
+    /// Where memory puts a device is as secret as its tokens: nobody can choose ids that fall into one place.
+    pub(super) fn memory_key(&self) -> [u8; 16] {
+        let (_, secret) = &self.newest;
+        let mut mac = keyed(secret);
+        mac.update(MEMORY_DOMAIN);
+        let mut key = [0; 16];
+        key.copy_from_slice(&mac.finalize().into_bytes()[..16]);
+        key
     }
 
     pub(super) fn sign(&self, device: DeviceId, claims: &Claims) -> Box<str> {
@@ -133,8 +145,12 @@ impl TenantTag {
     }
 }
 
+fn keyed(secret: &[u8; 32]) -> Hmac<Sha256> {
+    Hmac::<Sha256>::new_from_slice(secret).expect("HMAC takes keys of any length")
+}
+
 fn mac(secret: &[u8; 32], device: DeviceId, body: &[u8]) -> Hmac<Sha256> {
-    let mut mac = Hmac::<Sha256>::new_from_slice(secret).expect("HMAC takes keys of any length");
+    let mut mac = keyed(secret);
     mac.update(MAC_DOMAIN);
     mac.update(device.as_bytes());
     mac.update(body);
