@@ -8,11 +8,11 @@ use std::{collections::BTreeMap, time::Duration};
 use hdrhistogram::Histogram;
 use seawall_proto::{refusal::Code, time::Instant};
 
+use super::roll::Bits;
 use crate::report::{Group, Latency, PhaseReport, Second, Summary, histogram};
 
-const CONNECTED: u8 = 1;
 /// A rule refuses it: nobody waits for it.
-const BLOCKED: u8 = 2;
+const BLOCKED: u8 = 1;
 /// No phase.
 const NONE: u8 = u8::MAX;
 /// Most phases that the books can tell apart.
@@ -35,6 +35,7 @@ pub enum Told {
 #[derive(Debug)]
 pub struct Books {
     devices: Vec<Entry>,
+    connected: Bits,
     /// Groups of each version's devices, by the version's number; the first, `all`, always.
     groups_of: Vec<Vec<usize>>,
     group_names: Vec<String>,
@@ -114,8 +115,10 @@ impl Books {
             flags: 0,
             version: u8::try_from(version).unwrap_or(u8::MAX),
         };
+        let devices: Vec<Entry> = versions.map(entry).collect();
         Self {
-            devices: versions.map(entry).collect(),
+            connected: Bits::new(devices.len()),
+            devices,
             groups_of,
             group_names,
             phases: Vec::new(),
@@ -146,8 +149,8 @@ impl Books {
     pub fn due(&mut self, device: usize, at: Instant, counts: bool) {
         let current = self.phase_number();
         let entry = &mut self.devices[device];
-        if entry.flags & CONNECTED != 0 {
-            entry.flags &= !CONNECTED;
+        if self.connected.get(device) {
+            self.connected.set(device, false);
             self.standing.connected -= 1;
         }
         // One that waits already goes on waiting from when it first did.
@@ -192,8 +195,8 @@ impl Books {
                     entry.flags &= !BLOCKED;
                     self.standing.blocked -= 1;
                 }
-                if entry.flags & CONNECTED == 0 {
-                    entry.flags |= CONNECTED;
+                if !self.connected.get(device) {
+                    self.connected.set(device, true);
                     self.standing.connected += 1;
                 }
                 let wanted = std::mem::replace(&mut entry.wanted_in, NONE);
@@ -219,8 +222,8 @@ impl Books {
                 second.failed += 1;
             }
             Told::Evicted => {
-                if entry.flags & CONNECTED != 0 {
-                    entry.flags &= !CONNECTED;
+                if self.connected.get(device) {
+                    self.connected.set(device, false);
                     self.standing.connected -= 1;
                     self.excuse(device);
                 }
@@ -252,12 +255,23 @@ impl Books {
 
     #[must_use]
     pub fn is_connected(&self, device: usize) -> bool {
-        self.devices[device].flags & CONNECTED != 0
+        self.connected.get(device)
     }
 
     #[must_use]
     pub fn is_in(&self, device: usize, group: usize) -> bool {
         self.groups_of[usize::from(self.devices[device].version)].contains(&group)
+    }
+
+    /// Who is connected.
+    #[must_use]
+    pub const fn connected(&self) -> &Bits {
+        &self.connected
+    }
+
+    /// See [`Devices::fetch`](super::devices::Devices::fetch).
+    pub fn fetch(&self, device: usize) {
+        std::hint::black_box(self.devices.get(device).map(|entry| entry.flags));
     }
 
     /// The number of a group.
@@ -291,11 +305,11 @@ impl Books {
         };
         phase.ended = Some(now);
         phase.missing = self.standing.missing;
-        for entry in &self.devices {
+        for (device, entry) in self.devices.iter().enumerate() {
             for group in &self.groups_of[usize::from(entry.version)] {
                 if let Some(book) = phase.groups.get_mut(*group) {
                     book.devices += 1;
-                    book.connected += u64::from(entry.flags & CONNECTED != 0);
+                    book.connected += u64::from(self.connected.get(device));
                 }
             }
         }

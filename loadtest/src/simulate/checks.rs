@@ -211,16 +211,24 @@ pub fn admitted_once(is_connected: bool, device: usize) -> Result<(), Violation>
     claim(!is_connected, "one admission a device", || format!("device {device}"))
 }
 
-/// A device is where the script and its own timer say. `due`: when its timer is due; `slack`: what it may be late by.
+/// So many devices were due in a second that is past, and nothing woke them.
 ///
 /// # Errors
-/// Its time is long past, and nothing woke it.
-pub fn not_forgotten(device: usize, due: Option<Instant>, slack: Duration, now: Instant) -> Result<(), Violation> {
-    claim(
-        due.is_none_or(|due| due + slack >= now),
-        "no device is forgotten",
-        || format!("device {device} was due at {due:?}, it is {now:?}"),
-    )
+/// There are any.
+pub fn none_forgotten(overdue: u64) -> Result<(), Violation> {
+    claim(overdue == 0, "no device is forgotten", || {
+        format!("{overdue} are overdue")
+    })
+}
+
+/// A device's machine is as it was after the last event that concerned it.
+///
+/// # Errors
+/// It is not.
+pub fn unchanged(device: usize, is_unchanged: bool) -> Result<(), Violation> {
+    claim(is_unchanged, "only events change a device", || {
+        format!("device {device}")
+    })
 }
 
 /// What the books say of a device is what its machine says.

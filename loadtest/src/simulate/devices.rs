@@ -5,7 +5,10 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use firmware_sim::{device::Device as Machine, profile::Profile};
+use firmware_sim::{
+    device::{Device as Machine, State},
+    profile::Profile,
+};
 use rand::{Rng, seq::SliceRandom};
 use seawall_proto::{
     admission::CohortTag,
@@ -14,7 +17,10 @@ use seawall_proto::{
 };
 use uuid::Uuid;
 
-use super::network::Network;
+use super::{
+    network::Network,
+    roll::{Due, Roll},
+};
 use crate::{
     plan::apportion,
     scenario::{FieldError, Scenario, problem},
@@ -39,17 +45,28 @@ pub struct Cohort {
     pub tag: CohortTag,
 }
 
+/// What the simulator knows of a device beside its machine, in one place: an event touches all of it.
+#[derive(Clone, Copy, Debug)]
+struct Traits {
+    /// What it was told, in microseconds of the slot; 0 for nothing.
+    promised: u64,
+    /// Half a round trip, in microseconds.
+    half_trip: u32,
+    /// Attempts so far, modulo 2^16: an event of another attempt is not this one's.
+    attempt: u16,
+    cohort: u16,
+    /// As the roll has it.
+    due: Due,
+    /// The node that holds its session, or was asked last.
+    home: u8,
+}
+
 /// All devices, by number.
 #[derive(Debug)]
 pub struct Devices {
     pub machines: Vec<Machine>,
-    cohort_of: Vec<u16>,
-    /// Half a round trip, in microseconds.
-    half_trips: Vec<u32>,
-    /// Attempts so far, modulo 2^16: an event of another attempt is not this one's.
-    attempts: Vec<u16>,
-    /// The node that holds its session, or was asked last.
-    homes: Vec<u8>,
+    traits: Vec<Traits>,
+    roll: Roll,
     cohorts: Vec<Cohort>,
     versions: Vec<String>,
     seed: u64,
@@ -64,14 +81,14 @@ impl Devices {
         let shares: Vec<f64> = scenario.fleets.iter().map(|fleet| fleet.share).collect();
         let mut devices = Self {
             machines: Vec::with_capacity(total),
-            cohort_of: Vec::with_capacity(total),
-            half_trips: (0..total).map(|_| network.draw_half_trip(rng)).collect(),
-            attempts: vec![0; total],
-            homes: vec![0; total],
+            traits: Vec::with_capacity(total),
+            roll: Roll::new(total),
             cohorts: Vec::new(),
             versions: Vec::new(),
             seed: scenario.seed,
         };
+        let half_trips: Vec<u32> = (0..total).map(|_| network.draw_half_trip(rng)).collect();
+        let mut cohort_of = Vec::with_capacity(total);
         for (number, count) in apportion(total, &shares).into_iter().enumerate() {
             let fleet = &scenario.fleets[number];
             let versions = dealt(count, &fleet.firmware, rng);
@@ -89,11 +106,19 @@ impl Devices {
                     resumes: fleet.resume,
                     tag: CohortTag::of(fleet.model.as_deref(), Some(version)),
                 };
-                let cohort = devices.cohort_number(&cohort);
-                devices.cohort_of.push(cohort);
+                cohort_of.push(devices.cohort_number(&cohort));
             }
         }
-        devices.cohort_of.shuffle(rng);
+        cohort_of.shuffle(rng);
+        let traits = half_trips.into_iter().zip(cohort_of).map(|(half_trip, cohort)| Traits {
+            promised: 0,
+            half_trip,
+            attempt: 0,
+            cohort,
+            due: Due::NEVER,
+            home: 0,
+        });
+        devices.traits.extend(traits);
         for number in 0..total {
             let machine = devices.machine_from(number, Instant::FAR_FUTURE);
             devices.machines.push(machine);
@@ -115,7 +140,7 @@ impl Devices {
 
     #[must_use]
     pub fn cohort(&self, device: usize) -> &Cohort {
-        &self.cohorts[usize::from(self.cohort_of[device])]
+        &self.cohorts[usize::from(self.traits[device].cohort)]
     }
 
     #[must_use]
@@ -135,27 +160,75 @@ impl Devices {
 
     #[must_use]
     pub fn half_trip(&self, device: usize) -> Duration {
-        Duration::from_micros(self.half_trips[device].into())
+        Duration::from_micros(self.traits[device].half_trip.into())
     }
 
     #[must_use]
     pub fn attempt(&self, device: usize) -> u16 {
-        self.attempts[device]
+        self.traits[device].attempt
     }
 
     /// It begins its next attempt.
     pub fn count_attempt(&mut self, device: usize) -> u16 {
-        self.attempts[device] = self.attempts[device].wrapping_add(1);
-        self.attempts[device]
+        let traits = &mut self.traits[device];
+        traits.attempt = traits.attempt.wrapping_add(1);
+        traits.attempt
     }
 
     #[must_use]
     pub fn home(&self, device: usize) -> u8 {
-        self.homes[device]
+        self.traits[device].home
     }
 
     pub fn set_home(&mut self, device: usize, node: u8) {
-        self.homes[device] = node;
+        self.traits[device].home = node;
+    }
+
+    /// When it was told to come back, if that was its slot's time.
+    #[must_use]
+    pub fn promised(&self, device: usize) -> Option<Instant> {
+        let promised = self.traits[device].promised;
+        (promised > 0).then(|| Instant::from_micros(promised))
+    }
+
+    pub fn set_promised(&mut self, device: usize, promised: Option<Instant>) {
+        self.traits[device].promised = promised.map_or(0, Instant::as_micros);
+    }
+
+    /// After an event that concerned its machine: is it online?
+    pub fn enroll(&mut self, device: usize) -> bool {
+        let (is_online, due) = self.look(device);
+        let before = std::mem::replace(&mut self.traits[device].due, due);
+        self.roll.change(device, is_online, before, due);
+        is_online
+    }
+
+    /// What [`enroll`](Self::enroll) noted is still so.
+    #[must_use]
+    pub fn is_as_enrolled(&self, device: usize) -> bool {
+        self.look(device) == (self.roll.online().get(device), self.traits[device].due)
+    }
+
+    #[must_use]
+    pub const fn roll(&self) -> &Roll {
+        &self.roll
+    }
+
+    fn look(&self, device: usize) -> (bool, Due) {
+        let machine = &self.machines[device];
+        let state = machine.state();
+        let due = match state {
+            State::Waiting | State::Connecting => machine.poll_timeout(),
+            State::Online | State::Stopped { .. } => None,
+        };
+        (state == State::Online, Due::of(due))
+    }
+
+    /// Something is about to happen to it: what is known of it comes from memory now, together with others'.
+    pub fn fetch(&self, device: usize) {
+        if let Some(machine) = self.machines.get(device) {
+            std::hint::black_box((machine.state(), machine.slot().is_some(), self.traits[device].attempt));
+        }
     }
 
     /// It runs another version from now on.
@@ -166,15 +239,15 @@ impl Devices {
             version: self.version(version),
             ..of
         };
-        self.cohort_of[device] = self.cohort_number(&cohort);
+        self.traits[device].cohort = self.cohort_number(&cohort);
     }
 
     /// Draws devices of other versions until `version` has the share `to` of all, in the order in which they change.
     pub fn draw_upgrades(&mut self, version: &str, to: f64, rng: &mut impl Rng) -> Vec<u32> {
         let version = self.version(version);
         let (has, mut others): (Vec<u32>, Vec<u32>) = (0_u32..)
-            .zip(&self.cohort_of)
-            .map(|(device, cohort)| (device, self.cohorts[usize::from(*cohort)].version))
+            .zip(&self.traits)
+            .map(|(device, traits)| (device, self.cohorts[usize::from(traits.cohort)].version))
             .fold((Vec::new(), Vec::new()), |(mut has, mut others), (device, of)| {
                 if of == version {
                     has.push(device)

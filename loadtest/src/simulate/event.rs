@@ -75,6 +75,30 @@ pub(super) enum Event {
     },
 }
 
+impl Event {
+    /// Whom it concerns, where that is one device.
+    pub fn device(&self, letters: &Letters) -> Option<u32> {
+        match *self {
+            Self::Wake { device }
+            | Self::Syn { device, .. }
+            | Self::Request { device, .. }
+            | Self::Hangup { device, .. } => Some(device),
+            Self::Letter { number } => letters.device(number),
+            Self::Database { .. }
+            | Self::StatementLate { .. }
+            | Self::StatementFailed { .. }
+            | Self::Node { .. }
+            | Self::Stranger
+            | Self::StrangerRequest { .. }
+            | Self::Act { .. }
+            | Self::PhaseEnd { .. }
+            | Self::Look { .. }
+            | Self::Finish
+            | Self::Evict { .. } => None,
+        }
+    }
+}
+
 /// What is on its way to a device.
 #[derive(Debug)]
 pub(super) struct Letter {
@@ -107,6 +131,12 @@ impl Letters {
         }
         self.letters.push(Some(letter));
         u32::try_from(self.letters.len() - 1).unwrap_or(u32::MAX)
+    }
+
+    /// To whom it goes.
+    pub fn device(&self, number: u32) -> Option<u32> {
+        let letter = self.letters.get(number as usize)?.as_ref()?;
+        Some(letter.device)
     }
 
     pub fn take(&mut self, number: u32) -> Option<Letter> {

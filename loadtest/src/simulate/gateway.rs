@@ -16,7 +16,6 @@ use seawall_proto::{
     record::{DeviceRecord, DeviceState},
     refusal::{Code, Hint, Refusal},
     resume::{self, Generation, Grant, Judge, Revoked},
-    time::Instant,
 };
 use uuid::Uuid;
 
@@ -171,9 +170,9 @@ impl World<'_> {
             let index = device as usize;
             // A device that shows no slot is told what this node remembers; another node may know better.
             let shows_slot = self.devices.machines[index].slot().is_some();
-            let promised = Some(self.promised[index]).filter(|promised| *promised > 0 && shows_slot);
-            checks::slot_kept(promised.map(Instant::from_micros), self.now + hint.after)?;
-            self.promised[index] = checks::promise(hint.after, self.now).map_or(0, |told| told.as_micros());
+            let promised = self.devices.promised(index).filter(|_| shows_slot);
+            checks::slot_kept(promised, self.now + hint.after)?;
+            self.devices.set_promised(index, checks::promise(hint.after, self.now));
             let seconds = hint.after.as_secs_f64();
             self.books.gauge(self.now, |_, second| second.add_hint(seconds));
         }

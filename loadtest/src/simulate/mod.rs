@@ -18,6 +18,7 @@ mod network;
 mod node;
 mod progress;
 mod queue;
+mod roll;
 mod script;
 pub mod settings;
 #[cfg(test)]

@@ -14,7 +14,7 @@ use super::{
 };
 
 /// No round trip is longer.
-const ROUND_TRIP_MAX: Duration = Duration::from_secs(2);
+pub const ROUND_TRIP_MAX: Duration = Duration::from_secs(2);
 /// When TCP sends a SYN again that was not answered, in seconds after the try before: 1, 3, 7, 15, 31 and 63 s after the first (Linux's
 /// `tcp_syn_retries`). A device that gives up earlier sends none of those behind.
 const SYN_AGAIN: [u64; 6] = [1, 2, 4, 8, 16, 32];
@@ -40,14 +40,6 @@ impl Network {
     pub fn draw_noise(&self, rng: &mut impl Rng) -> Duration {
         let noise = u64::try_from(self.wake_noise.as_micros()).unwrap_or(u64::MAX);
         Duration::from_micros(rng.random_range(0..=noise))
-    }
-
-    /// The longest that an attempt takes until it is answered, if it is answered at all.
-    #[must_use]
-    pub fn answer_max(&self, edge: &EdgeSettings) -> Duration {
-        let again = Duration::from_secs(SYN_AGAIN.iter().sum());
-        let backlog = Duration::from_secs_f64(edge.backlog_seconds);
-        again + backlog + seawall_proto::admission::ANSWER_WITHIN + ROUND_TRIP_MAX + Duration::from_secs(1)
     }
 }
 

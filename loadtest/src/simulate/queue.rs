@@ -66,8 +66,9 @@ impl<E> Calendar<E> {
         }
     }
 
-    /// The next event, and its time.
-    pub fn pop(&mut self) -> Option<(Instant, E)> {
+    /// The next event, and its time. `announce` is shown a millisecond's events before the first of them is given, so that what they
+    /// concern can be fetched from memory all at once.
+    pub fn pop(&mut self, mut announce: impl FnMut(&E)) -> Option<(Instant, E)> {
         loop {
             if let Some(due) = self.current.pop() {
                 self.len -= 1;
@@ -77,6 +78,7 @@ impl<E> Calendar<E> {
                 return None;
             }
             self.turn();
+            self.current.iter().for_each(|due| announce(&due.event));
         }
     }
 
@@ -162,12 +164,12 @@ mod tests {
             calendar.push(Instant::from_micros(now + ahead), entry);
             model.insert((now + ahead, entry), ());
             if entry % 3 == 0 {
-                let (at, event) = calendar.pop().unwrap();
+                let (at, event) = calendar.pop(|_| ()).unwrap();
                 assert_eq!(model.pop_first(), Some(((at.as_micros(), event), ())));
                 now = at.as_micros();
             }
         }
-        while let Some((at, event)) = calendar.pop() {
+        while let Some((at, event)) = calendar.pop(|_| ()) {
             assert_eq!(model.pop_first(), Some(((at.as_micros(), event), ())));
         }
 

@@ -18,7 +18,7 @@ use super::{
     database::exponential,
     event::{Content, Event},
     node::Eviction,
-    world::World,
+    world::{SWEEP_MAX, World},
 };
 use crate::{
     phases::describe,
@@ -78,8 +78,8 @@ impl Default for Agenda {
 }
 
 impl World<'_> {
-    pub(super) fn begin_first_phase(&mut self) {
-        self.begin_phase(0);
+    pub(super) fn begin_first_phase(&mut self) -> Result<(), Violation> {
+        self.begin_phase(0)
     }
 
     /// The phase under way.
@@ -88,7 +88,7 @@ impl World<'_> {
         &self.scenario.phases[usize::from(self.agenda.phase)]
     }
 
-    fn begin_phase(&mut self, number: u8) {
+    fn begin_phase(&mut self, number: u8) -> Result<(), Violation> {
         let scenario = self.scenario;
         let phase = &scenario.phases[usize::from(number)];
         self.books.begin_phase(&phase.name, describe(&phase.action), self.now);
@@ -102,8 +102,8 @@ impl World<'_> {
         match &phase.action {
             Action::Hold => {}
             Action::Connect { per_second } => self.agenda.connect_per_second = *per_second,
-            Action::DropAll => self.drop_group(GROUP_ALL),
-            Action::Drop { group } => self.drop_group(group),
+            Action::DropAll => self.drop_group(GROUP_ALL)?,
+            Action::Drop { group } => self.drop_group(group)?,
             Action::Grow { firmware, to } => {
                 self.agenda.upgrades = self.devices.draw_upgrades(firmware, *to, &mut self.rng);
                 self.agenda.set_aside = self.agenda.upgrades.iter().copied().collect();
@@ -128,6 +128,7 @@ impl World<'_> {
             .push(started + self.agenda.length, Event::PhaseEnd { phase });
         self.calendar.push(started, Event::Look { phase });
         self.calendar.push(started, Event::Act { phase });
+        Ok(())
     }
 
     pub(super) fn phase_over(&mut self, phase: u8) -> Result<(), Violation> {
@@ -139,8 +140,7 @@ impl World<'_> {
         }
         let next = phase + 1;
         if usize::from(next) < self.scenario.phases.len() {
-            self.begin_phase(next);
-            return Ok(());
+            return self.begin_phase(next);
         }
         // The last books are closed a moment later, as those of a real run, which asks the gateway for its counters first.
         self.agenda.is_closing = true;
@@ -152,7 +152,7 @@ impl World<'_> {
     /// Everything is over.
     pub(super) fn finish(&mut self) -> Result<(), Violation> {
         self.agenda.is_over = true;
-        self.sweep()
+        self.sweep(usize::MAX)
     }
 
     /// Ten times a second: gauges, and whether the phase is over. Once a second everything else is looked at.
@@ -164,7 +164,7 @@ impl World<'_> {
         let k_ref = self.nodes.iter().map(|node| node.state(self.now).k_ref).sum();
         self.books.gauge(self.now, |_, second| second.k_ref = Some(k_ref));
         if self.agenda.looks.is_multiple_of(LOOKS_A_SWEEP) {
-            self.sweep()?;
+            self.sweep(SWEEP_MAX)?;
         }
         if self.phase().until == Some(Until::Connected) && self.is_settled() {
             return self.phase_over(phase);
@@ -197,7 +197,7 @@ impl World<'_> {
             }
             let device = self.begun;
             self.books.due(device, at, true);
-            self.restart(device);
+            self.restart(device)?;
             self.begun += 1;
             self.agenda.done += 1;
         }
@@ -208,7 +208,7 @@ impl World<'_> {
                 next = next.min(at);
                 break;
             }
-            self.upgrade(device as usize, at);
+            self.upgrade(device as usize, at)?;
             self.agenda.set_aside.remove(&device);
             self.agenda.done += 1;
         }
@@ -219,7 +219,7 @@ impl World<'_> {
             }
             if let Some(device) = self.draw_connected() {
                 self.books.due(device, at, false);
-                self.restart(device);
+                self.restart(device)?;
             }
             let pause = self.pause(self.phase().churn_per_second);
             self.agenda.churn_next = Some(at + pause);
@@ -231,26 +231,27 @@ impl World<'_> {
     }
 
     /// The device starts anew, with an attempt at once, and knows nothing of its life before.
-    fn restart(&mut self, device: usize) {
+    fn restart(&mut self, device: usize) -> Result<(), Violation> {
         let number = u32::try_from(device).unwrap_or(u32::MAX);
         self.abort(number);
         self.devices.machines[device] = self.devices.machine_from(device, self.now);
-        self.promised[device] = 0;
-        self.act(number);
+        self.devices.set_promised(device, None);
+        self.act(number)
     }
 
-    fn drop_group(&mut self, group: &str) {
+    fn drop_group(&mut self, group: &str) -> Result<(), Violation> {
         let group = self.books.group(group).unwrap_or_default();
         for device in 0..self.begun {
             if self.books.is_connected(device) && self.books.is_in(device, group) {
                 self.books.due(device, self.now, true);
                 self.devices.machines[device].handle_closed(None, self.now, &mut self.rng);
-                self.act(u32::try_from(device).unwrap_or(u32::MAX));
+                self.act(u32::try_from(device).unwrap_or(u32::MAX))?;
             }
         }
+        Ok(())
     }
 
-    fn upgrade(&mut self, device: usize, at: Instant) {
+    fn upgrade(&mut self, device: usize, at: Instant) -> Result<(), Violation> {
         let scenario = self.scenario;
         if let Action::Grow { firmware, .. } = &scenario.phases[usize::from(self.agenda.phase)].action {
             self.devices.upgrade(device, firmware);
@@ -259,8 +260,9 @@ impl World<'_> {
         self.books.upgraded(device, version);
         if device < self.begun {
             self.books.due(device, at, true);
-            self.restart(device);
+            self.restart(device)?;
         }
+        Ok(())
     }
 
     fn draw_connected(&mut self) -> Option<usize> {

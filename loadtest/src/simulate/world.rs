@@ -15,7 +15,7 @@ use firmware_sim::{
 };
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use seawall_proto::{
-    admission::AdmissionConfig,
+    admission::{ANSWER_WITHIN, AdmissionConfig},
     frame::ServerFrame,
     resume::{ResumeKeys, Revoked},
     rules::RuleSet,
@@ -29,7 +29,7 @@ use super::{
     devices::Devices,
     event::{Content, Event, Letter, Letters},
     gateway::none_revoked,
-    network::{Accepted, Network},
+    network::{Accepted, Network, ROUND_TRIP_MAX},
     node::{Load, Node},
     queue::Calendar,
     script::Agenda,
@@ -42,7 +42,7 @@ const WALL_START_MS: u64 = 1_800_000_000_000;
 /// The gateway's defaults, as its welcome says them.
 const HEARTBEAT_MS: u64 = 30_000;
 const BACKOFF_CAP_MS: u64 = 60_000;
-/// Devices that a sweep looks at, each virtual second: all of them up to this number, else the next so many.
+/// Machines that a sweep looks at, each virtual second: all of them up to this number, else the next so many.
 pub(super) const SWEEP_MAX: usize = 131_072;
 
 pub(super) struct World<'a> {
@@ -52,8 +52,6 @@ pub(super) struct World<'a> {
     pub rng: SmallRng,
     pub network: Network,
     pub devices: Devices,
-    /// What each device was told, in microseconds of the slot; 0 for nothing.
-    pub promised: Vec<u64>,
     pub nodes: Vec<Node>,
     /// Of all nodes.
     pub load: Load,
@@ -73,11 +71,12 @@ pub(super) struct World<'a> {
     letters: Letters,
     /// The first frame for devices without a resume token.
     welcome: String,
-    /// An attempt without an answer can't outlast this: its timer need not be in the calendar if it is longer.
-    answer_max: Duration,
     swept: usize,
     trace: DefaultHasher,
 }
+
+/// A request that is complete has its answer at the device within this.
+const ANSWERED_WITHIN: Duration = ANSWER_WITHIN.saturating_add(ROUND_TRIP_MAX);
 
 /// Where and when an invariant broke.
 #[derive(Debug, thiserror::Error)]
@@ -134,7 +133,6 @@ impl<'a> World<'a> {
         Ok(Self {
             now: Instant::ZERO,
             calendar: Calendar::default(),
-            promised: vec![0; devices.len()],
             nodes: (0..assumed.nodes)
                 .map(|_| Node::new(&config, assumed, scenario.seed))
                 .collect(),
@@ -152,7 +150,6 @@ impl<'a> World<'a> {
             events: 0,
             letters: Letters::default(),
             welcome: welcome(None),
-            answer_max: network.answer_max(&assumed.edge),
             swept: 0,
             trace: DefaultHasher::new(),
             scenario,
@@ -167,12 +164,20 @@ impl<'a> World<'a> {
     /// # Errors
     /// A claim that fails ends the run.
     pub fn run(&mut self, mut look: impl FnMut(&Self)) -> Result<(), Broken> {
-        self.begin_first_phase();
+        let begun = self.begin_first_phase();
+        begun.map_err(|violation| self.broken(violation, "start"))?;
         if self.scenario.simulate.strangers_per_second > 0.0 {
             self.calendar.push(self.now, Event::Stranger);
         }
         while !self.agenda.is_over {
-            let Some((at, event)) = self.calendar.pop() else {
+            let (devices, books, letters) = (&self.devices, &self.books, &self.letters);
+            let announce = |event: &Event| {
+                if let Some(device) = event.device(letters) {
+                    devices.fetch(device as usize);
+                    books.fetch(device as usize);
+                }
+            };
+            let Some((at, event)) = self.calendar.pop(announce) else {
                 return Ok(());
             };
             self.events += 1;
@@ -181,20 +186,22 @@ impl<'a> World<'a> {
                 (at, event).hash(&mut self.trace);
                 self.handle(event)
             });
-            if let Err(violation) = done {
-                return Err(Broken {
-                    seed: self.scenario.seed,
-                    at_us: at.as_micros(),
-                    number: self.events,
-                    event: format!("{event:?}"),
-                    violation,
-                });
-            }
+            done.map_err(|violation| self.broken(violation, event))?;
             if matches!(event, Event::Look { .. }) {
                 look(self);
             }
         }
         Ok(())
+    }
+
+    fn broken(&self, violation: Violation, event: impl std::fmt::Debug) -> Broken {
+        Broken {
+            seed: self.scenario.seed,
+            at_us: self.now.as_micros(),
+            number: self.events,
+            event: format!("{event:?}"),
+            violation,
+        }
     }
 
     /// A hash of every event and its time: two runs with the same are the same.
@@ -210,10 +217,10 @@ impl<'a> World<'a> {
 
     fn handle(&mut self, event: Event) -> Result<(), Violation> {
         match event {
-            Event::Wake { device } => self.wake(device),
+            Event::Wake { device } => return self.wake(device),
             Event::Syn { device, attempt, tries } => self.syn(device, attempt, tries),
             Event::Request { device, attempt, node } => return self.request(device, attempt, node),
-            Event::Letter { number } => self.deliver(number),
+            Event::Letter { number } => return self.deliver(number),
             Event::Hangup { device, attempt, node } => return self.hang_up(device, attempt, node),
             Event::Database { version } => return self.database_due(version),
             Event::StatementLate { statement } => return self.statement_late(StatementId(statement)),
@@ -235,11 +242,11 @@ impl<'a> World<'a> {
     }
 
     /// A device's timer: as its driver does, the machine is asked, and what it did is told to the books.
-    fn wake(&mut self, device: u32) {
+    fn wake(&mut self, device: u32) -> Result<(), Violation> {
         let index = device as usize;
         let machine = &mut self.devices.machines[index];
         if machine.poll_timeout().is_none_or(|due| due > self.now) {
-            return; // for a wait that something else ended; the one under way has its own
+            return Ok(()); // for a wait that something else ended; the one under way has its own
         }
         let before = machine.state();
         machine.handle_timeout(self.now, &mut self.rng);
@@ -251,11 +258,11 @@ impl<'a> World<'a> {
             }
             (State::Waiting | State::Connecting | State::Online | State::Stopped { .. }, _) => {}
         }
-        self.act(device);
+        self.act(device)
     }
 
-    /// Does what the machine wants done, and has its timer in the calendar.
-    pub(super) fn act(&mut self, device: u32) {
+    /// After every event at a device: does what its machine wants done, has its timer in the calendar, and looks whether the books agree.
+    pub(super) fn act(&mut self, device: u32) -> Result<(), Violation> {
         let index = device as usize;
         while let Some(action) = self.devices.machines[index].poll_action() {
             match action {
@@ -275,6 +282,8 @@ impl<'a> World<'a> {
             let at = due.max(self.now) + self.network.draw_noise(&mut self.rng);
             self.calendar.push(at, Event::Wake { device });
         }
+        let is_online = self.devices.enroll(index);
+        checks::books_agree(index, is_online, self.books.is_connected(index))
     }
 
     fn connect(&mut self, device: u32) {
@@ -284,15 +293,16 @@ impl<'a> World<'a> {
         let at = self.now + self.devices.half_trip(index);
         let tries = 0;
         self.calendar.push(at, Event::Syn { device, attempt, tries });
-        if self.devices.cohort(index).connect_timeout < self.answer_max {
-            self.time_out(device);
-        }
+        self.time_out(device, at);
     }
 
-    /// The attempt may have no answer: the machine's patience counts.
-    fn time_out(&mut self, device: u32) {
-        if let Some(due) = self.devices.machines[device as usize].poll_timeout() {
-            self.calendar.push(due, Event::Wake { device });
+    /// The attempt has no news before this time, if ever: then the machine's patience may end first, which only now needs its timer.
+    fn time_out(&mut self, device: u32, news_at: Instant) {
+        if let Some(due) = self.devices.machines[device as usize]
+            .poll_timeout()
+            .filter(|due| *due <= news_at)
+        {
+            self.calendar.push(due.max(self.now), Event::Wake { device });
         }
     }
 
@@ -322,13 +332,14 @@ impl<'a> World<'a> {
             Accepted::At(at) => {
                 self.devices.set_home(device as usize, node);
                 self.calendar.push(at, Event::Request { device, attempt, node });
+                self.time_out(device, at + ANSWERED_WITHIN);
             }
             Accepted::Again(after) => {
-                let tries = tries + 1;
-                self.calendar
-                    .push(self.now + after, Event::Syn { device, attempt, tries });
+                let (at, tries) = (self.now + after, tries + 1);
+                self.calendar.push(at, Event::Syn { device, attempt, tries });
+                self.time_out(device, at);
             }
-            Accepted::Lost => self.time_out(device),
+            Accepted::Lost => self.time_out(device, Instant::FAR_FUTURE),
             Accepted::Reset => self.send(device, attempt, Content::Reset),
         }
     }
@@ -351,9 +362,9 @@ impl<'a> World<'a> {
         self.calendar.push(at, Event::Letter { number });
     }
 
-    fn deliver(&mut self, number: u32) {
+    fn deliver(&mut self, number: u32) -> Result<(), Violation> {
         let Some(letter) = self.letters.take(number) else {
-            return;
+            return Ok(());
         };
         let (device, index, now) = (letter.device, letter.device as usize, self.now);
         let is_current = self.is_current(device, letter.attempt);
@@ -366,7 +377,7 @@ impl<'a> World<'a> {
                     token => self.devices.machines[index].handle_text(&welcome(token.as_deref()), now),
                 }
                 self.books.handle(index, Told::Connected, now);
-                self.promised[index] = 0;
+                self.devices.set_promised(index, None);
             }
             Content::Refused(code, hint) if is_current => {
                 machine.handle_refused(hint, now, &mut self.rng);
@@ -388,35 +399,26 @@ impl<'a> World<'a> {
                 machine.handle_closed(Some(frame), now, &mut self.rng);
                 self.books.handle(index, Told::Evicted, now);
             }
-            Content::Connected | Content::Refused(..) | Content::Reset | Content::Closed(_) => return,
+            Content::Connected | Content::Refused(..) | Content::Reset | Content::Closed(_) => return Ok(()),
         }
-        self.act(device);
+        self.act(device)
     }
 
-    /// Looks at as many devices as a sweep may, going round; and at every node.
-    pub(super) fn sweep(&mut self) -> Result<(), Violation> {
+    /// Looks at all nodes, at all devices as the roll and the books have them, and at so many machines, going round.
+    pub(super) fn sweep(&mut self, machines_max: usize) -> Result<(), Violation> {
         for node in &mut self.nodes {
             node.check_second(self.now)?;
         }
-        let all = self.devices.len();
-        let count = all.min(SWEEP_MAX);
-        let mut online = 0;
-        for step in 0..count {
-            let device = (self.swept + step) % all;
-            let machine = &self.devices.machines[device];
-            let state = machine.state();
-            let due = match state {
-                State::Waiting | State::Connecting => machine.poll_timeout(),
-                State::Online | State::Stopped { .. } => None,
-            };
-            checks::not_forgotten(device, due, self.network.wake_noise, self.now)?;
-            let is_online = state == State::Online;
-            checks::books_agree(device, is_online, self.books.is_connected(device))?;
-            online += u64::from(is_online);
+        let (roll, connected) = (self.devices.roll(), self.books.connected());
+        checks::none_forgotten(roll.overdue(self.network.wake_noise, self.now))?;
+        if let Some(device) = roll.online().difference(connected) {
+            checks::books_agree(device, roll.online().get(device), connected.get(device))?;
         }
-        self.swept = (self.swept + count) % all;
-        if count == all {
-            checks::counts_add_up(self.books.standing().connected, online)?;
+        checks::counts_add_up(self.books.standing().connected, connected.count())?;
+        let all = self.devices.len();
+        for _ in 0..all.min(machines_max) {
+            checks::unchanged(self.swept, self.devices.is_as_enrolled(self.swept))?;
+            self.swept = (self.swept + 1) % all;
         }
         Ok(())
     }
