@@ -31,6 +31,7 @@ pub mod socket;
 pub mod state;
 pub mod store;
 pub mod telemetry;
+pub mod tls;
 pub mod tokens;
 pub mod transport;
 pub mod upkeep;

@@ -101,7 +101,7 @@ pub struct Signals {
 pub enum Asked {
     /// SIGTERM or Ctrl-C: leave.
     Leave,
-    /// SIGHUP: read the log level again.
+    /// SIGHUP: read the log level and certificates again.
     Reload,
 }
 

@@ -205,7 +205,7 @@ impl Listener {
         let life = connection::serve(
             Arc::clone(shared),
             Arc::clone(&self.door),
-            stream.into(),
+            stream,
             peer,
             place,
             handshake,

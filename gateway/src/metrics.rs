@@ -107,17 +107,24 @@ pub struct Metrics {
     pub slots_stateless: Counter,
     /// Tasks of connections that panicked.
     pub task_panics: Counter,
+    /// TLS files that were looked at anew, by what became of them.
+    pub tls_reloads: Family,
+    /// Time until a listener's certificate ends.
+    pub tls_certificate_seconds: GaugeFamily,
 }
 
 /// What became of a TCP connection that never was a request. Label `outcome` of `seawall_connections_total`.
-pub const CONNECTION_OUTCOMES: [&str; 6] = [
+pub const CONNECTION_OUTCOMES: [&str; 7] = [
     "request",
     "probe",
     "silent",
     "address_limited",
     "accept_error",
     "tls_failed",
+    "plain_http",
 ];
+/// Label `listener` of `seawall_tls_certificate_expires_seconds`.
+pub const TLS_LISTENERS: [&str; 2] = ["devices", "ops"];
 /// Label `outcome` of `seawall_lookups_total`.
 pub const LOOKUP_OUTCOMES: [&str; 5] = ["found", "not_found", "cached", "failed", "timed_out"];
 /// Label `measure` of `seawall_admission_capacity_keys_per_second`.
@@ -180,7 +187,7 @@ impl Metrics {
             sessions: names.gauge("seawall_sessions", "Live WebSocket sessions."),
             connections: names.family(
                 "seawall_connections_total",
-                "TCP connections accepted, by what became of them; `request` is counted in seawall_handshakes_total, `probe` asked for /readyz, `silent` and `address_limited` sent nothing.",
+                "TCP connections accepted, by what became of them; `request` is counted in seawall_handshakes_total, `probe` asked for /readyz, `silent` and `address_limited` sent nothing, `tls_failed` was no TLS handshake or none in time, `plain_http` began without TLS where TLS is spoken.",
                 &[],
                 "outcome",
                 &CONNECTION_OUTCOMES,
@@ -358,7 +365,23 @@ impl Metrics {
                 "seawall_task_panics_total",
                 "Tasks of device connections that panicked. Each is a bug, and ends one connection.",
             ),
+            tls_reloads: names.family(
+                "seawall_tls_reloads_total",
+                "Certificates and keys read anew, after a change or at SIGHUP. After `refused` those before stay in use, and /readyz says `tls_files`.",
+                &[],
+                "outcome",
+                &["taken", "refused"],
+            ),
+            tls_certificate_seconds: names.gauges(
+                "seawall_tls_certificate_expires_seconds",
+                "Time until the certificate of a listener ends, or the first of its chain; +Inf where it speaks no TLS.",
+                "listener",
+                &TLS_LISTENERS,
+            ),
         };
+        for listener in TLS_LISTENERS {
+            metrics.tls_certificate_seconds.set(listener, f64::INFINITY);
+        }
         metrics.catalog = names.into_catalog();
         metrics
     }

@@ -30,6 +30,7 @@ use crate::{
     state::{Plan, Shared, SharedIds, State},
     store::{Store, StoreError},
     telemetry,
+    tls::{self, Tls, TlsError},
     tokens::{Tokens, TokensError},
     upkeep,
 };
@@ -54,6 +55,9 @@ pub enum StartError {
     /// The signing keys can't be read or made.
     #[error(transparent)]
     Keys(#[from] KeysError),
+    /// A certificate or key can't be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// An address is taken, or is none of this machine's.
     #[error("{setting}: can't listen on {address}: {source}")]
     Listen {
@@ -74,7 +78,7 @@ impl StartError {
     #[must_use]
     pub fn is_setting(&self) -> bool {
         match self {
-            Self::DataDir(DataDirError::InUse { .. }) => true,
+            Self::DataDir(DataDirError::InUse { .. }) | Self::Tls(_) => true,
             Self::Store(StoreError::Open { error, .. }) => matches!(**error, StoreError::Invalid(_)),
             Self::DataDir(DataDirError::Unusable { .. })
             | Self::Store(_)
@@ -114,6 +118,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     let data_dir = DataDir::open(&config.server.data_dir)?;
     // Those of a gateway that was killed: nobody listens there.
     data_dir.remove_addresses();
+    let tls = Tls::open(&config)?;
     let store = Store::open(&config.database_url()).await?;
     let clock = Clock::start();
     let tokens = Tokens::open(data_dir.path())?;
@@ -170,6 +175,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         drain: drain::Drain::default(),
         metrics,
         tokens,
+        tls,
         plan: Plan::default(),
         shared_ids: SharedIds::default(),
     });
@@ -224,6 +230,7 @@ fn spawn_tasks(state: &Shared, life: &Lifecycle) {
     life.spawn("plan guard", upkeep::guard_plans(shared(), hard()));
     life.spawn("known good", known_good::keep(shared(), hard()));
     life.spawn("gauges", upkeep::publish(shared(), hard()));
+    life.spawn("certificates", tls::follow(shared(), hard()));
     life.spawn("lag", upkeep::measure_lag(shared(), hard()));
 }
 
@@ -315,7 +322,7 @@ impl Running {
     }
 }
 
-/// Runs a gateway until SIGTERM or Ctrl-C. At SIGHUP `reload` says what to log from now on.
+/// Runs a gateway until SIGTERM or Ctrl-C. At SIGHUP `reload` says what to log from now on, and certificates are read again.
 ///
 /// # Errors
 /// The start failed, or a part of the gateway did.
@@ -336,7 +343,10 @@ pub async fn until_signal(config: Config, reload: impl Fn() -> Result<String, Co
         };
         match asked {
             Asked::Leave => break,
-            Asked::Reload => apply_level(&reload),
+            Asked::Reload => {
+                apply_level(&reload);
+                tls::reload_now(&running.state).await;
+            }
         }
     }
     tracing::info!(sessions = running.state.sessions.len(), "leaving");

@@ -23,6 +23,7 @@ use crate::{
     rules::Rules,
     sessions::Sessions,
     store::{DatabaseStatus, PlanReport, Store},
+    tls::{EXPIRY_NOTICE, Tls},
     tokens::Tokens,
 };
 
@@ -45,6 +46,7 @@ pub struct State {
     pub drain: Drain,
     pub metrics: Arc<Metrics>,
     pub tokens: Tokens,
+    pub tls: Tls,
     /// What the plan guard saw last.
     pub plan: Plan,
     /// Ids that several devices seem to share.
@@ -131,7 +133,20 @@ impl State {
         if self.shared_ids.found().count > 0 {
             reasons.push("duplicate_id");
         }
+        if self.tls.problem().is_some() {
+            reasons.push("tls_files");
+        }
+        if self.is_certificate_ending() {
+            reasons.push("certificate_expires");
+        }
         Readiness { ready, reasons }
+    }
+
+    /// Whether a certificate of ours has less than [`EXPIRY_NOTICE`] to go.
+    #[must_use]
+    pub fn is_certificate_ending(&self) -> bool {
+        let notice = self.clock.wall() + EXPIRY_NOTICE;
+        self.tls.expires().is_some_and(|end| end < notice)
     }
 
     /// Tells operators of something to look at, or of its end.

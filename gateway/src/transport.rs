@@ -33,12 +33,10 @@ impl Transport {
         }
     }
 
-    /// Whether the peer has sent anything that was not read yet. Asks the kernel, since the runtime may not have looked at
-    /// this socket yet.
+    /// Whether the peer has sent anything that was not read yet.
     #[must_use]
     pub fn has_unread(&self) -> bool {
-        let peeked = socket2::SockRef::from(self.tcp()).peek(&mut [MaybeUninit::uninit()]);
-        peeked.is_ok_and(|len| len > 0)
+        has_unread(self.tcp())
     }
 
     /// Says goodbye where the transport has a word for it: TLS does (RFC 8446 §6.1), and a peer that does not hear it must take
@@ -49,6 +47,14 @@ impl Transport {
             let _ = tls.shutdown().await;
         }
     }
+}
+
+/// Whether the peer has sent anything that was not read yet. Asks the kernel, since the runtime may not have looked at this
+/// socket yet.
+#[must_use]
+pub fn has_unread(tcp: &TcpStream) -> bool {
+    let peeked = socket2::SockRef::from(tcp).peek(&mut [MaybeUninit::uninit()]);
+    peeked.is_ok_and(|len| len > 0)
 }
 
 impl From<TcpStream> for Transport {

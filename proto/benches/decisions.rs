@@ -72,7 +72,7 @@ fn versions(criterion: &mut Criterion) {
 fn resume(criterion: &mut Criterion) {
     let grant = Grant {
         device: DeviceId::from_uuid(Uuid::from_u128(7)),
-        credential: SecretHash::of(b"the secret"),
+        credential: SecretHash::of(b"the secret").into(),
         tenant: Label::parse("default").ok().flatten().expect("a label"),
         model: None,
         generation: Generation(0),

@@ -14,7 +14,7 @@ use rand::Rng;
 
 use crate::{
     hello::Hello,
-    id::{DeviceId, Label, SecretHash, SessionId},
+    id::{Credential, DeviceId, Label, SessionId},
     record::{DeviceRecord, DeviceState},
     refusal::{Peers, Refusal},
     resume::{Generation, Grant, Judge, Unusable},
@@ -35,14 +35,14 @@ pub struct Policy<'a> {
 #[derive(Debug)]
 pub struct Screened {
     hello: Hello,
-    credential: SecretHash,
+    credential: Credential,
 }
 
 /// A device that may be looked up: it has shown no resume token that counts.
 #[derive(Debug)]
 pub struct Unproven {
     hello: Hello,
-    credential: SecretHash,
+    credential: Credential,
 }
 
 /// A device that is registered, authenticated and welcome.

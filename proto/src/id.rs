@@ -116,6 +116,44 @@ impl fmt::Debug for SecretHash {
     }
 }
 
+/// How a device proves who it is. Neither is kept as it was shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Credential {
+    /// A secret: the registry has its hash.
+    Secret(SecretHash),
+    /// A client certificate that names the device, and that TLS has verified; its hash.
+    Certificate(SecretHash),
+}
+
+/// Keeps the hash of a certificate apart from that of any secret, which is at most 128 bytes of visible ASCII.
+const CERTIFICATE_DOMAIN: &[u8] = b"seawall client certificate\0";
+
+impl Credential {
+    /// Of a certificate, as DER.
+    #[must_use]
+    pub fn of_certificate(der: &[u8]) -> Self {
+        let hash = Sha256::new()
+            .chain_update(CERTIFICATE_DOMAIN)
+            .chain_update(der)
+            .finalize();
+        Self::Certificate(SecretHash(hash.into()))
+    }
+
+    /// What a resume token is bound to.
+    #[must_use]
+    pub const fn hash(&self) -> &SecretHash {
+        match self {
+            Self::Secret(hash) | Self::Certificate(hash) => hash,
+        }
+    }
+}
+
+impl From<SecretHash> for Credential {
+    fn from(hash: SecretHash) -> Self {
+        Self::Secret(hash)
+    }
+}
+
 /// A short text that a device says of itself (firmware version, model, tenant): 1 to 64 bytes of printable ASCII, spaces inside allowed, trimmed.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(transparent)]

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    id::{DeviceId, Label, SecretHash},
+    id::{Credential, DeviceId, Label, SecretHash},
     time::WallTime,
 };
 
@@ -22,11 +22,16 @@ pub struct DeviceRecord {
 }
 
 impl DeviceRecord {
-    /// True where `presented` is the device's secret, or its last one within the overlap of a rotation.
+    /// True where `presented` is the device's secret, or its last one within the overlap of a rotation; or its certificate, which
+    /// has proven already whose it is.
     ///
     /// Both comparisons run in constant time and always, so that neither the secret nor the fact of a rotation shows in the answer's delay.
     #[must_use]
-    pub fn accepts(&self, presented: &SecretHash, wall: WallTime) -> bool {
+    pub fn accepts(&self, presented: &Credential, wall: WallTime) -> bool {
+        let presented = match presented {
+            Credential::Secret(hash) => hash,
+            Credential::Certificate(_) => return true,
+        };
         let is_current = self.secret == *presented;
         let (previous, valid_until) = self.previous_secret.unwrap_or((self.secret, WallTime::default()));
         let is_previous = previous == *presented;
@@ -35,9 +40,13 @@ impl DeviceRecord {
 
     /// When a credential that [is accepted](Self::accepts) ends: that before the last rotation does.
     #[must_use]
-    pub fn ends(&self, accepted: &SecretHash) -> Option<WallTime> {
-        let (_, valid_until) = self.previous_secret.filter(|_| self.secret != *accepted)?;
-        Some(valid_until)
+    pub fn ends(&self, accepted: &Credential) -> Option<WallTime> {
+        match accepted {
+            Credential::Secret(hash) if *hash != self.secret => {
+                self.previous_secret.map(|(_, valid_until)| valid_until)
+            }
+            Credential::Secret(_) | Credential::Certificate(_) => None,
+        }
     }
 }
 
@@ -81,19 +90,29 @@ mod tests {
     }
 
     #[test]
+    fn certificate_is_accepted_and_does_not_end_with_a_secret() {
+        let record = record(Some((SecretHash::of(b"old"), WallTime::from_unix_ms(10))));
+        let certificate = Credential::of_certificate(b"der");
+
+        assert!(record.accepts(&certificate, WallTime::from_unix_ms(99)));
+        assert_eq!(record.ends(&certificate), None);
+        assert_ne!(certificate.hash(), &SecretHash::of(b"der"));
+    }
+
+    #[test]
     fn only_the_secret_is_accepted_where_none_was_rotated() {
         let record = record(None);
 
-        assert!(record.accepts(&SecretHash::of(b"new"), WallTime::from_unix_ms(5)));
-        assert!(!record.accepts(&SecretHash::of(b"old"), WallTime::from_unix_ms(5)));
+        assert!(record.accepts(&SecretHash::of(b"new").into(), WallTime::from_unix_ms(5)));
+        assert!(!record.accepts(&SecretHash::of(b"old").into(), WallTime::from_unix_ms(5)));
     }
 
     #[test]
     fn previous_secret_counts_until_its_overlap_ends() {
         let record = record(Some((SecretHash::of(b"old"), WallTime::from_unix_ms(10))));
 
-        assert!(record.accepts(&SecretHash::of(b"old"), WallTime::from_unix_ms(9)));
-        assert!(!record.accepts(&SecretHash::of(b"old"), WallTime::from_unix_ms(10)));
-        assert!(record.accepts(&SecretHash::of(b"new"), WallTime::from_unix_ms(10)));
+        assert!(record.accepts(&SecretHash::of(b"old").into(), WallTime::from_unix_ms(9)));
+        assert!(!record.accepts(&SecretHash::of(b"old").into(), WallTime::from_unix_ms(10)));
+        assert!(record.accepts(&SecretHash::of(b"new").into(), WallTime::from_unix_ms(10)));
     }
 }

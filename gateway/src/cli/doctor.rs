@@ -123,7 +123,7 @@ fn machine(config: &Config, findings: &mut Findings) {
     } else {
         findings.fine(format!("open files: up to {files}"));
     }
-    if !config.ops.listen.ip().is_loopback() {
+    if !config.ops.listen.ip().is_loopback() && config.ops.tls_certificate.is_none() {
         findings.notice(format!(
             "ops.listen: {} is outside loopback: tokens cross the network in clear text",
             config.ops.listen

@@ -29,13 +29,13 @@ pub struct ServeArgs {
     /// Address for the API, metrics and health checks [default: 127.0.0.1:8081]
     #[arg(long, env = "SEAWALL_OPS_LISTEN", value_name = "ADDR")]
     ops_listen: Option<SocketAddr>,
-    /// Certificate for devices; not available yet
+    /// Certificate for devices (PEM, its chain behind it) [default: plain TCP]
     #[arg(long, env = "SEAWALL_TLS_CERT", value_name = "FILE")]
     tls_cert: Option<PathBuf>,
-    /// Key of the certificate; not available yet
+    /// Key of the certificate (PEM)
     #[arg(long, env = "SEAWALL_TLS_KEY", value_name = "FILE")]
     tls_key: Option<PathBuf>,
-    /// Allow an API address outside loopback although tokens then cross the network in clear text
+    /// Allow an API address outside loopback without TLS, although tokens then cross the network in clear text
     #[arg(long)]
     insecure_ops: bool,
     /// Memory to plan with, in bytes [default: what the cgroup allows, else what the machine has]
@@ -55,9 +55,6 @@ impl ServeArgs {
     /// # Errors
     /// A setting is wrong; the message is one line that names it.
     pub fn load(&self, data_dir: Option<&PathBuf>) -> Result<Config, ConfigError> {
-        if self.tls_cert.is_some() || self.tls_key.is_some() {
-            return Err(SettingError::new("--tls-cert, --tls-key", "TLS for devices is not available yet").into());
-        }
         let mut config = self
             .config
             .as_deref()
@@ -71,6 +68,8 @@ impl ServeArgs {
         let Self {
             listen,
             ops_listen,
+            tls_cert,
+            tls_key,
             max_memory,
             log_format,
             log_level,
@@ -80,6 +79,8 @@ impl ServeArgs {
         replace(&mut config.server.data_dir, data_dir.cloned());
         replace(&mut config.server.max_memory_bytes, max_memory);
         replace(&mut config.ops.listen, ops_listen);
+        config.tls.certificate = tls_cert.or(config.tls.certificate);
+        config.tls.key = tls_key.or(config.tls.key);
         config.ops.insecure |= self.insecure_ops;
         replace(&mut config.logging.format, log_format);
         replace(&mut config.logging.level, log_level);

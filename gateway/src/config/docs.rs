@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::{
-    Config, Database, Drain, Limits, Logging, Ops, ResumeTokens, RulesSync, Server, Session,
+    Config, Database, Drain, Limits, Logging, Ops, ResumeTokens, RulesSync, Server, Session, TlsSettings,
     section::{Field, Section},
 };
 
@@ -19,7 +19,7 @@ over the environment, the environment over the file, the file over the default.
 A setting that is unknown, of the wrong kind or out of its bounds stops the start with one line that names it, exit 2.
 `seawall doctor` looks at a configuration without starting anything.
 
-SIGHUP makes a running gateway read `logging.level` again; every other setting needs a restart.
+SIGHUP makes a running gateway read `logging.level` and the files of certificates and keys again; every other setting needs a restart.
 
 ```toml
 [server]
@@ -67,6 +67,7 @@ pub fn markdown() -> String {
 fn sections() -> Vec<Section> {
     vec![
         Server::describe(),
+        TlsSettings::describe(),
         Ops::describe(),
         Database::describe(),
         identity(),
@@ -173,6 +174,16 @@ mod tests {
         let mut config = Config::default();
         config.server.node = Some("n".into());
         config.database.url = Some("sqlite:x".parse().unwrap());
+        for file in [
+            &mut config.tls.certificate,
+            &mut config.tls.key,
+            &mut config.tls.client_ca,
+            &mut config.tls.client_crl,
+            &mut config.ops.tls_certificate,
+            &mut config.ops.tls_key,
+        ] {
+            *file = Some("x.pem".into());
+        }
         config.limits.connections_per_address_max = Some(1);
         config.limits.handshakes_per_second_per_address_max = Some(1);
 

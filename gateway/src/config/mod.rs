@@ -16,7 +16,9 @@ pub mod section;
 mod sections;
 mod url;
 
-pub use sections::{Database, Drain, Limits, LogFormat, Logging, Ops, ResumeTokens, RulesSync, Server, Session};
+pub use sections::{
+    Database, Drain, Limits, LogFormat, Logging, Ops, ResumeTokens, RulesSync, Server, Session, TlsSettings,
+};
 pub use url::{DatabaseKind, DatabaseUrl, InvalidDatabaseUrl};
 
 /// Least memory to plan with, in bytes: below it hardly more than the program itself fits.
@@ -30,6 +32,7 @@ const FILE_BYTES_MAX: u64 = 1024 * 1024;
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     pub server: Server,
+    pub tls: TlsSettings,
     pub ops: Ops,
     pub database: Database,
     /// Where this fleet puts its identity.
@@ -81,6 +84,7 @@ impl Config {
     /// The first that is wrong, by its path.
     pub fn validate(&self) -> Result<(), SettingError> {
         self.server.check_bounds()?;
+        self.tls.check_bounds()?;
         self.ops.check_bounds()?;
         self.identity
             .validate()
@@ -124,11 +128,20 @@ impl Config {
     }
 
     fn check_together(&self) -> Result<(), SettingError> {
-        if !self.ops.listen.ip().is_loopback() && !self.ops.insecure {
+        if let Some((setting, problem)) = self.tls.mismatch() {
+            return Err(SettingError::new(setting, problem));
+        }
+        if self.ops.tls_certificate.is_some() != self.ops.tls_key.is_some() {
+            return Err(SettingError::new(
+                "ops.tls_key",
+                "ops.tls_certificate and ops.tls_key need each other",
+            ));
+        }
+        if !self.ops.listen.ip().is_loopback() && self.ops.tls_certificate.is_none() && !self.ops.insecure {
             return Err(SettingError::new(
                 "ops.listen",
                 format!(
-                    "{} is outside loopback, where tokens would cross the network in clear text: give --insecure-ops if that is meant",
+                    "{} is outside loopback, where tokens would cross the network in clear text: give ops.tls_certificate and ops.tls_key, or --insecure-ops if that is meant",
                     self.ops.listen
                 ),
             ));
@@ -280,9 +293,27 @@ mod tests {
     #[test]
     fn ops_address_outside_loopback_needs_consent() {
         let open = Config::from_toml("[ops]\nlisten = \"0.0.0.0:8081\"\n").unwrap();
+        let secured =
+            Config::from_toml("[ops]\nlisten = \"0.0.0.0:8081\"\ntls_certificate = \"c\"\ntls_key = \"k\"\n").unwrap();
         let meant = Config::from_toml("[ops]\nlisten = \"0.0.0.0:8081\"\ninsecure = true\n").unwrap();
 
         assert!(open.validate().unwrap_err().to_string().contains("--insecure-ops"));
         assert_eq!(meant.validate(), Ok(()));
+        assert_eq!(secured.validate(), Ok(()));
+    }
+
+    #[test]
+    fn tls_settings_need_each_other() {
+        for (text, named) in [
+            ("certificate = \"c\"", "tls.key"),
+            ("key = \"k\"", "tls.certificate"),
+            ("client_ca = \"a\"", "tls.client_ca"),
+            ("certificate = \"c\"\nkey = \"k\"\nclient_crl = \"l\"", "tls.client_crl"),
+            ("client_certificate_required = true", "tls.client_certificate_required"),
+        ] {
+            let config = Config::from_toml(&format!("[tls]\n{text}\n")).unwrap();
+
+            assert_eq!(config.validate().unwrap_err().field, named);
+        }
     }
 }

@@ -28,11 +28,60 @@ section! {
 }
 
 section! {
+    /// TLS for devices, versions 1.2 and 1.3. Files are read again at SIGHUP, and by themselves within ten seconds of a change; sessions stay, and files that can't be used change nothing but the log, `seawall_tls_reloads_total`, `/readyz` (`tls_files`) and an alarm.
+    pub struct TlsSettings = "tls" {
+        /// PEM file with the certificate and those between it and its root, in this order; ECDSA P-256 costs least. Not given: plain TCP. Flag `--tls-cert`, environment `SEAWALL_TLS_CERT`.
+        pub certificate: Option<PathBuf> = None;
+        /// PEM file with the key of the certificate. Flag `--tls-key`, environment `SEAWALL_TLS_KEY`.
+        pub key: Option<PathBuf> = None;
+        /// Time for a TLS handshake; then the connection is closed. The head of the request has a time of its own.
+        pub handshake_timeout_ms: u64 = 5_000, "milliseconds", 100..=60_000;
+        /// PEM file with the authorities of client certificates. A certificate that names a UUID (URI `urn:uuid:…` or ending in it, first label of a DNS name, common name) is id and credential of that device. Not given: none is asked for.
+        pub client_ca: Option<PathBuf> = None;
+        /// PEM file with revocation lists: one of every authority that issues client certificates. A certificate that is on one, or whose authority has none, is no longer accepted from new connections.
+        pub client_crl: Option<PathBuf> = None;
+        /// Ends handshakes of clients without a certificate, balancers' probes too.
+        pub client_certificate_required: bool = false;
+    }
+}
+
+impl TlsSettings {
+    /// [`Self::handshake_timeout_ms`] as a span.
+    #[must_use]
+    pub const fn handshake_timeout(&self) -> Duration {
+        Duration::from_millis(self.handshake_timeout_ms)
+    }
+
+    /// What does not fit together, and the setting to name.
+    pub(super) fn mismatch(&self) -> Option<(&'static str, &'static str)> {
+        match (&self.certificate, &self.key) {
+            (Some(_), None) => return Some(("tls.key", "is missing beside tls.certificate")),
+            (None, Some(_)) => return Some(("tls.certificate", "is missing beside tls.key")),
+            (Some(_), Some(_)) | (None, None) => {}
+        }
+        if self.client_ca.is_some() && self.certificate.is_none() {
+            return Some(("tls.client_ca", "needs tls.certificate and tls.key"));
+        }
+        if self.client_ca.is_none() && self.client_crl.is_some() {
+            return Some(("tls.client_crl", "needs tls.client_ca"));
+        }
+        if self.client_ca.is_none() && self.client_certificate_required {
+            return Some(("tls.client_certificate_required", "needs tls.client_ca"));
+        }
+        None
+    }
+}
+
+section! {
     /// The API, metrics and health checks.
     pub struct Ops = "ops" {
         /// Address of the API, as `IP:PORT`. Port 0 takes a free one. Flag `--ops-listen`, environment `SEAWALL_OPS_LISTEN`.
         pub listen: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 8081));
-        /// Allows an address outside loopback although tokens then cross the network in clear text. Flag `--insecure-ops`.
+        /// PEM file with the certificate of the API and those between it and its root. Not given: plain HTTP.
+        pub tls_certificate: Option<PathBuf> = None;
+        /// PEM file with the key of that certificate.
+        pub tls_key: Option<PathBuf> = None;
+        /// Allows an address outside loopback without TLS, although tokens then cross the network in clear text. Flag `--insecure-ops`.
         pub insecure: bool = false;
         /// Time for one API request, imports and event streams apart; then 503.
         pub request_timeout_ms: u64 = 30_000, "milliseconds", 1_000..=600_000;

@@ -81,6 +81,11 @@ impl Attempt {
         self.peer
     }
 
+    /// It was no attempt: `outcome` is what became of the connection, a label of `seawall_connections_total`.
+    pub(super) fn never_began(self, outcome: &'static str) {
+        self.shared.metrics.connections.increment(outcome);
+    }
+
     /// The device is upgraded. `cohort` is that of the authenticated device, which may be new.
     pub(super) fn admitted(mut self, cohort: Arc<Cohort>) {
         if let Some(claims) = &mut self.claims {

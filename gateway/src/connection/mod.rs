@@ -1,22 +1,20 @@
-//! The life of a device's connection, top to bottom: head, hello, decisions, answer, and the hand-over to its session.
+//! The life of a device's connection, top to bottom: TLS, head, hello, decisions, answer, and the hand-over to its session.
 //!
 //! [`serve`] is that life until the answer. Behind a 101 the session goes on in a task of its own ([`live`]), because a
 //! task is as large as its largest moment. No policy in here: what to decide is `seawall_proto`'s, this asks and obeys.
 
 mod answer;
+mod arrive;
 mod attempt;
 mod live;
 mod online;
+mod patience;
 
-use std::{
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use seawall_proto::{
     handshake::{self, Admitted, Next, Policy},
-    hello::{self, Hello, Request, SessionKind},
+    hello::{self, Certified, Hello, Request, SessionKind},
     refusal::{Limit, Peers, Refusal},
 };
 use tokio::{io::Interest, net::TcpStream, time::timeout};
@@ -24,8 +22,15 @@ use tokio::{io::Interest, net::TcpStream, time::timeout};
 use crate::{
     address::Share,
     cohorts::Outcome,
-    connection::{answer::Linger, attempt::Attempt, live::Live, online::Online},
-    door::{Door, Handshake, LATE_AFTER, Late, TURNED_HEAD_TIME_MAX, Turned},
+    connection::{
+        answer::Linger,
+        arrive::{Arrived, Astray},
+        attempt::Attempt,
+        live::Live,
+        online::Online,
+        patience::{Hurry, Patience},
+    },
+    door::{Door, Handshake, TURNED_HEAD_TIME_MAX, Turned},
     drain,
     head::{Complete, HeadError, HeadReader},
     lookup::Concluded,
@@ -34,10 +39,6 @@ use crate::{
     state::Shared,
     transport::Transport,
 };
-
-/// A head that has taken this part of its time counts as slow: over half of the places in use, its address then gets no more
-/// than a fair share of them. Not sooner, since a crowd that comes back at once has slow ones too.
-const SLOW_AFTER_PART: u32 = 2;
 
 /// A node that is full sends devices away for at least this long.
 const NODE_FULL_FOR: Duration = Duration::from_secs(30);
@@ -53,22 +54,31 @@ const LEFT: Interest = Interest::ERROR;
 pub async fn serve(
     shared: Shared,
     door: Arc<Door>,
-    mut stream: Transport,
+    tcp: TcpStream,
     peer: SocketAddr,
     place: Result<Share, Turned>,
     mut handshake: Handshake,
 ) {
     let attempt = Attempt::begin(&shared, peer);
     let limit = place.as_ref().err().copied().and_then(Turned::limit);
-    let head = read_head(&shared, &door, &mut stream, limit, &mut handshake).await;
+    let Arrived { mut stream, certified } = match arrive::arrive(&shared, &door, tcp, limit, &mut handshake).await {
+        Ok(arrived) => arrived,
+        Err(Astray::Ended(outcome)) => return attempt.never_began(outcome),
+        Err(Astray::Plain(stream)) => {
+            attempt.never_began("plain_http");
+            let refusal = Refusal::bad_request("TLS is spoken here: connect with wss:// or https://");
+            return answer::refuse(&shared, &door, stream, &refusal, Linger::Unread).await;
+        }
+    };
+    let head = read_head(&shared, &door, &mut stream, certified, limit, &mut handshake).await;
     drop(handshake);
 
     let Complete { parsed, leftover } = match head {
         Ok(complete) => complete,
         Err(NoHead::PeerGone { has_begun: true }) => return attempt.count(Outcome::Abandoned),
-        Err(NoHead::PeerGone { has_begun: false }) => return count_silent(&shared, limit),
+        Err(NoHead::PeerGone { has_begun: false }) => return attempt.never_began(silent(limit)),
         Err(NoHead::Silent(refusal)) => {
-            count_silent(&shared, limit);
+            attempt.never_began(silent(limit));
             return answer::refuse(&shared, &door, stream, &refusal, Linger::Unread).await;
         }
         Err(NoHead::Refused(refusal)) => {
@@ -150,9 +160,8 @@ fn throttled(limit: Limit) -> Refusal {
 }
 
 /// A connection that never sent a byte is no attempt.
-fn count_silent(shared: &Shared, limit: Option<Limit>) {
-    let outcome = limit.map_or("silent", |_| "address_limited");
-    shared.metrics.connections.increment(outcome);
+fn silent(limit: Option<Limit>) -> &'static str {
+    limit.map_or("silent", |_| "address_limited")
 }
 
 /// Reads one head. Where a `limit` on the address refuses the connection already, only a moment is waited for it.
@@ -160,36 +169,24 @@ async fn read_head(
     shared: &Shared,
     door: &Door,
     stream: &mut Transport,
+    certified: Option<Certified>,
     limit: Option<Limit>,
     handshake: &mut Handshake,
 ) -> Result<Complete<Result<Request, Refusal>>, NoHead> {
     let limits = &shared.config.limits;
-    let time_max = match limit {
-        Some(_) => limits.head_timeout().min(TURNED_HEAD_TIME_MAX),
-        None => limits.head_timeout(),
-    };
+    let time_max = limit.map_or(limits.head_timeout(), |_| TURNED_HEAD_TIME_MAX);
+    let mut patience = Patience::begin(door, handshake, time_max, limits.head_timeout());
     let mut reader = HeadReader::new(limits.head_bytes_max);
-    let mut parse = |head: &hello::Head<'_>| hello::parse(head, &shared.config.identity);
+    let mut parse = |head: &hello::Head<'_>| hello::parse(head, &shared.config.identity, certified);
     let reading = async {
-        let begun = Instant::now();
-        let mut has_been_spared = false;
         loop {
-            let left = time_max.saturating_sub(begun.elapsed());
-            if let Ok(read) = timeout(left.min(LATE_AFTER), reader.read(stream, &mut parse)).await {
+            if let Ok(read) = timeout(patience.span(), reader.read(stream, &mut parse)).await {
                 break Ok(read);
             }
-            if left <= LATE_AFTER {
-                break Err(limit.map_or_else(Refusal::request_timeout, throttled));
-            }
-            if begun.elapsed() >= limits.head_timeout() / SLOW_AFTER_PART {
-                handshake.mark_slow();
-            }
-            if door.make_way(handshake) == Late::Leave {
-                // On a busy machine its bytes may have come without being read; that counts once.
-                if has_been_spared || !stream.has_unread() {
-                    break Err(throttled(limit.unwrap_or(Limit::AddressHandshakes)));
-                }
-                has_been_spared = true;
+            match patience.look(|| stream.has_unread()) {
+                Ok(()) => {}
+                Err(Hurry::TimedOut) => break Err(limit.map_or_else(Refusal::request_timeout, throttled)),
+                Err(Hurry::MakeWay) => break Err(throttled(limit.unwrap_or(Limit::AddressHandshakes))),
             }
         }
     };

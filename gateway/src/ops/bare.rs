@@ -14,11 +14,11 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
     time::{Sleep, sleep},
 };
 
 use super::problem::{Code, MEDIA_TYPE, Problem};
+use crate::transport::Transport;
 
 /// What hyper's own answer says, whatever its status. Answers of ours have bodies.
 const NO_BODY: &[u8] = b"content-length: 0\r\n";
@@ -28,7 +28,7 @@ const LINGER_TIME: Duration = Duration::from_millis(500);
 
 /// A connection whose bare answers are dressed.
 pub struct Dressed {
-    stream: TcpStream,
+    stream: Transport,
     refusal: Option<Refusal>,
 }
 
@@ -43,7 +43,7 @@ struct Refusal {
 }
 
 impl Dressed {
-    pub fn new(stream: TcpStream) -> Self {
+    pub fn new(stream: Transport) -> Self {
         Self { stream, refusal: None }
     }
 }
@@ -65,7 +65,7 @@ fn problem_for(bytes: &[u8]) -> Option<Problem> {
 }
 
 /// The bytes of a problem, as the last answer of a connection.
-fn written_out(problem: Problem) -> Vec<u8> {
+pub fn written_out(problem: Problem) -> Vec<u8> {
     let (status, body) = problem.into_json();
     let phrase = status.canonical_reason().unwrap_or_default();
     format!(

@@ -9,13 +9,19 @@ use hyper_util::{
 };
 use socket2::SockRef;
 use tokio::{
+    io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
     sync::Semaphore,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{Api, bare::Dressed, router};
-use crate::state::Shared;
+use super::{
+    Api,
+    bare::{self, Dressed},
+    problem::{Code, Problem},
+    router,
+};
+use crate::{socket::drain, state::Shared, tls::NoTls, transport::Transport};
 
 /// Time for the head of a request, and for the next request on a connection that is kept. Then the connection is closed.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
@@ -25,6 +31,9 @@ const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(30);
 const HEAD_BYTES_MAX: usize = 16 * 1024;
 /// Time for answers and changes under way when the gateway ends: less than it has itself.
 const END_MAX: Duration = Duration::from_millis(1_500);
+/// What is still read from a client that speaks no TLS, and for how long.
+const LINGER_LEN_MAX: usize = 64 * 1024;
+const LINGER_TIME: Duration = Duration::from_millis(500);
 /// Wait after a failed accept (too many open files), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -48,9 +57,11 @@ pub async fn serve(listener: TcpListener, state: Shared, stop: CancellationToken
             None => break,
             Some((permit, Ok((stream, _)))) => {
                 let service = TowerToHyperService::new(router.clone());
-                let stop = stop.clone();
+                let (stop, api) = (stop.clone(), Arc::clone(&api));
                 connections.spawn(async move {
-                    connection(stream, service, stop).await;
+                    if let Some(stream) = secured(&api.state, stream).await {
+                        connection(stream, service, stop).await;
+                    }
                     drop(permit);
                 });
             }
@@ -73,8 +84,30 @@ pub async fn serve(listener: TcpListener, state: Shared, stop: CancellationToken
     }
 }
 
-async fn connection(stream: TcpStream, service: TowerToHyperService<axum::Router>, stop: CancellationToken) {
-    let socket = SockRef::from(&stream);
+/// The connection with TLS on it, where this listener speaks that.
+async fn secured(state: &Shared, tcp: TcpStream) -> Option<Transport> {
+    let Some(endpoint) = &state.tls.ops else {
+        return Some(tcp.into());
+    };
+    match endpoint.accept_within(tcp, state.config.tls.handshake_timeout()).await {
+        Ok(stream) => Some(stream),
+        Err(NoTls::Plain(mut tcp)) => {
+            let problem = Problem::new(Code::BadRequest, "TLS is spoken here: use https://");
+            if tcp.write_all(&bare::written_out(problem)).await.is_ok() {
+                drain(&mut tcp.into(), LINGER_LEN_MAX, LINGER_TIME).await;
+            }
+            None
+        }
+        Err(NoTls::Silent) => None,
+        Err(NoTls::Failed(error)) => {
+            tracing::debug!(%error, "a TLS handshake of the API failed");
+            None
+        }
+    }
+}
+
+async fn connection(stream: Transport, service: TowerToHyperService<axum::Router>, stop: CancellationToken) {
+    let socket = SockRef::from(stream.tcp());
     let tuned = socket
         .set_tcp_nodelay(true)
         .and_then(|()| socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX)));

@@ -146,7 +146,7 @@ impl World<'_> {
         let cohort = self.devices.cohort(device);
         Hello {
             device: self.devices.id(device),
-            credential: Some(CREDENTIAL),
+            credential: Some(CREDENTIAL.into()),
             firmware: label(self.devices.version_name(cohort.version)),
             model: cohort.model.clone(),
             tenant: Some(cohort.tenant.clone()),
@@ -328,7 +328,7 @@ impl World<'_> {
         }
         let grant = Grant {
             device: self.devices.id(device),
-            credential: CREDENTIAL,
+            credential: CREDENTIAL.into(),
             tenant: cohort.tenant.clone(),
             model: cohort.model.clone(),
             generation: GENERATION,

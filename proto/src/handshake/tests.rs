@@ -5,7 +5,7 @@ use rand::{SeedableRng, rngs::SmallRng};
 use super::*;
 use crate::{
     hello::SessionKind,
-    id::RuleId,
+    id::{RuleId, SecretHash},
     refusal::Code,
     resume::{LIFE, ResumeKeys, Revoked},
     rules::{Effect, Match, RuleSpec},
@@ -24,7 +24,7 @@ fn label(text: &str) -> Label {
 fn hello(firmware: &str) -> Hello {
     Hello {
         device: "9b0c2e4a-11d2-7f00-8000-0000000000aa".parse().unwrap(),
-        credential: Some(SecretHash::of(b"right")),
+        credential: Some(SecretHash::of(b"right").into()),
         firmware: Some(label(firmware)),
         model: None,
         tenant: None,
@@ -104,7 +104,7 @@ fn draining_comes_before_rules_and_rules_before_the_credential() {
 #[test]
 fn unknown_wrong_missing_and_revoked_are_one_answer() {
     let wrong = Hello {
-        credential: Some(SecretHash::of(b"wrong")),
+        credential: Some(SecretHash::of(b"wrong").into()),
         ..hello("1")
     };
     let missing = Hello {
@@ -248,7 +248,7 @@ fn token_that_does_not_count_is_ignored_and_none_is_no_outcome() {
     let mut revoked = none_revoked();
     revoked.revoke(hello("1").device, Generation(8));
     let stolen = Hello {
-        credential: Some(SecretHash::of(b"wrong")),
+        credential: Some(SecretHash::of(b"wrong").into()),
         ..returning("1")
     };
 
@@ -281,6 +281,26 @@ fn rules_by_registry_data_win_over_the_token() {
         assert!(matches!(resumption.next, Next::Refused(refusal) if refusal.code == Code::FirmwareBlocked));
         assert_eq!(resumption.outcome, Some(ResumeOutcome::Blocked));
     }
+}
+
+#[test]
+fn certificate_is_a_credential_and_the_registry_still_decides() {
+    let by_certificate = || Hello {
+        credential: Some(Credential::of_certificate(b"der")),
+        ..hello("1")
+    };
+
+    let admitted = conclude_by(by_certificate(), Some(&record(DeviceState::Enabled)), &RuleSet::empty()).unwrap();
+    let disabled = conclude_by(
+        by_certificate(),
+        Some(&record(DeviceState::Disabled)),
+        &RuleSet::empty(),
+    );
+    let unknown = conclude_by(by_certificate(), None, &RuleSet::empty());
+
+    assert_eq!(admitted.grant.credential, Credential::of_certificate(b"der"));
+    assert_eq!(disabled.unwrap_err().code, Code::DeviceDisabled);
+    assert_eq!(unknown.unwrap_err().code, Code::Unauthorized);
 }
 
 #[test]

@@ -6,9 +6,9 @@ use base64::{
 };
 use percent_encoding::percent_decode_str;
 
-use super::{IdentityNames, single};
+use super::{Certified, IdentityNames, single};
 use crate::{
-    id::{DeviceId, Label, SecretHash},
+    id::{Credential, DeviceId, Label, SecretHash},
     refusal::Refusal,
 };
 
@@ -18,11 +18,13 @@ const _: () = assert!(crate::resume::TOKEN_TEXT_LEN_MAX <= TOKEN_LEN_MAX);
 
 const DOUBLED: &str = "an identity header is given twice";
 const DOUBLED_QUERY: &str = "an identity parameter is given twice";
+const OTHER_DEVICE: &str = "the device id is not the one that the client certificate names";
+const AMBIGUOUS: &str = "the client certificate names several devices";
 const BAD_DEVICE: &str = "the device id is not a UUID";
 
 pub(super) struct Identity {
     pub(super) device: DeviceId,
-    pub(super) credential: Option<SecretHash>,
+    pub(super) credential: Option<Credential>,
     pub(super) firmware: Option<Label>,
     pub(super) model: Option<Label>,
     pub(super) tenant: Option<Label>,
@@ -32,13 +34,33 @@ pub(super) struct Identity {
 
 type Headers<'a> = &'a [(&'a str, &'a [u8])];
 
-pub(super) fn parse(headers: Headers<'_>, query: &str, names: &IdentityNames) -> Result<Identity, Refusal> {
+pub(super) fn parse(
+    headers: Headers<'_>,
+    query: &str,
+    names: &IdentityNames,
+    certified: Option<Certified>,
+) -> Result<Identity, Refusal> {
     let device_header = single(headers, &names.device_header, DOUBLED)?;
     let authorization = Authorization::parse(single(headers, "Authorization", "Authorization is given twice")?);
     let label = |header, parameter, detail| label(headers, query, header, parameter, detail);
+    let claimed = device(device_header, &authorization, query, names)?;
+    let (device, credential) = match (certified, claimed) {
+        (Some(Certified::Ambiguous), _) => return Err(Refusal::bad_request(AMBIGUOUS)),
+        (Some(Certified::Device { device, .. }), Some(claimed)) if claimed != device => {
+            return Err(Refusal::bad_request(OTHER_DEVICE));
+        }
+        (Some(Certified::Device { device, credential }), _) => (device, Some(credential)),
+        (None, Some(device)) => (
+            device,
+            authorization
+                .secret()
+                .map(|secret| Credential::Secret(SecretHash::of(secret))),
+        ),
+        (None, None) => return Err(Refusal::bad_request("the device id is missing")),
+    };
     Ok(Identity {
-        device: device(device_header, &authorization, query, names)?,
-        credential: authorization.secret().map(SecretHash::of),
+        device,
+        credential,
         firmware: label(
             &names.firmware_header,
             &names.firmware_query,
@@ -59,25 +81,24 @@ pub(super) fn parse(headers: Headers<'_>, query: &str, names: &IdentityNames) ->
     })
 }
 
-/// Header, then Basic user name, then query.
+/// Header, then Basic user name, then query; `None` where there is none of them.
 fn device(
     header: Option<&[u8]>,
     authorization: &Authorization,
     query: &str,
     names: &IdentityNames,
-) -> Result<DeviceId, Refusal> {
+) -> Result<Option<DeviceId>, Refusal> {
     if let Some(value) = header {
-        return device_from(value.trim_ascii());
+        return device_from(value.trim_ascii()).map(Some);
     }
     match authorization {
-        Authorization::Basic { user, .. } => return device_from(user),
+        Authorization::Basic { user, .. } => return device_from(user).map(Some),
         Authorization::BrokenBasic => return Err(Refusal::bad_request("the Basic credentials are malformed")),
         Authorization::None | Authorization::Bearer(_) | Authorization::BasicWithoutUser { .. } => {}
     }
-    match parameter(query, &names.device_query)? {
-        Some(value) => device_from(&value),
-        None => Err(Refusal::bad_request("the device id is missing")),
-    }
+    parameter(query, &names.device_query)?
+        .map(|value| device_from(&value))
+        .transpose()
 }
 
 fn device_from(bytes: &[u8]) -> Result<DeviceId, Refusal> {

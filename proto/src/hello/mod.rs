@@ -10,7 +10,7 @@ mod upgrade;
 pub use names::{IdentityNames, InvalidName};
 
 use crate::{
-    id::{DeviceId, Label, SecretHash},
+    id::{Credential, DeviceId, Label},
     refusal::Refusal,
 };
 
@@ -43,8 +43,8 @@ pub enum Request {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
     pub device: DeviceId,
-    /// The hash of the credential shown; the credential itself is not kept.
-    pub credential: Option<SecretHash>,
+    /// Its certificate where that names the device, else the secret shown; neither itself is kept.
+    pub credential: Option<Credential>,
     pub firmware: Option<Label>,
     pub model: Option<Label>,
     /// The tenant it claims. After the look-up the registry's counts.
@@ -58,6 +58,15 @@ pub struct Hello {
     pub protocol: Option<Box<str>>,
     /// `Sec-WebSocket-Key`, as it was sent: base64 of 16 bytes.
     pub websocket_key: [u8; 24],
+}
+
+/// What a client certificate, verified by TLS, says of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Certified {
+    /// It names one device: certificate and private key are its credential.
+    Device { device: DeviceId, credential: Credential },
+    /// It names several: nobody can tell whose it is.
+    Ambiguous,
 }
 
 /// Who speaks first, and what data frames mean.
@@ -80,11 +89,12 @@ impl SessionKind {
     }
 }
 
-/// Reads the form of a request: which resource, whether it is a WebSocket upgrade, and who says to be there.
+/// Reads the form of a request: which resource, whether it is a WebSocket upgrade, and who says to be there. `certified`: what
+/// the client's certificate says, where TLS has verified one that names a device.
 ///
 /// # Errors
 /// The refusal to answer with: `not_found`, `method_not_allowed`, `bad_request` or `upgrade_required`.
-pub fn parse(head: &Head<'_>, names: &IdentityNames) -> Result<Request, Refusal> {
+pub fn parse(head: &Head<'_>, names: &IdentityNames, certified: Option<Certified>) -> Result<Request, Refusal> {
     let (path, query) = split_target(head.target);
     match path {
         "/v1/connect" => {}
@@ -96,7 +106,7 @@ pub fn parse(head: &Head<'_>, names: &IdentityNames) -> Result<Request, Refusal>
         return Err(Refusal::method_not_allowed());
     }
     let upgrade = upgrade::parse(head)?;
-    let identity = identity::parse(head.headers, query, names)?;
+    let identity = identity::parse(head.headers, query, names, certified)?;
     Ok(Request::Connect(Hello {
         device: identity.device,
         credential: identity.credential,

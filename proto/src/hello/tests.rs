@@ -2,7 +2,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use proptest::prelude::*;
 
 use super::*;
-use crate::refusal::Code;
+use crate::{id::SecretHash, refusal::Code};
 
 const ID: &str = "9b0c2e4a-11d2-7f00-8000-0000000000aa";
 const OTHER_ID: &str = "00000000-0000-4000-8000-000000000001";
@@ -21,7 +21,7 @@ fn parse_with(method: &str, target: &str, http_minor: u8, headers: &[(&str, &str
         http_minor,
         headers: &headers,
     };
-    parse(&head, &IdentityNames::default())
+    parse(&head, &IdentityNames::default(), None)
 }
 
 /// An upgrade with these headers besides.
@@ -52,6 +52,55 @@ fn basic(pair: &str) -> String {
     format!("Basic {}", STANDARD.encode(pair))
 }
 
+/// An upgrade with these headers besides, over TLS with a client certificate.
+fn certified_hello(certified: Certified, extra: &[(&str, &str)]) -> Result<Hello, Refusal> {
+    let headers: Vec<(&str, &[u8])> = UPGRADE
+        .into_iter()
+        .chain(extra.iter().copied())
+        .map(|(name, value)| (name, value.as_bytes()))
+        .collect();
+    let head = Head {
+        method: "GET",
+        target: "/v1/connect",
+        http_minor: 1,
+        headers: &headers,
+    };
+    match parse(&head, &IdentityNames::default(), Some(certified))? {
+        Request::Connect(hello) => Ok(hello),
+        Request::Ready => panic!("not a device's request"),
+    }
+}
+
+#[test]
+fn certificate_is_id_and_credential_and_a_different_id_beside_it_is_refused() {
+    let credential = Credential::of_certificate(b"der");
+    let certified = Certified::Device {
+        device: ID.parse().unwrap(),
+        credential,
+    };
+
+    for extra in [&[][..], &[("Seawall-Device", ID)], &[("Authorization", "Bearer x")]] {
+        let hello = certified_hello(certified, extra).unwrap();
+
+        assert_eq!(
+            (hello.device, hello.credential),
+            (ID.parse().unwrap(), Some(credential))
+        );
+    }
+    let other_basic = basic(&format!("{OTHER_ID}:x"));
+    for extra in [
+        ("Seawall-Device", OTHER_ID),
+        ("Authorization", &other_basic),
+        ("Seawall-Device", "x"),
+    ] {
+        assert_eq!(code(certified_hello(certified, &[extra])), Code::BadRequest);
+    }
+    assert_eq!(
+        code(certified_hello(Certified::Ambiguous, &[("Seawall-Device", ID)])),
+        Code::BadRequest
+    );
+}
+
 #[test]
 fn full_hello_is_read_from_headers() {
     let hello = hello(
@@ -70,7 +119,7 @@ fn full_hello_is_read_from_headers() {
     .unwrap();
 
     assert_eq!(hello.device, ID.parse().unwrap());
-    assert_eq!(hello.credential, Some(SecretHash::of(b"s3cret")));
+    assert_eq!(hello.credential, Some(SecretHash::of(b"s3cret").into()));
     assert_eq!(hello.firmware.as_deref(), Some("3.8.0 b3"));
     assert_eq!(hello.model.as_deref(), Some("cam"));
     assert_eq!(hello.tenant.as_deref(), Some("acme"));
@@ -86,7 +135,7 @@ fn basic_names_the_device_and_its_credential() {
     let hello = hello("/v1/connect", &[("Authorization", &basic(&format!("{ID}:a:b")))]).unwrap();
 
     assert_eq!(hello.device, ID.parse().unwrap());
-    assert_eq!(hello.credential, Some(SecretHash::of(b"a:b")));
+    assert_eq!(hello.credential, Some(SecretHash::of(b"a:b").into()));
 }
 
 #[test]
@@ -159,7 +208,7 @@ fn basic_without_a_user_leaves_the_id_to_the_query() {
     let hello = hello(&format!("/v1/connect?device={ID}"), &[("Authorization", &basic(":s"))]).unwrap();
 
     assert_eq!(hello.device, ID.parse().unwrap());
-    assert_eq!(hello.credential, Some(SecretHash::of(b"s")));
+    assert_eq!(hello.credential, Some(SecretHash::of(b"s").into()));
 }
 
 #[test]
@@ -248,7 +297,7 @@ fn renamed_headers_and_parameters_replace_the_defaults() {
         headers: &headers,
     };
 
-    let Ok(Request::Connect(hello)) = parse(&head, &names) else {
+    let Ok(Request::Connect(hello)) = parse(&head, &names, None) else {
         panic!("refused");
     };
 
@@ -439,7 +488,7 @@ proptest! {
         let headers: Vec<(&str, &[u8])> =
             upgrade.chain(headers.iter().map(|(name, value)| (name.as_str(), value.as_slice()))).collect();
 
-        let _ = parse(&Head { method, target: &target, http_minor, headers: &headers }, &IdentityNames::default());
+        let _ = parse(&Head { method, target: &target, http_minor, headers: &headers }, &IdentityNames::default(), None);
     }
 
     #[test]
@@ -449,7 +498,7 @@ proptest! {
         headers.push(("Seawall-Device", ID.as_bytes()));
         headers.push(("Seawall-Firmware", &value));
 
-        match parse(&Head { method: "GET", target: "/v1/connect", http_minor: 1, headers: &headers }, &IdentityNames::default()) {
+        match parse(&Head { method: "GET", target: "/v1/connect", http_minor: 1, headers: &headers }, &IdentityNames::default(), None) {
             Ok(Request::Connect(hello)) => prop_assert!(hello.firmware.is_none_or(|firmware| firmware.len() <= Label::LEN_MAX)),
             Ok(Request::Ready) => prop_assert!(false),
             Err(refusal) => prop_assert_eq!(refusal.code, Code::BadRequest),

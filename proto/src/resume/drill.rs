@@ -155,7 +155,7 @@ mod tests {
     fn grant() -> Grant {
         Grant {
             device: DeviceId::from_uuid(uuid::Uuid::from_u128(1)),
-            credential: SecretHash::of(b"right"),
+            credential: SecretHash::of(b"right").into(),
             tenant: label("acme"),
             model: Some(label("camera 2")),
             generation: Generation(7),
@@ -207,7 +207,7 @@ mod tests {
             id: grant().device,
             tenant: label("acme"),
             model: Some(label("camera 2")),
-            secret: grant().credential,
+            secret: *grant().credential.hash(),
             previous_secret: None,
             state: DeviceState::Enabled,
         };

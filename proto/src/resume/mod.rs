@@ -12,7 +12,7 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    id::{DeviceId, Label, SecretHash, SessionId},
+    id::{Credential, DeviceId, Label, SessionId},
     time::WallTime,
 };
 
@@ -49,7 +49,7 @@ const _: () = assert!(EPOCH.as_secs() >= LIFE_MAX.as_secs() + GRACE.as_secs() + 
 pub struct Grant {
     pub device: DeviceId,
     /// The credential that the device showed, and must show again.
-    pub credential: SecretHash,
+    pub credential: Credential,
     /// The registry's.
     pub tenant: Label,
     /// The registry's, whatever the device says.
@@ -79,7 +79,7 @@ impl Grant {
         }
         let is_final = expires < by_life;
         let text = keys.sign(
-            &self.credential,
+            self.credential.hash(),
             &Claims {
                 device: self.device,
                 issued: wall,
@@ -156,13 +156,13 @@ impl Judge<'_> {
     pub fn weigh(
         &self,
         device: DeviceId,
-        credential: &SecretHash,
+        credential: &Credential,
         token: &str,
         wall: WallTime,
     ) -> Result<Counted, Unusable> {
         let claims = self
             .keys
-            .verify(credential, token, wall)
+            .verify(credential.hash(), token, wall)
             .filter(|claims| claims.device == device && claims.issued <= wall + SKEW)
             .ok_or(Unusable::Invalid)?;
         let is_graced = wall > claims.expires + SKEW;

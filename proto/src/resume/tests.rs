@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::id::SecretHash;
 
 const SECRET: [u8; 32] = [1; 32];
 
@@ -16,8 +17,8 @@ fn label(text: &str) -> Label {
     Label::parse(text).unwrap().unwrap()
 }
 
-fn credential() -> SecretHash {
-    SecretHash::of(b"right")
+fn credential() -> Credential {
+    SecretHash::of(b"right").into()
 }
 
 /// A Monday, a while ago.
@@ -53,7 +54,7 @@ struct Weighed<'a> {
     revoked: Revoked,
     is_stale: bool,
     device: DeviceId,
-    credential: SecretHash,
+    credential: Credential,
     token: &'a str,
     wall: WallTime,
 }
@@ -124,7 +125,7 @@ fn token_of_another_device_credential_root_or_form_does_not_count() {
             ..shown()
         },
         Weighed {
-            credential: SecretHash::of(b"other"),
+            credential: SecretHash::of(b"other").into(),
             ..shown()
         },
         Weighed {

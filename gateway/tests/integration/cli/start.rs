@@ -49,7 +49,12 @@ fn wrong_flags_and_environment_are_named_with_exit_2() {
         2,
         &["max_memory_bytes", "1000000", "67108864"],
     );
-    assert_refused(&serve(&["--tls-cert", "cert.pem"]), 2, &["--tls-cert"]);
+    assert_refused(&serve(&["--tls-cert", "cert.pem"]), 2, &["tls.key"]);
+    assert_refused(
+        &serve(&["--tls-cert", "cert.pem", "--tls-key", "key.pem"]),
+        2,
+        &["tls.certificate", "cert.pem"],
+    );
     assert_refused(
         &serve(&["--database", "mysql://u:hidden@h/d"]),
         2,

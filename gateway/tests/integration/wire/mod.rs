@@ -5,4 +5,5 @@ mod handshake;
 mod pressure;
 pub mod raw;
 mod refusals;
-mod rig;
+pub mod rig;
+mod tls;

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     time::timeout,
 };
@@ -78,7 +78,7 @@ pub async fn ask(address: SocketAddr, bytes: &[u8]) -> Response {
 }
 
 /// Reads one answer, byte by byte up to the end of its head, so that frames behind a 101 stay in the stream.
-pub async fn response(stream: &mut TcpStream) -> Response {
+pub async fn response(stream: &mut (impl AsyncRead + Unpin)) -> Response {
     let reading = async {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {

@@ -20,6 +20,7 @@ use seawall_gateway::{
     sessions::Sessions,
     state::{Plan, Shared, SharedIds, State},
     store::{Audit, NewDevice, Store},
+    tls::Tls,
     tokens::Tokens,
 };
 use seawall_proto::{
@@ -87,6 +88,7 @@ impl Gateway {
             drain: Drain::default(),
             metrics,
             tokens: Tokens::open(data_dir.path()).unwrap(),
+            tls: Tls::open(&config).unwrap(),
             plan: Plan::default(),
             shared_ids: SharedIds::default(),
             session_limits,

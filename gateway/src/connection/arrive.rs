@@ -1,0 +1,90 @@
+//! What comes before the head of a request: TLS, where the listener speaks it. Start with [`arrive`].
+
+use std::pin::pin;
+
+use seawall_proto::{hello::Certified, refusal::Limit};
+use tokio::{net::TcpStream, time::timeout};
+
+use super::patience::{Hurry, Patience};
+use crate::{
+    door::{Door, Handshake, TURNED_HEAD_TIME_MAX},
+    state::Shared,
+    tls::{self, Endpoint},
+    transport::Transport,
+};
+
+/// A connection whose request can be read.
+pub(super) struct Arrived {
+    pub(super) stream: Transport,
+    /// What a client certificate says of the device.
+    pub(super) certified: Option<Certified>,
+}
+
+/// A connection that never gets so far, by the label of `seawall_connections_total`.
+pub(super) enum Astray {
+    /// Nothing can be said to it.
+    Ended(&'static str),
+    /// It speaks HTTP to a listener that speaks TLS: it can be told.
+    Plain(Transport),
+}
+
+/// Where the listener speaks TLS, its handshake. It holds a place at the door like the head, and has a time of its own.
+pub(super) async fn arrive(
+    shared: &Shared,
+    door: &Door,
+    tcp: TcpStream,
+    limit: Option<Limit>,
+    handshake: &mut Handshake,
+) -> Result<Arrived, Astray> {
+    let Some(endpoint) = &shared.tls.devices else {
+        return Ok(Arrived {
+            stream: tcp.into(),
+            certified: None,
+        });
+    };
+    let time_usual = shared.config.tls.handshake_timeout();
+    let time_max = limit.map_or(time_usual, |_| TURNED_HEAD_TIME_MAX);
+    let patience = Patience::begin(door, handshake, time_max, time_usual);
+    tokio::select! {
+        arrived = secure(endpoint, tcp, patience) => arrived,
+        () = door.closing.cancelled() => Err(Astray::Ended("silent")),
+    }
+}
+
+async fn secure(endpoint: &Endpoint, tcp: TcpStream, mut patience: Patience<'_>) -> Result<Arrived, Astray> {
+    let mut first = [0];
+    // Before anything is set up for it: a peer that sends nothing costs no more than on plain TCP.
+    let peeked = wait_for(&mut patience, tcp.peek(&mut first)).await;
+    match peeked {
+        Ok(Ok(1..)) if tls::is_tls(first[0]) => {}
+        Ok(Ok(1..)) => return Err(Astray::Plain(tcp.into())),
+        Ok(Ok(0) | Err(_)) | Err(_) => return Err(Astray::Ended("silent")),
+    }
+    let mut accept = endpoint.accept(tcp);
+    loop {
+        if let Ok(accepted) = timeout(patience.span(), &mut accept).await {
+            let tls = accepted.map_err(|error| {
+                tracing::debug!(%error, "a TLS handshake failed");
+                Astray::Ended("tls_failed")
+            })?;
+            let certified = tls::certified(&tls);
+            return Ok(Arrived {
+                stream: Transport::Tls(Box::new(tls)),
+                certified,
+            });
+        }
+        let has_unread = || accept.get_ref().is_some_and(crate::transport::has_unread);
+        patience.look(has_unread).map_err(|_| Astray::Ended("tls_failed"))?;
+    }
+}
+
+/// Waits for one thing as long as patience lasts.
+async fn wait_for<T>(patience: &mut Patience<'_>, step: impl Future<Output = T>) -> Result<T, Hurry> {
+    let mut step = pin!(step);
+    loop {
+        if let Ok(done) = timeout(patience.span(), &mut step).await {
+            return Ok(done);
+        }
+        patience.look(|| false)?;
+    }
+}

@@ -1,0 +1,69 @@
+//! How long one step of a handshake may take, and what becomes of one that is late. Start with [`Patience`].
+
+use std::time::{Duration, Instant};
+
+use crate::door::{Door, Handshake, LATE_AFTER, Late};
+
+/// A step that has taken this part of its time counts as slow: over half of the places in use, its address then gets no more
+/// than a fair share of them. Not sooner, since a crowd that comes back at once has slow ones too.
+const SLOW_AFTER_PART: u32 = 2;
+
+/// Why a step is given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hurry {
+    /// Its time is over.
+    TimedOut,
+    /// Others wait because of its address.
+    MakeWay,
+}
+
+/// The time of one step.
+pub(super) struct Patience<'a> {
+    door: &'a Door,
+    handshake: &'a mut Handshake,
+    begun: Instant,
+    time_max: Duration,
+    slow_after: Duration,
+    has_been_spared: bool,
+}
+
+impl<'a> Patience<'a> {
+    /// `time_usual` is what a step gets whose address is not refused already: `time_max` may be less.
+    pub(super) fn begin(
+        door: &'a Door,
+        handshake: &'a mut Handshake,
+        time_max: Duration,
+        time_usual: Duration,
+    ) -> Self {
+        Self {
+            door,
+            handshake,
+            begun: Instant::now(),
+            time_max: time_max.min(time_usual),
+            slow_after: time_usual / SLOW_AFTER_PART,
+            has_been_spared: false,
+        }
+    }
+
+    /// Wait for so long, then [`look`](Self::look).
+    pub(super) fn span(&self) -> Duration {
+        self.time_max.saturating_sub(self.begun.elapsed()).min(LATE_AFTER)
+    }
+
+    /// Whether the step may go on. `has_unread`: on a busy machine its bytes may have come without being read; that counts once.
+    pub(super) fn look(&mut self, has_unread: impl FnOnce() -> bool) -> Result<(), Hurry> {
+        if self.begun.elapsed() >= self.time_max {
+            return Err(Hurry::TimedOut);
+        }
+        if self.begun.elapsed() >= self.slow_after {
+            self.handshake.mark_slow();
+        }
+        if self.door.make_way(self.handshake) == Late::Leave {
+            if self.has_been_spared || !has_unread() {
+                return Err(Hurry::MakeWay);
+            }
+            self.has_been_spared = true;
+        }
+        Ok(())
+    }
+}

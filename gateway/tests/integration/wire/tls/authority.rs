@@ -1,0 +1,173 @@
+//! An authority of the test's own, its certificates in files, and clients that trust it.
+
+use std::{fs, net::SocketAddr, path::PathBuf, sync::Arc};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType, IsCa, KeyIdMethod,
+    KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber, date_time_ymd,
+};
+use rustls::{
+    ClientConfig, ProtocolVersion, RootCertStore, SupportedProtocolVersion,
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
+};
+use seawall_gateway::tls::provider;
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+/// What every certificate of a gateway here is for.
+pub const HOST: &str = "gateway.test";
+
+/// Issues certificates, and holds their files until it is dropped.
+pub struct Authority {
+    issuer: CertifiedIssuer<'static, KeyPair>,
+    files: tempfile::TempDir,
+    last_serial: u64,
+}
+
+/// A certificate and its key, as PEM.
+pub struct Identity {
+    pub certificate: String,
+    pub key: String,
+    pub serial: SerialNumber,
+}
+
+impl Authority {
+    pub fn new() -> Self {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name.push(DnType::CommonName, "test authority");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        Self {
+            issuer: CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap(),
+            files: tempfile::tempdir().unwrap(),
+            last_serial: 0,
+        }
+    }
+
+    /// A certificate of a gateway, or of any other server.
+    pub fn server(&mut self) -> Identity {
+        self.issue(CertificateParams::new(vec![HOST.to_owned()]).unwrap())
+    }
+
+    /// A device's, with this common name and these alternative names.
+    pub fn client(&mut self, common_name: &str, names: Vec<SanType>) -> Identity {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name.push(DnType::CommonName, common_name);
+        params.subject_alt_names = names;
+        self.issue(params)
+    }
+
+    fn issue(&mut self, mut params: CertificateParams) -> Identity {
+        self.last_serial += 1;
+        let serial = SerialNumber::from(self.last_serial);
+        params.serial_number = Some(serial.clone());
+        let key = KeyPair::generate().unwrap();
+        Identity {
+            certificate: params.signed_by(&key, &self.issuer).unwrap().pem(),
+            key: key.serialize_pem(),
+            serial,
+        }
+    }
+
+    /// A list of these revoked certificates.
+    pub fn revocations(&self, serials: &[&SerialNumber]) -> String {
+        let revoked = |serial: &&SerialNumber| RevokedCertParams {
+            serial_number: (*serial).clone(),
+            revocation_time: date_time_ymd(2025, 1, 1),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let list = CertificateRevocationListParams {
+            this_update: date_time_ymd(2025, 1, 1),
+            next_update: date_time_ymd(2099, 1, 1),
+            crl_number: SerialNumber::from(1_u64),
+            issuing_distribution_point: None,
+            revoked_certs: serials.iter().map(revoked).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        list.signed_by(&self.issuer).unwrap().pem().unwrap()
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.files.path().join(name)
+    }
+
+    pub fn write(&self, name: &str, pem: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, pem).unwrap();
+        path
+    }
+
+    /// Puts a gateway's certificate where [`settings`](Self::settings) says.
+    pub fn write_server(&self, identity: &Identity) {
+        self.write("gateway.pem", &identity.certificate);
+        self.write("gateway.key", &identity.key);
+    }
+
+    /// `[tls]` with a certificate of this authority.
+    pub fn settings(&mut self) -> String {
+        let server = self.server();
+        self.write_server(&server);
+        self.write("ca.pem", &self.issuer.pem());
+        format!(
+            "[tls]\ncertificate = {:?}\nkey = {:?}\n",
+            self.path("gateway.pem"),
+            self.path("gateway.key")
+        )
+    }
+
+    /// The same, asking for client certificates of this authority.
+    pub fn settings_with_clients(&mut self) -> String {
+        let settings = self.settings();
+        format!("{settings}client_ca = {:?}\n", self.path("ca.pem"))
+    }
+
+    /// What a client of this authority's gateways connects with.
+    pub fn client_config(
+        &self,
+        versions: &[&'static SupportedProtocolVersion],
+        identity: Option<&Identity>,
+    ) -> Arc<ClientConfig> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.issuer.der().clone()).unwrap();
+        let builder = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(versions)
+            .unwrap()
+            .with_root_certificates(roots);
+        Arc::new(match identity {
+            None => builder.with_no_client_auth(),
+            Some(identity) => {
+                let chain = vec![CertificateDer::from_pem_slice(identity.certificate.as_bytes()).unwrap()];
+                let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).unwrap();
+                builder.with_client_auth_cert(chain, key).unwrap()
+            }
+        })
+    }
+
+    /// A TLS connection by the newest version.
+    pub async fn connect(
+        &self,
+        address: SocketAddr,
+        identity: Option<&Identity>,
+    ) -> std::io::Result<TlsStream<TcpStream>> {
+        let config = self.client_config(rustls::ALL_VERSIONS, identity);
+        dial(config, address).await
+    }
+}
+
+pub async fn dial(config: Arc<ClientConfig>, address: SocketAddr) -> std::io::Result<TlsStream<TcpStream>> {
+    let tcp = TcpStream::connect(address).await?;
+    let name = ServerName::try_from(HOST).unwrap();
+    TlsConnector::from(config).connect(name, tcp).await
+}
+
+/// The serial number that the gateway's certificate has, as its last byte.
+pub fn serial_of(stream: &TlsStream<TcpStream>) -> u64 {
+    let chain = stream.get_ref().1.peer_certificates().unwrap();
+    let (_, certificate) = x509_parser::parse_x509_certificate(&chain[0]).unwrap();
+    certificate.raw_serial().last().copied().unwrap().into()
+}
+
+pub fn version_of(stream: &TlsStream<TcpStream>) -> ProtocolVersion {
+    stream.get_ref().1.protocol_version().unwrap()
+}
