@@ -62,12 +62,22 @@ impl Admission {
     fn next_apart_batch(&mut self, now: Instant) -> Option<Batch> {
         let cohort = self.queue.next_apart()?;
         let free = self.keys_max().saturating_sub(self.queue.in_flight());
-        if self.queue.apart_in_flight() > 0 || free == 0 {
+        if self.queue.apart_in_flight() > 0 || free == 0 || now < self.costs.rests_until() {
             return None;
         }
         let keys_max = self.apart_keys().min(free);
         let ceiling = &mut self.ceiling;
         self.queue.next_apart_batch(cohort, keys_max, now, || ceiling.take(now))
+    }
+
+    /// When the next statement of a cohort apart may be sent, if it waits for the time alone.
+    pub(super) fn next_apart_at(&self, now: Instant) -> Option<Instant> {
+        if self.queue.apart_in_flight() > 0 {
+            return None;
+        }
+        self.queue.next_apart()?;
+        let rested = Some(self.costs.rests_until()).filter(|until| *until > now);
+        self.ceiling.blocked_until().max(rested)
     }
 
     /// Keys of cohorts apart that are in flight, or would be next: what the others leave to them.

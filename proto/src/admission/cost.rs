@@ -42,6 +42,9 @@ const CHEAP_RUN: u8 = 3;
 const APART_IDLE_MAX: Duration = Duration::from_secs(600);
 /// Time that a statement of a cohort apart shall take: well below the longest allowed, so that its devices are answered.
 const APART_STATEMENT: Duration = Duration::from_millis(250);
+/// While others are looked up too, a statement of a cohort apart is followed by a rest of this many times as long: the database belongs to
+/// them for most of the time. A quarter of it still lets the cohort in.
+const APART_RESTS: u32 = 3;
 /// Buckets of statements by the number of keys: 1, 2, 3–4, 5–8, … 129–256.
 const BUCKETS: usize = 9;
 
@@ -100,6 +103,8 @@ pub(super) struct Costs {
     trial: Option<Trial>,
     /// Statements of all who are not apart, lately.
     others: Option<Sample>,
+    /// No statement of a cohort apart is sent before.
+    rests_until: Instant,
 }
 
 #[derive(Debug)]
@@ -193,19 +198,38 @@ impl Costs {
         }
     }
 
-    /// Keys a second that the database answers for a cohort apart.
-    pub fn rate(&self, cohort: CohortTag) -> f64 {
+    /// When a cohort apart may send its next statement.
+    pub const fn rests_until(&self) -> Instant {
+        self.rests_until
+    }
+
+    /// Keys a second that are answered for a cohort apart, its rests included.
+    pub fn rate(&self, cohort: CohortTag, now: Instant) -> f64 {
+        let part = self.part(now);
         self.apart
             .get(&cohort)
-            .map_or(f64::MAX, |apart| 1.0 / apart.seconds_per_key)
+            .map_or(f64::MAX, |apart| part / apart.seconds_per_key)
+    }
+
+    /// The part of the time that cohorts apart have the database for.
+    fn part(&self, now: Instant) -> f64 {
+        match self.others_lately(now) {
+            Some(_) => 1.0 / f64::from(1 + APART_RESTS),
+            None => 1.0,
+        }
+    }
+
+    fn others_lately(&self, now: Instant) -> Option<Sample> {
+        self.others.filter(|others| others.at + TRIAL_MAX > now)
     }
 
     /// Where the slots of a cohort's devices are taken from: `shared` places a second, or a queue of its own if it is apart.
-    pub fn pace(&mut self, cohort: CohortTag, shared: f64, overbooking: f64) -> Pace<'_> {
+    pub fn pace(&mut self, cohort: CohortTag, shared: f64, overbooking: f64, now: Instant) -> Pace<'_> {
+        let part = self.part(now);
         match self.apart.get_mut(&cohort) {
             Some(apart) => Pace::Apart {
                 tail: &mut apart.tail,
-                rate: (overbooking / apart.seconds_per_key).min(shared),
+                rate: (overbooking * part / apart.seconds_per_key).min(shared),
             },
             None => Pace::Shared(shared),
         }
@@ -238,13 +262,16 @@ impl Costs {
     pub fn handle_apart(&mut self, cohort: CohortTag, statement: &Statement<'_>, now: Instant) -> Option<Move> {
         let keys = statement.keys();
         let per_key = statement.took.as_secs_f64() / f64::from(keys.max(1));
-        let others = self.others.filter(|others| others.at + TRIAL_MAX > now);
+        let others = self.others_lately(now);
         let apart = self.apart.get_mut(&cohort)?;
         apart.seen = now;
         if let Some(trial) = self.trial.as_mut().filter(|trial| trial.cohort == cohort) {
             apart.seconds_per_key = per_key.max(1e-6);
             Sample::add(&mut trial.own, keys, statement.took, now);
             return self.judge(now);
+        }
+        if others.is_some() {
+            self.rests_until = now + statement.took * APART_RESTS;
         }
         apart.seconds_per_key = (apart.seconds_per_key + (per_key - apart.seconds_per_key) / 4.0).max(1e-6);
         let mut own = None;

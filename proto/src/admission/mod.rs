@@ -185,7 +185,7 @@ impl Admission {
     fn class_with_room(&self, arrival: &Arrival<'_>, standing: &Standing, now: Instant) -> Option<Class> {
         let Arrival { device, cohort, .. } = *arrival;
         if self.costs.is_apart(cohort) {
-            return self.class_apart(cohort, standing);
+            return self.class_apart(cohort, standing, now);
         }
         let reference = self.reference.keys_per_second(now);
         let holders_max = keys_in(HOLDERS_QUEUE, reference);
@@ -217,8 +217,8 @@ impl Admission {
     }
 
     /// The same for a cohort apart: its line is bounded in time by what its own look-ups cost.
-    fn class_apart(&self, cohort: CohortTag, standing: &Standing) -> Option<Class> {
-        let (rate, len) = (self.costs.rate(cohort), self.queue.apart_len(cohort));
+    fn class_apart(&self, cohort: CohortTag, standing: &Standing, now: Instant) -> Option<Class> {
+        let (rate, len) = (self.costs.rate(cohort, now), self.queue.apart_len(cohort));
         let (holder, walk_in) = match standing.tenant {
             Some(_) => (Class::Holder, Class::WalkIn),
             None => (Class::StrangerHolder, Class::StrangerWalkIn),
@@ -239,7 +239,7 @@ impl Admission {
         rng: &mut impl Rng,
     ) -> Decision {
         let rate = self.reference.keys_per_second(times.0);
-        let pace = self.costs.pace(arrival.cohort, rate, OVERBOOKING);
+        let pace = self.costs.pace(arrival.cohort, rate, OVERBOOKING, times.0);
         let hint = self.slots.refuse(arrival.device, standing, at_least, pace, times, rng);
         Decision::Refused(Refused { cause, hint })
     }
@@ -352,7 +352,7 @@ impl Admission {
             self.queue.next_deadline(),
             self.breaker.poll_timeout().filter(|_| free > 0),
             gathered.or(allowed).filter(|_| may_send),
-            allowed.filter(|_| self.queue.apart_in_flight() == 0 && self.queue.next_apart().is_some()),
+            self.next_apart_at(now),
         ]
         .into_iter()
         .flatten()
@@ -366,7 +366,7 @@ impl Admission {
             Owed::Refuse { ticket, waiter, cause } => {
                 let at_least = self.breaker.floor(now, rng).max(HINT_MIN);
                 let rate = self.reference.keys_per_second(now);
-                let pace = self.costs.pace(waiter.cohort, rate, OVERBOOKING);
+                let pace = self.costs.pace(waiter.cohort, rate, OVERBOOKING, now);
                 let hint = self
                     .slots
                     .refuse(waiter.device, &waiter.standing, at_least, pace, (now, wall), rng);
