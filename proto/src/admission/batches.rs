@@ -34,8 +34,8 @@ impl Admission {
             }
             return None;
         }
-        let ceiling = &mut self.ceiling;
-        let batch = self.queue.next_batch(keys_max, now, || ceiling.take(now))?;
+        let allowed = self.ceiling.take(self.queue.next_len().min(keys_max), now);
+        let batch = self.queue.next_batch(allowed, now)?;
         self.gather.handle_sent(batch.keys.len(), now);
         self.limit
             .handle_sent(batch.id, batch.keys.len(), self.queue.shared_in_flight(), now);
@@ -51,7 +51,7 @@ impl Admission {
     /// Until when the next statement waits for more keys than are there, if it does.
     pub(super) fn gathering_until(&self, keys_max: usize, now: Instant) -> Option<Instant> {
         let is_at_ceiling = self.ceiling.blocked_until().is_some();
-        let is_full = self.queue.unsent() >= keys_max && !is_at_ceiling;
+        let is_full = self.queue.unsent() >= keys_max;
         if is_full || self.queue.has_retries() {
             return None;
         }
@@ -66,8 +66,8 @@ impl Admission {
             return None;
         }
         let keys_max = self.apart_keys().min(free);
-        let ceiling = &mut self.ceiling;
-        self.queue.next_apart_batch(cohort, keys_max, now, || ceiling.take(now))
+        let allowed = self.ceiling.take(self.queue.apart_len(cohort).min(keys_max), now);
+        self.queue.next_apart_batch(cohort, allowed, now)
     }
 
     /// When the next statement of a cohort apart may be sent, if it waits for the time alone.

@@ -10,7 +10,7 @@ const KEYS_WANTED: f64 = 128.0;
 /// Below so many keys a second, statements are few anyway, and none waits.
 const RATE_MIN: f64 = 400.0;
 /// Longest wait of a statement: less than the tenth of a second that an idle ceiling saves up, or it would lose some.
-const WAIT_MAX: Duration = Duration::from_millis(80);
+pub(super) const WAIT_MAX: Duration = Duration::from_millis(80);
 /// A database is busy if a statement takes more than the inverse of this of the wait.
 const BUSY_FACTOR: f64 = 4.0;
 /// The rate is averaged over about this time.
@@ -45,7 +45,7 @@ impl Gather {
         self.sent_at = now;
     }
 
-    /// Until when a statement that is not full waits for more keys; also a full one where the ceiling is in the way.
+    /// Until when a statement that is not full waits for more keys.
     pub fn until(&self, is_at_ceiling: bool, now: Instant) -> Instant {
         let rate = self.rate(now);
         let wait = Duration::from_secs_f64(KEYS_WANTED / rate.max(1.0)).min(WAIT_MAX);

@@ -93,14 +93,23 @@ const EXPRESS_EVERY: u32 = 4;
 const STRANGER_EVERY: u32 = (1.0 / STRANGERS_SHARE) as u32;
 
 impl Queue {
-    /// The next statement of at most `keys_max` keys, as far as `may_send` allows one more key. Halves of failed ones go first.
-    pub fn next_batch(&mut self, keys_max: usize, now: Instant, mut may_send: impl FnMut() -> bool) -> Option<Batch> {
+    /// Keys that there are for the next statement.
+    pub fn next_len(&mut self) -> usize {
+        self.drop_dead_retries();
+        match self.retries.front() {
+            Some(retry) => retry.keys.len(),
+            None => self.unsent(),
+        }
+    }
+
+    /// The next statement of at most `keys_max` keys. Halves of failed ones go first.
+    pub fn next_batch(&mut self, keys_max: usize, now: Instant) -> Option<Batch> {
         self.drop_dead_retries();
         let id = BatchId(self.counter + 1);
         let mut keys = Vec::new();
         let mut cohorts = Vec::new();
         let is_retry = !self.retries.is_empty();
-        while keys.len() < keys_max && self.has_next(is_retry) && may_send() {
+        while keys.len() < keys_max && self.has_next(is_retry) {
             let Some(device) = self.take_next(is_retry) else {
                 break;
             };
@@ -129,17 +138,11 @@ impl Queue {
     }
 
     /// The next statement of a cohort apart.
-    pub fn next_apart_batch(
-        &mut self,
-        cohort: CohortTag,
-        keys_max: usize,
-        now: Instant,
-        mut may_send: impl FnMut() -> bool,
-    ) -> Option<Batch> {
+    pub fn next_apart_batch(&mut self, cohort: CohortTag, keys_max: usize, now: Instant) -> Option<Batch> {
         let id = BatchId(self.counter + 1);
         let mut keys = Vec::new();
         while let Some(line) = self.apart.get_mut(&cohort) {
-            if keys.len() >= keys_max || !may_send() {
+            if keys.len() >= keys_max {
                 break;
             }
             let taken = line.pop_first();
