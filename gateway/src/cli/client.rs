@@ -4,13 +4,20 @@ use std::{
     fs,
     io::{BufReader, Read},
     path::Path,
+    sync::Arc,
     time::Duration,
 };
 
+use rustls::pki_types::{CertificateDer, pem::PemObject};
 use serde_json::Value;
-use ureq::{Agent, Body, SendBody, http::Response};
+use ureq::{
+    Agent, Body, SendBody,
+    http::Response,
+    tls::{Certificate, RootCerts, TlsConfig},
+};
 
-use super::{Failure, table};
+use super::{Common, Failure, table};
+use crate::tls;
 
 /// Where a gateway's API is unless `SEAWALL_URL` says otherwise.
 pub const DEFAULT_URL: &str = "http://127.0.0.1:8081";
@@ -52,30 +59,37 @@ impl Client {
     /// Finds the token: `SEAWALL_TOKEN`, else `admin.token` in the data directory, else none.
     ///
     /// # Errors
-    /// The URL is none that this build can speak to, or the token file can't be read.
-    pub fn new(url: &str, data_dir: Option<&Path>) -> Result<Self, Failure> {
-        let base = url.trim_end_matches('/').to_owned();
+    /// The URL is none of an API, or the token file or the file of authorities can't be read.
+    pub fn new(common: &Common) -> Result<Self, Failure> {
+        let base = common.url.trim_end_matches('/').to_owned();
         // It would stand in messages, and in the list of processes.
         if base.contains('@') {
             return Err(Failure::WrongUse(
-                "--url: expected http://HOST:PORT, without a name or a password: the token comes from SEAWALL_TOKEN"
+                "--url: expected http://HOST:PORT or https://HOST:PORT, without a name or a password: the token comes from SEAWALL_TOKEN"
                     .into(),
             ));
         }
-        if !base.starts_with("http://") {
-            return Err(Failure::WrongUse(format!("--url: {base}: expected http://HOST:PORT")));
+        let is_tls = base.starts_with("https://");
+        if !is_tls && !base.starts_with("http://") {
+            return Err(Failure::WrongUse(format!(
+                "--url: {base}: expected http://HOST:PORT or https://HOST:PORT"
+            )));
         }
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
             // A proxy of the environment is for the web, not for a gateway on loopback or in a private network.
             .proxy(None)
-            .timeout_connect(Some(CONNECT_TIMEOUT))
-            .build();
+            .timeout_connect(Some(CONNECT_TIMEOUT));
+        let config = if is_tls {
+            config.tls_config(trust(common.ca.as_deref())?).build()
+        } else {
+            config.build()
+        };
         Ok(Self {
             agent: config.into(),
             base,
-            token: token(data_dir)?,
+            token: token(common.data_dir.as_deref())?,
         })
     }
 
@@ -272,6 +286,30 @@ impl Answer {
             (status, None) => format!("the gateway answered {status} {}", table::cell(&self.body)),
         }
     }
+}
+
+/// The authorities of a file, else those of the system.
+fn trust(ca: Option<&Path>) -> Result<TlsConfig, Failure> {
+    let authorities: Vec<CertificateDer<'_>> = match ca {
+        None => rustls_native_certs::load_native_certs().certs,
+        Some(path) => {
+            let unusable = |problem: String| Failure::WrongUse(format!("--ca: {}: {problem}", path.display()));
+            let pem = fs::read(path).map_err(|error| unusable(error.to_string()))?;
+            CertificateDer::pem_slice_iter(&pem)
+                .collect::<Result<Vec<_>, _>>()
+                .ok()
+                .filter(|authorities| !authorities.is_empty())
+                .ok_or_else(|| unusable("holds no certificate as PEM".into()))?
+        }
+    };
+    let authorities: Vec<_> = authorities
+        .iter()
+        .map(|der| Certificate::from_der(der).to_owned())
+        .collect();
+    Ok(TlsConfig::builder()
+        .root_certs(RootCerts::Specific(Arc::new(authorities)))
+        .unversioned_rustls_crypto_provider(tls::provider())
+        .build())
 }
 
 fn token(data_dir: Option<&Path>) -> Result<Option<String>, Failure> {

@@ -6,9 +6,11 @@ use serde_json::Value;
 
 use super::{Common, Failure, ServeArgs, client::Client, serve, table};
 use crate::{
+    clock::Clock,
     config::{Config, DatabaseKind},
     data_dir,
     store::Store,
+    tls::{self, Files, Note},
 };
 
 /// Below so many open files a gateway takes too few devices to be worth it.
@@ -73,6 +75,7 @@ pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
         Ok(config) => {
             findings.fine("configuration: every setting is known and within its bounds");
             machine(&config, &mut findings);
+            certificates(&config, &mut findings);
             directory(&config.server.data_dir, &mut findings);
             database(&config, &mut findings)?;
         }
@@ -128,6 +131,26 @@ fn machine(config: &Config, findings: &mut Findings) {
             "ops.listen: {} is outside loopback: tokens cross the network in clear text",
             config.ops.listen
         ));
+    }
+}
+
+fn certificates(config: &Config, findings: &mut Findings) {
+    let now = Clock::start().wall();
+    for files in [Files::of_devices(config), Files::of_ops(config)].into_iter().flatten() {
+        let notes = match tls::inspect(&files, now) {
+            Ok(notes) => notes,
+            Err(error) => {
+                findings.wrong(error.to_string());
+                continue;
+            }
+        };
+        for note in notes {
+            match note {
+                Note::Fine(text) => findings.fine(text),
+                Note::Notice(text) => findings.notice(text),
+                Note::Wrong(text) => findings.wrong(text),
+            }
+        }
     }
 }
 
@@ -191,7 +214,7 @@ fn database(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
 }
 
 fn gateway(common: &Common, findings: &mut Findings) -> Result<(), Failure> {
-    let client = match Client::new(&common.url, common.data_dir.as_deref()) {
+    let client = match Client::new(common) {
         Ok(client) => client,
         Err(Failure::Failed(error)) => {
             findings.wrong(format!("token: {error}"));

@@ -46,6 +46,9 @@ struct Common {
     /// API of the gateway that the verb is for
     #[arg(long, global = true, env = "SEAWALL_URL", default_value = client::DEFAULT_URL, value_name = "URL")]
     url: String,
+    /// Certificates (PEM) of those who may vouch for an https API [default: the system's]
+    #[arg(long, global = true, env = "SEAWALL_CA", value_name = "FILE")]
+    ca: Option<PathBuf>,
     /// Print the API's JSON instead of tables
     #[arg(long, global = true)]
     json: bool,
@@ -125,7 +128,7 @@ struct Context {
 impl Context {
     fn new(common: &Common) -> Result<Self, Failure> {
         Ok(Self {
-            client: Client::new(&common.url, common.data_dir.as_deref())?,
+            client: Client::new(common)?,
             json: common.json,
         })
     }

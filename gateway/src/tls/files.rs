@@ -145,6 +145,20 @@ impl Files {
 }
 
 impl Contents<'_> {
+    /// The gateway's certificate and what stands between it and its root.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn chain(&self) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+        certificates(&self.files.certificate, &self.certificate)
+    }
+
+    /// The revocation lists; none where there is no such file.
+    pub fn lists(&self) -> impl Iterator<Item = CertificateRevocationListDer<'static>> {
+        // Those that can't be read have been told by `load`.
+        CertificateRevocationListDer::pem_slice_iter(&self.crl).filter_map(Result::ok)
+    }
+
     #[must_use]
     pub fn digest(&self) -> Digest {
         let mut hash = Sha256::new();
@@ -158,7 +172,7 @@ impl Contents<'_> {
     /// # Errors
     /// What the files hold can't be used, or doesn't fit together.
     pub fn load(&self, ticketer: &Arc<dyn ProducesTickets>) -> Result<Loaded, TlsError> {
-        let chain = certificates(&self.files.certificate, &self.certificate)?;
+        let chain = self.chain()?;
         let at_key = &self.files.key;
         let key = PrivateKeyDer::from_pem_slice(&self.key)
             .map_err(|error| at_key.invalid(format!("holds no private key as PEM: {error}")))?;
@@ -222,7 +236,7 @@ impl Contents<'_> {
 ///
 /// # Errors
 /// There is none, or what stands between the lines is no certificate.
-pub fn certificates(at: &Source, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+fn certificates(at: &Source, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let certificates: Vec<_> = CertificateDer::pem_slice_iter(pem)
         .collect::<Result<_, _>>()
         .map_err(|error| at.invalid(format!("holds no certificate as PEM: {error}")))?;

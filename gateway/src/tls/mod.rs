@@ -6,6 +6,7 @@
 mod certified;
 mod files;
 mod follow;
+mod inspect;
 
 use std::{
     io,
@@ -24,8 +25,9 @@ use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::{Accept, TlsAcceptor, server::TlsStream};
 
 pub use self::{
-    files::{ClientFiles, Digest, Files, Loaded, TlsError, certificates, provider},
+    files::{ClientFiles, Digest, Files, Loaded, TlsError, provider},
     follow::{follow, reload_now},
+    inspect::{Note, inspect},
 };
 use crate::{config::Config, transport::Transport};
 

@@ -12,6 +12,7 @@ use crate::harness::process::{run, seawall};
 mod devices;
 mod leave;
 mod start;
+mod tls;
 mod verbs;
 
 /// A drain of a gateway without sessions, with all its ends.

@@ -3,10 +3,12 @@
 use rcgen::SanType;
 use tokio::io::AsyncWriteExt;
 
-use super::authority::{Authority, Identity};
-use crate::wire::{
-    raw::{Response, request, response},
-    rig::Gateway,
+use crate::{
+    harness::authority::{Authority, Identity},
+    wire::{
+        raw::{Response, request, response},
+        rig::Gateway,
+    },
 };
 
 /// Whether a session began, or what the refusal says; `None` where TLS did not come about.

@@ -1,6 +1,5 @@
 //! TLS for devices: who gets in, what becomes of those who speak something else, and new certificates.
 
-mod authority;
 mod clients;
 
 use std::time::{Duration, Instant};
@@ -12,9 +11,9 @@ use tokio::{
     net::TcpStream,
 };
 
-use self::authority::{Authority, dial, serial_of, version_of};
 use super::raw::{ask, masked, request, response};
 use super::rig::{Gateway, eventually};
+use crate::harness::authority::{Authority, dial, serial_of, version_of};
 
 #[tokio::test]
 async fn both_versions_carry_a_session_from_101_to_goodbye() {

@@ -46,7 +46,19 @@ impl Authority {
 
     /// A certificate of a gateway, or of any other server.
     pub fn server(&mut self) -> Identity {
-        self.issue(CertificateParams::new(vec![HOST.to_owned()]).unwrap())
+        self.issue(CertificateParams::new(vec![HOST.to_owned(), "127.0.0.1".to_owned()]).unwrap())
+    }
+
+    /// A gateway's that has ended.
+    pub fn ended_server(&mut self) -> Identity {
+        let mut params = CertificateParams::new(vec![HOST.to_owned()]).unwrap();
+        params.not_after = date_time_ymd(2020, 1, 1);
+        self.issue(params)
+    }
+
+    /// The authority's own certificate.
+    pub fn pem(&self) -> String {
+        self.issuer.pem()
     }
 
     /// A device's, with this common name and these alternative names.

@@ -1,0 +1,98 @@
+//! TLS as operators set it up: the API over https, what the doctor says of certificates, renewal by SIGHUP.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use super::{assert_refused, done};
+use crate::harness::{
+    authority::Authority,
+    process::{GatewayProcess, run, seawall},
+};
+
+/// `[ops]` with a certificate of this authority.
+fn ops_settings(authority: &mut Authority) -> String {
+    authority
+        .settings()
+        .replace("[tls]\ncertificate", "[ops]\ntls_certificate")
+        .replace("\nkey", "\ntls_key")
+}
+
+#[test]
+fn operators_talk_to_the_api_over_https_with_an_authority_they_name() {
+    let mut authority = Authority::new();
+    let settings = ops_settings(&mut authority);
+    let config = authority.write("seawall.toml", &settings);
+    let gateway = GatewayProcess::start(&["--config", config.to_str().unwrap()]).unwrap();
+    let https = |args: &[&str]| {
+        let mut command = gateway.operator(args);
+        command.env("SEAWALL_URL", format!("https://{}", gateway.addresses.ops));
+        command
+    };
+    let ca = authority.path("ca.pem");
+
+    let nodes = done(https(&["nodes", "--json"]).arg("--ca").arg(&ca));
+
+    assert!(nodes.contains("\"sessions\""), "{nodes}");
+    assert_refused(&run(&mut https(&["nodes"])).unwrap(), 1, &["no gateway answers"]);
+    assert_refused(
+        &run(https(&["nodes"]).env("SEAWALL_CA", "/nowhere")).unwrap(),
+        2,
+        &["--ca", "/nowhere"],
+    );
+    // Plain HTTP is told what is spoken.
+    assert_refused(&run(&mut gateway.operator(&["nodes"])).unwrap(), 1, &["https://"]);
+}
+
+#[test]
+fn certificate_is_taken_anew_at_sighup() {
+    let mut authority = Authority::new();
+    let settings = authority.settings();
+    let config = authority.write("seawall.toml", &settings);
+    let gateway = GatewayProcess::start(&["--config", config.to_str().unwrap()]).unwrap();
+    let renewed = authority.server();
+    authority.write_server(&renewed);
+
+    gateway.signal(Signal::HUP).unwrap();
+
+    let begun = Instant::now();
+    while gateway.metric("seawall_tls_reloads_total{outcome=\"taken\"}").unwrap() == 0 {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn doctor_looks_at_certificates() {
+    let mut authority = Authority::new();
+    let settings = authority.settings();
+    let config = authority.write("seawall.toml", &settings);
+    let home = tempfile::tempdir().unwrap();
+    let doctor = || {
+        let mut command = seawall();
+        command
+            .current_dir(home.path())
+            .args(["doctor", "--url", "http://127.0.0.1:1", "--config"])
+            .arg(&config);
+        let output = run(&mut command).unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert!(doctor().contains("is its key"));
+
+    let (server, other) = (authority.server(), authority.server());
+    authority.write("gateway.key", &other.key);
+    assert!(doctor().contains("is not the key of"));
+
+    authority.write_server(&server);
+    let backwards = format!("{}{}", server.certificate, other.certificate);
+    authority.write("gateway.pem", &backwards);
+    assert!(doctor().contains("is not issued by certificate 2"));
+
+    let with_root = format!("{}{}", server.certificate, authority.pem());
+    authority.write("gateway.pem", &with_root);
+    assert!(!doctor().contains("is not issued"));
+
+    let ended = authority.ended_server();
+    authority.write_server(&ended);
+    assert!(doctor().contains("has ended on"));
+}
