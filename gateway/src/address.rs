@@ -72,7 +72,8 @@ struct Held {
 #[derive(Debug)]
 pub struct Share {
     of: Arc<FairShare>,
-    network: Network,
+    /// `None`: a balancer's, until it has said whom it speaks for.
+    network: Option<Network>,
     is_slow: bool,
 }
 
@@ -102,27 +103,35 @@ impl FairShare {
         self.bound
     }
 
-    /// Takes one unit for `network`.
+    /// Takes one unit for `network`; without one it counts for the bound alone, until it is [settled](Share::settle).
     ///
     /// # Errors
     /// The bound is used up, or the address has its share.
-    pub fn take(self: &Arc<Self>, network: Network) -> Result<Share, Exhausted> {
+    pub fn take(self: &Arc<Self>, network: Option<Network>) -> Result<Share, Exhausted> {
         let mut table = self.table();
         if table.used >= self.bound {
             return Err(Exhausted::Bound);
         }
-        let held = table.by_network.get(&network).copied().unwrap_or_default();
-        if held.count >= self.share(&table, held) {
-            return Err(Exhausted::Address);
+        if let Some(network) = network {
+            self.count(&mut table, network)?;
         }
         table.used += 1;
-        table.by_network.entry(network).or_default().count += 1;
         drop(table);
         Ok(Share {
             of: Arc::clone(self),
             network,
             is_slow: false,
         })
+    }
+
+    /// One more for an address.
+    fn count(&self, table: &mut Table, network: Network) -> Result<(), Exhausted> {
+        let held = table.by_network.get(&network).copied().unwrap_or_default();
+        if held.count >= self.share(table, held) {
+            return Err(Exhausted::Address);
+        }
+        table.by_network.entry(network).or_default().count += 1;
+        Ok(())
     }
 
     /// How many units are held.
@@ -160,10 +169,23 @@ impl FairShare {
 }
 
 impl Share {
+    /// Counts this unit for an address, which has become known now.
+    ///
+    /// # Errors
+    /// The address has its share.
+    pub fn settle(&mut self, network: Network) -> Result<(), Exhausted> {
+        if self.network.is_none() {
+            self.of.count(&mut self.of.table(), network)?;
+            self.network = Some(network);
+        }
+        Ok(())
+    }
+
     /// Notes that this unit takes long.
     pub fn mark_slow(&mut self) {
+        let Some(network) = self.network else { return };
         let mut table = self.of.table();
-        if let Some(entry) = table.by_network.get_mut(&self.network) {
+        if let Some(entry) = table.by_network.get_mut(&network) {
             entry.slow += usize::from(!self.is_slow);
         }
         self.is_slow = true;
@@ -172,8 +194,9 @@ impl Share {
     /// Its address holds more than an even share: where others wait for a unit, they wait because of this address.
     #[must_use]
     pub fn is_of_a_crowd(&self) -> bool {
+        let Some(network) = self.network else { return false };
         let table = self.of.table();
-        let held = table.by_network.get(&self.network).map_or(0, |held| held.count);
+        let held = table.by_network.get(&network).map_or(0, |held| held.count);
         held > self.of.even(&table)
     }
 }
@@ -182,11 +205,12 @@ impl Drop for Share {
     fn drop(&mut self) {
         let mut table = self.of.table();
         table.used = table.used.saturating_sub(1);
-        if let Some(held) = table.by_network.get_mut(&self.network) {
+        let Some(network) = self.network else { return };
+        if let Some(held) = table.by_network.get_mut(&network) {
             held.count = held.count.saturating_sub(1);
             held.slow = held.slow.saturating_sub(usize::from(self.is_slow));
             if held.count == 0 {
-                table.by_network.remove(&self.network);
+                table.by_network.remove(&network);
             }
         }
     }
@@ -230,12 +254,12 @@ mod tests {
 
     use super::*;
 
-    fn v4(last: u32) -> Network {
-        Network::V4(last)
+    fn v4(last: u32) -> Option<Network> {
+        Some(Network::V4(last))
     }
 
     /// Takes until it is refused.
-    fn take_all(share: &Arc<FairShare>, network: Network) -> Vec<Share> {
+    fn take_all(share: &Arc<FairShare>, network: Option<Network>) -> Vec<Share> {
         std::iter::from_fn(|| share.take(network).ok()).collect()
     }
 
@@ -300,6 +324,20 @@ mod tests {
     }
 
     #[test]
+    fn unit_of_a_balancer_counts_for_nobody_until_it_is_settled() {
+        let share = FairShare::new(10, Scope::Everyone, Some(2));
+        let mut held = take_all(&share, None);
+        assert_eq!((held.len(), share.table().by_network.len()), (10, 0));
+        held.truncate(3);
+
+        let settled: Vec<_> = held.iter_mut().map(|unit| unit.settle(Network::V4(1))).collect();
+
+        assert_eq!(settled, [Ok(()), Ok(()), Err(Exhausted::Address)]);
+        drop(held);
+        assert_eq!((share.used(), share.table().by_network.len()), (0, 0));
+    }
+
+    #[test]
     fn fixed_figure_holds_without_pressure() {
         let share = FairShare::new(1_000, Scope::Everyone, Some(3));
 
@@ -345,9 +383,9 @@ mod tests {
     fn handshake_rate_is_counted_by_address() {
         let rate = HandshakeRate::new(NonZeroU32::new(2).unwrap());
 
-        assert_eq!((0..5).filter(|_| rate.allows(v4(1))).count(), 2);
+        assert_eq!((0..5).filter(|_| rate.allows(Network::V4(1))).count(), 2);
         rate.forget_idle();
-        assert!(!rate.allows(v4(1)));
-        assert!((2..100).any(|n| rate.allows(v4(n))));
+        assert!(!rate.allows(Network::V4(1)));
+        assert!((2..100).any(|n| rate.allows(Network::V4(n))));
     }
 }

@@ -219,8 +219,9 @@ impl Door {
         }
     }
 
-    /// What a connection from `network` needs, or why it can't have it, and the place in which its head is read either way.
-    pub fn admit(&self, network: Network, permit: OwnedSemaphorePermit) -> (Result<Share, Turned>, Handshake) {
+    /// What a connection from `network` needs, or why it can't have it, and the place in which its head is read either way. `None`:
+    /// from a balancer, that will say whom it speaks for; then it is to be [settled](Self::settle).
+    pub fn admit(&self, network: Option<Network>, permit: OwnedSemaphorePermit) -> (Result<Share, Turned>, Handshake) {
         let connection = self
             .connection_shares
             .take(network)
@@ -229,7 +230,7 @@ impl Door {
                 Exhausted::Address => Turned::Address(Limit::AddressConnections),
             });
         let share = self.handshake_shares.take(network).ok();
-        let is_too_fast = || self.handshake_rate.as_ref().is_some_and(|rate| !rate.allows(network));
+        let is_too_fast = || network.is_some_and(|network| self.is_too_fast(network));
         let place = match connection {
             Err(turned @ Turned::Address(_)) => Err(turned),
             Ok(_) | Err(Turned::NodeFull) if is_too_fast() => Err(Turned::Address(Limit::AddressRate)),
@@ -241,6 +242,35 @@ impl Door {
             has_connection: place.is_ok(),
         };
         (place, handshake)
+    }
+}
+
+impl Door {
+    /// Counts a connection for the address that its balancer has named, and its handshake too, while that is under way.
+    pub fn settle(
+        &self,
+        place: Result<Share, Turned>,
+        handshake: Option<&mut Handshake>,
+        network: Network,
+    ) -> Result<Share, Turned> {
+        let mut connection = place?;
+        let turned = |limit| Err(Turned::Address(limit));
+        if connection.settle(network).is_err() {
+            return turned(Limit::AddressConnections);
+        }
+        if self.is_too_fast(network) {
+            return turned(Limit::AddressRate);
+        }
+        if let Some(Hold::Place(Some(share), _)) = handshake.map(|handshake| &mut handshake.hold)
+            && share.settle(network).is_err()
+        {
+            return turned(Limit::AddressHandshakes);
+        }
+        Ok(connection)
+    }
+
+    fn is_too_fast(&self, network: Network) -> bool {
+        self.handshake_rate.as_ref().is_some_and(|rate| !rate.allows(network))
     }
 }
 

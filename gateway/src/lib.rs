@@ -22,6 +22,7 @@ pub mod lookup;
 pub mod metrics;
 pub mod ops;
 pub mod presence;
+pub mod proxy;
 pub mod resume;
 pub mod rules;
 mod series;

@@ -201,7 +201,9 @@ impl Listener {
     }
 
     fn receive(&self, shared: &Shared, stream: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
-        let (place, handshake) = self.door.admit(Network::from(peer.ip()), permit);
+        let is_balancer = shared.proxies.speaks_for_others(peer.ip());
+        let network = (!is_balancer).then(|| Network::from(peer.ip()));
+        let (place, handshake) = self.door.admit(network, permit);
         let life = connection::serve(
             Arc::clone(shared),
             Arc::clone(&self.door),

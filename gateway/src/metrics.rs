@@ -114,7 +114,7 @@ pub struct Metrics {
 }
 
 /// What became of a TCP connection that never was a request. Label `outcome` of `seawall_connections_total`.
-pub const CONNECTION_OUTCOMES: [&str; 7] = [
+pub const CONNECTION_OUTCOMES: [&str; 8] = [
     "request",
     "probe",
     "silent",
@@ -122,6 +122,7 @@ pub const CONNECTION_OUTCOMES: [&str; 7] = [
     "accept_error",
     "tls_failed",
     "plain_http",
+    "proxy_failed",
 ];
 /// Label `listener` of `seawall_tls_certificate_expires_seconds`.
 pub const TLS_LISTENERS: [&str; 2] = ["devices", "ops"];
@@ -187,7 +188,7 @@ impl Metrics {
             sessions: names.gauge("seawall_sessions", "Live WebSocket sessions."),
             connections: names.family(
                 "seawall_connections_total",
-                "TCP connections accepted, by what became of them; `request` is counted in seawall_handshakes_total, `probe` asked for /readyz, `silent` and `address_limited` sent nothing, `tls_failed` was no TLS handshake or none in time, `plain_http` began without TLS where TLS is spoken.",
+                "TCP connections accepted, by what became of them; `request` is counted in seawall_handshakes_total, `probe` asked for /readyz, `silent` and `address_limited` sent nothing, `tls_failed` was no TLS handshake or none in time, `plain_http` began without TLS where TLS is spoken, `proxy_failed` came from a trusted address and had no PROXY header.",
                 &[],
                 "outcome",
                 &CONNECTION_OUTCOMES,

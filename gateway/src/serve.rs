@@ -24,6 +24,7 @@ use crate::{
     lookup::Gate,
     metrics::Metrics,
     ops,
+    proxy::Proxies,
     resume::{self, Resume},
     rules::{self, Rules},
     sessions::Sessions,
@@ -158,6 +159,8 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     if let Some(rate) = known_good::load(data_dir.path()) {
         gate.set_last_known_good(rate);
     }
+    // The settings are valid.
+    let proxies = Proxies::of(&config.proxy).unwrap_or_default();
     let state = Arc::new(State {
         node: node_name(&config),
         session_limits: Arc::new(session_limits(&config)),
@@ -176,6 +179,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         metrics,
         tokens,
         tls,
+        proxies,
         plan: Plan::default(),
         shared_ids: SharedIds::default(),
     });

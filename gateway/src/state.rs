@@ -19,6 +19,7 @@ use crate::{
     history::History,
     lookup::Gate,
     metrics::Metrics,
+    proxy::Proxies,
     resume::Resume,
     rules::Rules,
     sessions::Sessions,
@@ -47,6 +48,7 @@ pub struct State {
     pub metrics: Arc<Metrics>,
     pub tokens: Tokens,
     pub tls: Tls,
+    pub proxies: Proxies,
     /// What the plan guard saw last.
     pub plan: Plan,
     /// Ids that several devices seem to share.

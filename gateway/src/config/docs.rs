@@ -3,7 +3,8 @@
 use std::fmt::Write;
 
 use super::{
-    Config, Database, Drain, Limits, Logging, Ops, ResumeTokens, RulesSync, Server, Session, TlsSettings,
+    Config, Database, Drain, Limits, Logging, Ops, ProxySettings, ResumeTokens, RulesSync, Server, Session,
+    TlsSettings,
     section::{Field, Section},
 };
 
@@ -68,6 +69,7 @@ fn sections() -> Vec<Section> {
     vec![
         Server::describe(),
         TlsSettings::describe(),
+        ProxySettings::describe(),
         Ops::describe(),
         Database::describe(),
         identity(),

@@ -11,13 +11,16 @@ use std::{
 use seawall_proto::{admission::AdmissionConfig, hello::IdentityNames};
 use serde::{Deserialize, Serialize};
 
+use crate::proxy::Proxies;
+
 pub mod docs;
 pub mod section;
 mod sections;
 mod url;
 
 pub use sections::{
-    Database, Drain, Limits, LogFormat, Logging, Ops, ResumeTokens, RulesSync, Server, Session, TlsSettings,
+    Database, Drain, Limits, LogFormat, Logging, Ops, ProxySettings, ResumeTokens, RulesSync, Server, Session,
+    TlsSettings,
 };
 pub use url::{DatabaseKind, DatabaseUrl, InvalidDatabaseUrl};
 
@@ -33,6 +36,7 @@ const FILE_BYTES_MAX: u64 = 1024 * 1024;
 pub struct Config {
     pub server: Server,
     pub tls: TlsSettings,
+    pub proxy: ProxySettings,
     pub ops: Ops,
     pub database: Database,
     /// Where this fleet puts its identity.
@@ -98,6 +102,7 @@ impl Config {
         self.rules.check_bounds()?;
         self.drain.check_bounds()?;
         self.check_texts()?;
+        Proxies::of(&self.proxy).map_err(|problem| SettingError::new("proxy.trusted", problem))?;
         self.check_together()
     }
 
@@ -130,6 +135,12 @@ impl Config {
     fn check_together(&self) -> Result<(), SettingError> {
         if let Some((setting, problem)) = self.tls.mismatch() {
             return Err(SettingError::new(setting, problem));
+        }
+        if (self.proxy.protocol || self.proxy.forwarded_for) && self.proxy.trusted.is_empty() {
+            return Err(SettingError::new(
+                "proxy.trusted",
+                "names no balancer that could be believed",
+            ));
         }
         if self.ops.tls_certificate.is_some() != self.ops.tls_key.is_some() {
             return Err(SettingError::new(
@@ -300,6 +311,15 @@ mod tests {
         assert!(open.validate().unwrap_err().to_string().contains("--insecure-ops"));
         assert_eq!(meant.validate(), Ok(()));
         assert_eq!(secured.validate(), Ok(()));
+    }
+
+    #[test]
+    fn balancers_are_addresses_or_networks_and_at_least_one() {
+        for text in ["protocol = true", "forwarded_for = true", "trusted = [\"10.0.0.0/40\"]"] {
+            let config = Config::from_toml(&format!("[proxy]\n{text}\n")).unwrap();
+
+            assert_eq!(config.validate().unwrap_err().field, "proxy.trusted", "{text}");
+        }
     }
 
     #[test]

@@ -73,6 +73,18 @@ impl TlsSettings {
 }
 
 section! {
+    /// Balancers in front of the device listener: how limits by address see devices and not the balancer.
+    pub struct ProxySettings = "proxy" {
+        /// Addresses and networks of balancers, such as `10.0.0.0/8`. What any other address says of where it comes from is not believed.
+        pub trusted: Vec<String> = Vec::new();
+        /// Every connection from a trusted address begins with a header of the PROXY protocol, version 1 or 2, before TLS; one without is closed.
+        pub protocol: bool = false;
+        /// `X-Forwarded-For` of requests from a trusted address names the device's: the last one in it that is not trusted.
+        pub forwarded_for: bool = false;
+    }
+}
+
+section! {
     /// The API, metrics and health checks.
     pub struct Ops = "ops" {
         /// Address of the API, as `IP:PORT`. Port 0 takes a free one. Flag `--ops-listen`, environment `SEAWALL_OPS_LISTEN`.

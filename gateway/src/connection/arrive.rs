@@ -1,6 +1,6 @@
-//! What comes before the head of a request: TLS, where the listener speaks it. Start with [`arrive`].
+//! What comes before the head of a request: a balancer's word on whom it speaks for, and TLS. Start with [`arrive`].
 
-use std::pin::pin;
+use std::{net::SocketAddr, pin::pin};
 
 use seawall_proto::{hello::Certified, refusal::Limit};
 use tokio::{net::TcpStream, time::timeout};
@@ -8,6 +8,7 @@ use tokio::{net::TcpStream, time::timeout};
 use super::patience::{Hurry, Patience};
 use crate::{
     door::{Door, Handshake, TURNED_HEAD_TIME_MAX},
+    proxy,
     state::Shared,
     tls::{self, Endpoint},
     transport::Transport,
@@ -26,6 +27,37 @@ pub(super) enum Astray {
     Ended(&'static str),
     /// It speaks HTTP to a listener that speaks TLS: it can be told.
     Plain(Transport),
+}
+
+/// Whom a balancer that sends PROXY headers speaks for; `None` where it speaks for itself, or is no such balancer.
+///
+/// # Errors
+/// It was to send a header, and did not, or not in time.
+pub(super) async fn introduce(
+    shared: &Shared,
+    door: &Door,
+    tcp: &TcpStream,
+    peer: SocketAddr,
+    handshake: &mut Handshake,
+) -> Result<Option<SocketAddr>, &'static str> {
+    if !shared.proxies.sends_header(peer.ip()) {
+        return Ok(None);
+    }
+    let time = shared.config.limits.head_timeout();
+    let mut patience = Patience::begin(door, handshake, time, time);
+    let reading = wait_for(&mut patience, proxy::read_header(tcp));
+    let read = tokio::select! {
+        read = reading => read,
+        () = door.closing.cancelled() => return Err("silent"),
+    };
+    match read {
+        Ok(Ok(origin)) => Ok(origin),
+        Ok(Err(error)) => {
+            tracing::debug!(%error, peer.addr = %peer, "a balancer's connection could not be read");
+            Err("proxy_failed")
+        }
+        Err(_) => Err("proxy_failed"),
+    }
 }
 
 /// Where the listener speaks TLS, its handshake. It holds a place at the door like the head, and has a time of its own.

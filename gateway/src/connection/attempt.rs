@@ -81,6 +81,11 @@ impl Attempt {
         self.peer
     }
 
+    /// Its balancer has said where it comes from.
+    pub(super) const fn comes_from(&mut self, origin: SocketAddr) {
+        self.peer = origin;
+    }
+
     /// It was no attempt: `outcome` is what became of the connection, a label of `seawall_connections_total`.
     pub(super) fn never_began(self, outcome: &'static str) {
         self.shared.metrics.connections.increment(outcome);

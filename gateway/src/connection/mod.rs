@@ -10,7 +10,11 @@ mod live;
 mod online;
 mod patience;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use seawall_proto::{
     handshake::{self, Admitted, Next, Policy},
@@ -20,7 +24,7 @@ use seawall_proto::{
 use tokio::{io::Interest, net::TcpStream, time::timeout};
 
 use crate::{
-    address::Share,
+    address::{Network, Share},
     cohorts::Outcome,
     connection::{
         answer::Linger,
@@ -56,11 +60,19 @@ pub async fn serve(
     door: Arc<Door>,
     tcp: TcpStream,
     peer: SocketAddr,
-    place: Result<Share, Turned>,
+    mut place: Result<Share, Turned>,
     mut handshake: Handshake,
 ) {
-    let attempt = Attempt::begin(&shared, peer);
-    let limit = place.as_ref().err().copied().and_then(Turned::limit);
+    let mut attempt = Attempt::begin(&shared, peer);
+    match arrive::introduce(&shared, &door, &tcp, peer, &mut handshake).await {
+        Ok(None) => {}
+        Ok(Some(origin)) => {
+            attempt.comes_from(origin);
+            place = door.settle(place, Some(&mut handshake), Network::from(origin.ip()));
+        }
+        Err(outcome) => return attempt.never_began(outcome),
+    }
+    let mut limit = place.as_ref().err().copied().and_then(Turned::limit);
     let Arrived { mut stream, certified } = match arrive::arrive(&shared, &door, tcp, limit, &mut handshake).await {
         Ok(arrived) => arrived,
         Err(Astray::Ended(outcome)) => return attempt.never_began(outcome),
@@ -70,7 +82,12 @@ pub async fn serve(
             return answer::refuse(&shared, &door, stream, &refusal, Linger::Unread).await;
         }
     };
-    let head = read_head(&shared, &door, &mut stream, certified, limit, &mut handshake).await;
+    let reading = Reading {
+        certified,
+        peer: attempt.peer().ip(),
+        limit,
+    };
+    let head = read_head(&shared, &door, &mut stream, reading, &mut handshake).await;
     drop(handshake);
 
     let Complete { parsed, leftover } = match head {
@@ -87,7 +104,13 @@ pub async fn serve(
             return answer::refuse(&shared, &door, stream, &refusal, Linger::Unread).await;
         }
     };
-    let hello = match parsed {
+    let (forwarded_for, request) = parsed;
+    if let (Some(origin), Ok(Request::Connect(_))) = (forwarded_for, &request) {
+        attempt.comes_from(SocketAddr::new(origin, 0));
+        place = door.settle(place, None, Network::from(origin));
+        limit = place.as_ref().err().copied().and_then(Turned::limit);
+    }
+    let hello = match request {
         Ok(Request::Connect(hello)) => hello,
         Ok(Request::Ready) => return answer::readiness(&shared, stream).await,
         Err(refusal) => {
@@ -164,20 +187,38 @@ fn silent(limit: Option<Limit>) -> &'static str {
     limit.map_or("silent", |_| "address_limited")
 }
 
-/// Reads one head. Where a `limit` on the address refuses the connection already, only a moment is waited for it.
+/// What a head is read with.
+#[derive(Clone, Copy)]
+struct Reading {
+    certified: Option<Certified>,
+    peer: IpAddr,
+    /// A limit on the address refuses the connection already: only a moment is waited for its head.
+    limit: Option<Limit>,
+}
+
+/// A request, and whom a balancer says it comes from.
+type Parsed = (Option<IpAddr>, Result<Request, Refusal>);
+
+/// Reads one head.
 async fn read_head(
     shared: &Shared,
     door: &Door,
     stream: &mut Transport,
-    certified: Option<Certified>,
-    limit: Option<Limit>,
+    reading: Reading,
     handshake: &mut Handshake,
-) -> Result<Complete<Result<Request, Refusal>>, NoHead> {
+) -> Result<Complete<Parsed>, NoHead> {
+    let Reading { certified, peer, limit } = reading;
     let limits = &shared.config.limits;
     let time_max = limit.map_or(limits.head_timeout(), |_| TURNED_HEAD_TIME_MAX);
     let mut patience = Patience::begin(door, handshake, time_max, limits.head_timeout());
     let mut reader = HeadReader::new(limits.head_bytes_max);
-    let mut parse = |head: &hello::Head<'_>| hello::parse(head, &shared.config.identity, certified);
+    let proxies = &shared.proxies;
+    let mut parse = |head: &hello::Head<'_>| {
+        let origin = proxies
+            .forwards(peer)
+            .then(|| hello::forwarded_for(head.headers, |address| proxies.is_trusted(address)));
+        (origin.flatten(), hello::parse(head, &shared.config.identity, certified))
+    };
     let reading = async {
         loop {
             if let Ok(read) = timeout(patience.span(), reader.read(stream, &mut parse)).await {
@@ -328,7 +369,6 @@ mod tests {
 
     use super::*;
     use crate::{
-        address::Network,
         config::{Config, Limits},
         listener::Bounds,
         serve,
@@ -350,7 +390,7 @@ mod tests {
         let door = Arc::new(Door::new(bounds, &Limits::default()));
         let peer = SocketAddr::from(([127, 0, 0, 1], 1));
         let permit = door.enter().await.unwrap();
-        let held = door.admit(Network::from(peer.ip()), permit);
+        let held = door.admit(Some(Network::from(peer.ip())), permit);
         assert!(held.0.is_ok());
         let state = Arc::clone(&shared);
         let life_of_one = async move {

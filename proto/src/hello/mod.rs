@@ -3,10 +3,12 @@
 //! Parsing happens once, here; nothing behind it sees a header again. Start with [`parse`]. Any bytes at all may come in,
 //! and none of them ever appear in a refusal.
 
+mod forwarded;
 mod identity;
 mod names;
 mod upgrade;
 
+pub use forwarded::forwarded_for;
 pub use names::{IdentityNames, InvalidName};
 
 use crate::{

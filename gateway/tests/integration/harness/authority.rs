@@ -156,6 +156,14 @@ impl Authority {
         })
     }
 
+    /// TLS on a connection that is there already.
+    pub async fn secure(&self, tcp: TcpStream) -> std::io::Result<TlsStream<TcpStream>> {
+        let config = self.client_config(rustls::ALL_VERSIONS, None);
+        TlsConnector::from(config)
+            .connect(ServerName::try_from(HOST).unwrap(), tcp)
+            .await
+    }
+
     /// A TLS connection by the newest version.
     pub async fn connect(
         &self,

@@ -1,5 +1,6 @@
 //! The device listener, spoken to in bytes: nothing here shares a parser or a frame writer with the gateway.
 
+mod balancer;
 mod frames;
 mod handshake;
 mod pressure;
