@@ -10,7 +10,10 @@ use rustls::{
     ClientConfig, ProtocolVersion, RootCertStore, SupportedProtocolVersion,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
 };
-use seawall_gateway::tls::provider;
+use seawall_gateway::{
+    config::Config,
+    tls::{Endpoint, Files, provider},
+};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
@@ -126,6 +129,12 @@ impl Authority {
             self.path("gateway.pem"),
             self.path("gateway.key")
         )
+    }
+
+    /// A listener's TLS with a certificate of this authority.
+    pub fn endpoint(&mut self) -> Endpoint {
+        let config = Config::from_toml(&self.settings()).unwrap();
+        Endpoint::open(Files::of_devices(&config).unwrap()).unwrap()
     }
 
     /// The same, asking for client certificates of this authority.

@@ -1,8 +1,10 @@
 //! The device listener, spoken to in bytes: nothing here shares a parser or a frame writer with the gateway.
 
+mod autobahn;
 mod balancer;
 mod frames;
 mod handshake;
+mod heads;
 mod pressure;
 pub mod raw;
 mod refusals;
