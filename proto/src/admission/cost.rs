@@ -30,6 +30,8 @@ const TRIAL_STATEMENTS: u32 = 2;
 const TRIAL_KEYS: usize = 8;
 /// A trial without a verdict ends after this: nobody else was there to be protected.
 const TRIAL_MAX: Duration = Duration::from_secs(2);
+/// The same where nobody else was looked up at all meanwhile.
+const TRIAL_ALONE_MAX: Duration = Duration::from_millis(500);
 /// A cohort found innocent is not tried again for this long, and twice as long each time after that.
 const IMMUNITY_MIN: Duration = Duration::from_secs(10);
 /// See [`IMMUNITY_MIN`].
@@ -168,6 +170,11 @@ impl Costs {
         self.apart.contains_key(&cohort)
     }
 
+    /// Apart for good: its devices wait, and come back, at the pace of its own look-ups. One on trial keeps to everybody's.
+    pub fn is_costly(&self, cohort: CohortTag) -> bool {
+        self.apart.get(&cohort).is_some_and(|apart| apart.is_proven)
+    }
+
     /// Cohorts watched, for tests of the bound.
     #[cfg(test)]
     pub fn watched(&self) -> usize {
@@ -226,7 +233,7 @@ impl Costs {
     /// Where the slots of a cohort's devices are taken from: `shared` places a second, or a queue of its own if it is apart.
     pub fn pace(&mut self, cohort: CohortTag, shared: f64, overbooking: f64, now: Instant) -> Pace<'_> {
         let part = self.part(now);
-        match self.apart.get_mut(&cohort) {
+        match self.apart.get_mut(&cohort).filter(|apart| apart.is_proven) {
             Some(apart) => Pace::Apart {
                 tail: &mut apart.tail,
                 rate: (overbooking * part / apart.seconds_per_key).min(shared),
@@ -268,6 +275,10 @@ impl Costs {
         if let Some(trial) = self.trial.as_mut().filter(|trial| trial.cohort == cohort) {
             apart.seconds_per_key = per_key.max(1e-6);
             Sample::add(&mut trial.own, keys, statement.took, now);
+            let is_heard = trial.own.is_some_and(|own| own.statements >= TRIAL_STATEMENTS);
+            if is_heard && trial.others.is_none() && trial.began + TRIAL_ALONE_MAX <= now {
+                return Some(self.acquit(cohort, now));
+            }
             return self.judge(now);
         }
         if others.is_some() {

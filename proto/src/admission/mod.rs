@@ -45,8 +45,9 @@ use crate::{
     time::{Instant, WallTime},
 };
 
-/// Slot holders waiting are bounded to what the reference capacity answers in this time. Then they get a new slot.
-const HOLDERS_QUEUE: Duration = Duration::from_secs(2);
+/// Slot holders waiting are bounded to what the database answers in this time, the longest that they may wait. Then they get a new slot
+/// at once: who waits in vain comes back as much later.
+const HOLDERS_QUEUE: Duration = SEND_WITHIN;
 /// Devices sent away so often that they are served by seniority. overload.md section 4.
 const EXPRESS_BOUNCES: u8 = 3;
 /// The part of the holders' bound that they have for themselves.
@@ -184,16 +185,17 @@ impl Admission {
     /// The best class that the device may wait in, if any has room.
     fn class_with_room(&self, arrival: &Arrival<'_>, standing: &Standing, now: Instant) -> Option<Class> {
         let Arrival { device, cohort, .. } = *arrival;
-        if self.costs.is_apart(cohort) {
+        if self.costs.is_costly(cohort) {
             return self.class_apart(cohort, standing, now);
         }
+        let on_trial = self.queue.apart_len(cohort);
         let reference = self.reference.keys_per_second(now);
-        let holders_max = keys_in(HOLDERS_QUEUE, reference);
+        let holders_max = keys_in(HOLDERS_QUEUE, reference / OVERBOOKING);
         let walk_ins_max = keys_in(WALK_INS_QUEUE, reference);
         let is_bounced = standing.slot.is_some_and(|slot| slot.bounces >= EXPRESS_BOUNCES);
-        let len = |classes: &[Class]| self.queue.line_len(classes);
+        let len = |classes: &[Class]| self.queue.line_len(classes) + on_trial;
         let known = len(&[Class::Holder, Class::Express, Class::WalkIn]);
-        let all = known + len(&[Class::StrangerHolder, Class::StrangerWalkIn]);
+        let all = len(&Class::ALL);
         let first = |candidates: &[(bool, Class, bool)]| {
             let found = candidates
                 .iter()

@@ -196,6 +196,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::slots::Place;
 
     const KEY: [u8; 16] = [7; 16];
     /// Time after which a slot of time zero is past, whatever the rounding.
@@ -211,6 +212,7 @@ mod tests {
             first_unix_s: 0,
             bounces: 0,
             tenant: tenant.map(TenantTag::of),
+            place: Place::Kept,
         }
     }
 

@@ -38,6 +38,9 @@ pub const HINT_MAX: Duration = Duration::from_secs(600);
 pub const HINT_FAR_MIN: Duration = Duration::from_secs(450);
 /// A slot at least this far ahead is kept on an early retry; a nearer one counts as used.
 const SLOT_KEPT: Duration = Duration::from_millis(200);
+/// A device that comes back by more than this before the time it was told does not keep to slots, and most probably won't be there at its
+/// own: the place is given to one more device, or the database would idle where many such places follow each other. Its slot stays.
+const SLOT_EARLY_FAR: Duration = Duration::from_secs(2);
 /// How much the wall clocks of two nodes may differ for tokens to count in full. overload.md section 4.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(5);
 
@@ -51,6 +54,18 @@ pub(crate) struct Slot {
     pub bounces: u8,
     /// `None`: a stranger's.
     pub tenant: Option<TenantTag>,
+    /// What has become of its place in the queue.
+    pub place: Place,
+}
+
+/// A place in the queue is meant for one device. See [`SLOT_EARLY_FAR`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    Kept,
+    /// The device was told to come before its slot, because the slot is beyond the longest hint.
+    Far,
+    /// The device does not do as told, so that somebody else was given the place too.
+    Shared,
 }
 
 impl Slot {
@@ -151,6 +166,8 @@ impl Slots {
             first_unix_s: claims.first_unix_s,
             bounces: claims.bounces,
             tenant: claims.tenant,
+            // The node that gave it out may have shared it already.
+            place: Place::Shared,
         })
     }
 
@@ -171,8 +188,8 @@ impl Slots {
             (Some(remembered), _) => Some(remembered),
             (None, slot) => slot,
         };
-        let slot = match newest {
-            Some(slot) if slot.at > now + SLOT_KEPT => slot,
+        let mut slot = match newest {
+            Some(slot) if slot.at > now + SLOT_KEPT => self.kept(slot, &pace, now),
             previous => {
                 let from = now + HINT_MIN;
                 let place = match pace {
@@ -184,13 +201,30 @@ impl Slots {
                     first_unix_s: previous.map_or(unix_s(wall), |slot| slot.first_unix_s),
                     bounces: previous.map_or(0, |slot| slot.bounces.saturating_add(1)),
                     tenant: standing.tenant,
+                    place: Place::Kept,
                 }
             }
+        };
+        let is_far = slot.at > now + HINT_MAX;
+        slot.place = match slot.place {
+            Place::Shared => Place::Shared,
+            Place::Kept | Place::Far if is_far => Place::Far,
+            Place::Kept | Place::Far => Place::Kept,
         };
         if !self.memory.put(device, slot, now) {
             self.stateless += 1;
         }
         self.hint(device, &slot, now, wall, rng)
+    }
+
+    /// The slot of a device that came too early.
+    fn kept(&mut self, mut slot: Slot, pace: &Pace<'_>, now: Instant) -> Slot {
+        let is_disobeyed = slot.place == Place::Kept && slot.at > now + SLOT_EARLY_FAR;
+        if let (true, Pace::Shared(_), Some(tenant)) = (is_disobeyed, pace, slot.tenant) {
+            self.tenants.share(tenant, slot.at);
+            slot.place = Place::Shared;
+        }
+        slot
     }
 
     /// A device was authenticated and admitted: its slot is used, and it is known from now on.

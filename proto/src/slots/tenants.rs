@@ -3,7 +3,11 @@
 //! Taking a place is a GCRA that commits although the device is refused: the committed time is its slot. A tenant is slowed
 //! down only by tenants that are still backlogged at the time in question, so that the whole rate is given out.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BinaryHeap},
+    time::Duration,
+};
 
 use super::token::TenantTag;
 use crate::time::Instant;
@@ -15,6 +19,9 @@ pub(crate) const STRANGERS_SHARE: f64 = 0.05;
 const STRANGERS_HORIZON: Duration = Duration::from_secs(3_600);
 /// The same for tenants, whose queue moves once a slot and device: reached only if the memory of slots is full.
 const TENANTS_HORIZON: Duration = Duration::from_secs(24 * 3_600);
+
+/// Places to be given twice, of all tenants together; further ones are given once.
+const SHARED_MAX: usize = 65_536;
 
 /// Weights of tenants, as configured.
 #[derive(Debug, Default)]
@@ -48,6 +55,9 @@ pub(super) struct Tenants {
     strangers: Tail,
     weights: Weights,
     tenants_max: usize,
+    /// Places to be given once more, whose devices don't keep to them; the earliest first. Of at most [`SHARED_MAX`] places.
+    shared: BTreeMap<TenantTag, BinaryHeap<Reverse<Instant>>>,
+    shared_len: usize,
 }
 
 /// The end of one queue. Nanoseconds: at a million slots a second, microseconds would round by too much.
@@ -82,7 +92,36 @@ impl Tenants {
             strangers: Tail::empty(1.0),
             weights: Weights::new(weights),
             tenants_max,
+            shared: BTreeMap::new(),
+            shared_len: 0,
         }
+    }
+
+    /// The device that has this place does not keep to it.
+    pub fn share(&mut self, tenant: TenantTag, place: Instant) {
+        if self.shared_len < SHARED_MAX {
+            self.shared.entry(tenant).or_default().push(Reverse(place));
+            self.shared_len += 1;
+        }
+    }
+
+    /// Places that wait to be given once more.
+    #[cfg(test)]
+    pub const fn shared(&self) -> usize {
+        self.shared_len
+    }
+
+    fn take_shared(&mut self, tenant: TenantTag, from: Instant) -> Option<Instant> {
+        let places = self.shared.get_mut(&tenant)?;
+        let mut found = None;
+        while let (None, Some(Reverse(place))) = (found, places.pop()) {
+            self.shared_len -= 1;
+            found = Some(place).filter(|place| *place >= from);
+        }
+        if places.is_empty() {
+            self.shared.remove(&tenant);
+        }
+        found
     }
 
     /// The next place not before `from` in the queue of `tenant` (of the strangers if `None`), where `rate` places a second
@@ -91,6 +130,9 @@ impl Tenants {
         let Some(tenant) = tenant else {
             return self.take_as_stranger(from, rate);
         };
+        if let Some(place) = self.take_shared(tenant, from) {
+            return place;
+        }
         let queue = self.queue_of(tenant, from);
         let own = *self.tail(queue);
         let base = own.base(from, TENANTS_HORIZON);
@@ -246,5 +288,21 @@ mod tests {
         let last = (0..100_000).map(|_| tenants.take(None, Instant::ZERO, 1.0)).last();
 
         assert!(last <= Some(Instant::ZERO + STRANGERS_HORIZON), "{last:?}");
+    }
+
+    #[test]
+    fn shared_places_are_bounded_and_past_ones_are_dropped() {
+        let mut tenants = tenants(4);
+        let tenant = TenantTag::of("a");
+        for n in 0..100_000 {
+            tenants.share(tenant, Instant::from_micros(n));
+        }
+        assert_eq!(tenants.shared(), SHARED_MAX);
+
+        let from = Instant::ZERO + Duration::from_secs(1);
+        let place = tenants.take(Some(tenant), from, RATE);
+
+        assert_eq!(place, from);
+        assert_eq!(tenants.shared(), 0);
     }
 }

@@ -308,3 +308,51 @@ fn floor_of_an_outage_delays_a_device_but_not_the_queue() {
     assert_eq!(held.after_ms(), 20_000);
     assert_eq!(node.refuse(2, None, at(0)).after_ms(), 510);
 }
+
+#[test]
+fn place_of_a_device_that_comes_back_early_is_given_to_one_more() {
+    let mut node = Node::new();
+    node.fill(10_000);
+    for n in 1..=3 {
+        node.meet(n);
+    }
+    let told = node.refuse(1, None, at(0)).after_ms();
+
+    let again = node.refuse(1, None, at(5_000)).after_ms();
+    node.refuse(1, None, at(5_500));
+    let second = node.refuse(2, None, at(6_000)).after_ms();
+    let third = node.refuse(3, None, at(6_000)).after_ms();
+
+    assert_eq!(told, 10_500);
+    assert_eq!(again + 5_000, told, "its slot stays");
+    assert_eq!(second + 6_000, told, "the same place");
+    assert_eq!(third + 6_000, told + 10, "a place is given twice, not three times");
+}
+
+#[test]
+fn device_that_was_told_to_come_before_its_slot_keeps_its_place_to_itself() {
+    let mut node = Node::new();
+    node.fill(900_000);
+    node.meet(1);
+    node.meet(2);
+    let told = node.refuse(1, None, at(0)).after_ms();
+
+    node.refuse(1, None, at(told));
+    let second = node.refuse(2, None, at(told)).after_ms();
+
+    assert!(told <= 600_000, "{told}");
+    assert!(second + told > 900_500 || second >= 450_000, "{second}");
+    assert_eq!(node.slots.tenants.shared(), 0);
+}
+
+#[test]
+fn device_that_wakes_up_a_little_early_keeps_its_place_to_itself() {
+    let mut node = Node::new();
+    node.fill(10_000);
+    node.meet(1);
+    node.refuse(1, None, at(0));
+
+    node.refuse(1, None, at(9_000));
+
+    assert_eq!(node.slots.tenants.shared(), 0);
+}

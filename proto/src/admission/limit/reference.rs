@@ -11,6 +11,11 @@ pub(in crate::admission) const OVERBOOKING: f64 = 1.25;
 /// The reference never falls below this part of the ceiling, or an outage seen first would be taken for the capacity.
 const FLOOR_PART: f64 = 0.25;
 
+/// The best rate is that of about so many seconds in a row, and of half as many at least.
+const RECENT_SECONDS: u32 = 8;
+/// After a time like this without a measurement, a row begins anew.
+const RECENT_GAP: Duration = Duration::from_secs(10);
+
 /// `K_ref = clamp(1.25 · max(best of the last 10 min, last known good), ceiling / 4, ceiling)`, in keys a second; the ceiling where nothing
 /// was ever measured.
 #[derive(Clone, Debug)]
@@ -19,8 +24,32 @@ pub(in crate::admission) struct Reference {
     last_known_good: f64,
     peak: f64,
     peak_at: Instant,
+    recent: Recent,
+    /// The peak is of too few seconds to count against later ones.
+    is_provisional: bool,
     /// A measurement came since the last known good was taken.
     is_news: bool,
+}
+
+/// The average of the latest seconds in a row.
+#[derive(Clone, Debug, Default)]
+struct Recent {
+    average: f64,
+    seconds: u32,
+    at: Instant,
+}
+
+impl Recent {
+    /// The average, and whether it is of enough seconds to count.
+    fn add(&mut self, keys_per_second: f64, now: Instant) -> (f64, bool) {
+        if self.at + RECENT_GAP < now {
+            self.seconds = 0;
+        }
+        self.at = now;
+        self.seconds = (self.seconds + 1).min(RECENT_SECONDS);
+        self.average += (keys_per_second - self.average) / f64::from(self.seconds);
+        (self.average, self.seconds >= RECENT_SECONDS / 2)
+    }
 }
 
 impl Reference {
@@ -30,6 +59,8 @@ impl Reference {
             last_known_good: 0.0,
             peak: 0.0,
             peak_at: now,
+            recent: Recent::default(),
+            is_provisional: false,
             is_news: false,
         }
     }
@@ -57,8 +88,19 @@ impl Reference {
         })
     }
 
+    /// The rate of about a second in which devices waited all the time.
     pub fn handle_measured(&mut self, keys_per_second: f64, now: Instant) {
-        self.peak = self.peak(now).max(keys_per_second);
+        // The best of many seconds is a lucky one, and luckier on one node of a cluster than on the next: their slots must end together.
+        let (average, is_settled) = self.recent.add(keys_per_second, now);
+        let is_first = self.peak <= 0.0 || self.is_provisional;
+        if is_first {
+            self.peak = average;
+            self.is_provisional = !is_settled;
+        } else if is_settled {
+            self.peak = self.peak(now).max(average);
+        } else {
+            return;
+        }
         self.peak_at = now;
         self.is_news |= self.peak > 0.0;
     }
@@ -86,6 +128,14 @@ mod tests {
         Instant::from_micros(ms * 1_000)
     }
 
+    /// Seconds of a backlog, one after the other, that end at `end`.
+    fn measure(reference: &mut Reference, rates: &[f64], end: Instant) {
+        for (before, rate) in (0..rates.len()).rev().zip(rates) {
+            let second = u64::try_from(before).unwrap();
+            reference.handle_measured(*rate, Instant::from_micros(end.as_micros() - second * 1_000_000));
+        }
+    }
+
     fn assert_is(reference: &Reference, now: Instant, keys_per_second: f64) {
         let is = reference.keys_per_second(now);
         assert!((is - keys_per_second).abs() < 1e-9, "{is}");
@@ -96,26 +146,47 @@ mod tests {
         let mut reference = Reference::new(10_000, at(0));
         assert_is(&reference, at(0), 10_000.0);
 
-        reference.handle_measured(4_000.0, at(0));
-        reference.handle_measured(100.0, at(0));
+        measure(&mut reference, &[4_000.0; 4], at(10_000));
+        measure(&mut reference, &[100.0; 4], at(30_000));
 
-        assert_is(&reference, at(0), 5_000.0);
+        assert!(reference.keys_per_second(at(30_000)) > 4_800.0);
         assert_is(&reference, at(7_200_000), 2_500.0);
-        reference.handle_measured(1e9, at(7_200_000));
+        measure(&mut reference, &[1e9; 4], at(7_200_000));
         assert_is(&reference, at(7_200_000), 10_000.0);
+    }
+
+    #[test]
+    fn one_lucky_second_is_not_the_best_rate() {
+        let mut reference = Reference::new(10_000, at(0));
+        let rates = [4_000.0, 4_000.0, 4_000.0, 4_000.0, 8_000.0, 4_000.0, 0.0, 4_000.0];
+
+        measure(&mut reference, &rates, at(10_000));
+
+        assert!(reference.peak(at(10_000)) <= 5_000.0, "{}", reference.peak(at(10_000)));
+    }
+
+    #[test]
+    fn first_second_counts_until_there_are_more() {
+        let mut reference = Reference::new(10_000, at(0));
+
+        measure(&mut reference, &[3_200.0], at(10_000));
+        assert_is(&reference, at(10_000), 4_000.0);
+        measure(&mut reference, &[2_400.0; 3], at(13_000));
+
+        assert_is(&reference, at(13_000), 1.25 * (3_200.0 + 3.0 * 2_400.0) / 4.0);
     }
 
     #[test]
     fn last_known_good_outlives_an_idle_night_but_not_a_slower_day() {
         let (night, day) = (at(36_000_000), at(72_000_000));
         let mut reference = Reference::new(10_000, at(0));
-        reference.handle_measured(4_000.0, at(0));
+        measure(&mut reference, &[4_000.0; 4], at(10_000));
         assert_eq!(reference.take_last_known_good(), Some(4_000.0));
 
         assert_eq!(reference.take_last_known_good(), None, "nothing new");
         assert_is(&reference, night, 5_000.0);
 
-        reference.handle_measured(2_400.0, day);
+        measure(&mut reference, &[2_400.0; 4], day);
         assert_eq!(reference.take_last_known_good(), Some(2_400.0));
         assert_is(&reference, day, 3_000.0);
     }

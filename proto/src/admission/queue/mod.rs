@@ -44,7 +44,7 @@ pub(super) enum Class {
 impl Class {
     const COUNT: usize = 5;
     /// In the order of service.
-    const ALL: [Self; Self::COUNT] = [
+    pub const ALL: [Self; Self::COUNT] = [
         Self::Holder,
         Self::Express,
         Self::WalkIn,

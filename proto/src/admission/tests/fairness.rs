@@ -2,9 +2,9 @@
 
 use super::*;
 
-/// A node whose line of holders has room for 2 s of this.
+/// A node whose line of holders has room for 1.8 s of this.
 const RATE: f64 = 2_000.0;
-const HOLDERS_MAX: usize = 5_000;
+const HOLDERS_MAX: usize = 3_600;
 
 /// Devices from `first` on, known of `tenant`, and refused once at time 0.
 fn refused_once(node: &mut Node, tenant: &str, devices: std::ops::Range<u128>) {
