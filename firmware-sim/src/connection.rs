@@ -22,6 +22,7 @@ pub use crate::handshake::{Credential, OpenError, Refused, SUBPROTOCOL};
 use crate::{
     handshake::{Hello, Socket, SocketOptions, open},
     target::Target,
+    tls::Trust,
 };
 
 /// How long [`Connection::open`] waits for an answer: over the 3 s in which the gateway answers everyone.
@@ -43,6 +44,8 @@ pub struct DeviceConfig {
     pub headers: Vec<(String, String)>,
     /// Local address to connect from. Default: the system's choice.
     pub source: Option<IpAddr>,
+    /// Whom a gateway at `wss://` is vouched for by.
+    pub trust: Trust,
     /// Default [`OPEN_TIMEOUT_DEFAULT`].
     pub open_timeout: Duration,
 }
@@ -62,6 +65,7 @@ impl DeviceConfig {
             protocols: Some(SUBPROTOCOL.into()),
             headers: Vec::new(),
             source: None,
+            trust: Trust::default(),
             open_timeout: OPEN_TIMEOUT_DEFAULT,
         }
     }
@@ -99,7 +103,7 @@ pub enum Received {
 }
 
 impl Connection {
-    /// Connects to `ws://host:port[/path]` or `host:port`.
+    /// Connects to `ws://host:port[/path]`, `wss://…` or `host:port`.
     ///
     /// # Errors
     /// [`OpenError::Refused`] with the gateway's answer, or why there was none.
@@ -107,7 +111,7 @@ impl Connection {
     /// # Cancel safety
     /// Dropped, it gives the attempt up.
     pub async fn open(url: &str, config: &DeviceConfig) -> Result<Self, OpenError> {
-        let target = Target::resolve(url).await?;
+        let target = Target::resolve_trusting(url, &config.trust).await?;
         let hello = Hello {
             device: config.id,
             credential: &config.credential,
@@ -145,7 +149,7 @@ impl Connection {
     /// # Errors
     /// The socket is gone.
     pub fn local_addr(&self) -> std::io::Result<SocketAddr> {
-        self.socket.get_ref().local_addr()
+        self.socket.get_ref().tcp().local_addr()
     }
 
     /// Sends a frame as JSON text.
@@ -249,7 +253,7 @@ impl Connection {
 
 /// Closes the socket with a reset. One that is gone already has nothing to reset.
 pub(crate) fn reset(socket: Socket) {
-    let _ = socket.get_ref().set_zero_linger();
+    let _ = socket.get_ref().tcp().set_zero_linger();
     drop(socket);
 }
 

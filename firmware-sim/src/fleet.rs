@@ -20,6 +20,7 @@ use crate::{
     profile::{Profile, UnknownProfile},
     stats::Stats,
     target::{Sources, Target, TargetError},
+    tls::Trust,
 };
 
 /// Devices in one process: with what else it opens, below the 20,000 files that systems commonly allow.
@@ -33,6 +34,8 @@ pub const VERSION_NONE: &str = "(none)";
 pub struct FleetConfig {
     /// `ws://host:port[/path]`.
     pub url: String,
+    /// Whom a gateway at `wss://` is vouched for by.
+    pub trust: Trust,
     /// The whole fleet, even where this process runs a part of it: shares are of the whole.
     pub devices: Vec<Identity>,
     /// Which of them run here. Default all.
@@ -59,6 +62,7 @@ impl FleetConfig {
     pub fn new(url: &str, devices: Vec<Identity>, firmware: Mix) -> Self {
         Self {
             url: url.into(),
+            trust: Trust::default(),
             part: 0..devices.len(),
             devices,
             firmware,
@@ -116,7 +120,7 @@ impl Fleet {
     /// [`DEVICES_PER_PROCESS_MAX`] devices here.
     pub async fn start(config: FleetConfig) -> Result<Self, FleetError> {
         let total = config.devices.len();
-        let target = Target::resolve(&config.url).await?;
+        let target = Target::resolve_trusting(&config.url, &config.trust).await?;
         for version in config.firmware.names() {
             check_version(version)?;
         }

@@ -6,6 +6,7 @@
 //! - [`driver`]: machines on real sockets, a task each; [`fleet`]: thousands of them, with figures ([`stats`]).
 //! - [`identity`], [`mix`]: who the devices are, and what they run; [`messages`]: what they send of their own accord.
 //! - [`connection`]: one connection by hand, for tests and tools.
+//! - [`tls`]: whom devices believe that a gateway is the one they look for.
 //! - [`target`]: the gateway's URL, and the local addresses that devices connect from.
 
 pub mod backoff;
@@ -21,3 +22,4 @@ pub mod mix;
 pub mod profile;
 pub mod stats;
 pub mod target;
+pub mod tls;

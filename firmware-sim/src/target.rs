@@ -1,11 +1,20 @@
 //! Where the gateway is, and from which of this machine's addresses a device goes there.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+};
 
+use rustls::pki_types::ServerName;
 use tokio_tungstenite::tungstenite::http::Uri;
+
+use crate::tls::{Tls, Trust, TrustError};
 
 /// What a URL without a path means. Contract section 2.
 const PATH_DEFAULT: &str = "/v1/connect";
+
+/// How a URL over TLS begins.
+const TLS_SCHEME: &str = "wss";
 
 /// Devices of one source address: far from the 28,000 ports that Linux hands out for one (`ip_local_port_range`), so that
 /// a port is found at once, with as many still closing.
@@ -15,20 +24,44 @@ pub const DEVICES_PER_SOURCE: usize = 4_000;
 const SOURCES_MAX: usize = 250;
 
 /// A gateway's address and what to ask it for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct Target {
     addr: SocketAddr,
     uri: Uri,
+    tls: Option<Tls>,
+}
+
+impl fmt::Debug for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at {}", self.uri, self.addr)
+    }
 }
 
 impl Target {
-    /// Reads `ws://host:port[/path][?query]`, or `host:port` alone, and looks up the host's address. The path defaults to
-    /// `/v1/connect`, the port to 80. The gateway itself need not be there.
+    /// The same, with the authorities of this machine.
     ///
     /// # Errors
-    /// No such URL, `wss` (not available yet), or a host without an address.
+    /// As [`resolve_trusting`](Self::resolve_trusting).
     pub async fn resolve(url: &str) -> Result<Self, TargetError> {
+        Self::resolve_trusting(url, &Trust::System).await
+    }
+
+    /// Reads `ws://host:port[/path][?query]`, `wss://…`, or `host:port` alone, and looks up the host's address. The path defaults to
+    /// `/v1/connect`, the port to 80, with TLS to 443. The gateway itself need not be there.
+    ///
+    /// # Errors
+    /// No such URL, a host without an address, or authorities that can't be read.
+    pub async fn resolve_trusting(url: &str, trust: &Trust) -> Result<Self, TargetError> {
         let (uri, host, port) = parse(url)?;
+        let tls = if uri.scheme_str() == Some(TLS_SCHEME) {
+            let name = ServerName::try_from(host.clone()).map_err(|_| TargetError::BadUrl {
+                url: url.into(),
+                why: "the host is no name that a certificate could have".into(),
+            })?;
+            Some(Tls::new(name, trust)?)
+        } else {
+            None
+        };
         let no_address = |source| TargetError::NoAddress {
             host: host.clone(),
             source,
@@ -38,12 +71,17 @@ impl Target {
             .map_err(|error| no_address(Some(error)))?
             .next()
             .ok_or_else(|| no_address(None))?;
-        Ok(Self { addr, uri })
+        Ok(Self { addr, uri, tls })
     }
 
     #[must_use]
     pub const fn addr(&self) -> SocketAddr {
         self.addr
+    }
+
+    /// What connections to it are made with; `None` over plain TCP.
+    pub(crate) const fn tls(&self) -> Option<&Tls> {
+        self.tls.as_ref()
     }
 
     #[must_use]
@@ -63,11 +101,11 @@ fn parse(url: &str) -> Result<(Uri, String, u16), TargetError> {
         format!("ws://{url}")
     };
     let uri: Uri = full.parse().map_err(|error| bad(&format!("{error}")))?;
-    match uri.scheme_str() {
-        Some("ws") => {}
-        Some("wss") => return Err(bad("TLS (wss) is not available yet")),
-        Some(_) | None => return Err(bad("expected ws://host:port")),
-    }
+    let (scheme, port_default) = match uri.scheme_str() {
+        Some("ws") => ("ws", 80),
+        Some(TLS_SCHEME) => (TLS_SCHEME, 443),
+        Some(_) | None => return Err(bad("expected ws://host:port or wss://host:port")),
+    };
     let authority = uri.authority().ok_or_else(|| bad("the host is missing"))?.as_str();
     if authority.contains('@') {
         return Err(bad("ids and secrets come from the devices file, not from the URL"));
@@ -81,8 +119,8 @@ fn parse(url: &str) -> Result<(Uri, String, u16), TargetError> {
         path => path,
     };
     let query = uri.query().map(|query| format!("?{query}")).unwrap_or_default();
-    let port = uri.port_u16().unwrap_or(80);
-    let uri = format!("ws://{authority}{path}{query}")
+    let port = uri.port_u16().unwrap_or(port_default);
+    let uri = format!("{scheme}://{authority}{path}{query}")
         .parse()
         .map_err(|error| bad(&format!("{error}")))?;
     Ok((uri, host, port))
@@ -99,6 +137,8 @@ pub enum TargetError {
         #[source]
         source: Option<std::io::Error>,
     },
+    #[error(transparent)]
+    NoTrust(#[from] TrustError),
 }
 
 /// Local addresses that devices connect from.
@@ -140,6 +180,7 @@ mod tests {
             ("127.0.0.1:8080", "ws://127.0.0.1:8080/v1/connect"),
             ("ws://127.0.0.1:8080/?x=1", "ws://127.0.0.1:8080/v1/connect?x=1"),
             ("ws://[::1]:8080/other", "ws://[::1]:8080/other"),
+            ("wss://127.0.0.1:8443", "wss://127.0.0.1:8443/v1/connect"),
         ] {
             assert_eq!(Target::resolve(url).await.unwrap().uri().to_string(), uri);
         }
@@ -148,7 +189,6 @@ mod tests {
     #[tokio::test]
     async fn bad_urls_say_what_is_wrong() {
         for (url, words) in [
-            ("wss://127.0.0.1:1", "TLS"),
             ("http://127.0.0.1:1", "ws://"),
             ("ws://id:secret@127.0.0.1:1", "devices file"),
             ("ws://:80", ""),

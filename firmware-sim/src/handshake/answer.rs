@@ -2,10 +2,10 @@
 
 use std::io;
 
-use tokio::{io::AsyncReadExt, net::TcpStream};
+use tokio::io::AsyncReadExt;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
-use super::OpenError;
+use super::{OpenError, Stream};
 
 /// Longest head of an answer, in bytes; a longer one is none.
 const HEAD_LEN_MAX: usize = 8 * 1024;
@@ -26,10 +26,10 @@ pub(super) struct Answer {
 
 impl Answer {
     /// Reads the head; what came behind it is left in the second value.
-    pub(super) async fn read(tcp: &mut TcpStream) -> Result<(Self, Vec<u8>), OpenError> {
+    pub(super) async fn read(stream: &mut Stream) -> Result<(Self, Vec<u8>), OpenError> {
         let mut bytes = Vec::with_capacity(CHUNK);
         loop {
-            if tcp.read_buf(&mut bytes).await.map_err(OpenError::NoAnswer)? == 0 {
+            if stream.read_buf(&mut bytes).await.map_err(OpenError::NoAnswer)? == 0 {
                 return Err(OpenError::NoAnswer(io::ErrorKind::UnexpectedEof.into()));
             }
             if let Some((answer, len)) = Self::parse(&bytes)? {

@@ -6,6 +6,7 @@
 mod answer;
 mod hello;
 mod refused;
+mod stream;
 
 use std::{
     io,
@@ -27,7 +28,7 @@ use tokio_tungstenite::{
 
 use self::answer::Answer;
 pub(crate) use self::hello::Hello;
-pub use self::{hello::Credential, refused::Refused};
+pub use self::{hello::Credential, refused::Refused, stream::Stream};
 use crate::target::Target;
 
 /// The sub-protocol of frames. Contract section 4.
@@ -48,7 +49,7 @@ const SLOW_RECEIVE_BUFFER: u32 = 4096;
 const BODY_LEN_MAX: usize = 8 * 1024;
 
 /// An open session's socket.
-pub type Socket = WebSocketStream<TcpStream>;
+pub type Socket = WebSocketStream<Stream>;
 
 /// Sockets of one attempt.
 #[derive(Clone, Copy, Debug, Default)]
@@ -70,11 +71,16 @@ pub(crate) async fn open(
 ) -> Result<(Socket, Option<String>), OpenError> {
     let offered = request.headers().get("sec-websocket-protocol").cloned();
     let (request, key) = generate_request(request).map_err(|_| OpenError::BadHello)?;
-    let mut tcp = dial(target.addr(), options).await.map_err(OpenError::Unreachable)?;
-    tcp.write_all(&request).await.map_err(OpenError::NoAnswer)?;
-    let (answer, rest) = Answer::read(&mut tcp).await?;
+    let tcp = dial(target.addr(), options).await.map_err(OpenError::Unreachable)?;
+    let mut stream = match target.tls() {
+        None => Stream::Plain(tcp),
+        // Boxed: the handshake would make every device's task larger.
+        Some(tls) => Stream::Tls(Box::new(Box::pin(tls.connect(tcp)).await.map_err(OpenError::NoAnswer)?)),
+    };
+    stream.write_all(&request).await.map_err(OpenError::NoAnswer)?;
+    let (answer, rest) = Answer::read(&mut stream).await?;
     if answer.status != 101 {
-        let body = body(&mut tcp, &answer, rest).await;
+        let body = body(&mut stream, &answer, rest).await;
         return Err(OpenError::Refused(Box::new(Refused::read(answer, &body))));
     }
     answer.check_upgrade(&key, offered.as_ref().and_then(|offered| offered.to_str().ok()))?;
@@ -84,7 +90,7 @@ pub(crate) async fn open(
         .max_write_buffer_size(WRITE_BUFFER_MAX)
         .max_message_size(Some(MESSAGE_LEN_MAX))
         .max_frame_size(Some(MESSAGE_LEN_MAX));
-    let socket = WebSocketStream::from_partially_read(tcp, rest, Role::Client, Some(config)).await;
+    let socket = WebSocketStream::from_partially_read(stream, rest, Role::Client, Some(config)).await;
     Ok((socket, answer.header("sec-websocket-protocol").map(str::to_owned)))
 }
 
@@ -106,13 +112,13 @@ async fn dial(to: SocketAddr, options: SocketOptions) -> io::Result<TcpStream> {
 }
 
 /// The body that the head announces, as far as it comes. The head alone is a refusal already.
-async fn body(tcp: &mut TcpStream, answer: &Answer, mut body: Vec<u8>) -> Vec<u8> {
+async fn body(stream: &mut Stream, answer: &Answer, mut body: Vec<u8>) -> Vec<u8> {
     let announced = answer
         .header("content-length")
         .and_then(|text| text.trim().parse().ok());
     let wanted = announced.unwrap_or(0_usize).min(BODY_LEN_MAX);
     while body.len() < wanted {
-        match tcp.read_buf(&mut body).await {
+        match stream.read_buf(&mut body).await {
             Ok(1..) => {}
             Ok(0) | Err(_) => break,
         }

@@ -14,6 +14,7 @@ use firmware_sim::{
     messages,
     stats::Stats,
     target::{Target, TargetError},
+    tls::Trust,
 };
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -66,7 +67,7 @@ impl From<FleetError> for Failure {
     fn from(error: FleetError) -> Self {
         match error {
             FleetError::Mix(_) | FleetError::Profile(_) | FleetError::TooMany(_) => Self::WrongUse(error.into()),
-            FleetError::Target(TargetError::BadUrl { .. }) => Self::WrongUse(error.into()),
+            FleetError::Target(TargetError::BadUrl { .. } | TargetError::NoTrust(_)) => Self::WrongUse(error.into()),
             FleetError::Target(TargetError::NoAddress { .. }) => Self::Failed(error.into()),
         }
     }
@@ -115,6 +116,7 @@ fn configuration(options: &Options) -> Result<FleetConfig, Failure> {
     let devices =
         read_devices(file, options.lines()).with_context(|| format!("reading the devices file {}", path.display()))?;
     let mut config = FleetConfig::new(&options.url, devices, options.firmware_mix.clone());
+    config.trust = Trust::in_file(options.ca.clone());
     config.profiles = options.profiles();
     config.per_second = options.rate();
     config.sources = options.source.clone();
@@ -169,7 +171,9 @@ impl Runner {
         if options.part.is_none() && config.devices.len() > per_process {
             // What is wrong with the fleet is said once, here.
             config.check()?;
-            Target::resolve(&config.url).await.map_err(FleetError::from)?;
+            Target::resolve_trusting(&config.url, &config.trust)
+                .await
+                .map_err(FleetError::from)?;
             return Ok(Self::Split(Split::start(config.devices.len(), per_process)?));
         }
         Ok(Self::Here(Box::new(Fleet::start(config).await?)))

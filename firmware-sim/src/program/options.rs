@@ -12,9 +12,13 @@ use firmware_sim::{identity::Lines, messages::PER_MINUTE_MAX, mix::Mix, profile:
 #[derive(Debug, Parser)]
 #[command(version)]
 pub struct Options {
-    /// The gateway's device listener, ws://host:port; the path defaults to /v1/connect
+    /// The gateway's device listener, ws://host:port or wss://host:port; the path defaults to /v1/connect
     #[arg(long, value_name = "URL")]
     pub url: String,
+
+    /// Certificates (PEM) of those who may vouch for a gateway at wss:// [default: the system's]
+    #[arg(long, value_name = "FILE")]
+    pub ca: Option<PathBuf>,
 
     /// CSV with a header: id,secret and optionally tenant,model, as `seawall devices seed` writes it
     #[arg(long, value_name = "FILE")]

@@ -126,7 +126,7 @@ async fn wrong_use_is_exit_2_and_a_missing_file_exit_1() {
         assert_eq!(code, expected, "{error}");
         assert!(error.contains(words), "{error}");
     }
-    let (code, error) = run(&["--url", "wss://127.0.0.1:1", "--devices", devices]).await;
+    let (code, error) = run(&["--url", "wss://127.0.0.1:1", "--ca", "/nowhere", "--devices", devices]).await;
     assert_eq!(code, 2, "{error}");
 }
 

@@ -4,6 +4,10 @@ mod clients;
 
 use std::time::{Duration, Instant};
 
+use firmware_sim::{
+    connection::{Connection, DeviceConfig},
+    tls::Trust,
+};
 use rustls::{ProtocolVersion, version};
 use seawall_gateway::tls::{Reload, Reloaded, reload_now};
 use tokio::{
@@ -39,6 +43,24 @@ async fn both_versions_carry_a_session_from_101_to_goodbye() {
         assert!(rest.ends_with(&[0x88, 2, 0x03, 0xe8]), "{rest:?}");
     }
     assert_eq!(gateway.metric("seawall_connections_total{outcome=\"tls_failed\"}"), 0.0);
+}
+
+#[tokio::test]
+async fn reference_device_connects_over_tls_and_believes_its_authority_alone() {
+    let mut authority = Authority::new();
+    let gateway = Gateway::start(&authority.settings()).await;
+    let (id, secret) = gateway.device().await;
+    let url = format!("wss://{}", gateway.devices);
+    let mut config = DeviceConfig::new(id.parse().unwrap(), &secret);
+    assert!(Connection::open(&url, &config).await.is_err());
+    config.trust = Trust::File(authority.path("ca.pem"));
+
+    let mut device = Connection::open(&url, &config).await.unwrap();
+
+    let welcome = device.next_json(Duration::from_secs(5)).await.unwrap();
+    assert_eq!(welcome["type"], "welcome");
+    device.close(1000, "").await.unwrap();
+    assert_eq!(device.closed(Duration::from_secs(5)).await.unwrap().0, 1000);
 }
 
 #[tokio::test]
