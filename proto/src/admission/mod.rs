@@ -45,8 +45,8 @@ use crate::{
     time::{Instant, WallTime},
 };
 
-/// Slot holders waiting are bounded to what the database answers in this time, the longest that they may wait. Then they get a new slot
-/// at once: who waits in vain comes back as much later.
+/// Slot holders waiting are bounded to what the reference capacity answers in this time, the longest that they may wait. Then they get
+/// a new slot at once.
 const HOLDERS_QUEUE: Duration = SEND_WITHIN;
 /// Devices sent away so often that they are served by seniority. overload.md section 4.
 const EXPRESS_BOUNCES: u8 = 3;
@@ -190,7 +190,7 @@ impl Admission {
         }
         let on_trial = self.queue.apart_len(cohort);
         let reference = self.reference.keys_per_second(now);
-        let holders_max = keys_in(HOLDERS_QUEUE, reference / OVERBOOKING);
+        let holders_max = keys_in(HOLDERS_QUEUE, reference);
         let walk_ins_max = keys_in(WALK_INS_QUEUE, reference);
         let is_bounced = standing.slot.is_some_and(|slot| slot.bounces >= EXPRESS_BOUNCES);
         let len = |classes: &[Class]| self.queue.line_len(classes) + on_trial;

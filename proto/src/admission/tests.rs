@@ -293,7 +293,7 @@ fn walk_ins_are_bounded_to_a_tenth_of_a_second_and_holders_to_what_is_sent_befor
     let held = (250..20_000)
         .filter(|n| matches!(node.attempt(*n, None, now), Decision::Queued(_)))
         .count();
-    assert_eq!(held, 2_000 * 18 / 10);
+    assert_eq!(held, reference * 18 / 10);
 }
 
 #[test]

@@ -2,9 +2,9 @@
 
 use super::*;
 
-/// A node whose line of holders has room for 1.8 s of this.
+/// A node whose line of holders has room for 1.8 s of this, and a quarter more.
 const RATE: f64 = 2_000.0;
-const HOLDERS_MAX: usize = 3_600;
+const HOLDERS_MAX: usize = 4_500;
 
 /// Devices from `first` on, known of `tenant`, and refused once at time 0.
 fn refused_once(node: &mut Node, tenant: &str, devices: std::ops::Range<u128>) {
