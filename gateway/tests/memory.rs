@@ -1,0 +1,119 @@
+//! What an idle device holds, counted to the byte. A binary of its own: the allocator that counts is the whole process's.
+
+#![expect(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    time::{Duration, Instant},
+};
+
+use seawall_gateway::{
+    config::Config,
+    serve::{self, Running},
+    store::{Audit, NewDevice},
+};
+use seawall_proto::id::{DeviceId, Label, SecretHash};
+
+#[global_allocator]
+static COUNTED: dhat::Alloc = dhat::Alloc;
+
+/// Devices that are there before it is counted: what is made for the first is not what each costs.
+const BEFORE: u128 = 100;
+const COUNTED_DEVICES: u128 = 1_000;
+/// What is asked of the allocator for each; what it adds for itself, and what `loadtest bench` sees, is some part more.
+const BYTES_MAX: usize = 9_000;
+
+#[test]
+fn an_idle_device_holds_no_more_than_its_bound() {
+    let profiler = dhat::Profiler::builder();
+    let _profiler = match std::env::var_os("SEAWALL_HEAP_FILE") {
+        Some(file) => profiler.file_name(file).build(),
+        None => profiler.testing().build(),
+    };
+    let home = tempfile::tempdir().unwrap();
+    let mut config = Config::default();
+    config.server.data_dir = home.path().to_owned();
+    config.server.listen.set_port(0);
+    config.ops.listen.set_port(0);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap();
+    let running = runtime.block_on(serve::start(config)).unwrap();
+    runtime.block_on(register(&running, BEFORE + COUNTED_DEVICES));
+    let address = running.addresses.devices;
+
+    let mut devices: Vec<TcpStream> = Vec::with_capacity(2_000);
+    devices.extend((0..BEFORE).map(|n| connect(address, n)));
+    let before = settled();
+    devices.extend((BEFORE..BEFORE + COUNTED_DEVICES).map(|n| connect(address, n)));
+    let bytes = settled().saturating_sub(before) / usize::try_from(COUNTED_DEVICES).unwrap();
+
+    println!("{bytes} bytes for an idle device");
+    assert!(bytes <= BYTES_MAX, "{bytes} bytes for an idle device");
+    if std::env::var_os("SEAWALL_HEAP_FILE").is_some() {
+        drop(_profiler);
+        std::process::exit(0);
+    }
+    drop(devices);
+    runtime.block_on(running.stop()).unwrap();
+}
+
+/// Bytes in use, once they no longer fall.
+fn settled() -> usize {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let mut bytes = dhat::HeapStats::get().curr_bytes;
+    loop {
+        std::thread::sleep(Duration::from_millis(200));
+        let now = dhat::HeapStats::get().curr_bytes;
+        if now >= bytes || Instant::now() >= deadline {
+            return now;
+        }
+        bytes = now;
+    }
+}
+
+async fn register(running: &Running, count: u128) {
+    let audit = Audit {
+        at: running.state.clock.wall(),
+        actor: "test".into(),
+        action: "device.create",
+    };
+    for n in 0..count {
+        let new = NewDevice {
+            id: DeviceId::from_uuid(id(n)),
+            tenant: None,
+            model: Label::parse("display").unwrap(),
+            secret: SecretHash::of(b"secret"),
+        };
+        running.state.store.device_insert(&new, &audit).await.unwrap();
+    }
+}
+
+fn id(n: u128) -> uuid::Uuid {
+    uuid::Uuid::from_u128((n + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835))
+}
+
+/// A device that has its welcome. It holds nothing in memory that counts.
+fn connect(address: SocketAddr, n: u128) -> TcpStream {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let request = format!(
+        "GET /v1/connect HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\
+         Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: seawall.v1\r\nSeawall-Device: {}\r\n\
+         Authorization: Bearer secret\r\nSeawall-Firmware: 3.8.0-b2\r\n\r\n",
+        id(n)
+    );
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = [0; 2048];
+    let mut len = 0;
+    while !answer[..len].ends_with(b"\"}") {
+        let read = stream.read(&mut answer[len..]).unwrap();
+        assert_ne!(read, 0, "{}", String::from_utf8_lossy(&answer[..len]));
+        len += read;
+    }
+    assert!(answer.starts_with(b"HTTP/1.1 101 "));
+    stream
+}
