@@ -5,14 +5,14 @@
 
 use std::{
     borrow::Cow,
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
-use seawall_proto::{admission::CohortTag, refusal::Code};
+use seawall_proto::{admission::CohortTag, id::Label, refusal::Code};
 
 mod series;
 
@@ -20,6 +20,8 @@ use self::series::{label, line};
 
 /// Most cohorts with a row of their own. Further ones are counted as `other`.
 pub const COHORTS_MAX: usize = 2_000;
+/// Most names of tenants that are shared; further ones are each device's own.
+pub const TENANTS_MAX: usize = 10_000;
 /// Most cohorts with metric series of their own (contract section 9).
 pub const SERIES_MAX: usize = 50;
 /// The row of everything without a row of its own.
@@ -223,6 +225,8 @@ impl Cohort {
 pub struct Cohorts {
     rows: Mutex<Rows>,
     other: Arc<Cohort>,
+    /// Names of tenants.
+    tenants: Mutex<HashSet<Arc<str>>>,
 }
 
 /// Model and firmware version, as the device or the registry names them.
@@ -251,7 +255,23 @@ impl Cohorts {
                 is_rest: true,
                 ..Cohort::new(None, None, None)
             }),
+            tenants: Mutex::default(),
         }
+    }
+
+    /// The name of a tenant, in memory that all devices of the tenant share: beyond [`TENANTS_MAX`] names those that have devices here come first.
+    pub fn tenant(&self, name: &Label) -> Arc<str> {
+        let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tenant) = tenants.get(name.as_str()) {
+            return Arc::clone(tenant);
+        }
+        if tenants.len() >= TENANTS_MAX {
+            tenants.retain(|tenant| Arc::strong_count(tenant) > 1);
+        }
+        if tenants.len() < TENANTS_MAX {
+            tenants.insert(Arc::clone(name.as_arc()));
+        }
+        Arc::clone(name.as_arc())
     }
 
     /// The cohort of an authenticated device; with a row of its own if there is room, else counted in `other`.

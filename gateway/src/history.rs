@@ -12,7 +12,7 @@ use std::{
 
 use seawall_proto::{id::DeviceId, time::WallTime};
 
-use crate::cohorts::Cohort;
+use crate::cohorts::{Cohort, Outcome};
 
 /// Attempts kept for each device (contract section 6).
 pub const ATTEMPTS_MAX: usize = 20;
@@ -29,8 +29,7 @@ const SHARDS: usize = 64;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attempt {
     pub at: WallTime,
-    /// A label of `seawall_handshakes_total`.
-    pub outcome: &'static str,
+    pub outcome: Outcome,
 }
 
 /// The end of a device's last session here.
@@ -52,10 +51,32 @@ pub struct Identity {
 #[derive(Debug, Clone, Default)]
 pub struct Record {
     /// Oldest first.
-    pub attempts: VecDeque<Attempt>,
+    pub attempts: Vec<Attempt>,
     pub offline: Option<Offline>,
     /// Of its last session; `None` where it had none.
     pub identity: Option<Identity>,
+}
+
+/// The same in a form that is small for the many: they are online, and came once.
+#[derive(Debug, Default)]
+struct Kept {
+    attempts: Attempts,
+    offline: Option<Box<Offline>>,
+    /// Of its last session; `None` where it had none.
+    identity: Option<Identity>,
+}
+
+#[derive(Debug, Default)]
+enum Attempts {
+    #[default]
+    None,
+    One(Attempt),
+    /// Oldest first.
+    #[expect(
+        clippy::box_collection,
+        reason = "a queue is four words, and would make each record that has none so large"
+    )]
+    Many(Box<VecDeque<Attempt>>),
 }
 
 /// All that is remembered.
@@ -72,8 +93,8 @@ struct Shard {
 
 #[derive(Debug)]
 struct Generations {
-    young: HashMap<DeviceId, Record>,
-    old: HashMap<DeviceId, Record>,
+    young: HashMap<DeviceId, Kept>,
+    old: HashMap<DeviceId, Kept>,
     len_max: usize,
 }
 
@@ -100,12 +121,12 @@ impl History {
         }
         record.push(Attempt {
             at,
-            outcome: "admitted",
+            outcome: Outcome::Admitted,
         });
     }
 
     /// A device was refused, or left before its answer.
-    pub fn refused(&self, device: DeviceId, at: WallTime, outcome: &'static str) {
+    pub fn refused(&self, device: DeviceId, at: WallTime, outcome: Outcome) {
         let mut shard = self.shard(device);
         let generations = if shard.known.contains(device) {
             &mut shard.known
@@ -140,13 +161,14 @@ impl History {
     /// A device's newest session ended.
     pub fn went_offline(&self, device: DeviceId, since: WallTime, reason: &'static str) {
         let mut shard = self.shard(device);
-        shard.known.entry(device).offline = Some(Offline { since, reason });
+        shard.known.entry(device).offline = Some(Box::new(Offline { since, reason }));
     }
 
     #[must_use]
     pub fn record(&self, device: DeviceId) -> Option<Record> {
         let shard = self.shard(device);
-        shard.known.get(device).or_else(|| shard.strangers.get(device)).cloned()
+        let kept = shard.known.get(device).or_else(|| shard.strangers.get(device))?;
+        Some(kept.record())
     }
 
     /// Devices that have been authenticated here and are remembered.
@@ -173,15 +195,30 @@ impl History {
     }
 }
 
-impl Record {
+impl Kept {
     fn push(&mut self, attempt: Attempt) {
-        if self.attempts.len() == ATTEMPTS_MAX {
-            self.attempts.pop_front();
+        match &mut self.attempts {
+            Attempts::None => self.attempts = Attempts::One(attempt),
+            Attempts::One(first) => self.attempts = Attempts::Many(Box::new(VecDeque::from([*first, attempt]))),
+            Attempts::Many(attempts) => {
+                if attempts.len() == ATTEMPTS_MAX {
+                    attempts.pop_front();
+                }
+                attempts.push_back(attempt);
+            }
         }
-        if self.attempts.capacity() == 0 {
-            self.attempts.reserve_exact(1);
+    }
+
+    fn record(&self) -> Record {
+        Record {
+            attempts: match &self.attempts {
+                Attempts::None => Vec::new(),
+                Attempts::One(attempt) => vec![*attempt],
+                Attempts::Many(attempts) => attempts.iter().copied().collect(),
+            },
+            offline: self.offline.as_deref().copied(),
+            identity: self.identity.clone(),
         }
-        self.attempts.push_back(attempt);
     }
 }
 
@@ -198,16 +235,16 @@ impl Generations {
         self.young.contains_key(&device) || self.old.contains_key(&device)
     }
 
-    fn get(&self, device: DeviceId) -> Option<&Record> {
+    fn get(&self, device: DeviceId) -> Option<&Kept> {
         self.young.get(&device).or_else(|| self.old.get(&device))
     }
 
-    fn remove(&mut self, device: DeviceId) -> Option<Record> {
+    fn remove(&mut self, device: DeviceId) -> Option<Kept> {
         self.young.remove(&device).or_else(|| self.old.remove(&device))
     }
 
     /// The record of a device, in the young generation.
-    fn entry(&mut self, device: DeviceId) -> &mut Record {
+    fn entry(&mut self, device: DeviceId) -> &mut Kept {
         if !self.young.contains_key(&device) && self.young.len() >= self.len_max {
             self.old = std::mem::take(&mut self.young);
         }
@@ -224,6 +261,8 @@ mod tests {
         time::{Duration, Instant},
     };
 
+    use seawall_proto::refusal::Code;
+
     use super::*;
     use crate::cohorts::Cohorts;
 
@@ -232,14 +271,19 @@ mod tests {
         let history = History::default();
 
         for n in 0..30 {
-            history.refused(device(1), WallTime::from_unix_ms(n), "overloaded");
+            history.refused(device(1), WallTime::from_unix_ms(n), Outcome::Refused(Code::Overloaded));
         }
         history.admitted(device(1), WallTime::from_unix_ms(30));
 
         let attempts = history.record(device(1)).unwrap().attempts;
         assert_eq!(attempts.len(), ATTEMPTS_MAX);
         assert_eq!(attempts[0].at, WallTime::from_unix_ms(11));
-        assert_eq!(attempts[19].outcome, "admitted");
+        assert_eq!(attempts[19].outcome, Outcome::Admitted);
+    }
+
+    #[test]
+    fn a_device_that_is_online_and_came_once_takes_little() {
+        assert!(size_of::<(DeviceId, Kept)>() <= 64);
     }
 
     #[test]
@@ -248,7 +292,11 @@ mod tests {
         history.admitted(device(1), WallTime::from_unix_ms(1));
 
         for n in 0..50_000 {
-            history.refused(device(1_000 + n), WallTime::from_unix_ms(2), "unauthorized");
+            history.refused(
+                device(1_000 + n),
+                WallTime::from_unix_ms(2),
+                Outcome::Refused(Code::Unauthorized),
+            );
         }
 
         let len = |shard: &Mutex<Shard>| {

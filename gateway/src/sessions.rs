@@ -4,12 +4,14 @@
 //! clean-up) never touches the newer, because every change names the epoch it means.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::HashMap,
+    future::poll_fn,
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
+    task::{Context, Poll, Waker},
 };
 
 use bytes::Bytes;
@@ -18,7 +20,7 @@ use seawall_proto::{
     id::{DeviceId, SessionId},
     time::WallTime,
 };
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::oneshot;
 
 use crate::cohorts::Cohort;
 
@@ -47,14 +49,17 @@ pub struct Session {
     pub id: SessionId,
     pub info: SessionInfo,
     inbox: Mutex<Inbox>,
-    wake: Notify,
 }
 
+/// Small, since every session has one and few have anything in it.
 #[derive(Debug, Default)]
 struct Inbox {
-    close: Option<Close>,
+    close: Option<Box<Close>>,
     closed: bool,
-    messages: VecDeque<Outgoing>,
+    /// Oldest first.
+    messages: Vec<Outgoing>,
+    /// Of the session's task, where it waits.
+    waker: Option<Waker>,
 }
 
 /// A message on its way to a device.
@@ -107,9 +112,8 @@ impl Session {
         if inbox.closed || inbox.close.is_some() {
             return false;
         }
-        inbox.close = Some(order);
-        drop(inbox);
-        self.wake.notify_one();
+        inbox.close = Some(Box::new(order));
+        wake(inbox);
         true
     }
 
@@ -132,18 +136,14 @@ impl Session {
         if inbox.messages.len() >= MAILBOX_LEN_MAX {
             return Err(PostError::MailboxFull);
         }
-        inbox.messages.push_back(message);
-        drop(inbox);
-        self.wake.notify_one();
+        inbox.messages.push(message);
+        wake(inbox);
         Ok(())
     }
 
-    /// Waits until the mailbox may hold something. For the session's task alone.
-    ///
-    /// # Cancel safety
-    /// Safe: a wake-up that was not taken stays for the next call.
-    pub async fn wait(&self) {
-        self.wake.notified().await;
+    /// Ready where the mailbox holds something; otherwise the task of `cx` is woken once it does. For the session's task alone.
+    pub fn poll_mail(&self, cx: &Context<'_>) -> Poll<()> {
+        self.poll_inbox(cx, |inbox| inbox.close.is_some() || !inbox.messages.is_empty())
     }
 
     /// The next command; an order to close goes before messages.
@@ -151,24 +151,35 @@ impl Session {
         let mut inbox = self.inbox();
         if let Some(order) = inbox.close.take() {
             inbox.closed = true;
-            return Some(Command::Close(order));
+            return Some(Command::Close(*order));
         }
-        let message = inbox.messages.pop_front();
         if inbox.messages.is_empty() {
-            inbox.messages.shrink_to_fit();
+            return None;
         }
-        message.map(Command::Deliver)
+        let message = inbox.messages.remove(0);
+        if inbox.messages.is_empty() {
+            inbox.messages = Vec::new();
+        }
+        Some(Command::Deliver(message))
     }
 
-    /// Waits until the session is ordered to end. For the session's task alone; afterwards the mailbox is to be looked at, whatever
-    /// woke this.
+    /// Waits until the session is ordered to end. For the session's task alone.
     ///
     /// # Cancel safety
-    /// A wake-up for a message may be lost: look at the mailbox.
+    /// Safe: whoever asks again is told the same.
     pub async fn ordered_to_close(&self) {
-        while !self.is_closing() {
-            self.wake.notified().await;
+        poll_fn(|cx| self.poll_inbox(cx, |inbox| inbox.closed || inbox.close.is_some())).await;
+    }
+
+    fn poll_inbox(&self, cx: &Context<'_>, is_so: impl FnOnce(&Inbox) -> bool) -> Poll<()> {
+        let mut inbox = self.inbox();
+        if is_so(&inbox) {
+            return Poll::Ready(());
         }
+        if !inbox.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+            inbox.waker = Some(cx.waker().clone());
+        }
+        Poll::Pending
     }
 
     /// Nothing more is taken from or put into the mailbox. Whoever waits for a message in it hears that it was not delivered.
@@ -176,12 +187,23 @@ impl Session {
         let mut inbox = self.inbox();
         inbox.closed = true;
         let undelivered = std::mem::take(&mut inbox.messages);
+        // A waker keeps the memory of its task, and others may keep this session.
+        let waker = inbox.waker.take();
         drop(inbox);
-        drop(undelivered);
+        drop((undelivered, waker));
     }
 
     fn inbox(&self) -> MutexGuard<'_, Inbox> {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Wakes the session's task, behind the lock: it looks into the mailbox at once.
+fn wake(inbox: MutexGuard<'_, Inbox>) {
+    let waker = inbox.waker.clone();
+    drop(inbox);
+    if let Some(waker) = waker {
+        waker.wake();
     }
 }
 
@@ -223,7 +245,6 @@ impl Sessions {
             id,
             info,
             inbox: Mutex::default(),
-            wake: Notify::new(),
         });
         let mut shard = self.shard(device);
         let replaced = shard.insert(device, Arc::clone(&session));

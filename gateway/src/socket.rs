@@ -1,30 +1,39 @@
 //! A device's WebSocket, behind one type of our own: what comes in, what goes out, and how it ends.
 //!
 //! The library's types stop here, so that what is under them (its buffers, its frames) can change without the session
-//! noticing. Start with [`Socket`]. Buffers begin small and bounded: an idle socket holds about 1 KiB.
+//! noticing. Start with [`Socket`]. Buffers are small and bounded, and an idle socket has given back what a large message took.
 
-use std::{io, time::Duration};
+mod aligned;
+
+use std::{
+    future::poll_fn,
+    io,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use bytes::{Bytes, BytesMut};
-use futures_util::{SinkExt, StreamExt};
 use seawall_proto::close::Close;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     time::timeout,
 };
-use tokio_tungstenite::{
-    WebSocketStream,
-    tungstenite::{
-        Error, Message, Utf8Bytes,
-        error::CapacityError,
-        protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode},
-    },
+use tokio_tungstenite::tungstenite::{
+    Error, Message, Utf8Bytes,
+    error::CapacityError,
+    protocol::{CloseFrame, Role, WebSocketConfig, WebSocketContext, frame::coding::CloseCode},
 };
+
+use self::aligned::Aligned;
 
 use crate::transport::Transport;
 
-/// The read buffer is made at once and stays: with the library's default it would be 128 KiB.
-const READ_BUFFER_LEN: usize = 1024;
+/// The library's read buffer is made at once and stays: with its default it would be 128 KiB. A heartbeat fits; what does not is
+/// copied in pieces of this size, which costs no system call, since [`Aligned`] reads by the large piece.
+const READ_BUFFER_LEN: usize = 64;
+
+/// A socket that took or sent a frame of over this many bytes gets new buffers once it is idle.
+const KEPT_LEN_MAX: usize = 1024;
 
 /// Frames said together go out in one write up to this many bytes.
 const WRITE_BUFFER_LEN: usize = 4 * 1024;
@@ -80,13 +89,21 @@ pub enum SendError {
 /// An upgraded connection.
 #[derive(Debug)]
 pub struct Socket {
-    stream: WebSocketStream<Transport>,
+    io: Aligned,
+    context: WebSocketContext,
     write_timeout: Duration,
+    /// Reading has come to its end.
+    has_ended: bool,
+    /// The transport takes no more for now: what is in the write buffer goes first.
+    is_blocked: bool,
+    /// It sent a large frame.
+    has_grown: bool,
 }
 
 impl Socket {
     /// Takes over a connection behind its 101. `leftover` is what the peer sent without waiting for it.
-    pub async fn new(stream: Transport, leftover: Vec<u8>, limits: SocketLimits) -> Self {
+    #[must_use]
+    pub fn new(transport: Transport, leftover: Vec<u8>, limits: SocketLimits) -> Self {
         let config = WebSocketConfig::default()
             .read_buffer_size(READ_BUFFER_LEN)
             .write_buffer_size(WRITE_BUFFER_LEN)
@@ -95,17 +112,18 @@ impl Socket {
             .max_frame_size(Some(limits.frame_len_max))
             .max_message_size(Some(limits.message_len_max));
         Self {
-            stream: WebSocketStream::from_partially_read(stream, leftover, Role::Server, Some(config)).await,
+            io: Aligned::new(transport, leftover),
+            context: WebSocketContext::new(Role::Server, Some(config)),
             write_timeout: limits.write_timeout,
+            has_ended: false,
+            is_blocked: false,
+            has_grown: false,
         }
     }
 
-    /// The next thing from the peer.
-    ///
-    /// # Cancel safety
-    /// Safe: nothing that was read is lost.
-    pub async fn next(&mut self) -> Inbound {
-        match self.stream.next().await {
+    /// The next thing from the peer. Wakes the task of `cx` once there may be one.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Inbound> {
+        Poll::Ready(match ready!(self.poll_message(cx)) {
             Some(Ok(Message::Text(text))) => Inbound::Text(text),
             Some(Ok(Message::Binary(bytes))) => Inbound::Binary(bytes),
             Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => Inbound::Control,
@@ -113,7 +131,15 @@ impl Socket {
             Some(Ok(Message::Close(_))) => Inbound::Goodbye,
             Some(Err(error)) => broken_by(&error).map_or(Inbound::Gone, Inbound::Broken),
             None => Inbound::Gone,
-        }
+        })
+    }
+
+    /// The next thing from the peer.
+    ///
+    /// # Cancel safety
+    /// Safe: nothing that was read is lost.
+    pub async fn next(&mut self) -> Inbound {
+        poll_fn(|cx| self.poll_next(cx)).await
     }
 
     /// Puts a text frame into the write buffer.
@@ -148,7 +174,7 @@ impl Socket {
     /// # Cancel safety
     /// Safe: what was not written stays in the buffer.
     pub async fn flush(&mut self) -> Result<(), SendError> {
-        in_time(self.write_timeout, self.stream.flush()).await
+        in_time(self.write_timeout, poll_fn(|cx| self.poll_flush(cx))).await
     }
 
     /// Sends a close frame, and waits a moment for the peer's.
@@ -161,8 +187,11 @@ impl Socket {
     /// Answers the peer's close frame, which the library does while it reads, and ends the connection.
     pub async fn finish(mut self) {
         let last_words = async {
-            while self.stream.next().await.is_some_and(|message| message.is_ok()) {}
-            self.stream.get_mut().say_goodbye().await;
+            while poll_fn(|cx| self.poll_message(cx))
+                .await
+                .is_some_and(|message| message.is_ok())
+            {}
+            self.io.transport().say_goodbye().await;
         };
         // Whether the peer answers or not, the connection ends here.
         let _ = timeout(CLOSE_TIMEOUT, last_words).await;
@@ -171,7 +200,7 @@ impl Socket {
     /// Sends a close frame to a peer whose frames can't be read any further (RFC 6455 §7.1.7).
     pub async fn fail(mut self, close: &Close) {
         if self.send_close(close).await.is_ok() {
-            drain(self.stream.get_mut(), DRAIN_LEN_MAX, CLOSE_TIMEOUT).await;
+            drain(self.io.transport(), DRAIN_LEN_MAX, CLOSE_TIMEOUT).await;
         }
     }
 
@@ -180,11 +209,81 @@ impl Socket {
             code: CloseCode::from(close.code()),
             reason: close.reason().into(),
         };
-        in_time(self.write_timeout.min(CLOSE_TIMEOUT), self.stream.close(Some(frame))).await
+        in_time(self.write_timeout.min(CLOSE_TIMEOUT), async {
+            self.write(Message::Close(Some(frame))).await?;
+            poll_fn(|cx| self.poll_flush(cx)).await
+        })
+        .await
     }
 
     async fn feed(&mut self, message: Message) -> Result<(), SendError> {
-        in_time(self.write_timeout, self.stream.feed(message)).await
+        in_time(self.write_timeout, self.write(message)).await
+    }
+
+    /// Puts a message into the write buffer, once the transport took what was too much for it.
+    async fn write(&mut self, message: Message) -> Result<(), Error> {
+        if self.is_blocked {
+            poll_fn(|cx| self.poll_flush(cx)).await?;
+        }
+        self.has_grown |= message.len() > KEPT_LEN_MAX;
+        let written = unblocked(self.context.write(&mut self.io, message));
+        self.is_blocked = written.is_pending();
+        match written {
+            Poll::Ready(done) => done,
+            // It is in the buffer.
+            Poll::Pending => Ok(()),
+        }
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        self.io.wake(cx);
+        let flushed = ready!(unblocked(self.context.flush(&mut self.io)));
+        self.is_blocked = false;
+        Poll::Ready(match flushed {
+            // The close frame was the last thing to write.
+            Err(Error::ConnectionClosed) => Ok(()),
+            other => other,
+        })
+    }
+
+    /// `None` where nothing more comes.
+    fn poll_message(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Message, Error>>> {
+        if self.has_ended {
+            return Poll::Ready(None);
+        }
+        self.io.wake(cx);
+        let Poll::Ready(read) = unblocked(self.context.read(&mut self.io)) else {
+            self.shrink();
+            return Poll::Pending;
+        };
+        self.has_ended = read.is_err();
+        Poll::Ready(match read {
+            Err(Error::ConnectionClosed | Error::AlreadyClosed) => None,
+            read => Some(read),
+        })
+    }
+
+    /// Gives back the buffers that a large message made: the library keeps them for as long as it has its state. Between two messages, and
+    /// with nothing left to write, there is nothing in that state.
+    fn shrink(&mut self) {
+        let is_large = self.has_grown || self.io.largest() > KEPT_LEN_MAX as u64;
+        if is_large
+            && self.io.is_between_messages()
+            && self.context.can_write()
+            && matches!(self.context.flush(&mut self.io), Ok(()))
+        {
+            self.context = WebSocketContext::new(Role::Server, Some(*self.context.get_config()));
+            self.has_grown = false;
+            self.io.forget();
+        }
+    }
+}
+
+/// What the library could not do for now is pending.
+fn unblocked<T>(done: Result<T, Error>) -> Poll<Result<T, Error>> {
+    match done {
+        Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => Poll::Pending,
+        done => Poll::Ready(done),
     }
 }
 
@@ -266,7 +365,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let server = listener.accept().await.unwrap().0;
-        (client, Socket::new(server.into(), Vec::new(), LIMITS).await)
+        (client, Socket::new(server.into(), Vec::new(), LIMITS))
     }
 
     /// A masked frame with a key of zeros.
@@ -359,7 +458,7 @@ mod tests {
         let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let server = listener.accept().await.unwrap().0;
 
-        let mut socket = Socket::new(server.into(), frame(0x81, b"hi"), LIMITS).await;
+        let mut socket = Socket::new(server.into(), frame(0x81, b"hi"), LIMITS);
 
         let Inbound::Text(text) = socket.next().await else {
             panic!("no text");

@@ -1,6 +1,6 @@
 //! Names of things that the outside hands us: devices, rules, sessions, tenants, texts. Parsed once, at the edge.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -157,7 +157,7 @@ impl From<SecretHash> for Credential {
 /// A short text that a device says of itself (firmware version, model, tenant): 1 to 64 bytes of printable ASCII, spaces inside allowed, trimmed.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(transparent)]
-pub struct Label(Box<str>);
+pub struct Label(Arc<str>);
 
 impl Label {
     /// Longest label, in bytes.
@@ -178,6 +178,19 @@ impl Label {
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// The text itself, to be shared.
+    #[must_use]
+    pub const fn as_arc(&self) -> &Arc<str> {
+        &self.0
+    }
+
+    /// Uses the memory of `text`, where it is the same text.
+    pub fn share(&mut self, text: &Arc<str>) {
+        if self.0 == *text {
+            self.0 = Arc::clone(text);
+        }
     }
 }
 

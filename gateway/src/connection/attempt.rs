@@ -139,7 +139,7 @@ impl Attempt {
         match outcome {
             Outcome::Admitted => shared.history.admitted(claims.device, wall),
             Outcome::Abandoned | Outcome::Refused(_) => {
-                shared.history.refused(claims.device, wall, outcome.as_str());
+                shared.history.refused(claims.device, wall, outcome);
             }
         }
         tracing::debug!(

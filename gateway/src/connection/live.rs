@@ -2,7 +2,12 @@
 //!
 //! [`seawall_proto::session::Session`] decides everything; this carries its actions out.
 
-use std::{pin::pin, sync::Arc};
+use std::{
+    future::poll_fn,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll},
+};
 
 use seawall_proto::{
     close::Close,
@@ -24,7 +29,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::{
 use crate::{
     address::Share,
     connection::online::Online,
-    sessions::{Command, Delivery, Outgoing, OutgoingBody, Session},
+    sessions::{Command, Delivery, Outgoing, OutgoingBody},
     socket::{CLOSE_TIMEOUT, Inbound, SendError, Socket, SocketLimits},
     state::Shared,
     transport::Transport,
@@ -32,6 +37,15 @@ use crate::{
 
 /// Messages whose delivery somebody waits for. Beyond it the oldest is no longer waited for: it counts as sent.
 const WAITING_MAX: usize = 64;
+
+/// What a session waits for.
+enum Event {
+    /// The mailbox holds something.
+    Mail,
+    Heard(Inbound),
+    /// The time that the machine named has come.
+    Due,
+}
 
 /// How a session ended.
 enum End {
@@ -122,7 +136,7 @@ pub(super) fn say_at_once(machine: &mut session::Session, bytes: &mut Vec<u8>) {
 }
 
 impl Live {
-    pub(super) async fn open(
+    pub(super) fn open(
         shared: Shared,
         online: Online,
         machine: session::Session,
@@ -138,7 +152,7 @@ impl Live {
             write_timeout: limits.write_timeout(),
         };
         Self {
-            socket: Socket::new(stream, leftover, socket_limits).await,
+            socket: Socket::new(stream, leftover, socket_limits),
             shared,
             online,
             machine,
@@ -159,12 +173,11 @@ impl Live {
     }
 
     async fn until_end(&mut self) -> End {
-        let handle = Arc::clone(self.online.session());
         let timer = sleep_until(self.shared.clock.deadline(self.machine.poll_timeout()));
         tokio::pin!(timer);
         loop {
             if self.machine.has_actions() {
-                if let Err(end) = Box::pin(self.act_until_ordered(&handle)).await {
+                if let Err(end) = Box::pin(self.act_until_ordered()).await {
                     return end;
                 }
                 self.obey();
@@ -172,22 +185,33 @@ impl Live {
                     continue;
                 }
             }
-            // In this order: orders are few and bounded; what a device has sent counts before its silence does.
-            tokio::select! {
-                biased;
-                () = handle.wait() => self.obey(),
-                inbound = self.socket.next() => {
+            match poll_fn(|cx| self.poll_event(timer.as_mut(), cx)).await {
+                Event::Mail => self.obey(),
+                Event::Heard(inbound) => {
                     if let Some(end) = self.hear(inbound) {
                         return end;
                     }
                 }
-                () = &mut timer => self.tick(timer.as_mut()),
+                Event::Due => self.tick(timer.as_mut()),
             }
         }
     }
 
+    /// In this order: orders are few and bounded; what a device has sent counts before its silence does. By hand, since `select!` would
+    /// hold a future of each kind for as long as the session waits.
+    fn poll_event(&mut self, timer: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Event> {
+        if self.online.session().poll_mail(cx).is_ready() {
+            return Poll::Ready(Event::Mail);
+        }
+        if let Poll::Ready(inbound) = self.socket.poll_next(cx) {
+            return Poll::Ready(Event::Heard(inbound));
+        }
+        timer.poll(cx).map(|()| Event::Due)
+    }
+
     /// A peer that does not read must not hold up an order to end its session: then what is being written gets a moment more.
-    async fn act_until_ordered(&mut self, handle: &Session) -> Result<(), End> {
+    async fn act_until_ordered(&mut self) -> Result<(), End> {
+        let handle = Arc::clone(self.online.session());
         {
             let mut acting = pin!(self.act());
             tokio::select! {
@@ -304,7 +328,7 @@ impl Live {
         None
     }
 
-    fn tick(&mut self, timer: std::pin::Pin<&mut Sleep>) {
+    fn tick(&mut self, timer: Pin<&mut Sleep>) {
         self.machine.handle_timeout(self.shared.clock.now(), &mut rand::rng());
         timer.reset(self.shared.clock.deadline(self.machine.poll_timeout()));
     }

@@ -319,12 +319,13 @@ async fn upgrade(
     let cohort = shared
         .cohorts
         .intern(admitted.model.as_deref(), hello.firmware.as_deref());
+    let tenant = shared.cohorts.tenant(admitted.tenant());
     // Before the 101, so that whoever has read it finds the device online.
     let online = Online::begin(
         &shared,
         SessionInfo {
             device: hello.device,
-            tenant: admitted.tenant().as_str().into(),
+            tenant: Arc::clone(&tenant),
             cohort: Arc::clone(&cohort),
             speaks_v1: kind == SessionKind::V1,
             peer: attempt.peer(),
@@ -334,6 +335,12 @@ async fn upgrade(
     obey_orders_given_meanwhile(&shared, online.session());
     // A plain session has no frame for a resume token.
     let mut grant = (kind == SessionKind::V1).then(|| Box::new(admitted.grant.clone()));
+    if let Some(grant) = &mut grant {
+        grant.tenant.share(&tenant);
+        if let (Some(model), Some(shared)) = (&mut grant.model, &cohort.model) {
+            model.share(shared);
+        }
+    }
     let mut machine = live::machine(&shared, &online, kind, grant.as_deref_mut());
     // The welcome goes with the 101: one write, one packet, and no device waits for it.
     live::say_at_once(&mut machine, &mut first_bytes);
@@ -358,8 +365,7 @@ async fn upgrade(
         leftover,
         grant,
         connection,
-    )
-    .await;
+    );
     door.spawn(&shared, Box::new(live).run());
 }
 

@@ -143,7 +143,7 @@ async fn show_device(
             .rev()
             .map(|attempt| Attempt {
                 at: format_time(attempt.at),
-                outcome: attempt.outcome,
+                outcome: attempt.outcome.as_str(),
             })
             .collect(),
     }))

@@ -66,7 +66,7 @@ async fn echo(mut stream: Transport) -> Option<()> {
     );
     stream.write_all(answer.as_bytes()).await.ok()?;
     stream.flush().await.ok()?;
-    let mut socket = Socket::new(stream, head.leftover, LIMITS).await;
+    let mut socket = Socket::new(stream, head.leftover, LIMITS);
     loop {
         match socket.next().await {
             Inbound::Text(text) => socket.feed_text(text.as_str().to_owned()).await.ok()?,
