@@ -118,6 +118,27 @@ async fn handshakes_that_fail_or_take_too_long_end_and_give_their_place_back() {
 }
 
 #[tokio::test]
+async fn crowd_that_begins_handshakes_and_stops_keeps_nobody_out() {
+    let mut authority = Authority::new();
+    let settings = authority.settings();
+    let gateway = Gateway::start(&format!("{settings}[limits]\nhandshakes_max = 8\n")).await;
+    let lines = gateway.device_lines().await;
+    let mut crowd = Vec::new();
+    for _ in 0..40 {
+        let mut half = TcpStream::connect(gateway.devices).await.unwrap();
+        half.write_all(&[0x16, 3, 1, 2, 0]).await.unwrap();
+        crowd.push(half);
+    }
+    let begun = Instant::now();
+
+    let mut stream = authority.connect(gateway.devices, None).await.unwrap();
+    stream.write_all(request(&[&lines]).as_bytes()).await.unwrap();
+
+    assert_eq!(response(&mut stream).await.status, 101);
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
 async fn new_certificate_is_for_newcomers_and_nobody_is_dropped() {
     let mut authority = Authority::new();
     let gateway = Gateway::start(&authority.settings()).await;
