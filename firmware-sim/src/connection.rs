@@ -20,7 +20,7 @@ use tokio_tungstenite::tungstenite::{
 
 pub use crate::handshake::{Credential, OpenError, Refused, SUBPROTOCOL};
 use crate::{
-    handshake::{Hello, Socket, SocketOptions, open},
+    handshake::{Hello, Socket, SocketOptions, open, upgrade},
     target::Target,
     tls::Trust,
 };
@@ -132,7 +132,8 @@ impl Connection {
             source: config.source,
             is_slow: false,
         };
-        let (socket, protocol) = timeout(config.open_timeout, open(&target, request, options))
+        let opening = async { upgrade(open(&target, options).await?, request).await };
+        let (socket, protocol) = timeout(config.open_timeout, opening)
             .await
             .map_err(|_| OpenError::TimedOut(config.open_timeout))??;
         Ok(Self { socket, protocol })

@@ -14,6 +14,7 @@ use seawall_proto::id::Label;
 use crate::{
     backoff::{FIRST_RETURN_MAX, up_to},
     board::Board,
+    device::Patience,
     driver::{DeviceHandle, DeviceSpec, Driver},
     identity::Identity,
     mix::{Deal, Mix, MixError, Share},
@@ -50,8 +51,8 @@ pub struct FleetConfig {
     pub sources: Vec<IpAddr>,
     /// Of all chance. The same seed deals and draws the same.
     pub seed: u64,
-    /// How long an attempt waits for an answer. Default a minute.
-    pub connect_timeout: Option<Duration>,
+    /// How long attempts may take.
+    pub patience: Patience,
     /// Between two messages that a device sends while it is connected. Default none.
     pub messages_every: Option<Duration>,
 }
@@ -70,7 +71,7 @@ impl FleetConfig {
             per_second: None,
             sources: Vec::new(),
             seed: 0,
-            connect_timeout: None,
+            patience: Patience::default(),
             messages_every: None,
         }
     }
@@ -160,7 +161,7 @@ impl Fleet {
                     first_attempt_after: Some(begin(place, config.per_second)),
                     source: sources.of(place, &target),
                     seed: seeds.random(),
-                    connect_timeout: config.connect_timeout,
+                    patience: config.patience,
                     messages_every: config.messages_every,
                     resumes: true,
                 }),

@@ -55,7 +55,7 @@ impl Fleet {
                     first_attempt_after: None,
                     source: sources.of(number, &target),
                     seed: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(number as u64),
-                    connect_timeout: Some(device.connect_timeout),
+                    patience: device.patience,
                     messages_every: device.messages_every,
                     resumes: device.resumes,
                 })
@@ -216,7 +216,7 @@ mod tests {
             has_twin: false,
             tenant: None,
             model: Some("display".to_owned()),
-            connect_timeout: Duration::from_secs(10),
+            patience: firmware_sim::device::Patience::default(),
             messages_every: None,
             resumes: false,
         };

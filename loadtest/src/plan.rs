@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use firmware_sim::{messages, profile::Profile};
+use firmware_sim::{device::Patience, messages, profile::Profile};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use uuid::Uuid;
 
@@ -22,7 +22,7 @@ pub struct Device {
     pub has_twin: bool,
     pub tenant: Option<String>,
     pub model: Option<String>,
-    pub connect_timeout: Duration,
+    pub patience: Patience,
     /// Between two messages that it sends. None: it sends none.
     pub messages_every: Option<Duration>,
     /// It shows its resume token when it comes back.
@@ -60,7 +60,7 @@ impl Plan {
                     has_twin: false,
                     tenant: fleet.tenant.clone(),
                     model: fleet.model.clone(),
-                    connect_timeout: Duration::from_secs_f64(fleet.connect_timeout_seconds),
+                    patience: fleet.patience(),
                     messages_every: messages::every(fleet.messages_per_minute),
                     resumes: fleet.resume,
                 });

@@ -2,9 +2,13 @@
 
 use std::time::Duration;
 
-/// How long an attempt waits for its answer, in milliseconds: longer than any queue of a gateway that keeps its word
-/// (3 s), so that it only ends attempts that nobody answers. overload.md section 4 asks for at least 60 s.
-pub const CONNECT_TIMEOUT_DEFAULT_MS: u32 = 60_000;
+/// How long an attempt tries to open its connection, TCP and TLS together. A device gives up behind TCP's third SYN again (7 s): the
+/// next come after 15 and 31 s, and a full gateway that is idle again by then would wait for them.
+pub const CONNECT_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
+
+/// How long it waits for the answer to its request: longer than any queue of a gateway that keeps its word (3 s), so that it only ends
+/// attempts that nobody answers. overload.md section 4 asks for at least 60 s.
+pub const ANSWER_TIMEOUT_DEFAULT: Duration = Duration::from_secs(60);
 
 /// A session this long resets the attempts. Reset on connect instead, and a gateway that accepts and then falls over
 /// meets its fleet at the shortest waits, again and again. Contract section 5, overload.md section 4.

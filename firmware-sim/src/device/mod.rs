@@ -30,6 +30,7 @@ pub struct Device {
     profile: Profile,
     attempts: Attempts,
     connect_timeout_ms: u32,
+    answer_timeout_ms: u32,
     backoff_cap_ms: u32,
     /// 0 until a welcome names it, and for ever in a plain session.
     heartbeat_ms: u32,
@@ -61,11 +62,29 @@ struct Online {
     return_at: Option<Instant>,
 }
 
+/// How long an attempt may take. Each 1 ms to 49 days.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// Until the connection is open, TCP and TLS together.
+    pub connect: Duration,
+    /// From then on, until the request is answered.
+    pub answer: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            connect: CONNECT_TIMEOUT_DEFAULT,
+            answer: ANSWER_TIMEOUT_DEFAULT,
+        }
+    }
+}
+
 /// What the caller must do now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Open a connection, showing [`Device::slot`] and [`Device::resume`]; then report `handle_connected`,
-    /// `handle_refused` or `handle_failed`.
+    /// Open a connection, and report `handle_opened`; show [`Device::slot`] and [`Device::resume`], and report `handle_connected` or
+    /// `handle_refused`. At any time, `handle_failed`.
     Connect,
     /// Send `{"type":"heartbeat"}`.
     SendHeartbeat,
@@ -102,7 +121,8 @@ impl Device {
         Self {
             profile,
             attempts: Attempts::NONE,
-            connect_timeout_ms: CONNECT_TIMEOUT_DEFAULT_MS,
+            connect_timeout_ms: millis(CONNECT_TIMEOUT_DEFAULT),
+            answer_timeout_ms: millis(ANSWER_TIMEOUT_DEFAULT),
             backoff_cap_ms: millis(CAP_DEFAULT),
             heartbeat_ms: 0,
             phase: Phase::Waiting {
@@ -114,10 +134,11 @@ impl Device {
         }
     }
 
-    /// Waits this long for an answer, instead of [`CONNECT_TIMEOUT_DEFAULT_MS`]. 1 ms to 49 days.
+    /// Its attempts may take this long, instead of the default.
     #[must_use]
-    pub fn with_connect_timeout(mut self, timeout: Duration) -> Self {
-        self.connect_timeout_ms = millis(timeout).max(1);
+    pub fn with_patience(mut self, Patience { connect, answer }: Patience) -> Self {
+        self.connect_timeout_ms = millis(connect).max(1);
+        self.answer_timeout_ms = millis(answer).max(1);
         self
     }
 
@@ -191,6 +212,13 @@ impl Device {
             }
             Phase::Online(online) => self.handle_online_timeout(online, now, rng),
             Phase::Waiting { .. } | Phase::Connecting { .. } | Phase::Stopped { .. } => {}
+        }
+    }
+
+    /// The connection of the attempt is open, with TLS where there is any, and its request goes out.
+    pub fn handle_opened(&mut self, now: Instant) {
+        if let Phase::Connecting { deadline } = &mut self.phase {
+            *deadline = now + Duration::from_millis(self.answer_timeout_ms.into());
         }
     }
 

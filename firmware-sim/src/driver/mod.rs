@@ -21,7 +21,7 @@ use tokio_util::task::TaskTracker;
 use self::{lever::Lever, task::DeviceTask};
 pub use crate::handshake::Refused;
 use crate::{
-    device::Device,
+    device::{Device, Patience},
     handshake::{Credential, SUBPROTOCOL, SocketOptions},
     identity::Identity,
     profile::Profile,
@@ -73,8 +73,8 @@ pub struct DeviceSpec {
     pub source: Option<IpAddr>,
     /// Of its own chance. The same seed draws the same waits.
     pub seed: u64,
-    /// How long an attempt waits for an answer. `None`: a minute.
-    pub connect_timeout: Option<Duration>,
+    /// How long its attempts may take.
+    pub patience: Patience,
     /// Between two messages that it sends while it is connected. `None`: it sends none.
     pub messages_every: Option<Duration>,
     /// Whether it shows the resume token that it has. Devices of before resume tokens don't.
@@ -134,10 +134,7 @@ impl Driver {
         let first_attempt_at = spec
             .first_attempt_after
             .map_or(Instant::FAR_FUTURE, |after| Instant::ZERO + after);
-        let mut device = Device::new(spec.profile, first_attempt_at);
-        if let Some(timeout) = spec.connect_timeout {
-            device = device.with_connect_timeout(timeout);
-        }
+        let device = Device::new(spec.profile, first_attempt_at).with_patience(spec.patience);
         let lever = Arc::new(Lever::new(spec.firmware.clone()));
         self.levers
             .lock()

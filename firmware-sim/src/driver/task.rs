@@ -10,7 +10,7 @@ use tokio::time::sleep_until;
 use super::{Context, Event, SUBPROTOCOL, lever::Lever};
 use crate::{
     device::{Action, Device, State},
-    handshake::{Credential, Hello, OpenError, Socket, SocketOptions, open},
+    handshake::{Credential, Hello, OpenError, Socket, SocketOptions, open, upgrade},
 };
 
 pub(super) struct DeviceTask {
@@ -59,18 +59,25 @@ impl DeviceTask {
     /// From the first SYN to the gateway's answer. `None`: the device has gone back to waiting.
     async fn attempt(&mut self) -> Option<Box<Socket>> {
         let context = Arc::clone(&self.context);
+        let opened = self.unless_over(open(&context.target, self.socket)).await?;
+        self.device.handle_opened(context.now());
         let request = self.hello().request(&context.target);
-        let options = self.socket;
-        let mut opening = std::pin::pin!(async { open(&context.target, request?, options).await });
+        let answer = self.unless_over(async { upgrade(opened?, request?).await }).await?;
+        self.answered(answer.map(|(socket, _)| socket))
+    }
+
+    /// A part of the attempt. `None`: the attempt is over before it is done.
+    async fn unless_over<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
+        let mut work = std::pin::pin!(work);
         while self.device.state() == State::Connecting && !self.is_ending {
             let deadline = self.device.poll_timeout();
             tokio::select! {
-                answer = &mut opening => return self.answered(answer.map(|(socket, _)| socket)),
+                done = &mut work => return Some(done),
                 () = self.until(deadline) => self.device.handle_timeout(self.context.now(), &mut self.rng),
                 () = self.lever.pulled() => self.obey(),
             }
         }
-        // `Abort` asks for what leaving this function does: the socket goes with the future that opens it.
+        // `Abort` asks for what the end of the attempt does: its socket goes with it.
         self.device.poll_action();
         self.report(Event::Failed);
         None

@@ -60,23 +60,26 @@ pub(crate) struct SocketOptions {
     pub(crate) is_slow: bool,
 }
 
-/// Connects and upgrades; also tells the sub-protocol that was confirmed. Has no deadline of its own.
+/// Connects to `target`, with TLS where it asks for it. Has no deadline of its own.
 ///
 /// # Cancel safety
 /// Dropped, it gives the attempt up: the socket closes.
-pub(crate) async fn open(
-    target: &Target,
-    request: Request,
-    options: SocketOptions,
-) -> Result<(Socket, Option<String>), OpenError> {
-    let offered = request.headers().get("sec-websocket-protocol").cloned();
-    let (request, key) = generate_request(request).map_err(|_| OpenError::BadHello)?;
+pub(crate) async fn open(target: &Target, options: SocketOptions) -> Result<Stream, OpenError> {
     let tcp = dial(target.addr(), options).await.map_err(OpenError::Unreachable)?;
-    let mut stream = match target.tls() {
+    Ok(match target.tls() {
         None => Stream::Plain(tcp),
         // Boxed: the handshake would make every device's task larger.
         Some(tls) => Stream::Tls(Box::new(Box::pin(tls.connect(tcp)).await.map_err(OpenError::NoAnswer)?)),
-    };
+    })
+}
+
+/// Upgrades; also tells the sub-protocol that was confirmed. Has no deadline of its own.
+///
+/// # Cancel safety
+/// Dropped, it gives the attempt up: the socket closes.
+pub(crate) async fn upgrade(mut stream: Stream, request: Request) -> Result<(Socket, Option<String>), OpenError> {
+    let offered = request.headers().get("sec-websocket-protocol").cloned();
+    let (request, key) = generate_request(request).map_err(|_| OpenError::BadHello)?;
     stream.write_all(&request).await.map_err(OpenError::NoAnswer)?;
     let (answer, rest) = Answer::read(&mut stream).await?;
     if answer.status != 101 {

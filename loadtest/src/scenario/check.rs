@@ -100,11 +100,12 @@ impl Scenario {
                     .parse::<Profile>()
                     .map_err(|error: UnknownProfile| problem(field("profile"), error.to_string()))?;
             }
-            check(
-                (0.1..=600.0).contains(&fleet.connect_timeout_seconds),
-                field("connect_timeout_seconds"),
-                "expected 0.1 to 600",
-            )?;
+            for (name, seconds) in [
+                ("connect_timeout_seconds", fleet.connect_timeout_seconds),
+                ("answer_timeout_seconds", fleet.answer_timeout_seconds),
+            ] {
+                check((0.1..=600.0).contains(&seconds), field(name), "expected 0.1 to 600")?;
+            }
             check(
                 (0.0..=PER_MINUTE_MAX).contains(&fleet.messages_per_minute),
                 field("messages_per_minute"),

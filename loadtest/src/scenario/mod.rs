@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use firmware_sim::device::{ANSWER_TIMEOUT_DEFAULT, CONNECT_TIMEOUT_DEFAULT, Patience};
 use serde::Deserialize;
 
 pub(crate) use self::check::{check, problem};
@@ -126,9 +127,12 @@ pub struct Fleet {
     pub profile: BTreeMap<String, f64>,
     pub tenant: Option<String>,
     pub model: Option<String>,
-    /// How long a device waits for an answer before it tries again. 0.1 to 600. Default: 60, as the reference device.
-    #[serde(default = "minute")]
+    /// How long a device tries to open its connection, TCP and TLS together. 0.1 to 600. Default: 10, as the reference device.
+    #[serde(default = "connect_timeout")]
     pub connect_timeout_seconds: f64,
+    /// How long it waits for an answer then, before it tries again. 0.1 to 600. Default: 60, as the reference device.
+    #[serde(default = "answer_timeout")]
+    pub answer_timeout_seconds: f64,
     /// Messages that each device sends in a minute while it is connected. 0 to 6,000. Default: none.
     #[serde(default)]
     pub messages_per_minute: f64,
@@ -352,8 +356,23 @@ const fn one() -> u64 {
     1
 }
 
-const fn minute() -> f64 {
-    60.0
+const fn connect_timeout() -> f64 {
+    CONNECT_TIMEOUT_DEFAULT.as_secs() as f64
+}
+
+const fn answer_timeout() -> f64 {
+    ANSWER_TIMEOUT_DEFAULT.as_secs() as f64
+}
+
+impl Fleet {
+    /// How long attempts of its devices may take.
+    #[must_use]
+    pub fn patience(&self) -> Patience {
+        Patience {
+            connect: Duration::from_secs_f64(self.connect_timeout_seconds),
+            answer: Duration::from_secs_f64(self.answer_timeout_seconds),
+        }
+    }
 }
 
 const fn whole() -> f64 {

@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use firmware_sim::{
-    device::{Device as Machine, State},
+    device::{Device as Machine, Patience, State},
     profile::Profile,
 };
 use rand::{Rng, seq::SliceRandom};
@@ -38,7 +38,7 @@ pub struct Cohort {
     pub profile: Profile,
     pub tenant: Label,
     pub model: Option<Label>,
-    pub connect_timeout: Duration,
+    pub patience: Patience,
     /// Its devices keep their resume tokens.
     pub resumes: bool,
     /// What admission knows it by.
@@ -102,7 +102,7 @@ impl Devices {
                     profile: profile.parse().unwrap_or_default(),
                     tenant: tenant.clone(),
                     model: fleet.model.as_deref().and_then(label),
-                    connect_timeout: Duration::from_secs_f64(fleet.connect_timeout_seconds),
+                    patience: fleet.patience(),
                     resumes: fleet.resume,
                     tag: CohortTag::of(fleet.model.as_deref(), Some(version)),
                 };
@@ -135,7 +135,7 @@ impl Devices {
     #[must_use]
     pub fn machine_from(&self, device: usize, first_attempt_at: Instant) -> Machine {
         let cohort = self.cohort(device);
-        Machine::new(cohort.profile, first_attempt_at).with_connect_timeout(cohort.connect_timeout)
+        Machine::new(cohort.profile, first_attempt_at).with_patience(cohort.patience)
     }
 
     #[must_use]
@@ -227,7 +227,11 @@ impl Devices {
     /// Something is about to happen to it: what is known of it comes from memory now, together with others'.
     pub fn fetch(&self, device: usize) {
         if let Some(machine) = self.machines.get(device) {
-            std::hint::black_box((machine.state(), machine.slot().is_some(), self.traits[device].attempt));
+            std::hint::black_box((
+                machine.state(),
+                machine.slot().map(|slot| slot.as_bytes().first().copied()),
+                self.traits[device].attempt,
+            ));
         }
     }
 

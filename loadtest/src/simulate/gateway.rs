@@ -25,7 +25,7 @@ use super::{
     event::{Content, Event},
     network::Accepted,
     node::{Load, STRANGER, Waiting},
-    world::World,
+    world::{ANSWERED_WITHIN, World},
 };
 
 /// The credential of every simulated device: what it hashes to makes no difference to any decision.
@@ -48,6 +48,9 @@ impl World<'_> {
             return Ok(()); // it hung up before its head was read
         }
         let index = device as usize;
+        self.devices.machines[index].handle_opened(self.now);
+        self.devices.enroll(index);
+        self.time_out(device, self.now + ANSWERED_WITHIN);
         self.nodes[usize::from(node)].ledger.arrived += 1;
         match self.before_look_up(index) {
             Way::LookUp => self.enter(device, attempt, node)?,

@@ -103,6 +103,14 @@ fn checked(scenario: &Scenario) -> Result<(), FieldError> {
         "fleet.firmware",
         format!("simulate takes at most {VERSIONS_MAX} versions"),
     )?;
+    if let Some(name) = &scenario.simulate.strangers_from {
+        let is_known = scenario.phases.iter().any(|phase| phase.name == *name);
+        check(
+            is_known,
+            "simulate.strangers_from",
+            format!("there is no phase {name:?}"),
+        )?;
+    }
     for profile in scenario.fleets.iter().flat_map(|fleet| fleet.profile.keys()) {
         let is_shared = profile
             .parse()

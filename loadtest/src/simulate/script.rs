@@ -120,6 +120,14 @@ impl World<'_> {
                 self.rules = RuleSet::compile(self.revision, Vec::new());
             }
         }
+        let assumed = &scenario.simulate;
+        let brings_strangers = match &assumed.strangers_from {
+            Some(name) => *name == phase.name,
+            None => number == 0,
+        };
+        if brings_strangers && assumed.strangers_per_second > 0.0 {
+            self.calendar.push(self.now, Event::Stranger);
+        }
         if phase.churn_per_second > 0.0 {
             self.agenda.churn_next = Some(self.now + self.pause(phase.churn_per_second));
         }

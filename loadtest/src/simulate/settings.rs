@@ -29,8 +29,10 @@ pub struct Settings {
     pub round_trip_extra_ms: f64,
     /// A device's timer is late by up to this, in milliseconds.
     pub wake_noise_ms: f64,
-    /// Ids that nobody has registered, new each time, a second, all through the run.
+    /// Ids that nobody has registered, new each time, a second.
     pub strangers_per_second: f64,
+    /// The phase with which they begin. Default: the first.
+    pub strangers_from: Option<String>,
     /// Look-ups a second that each node remembers from an earlier life. 0: none.
     pub last_known_good_per_second: f64,
     pub edge: Edge,
@@ -81,6 +83,7 @@ impl Default for Settings {
             round_trip_extra_ms: 80.0,
             wake_noise_ms: 50.0,
             strangers_per_second: 0.0,
+            strangers_from: None,
             last_known_good_per_second: 0.0,
             edge: Edge::default(),
             database: Database::default(),

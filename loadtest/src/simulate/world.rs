@@ -76,7 +76,7 @@ pub(super) struct World<'a> {
 }
 
 /// A request that is complete has its answer at the device within this.
-const ANSWERED_WITHIN: Duration = ANSWER_WITHIN.saturating_add(ROUND_TRIP_MAX);
+pub(super) const ANSWERED_WITHIN: Duration = ANSWER_WITHIN.saturating_add(ROUND_TRIP_MAX);
 
 /// Where and when an invariant broke.
 #[derive(Debug, thiserror::Error)]
@@ -166,9 +166,6 @@ impl<'a> World<'a> {
     pub fn run(&mut self, mut look: impl FnMut(&Self)) -> Result<(), Broken> {
         let begun = self.begin_first_phase();
         begun.map_err(|violation| self.broken(violation, "start"))?;
-        if self.scenario.simulate.strangers_per_second > 0.0 {
-            self.calendar.push(self.now, Event::Stranger);
-        }
         while !self.agenda.is_over {
             let (devices, books, letters) = (&self.devices, &self.books, &self.letters);
             let announce = |event: &Event| {
@@ -297,7 +294,7 @@ impl<'a> World<'a> {
     }
 
     /// The attempt has no news before this time, if ever: then the machine's patience may end first, which only now needs its timer.
-    fn time_out(&mut self, device: u32, news_at: Instant) {
+    pub(super) fn time_out(&mut self, device: u32, news_at: Instant) {
         if let Some(due) = self.devices.machines[device as usize]
             .poll_timeout()
             .filter(|due| *due <= news_at)
@@ -332,7 +329,7 @@ impl<'a> World<'a> {
             Accepted::At(at) => {
                 self.devices.set_home(device as usize, node);
                 self.calendar.push(at, Event::Request { device, attempt, node });
-                self.time_out(device, at + ANSWERED_WITHIN);
+                self.time_out(device, at);
             }
             Accepted::Again(after) => {
                 let (at, tries) = (self.now + after, tries + 1);
