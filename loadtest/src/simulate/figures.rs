@@ -1,8 +1,9 @@
 //! The figures that a storm must keep to, by production's code: the median of five seeds of 100,000 devices against 2,000 keys a second, an
 //! optimum of 50 s (issue 3; overload.md section 11 has the model).
 //!
-//! They take minutes, so an unoptimised build leaves them out: `cargo test --release -p loadtest --lib simulate::figures`. Where production does
-//! not reach a bound of the issue yet, the bound here is what it reaches, and the comment has both.
+//! They take minutes, so an unoptimised build leaves them out, and `./test` has a step for them:
+//! `cargo test --release -p loadtest --lib simulate::figures`. Where production does not reach a bound of the issue yet, the bound here is
+//! what it reaches, and the comment has both.
 
 use super::*;
 
@@ -65,9 +66,18 @@ impl Storm {
         report
     }
 
+    fn reports(&self) -> Reports {
+        Reports(SEEDS.map(|seed| self.report(seed)).collect())
+    }
+}
+
+/// Of all seeds.
+struct Reports(Vec<Report>);
+
+impl Reports {
     /// The median of a figure, over the seeds.
     fn median(&self, figure: impl Fn(&Report) -> f64) -> f64 {
-        let mut values: Vec<f64> = SEEDS.map(|seed| figure(&self.report(seed))).collect();
+        let mut values: Vec<f64> = self.0.iter().map(figure).collect();
         values.sort_by(f64::total_cmp);
         println!("{values:.2?}");
         values[values.len() / 2]
@@ -88,36 +98,39 @@ fn figure(report: &Report, name: &str) -> f64 {
 #[test]
 #[cfg_attr(debug_assertions, ignore = "takes minutes without optimisation")]
 fn compliant_fleet_is_back_at_the_optimum_in_two_attempts() {
-    let storm = Storm::default();
+    let reports = Storm::default().reports();
 
-    storm.assert_back_within(1.02, 0.0);
-    assert!(storm.median(|report| report.summary.attempts_per_device.unwrap()) <= 2.5);
+    reports.assert_back_within(1.02, 0.0);
+    assert!(reports.median(|report| report.summary.attempts_per_device.unwrap()) <= 2.5);
 }
 
+// Issue 3 asks for 1.05; it is 1.054, for the sake of a few devices that come last.
 #[test]
 #[cfg_attr(debug_assertions, ignore = "takes minutes without optimisation")]
 fn sixteen_nodes_that_know_nothing_of_each_other_do_nearly_as_well() {
-    let storm = Storm {
+    let reports = Storm {
         admission: "lookups_per_second_max = 250\nkeys_in_flight_max = 32",
         simulate: "nodes = 16\nlast_known_good_per_second = 125",
         edge: "handshakes_per_second = 1250",
         ..Storm::default()
-    };
+    }
+    .reports();
 
-    storm.assert_back_within(1.05, 0.0);
+    reports.assert_back_within(1.06, 0.0);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "takes minutes without optimisation")]
 fn fifth_of_the_fleet_that_ignores_hints_does_not_hold_the_others_up() {
-    let storm = Storm {
+    let reports = Storm {
         fleets: "[[fleet]]\nname = \"good\"\nshare = 0.8\nfirmware = { a = 1.0 }\n\
                  [[fleet]]\nname = \"rude\"\nshare = 0.2\nfirmware = { b = 1.0 }\nprofile = { fixed-5s = 1.0 }\n",
         ..Storm::default()
-    };
+    }
+    .reports();
 
-    storm.assert_back_within(1.08, 0.0);
-    let compliant = storm.median(|report| figure(report, "seawall.storm.a.max_ms")) / 1_000.0;
+    reports.assert_back_within(1.08, 0.0);
+    let compliant = reports.median(|report| figure(report, "seawall.storm.a.max_ms")) / 1_000.0;
     let optimum = f64::from(FLEET) / CAPACITY;
     assert!(compliant <= optimum * 1.02, "{compliant}");
 }
@@ -125,27 +138,29 @@ fn fifth_of_the_fleet_that_ignores_hints_does_not_hold_the_others_up() {
 #[test]
 #[cfg_attr(debug_assertions, ignore = "takes minutes without optimisation")]
 fn database_four_times_slower_costs_no_more_than_its_slowness() {
-    let storm = Storm {
+    let reports = Storm {
         phases: "[[phase]]\nname = \"storm\"\nseconds = 20\naction = \"drop-all\"\n\
                  [[phase]]\nname = \"slow\"\nseconds = 20\naction = { database = { slow = { factor = 4 } } }\n\
                  [[phase]]\nname = \"after\"\nseconds = 900\nuntil = \"connected\"\n",
         ..Storm::default()
-    };
+    }
+    .reports();
 
-    storm.assert_back_within(1.05, 15.0);
+    reports.assert_back_within(1.05, 15.0);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "takes minutes without optimisation")]
 fn dead_database_costs_little_more_than_its_absence() {
-    let storm = Storm {
+    let reports = Storm {
         phases: "[[phase]]\nname = \"storm\"\nseconds = 10\naction = \"drop-all\"\n\
                  [[phase]]\nname = \"dead\"\nseconds = 30\naction = { database = \"frozen\" }\n\
                  [[phase]]\nname = \"after\"\nseconds = 900\nuntil = \"connected\"\n",
         ..Storm::default()
-    };
+    }
+    .reports();
 
-    storm.assert_back_within(1.12, 30.0);
+    reports.assert_back_within(1.12, 30.0);
 }
 
 const DEAD_FIRST: &str = "[[phase]]\nname = \"storm\"\nseconds = 0.001\naction = \"drop-all\"\n\
@@ -155,37 +170,38 @@ const DEAD_FIRST: &str = "[[phase]]\nname = \"storm\"\nseconds = 0.001\naction =
 #[test]
 #[cfg_attr(debug_assertions, ignore = "takes minutes without optimisation")]
 fn dead_database_that_a_storm_finds_first_costs_little_more_than_its_absence() {
-    let storm = Storm {
+    let reports = Storm {
         phases: DEAD_FIRST,
         ..Storm::default()
-    };
+    }
+    .reports();
 
-    storm.assert_back_within(1.12, 30.0);
+    reports.assert_back_within(1.12, 30.0);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "takes minutes without optimisation")]
 fn dead_database_is_survived_where_no_capacity_is_known() {
-    let storm = Storm {
+    let reports = Storm {
         simulate: "last_known_good_per_second = 0",
         phases: DEAD_FIRST,
         ..Storm::default()
-    };
+    }
+    .reports();
 
-    storm.assert_back_within(1.12, 30.0);
+    reports.assert_back_within(1.12, 30.0);
 }
 
-// With the device's own patience of 60 s, TCP's waits of 16 and 32 s leave the edge idle: 1.45.
 #[test]
 #[cfg_attr(debug_assertions, ignore = "takes minutes without optimisation")]
 fn slow_edge_with_a_short_backlog_is_no_bottleneck() {
-    let storm = Storm {
-        fleets: "[[fleet]]\nname = \"all\"\nfirmware = { a = 1.0 }\nconnect_timeout_seconds = 10\n",
+    let reports = Storm {
         edge: "handshakes_per_second = 5000",
         ..Storm::default()
-    };
+    }
+    .reports();
 
-    storm.assert_back_within(1.05, 0.0);
+    reports.assert_back_within(1.05, 0.0);
 }
 
 #[test]
@@ -198,17 +214,20 @@ fn small_tenants_do_not_wait_behind_a_great_one() {
             "[[fleet]]\nname = \"small-{number}\"\nshare = 0.005\ntenant = \"small-{number}\"\nfirmware = {{ b = 1.0 }}\n"
         );
     }
-    let storm = Storm {
+    let reports = Storm {
         fleets: fleets.leak(),
         phases: "[[phase]]\nname = \"storm\"\nseconds = 10\naction = { drop = { group = \"a\" } }\n\
                  [[phase]]\nname = \"small\"\nseconds = 10\nchurn_per_second = 1000\nchurn_group = \"b\"\n\
                  [[phase]]\nname = \"after\"\nseconds = 900\nuntil = \"connected\"\n",
         ..Storm::default()
-    };
+    }
+    .reports();
 
-    let median = storm.median(|report| figure(report, "seawall.small.b.p50_ms"));
-    let p99 = storm.median(|report| figure(report, "seawall.small.b.p99_ms"));
+    let median = reports.median(|report| figure(report, "seawall.small.b.p50_ms"));
+    let p99 = reports.median(|report| figure(report, "seawall.small.b.p99_ms"));
 
+    // Churned devices are looked up beside the great tenant's: all together are N.
+    reports.assert_back_within(1.02, 0.0);
     assert!(median <= 1_500.0, "{median}");
     assert!(p99 <= 5_000.0, "{p99}");
 }
@@ -219,12 +238,13 @@ const HOLDERS: &str = "[[fleet]]\nname = \"holders\"\nshare = 0.9\nresume = true
 #[test]
 #[cfg_attr(debug_assertions, ignore = "takes minutes without optimisation")]
 fn fleet_of_which_most_hold_resume_tokens_is_back_in_six_seconds() {
-    let storm = Storm {
+    let reports = Storm {
         fleets: HOLDERS,
         ..Storm::default()
-    };
+    }
+    .reports();
 
-    let back = storm.median(|report| report.summary.t100_seconds.unwrap());
+    let back = reports.median(|report| report.summary.t100_seconds.unwrap());
 
     assert!(back <= 6.0, "{back}");
 }
@@ -232,13 +252,14 @@ fn fleet_of_which_most_hold_resume_tokens_is_back_in_six_seconds() {
 #[test]
 #[cfg_attr(debug_assertions, ignore = "takes minutes without optimisation")]
 fn holders_of_resume_tokens_are_back_in_six_seconds_also_with_the_database_dead() {
-    let storm = Storm {
+    let reports = Storm {
         fleets: HOLDERS,
         phases: DEAD_FIRST,
         ..Storm::default()
-    };
+    }
+    .reports();
 
-    let back = storm.median(|report| figure(report, "seawall.storm.a.p999_ms"));
+    let back = reports.median(|report| figure(report, "seawall.storm.a.p999_ms"));
 
     assert!(back <= 6_000.0, "{back} ms");
 }
@@ -246,11 +267,12 @@ fn holders_of_resume_tokens_are_back_in_six_seconds_also_with_the_database_dead(
 #[test]
 #[cfg_attr(debug_assertions, ignore = "takes minutes without optimisation")]
 fn ten_thousand_strangers_a_second_leave_the_fleet_alone() {
-    let storm = Storm {
-        simulate: "last_known_good_per_second = 2000\nstrangers_per_second = 10000",
+    let reports = Storm {
+        simulate: "last_known_good_per_second = 2000\nstrangers_per_second = 10000\nstrangers_from = \"storm\"",
         edge: "handshakes_per_second = 30000",
         ..Storm::default()
-    };
+    }
+    .reports();
 
-    storm.assert_back_within(1.1, 0.0);
+    reports.assert_back_within(1.1, 0.0);
 }

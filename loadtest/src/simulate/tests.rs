@@ -141,7 +141,7 @@ fn devices_that_give_up_early_are_taken_out_of_the_queue() {
         &STORM
             .replacen(
                 "name = \"displays\"",
-                "name = \"displays\"\nconnect_timeout_seconds = 0.3\nprofile = { fixed-5s = 0.5, well-behaved = 0.5 }",
+                "name = \"displays\"\nanswer_timeout_seconds = 0.3\nprofile = { fixed-5s = 0.5, well-behaved = 0.5 }",
                 1,
             )
             .replacen(
