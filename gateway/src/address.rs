@@ -181,6 +181,12 @@ impl Share {
         Ok(())
     }
 
+    /// It counts for an address.
+    #[must_use]
+    pub const fn is_settled(&self) -> bool {
+        self.network.is_some()
+    }
+
     /// Notes that this unit takes long.
     pub fn mark_slow(&mut self) {
         let Some(network) = self.network else { return };

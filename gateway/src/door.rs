@@ -250,10 +250,22 @@ impl Door {
     pub fn settle(
         &self,
         place: Result<Share, Turned>,
+        mut handshake: Option<&mut Handshake>,
+        network: Network,
+    ) -> Result<Share, Turned> {
+        let settled = place.and_then(|connection| self.count_for(connection, handshake.as_deref_mut(), network));
+        if let (Err(_), Some(handshake)) = (&settled, handshake) {
+            handshake.has_connection = false;
+        }
+        settled
+    }
+
+    fn count_for(
+        &self,
+        mut connection: Share,
         handshake: Option<&mut Handshake>,
         network: Network,
     ) -> Result<Share, Turned> {
-        let mut connection = place?;
         let turned = |limit| Err(Turned::Address(limit));
         if connection.settle(network).is_err() {
             return turned(Limit::AddressConnections);

@@ -68,7 +68,10 @@ pub async fn serve(
         Ok(None) => {}
         Ok(Some(origin)) => {
             attempt.comes_from(origin);
-            place = door.settle(place, Some(&mut handshake), Network::from(origin.ip()));
+            // A balancer behind a balancer: its own header says who it is.
+            if !shared.proxies.forwards(origin.ip()) {
+                place = door.settle(place, Some(&mut handshake), Network::from(origin.ip()));
+            }
         }
         Err(outcome) => return attempt.never_began(outcome),
     }
@@ -78,6 +81,7 @@ pub async fn serve(
         Err(Astray::Ended(outcome)) => return attempt.never_began(outcome),
         Err(Astray::Plain(stream)) => {
             attempt.never_began("plain_http");
+            drop(handshake);
             let refusal = Refusal::bad_request("TLS is spoken here: connect with wss:// or https://");
             return answer::refuse(&shared, &door, stream, &refusal, Linger::Unread).await;
         }
@@ -105,10 +109,15 @@ pub async fn serve(
         }
     };
     let (forwarded_for, request) = parsed;
-    if let (Some(origin), Ok(Request::Connect(_))) = (forwarded_for, &request) {
-        attempt.comes_from(SocketAddr::new(origin, 0));
-        place = door.settle(place, None, Network::from(origin));
-        limit = place.as_ref().err().copied().and_then(Turned::limit);
+    if let Ok(Request::Connect(_)) = &request {
+        if let Some(origin) = forwarded_for {
+            attempt.comes_from(SocketAddr::new(origin, 0));
+        }
+        // Where a balancer names nobody, its own address is all there is to count by.
+        if place.as_ref().is_ok_and(|connection| !connection.is_settled()) {
+            place = door.settle(place, None, Network::from(attempt.peer().ip()));
+            limit = place.as_ref().err().copied().and_then(Turned::limit);
+        }
     }
     let hello = match request {
         Ok(Request::Connect(hello)) => hello,

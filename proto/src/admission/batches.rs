@@ -2,7 +2,7 @@
 
 use super::{
     APART_PART, Admission, BATCHES_IN_FLIGHT_MAX, Batch, BatchId, BatchOutcome, Cause, Owed,
-    cost::{Move, Statement},
+    cost::{CohortTag, Move, Statement},
     queue::{Ended, Ran},
     to_usize,
 };
@@ -60,9 +60,9 @@ impl Admission {
 
     /// The next statement of a cohort apart, beside those of the others: one at a time, of few keys.
     fn next_apart_batch(&mut self, now: Instant) -> Option<Batch> {
-        let cohort = self.queue.next_apart()?;
+        let cohort = self.whose_turn_apart()?;
         let free = self.keys_max().saturating_sub(self.queue.in_flight());
-        if self.queue.apart_in_flight() > 0 || free == 0 || now < self.costs.rests_until() {
+        if self.queue.apart_in_flight() > 0 || free == 0 || now < self.costs.rests_until(cohort) {
             return None;
         }
         let keys_max = self.apart_keys().min(free);
@@ -70,20 +70,26 @@ impl Admission {
         self.queue.next_apart_batch(cohort, allowed, now)
     }
 
+    fn whose_turn_apart(&self) -> Option<CohortTag> {
+        let on_trial = self.costs.on_trial().filter(|cohort| self.queue.apart_len(*cohort) > 0);
+        on_trial.or_else(|| self.queue.next_apart())
+    }
+
     /// When the next statement of a cohort apart may be sent, if it waits for the time alone.
     pub(super) fn next_apart_at(&self, now: Instant) -> Option<Instant> {
-        if self.queue.apart_in_flight() > 0 {
+        if self.queue.apart_in_flight() > 0 || self.keys_max() <= self.queue.in_flight() {
             return None;
         }
-        self.queue.next_apart()?;
-        let rested = Some(self.costs.rests_until()).filter(|until| *until > now);
-        self.ceiling.blocked_until().max(rested)
+        let rested = self.costs.rests_until(self.whose_turn_apart()?);
+        self.ceiling
+            .blocked_until()
+            .max(Some(rested).filter(|until| *until > now))
     }
 
     /// Keys of cohorts apart that are in flight, or would be next: what the others leave to them.
     fn apart_keys(&self) -> usize {
         let in_flight = self.queue.apart_in_flight();
-        match self.queue.next_apart() {
+        match self.whose_turn_apart() {
             Some(cohort) if in_flight == 0 => {
                 let part = (to_usize(self.limit.keys()) / APART_PART).max(1);
                 self.costs.keys_at_a_time(cohort).min(part)

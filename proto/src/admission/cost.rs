@@ -47,6 +47,8 @@ const APART_STATEMENT: Duration = Duration::from_millis(250);
 /// While others are looked up too, a statement of a cohort apart is followed by a rest of this many times as long: the database belongs to
 /// them for most of the time. A quarter of it still lets the cohort in.
 const APART_RESTS: u32 = 3;
+/// A cohort apart that had no statement in this time does not count among those that take turns.
+const APART_TURN_MAX: Duration = Duration::from_secs(60);
 /// Buckets of statements by the number of keys: 1, 2, 3–4, 5–8, … 129–256.
 const BUCKETS: usize = 9;
 
@@ -205,8 +207,16 @@ impl Costs {
         }
     }
 
+    /// The cohort on trial. It goes before those that are convicted, or its trial would end without a verdict.
+    pub fn on_trial(&self) -> Option<CohortTag> {
+        self.trial.as_ref().map(|trial| trial.cohort)
+    }
+
     /// When a cohort apart may send its next statement.
-    pub const fn rests_until(&self) -> Instant {
+    pub fn rests_until(&self, cohort: CohortTag) -> Instant {
+        if self.on_trial() == Some(cohort) {
+            return Instant::ZERO;
+        }
         self.rests_until
     }
 
@@ -218,11 +228,13 @@ impl Costs {
             .map_or(f64::MAX, |apart| part / apart.seconds_per_key)
     }
 
-    /// The part of the time that cohorts apart have the database for.
+    /// The part of the time that each of the cohorts apart has the database for.
     fn part(&self, now: Instant) -> f64 {
+        let is_there = |apart: &&Apart| apart.is_proven && apart.seen + APART_TURN_MAX > now;
+        let turns = self.apart.values().filter(is_there).count().max(1) as f64;
         match self.others_lately(now) {
-            Some(_) => 1.0 / f64::from(1 + APART_RESTS),
-            None => 1.0,
+            Some(_) => 1.0 / (turns * f64::from(1 + APART_RESTS)),
+            None => 1.0 / turns,
         }
     }
 

@@ -193,7 +193,13 @@ impl Slots {
             previous => {
                 let from = now + HINT_MIN;
                 let place = match pace {
-                    Pace::Shared(rate) => self.tenants.take(standing.tenant, from, rate),
+                    Pace::Shared(rate) => {
+                        let at_least = from.max(now + at_least);
+                        let shared = standing
+                            .tenant
+                            .and_then(|tenant| self.tenants.take_shared(tenant, from, at_least));
+                        shared.unwrap_or_else(|| self.tenants.take(standing.tenant, from, rate))
+                    }
                     Pace::Apart { tail, rate } => tail.take(from, rate),
                 };
                 Slot {
@@ -221,7 +227,7 @@ impl Slots {
     fn kept(&mut self, mut slot: Slot, pace: &Pace<'_>, now: Instant) -> Slot {
         let is_disobeyed = slot.place == Place::Kept && slot.at > now + SLOT_EARLY_FAR;
         if let (true, Pace::Shared(_), Some(tenant)) = (is_disobeyed, pace, slot.tenant) {
-            self.tenants.share(tenant, slot.at);
+            self.tenants.share(tenant, slot.at, now);
             slot.place = Place::Shared;
         }
         slot

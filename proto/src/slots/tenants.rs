@@ -22,6 +22,10 @@ const TENANTS_HORIZON: Duration = Duration::from_secs(24 * 3_600);
 
 /// Places to be given twice, of all tenants together; further ones are given once.
 const SHARED_MAX: usize = 65_536;
+/// Where there are as many, past ones are looked for this often.
+const PURGE_EVERY: Duration = Duration::from_secs(1);
+/// Past places dropped a call, so that no call takes long.
+const PURGE_STEPS: usize = 64;
 
 /// Weights of tenants, as configured.
 #[derive(Debug, Default)]
@@ -58,6 +62,7 @@ pub(super) struct Tenants {
     /// Places to be given once more, whose devices don't keep to them; the earliest first. Of at most [`SHARED_MAX`] places.
     shared: BTreeMap<TenantTag, BinaryHeap<Reverse<Instant>>>,
     shared_len: usize,
+    purged_at: Instant,
 }
 
 /// The end of one queue. Nanoseconds: at a million slots a second, microseconds would round by too much.
@@ -94,11 +99,22 @@ impl Tenants {
             tenants_max,
             shared: BTreeMap::new(),
             shared_len: 0,
+            purged_at: Instant::ZERO,
         }
     }
 
     /// The device that has this place does not keep to it.
-    pub fn share(&mut self, tenant: TenantTag, place: Instant) {
+    pub fn share(&mut self, tenant: TenantTag, place: Instant, now: Instant) {
+        if self.shared_len >= SHARED_MAX && self.purged_at + PURGE_EVERY <= now {
+            self.purged_at = now;
+            self.shared.retain(|_, places| {
+                while places.peek().is_some_and(|Reverse(place)| *place < now) {
+                    places.pop();
+                }
+                !places.is_empty()
+            });
+            self.shared_len = self.shared.values().map(BinaryHeap::len).sum();
+        }
         if self.shared_len < SHARED_MAX {
             self.shared.entry(tenant).or_default().push(Reverse(place));
             self.shared_len += 1;
@@ -111,28 +127,35 @@ impl Tenants {
         self.shared_len
     }
 
-    fn take_shared(&mut self, tenant: TenantTag, from: Instant) -> Option<Instant> {
+    /// The earliest of the tenant's places to be given once more, if it is not before `at_least`. Those before `from` are past.
+    pub fn take_shared(&mut self, tenant: TenantTag, from: Instant, at_least: Instant) -> Option<Instant> {
         let places = self.shared.get_mut(&tenant)?;
         let mut found = None;
-        while let (None, Some(Reverse(place))) = (found, places.pop()) {
+        for _ in 0..PURGE_STEPS {
+            match places.peek() {
+                Some(Reverse(place)) if *place < from => drop(places.pop()),
+                Some(Reverse(place)) if *place >= at_least => {
+                    found = Some(*place);
+                    places.pop();
+                }
+                Some(_) | None => break,
+            }
             self.shared_len -= 1;
-            found = Some(place).filter(|place| *place >= from);
+            if found.is_some() {
+                break;
+            }
         }
         if places.is_empty() {
             self.shared.remove(&tenant);
         }
         found
     }
-
     /// The next place not before `from` in the queue of `tenant` (of the strangers if `None`), where `rate` places a second
     /// are given out in all.
     pub fn take(&mut self, tenant: Option<TenantTag>, from: Instant, rate: f64) -> Instant {
         let Some(tenant) = tenant else {
             return self.take_as_stranger(from, rate);
         };
-        if let Some(place) = self.take_shared(tenant, from) {
-            return place;
-        }
         let queue = self.queue_of(tenant, from);
         let own = *self.tail(queue);
         let base = own.base(from, TENANTS_HORIZON);
@@ -291,18 +314,32 @@ mod tests {
     }
 
     #[test]
-    fn shared_places_are_bounded_and_past_ones_are_dropped() {
+    fn shared_places_are_bounded_and_past_ones_make_room() {
         let mut tenants = tenants(4);
-        let tenant = TenantTag::of("a");
+        let (absent, other) = (TenantTag::of("a"), TenantTag::of("b"));
         for n in 0..100_000 {
-            tenants.share(tenant, Instant::from_micros(n));
+            tenants.share(absent, Instant::from_micros(n), Instant::ZERO);
         }
         assert_eq!(tenants.shared(), SHARED_MAX);
 
-        let from = Instant::ZERO + Duration::from_secs(1);
-        let place = tenants.take(Some(tenant), from, RATE);
+        let now = Instant::ZERO + Duration::from_secs(2);
+        tenants.share(other, now, now);
 
-        assert_eq!(place, from);
-        assert_eq!(tenants.shared(), 0);
+        assert_eq!(tenants.shared(), 1);
+        assert_eq!(tenants.take_shared(absent, now, now), None);
+        assert_eq!(tenants.take_shared(other, now, now), Some(now));
+    }
+
+    #[test]
+    fn shared_place_too_early_for_one_is_left_to_another() {
+        let mut tenants = tenants(4);
+        let tenant = TenantTag::of("a");
+        let place = Instant::ZERO + Duration::from_secs(3);
+        tenants.share(tenant, place, Instant::ZERO);
+
+        let (now, later) = (Instant::ZERO, Instant::ZERO + Duration::from_secs(5));
+
+        assert_eq!(tenants.take_shared(tenant, now, later), None);
+        assert_eq!(tenants.take_shared(tenant, now, now), Some(place));
     }
 }

@@ -136,3 +136,43 @@ async fn limits_by_address_see_whom_the_forwarded_header_names() {
         1.0
     );
 }
+
+#[tokio::test]
+async fn devices_of_a_balancer_behind_a_balancer_are_told_apart() {
+    let settings = SETTINGS.replace("\"127.0.0.1\"", "\"127.0.0.1\", \"198.51.100.7\"");
+    let gateway = Gateway::start(&format!("{settings}protocol = true\nforwarded_for = true\n")).await;
+    let mut kept = Vec::new();
+    for (forwarded, status) in [
+        ("192.0.2.1", 101),
+        ("192.0.2.2", 101),
+        ("192.0.2.3", 101),
+        ("192.0.2.1", 101),
+        ("192.0.2.1", 503),
+    ] {
+        let (lines, forwarded) = (gateway.device_lines().await, format!("X-Forwarded-For: {forwarded}"));
+
+        let header = v1("198.51.100.7");
+        let (stream, answer) = send(gateway.devices, header.as_bytes(), &request(&[&lines, &forwarded])).await;
+
+        assert_eq!(answer.status, status, "{forwarded}");
+        kept.push(stream);
+    }
+}
+
+#[tokio::test]
+async fn balancer_that_names_nobody_is_counted_itself() {
+    let gateway = Gateway::start(&format!("{SETTINGS}forwarded_for = true\n")).await;
+    let mut kept = Vec::new();
+    for (forwarded, status) in [
+        ("X-Other: 1", 101),
+        ("X-Forwarded-For: unknown", 101),
+        ("X-Other: 1", 503),
+    ] {
+        let lines = gateway.device_lines().await;
+
+        let (stream, answer) = send(gateway.devices, b"", &request(&[&lines, forwarded])).await;
+
+        assert_eq!(answer.status, status, "{forwarded}");
+        kept.push(stream);
+    }
+}

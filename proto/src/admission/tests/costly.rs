@@ -7,6 +7,7 @@ use crate::admission::cost::{Move, Statement};
 
 const HEALTHY: &str = "3.8.0-b2";
 const MARKED: &str = "3.8.0-b3";
+const MARKED_TOO: &str = "3.8.0-b4";
 /// What a statement costs besides its keys.
 const BASE: Duration = Duration::from_millis(1);
 
@@ -20,6 +21,8 @@ struct World {
     arrived: BTreeMap<Ticket, (u128, Instant)>,
     counter: u64,
     devices: u64,
+    /// Every other of the marked devices is of a second version.
+    has_second: bool,
     now: Instant,
     /// Waits of admitted devices, healthy and marked.
     waits: [Vec<Duration>; 2],
@@ -29,6 +32,14 @@ struct World {
 
 fn is_marked(n: u128) -> bool {
     n % 1_000_000 >= 500_000
+}
+
+fn firmware(n: u128) -> &'static str {
+    match n % 1_000_000 {
+        750_000.. => MARKED_TOO,
+        500_000.. => MARKED,
+        _ => HEALTHY,
+    }
 }
 
 impl World {
@@ -42,6 +53,7 @@ impl World {
             arrived: BTreeMap::new(),
             counter: 0,
             devices: 0,
+            has_second: false,
             now: at(0),
             waits: [Vec::new(), Vec::new()],
             refused: [0, 0],
@@ -59,18 +71,23 @@ impl World {
             self.devices += 1;
             let n = u128::from(self.devices);
             let marked = marked_of > 0 && self.devices.is_multiple_of(marked_of);
-            self.arrive(if marked { n * 1_000_000 + 500_000 } else { n * 1_000_000 });
+            let second = self.has_second && self.devices.is_multiple_of(2 * marked_of);
+            let mark = match (marked, second) {
+                (true, true) => 750_000,
+                (true, false) => 500_000,
+                (false, _) => 0,
+            };
+            self.arrive(n * 1_000_000 + mark);
             next += gap;
         }
         self.run_until(end);
     }
 
     fn arrive(&mut self, n: u128) {
-        let firmware = if is_marked(n) { MARKED } else { HEALTHY };
         self.node.admission.handle_admitted(device(n), "default");
         let arrival = Arrival {
             device: device(n),
-            cohort: CohortTag::of(None, Some(firmware)),
+            cohort: CohortTag::of(None, Some(firmware(n))),
             slot_token: None,
             arrived: self.now,
             is_known_absent: false,
@@ -187,6 +204,31 @@ fn healthy_devices_do_not_wait_for_a_costly_cohort_that_grows() {
     assert!(
         (100..=139).contains(&costly),
         "{costly} costly ones are served in a quarter of 50 s at 90 ms each"
+    );
+}
+
+#[test]
+fn second_costly_cohort_is_found_while_the_first_is_apart() {
+    let mut world = World::new();
+    world.arrivals(100, 5, secs(10));
+    assert_eq!(world.apart(), 1, "{:?}", world.moves);
+
+    world.has_second = true;
+    world.arrivals(400, 2, secs(5));
+    world.forget();
+    world.arrivals(400, 2, secs(5));
+
+    assert_eq!(world.apart(), 2, "{:?}", world.moves);
+    let (found, _) = *world.moves.last().unwrap();
+    assert!(
+        found < at(12_000),
+        "it waits for none of the first one's rests: {:?}",
+        world.moves
+    );
+    assert!(
+        world.healthy_p99() < Duration::from_millis(100),
+        "{:?}",
+        world.healthy_p99()
     );
 }
 
