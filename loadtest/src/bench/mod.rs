@@ -1,6 +1,6 @@
 //! `loadtest bench`: what a connection costs the gateway, measured beside a bare tokio-tungstenite server in the same run.
 //!
-//! [`bench`] starts the servers in turn, each as a process of its own, and sends the same devices to both. Costs are memory (Pss) and
+//! [`bench()`] starts the servers in turn, each as a process of its own, and sends the same devices to both. Costs are memory (Pss) and
 //! processor time of the server's process alone, which hardly depend on what else the machine does; only the times of the storms do, and those
 //! stand beside the other server's. Nothing here judges: docs/BENCHMARKS.md shows the figures beside their bounds.
 

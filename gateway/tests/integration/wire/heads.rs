@@ -6,34 +6,34 @@ use super::raw::{ACCEPT, KEY, ask};
 use super::rig::Gateway;
 
 /// A head, and the sub-protocol to confirm. `{host}`, `{key}`, `{basic}`, `{bearer}` and `{id}` are filled in.
-struct Recorded {
+struct Handshake {
     client: &'static str,
     head: &'static str,
     protocol: Option<&'static str>,
 }
 
-const RECORDED: [Recorded; 10] = [
-    Recorded {
+const HANDSHAKES: [Handshake; 10] = [
+    Handshake {
         client: "ESP-IDF, esp_websocket_client",
         head: "GET /v1/connect HTTP/1.1\r\nConnection: Upgrade\r\nHost: {host}\r\nUser-Agent: ESP32 Websocket Client\r\n\
                Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nAuthorization: Basic {basic}\r\n\r\n",
         protocol: None,
     },
-    Recorded {
+    Handshake {
         client: "ESP-IDF with a sub-protocol and headers of its own",
         head: "GET /v1/connect HTTP/1.1\r\nConnection: Upgrade\r\nHost: {host}\r\nUser-Agent: ESP32 Websocket Client\r\n\
                Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Protocol: seawall.v1\r\n\
                Authorization: Bearer {bearer}\r\nSeawall-Device: {id}\r\nSeawall-Firmware: 3.8.0-b2\r\n\r\n",
         protocol: Some("seawall.v1"),
     },
-    Recorded {
+    Handshake {
         client: "arduinoWebSockets",
         head: "GET /v1/connect?device={id}&firmware=3.8.0 HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
                Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Protocol: arduino\r\nOrigin: file://\r\n\
                User-Agent: arduino-WebSocket-Client\r\nAuthorization: Basic {basic}\r\n\r\n",
         protocol: Some("arduino"),
     },
-    Recorded {
+    Handshake {
         client: "libwebsockets",
         head: "GET /v1/connect HTTP/1.1\r\nPragma: no-cache\r\nCache-Control: no-cache\r\nHost: {host}\r\nUpgrade: websocket\r\n\
                Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Protocol: lws-minimal, other\r\n\
@@ -41,28 +41,28 @@ const RECORDED: [Recorded; 10] = [
                Sec-WebSocket-Version: 13\r\nOrigin: http://{host}\r\nAuthorization: Basic {basic}\r\n\r\n",
         protocol: Some("lws-minimal"),
     },
-    Recorded {
+    Handshake {
         client: "Python websockets",
         head: "GET /v1/connect HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: {key}\r\n\
                Sec-WebSocket-Version: 13\r\nSec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n\
                Authorization: Basic {basic}\r\nUser-Agent: Python/3.11 websockets/13.1\r\n\r\n",
         protocol: None,
     },
-    Recorded {
+    Handshake {
         client: "npm ws",
         head: "GET /v1/connect HTTP/1.1\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nConnection: Upgrade\r\n\
                Upgrade: websocket\r\nAuthorization: Basic {basic}\r\n\
                Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\nHost: {host}\r\n\r\n",
         protocol: None,
     },
-    Recorded {
+    Handshake {
         client: "gorilla/websocket",
         head: "GET /v1/connect HTTP/1.1\r\nHost: {host}\r\nUser-Agent: Go-http-client/1.1\r\nAuthorization: Basic {basic}\r\n\
                Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Protocol: mqtt\r\nSec-WebSocket-Version: 13\r\n\
                Upgrade: websocket\r\n\r\n",
         protocol: Some("mqtt"),
     },
-    Recorded {
+    Handshake {
         client: "Chromium",
         head: "GET /v1/connect HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nPragma: no-cache\r\nCache-Control: no-cache\r\n\
                Authorization: Basic {basic}\r\n\
@@ -72,7 +72,7 @@ const RECORDED: [Recorded; 10] = [
                Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\nSec-WebSocket-Protocol: seawall.v1\r\n\r\n",
         protocol: Some("seawall.v1"),
     },
-    Recorded {
+    Handshake {
         client: "Firefox",
         head: "GET /v1/connect HTTP/1.1\r\nHost: {host}\r\n\
                User-Agent: Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0\r\nAccept: */*\r\n\
@@ -82,7 +82,7 @@ const RECORDED: [Recorded; 10] = [
                Sec-Fetch-Site: cross-site\r\nPragma: no-cache\r\nCache-Control: no-cache\r\nUpgrade: websocket\r\n\r\n",
         protocol: None,
     },
-    Recorded {
+    Handshake {
         client: "tokio-tungstenite",
         head: "GET /v1/connect HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
                Sec-WebSocket-Key: {key}\r\nauthorization: Bearer {bearer}\r\nseawall-device: {id}\r\n\r\n",
@@ -93,7 +93,7 @@ const RECORDED: [Recorded; 10] = [
 #[tokio::test]
 async fn handshakes_of_field_firmware_and_libraries_connect() {
     let gateway = Gateway::start("").await;
-    for Recorded { client, head, protocol } in RECORDED {
+    for Handshake { client, head, protocol } in HANDSHAKES {
         let (id, secret) = gateway.device().await;
         let bytes = head
             .replace("{host}", &gateway.devices.to_string())
