@@ -7,7 +7,7 @@ use std::{
 
 use firmware_sim::connection::DeviceConfig;
 use seawall_gateway::store::{DeviceChange, Rotation, Store};
-use seawall_proto::{id::SecretHash, record::DeviceState, resume::Generation};
+use seawall_proto::{admission::BreakerState, id::SecretHash, record::DeviceState, resume::Generation};
 use serde_json::Value;
 use sqlx::Connection as _;
 
@@ -159,6 +159,8 @@ async fn without_its_file_of_revocations_a_node_counts_no_token_until_the_databa
         .refused_with(503, "registry_unavailable");
     cluster.restart().unwrap();
     eventually(|| gateway.shared.readiness().ready && file_is_good(&file)).await;
+    // Its probes are statements, too.
+    eventually(|| gateway.shared.gate.state().breaker == BreakerState::Closed).await;
     assert_resumed(&gateway, &returning).await;
 }
 
