@@ -22,6 +22,8 @@ use self::series::{label, line};
 pub const COHORTS_MAX: usize = 2_000;
 /// Most names of tenants that are shared; further ones are each device's own.
 pub const TENANTS_MAX: usize = 10_000;
+/// So many names that find no room share one look for those that nobody has any more.
+const TENANT_MISSES_PER_LOOK: usize = 1_000;
 /// Most cohorts with metric series of their own (contract section 9).
 pub const SERIES_MAX: usize = 50;
 /// The row of everything without a row of its own.
@@ -225,8 +227,15 @@ impl Cohort {
 pub struct Cohorts {
     rows: Mutex<Rows>,
     other: Arc<Cohort>,
-    /// Names of tenants.
-    tenants: Mutex<HashSet<Arc<str>>>,
+    tenants: Mutex<Tenants>,
+}
+
+/// Names of tenants that their devices share.
+#[derive(Debug, Default)]
+struct Tenants {
+    names: HashSet<Arc<str>>,
+    /// Names that found no room since the last look for those that nobody has any more.
+    missed: usize,
 }
 
 /// Model and firmware version, as the device or the registry names them.
@@ -261,17 +270,10 @@ impl Cohorts {
 
     /// The name of a tenant, in memory that all devices of the tenant share: beyond [`TENANTS_MAX`] names those that have devices here come first.
     pub fn tenant(&self, name: &Label) -> Arc<str> {
-        let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(tenant) = tenants.get(name.as_str()) {
-            return Arc::clone(tenant);
-        }
-        if tenants.len() >= TENANTS_MAX {
-            tenants.retain(|tenant| Arc::strong_count(tenant) > 1);
-        }
-        if tenants.len() < TENANTS_MAX {
-            tenants.insert(Arc::clone(name.as_arc()));
-        }
-        Arc::clone(name.as_arc())
+        self.tenants
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .share(name.as_arc())
     }
 
     /// The cohort of an authenticated device; with a row of its own if there is room, else counted in `other`.
@@ -390,6 +392,26 @@ impl Cohorts {
         }
         rows.series.clone_from(&series);
         series
+    }
+}
+
+impl Tenants {
+    fn share(&mut self, name: &Arc<str>) -> Arc<str> {
+        if let Some(tenant) = self.names.get(name) {
+            return Arc::clone(tenant);
+        }
+        if self.names.len() >= TENANTS_MAX {
+            // Each look goes through all of them: so one look for many names that find no room.
+            if self.missed.is_multiple_of(TENANT_MISSES_PER_LOOK) {
+                self.names.retain(|tenant| Arc::strong_count(tenant) > 1);
+            }
+            self.missed = self.missed.wrapping_add(1);
+        }
+        if self.names.len() < TENANTS_MAX {
+            self.names.insert(Arc::clone(name));
+            self.missed = 0;
+        }
+        Arc::clone(name)
     }
 }
 

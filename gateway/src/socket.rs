@@ -69,7 +69,8 @@ pub enum Inbound {
     Control,
     /// The peer said goodbye; finish with [`Socket::finish`].
     Goodbye,
-    /// The same with a code that must not be sent: it has been answered 1002.
+    /// The same because the protocol was broken: by us, as the peer says, or by its own goodbye, whose code must not be sent. Either
+    /// way it has been answered 1002.
     BadGoodbye,
     /// The peer broke the protocol: close with this, and [`Socket::fail`].
     Broken(Close),
@@ -127,7 +128,8 @@ impl Socket {
             Some(Ok(Message::Text(text))) => Inbound::Text(text),
             Some(Ok(Message::Binary(bytes))) => Inbound::Binary(bytes),
             Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => Inbound::Control,
-            Some(Ok(Message::Close(Some(frame)))) if !frame.code.is_allowed() => Inbound::BadGoodbye,
+            // The library has put this in the place of a code that must not be sent.
+            Some(Ok(Message::Close(Some(frame)))) if frame.code == CloseCode::Protocol => Inbound::BadGoodbye,
             Some(Ok(Message::Close(_))) => Inbound::Goodbye,
             Some(Err(error)) => broken_by(&error).map_or(Inbound::Gone, Inbound::Broken),
             None => Inbound::Gone,
@@ -442,6 +444,19 @@ mod tests {
         socket.finish().await;
 
         assert_eq!(all_of(client).await, [0x88, 2, 0x03, 0xe8]);
+    }
+
+    #[tokio::test]
+    async fn goodbye_with_a_code_that_must_not_be_sent_is_a_bad_one() {
+        for code in [0_u16, 1002, 1005, 1006, 1015, 1016, 2999, 5000] {
+            let (mut client, mut socket) = pair().await;
+            client.write_all(&frame(0x88, &code.to_be_bytes())).await.unwrap();
+
+            assert!(matches!(socket.next().await, Inbound::BadGoodbye), "{code}");
+            socket.finish().await;
+
+            assert_eq!(all_of(client).await[2..4], 1002_u16.to_be_bytes());
+        }
     }
 
     #[tokio::test]

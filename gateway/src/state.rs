@@ -141,6 +141,9 @@ impl State {
         if self.is_certificate_ending() {
             reasons.push("certificate_expires");
         }
+        if self.is_revocation_list_out_of_date() {
+            reasons.push("revocation_list_out_of_date");
+        }
         Readiness { ready, reasons }
     }
 
@@ -149,6 +152,12 @@ impl State {
     pub fn is_certificate_ending(&self) -> bool {
         let notice = self.clock.wall() + EXPIRY_NOTICE;
         self.tls.expires().is_some_and(|end| end < notice)
+    }
+
+    /// Whether a revocation list should have been replaced by a newer one.
+    #[must_use]
+    pub fn is_revocation_list_out_of_date(&self) -> bool {
+        self.tls.lists_until().is_some_and(|until| until < self.clock.wall())
     }
 
     /// Tells operators of something to look at, or of its end.

@@ -16,11 +16,13 @@ use tokio::{
 };
 use tokio_rustls::server::TlsStream;
 
+use crate::tls::Bounded;
+
 /// A device's connection.
 #[derive(Debug)]
 pub enum Transport {
     Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
+    Tls(Box<TlsStream<Bounded>>),
 }
 
 impl Transport {
@@ -29,7 +31,7 @@ impl Transport {
     pub fn tcp(&self) -> &TcpStream {
         match self {
             Self::Plain(tcp) => tcp,
-            Self::Tls(tls) => tls.get_ref().0,
+            Self::Tls(tls) => tls.get_ref().0.tcp(),
         }
     }
 
@@ -55,6 +57,14 @@ impl Transport {
 pub fn has_unread(tcp: &TcpStream) -> bool {
     let peeked = socket2::SockRef::from(tcp).peek(&mut [MaybeUninit::uninit()]);
     peeked.is_ok_and(|len| len > 0)
+}
+
+impl From<TlsStream<Bounded>> for Transport {
+    /// Takes over when the handshake is over.
+    fn from(mut tls: TlsStream<Bounded>) -> Self {
+        tls.get_mut().0.lift();
+        Self::Tls(Box::new(tls))
+    }
 }
 
 impl From<TcpStream> for Transport {

@@ -14,7 +14,7 @@ use rand::Rng;
 
 use crate::{
     hello::Hello,
-    id::{Credential, DeviceId, Label, SessionId},
+    id::{Credential, DeviceId, Label, Proof, SessionId},
     record::{DeviceRecord, DeviceState},
     refusal::{Peers, Refusal},
     resume::{Generation, Grant, Judge, Unusable},
@@ -205,6 +205,12 @@ impl Unproven {
     #[must_use]
     pub const fn hello(&self) -> &Hello {
         &self.hello
+    }
+
+    /// What its claim to be this device rests on.
+    #[must_use]
+    pub const fn proof(&self) -> Proof {
+        self.credential.proof()
     }
 
     /// The key to look up.

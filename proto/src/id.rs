@@ -139,6 +139,15 @@ impl Credential {
         Self::Certificate(SecretHash(hash.into()))
     }
 
+    /// What it says for itself.
+    #[must_use]
+    pub const fn proof(&self) -> Proof {
+        match self {
+            Self::Secret(_) => Proof::Secret,
+            Self::Certificate(_) => Proof::Certificate,
+        }
+    }
+
     /// What a resume token is bound to.
     #[must_use]
     pub const fn hash(&self) -> &SecretHash {
@@ -146,6 +155,15 @@ impl Credential {
             Self::Secret(hash) | Self::Certificate(hash) => hash,
         }
     }
+}
+
+/// What stands behind a claim to be a device, before the registry was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Proof {
+    /// A secret: anybody can send one, and only the registry knows whether it is right.
+    Secret,
+    /// A client certificate that names the device. TLS has verified it: whoever shows it is the device, or has stolen its key.
+    Certificate,
 }
 
 impl From<SecretHash> for Credential {

@@ -12,7 +12,7 @@ use seawall_proto::{
         Action, Admission, AdmissionConfig, AdmissionState, Arrival, BatchId, BatchOutcome, BreakerState, CohortTag,
         Decision, LOOKUP_MAX, LimitReason, Ticket,
     },
-    id::DeviceId,
+    id::{DeviceId, Proof},
     slots::SlotKeys,
     time::{Instant, WallTime},
 };
@@ -53,6 +53,7 @@ fn arrival(number: u128, arrived: Instant) -> Arrival<'static> {
         slot_token: None,
         arrived,
         is_known_absent: false,
+        proof: Proof::Secret,
     }
 }
 

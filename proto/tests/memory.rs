@@ -8,7 +8,7 @@ use std::{
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use seawall_proto::{
     admission::{Admission, AdmissionConfig, Arrival, CohortTag, Decision},
-    id::DeviceId,
+    id::{DeviceId, Proof},
     slots::SlotKeys,
     time::{Instant, WallTime},
 };
@@ -73,6 +73,7 @@ impl Node {
             slot_token: None,
             arrived: now,
             is_known_absent: false,
+            proof: Proof::Secret,
         };
         let wall = WallTime::from_unix_ms(1_800_000_000_000 + now.as_micros() / 1_000);
         let decision = self.admission.attempt(&arrival, now, wall, &mut self.rng);

@@ -61,6 +61,24 @@ fn rows_are_bounded_and_idle_ones_make_room() {
 }
 
 #[test]
+fn full_table_of_tenants_is_looked_through_once_for_many_names_that_find_no_room() {
+    let mut tenants = Tenants::default();
+    let name = |n: usize| -> Arc<str> { n.to_string().into() };
+    let mut held: Vec<_> = (0..TENANTS_MAX).map(|n| tenants.share(&name(n))).collect();
+    tenants.share(&name(TENANTS_MAX));
+    assert!(!tenants.names.contains("10000"), "all have devices");
+    held.clear();
+
+    for n in 1..TENANT_MISSES_PER_LOOK {
+        tenants.share(&name(TENANTS_MAX + n));
+        assert_eq!(tenants.names.len(), TENANTS_MAX);
+    }
+    tenants.share(&name(2 * TENANTS_MAX));
+
+    assert_eq!(tenants.names.len(), 1, "those that nobody has any more are forgotten");
+}
+
+#[test]
 fn labels_are_escaped_and_short() {
     assert_eq!(label("a\"b\\c"), "a\\\"b\\\\c");
     assert!((60..=64).contains(&label(&"\"".repeat(100)).len()));

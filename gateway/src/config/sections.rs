@@ -38,7 +38,7 @@ section! {
         pub handshake_timeout_ms: u64 = 5_000, "milliseconds", 100..=60_000;
         /// PEM file with the authorities of client certificates. A certificate that names a UUID (URI `urn:uuid:…` or ending in it, first label of a DNS name, common name) is id and credential of that device. Not given: none is asked for.
         pub client_ca: Option<PathBuf> = None;
-        /// PEM file with revocation lists: one of every authority that issues client certificates. A certificate that is on one, or whose authority has none, is no longer accepted from new connections.
+        /// PEM file with revocation lists: one of every authority that issues client certificates, and of the authorities above those. A certificate that is on one, or whose authority has none, is no longer accepted from new connections; nor is one below an authority that is on a list. Whether an authority whose issuer has no list here was revoked is not looked at: `seawall doctor` names those. A list past its next update counts on; `/readyz` (`revocation_list_out_of_date`), an alarm and `seawall_tls_revocation_list_expires_seconds` say so.
         pub client_crl: Option<PathBuf> = None;
         /// Ends handshakes of clients without a certificate, balancers' probes too.
         pub client_certificate_required: bool = false;

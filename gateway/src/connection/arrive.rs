@@ -11,7 +11,7 @@ use crate::{
     proxy,
     state::Shared,
     tls::{self, Endpoint},
-    transport::Transport,
+    transport::{Transport, has_unread},
 };
 
 /// A connection whose request can be read.
@@ -101,12 +101,12 @@ async fn secure(endpoint: &Endpoint, tcp: TcpStream, mut patience: Patience<'_>)
             })?;
             let certified = tls::certified(&tls);
             return Ok(Arrived {
-                stream: Transport::Tls(Box::new(tls)),
+                stream: tls.into(),
                 certified,
             });
         }
-        let has_unread = || accept.get_ref().is_some_and(crate::transport::has_unread);
-        patience.look(has_unread).map_err(|_| Astray::Ended("tls_failed"))?;
+        let is_unread = || accept.get_ref().is_some_and(|io| has_unread(io.tcp()));
+        patience.look(is_unread).map_err(|_| Astray::Ended("tls_failed"))?;
     }
 }
 

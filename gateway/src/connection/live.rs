@@ -55,7 +55,7 @@ enum End {
     Failed(Close),
     /// The peer said goodbye.
     Goodbye,
-    /// The peer said goodbye with a code that must not be sent, and was told so.
+    /// The peer said goodbye because the protocol was broken, or by breaking it.
     BadGoodbye,
     /// The connection broke.
     Gone,

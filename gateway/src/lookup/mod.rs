@@ -19,7 +19,7 @@ use seawall_proto::{
         STATEMENTS_IN_FLIGHT_MAX,
     },
     handshake::{self, Admitted, Unproven},
-    id::DeviceId,
+    id::{DeviceId, Proof},
     record::DeviceRecord,
     refusal::{Code, Hint, Refusal},
     resume::Generation,
@@ -136,7 +136,10 @@ impl Gate {
         let device = unproven.device();
         let hello = unproven.hello();
         let cohort = CohortTag::of(hello.model.as_deref(), hello.firmware.as_deref());
-        let answer = self.look_up(device, cohort, hello.slot.as_deref(), arrived).await;
+        let proof = unproven.proof();
+        let answer = self
+            .look_up(device, proof, cohort, hello.slot.as_deref(), arrived)
+            .await;
         let found = match answer {
             LookUp::Found(found) => Some(found),
             LookUp::Absent => None,
@@ -152,7 +155,7 @@ impl Gate {
         let result = handshake::conclude(unproven, record, as_of, &rules(), self.0.clock.wall(), &mut rand::rng());
         match &result {
             Ok(admitted) => self.handle_admitted(device, admitted.tenant()),
-            Err(refusal) if refusal.code == Code::Unauthorized => self.handle_wrong_credential(device),
+            Err(refusal) if refusal.code == Code::Unauthorized => self.handle_wrong_credential(device, proof),
             Err(_) => {}
         }
         Concluded {
@@ -168,6 +171,7 @@ impl Gate {
     pub async fn look_up(
         &self,
         device: DeviceId,
+        proof: Proof,
         cohort: CohortTag,
         slot_token: Option<&str>,
         arrived: Instant,
@@ -178,6 +182,7 @@ impl Gate {
             slot_token,
             arrived,
             is_known_absent: self.0.absent.contains(device),
+            proof,
         };
         let (mut waiting, answer) = match self.0.enter(&arrival) {
             Entered::Answered(answer) => return answer,
@@ -202,9 +207,9 @@ impl Gate {
     }
 
     /// The device was not authenticated: wrong credential, or no such device.
-    pub fn handle_wrong_credential(&self, device: DeviceId) {
+    pub fn handle_wrong_credential(&self, device: DeviceId, proof: Proof) {
         let now = self.0.clock.now();
-        self.0.lock().admission.handle_wrong_credential(device, now);
+        self.0.lock().admission.handle_wrong_credential(device, proof, now);
     }
 
     /// A slot for a device whose session is closed, not before `at_least` from now.

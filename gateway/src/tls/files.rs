@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -13,16 +14,32 @@ use rustls::{
     server::{NoServerSessionStorage, ProducesTickets, WebPkiClientVerifier, danger::ClientCertVerifier},
 };
 use seawall_proto::time::WallTime;
-use sha2::{Digest as _, Sha256};
-use x509_parser::{certificate::X509Certificate, prelude::FromDer};
+use x509_parser::{certificate::X509Certificate, prelude::FromDer, time::ASN1Time};
 
+use super::revocation;
 use crate::config::Config;
 
 /// Greatest file, in bytes: a list of a million revoked certificates is about 40 MB.
 const FILE_BYTES_MAX: u64 = 64 * 1024 * 1024;
 
-/// What distinguishes one content of all files from another.
-pub type Digest = [u8; 32];
+/// Bytes that a client may send before its handshake is over, in all its messages. A hello with hybrid key shares takes about 2 KiB, and one read
+/// may have up to 4 KiB of the request in it.
+const HANDSHAKE_LEN_MAX: usize = 8 * 1024;
+/// The same for its certificate and those between it and its root: four of RSA 4096 take about 8 KiB.
+const CHAIN_LEN_MAX: usize = 16 * 1024;
+
+/// What tells one state of all files from another, without reading them; `None` for one that is not there.
+pub type Stamps = [Option<Stamp>; 4];
+
+/// What changes with a file: replaced, written, or made readable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    device: u64,
+    inode: u64,
+    len: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
 
 /// The files of one listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,10 +77,15 @@ pub enum TlsError {
     System(String),
 }
 
-/// A configuration, and when the first certificate in it ends.
+/// A configuration, and when what it is made from ends.
 pub struct Loaded {
     pub server: Arc<ServerConfig>,
+    /// When the first certificate of the gateway's chain does.
     pub expires: WallTime,
+    /// When the first revocation list should have been replaced. It counts all the same.
+    pub lists_until: Option<WallTime>,
+    /// Bytes that a client may send before its handshake is over.
+    pub handshake_len_max: usize,
 }
 
 /// Everything that the files of one listener hold.
@@ -93,6 +115,17 @@ impl Source {
             return Err(self.invalid(format!("{len} bytes are more than {FILE_BYTES_MAX}")));
         }
         fs::read(&self.path).map_err(unreadable)
+    }
+
+    fn stamp(&self) -> Option<Stamp> {
+        let metadata = fs::metadata(&self.path).ok()?;
+        Some(Stamp {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            len: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        })
     }
 
     fn invalid(&self, problem: impl Into<String>) -> TlsError {
@@ -129,6 +162,20 @@ impl Files {
         })
     }
 
+    /// As they are now; a file that is not asked for has the stamp of the certificate.
+    #[must_use]
+    pub fn stamps(&self) -> Stamps {
+        let clients = self.clients.as_ref();
+        let certificate = self.certificate.stamp();
+        let optional = |source: Option<&Source>| source.map_or(certificate, Source::stamp);
+        [
+            certificate,
+            self.key.stamp(),
+            optional(clients.map(|clients| &clients.ca)),
+            optional(clients.and_then(|clients| clients.crl.as_ref())),
+        ]
+    }
+
     /// # Errors
     /// A file can't be read.
     pub fn read(&self) -> Result<Contents<'_>, TlsError> {
@@ -153,20 +200,32 @@ impl Contents<'_> {
         certificates(&self.files.certificate, &self.certificate)
     }
 
-    /// The revocation lists; none where there is no such file.
-    pub fn lists(&self) -> impl Iterator<Item = CertificateRevocationListDer<'static>> {
-        // Those that can't be read have been told by `load`.
-        CertificateRevocationListDer::pem_slice_iter(&self.crl).filter_map(Result::ok)
+    /// The authorities of client certificates; none where there is no such file.
+    ///
+    /// # Errors
+    /// There is a file without one.
+    pub fn authorities(&self) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+        match &self.files.clients {
+            Some(clients) => certificates(&clients.ca, &self.ca),
+            None => Ok(Vec::new()),
+        }
     }
 
-    #[must_use]
-    pub fn digest(&self) -> Digest {
-        let mut hash = Sha256::new();
-        for content in [&self.certificate, &self.key, &self.ca, &self.crl] {
-            hash.update(content.len().to_be_bytes());
-            hash.update(content);
+    /// The revocation lists; none where there is no such file.
+    ///
+    /// # Errors
+    /// There is a file without one.
+    pub fn lists(&self) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
+        let Some(crl) = self.files.clients.as_ref().and_then(|clients| clients.crl.as_ref()) else {
+            return Ok(Vec::new());
+        };
+        let lists: Vec<_> = CertificateRevocationListDer::pem_slice_iter(&self.crl)
+            .collect::<Result<_, _>>()
+            .map_err(|error| crl.invalid(format!("holds no revocation list as PEM: {error}")))?;
+        if lists.is_empty() {
+            return Err(crl.invalid("holds no revocation list as PEM"));
         }
-        hash.finalize().into()
+        Ok(lists)
     }
 
     /// # Errors
@@ -180,9 +239,13 @@ impl Contents<'_> {
         let builder = ServerConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
             .map_err(|error| TlsError::System(error.to_string()))?;
-        let builder = match &self.files.clients {
-            Some(clients) => builder.with_client_cert_verifier(self.verifier(clients)?),
-            None => builder.with_no_client_auth(),
+        let lists = self.lists()?;
+        let (builder, handshake_len_max) = match &self.files.clients {
+            Some(clients) => (
+                builder.with_client_cert_verifier(self.verifier(clients, &lists)?),
+                HANDSHAKE_LEN_MAX + CHAIN_LEN_MAX,
+            ),
+            None => (builder.with_no_client_auth(), HANDSHAKE_LEN_MAX),
         };
         let mut server = builder.with_single_cert(chain, key).map_err(|error| {
             if matches!(error, rustls::Error::InconsistentKeys(_)) {
@@ -201,34 +264,38 @@ impl Contents<'_> {
         Ok(Loaded {
             server: Arc::new(server),
             expires,
+            lists_until: revocation::next_update(&lists),
+            handshake_len_max,
         })
     }
 
-    fn verifier(&self, clients: &ClientFiles) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+    fn verifier(
+        &self,
+        clients: &ClientFiles,
+        lists: &[CertificateRevocationListDer<'_>],
+    ) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
         let mut roots = RootCertStore::empty();
-        for authority in certificates(&clients.ca, &self.ca)? {
+        for authority in self.authorities()? {
             roots.add(authority).map_err(|error| {
                 clients
                     .ca
                     .invalid(format!("holds a certificate that is no authority: {error}"))
             })?;
         }
-        let mut builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
-        let mut at = &clients.ca;
-        if let Some(crl) = &clients.crl {
-            at = crl;
-            let lists: Vec<_> = CertificateRevocationListDer::pem_slice_iter(&self.crl)
-                .collect::<Result<_, _>>()
-                .map_err(|error| crl.invalid(format!("holds no revocation list as PEM: {error}")))?;
-            if lists.is_empty() {
-                return Err(crl.invalid("holds no revocation list as PEM"));
-            }
-            builder = builder.with_crls(lists).only_check_end_entity_revocation();
-        }
+        let (roots, provider) = (Arc::new(roots), provider());
+        let algorithms = provider.signature_verification_algorithms;
+        let mut builder = WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), provider);
         if !clients.is_required {
             builder = builder.allow_unauthenticated();
         }
-        builder.build().map_err(|error| at.invalid(error.to_string()))
+        let verifier = builder.build().map_err(|error| clients.ca.invalid(error.to_string()))?;
+        let Some(crl) = &clients.crl else {
+            return Ok(verifier);
+        };
+        match revocation::Verifier::new(verifier, roots, algorithms, lists) {
+            Ok(verifier) => Ok(Arc::new(verifier)),
+            Err(error) => Err(crl.invalid(format!("holds a revocation list that can't be used: {error}"))),
+        }
     }
 }
 
@@ -248,14 +315,22 @@ fn certificates(at: &Source, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>,
 
 /// When the first of these ends.
 fn expiry(at: &Source, chain: &[CertificateDer<'_>]) -> Result<WallTime, TlsError> {
-    let mut first = u64::MAX;
+    let mut first = WallTime::from_unix_ms(u64::MAX);
     for certificate in chain {
         let (_, parsed) =
             X509Certificate::from_der(certificate).map_err(|error| at.invalid(format!("is no X.509: {error}")))?;
-        let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or_default();
-        first = first.min(seconds);
+        first = first.min(wall(parsed.validity().not_after));
     }
-    Ok(WallTime::from_unix_ms(first.saturating_mul(1_000)))
+    Ok(first)
+}
+
+/// Before 1970 is 1970.
+pub(super) fn wall(time: ASN1Time) -> WallTime {
+    WallTime::from_unix_ms(
+        u64::try_from(time.timestamp())
+            .unwrap_or_default()
+            .saturating_mul(1_000),
+    )
 }
 
 /// The one crypto provider of this program.

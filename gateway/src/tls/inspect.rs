@@ -4,10 +4,12 @@ use rustls::{crypto::ring, pki_types::CertificateDer};
 use seawall_proto::time::WallTime;
 use x509_parser::{
     certificate::X509Certificate, prelude::FromDer, public_key::PublicKey, revocation_list::CertificateRevocationList,
-    time::ASN1Time,
 };
 
-use super::{EXPIRY_NOTICE, Files, TlsError, files::Contents};
+use super::{
+    EXPIRY_NOTICE, Files, TlsError,
+    files::{Contents, wall},
+};
 
 /// One thing that was found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +55,7 @@ pub fn inspect(files: &Files, now: WallTime) -> Result<Vec<Note>, TlsError> {
     if let Some(leaf) = parsed.first() {
         notes.extend(leaf_notes(setting, leaf, parsed.len()));
     }
-    notes.extend(stale_lists(&contents, files, now));
+    notes.extend(list_notes(&contents, files, now)?);
     Ok(notes)
 }
 
@@ -110,32 +112,39 @@ fn leaf_notes(setting: &str, leaf: &X509Certificate<'_>, chain_len: usize) -> Ve
     notes
 }
 
-fn stale_lists(contents: &Contents<'_>, files: &Files, now: WallTime) -> Vec<Note> {
+/// What the revocation lists cover, and whether they are out of date.
+fn list_notes(contents: &Contents<'_>, files: &Files, now: WallTime) -> Result<Vec<Note>, TlsError> {
     let Some(crl) = files.clients.as_ref().and_then(|clients| clients.crl.as_ref()) else {
-        return Vec::new();
+        return Ok(Vec::new());
     };
-    let is_stale = |list: &[u8]| {
-        CertificateRevocationList::from_der(list)
-            .ok()
-            .and_then(|(_, list)| list.next_update())
-            .is_some_and(|next| wall(next) < now)
-    };
-    let stale = contents.lists().filter(|list| is_stale(list)).count();
-    if stale == 0 {
-        return Vec::new();
+    let (setting, path) = (crl.setting, crl.path.display());
+    let (authorities, lists) = (contents.authorities()?, contents.lists()?);
+    let lists: Vec<CertificateRevocationList<'_>> = lists
+        .iter()
+        .filter_map(|list| CertificateRevocationList::from_der(list).ok().map(|(_, list)| list))
+        .collect();
+    let mut notes: Vec<_> = lists
+        .iter()
+        .map(|list| {
+            let (issuer, revoked) = (list.issuer(), list.iter_revoked_certificates().count());
+            match list.next_update() {
+                Some(next) if wall(next) < now => Note::Notice(format!(
+                    "{setting}: {path}: the list of {issuer} should have been replaced by {next}; it still counts"
+                )),
+                Some(next) => Note::Fine(format!(
+                    "{setting}: {path}: the list of {issuer} revokes {revoked}, and counts until {next}"
+                )),
+                None => Note::Fine(format!("{setting}: {path}: the list of {issuer} revokes {revoked}")),
+            }
+        })
+        .collect();
+    for authority in authorities.iter().filter_map(parse) {
+        if !lists.iter().any(|list| list.issuer() == authority.subject()) {
+            notes.push(Note::Notice(format!(
+                "{setting}: {path} has no list of {}: device certificates that it issues are refused, and whether it has revoked an authority below it is not looked at",
+                authority.subject()
+            )));
+        }
     }
-    vec![Note::Notice(format!(
-        "{}: {} holds {stale} lists that should have been replaced by now; they still count",
-        crl.setting,
-        crl.path.display()
-    ))]
-}
-
-/// Before 1970 is 1970.
-fn wall(time: ASN1Time) -> WallTime {
-    WallTime::from_unix_ms(
-        u64::try_from(time.timestamp())
-            .unwrap_or_default()
-            .saturating_mul(1_000),
-    )
+    Ok(notes)
 }

@@ -3,18 +3,23 @@
 //! rustls with ring, TLS 1.2 and 1.3, rustls's own tickets and no more. A session keeps the certificate that it began with; only
 //! newcomers see new files. Files that can't be used change nothing but the log, a metric, `/readyz` and an alarm.
 
+mod bounded;
 mod certified;
 mod files;
 mod follow;
 mod inspect;
+mod revocation;
 
 use std::{
     io,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use rustls::{
     ServerConfig,
     crypto::ring,
@@ -25,7 +30,8 @@ use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::{Accept, TlsAcceptor, server::TlsStream};
 
 pub use self::{
-    files::{ClientFiles, Digest, Files, Loaded, TlsError, provider},
+    bounded::Bounded,
+    files::{ClientFiles, Files, Loaded, Stamps, TlsError, provider},
     follow::{follow, reload_now},
     inspect::{Note, inspect},
 };
@@ -45,6 +51,14 @@ const HANDSHAKE_RECORD: u8 = 0x16;
 pub struct Tls {
     pub devices: Option<Endpoint>,
     pub ops: Option<Endpoint>,
+    told: Told,
+}
+
+/// What operators were told of.
+#[derive(Default)]
+struct Told {
+    is_certificate_ending: AtomicBool,
+    is_list_out_of_date: AtomicBool,
 }
 
 impl Tls {
@@ -54,6 +68,7 @@ impl Tls {
         Ok(Self {
             devices: Files::of_devices(config).map(Endpoint::open).transpose()?,
             ops: Files::of_ops(config).map(Endpoint::open).transpose()?,
+            told: Told::default(),
         })
     }
 
@@ -66,7 +81,7 @@ impl Tls {
 
     /// Why files of a listener could not be taken last time, where they could not.
     #[must_use]
-    pub fn problem(&self) -> Option<String> {
+    pub fn problem(&self) -> Option<Arc<String>> {
         self.endpoints().find_map(|(_, endpoint)| endpoint.problem())
     }
 
@@ -74,6 +89,21 @@ impl Tls {
     #[must_use]
     pub fn expires(&self) -> Option<WallTime> {
         self.endpoints().map(|(_, endpoint)| endpoint.expires()).min()
+    }
+
+    /// When the first revocation list should have been replaced by a newer one; `None` where there is none that says so.
+    #[must_use]
+    pub fn lists_until(&self) -> Option<WallTime> {
+        self.endpoints()
+            .filter_map(|(_, endpoint)| endpoint.current.load().lists_until)
+            .min()
+    }
+}
+
+impl Told {
+    /// True where operators have not been told so yet.
+    fn is_news(told: &AtomicBool, is_so: bool) -> bool {
+        told.swap(is_so, Ordering::Relaxed) != is_so
     }
 }
 
@@ -83,16 +113,18 @@ pub struct Endpoint {
     /// Shared by all generations: a ticket outlives a renewed certificate.
     ticketer: Arc<dyn ProducesTickets>,
     current: ArcSwap<Loaded>,
-    seen: Mutex<Seen>,
+    /// Why the files could not be taken last time.
+    problem: ArcSwapOption<String>,
+    /// Held for as long as files are read, and by nobody else.
+    looked: Mutex<Looked>,
 }
 
 /// What the last looks at the files have found.
-struct Seen {
-    /// Last taken or refused: not looked at again until it changes.
-    settled: Option<Digest>,
+struct Looked {
+    /// Last taken or refused: not read again until one changes.
+    settled: Stamps,
     /// Seen once: files are replaced one after the other, so that they are taken when two looks agree.
-    once: Option<Digest>,
-    problem: Option<String>,
+    once: Option<Stamps>,
 }
 
 /// Which files are taken.
@@ -128,23 +160,22 @@ impl Endpoint {
     /// A file can't be read or used.
     pub fn open(files: Files) -> Result<Self, TlsError> {
         let ticketer = ring::Ticketer::new().map_err(|error| TlsError::System(error.to_string()))?;
-        let contents = files.read()?;
-        let loaded = contents.load(&ticketer)?;
+        let settled = files.stamps();
+        let loaded = files.read()?.load(&ticketer)?;
         Ok(Self {
             current: ArcSwap::from_pointee(loaded),
-            seen: Mutex::new(Seen {
-                settled: Some(contents.digest()),
-                once: None,
-                problem: None,
-            }),
+            problem: ArcSwapOption::empty(),
+            looked: Mutex::new(Looked { settled, once: None }),
             files,
             ticketer,
         })
     }
 
     /// Begins a handshake with the certificate of now.
-    pub fn accept(&self, tcp: TcpStream) -> Accept<TcpStream> {
-        let config: Arc<ServerConfig> = Arc::clone(&self.current.load().server);
+    pub fn accept(&self, tcp: TcpStream) -> Accept<Bounded> {
+        let current = self.current.load();
+        let config: Arc<ServerConfig> = Arc::clone(&current.server);
+        let tcp = Bounded::new(tcp, current.handshake_len_max);
         TlsAcceptor::from(config).accept_with(tcp, |connection| connection.set_buffer_limit(Some(BUFFER_LEN_MAX)))
     }
 
@@ -165,35 +196,38 @@ impl Endpoint {
         let tls = timeout(time_max, handshake)
             .await
             .map_err(|_| NoTls::Failed(io::ErrorKind::TimedOut.into()))??;
-        Ok(Transport::Tls(Box::new(tls)))
+        Ok(tls.into())
     }
 
     /// Looks at the files, and takes them where they can be used. Blocks.
     pub fn reload(&self, which: Reload) -> Reloaded {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let read = self.files.read();
-        let digest = read.as_ref().ok().map(files::Contents::digest);
+        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        // Before they are read: a change meanwhile is one that the next look sees.
+        let stamps = self.files.stamps();
         if which == Reload::Changed {
-            if digest == seen.settled {
-                seen.once = None;
+            if stamps == looked.settled {
+                looked.once = None;
                 return Reloaded::Unchanged;
             }
-            // Files that can't be read have no digest, and are told at once.
-            if digest.is_some() && digest != seen.once {
-                seen.once = digest;
+            // A file that is not there is told at once.
+            if stamps.iter().all(Option::is_some) && looked.once != Some(stamps) {
+                looked.once = Some(stamps);
                 return Reloaded::Unchanged;
             }
         }
-        seen.settled = digest;
-        seen.once = None;
-        match read.and_then(|contents| contents.load(&self.ticketer)) {
+        *looked = Looked {
+            settled: stamps,
+            once: None,
+        };
+        let loaded = self.files.read().and_then(|contents| contents.load(&self.ticketer));
+        match loaded {
             Ok(loaded) => {
                 self.current.store(Arc::new(loaded));
-                seen.problem = None;
+                self.problem.store(None);
                 Reloaded::Taken
             }
             Err(error) => {
-                seen.problem = Some(error.to_string());
+                self.problem.store(Some(Arc::new(error.to_string())));
                 Reloaded::Refused(error)
             }
         }
@@ -201,9 +235,8 @@ impl Endpoint {
 
     /// Why the files could not be taken last time, where they could not.
     #[must_use]
-    pub fn problem(&self) -> Option<String> {
-        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.problem.clone()
+    pub fn problem(&self) -> Option<Arc<String>> {
+        self.problem.load_full()
     }
 
     /// When the first of the certificates in use ends.
@@ -221,7 +254,7 @@ pub const fn is_tls(first: u8) -> bool {
 
 /// What the peer's certificate says of the device, where it showed one that names any.
 #[must_use]
-pub fn certified(tls: &TlsStream<TcpStream>) -> Option<Certified> {
+pub fn certified(tls: &TlsStream<Bounded>) -> Option<Certified> {
     let connection: &ServerConnection = tls.get_ref().1;
     certified::read(connection.peer_certificates()?.first()?)
 }

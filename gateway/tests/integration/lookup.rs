@@ -19,7 +19,7 @@ use seawall_gateway::{
 };
 use seawall_proto::{
     admission::{AdmissionConfig, BreakerState, Cause, CohortTag, Refused},
-    id::{DeviceId, SecretHash},
+    id::{DeviceId, Proof, SecretHash},
     refusal::Code,
     resume::{self, ResumeKeys},
     slots::SlotKeys,
@@ -110,7 +110,13 @@ impl Fixture {
 
     async fn look_up(&self, number: u128) -> LookUp {
         self.gate
-            .look_up(device(number), CohortTag::of(None, None), None, self.clock.now())
+            .look_up(
+                device(number),
+                Proof::Secret,
+                CohortTag::of(None, None),
+                None,
+                self.clock.now(),
+            )
             .await
     }
 

@@ -12,7 +12,7 @@ use seawall_proto::{
     },
     handshake::{self, Next, Policy},
     hello::{Hello, SessionKind},
-    id::{DeviceId, Label, SecretHash, SessionId},
+    id::{DeviceId, Label, Proof, SecretHash, SessionId},
     record::{DeviceRecord, DeviceState},
     refusal::{Code, Hint, Refusal},
     resume::{self, Generation, Grant, Judge, Revoked},
@@ -71,6 +71,7 @@ impl World<'_> {
             slot_token: self.devices.machines[index].slot(),
             arrived: now,
             is_known_absent: false,
+            proof: Proof::Secret,
         };
         match at.admission.attempt(&arrival, now, wall, &mut self.rng) {
             Decision::Queued(ticket) => {
@@ -223,6 +224,7 @@ impl World<'_> {
             slot_token: None,
             arrived: now,
             is_known_absent: false,
+            proof: Proof::Secret,
         };
         match at.admission.attempt(&arrival, now, wall, &mut self.rng) {
             Decision::Queued(ticket) => {
@@ -298,7 +300,7 @@ impl World<'_> {
         let Waiting { device, attempt, .. } = at.end_waiting(ticket, self.now)?;
         if device == STRANGER {
             at.ledger.refused += 1;
-            at.admission.handle_wrong_credential(id, self.now);
+            at.admission.handle_wrong_credential(id, Proof::Secret, self.now);
             return Ok(());
         }
         let index = device as usize;

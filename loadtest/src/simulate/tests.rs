@@ -2,7 +2,7 @@ use std::{path::Path, time::Duration};
 
 use seawall_proto::{
     admission::{Admission, AdmissionConfig, AdmissionState, Arrival, Batch, BreakerState, CohortTag},
-    id::DeviceId,
+    id::{DeviceId, Proof},
     slots::SlotKeys,
     time::{Instant, WallTime},
 };
@@ -323,6 +323,7 @@ fn each_claim_on_a_statement_can_fail() {
         slot_token: None,
         arrived: Instant::ZERO,
         is_known_absent: false,
+        proof: Proof::Secret,
     };
     admission.attempt(&arrival, Instant::ZERO, WallTime::from_unix_ms(0), &mut rng);
     let before = admission.state(Instant::ZERO);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{BreakerState, CohortTag, LimitReason, Ticket};
 use crate::{
-    id::DeviceId,
+    id::{DeviceId, Proof},
     refusal::{Code, Hint, Limit, Refusal},
     time::Instant,
 };
@@ -20,6 +20,8 @@ pub struct Arrival<'a> {
     pub arrived: Instant,
     /// The caller remembers that there is no such device. Throttles come first all the same.
     pub is_known_absent: bool,
+    /// What its claim rests on. What strangers try with the id of a device never counts against its certificate.
+    pub proof: Proof,
 }
 
 /// What admission says of an arrival.

@@ -39,7 +39,7 @@ use self::{
     throttle::Throttle,
 };
 use crate::{
-    id::DeviceId,
+    id::{DeviceId, Proof},
     refusal::{Hint, draw},
     slots::{HINT_MIN, Pace, SlotKeys, Slots, Standing, Weights},
     time::{Instant, WallTime},
@@ -126,7 +126,7 @@ impl Admission {
     pub fn attempt(&mut self, arrival: &Arrival<'_>, now: Instant, wall: WallTime, rng: &mut impl Rng) -> Decision {
         let device = arrival.device;
         let standing = self.slots.standing(device, arrival.slot_token, now, wall);
-        if !standing.is_due && self.throttle.is_throttled(device, now) {
+        if !standing.is_due && self.throttle.is_throttled((device, arrival.proof), now) {
             let at_least = draw(THROTTLED_FOR, rng);
             return self.refuse(arrival, &standing, Cause::Throttle, at_least, (now, wall), rng);
         }
@@ -166,7 +166,7 @@ impl Admission {
 
     /// Where holders fill their line, a due device of a tenant with fewer of them takes the place of the longest tenant's newest.
     fn make_room(&mut self, arrival: &Arrival<'_>, standing: &Standing, now: Instant) -> Option<Class> {
-        let is_entitled = standing.is_due && self.is_trusted(arrival.device, standing, now);
+        let is_entitled = standing.is_due && self.is_trusted(arrival, standing, now);
         if !is_entitled || self.costs.is_apart(arrival.cohort) {
             return None;
         }
@@ -178,13 +178,13 @@ impl Admission {
         has_room.then_some(Class::Holder)
     }
 
-    fn is_trusted(&self, device: DeviceId, standing: &Standing, now: Instant) -> bool {
-        standing.tenant.is_some() && !self.throttle.is_disputed(device, now)
+    fn is_trusted(&self, arrival: &Arrival<'_>, standing: &Standing, now: Instant) -> bool {
+        standing.tenant.is_some() && !self.throttle.is_disputed((arrival.device, arrival.proof), now)
     }
 
     /// The best class that the device may wait in, if any has room.
     fn class_with_room(&self, arrival: &Arrival<'_>, standing: &Standing, now: Instant) -> Option<Class> {
-        let Arrival { device, cohort, .. } = *arrival;
+        let cohort = arrival.cohort;
         if self.costs.is_costly(cohort) {
             return self.class_apart(cohort, standing, now);
         }
@@ -202,7 +202,7 @@ impl Admission {
                 .find(|(is_entitled, _, has_room)| *is_entitled && *has_room);
             found.map(|(_, class, _)| *class)
         };
-        if self.is_trusted(device, standing, now) {
+        if self.is_trusted(arrival, standing, now) {
             let has_express_room = len(&[Class::Express]) < holders_max.div_ceil(EXPRESS_PART);
             first(&[
                 (standing.is_due && is_bounced, Class::Express, has_express_room),
@@ -278,9 +278,10 @@ impl Admission {
         self.slots.handle_admitted(device, tenant);
     }
 
-    /// The device was not authenticated: wrong credential, or no such device.
-    pub fn handle_wrong_credential(&mut self, device: DeviceId, now: Instant) {
-        self.throttle.handle_wrong(device, now);
+    /// The device was not authenticated: wrong credential, or no such device. What was wrong with one kind of proof counts against
+    /// that kind alone.
+    pub fn handle_wrong_credential(&mut self, device: DeviceId, proof: Proof, now: Instant) {
+        self.throttle.handle_wrong((device, proof), now);
     }
 
     /// The device was registered, or given another credential: it must not wait for its attempts before that.

@@ -49,6 +49,7 @@ impl Node {
             slot_token: token,
             arrived: now,
             is_known_absent: false,
+            proof: Proof::Secret,
         };
         self.admission.attempt(&arrival, now, wall(now), &mut self.rng)
     }

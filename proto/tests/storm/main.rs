@@ -8,6 +8,7 @@ use std::time::Duration;
 use rand::{SeedableRng, rngs::SmallRng};
 use seawall_proto::{
     admission::{Admission, AdmissionConfig, Arrival, BatchOutcome, BreakerState, CohortTag},
+    id::Proof,
     slots::SlotKeys,
     time::Instant,
 };
@@ -135,6 +136,7 @@ fn waiting_devices_are_answered_at_once_when_the_breaker_opens() {
             slot_token: None,
             arrived: now,
             is_known_absent: false,
+            proof: Proof::Secret,
         };
         admission.attempt(&arrival, now, wall(now), &mut rng);
         batches.extend(admission.poll_batch(now));

@@ -9,7 +9,7 @@ use std::{
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use seawall_proto::{
     admission::{Action, Admission, AdmissionConfig, Arrival, BatchId, BatchOutcome, CohortTag, Decision, Ticket},
-    id::DeviceId,
+    id::{DeviceId, Proof},
     refusal::Hint,
     slots::SlotKeys,
     time::{Instant, WallTime},
@@ -262,6 +262,7 @@ impl World {
             slot_token: device.token.as_deref().filter(|_| device.obeys),
             arrived: now,
             is_known_absent: false,
+            proof: Proof::Secret,
         };
         match self.admission.attempt(&arrival, now, wall(now), &mut self.rng) {
             Decision::Queued(ticket) => drop(self.waiting.insert(ticket, index)),
@@ -294,6 +295,7 @@ impl World {
             slot_token: None,
             arrived: now,
             is_known_absent: false,
+            proof: Proof::Secret,
         };
         if let Decision::Queued(ticket) = self.admission.attempt(&arrival, now, wall(now), &mut self.rng) {
             self.strangers.insert(ticket, now);

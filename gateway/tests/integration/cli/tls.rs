@@ -96,3 +96,35 @@ fn doctor_looks_at_certificates() {
     authority.write_server(&ended);
     assert!(doctor().contains("has ended on"));
 }
+
+#[test]
+fn doctor_says_what_revocation_lists_cover() {
+    let mut authority = Authority::new();
+    let settings = authority.settings_with_clients();
+    let list = authority.path("revoked.pem");
+    let config = authority.write("seawall.toml", &format!("{settings}client_crl = {list:?}\n"));
+    let home = tempfile::tempdir().unwrap();
+    let doctor = || {
+        let mut command = seawall();
+        command
+            .current_dir(home.path())
+            .args(["doctor", "--url", "http://127.0.0.1:1", "--config"])
+            .arg(&config);
+        let output = run(&mut command).unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let (factory, number) = authority.below("factory");
+
+    authority.write("revoked.pem", &authority.revocations(&[&number]));
+    let covered = doctor();
+    assert!(covered.contains("the list of CN=test authority revokes 1"), "{covered}");
+    assert!(!covered.contains("has no list of"), "{covered}");
+
+    authority.write("revoked.pem", &factory.revocations_until(&[], 2026));
+    let uncovered = doctor();
+    assert!(uncovered.contains("has no list of CN=test authority"), "{uncovered}");
+    assert!(
+        uncovered.contains("the list of CN=factory should have been replaced by"),
+        "{uncovered}"
+    );
+}

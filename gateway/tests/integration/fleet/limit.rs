@@ -6,7 +6,10 @@ use std::{
 };
 
 use seawall_gateway::{config::DatabaseUrl, lookup::LookUp};
-use seawall_proto::admission::{AdmissionState, CohortTag};
+use seawall_proto::{
+    admission::{AdmissionState, CohortTag},
+    id::Proof,
+};
 use tokio::task::JoinSet;
 
 use super::rig::{Gateway, id};
@@ -28,7 +31,7 @@ async fn storm(gateway: &Gateway) -> (AdmissionState, f64) {
                 number = (number + WAITING) % DEVICES;
                 let now = shared.clock.now();
                 let cohort = CohortTag::of(None, None);
-                match shared.gate.look_up(id(number), cohort, None, now).await {
+                match shared.gate.look_up(id(number), Proof::Secret, cohort, None, now).await {
                     LookUp::Found(_) => found += 1,
                     LookUp::Refused(_) => tokio::time::sleep(Duration::from_millis(10)).await,
                     LookUp::Absent => panic!("it is registered"),

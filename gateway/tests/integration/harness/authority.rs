@@ -23,11 +23,13 @@ pub const HOST: &str = "gateway.test";
 /// Issues certificates, and holds their files until it is dropped.
 pub struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
+    /// Certificates between those that it issues and the root, as PEM.
+    chain: String,
     files: tempfile::TempDir,
     last_serial: u64,
 }
 
-/// A certificate and its key, as PEM.
+/// A certificate with what stands between it and its root, and its key, as PEM.
 pub struct Identity {
     pub certificate: String,
     pub key: String,
@@ -36,15 +38,29 @@ pub struct Identity {
 
 impl Authority {
     pub fn new() -> Self {
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.distinguished_name.push(DnType::CommonName, "test authority");
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let params = authority_params("test authority");
         Self {
             issuer: CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap(),
+            chain: String::new(),
             files: tempfile::tempdir().unwrap(),
             last_serial: 0,
         }
+    }
+
+    /// An authority that this one has issued a certificate for, and the certificate's number.
+    pub fn below(&mut self, name: &str) -> (Self, SerialNumber) {
+        self.last_serial += 1;
+        let serial = SerialNumber::from(self.last_serial);
+        let mut params = authority_params(name);
+        params.serial_number = Some(serial.clone());
+        let issuer = CertifiedIssuer::signed_by(params, KeyPair::generate().unwrap(), &self.issuer).unwrap();
+        let below = Self {
+            chain: format!("{}{}", issuer.pem(), self.chain),
+            issuer,
+            files: tempfile::tempdir().unwrap(),
+            last_serial: 0,
+        };
+        (below, serial)
     }
 
     /// A certificate of a gateway, or of any other server.
@@ -78,7 +94,7 @@ impl Authority {
         params.serial_number = Some(serial.clone());
         let key = KeyPair::generate().unwrap();
         Identity {
-            certificate: params.signed_by(&key, &self.issuer).unwrap().pem(),
+            certificate: format!("{}{}", params.signed_by(&key, &self.issuer).unwrap().pem(), self.chain),
             key: key.serialize_pem(),
             serial,
         }
@@ -86,6 +102,11 @@ impl Authority {
 
     /// A list of these revoked certificates.
     pub fn revocations(&self, serials: &[&SerialNumber]) -> String {
+        self.revocations_until(serials, 2099)
+    }
+
+    /// The same, to be replaced by the beginning of this year.
+    pub fn revocations_until(&self, serials: &[&SerialNumber], year: i32) -> String {
         let revoked = |serial: &&SerialNumber| RevokedCertParams {
             serial_number: (*serial).clone(),
             revocation_time: date_time_ymd(2025, 1, 1),
@@ -94,7 +115,7 @@ impl Authority {
         };
         let list = CertificateRevocationListParams {
             this_update: date_time_ymd(2025, 1, 1),
-            next_update: date_time_ymd(2099, 1, 1),
+            next_update: date_time_ymd(year, 1, 1),
             crl_number: SerialNumber::from(1_u64),
             issuing_distribution_point: None,
             revoked_certs: serials.iter().map(revoked).collect(),
@@ -158,7 +179,8 @@ impl Authority {
         Arc::new(match identity {
             None => builder.with_no_client_auth(),
             Some(identity) => {
-                let chain = vec![CertificateDer::from_pem_slice(identity.certificate.as_bytes()).unwrap()];
+                let chain = CertificateDer::pem_slice_iter(identity.certificate.as_bytes());
+                let chain = chain.collect::<Result<_, _>>().unwrap();
                 let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).unwrap();
                 builder.with_client_auth_cert(chain, key).unwrap()
             }
@@ -182,6 +204,14 @@ impl Authority {
         let config = self.client_config(rustls::ALL_VERSIONS, identity);
         dial(config, address).await
     }
+}
+
+fn authority_params(name: &str) -> CertificateParams {
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    params.distinguished_name.push(DnType::CommonName, name);
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params
 }
 
 pub async fn dial(config: Arc<ClientConfig>, address: SocketAddr) -> std::io::Result<TlsStream<TcpStream>> {

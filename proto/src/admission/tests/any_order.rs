@@ -85,7 +85,7 @@ proptest! {
                 Step::Attempt { device: n, arrived_ms_ago, with_token } => {
                     let arrived = now - Duration::from_millis(arrived_ms_ago.into());
                     let token = tokens.get(&n).filter(|_| with_token).cloned();
-                    let arrival = Arrival { device: device(n.into()), cohort: CohortTag::of(None, None), slot_token: token.as_deref(), arrived, is_known_absent: false };
+                    let arrival = Arrival { device: device(n.into()), cohort: CohortTag::of(None, None), slot_token: token.as_deref(), arrived, is_known_absent: false, proof: Proof::Secret };
                     match node.admission.attempt(&arrival, now, wall(now), &mut node.rng) {
                         Decision::Queued(ticket) => prop_assert!(waiting.insert(ticket, (arrival.device, arrived)).is_none()),
                         Decision::Refused(refused) => {
@@ -110,7 +110,7 @@ proptest! {
                 }
                 Step::Wait { ms } => now += Duration::from_millis(ms.into()),
                 Step::Admit { device: n } => node.admission.handle_admitted(device(n.into()), "default"),
-                Step::Wrong { device: n } => node.admission.handle_wrong_credential(device(n.into()), now),
+                Step::Wrong { device: n } => node.admission.handle_wrong_credential(device(n.into()), Proof::Secret, now),
                 Step::Cut(is_cut) => node.admission.set_limit_cut(is_cut, now),
                 Step::Registry { is_there: true } => node.admission.handle_registry_present(now),
                 Step::Registry { is_there: false } => node.admission.handle_registry_absent(now),

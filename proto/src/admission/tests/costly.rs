@@ -91,6 +91,7 @@ impl World {
             slot_token: None,
             arrived: self.now,
             is_known_absent: false,
+            proof: Proof::Secret,
         };
         let now = self.now;
         match self
@@ -342,6 +343,7 @@ fn slots_of_a_cohort_apart_are_as_far_apart_as_its_look_ups() {
             slot_token: None,
             arrived: now,
             is_known_absent: false,
+            proof: Proof::Secret,
         };
         let node = &mut world.node;
         match node.admission.attempt(&arrival, now, wall(now), &mut node.rng) {

@@ -110,7 +110,7 @@ fn guessed_credentials_are_throttled_but_lock_nobody_out() {
     let mut node = Node::new();
     node.admission.handle_admitted(device(1), "default");
     for _ in 0..20 {
-        node.admission.handle_wrong_credential(device(1), at(0));
+        node.admission.handle_wrong_credential(device(1), Proof::Secret, at(0));
     }
 
     let refused = node.refused(1, None, at(0));
@@ -127,6 +127,30 @@ fn guessed_credentials_are_throttled_but_lock_nobody_out() {
 }
 
 #[test]
+fn device_that_its_certificate_proves_is_neither_throttled_nor_disputed_by_guesses() {
+    let mut node = Node::new();
+    node.admission.handle_admitted(device(1), "default");
+    for _ in 0..20 {
+        node.admission.handle_wrong_credential(device(1), Proof::Secret, at(0));
+    }
+    assert_eq!(node.refused(1, None, at(0)).cause, Cause::Throttle);
+    let arrival = Arrival {
+        device: device(1),
+        cohort: CohortTag::of(None, None),
+        slot_token: None,
+        arrived: at(0),
+        is_known_absent: false,
+        proof: Proof::Certificate,
+    };
+
+    let decision = node.admission.attempt(&arrival, at(0), wall(at(0)), &mut node.rng);
+
+    assert!(matches!(decision, Decision::Queued(_)));
+    // Among those that are known, not among strangers.
+    assert_eq!(node.admission.queue.line_len(&[Class::WalkIn]), 1);
+}
+
+#[test]
 fn known_absent_id_costs_nothing_but_is_throttled_like_any_other() {
     let mut node = Node::new();
     let arrival = Arrival {
@@ -135,11 +159,12 @@ fn known_absent_id_costs_nothing_but_is_throttled_like_any_other() {
         slot_token: None,
         arrived: at(0),
         is_known_absent: true,
+        proof: Proof::Secret,
     };
     let mut outcomes = Vec::new();
     for _ in 0..11 {
         outcomes.push(node.admission.attempt(&arrival, at(0), wall(at(0)), &mut node.rng));
-        node.admission.handle_wrong_credential(device(1), at(0));
+        node.admission.handle_wrong_credential(device(1), Proof::Secret, at(0));
     }
 
     assert!(outcomes[..10].iter().all(|decision| *decision == Decision::KnownAbsent));

@@ -1,6 +1,7 @@
 //! Client certificates as identity: who they name, and that the registry still decides.
 
 use rcgen::SanType;
+use seawall_gateway::tls::reload_now;
 use tokio::io::AsyncWriteExt;
 
 use crate::{
@@ -147,11 +148,133 @@ async fn revoked_certificate_is_refused_from_the_next_list_on() {
     );
     authority.write("revoked.pem", &authority.revocations(&[&revoked.serial]));
 
-    seawall_gateway::tls::reload_now(&gateway.shared).await;
+    reload_now(&gateway.shared).await;
 
     assert!(ask_as(&authority, &gateway, Some(&revoked), &[]).await.is_none());
     assert_eq!(
         ask_as(&authority, &gateway, Some(&kept), &[]).await.unwrap().status,
         101
     );
+}
+
+#[tokio::test]
+async fn authority_on_the_list_of_the_one_above_it_is_refused_with_all_that_it_issued() {
+    let mut root = Authority::new();
+    let settings = root.settings_with_clients();
+    let (mut factory, number) = root.below("factory");
+    let list = root.write(
+        "revoked.pem",
+        &format!("{}{}", factory.revocations(&[]), root.revocations(&[])),
+    );
+    let gateway = Gateway::start(&format!("{settings}client_crl = {list:?}\n")).await;
+    let (id, _) = gateway.device().await;
+    let device = factory.client(&id, Vec::new());
+    let status = || async {
+        let answer = ask_as(&root, &gateway, Some(&device), &[]).await;
+        answer.map(|answer| answer.status)
+    };
+    assert_eq!(status().await, Some(101));
+
+    // Without a list of the root nobody knows about the factory, and only its devices are looked at.
+    root.write("revoked.pem", &factory.revocations(&[]));
+    reload_now(&gateway.shared).await;
+    assert_eq!(status().await, Some(101));
+    root.write("revoked.pem", &factory.revocations(&[&device.serial]));
+    reload_now(&gateway.shared).await;
+    assert_eq!(status().await, None);
+
+    // Where the device's own authority has no list, nothing is known of the device.
+    root.write("revoked.pem", &root.revocations(&[]));
+    reload_now(&gateway.shared).await;
+    assert_eq!(status().await, None);
+
+    for lists in [
+        format!("{}{}", factory.revocations(&[]), root.revocations(&[&number])),
+        format!("{}{}", root.revocations(&[&number]), factory.revocations(&[])),
+    ] {
+        root.write("revoked.pem", &lists);
+        reload_now(&gateway.shared).await;
+        assert_eq!(status().await, None);
+    }
+}
+
+#[tokio::test]
+async fn list_of_a_far_authority_counts_although_one_between_has_none() {
+    let mut root = Authority::new();
+    let settings = root.settings_with_clients();
+    let (mut country, number) = root.below("country");
+    let (mut factory, _) = country.below("factory");
+    let lists = |revoked: &[&rcgen::SerialNumber]| format!("{}{}", factory.revocations(&[]), root.revocations(revoked));
+    let list = root.write("revoked.pem", &lists(&[]));
+    let revoked = lists(&[&number]);
+    let gateway = Gateway::start(&format!("{settings}client_crl = {list:?}\n")).await;
+    let (id, _) = gateway.device().await;
+    let device = factory.client(&id, Vec::new());
+    assert_eq!(ask_as(&root, &gateway, Some(&device), &[]).await.unwrap().status, 101);
+
+    root.write("revoked.pem", &revoked);
+    reload_now(&gateway.shared).await;
+
+    assert!(ask_as(&root, &gateway, Some(&device), &[]).await.is_none());
+}
+
+#[tokio::test]
+async fn list_that_is_out_of_date_counts_on_and_is_told_until_it_is_replaced() {
+    const REASON: &str = "revocation_list_out_of_date";
+    let mut authority = Authority::new();
+    let settings = authority.settings_with_clients();
+    let list = authority.write("revoked.pem", &authority.revocations(&[]));
+    let gateway = Gateway::start(&format!("{settings}client_crl = {list:?}\n")).await;
+    let (id, _) = gateway.device().await;
+    let (kept, revoked) = (authority.client(&id, Vec::new()), authority.client(&id, Vec::new()));
+    let alarms = || {
+        let text = format!("{:?}", gateway.shared.events.after(0, 1_000));
+        text.matches(REASON).count()
+    };
+    reload_now(&gateway.shared).await;
+    assert!(!gateway.shared.readiness().reasons.contains(&REASON));
+    assert!(gateway.metric("seawall_tls_revocation_list_expires_seconds") > 0.0);
+
+    authority.write("revoked.pem", &authority.revocations_until(&[&revoked.serial], 2026));
+    reload_now(&gateway.shared).await;
+    reload_now(&gateway.shared).await;
+
+    let readiness = gateway.shared.readiness();
+    assert!(readiness.ready && readiness.reasons.contains(&REASON), "{readiness:?}");
+    assert!(gateway.metric("seawall_tls_revocation_list_expires_seconds") < 0.0);
+    assert_eq!(alarms(), 1);
+    assert!(ask_as(&authority, &gateway, Some(&revoked), &[]).await.is_none());
+    assert_eq!(
+        ask_as(&authority, &gateway, Some(&kept), &[]).await.unwrap().status,
+        101
+    );
+
+    authority.write("revoked.pem", &authority.revocations(&[&revoked.serial]));
+    reload_now(&gateway.shared).await;
+
+    assert!(!gateway.shared.readiness().reasons.contains(&REASON));
+    assert_eq!(alarms(), 2);
+}
+
+#[tokio::test]
+async fn wrong_secrets_with_its_id_do_not_keep_a_device_with_a_certificate_out() {
+    let mut authority = Authority::new();
+    let gateway = Gateway::start(&authority.settings_with_clients()).await;
+    let (id, secret) = gateway.device().await;
+    let device = authority.client(&id, Vec::new());
+    let shown = |secret: &str| format!("Seawall-Device: {id}\r\nAuthorization: Bearer {secret}");
+    let (wrong, right) = (shown("wrong-secret-of-a-stranger"), shown(&secret));
+    let ask_with = |lines: String| {
+        let (authority, gateway) = (&authority, &gateway);
+        async move { ask_as(authority, gateway, None, &[&lines]).await.unwrap() }
+    };
+    for _ in 0..10 {
+        assert_eq!(ask_with(wrong.clone()).await.status, 401);
+    }
+    assert_eq!(ask_with(wrong).await.code(), "throttled");
+    assert_eq!(ask_with(right).await.code(), "throttled");
+
+    let answer = ask_as(&authority, &gateway, Some(&device), &[]).await.unwrap();
+
+    assert_eq!(answer.status, 101);
 }

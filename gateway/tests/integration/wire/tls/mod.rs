@@ -118,6 +118,29 @@ async fn handshakes_that_fail_or_take_too_long_end_and_give_their_place_back() {
 }
 
 #[tokio::test]
+async fn handshake_that_is_longer_than_any_ends_before_it_fills_the_memory() {
+    // rustls would wait for the rest, and keep up to 64 KiB of it.
+    const HELLO_LEN: u32 = 60_000;
+    let mut authority = Authority::new();
+    let settings = authority.settings();
+    let gateway = Gateway::start(&format!("{settings}handshake_timeout_ms = 60000\n")).await;
+    let mut stream = TcpStream::connect(gateway.devices).await.unwrap();
+    let mut message = vec![1];
+    message.extend_from_slice(&HELLO_LEN.to_be_bytes()[1..]);
+    message.resize(20_000, 0);
+    for fragment in message.chunks(4_000) {
+        let len = u16::try_from(fragment.len()).unwrap().to_be_bytes();
+        let record = [&[0x16, 3, 1], &len[..], fragment].concat();
+        // It may have ended by now.
+        let _ = stream.write_all(&record).await;
+    }
+
+    let _ = stream.read_to_end(&mut Vec::new()).await;
+
+    eventually(|| gateway.metric("seawall_connections_total{outcome=\"tls_failed\"}") == 1.0).await;
+}
+
+#[tokio::test]
 async fn crowd_that_begins_handshakes_and_stops_keeps_nobody_out() {
     let mut authority = Authority::new();
     let settings = authority.settings();

@@ -1,0 +1,81 @@
+//! TCP under a TLS handshake, which takes no more than so many bytes of it. Start with [`Bounded`].
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+
+/// A TCP connection that fails once it has been read further than its bound; [lifted](Self::lift) after the handshake.
+///
+/// rustls keeps up to 64 KiB of handshake messages until they are complete, and anybody can send such.
+#[derive(Debug)]
+pub struct Bounded {
+    tcp: TcpStream,
+    /// Bytes that may still be read; the read that goes over it is the last.
+    left: usize,
+}
+
+impl Bounded {
+    pub const fn new(tcp: TcpStream, len_max: usize) -> Self {
+        Self { tcp, left: len_max }
+    }
+
+    /// The handshake is over: everything may be read.
+    pub const fn lift(&mut self) {
+        self.left = usize::MAX;
+    }
+
+    #[must_use]
+    pub const fn tcp(&self) -> &TcpStream {
+        &self.tcp
+    }
+}
+
+impl AsyncRead for Bounded {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.tcp).poll_read(cx, buf))?;
+        if self.left == usize::MAX {
+            return Poll::Ready(Ok(()));
+        }
+        match self.left.checked_sub(buf.filled().len() - before) {
+            Some(left) => {
+                self.left = left;
+                Poll::Ready(Ok(()))
+            }
+            None => Poll::Ready(Err(io::Error::other("the handshake is longer than any that is taken"))),
+        }
+    }
+}
+
+impl AsyncWrite for Bounded {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.tcp).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.tcp).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.tcp.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_shutdown(cx)
+    }
+}
