@@ -41,6 +41,9 @@ const ASIDE_PER_PLACE: usize = 4;
 /// need to send one packet again (RFC 6298: 200 ms at least, in practice), since a balancer's probe may come from the same address.
 pub const TURNED_HEAD_TIME_MAX: Duration = Duration::from_millis(500);
 
+/// See [`Door::has_room`].
+const ROOM_PART: usize = 100;
+
 /// Connections that found every place taken are pressure for so long.
 const PRESSURE_SPAN: Duration = Duration::from_secs(1);
 
@@ -60,6 +63,8 @@ const PANIC_ALARM: &str = "panic";
 pub struct Door {
     /// All places for handshakes.
     places: usize,
+    /// All connections of the node.
+    connections: usize,
     /// One for each handshake under way; given back when the head is complete.
     handshakes: Arc<Semaphore>,
     handshake_shares: Arc<FairShare>,
@@ -134,6 +139,7 @@ impl Door {
         let rate = limits.handshakes_per_second_per_address_max.and_then(NonZeroU32::new);
         Self {
             places: bounds.handshakes,
+            connections: bounds.connections,
             handshakes: Arc::new(Semaphore::new(bounds.handshakes)),
             handshake_shares: FairShare::new(bounds.handshakes, Scope::TheSlow, None),
             aside: Arc::new(Semaphore::new(bounds.handshakes * ASIDE_PER_PLACE)),
@@ -193,6 +199,16 @@ impl Door {
                 door.note_panic(&shared);
             }
         });
+    }
+
+    /// Every connection of the node's is taken.
+    pub(crate) fn is_full(&self) -> bool {
+        self.connection_shares.used() >= self.connections
+    }
+
+    /// One in a hundred connections is free, so that a node at its bound does not come and go with each device.
+    pub(crate) fn has_room(&self) -> bool {
+        self.connection_shares.used() <= self.connections - self.connections.div_ceil(ROOM_PART)
     }
 
     /// Handshakes that hold a place, and those that stand aside.

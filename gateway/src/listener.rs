@@ -2,15 +2,18 @@
 //!
 //! Start with [`Listener::run`]. While [`Bounds::handshakes`] connections have not yet shown a complete head, nothing is
 //! accepted: newcomers wait in the kernel's backlog, which costs nothing, and live sessions keep the machine. An accept
-//! that fails for want of files or memory pauses; it never spins.
+//! that fails for want of files or memory pauses; it never spins. A full gateway that shares its address with others stops listening,
+//! so that the kernel sends newcomers to them.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
+use futures_util::FutureExt;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::OwnedSemaphorePermit,
+    task::coop::unconstrained,
     time::sleep,
 };
 use tokio_util::sync::CancellationToken;
@@ -41,6 +44,9 @@ const FILES_RESERVED: usize = 256;
 /// First and longest pause after an accept that failed for want of something.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// A full gateway that has left its address looks this often whether it has room again.
+const ROOM_LOOK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// How many connections this process can take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,8 +121,52 @@ fn raise_open_files() -> usize {
 
 /// A bound and listening socket.
 pub struct Listener {
-    tcp: TcpListener,
+    /// `None` while the address is left to the others that share it.
+    tcp: Option<TcpListener>,
+    address: SocketAddr,
+    sharing: Sharing,
+    /// It is full, and takes only those who wait already.
+    is_leaving: bool,
     door: Arc<Door>,
+}
+
+/// Whether other gateways listen on the same address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// None can.
+    Alone,
+    /// Those of the same user that say so, too (SO_REUSEPORT, socket(7)).
+    Shared,
+}
+
+impl Sharing {
+    /// As the setting has it.
+    #[must_use]
+    pub const fn of(share_port: bool) -> Self {
+        if share_port { Self::Shared } else { Self::Alone }
+    }
+}
+
+fn listen(address: SocketAddr, sharing: Sharing) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    // A restart takes the port while old connections of it are still dying.
+    socket.set_reuse_address(true)?;
+    if sharing == Sharing::Shared {
+        socket.set_reuse_port(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    // Accepted sockets inherit these on Linux: no system call for each of them.
+    socket.set_tcp_nodelay(true)?;
+    socket.set_keepalive(true)?;
+    socket.set_tcp_keepalive(
+        &TcpKeepalive::new()
+            .with_time(Duration::from_secs(60))
+            .with_interval(Duration::from_secs(20))
+            .with_retries(3),
+    )?;
+    socket.bind(&address.into())?;
+    socket.listen(backlog_of_machine())?;
+    TcpListener::from_std(socket.into())
 }
 
 impl Listener {
@@ -124,39 +174,26 @@ impl Listener {
     ///
     /// # Errors
     /// The address is taken, or is none of this machine's.
-    pub fn bind(address: SocketAddr, bounds: Bounds, limits: &Limits) -> io::Result<Self> {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-        // A restart takes the port while old connections of it are still dying.
-        socket.set_reuse_address(true)?;
-        socket.set_nonblocking(true)?;
-        // Accepted sockets inherit these on Linux: no system call for each of them.
-        socket.set_tcp_nodelay(true)?;
-        socket.set_keepalive(true)?;
-        socket.set_tcp_keepalive(
-            &TcpKeepalive::new()
-                .with_time(Duration::from_secs(60))
-                .with_interval(Duration::from_secs(20))
-                .with_retries(3),
-        )?;
-        socket.bind(&address.into())?;
-        socket.listen(backlog_of_machine())?;
+    pub fn bind(address: SocketAddr, sharing: Sharing, bounds: Bounds, limits: &Limits) -> io::Result<Self> {
+        let tcp = listen(address, sharing)?;
         Ok(Self {
-            tcp: TcpListener::from_std(socket.into())?,
+            address: tcp.local_addr()?,
+            tcp: Some(tcp),
+            sharing,
+            is_leaving: false,
             door: Arc::new(Door::new(bounds, limits)),
         })
     }
 
     /// The address in use.
-    ///
-    /// # Errors
-    /// The socket is broken.
-    pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.tcp.local_addr()
+    #[must_use]
+    pub const fn local_addr(&self) -> SocketAddr {
+        self.address
     }
 
     /// Accepts until `hard` is cancelled, then waits for every connection to end. While the node drains it still accepts:
     /// devices are owed an answer.
-    pub async fn run(self, shared: Shared, hard: CancellationToken) {
+    pub async fn run(mut self, shared: Shared, hard: CancellationToken) {
         let mut pause = Pause::default();
         let forgetting = door::forget_idle(Arc::clone(&self.door));
         let publishing = door::publish(Arc::clone(&self.door), Arc::clone(&shared.metrics));
@@ -194,10 +231,47 @@ impl Listener {
     ///
     /// # Cancel safety
     /// Safe: a connection is either returned or still in the backlog.
-    async fn accept(&self) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
+    async fn accept(&mut self) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
         let permit = self.door.enter().await.map_err(io::Error::other)?;
-        let (stream, peer) = self.tcp.accept().await?;
+        if self.sharing == Sharing::Shared {
+            if let Some((stream, peer)) = self.leave_if_full()? {
+                return Ok((stream, peer, permit));
+            }
+            while self.tcp.is_none() && !self.door.has_room() {
+                sleep(ROOM_LOOK_INTERVAL).await;
+            }
+        }
+        let tcp = match &self.tcp {
+            Some(tcp) => tcp,
+            None => self.listen_again()?,
+        };
+        let (stream, peer) = tcp.accept().await?;
         Ok((stream, peer, permit))
+    }
+
+    /// Full: no more connections are taken into the backlog. Those that wait there are accepted, as closing would reset them, and
+    /// are told when to come back. When none is left, the address is left to the others.
+    fn leave_if_full(&mut self) -> io::Result<Option<(TcpStream, SocketAddr)>> {
+        let Some(tcp) = self.tcp.as_ref().filter(|_| self.is_leaving || self.door.is_full()) else {
+            return Ok(None);
+        };
+        if !self.is_leaving {
+            SockRef::from(tcp).listen(0)?;
+            self.is_leaving = true;
+        }
+        let waiting = unconstrained(tcp.accept()).now_or_never();
+        if waiting.is_none() {
+            tracing::info!(address = %self.address, "full: leaving the address to the others that share it");
+            self.tcp = None;
+            self.is_leaving = false;
+        }
+        waiting.transpose()
+    }
+
+    fn listen_again(&mut self) -> io::Result<&TcpListener> {
+        let tcp = listen(self.address, self.sharing)?;
+        tracing::info!(address = %self.address, "room again: listening");
+        Ok(self.tcp.insert(tcp))
     }
 
     fn receive(&self, shared: &Shared, stream: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
@@ -272,8 +346,9 @@ mod tests {
 
     #[tokio::test]
     async fn accepted_sockets_inherit_their_options() {
-        let listener = Listener::bind(
+        let mut listener = Listener::bind(
             SocketAddr::from(([127, 0, 0, 1], 0)),
+            Sharing::Alone,
             Bounds {
                 connections: 4,
                 handshakes: 2,
@@ -281,7 +356,7 @@ mod tests {
             &limits(),
         )
         .unwrap();
-        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let _client = TcpStream::connect(listener.local_addr()).await.unwrap();
 
         let (stream, ..) = listener.accept().await.unwrap();
 
@@ -307,11 +382,13 @@ mod tests {
             connections: 4,
             handshakes: 2,
         };
-        let first = Listener::bind(SocketAddr::from(([127, 0, 0, 1], 0)), bounds, &limits()).unwrap();
+        for sharing in [Sharing::Alone, Sharing::Shared] {
+            let first = Listener::bind(SocketAddr::from(([127, 0, 0, 1], 0)), sharing, bounds, &limits()).unwrap();
 
-        let second = Listener::bind(first.local_addr().unwrap(), bounds, &limits());
+            let second = Listener::bind(first.local_addr(), Sharing::Alone, bounds, &limits());
 
-        assert_eq!(second.err().map(|error| error.kind()), Some(io::ErrorKind::AddrInUse));
+            assert_eq!(second.err().map(|error| error.kind()), Some(io::ErrorKind::AddrInUse));
+        }
     }
 
     #[test]

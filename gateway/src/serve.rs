@@ -20,7 +20,7 @@ use crate::{
     keys::{self, KeysError},
     known_good,
     lifecycle::{Asked, HARD_STOP_TIMEOUT, Lifecycle, Signals},
-    listener::{Bounds, Listener},
+    listener::{Bounds, Listener, Sharing},
     lookup::Gate,
     metrics::Metrics,
     ops,
@@ -127,11 +127,13 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     let metrics = Arc::new(Metrics::new());
     let limits = capacity::sized(&config.limits, &config.server);
     let bounds = Bounds::of_process(&limits);
-    let devices = Listener::bind(config.server.listen, bounds, &limits).map_err(|source| StartError::Listen {
-        setting: "server.listen",
-        address: config.server.listen,
-        source,
-    })?;
+    let sharing = Sharing::of(config.server.share_port);
+    let devices =
+        Listener::bind(config.server.listen, sharing, bounds, &limits).map_err(|source| StartError::Listen {
+            setting: "server.listen",
+            address: config.server.listen,
+            source,
+        })?;
     let api = TcpListener::bind(config.ops.listen)
         .await
         .map_err(|source| StartError::Listen {
@@ -141,7 +143,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         })?;
     let local = |what| move |source| StartError::System { what, source };
     let addresses = Addresses {
-        devices: devices.local_addr().map_err(local("address for devices"))?,
+        devices: devices.local_addr(),
         ops: api.local_addr().map_err(local("address of the API"))?,
     };
 

@@ -18,6 +18,8 @@ section! {
     pub struct Server = "server" {
         /// Address for devices, as `IP:PORT`. Port 0 takes a free one, written to `addresses.json` in the data directory. Flag `--listen`, environment `SEAWALL_LISTEN`.
         pub listen: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 8080));
+        /// Several gateways of this user listen on the same address (SO_REUSEPORT), each with a data directory and an `ops.listen` of its own, and the kernel spreads devices over them. One that is full leaves the address until it has room again.
+        pub share_port: bool = false;
         /// Directory for the database (SQLite), keys, the admin token and `addresses.json`; made where it is missing, used by one gateway at a time. Flag `--data-dir`, environment `SEAWALL_DATA_DIR`.
         pub data_dir: PathBuf = PathBuf::from("./seawall-data");
         /// Name of this node in the API, logs and events: 1 to 64 bytes of printable ASCII. Not given: the name of the host.

@@ -5,6 +5,7 @@ mod drain;
 mod limit;
 mod moving;
 mod outage;
+mod port;
 mod resume;
 mod revoked;
 pub mod rig;

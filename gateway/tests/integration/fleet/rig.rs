@@ -65,7 +65,9 @@ impl Gateway {
     pub async fn start_in(home: TempDir, database: Option<&DatabaseUrl>, settings: &str) -> Self {
         let mut config = Config::from_toml(settings).unwrap();
         config.server.data_dir = home.path().join("data");
-        config.server.listen = SocketAddr::from(([127, 0, 0, 1], 0));
+        if config.server.listen == Config::default().server.listen {
+            config.server.listen.set_port(0);
+        }
         config.ops.listen = SocketAddr::from(([127, 0, 0, 1], 0));
         config.database.url = database.cloned();
         config.validate().unwrap();

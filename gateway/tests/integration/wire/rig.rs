@@ -12,7 +12,7 @@ use seawall_gateway::{
     history::History,
     keys,
     lifecycle::Lifecycle,
-    listener::{Bounds, Listener},
+    listener::{Bounds, Listener, Sharing},
     lookup::Gate,
     metrics::Metrics,
     proxy::Proxies,
@@ -64,11 +64,12 @@ impl Gateway {
         );
         let listener = Listener::bind(
             SocketAddr::from(([127, 0, 0, 1], 0)),
+            Sharing::Alone,
             Bounds::of_process(&config.limits),
             &config.limits,
         )
         .unwrap();
-        let devices = listener.local_addr().unwrap();
+        let devices = listener.local_addr();
         let session_limits = Arc::new(SessionLimits {
             heartbeat: config.session.heartbeat(),
             backoff_cap: Duration::from_millis(config.session.backoff_cap_ms),
