@@ -3,7 +3,8 @@
 //! A place is held from accept to a complete head. When all are taken, newcomers wait in the kernel's backlog, behind each
 //! other: so a crowd that takes places and shows no head would keep everybody out. While connections wait, a handshake that
 //! [is late](LATE_AFTER) therefore steps aside: it keeps its time, not its place. Only so many can stand aside; beyond that, one
-//! of an address that holds more than an even share of the places is given up. Without that pressure nobody is hurried.
+//! of an address that holds more than an even share of the places is given up, and so is any that has had [a second](PRESSED_TIME_MAX). Without
+//! that pressure nobody is hurried.
 
 use std::{
     num::NonZeroU32,
@@ -37,6 +38,9 @@ pub const LATE_AFTER: Duration = Duration::from_millis(100);
 
 /// So many handshakes for each place may stand aside: with 500 places 2,000, of at most a head's size each.
 const ASIDE_PER_PLACE: usize = 4;
+/// Time that any handshake has while others wait and there is no room aside: long enough for every link but the worst, and short enough that those
+/// who never mean to finish, from however many addresses, give way to those who do.
+const PRESSED_TIME_MAX: Duration = Duration::from_secs(1);
 /// Time for the head of a connection that is refused by its address, whatever it asks for but `/readyz`. As long as a peer may
 /// need to send one packet again (RFC 6298: 200 ms at least, in practice), since a balancer's probe may come from the same address.
 pub const TURNED_HEAD_TIME_MAX: Duration = Duration::from_millis(500);
@@ -102,7 +106,7 @@ enum Hold {
 pub enum Late {
     /// Go on: nobody waits because of it.
     Stay,
-    /// Others wait because of its address: it has to go.
+    /// Others wait because of its address, or because of it: it has to go.
     Leave,
 }
 
@@ -173,13 +177,15 @@ impl Door {
     /// What becomes of a handshake that is late. Where others wait it steps aside; one that has no connection of the node's does
     /// not, since those are what files are counted by.
     #[must_use]
-    pub(crate) fn make_way(&self, handshake: &mut Handshake) -> Late {
-        let Hold::Place(share, _) = &handshake.hold else {
-            return Late::Stay;
-        };
+    pub(crate) fn make_way(&self, handshake: &mut Handshake, elapsed: Duration) -> Late {
         if !self.pressure.was_on_lately() {
             return Late::Stay;
         }
+        let has_had_its_time = elapsed >= PRESSED_TIME_MAX;
+        let Hold::Place(share, _) = &handshake.hold else {
+            let is_in_the_way = has_had_its_time && self.aside.available_permits() == 0;
+            return if is_in_the_way { Late::Leave } else { Late::Stay };
+        };
         let is_of_a_crowd = share.as_ref().is_none_or(Share::is_of_a_crowd);
         if handshake.has_connection
             && let Ok(permit) = Arc::clone(&self.aside).try_acquire_owned()
@@ -187,7 +193,11 @@ impl Door {
             handshake.hold = Hold::Aside(permit);
             return Late::Stay;
         }
-        if is_of_a_crowd { Late::Leave } else { Late::Stay }
+        if is_of_a_crowd || has_had_its_time {
+            Late::Leave
+        } else {
+            Late::Stay
+        }
     }
 
     /// Runs a connection's task, tracked. A panic in it ends that connection alone: what the connection holds is given back as

@@ -13,7 +13,7 @@ const SLOW_AFTER_PART: u32 = 2;
 pub(super) enum Hurry {
     /// Its time is over.
     TimedOut,
-    /// Others wait because of its address.
+    /// Others wait because of its address, or because of it.
     MakeWay,
 }
 
@@ -58,7 +58,7 @@ impl<'a> Patience<'a> {
         if self.begun.elapsed() >= self.slow_after {
             self.handshake.mark_slow();
         }
-        if self.door.make_way(self.handshake) == Late::Leave {
+        if self.door.make_way(self.handshake, self.begun.elapsed()) == Late::Leave {
             if self.has_been_spared || !has_unread() {
                 return Err(Hurry::MakeWay);
             }

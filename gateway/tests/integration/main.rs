@@ -9,5 +9,6 @@ mod harness;
 mod lookup;
 mod ops;
 mod scarce;
+mod siege;
 mod store;
 mod wire;

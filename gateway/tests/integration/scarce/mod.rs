@@ -8,3 +8,5 @@ mod files;
 mod heartbeat;
 mod log;
 mod permission;
+
+pub use disk::import;

@@ -151,3 +151,75 @@ async fn reset_of_the_connection_ends_the_session() {
     eventually(|| gateway.metric("seawall_closes_total{reason=\"client_gone\"}") == 1.0).await;
     assert_eq!(gateway.metric("seawall_sessions"), 0.0);
 }
+
+#[tokio::test]
+async fn frames_and_messages_count_up_to_their_limits_and_no_further() {
+    const FRAME_MAX: usize = 1_000;
+    const MESSAGE_MAX: usize = 3_000;
+    let gateway = Gateway::start("[limits]\nframe_bytes_max = 1000\nmessage_bytes_max = 3000\n").await;
+    let fragments = |lens: &[usize]| -> Vec<u8> {
+        let last = lens.len() - 1;
+        let frames = lens.iter().enumerate().map(|(at, len)| {
+            let first = if at == 0 { 0x01 } else { 0x00 } | if at == last { 0x80 } else { 0x00 };
+            masked(first, &vec![b'x'; *len])
+        });
+        frames.flatten().collect()
+    };
+    for lens in [
+        &[0][..],
+        &[1],
+        &[FRAME_MAX - 1],
+        &[FRAME_MAX],
+        &[FRAME_MAX, FRAME_MAX, FRAME_MAX - 1],
+        &[FRAME_MAX, FRAME_MAX, FRAME_MAX],
+        &[FRAME_MAX, 0, FRAME_MAX, 0, FRAME_MAX, 0],
+    ] {
+        let mut device = plain(&gateway).await;
+        device.stream.write_all(&fragments(lens)).await.unwrap();
+        device.send(0x89, &[b'y'; 125]).await;
+
+        assert_eq!(device.frame().await.payload, [b'y'; 125], "{lens:?}");
+    }
+    for lens in [
+        &[FRAME_MAX + 1][..],
+        &[1, FRAME_MAX + 1],
+        &[FRAME_MAX, FRAME_MAX, FRAME_MAX, 1],
+        &[MESSAGE_MAX],
+    ] {
+        let mut device = plain(&gateway).await;
+        let _ = device.stream.write_all(&fragments(lens)).await;
+
+        assert_eq!(device.frame().await.close().0, 1009, "{lens:?}");
+    }
+    // A length is believed before its bytes have come, and 2^63 is none (RFC 6455 §5.2).
+    for (len, code) in [(1_u64 << 40, 1009), (u64::MAX, 1009)] {
+        let mut device = plain(&gateway).await;
+        let head = [&[0x82, 0xff][..], &len.to_be_bytes(), &[0; 4]].concat();
+        device.stream.write_all(&head).await.unwrap();
+
+        assert_eq!(device.frame().await.close().0, code);
+    }
+}
+
+#[tokio::test]
+async fn message_in_a_hundred_thousand_fragments_arrives_and_holds_nobody_up() {
+    let gateway = Gateway::start("").await;
+    let (mut device, mut other) = (plain(&gateway).await, plain(&gateway).await);
+    let flood = tokio::spawn(async move {
+        device.send(0x01, b"a").await;
+        for _ in 0..100 {
+            device.stream.write_all(&masked(0x00, b"").repeat(1_000)).await.unwrap();
+        }
+        device.send(0x80, b"b").await;
+        device
+    });
+
+    other.send(0x89, b"still there?").await;
+    assert_eq!(other.frame().await.payload, b"still there?");
+    let mut device = flood.await.unwrap();
+    device.send(0x89, b"done?").await;
+
+    assert_eq!(device.frame().await.payload, b"done?");
+    let taken = "seawall_messages_total{direction=\"in\",outcome=\"accepted\"}";
+    assert_eq!(gateway.metric(taken), 1.0);
+}

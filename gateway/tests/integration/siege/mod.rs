@@ -1,0 +1,221 @@
+//! Attacks on real sockets, against the real binary: while one lasts, devices get in, and the process stays small; afterwards nothing is
+//! left of it. Start with [`Siege`].
+
+mod door;
+mod leaving;
+mod sessions;
+
+use std::{
+    fs,
+    future::Future,
+    io,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+use firmware_sim::{
+    connection::{Connection, DeviceConfig},
+    tls::Trust,
+};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    task::{JoinSet, spawn_blocking},
+    time::sleep,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    fleet::rig::{assert_alive, device, eventually},
+    harness::{authority::Authority, process::GatewayProcess},
+    scarce::import,
+};
+
+/// Devices that connect while the attack lasts, one after the other; the second slowest is their 99th percentile.
+const DEVICES: u32 = 100;
+const DEVICE_INTERVAL: Duration = Duration::from_millis(15);
+/// How long one of them waits for its session, in 99 of 100 cases.
+const WAIT_MAX: Duration = Duration::from_secs(1);
+/// The machine has other things to do, too: one quiet moment of three is enough.
+const ROUNDS: usize = 3;
+/// What an attack may cost in memory, in KiB: handshakes under way take 25 KB each with TLS, 2,500 of them at most, and buffers of sessions.
+const GROWN_MAX_KIB: u64 = 120 * 1024;
+/// Files that SQLite and the API open when they need them. Attacks open hundreds.
+const FILES_OF_OTHERS: usize = 16;
+/// A device that is online all the time.
+const WITNESS: u32 = 0;
+/// Devices in the attackers' hands.
+const STOLEN: u32 = 1_000;
+const STOLEN_MAX: u32 = 20;
+
+/// A gateway that is attacked.
+pub struct Siege {
+    pub gateway: GatewayProcess,
+    pub address: SocketAddr,
+    authority: Option<Authority>,
+    attackers: JoinSet<()>,
+    is_over: CancellationToken,
+    witness: Connection,
+    files: usize,
+    memory_kib: u64,
+}
+
+impl Siege {
+    /// With these settings (TOML) over the defaults.
+    pub async fn of_tcp(settings: &str) -> Self {
+        Self::begin(None, settings).await
+    }
+
+    pub async fn of_tls(settings: &str) -> Self {
+        let mut authority = Authority::new();
+        let settings = format!("{}{settings}", authority.settings());
+        Self::begin(Some(authority), &settings).await
+    }
+
+    async fn begin(authority: Option<Authority>, settings: &str) -> Self {
+        let home = tempfile::tempdir().unwrap();
+        let config = home.path().join("seawall.toml");
+        fs::write(&config, settings).unwrap();
+        let gateway = spawn_blocking(move || GatewayProcess::start(&["--config", config.to_str().unwrap()]))
+            .await
+            .unwrap()
+            .unwrap();
+        import(&gateway, 0..DEVICES + 1);
+        import(&gateway, STOLEN..STOLEN + STOLEN_MAX);
+        let address = gateway.addresses.devices;
+        // What is made for the first is not what an attack leaves behind.
+        for number in 1..20 {
+            drop(open(address, authority.as_ref(), number).await);
+        }
+        let witness = open(address, authority.as_ref(), WITNESS).await;
+        eventually(|| gateway.metric("seawall_sessions ").unwrap() == 1).await;
+        let mut siege = Self {
+            address,
+            authority,
+            attackers: JoinSet::new(),
+            is_over: CancellationToken::new(),
+            witness,
+            files: 0,
+            memory_kib: 0,
+            gateway,
+        };
+        (siege.files, siege.memory_kib) = (siege.open_files(), siege.resident_kib());
+        siege
+    }
+
+    /// So many of these, each until the siege is over; `attack` is given its number.
+    pub fn attack<F: Future<Output = ()> + Send + 'static>(&mut self, count: usize, attack: impl Fn(usize) -> F) {
+        for number in 0..count {
+            let (attack, is_over) = (attack(number), self.is_over.clone());
+            self.attackers.spawn(async move {
+                // Endless, and dropped with its connection.
+                let _ = is_over.run_until_cancelled(attack).await;
+            });
+        }
+    }
+
+    /// Devices connect while the attack lasts; then it ends, and nothing is left of it.
+    pub async fn survives(mut self) {
+        let mut waits = Vec::new();
+        let mut grown = 0;
+        for _ in 0..ROUNDS {
+            sleep(Duration::from_millis(300)).await;
+            waits.push(self.round().await);
+            grown = self.resident_kib().saturating_sub(self.memory_kib).max(grown);
+            if waits.last().is_some_and(|wait| *wait <= WAIT_MAX) {
+                break;
+            }
+        }
+        println!("99 of 100 devices waited {waits:?} at most; {grown} KiB more than in peace");
+        assert_alive(&mut self.witness).await;
+        assert!(waits.iter().any(|wait| *wait <= WAIT_MAX), "{waits:?}");
+        assert!(grown <= GROWN_MAX_KIB, "{grown} KiB");
+        self.is_over.cancel();
+        while self.attackers.join_next().await.is_some() {}
+        self.leaves_nothing().await;
+    }
+
+    /// The longest wait of 99 in 100 devices.
+    async fn round(&self) -> Duration {
+        let mut connecting = JoinSet::new();
+        for number in 1..=DEVICES {
+            let (address, config) = (self.address, config(self.authority.as_ref(), number));
+            let url = url(address, self.authority.as_ref());
+            connecting.spawn(async move {
+                let begun = Instant::now();
+                let opened = Connection::open(&url, &config).await;
+                let took = begun.elapsed();
+                assert!(opened.is_ok(), "after {took:?}: {:?}", opened.err());
+                took
+            });
+            sleep(DEVICE_INTERVAL).await;
+        }
+        let mut waits = connecting.join_all().await;
+        waits.sort_unstable();
+        waits[waits.len() - 2]
+    }
+
+    /// Nothing but the witness is there.
+    pub async fn leaves_nothing(mut self) {
+        for (series, expected) in [
+            ("seawall_sessions ", 1),
+            ("seawall_handshakes_under_way", 0),
+            ("seawall_admission_queue ", 0),
+            ("seawall_lookups_in_flight ", 0),
+        ] {
+            eventually(|| self.gateway.metric(series).unwrap() == expected).await;
+        }
+        eventually(|| self.open_files() <= self.files + FILES_OF_OTHERS).await;
+        assert_eq!(self.gateway.metric("seawall_task_panics_total").unwrap(), 0);
+        let connections = self
+            .gateway
+            .metric("seawall_connections_total{outcome=\"request\"}")
+            .unwrap();
+        assert_eq!(self.gateway.metric("seawall_handshakes_total{").unwrap(), connections);
+        assert_alive(&mut self.witness).await;
+    }
+
+    fn open_files(&self) -> usize {
+        let pid = self.gateway.pid().unwrap().as_raw_nonzero();
+        fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+    }
+
+    fn resident_kib(&self) -> u64 {
+        let pid = self.gateway.pid().unwrap().as_raw_nonzero();
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        line.unwrap().trim().trim_end_matches(" kB").parse().unwrap()
+    }
+}
+
+fn url(address: SocketAddr, authority: Option<&Authority>) -> String {
+    let scheme = authority.map_or("ws", |_| "wss");
+    format!("{scheme}://{address}")
+}
+
+fn config(authority: Option<&Authority>, number: u32) -> DeviceConfig {
+    let mut config = device(number);
+    if let Some(authority) = authority {
+        config.trust = Trust::File(authority.path("ca.pem"));
+    }
+    config
+}
+
+async fn open(address: SocketAddr, authority: Option<&Authority>, number: u32) -> Connection {
+    let config = config(authority, number);
+    Connection::open(&url(address, authority), &config).await.unwrap()
+}
+
+/// Attackers come from other addresses than devices; `number` chooses one of so many.
+pub fn one_of(addresses: usize, number: usize) -> Ipv4Addr {
+    let [high, low] = u16::try_from(number % addresses).unwrap().to_be_bytes();
+    Ipv4Addr::new(127, 1, high, low.max(1))
+}
+
+/// A connection from there, which ends with a reset: it leaves nothing behind in the kernel.
+pub async fn dial_from(source: Ipv4Addr, address: SocketAddr) -> io::Result<TcpStream> {
+    let socket = TcpSocket::new_v4()?;
+    socket.bind(SocketAddr::new(IpAddr::V4(source), 0))?;
+    let stream = socket.connect(address).await?;
+    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+    Ok(stream)
+}
