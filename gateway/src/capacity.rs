@@ -1,16 +1,17 @@
 //! How much this process may hold: memory, and how many connections fit into it.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
+use std::{fs, path::Path};
+
+use crate::{
+    config::{Limits, Server},
+    memory::Group,
 };
 
-use crate::config::{Limits, Server};
-
-/// Memory that one connection may take, in bytes: an idle one takes about 3 KiB, one that carries messages grows up to its frame buffers.
-const CONNECTION_BYTES: u64 = 16 * 1024;
+/// Less than any connection takes, in bytes, kernel included: more than memory divided by this is never possible, and shares by address are reckoned from
+/// it. What really fits is measured ([`crate::memory`]).
+const CONNECTION_BYTES: u64 = 4 * 1024;
 /// Share of the memory that connections may take, in percent: the rest is for databases, rules, slots and what else there is.
-const CONNECTIONS_PERCENT: u64 = 60;
+const CONNECTIONS_PERCENT: u64 = 80;
 /// Fewest connections, however small the machine.
 const CONNECTIONS_MIN: u64 = 64;
 
@@ -37,37 +38,19 @@ fn connections(memory: u64) -> usize {
 /// The least of what the machine has and what this process's cgroup and those around it allow (version 2 or 1), in bytes.
 #[must_use]
 pub fn available() -> u64 {
-    let machine = rustix::system::sysinfo();
-    let total = machine.totalram.saturating_mul(u64::from(machine.mem_unit));
+    let machine = of_machine();
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    limit_files(&groups)
+    Group::around(&groups, Path::new("/sys/fs/cgroup"))
         .iter()
-        .filter_map(|path| figure(path))
-        .fold(total, u64::min)
+        .filter_map(|group| group.limit(machine))
+        .fold(machine, u64::min)
 }
 
-/// Files that may hold a limit for a process of these cgroups: its own group's and those of all groups around it.
-fn limit_files(groups: &str) -> Vec<PathBuf> {
-    let mut files = Vec::new();
-    for line in groups.lines() {
-        let mut parts = line.splitn(3, ':').skip(1);
-        let (Some(controllers), Some(group)) = (parts.next(), parts.next()) else {
-            continue;
-        };
-        let (root, name) = match controllers {
-            "" => ("/sys/fs/cgroup", "memory.max"),
-            "memory" => ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
-            _ => continue,
-        };
-        let group = Path::new(group.trim_start_matches('/'));
-        files.extend(group.ancestors().map(|group| Path::new(root).join(group).join(name)));
-    }
-    files
-}
-
-/// `max` means no limit.
-fn figure(path: &Path) -> Option<u64> {
-    fs::read_to_string(path).ok()?.trim().parse().ok()
+/// What the machine has, in bytes.
+#[must_use]
+pub fn of_machine() -> u64 {
+    let machine = rustix::system::sysinfo();
+    machine.totalram.saturating_mul(u64::from(machine.mem_unit))
 }
 
 #[cfg(test)]
@@ -90,27 +73,9 @@ mod tests {
             &server,
         );
 
-        assert_eq!(by_memory.connections_max, 39_321);
+        assert_eq!(by_memory.connections_max, 209_715);
         assert_eq!(configured.connections_max, 5);
         assert_eq!(connections(0), 64);
         assert!(available() > 0);
-    }
-
-    #[test]
-    fn limits_of_groups_around_count() {
-        let files = limit_files("12:cpu,cpuacct:/x\n4:memory:/docker/a\n0::/system.slice/seawall.service\n");
-
-        let files: Vec<_> = files.iter().map(|file| file.to_str().unwrap()).collect();
-        assert_eq!(
-            files,
-            [
-                "/sys/fs/cgroup/memory/docker/a/memory.limit_in_bytes",
-                "/sys/fs/cgroup/memory/docker/memory.limit_in_bytes",
-                "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-                "/sys/fs/cgroup/system.slice/seawall.service/memory.max",
-                "/sys/fs/cgroup/system.slice/memory.max",
-                "/sys/fs/cgroup/memory.max",
-            ]
-        );
     }
 }

@@ -19,6 +19,7 @@ pub mod known_good;
 pub mod lifecycle;
 pub mod listener;
 pub mod lookup;
+pub mod memory;
 pub mod metrics;
 pub mod ops;
 pub mod presence;

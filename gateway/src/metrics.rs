@@ -107,6 +107,12 @@ pub struct Metrics {
     pub slots_stateless: Counter,
     /// Tasks of connections that panicked.
     pub task_panics: Counter,
+    /// Memory, used and allowed.
+    pub memory_bytes: GaugeFamily,
+    /// 1 while memory is short.
+    pub memory_alarm: Gauge,
+    /// Devices sent away because memory was short.
+    pub memory_refusals: Counter,
     /// TLS files that were looked at anew, by what became of them.
     pub tls_reloads: Family,
     /// Time until a listener's certificate ends.
@@ -367,6 +373,20 @@ impl Metrics {
             task_panics: names.counter(
                 "seawall_task_panics_total",
                 "Tasks of device connections that panicked. Each is a bug, and ends one connection.",
+            ),
+            memory_bytes: names.gauges(
+                "seawall_memory_bytes",
+                "Memory in use and its limit: of this process's cgroup or one around it, without page cache, or of server.max_memory_bytes or the machine; of several the one nearest to its limit. 0 where nothing can be measured.",
+                "kind",
+                &["used", "limit"],
+            ),
+            memory_alarm: names.gauge(
+                "seawall_memory_alarm",
+                "1 while memory is short: new devices are refused with `overloaded`, live sessions stay.",
+            ),
+            memory_refusals: names.counter(
+                "seawall_memory_refusals_total",
+                "Devices refused with `overloaded` because they did not fit into memory.",
             ),
             tls_reloads: names.family(
                 "seawall_tls_reloads_total",

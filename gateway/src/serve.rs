@@ -22,6 +22,7 @@ use crate::{
     lifecycle::{Asked, HARD_STOP_TIMEOUT, Lifecycle, Signals},
     listener::{Bounds, Listener, Sharing},
     lookup::Gate,
+    memory::{self, Memory, Sources},
     metrics::Metrics,
     ops,
     proxy::Proxies,
@@ -165,6 +166,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     let proxies = Proxies::of(&config.proxy).unwrap_or_default();
     let state = Arc::new(State {
         node: node_name(&config),
+        memory: Memory::new(Sources::of_process(config.server.max_memory_bytes)),
         session_limits: Arc::new(session_limits(&config)),
         config: Arc::new(config),
         clock,
@@ -236,6 +238,7 @@ fn spawn_tasks(state: &Shared, life: &Lifecycle) {
     life.spawn("plan guard", upkeep::guard_plans(shared(), hard()));
     life.spawn("known good", known_good::keep(shared(), hard()));
     life.spawn("gauges", upkeep::publish(shared(), hard()));
+    life.spawn("memory", memory::follow(shared(), hard()));
     life.spawn("certificates", tls::follow(shared(), hard()));
     life.spawn("lag", upkeep::measure_lag(shared(), hard()));
 }

@@ -18,6 +18,7 @@ use crate::{
     events::{Body, Events},
     history::History,
     lookup::Gate,
+    memory::Memory,
     metrics::Metrics,
     proxy::Proxies,
     resume::Resume,
@@ -49,6 +50,7 @@ pub struct State {
     pub tokens: Tokens,
     pub tls: Tls,
     pub proxies: Proxies,
+    pub memory: Memory,
     /// What the plan guard saw last.
     pub plan: Plan,
     /// Ids that several devices seem to share.
@@ -131,6 +133,9 @@ impl State {
         }
         if self.plan.get().is_some_and(|report| report.is_alarm()) {
             reasons.push("plan_alarm");
+        }
+        if self.memory.is_full() {
+            reasons.push("memory_short");
         }
         if self.shared_ids.found().count > 0 {
             reasons.push("duplicate_id");

@@ -15,6 +15,7 @@ pub mod frame;
 pub mod handshake;
 pub mod hello;
 pub mod id;
+pub mod memory;
 pub mod record;
 pub mod refusal;
 pub mod resume;

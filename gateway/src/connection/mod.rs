@@ -130,6 +130,13 @@ pub async fn serve(
         }
     };
     let mut attempt = attempt.by(&hello);
+    let place = match place {
+        Ok(_) if !shared.memory.has_room() => {
+            shared.metrics.memory_refusals.increment(1);
+            Err(Turned::NodeFull)
+        }
+        place => place,
+    };
     let connection = match place {
         Ok(connection) => connection,
         Err(turned) => {
@@ -149,7 +156,8 @@ pub async fn serve(
         () = door.closing.cancelled() => concluded(Err(leaving(&shared))),
     };
     attempt.looked_up(decided.took);
-    match decided.result {
+    let result = decided.result.and_then(|admitted| fit(&shared, admitted));
+    match result {
         Ok(admitted) => upgrade(shared, door, stream, leftover, attempt, admitted, connection).await,
         Err(refusal) => {
             attempt.refused(&refusal);
@@ -302,6 +310,16 @@ fn obey_orders_given_meanwhile(shared: &Shared, session: &Session) {
         drain::send_away(shared, session, &mut rand::rng());
     }
     rules::evict_newcomer(shared, session);
+}
+
+/// Others may have taken the room that there was when it came.
+fn fit(shared: &Shared, admitted: Admitted) -> Result<Admitted, Refusal> {
+    if shared.memory.take() {
+        return Ok(admitted);
+    }
+    shared.metrics.memory_refusals.increment(1);
+    let slot = shared.gate.slot_for_close(admitted.hello.device, NODE_FULL_FOR);
+    Err(Refusal::overloaded(slot))
 }
 
 /// Ready once the peer has closed its side or broken the connection. A peer that sends on is still there.

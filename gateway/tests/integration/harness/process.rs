@@ -150,6 +150,24 @@ impl GatewayProcess {
         Ok(Some(process))
     }
 
+    /// Starts one in a cgroup, from its first page on.
+    pub fn start_in_group(group: &Path) -> Result<Self> {
+        let home = tempfile::tempdir()?;
+        let data_dir = home.path().join("data");
+        let enter = "echo $$ > \"$1/cgroup.procs\" && shift && exec \"$@\"";
+        let mut command = plain("sh");
+        command
+            .args(["-c", enter, "sh"])
+            .arg(group)
+            .arg(seawall().get_program())
+            .args(SERVE)
+            .arg("--data-dir")
+            .arg(&data_dir);
+        let mut process = Self::spawn(command, data_dir.with_extension("log"), |_| data_dir)?;
+        process._home = Some(home);
+        Ok(process)
+    }
+
     /// Starts what `command` says and waits until it listens. `data_dir` says where its data directory is seen from here.
     fn spawn(mut command: Command, log: PathBuf, data_dir: impl FnOnce(u32) -> PathBuf) -> Result<Self> {
         let mut child = command

@@ -7,6 +7,7 @@ mod disk;
 mod files;
 mod heartbeat;
 mod log;
+mod memory;
 mod permission;
 
 pub use disk::import;

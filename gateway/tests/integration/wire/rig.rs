@@ -14,6 +14,7 @@ use seawall_gateway::{
     lifecycle::Lifecycle,
     listener::{Bounds, Listener, Sharing},
     lookup::Gate,
+    memory::{Memory, Sources},
     metrics::Metrics,
     proxy::Proxies,
     resume::Resume,
@@ -43,6 +44,11 @@ pub struct Gateway {
 impl Gateway {
     /// Starts with these settings over the defaults, as TOML.
     pub async fn start(settings: &str) -> Self {
+        Self::start_with(Sources::of_process(0), settings).await
+    }
+
+    /// The same, with memory as these say; nobody looks at it but the test.
+    pub async fn start_with(sources: Sources, settings: &str) -> Self {
         let data_dir = tempfile::tempdir().unwrap();
         let mut config = Config::from_toml(settings).unwrap();
         config.server.data_dir = data_dir.path().to_owned();
@@ -92,6 +98,7 @@ impl Gateway {
             tokens: Tokens::open(data_dir.path()).unwrap(),
             tls: Tls::open(&config).unwrap(),
             proxies: Proxies::of(&config.proxy).unwrap(),
+            memory: Memory::new(sources),
             plan: Plan::default(),
             shared_ids: SharedIds::default(),
             session_limits,

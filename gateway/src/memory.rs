@@ -1,0 +1,369 @@
+//! How much memory is used of what there may be, and whether one more device fits. Start with [`Memory`].
+//!
+//! What counts is what the kernel counts before it kills: a cgroup with a limit, whoever else is in it, without the page cache, which the
+//! kernel takes back. For the operator's own figure it is the cgroup's counter where this process is alone in one, since sockets are in
+//! it; else the process's resident memory, and what the kernel holds for a socket in round numbers.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use seawall_proto::memory::{Guard, Usage};
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+
+use crate::{capacity, state::Shared};
+
+/// Time between two looks, and the same while over half of the memory is used.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+const LOOK_INTERVAL_HIGH: Duration = Duration::from_millis(100);
+/// What the kernel holds for the socket of a device, in bytes. Measured with 15,000 of them; cgroups count it by themselves.
+const SOCKET_BYTES: u64 = 5 * 1024;
+/// The alarm that operators see while devices are sent away because memory is short.
+const ALARM: &str = "memory_short";
+
+/// This node's memory.
+#[derive(Debug)]
+pub struct Memory {
+    sources: Sources,
+    guard: Mutex<Guard>,
+    is_told: AtomicBool,
+}
+
+/// Where figures come from.
+#[derive(Debug)]
+pub struct Sources {
+    /// This process's group and those around it.
+    groups: Vec<Group>,
+    /// What this process may have by itself, in bytes; `None`: only the groups count.
+    own_max: Option<u64>,
+    /// What the machine has, in bytes: a limit over that is none.
+    machine: u64,
+}
+
+/// A memory cgroup, of version 2 or 1.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Group {
+    folder: PathBuf,
+    version: Version,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    One,
+    Two,
+}
+
+impl Memory {
+    #[must_use]
+    pub fn new(sources: Sources) -> Self {
+        Self {
+            sources,
+            guard: Mutex::default(),
+            is_told: AtomicBool::new(false),
+        }
+    }
+
+    /// Measures; what is nearest to its limit, if anything has one. Blocks for as long as a few small files take.
+    pub fn look(&self, sessions: usize) -> Option<Usage> {
+        let usages = self.sources.measure(sessions);
+        self.guard().handle_measured(&usages);
+        usages
+            .into_iter()
+            .max_by(|one, other| one.part().total_cmp(&other.part()))
+    }
+
+    /// Whether one more device fits.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.guard().has_room()
+    }
+
+    /// Takes one more; false where it does not fit.
+    #[must_use]
+    pub fn take(&self) -> bool {
+        self.guard().take()
+    }
+
+    /// Memory is short: devices are sent away.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.guard().is_full()
+    }
+
+    fn guard(&self) -> MutexGuard<'_, Guard> {
+        self.guard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Sources {
+    /// Of this process. `own_max` is the operator's figure; 0: as much as the groups around it have, or the machine.
+    #[must_use]
+    pub fn of_process(own_max: u64) -> Self {
+        let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        Self::of(
+            Group::around(&groups, Path::new("/sys/fs/cgroup")),
+            own_max,
+            capacity::of_machine(),
+        )
+    }
+
+    /// Of these groups, on a machine with so much memory.
+    #[must_use]
+    pub fn of(groups: Vec<Group>, own_max: u64, machine: u64) -> Self {
+        let has_limit = groups.iter().any(|group| group.limit(machine).is_some());
+        let own_max = match own_max {
+            0 if has_limit => None,
+            0 => Some(machine),
+            configured => Some(configured),
+        };
+        Self {
+            groups,
+            own_max,
+            machine,
+        }
+    }
+
+    /// One of each limit. Of none that can't be read.
+    fn measure(&self, sessions: usize) -> Vec<Usage> {
+        let groups = self.groups.iter().filter_map(|group| {
+            let limit = group.limit(self.machine)?;
+            Some(Usage {
+                used: group.used()?,
+                limit,
+            })
+        });
+        let own = self.own_max.filter(|limit| *limit > 0).and_then(|limit| {
+            let alone = self.groups.first().filter(|group| group.is_ours_alone());
+            let used = match alone.and_then(Group::used) {
+                Some(used) => used,
+                None => resident()?.saturating_add(SOCKET_BYTES.saturating_mul(sessions as u64)),
+            };
+            Some(Usage { used, limit })
+        });
+        groups.chain(own).collect()
+    }
+}
+
+impl Group {
+    /// The groups of a process by its `/proc/PID/cgroup`, each before the one around it; `root` is where they are mounted.
+    #[must_use]
+    pub fn around(groups: &str, root: &Path) -> Vec<Self> {
+        let mut found = Vec::new();
+        for line in groups.lines() {
+            let mut parts = line.splitn(3, ':').skip(1);
+            let (Some(controllers), Some(group)) = (parts.next(), parts.next()) else {
+                continue;
+            };
+            let (root, version) = match controllers {
+                "" => (root.to_owned(), Version::Two),
+                "memory" => (root.join("memory"), Version::One),
+                _ => continue,
+            };
+            let group = Path::new(group.trim_start_matches('/'));
+            found.extend(group.ancestors().map(|group| Self {
+                folder: root.join(group),
+                version,
+            }));
+        }
+        found
+    }
+
+    /// What it may have, in bytes; `None` where that is no less than what the machine has.
+    #[must_use]
+    pub fn limit(&self, machine: u64) -> Option<u64> {
+        let file = match self.version {
+            Version::One => "memory.limit_in_bytes",
+            // `max` means no limit.
+            Version::Two => "memory.max",
+        };
+        self.figure(file).filter(|limit| (1..machine).contains(limit))
+    }
+
+    /// What it has and can't be taken back: without the page cache.
+    fn used(&self) -> Option<u64> {
+        let (file, cache) = match self.version {
+            Version::One => ("memory.usage_in_bytes", ["total_inactive_file ", "total_active_file "]),
+            Version::Two => ("memory.current", ["inactive_file ", "active_file "]),
+        };
+        let stat = fs::read_to_string(self.folder.join("memory.stat")).ok()?;
+        let cached = stat.lines().filter_map(|line| {
+            let figure = cache.iter().find_map(|name| line.strip_prefix(name))?;
+            figure.trim().parse::<u64>().ok()
+        });
+        let cached = cached.fold(0, u64::saturating_add);
+        Some(self.figure(file)?.saturating_sub(cached))
+    }
+
+    /// Nobody else's memory is counted in it.
+    fn is_ours_alone(&self) -> bool {
+        let processes = fs::read_to_string(self.folder.join("cgroup.procs")).unwrap_or_default();
+        processes.trim() == std::process::id().to_string()
+    }
+
+    fn figure(&self, file: &str) -> Option<u64> {
+        fs::read_to_string(self.folder.join(file)).ok()?.trim().parse().ok()
+    }
+}
+
+/// What of this process is in memory, in bytes.
+fn resident() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// Measures every so often, until `stop`; tells operators when memory is short, and when it no longer is.
+pub async fn follow(state: Shared, stop: CancellationToken) {
+    loop {
+        let looking = Arc::clone(&state);
+        let looked = tokio::task::spawn_blocking(move || looking.memory.look(looking.sessions.len()));
+        // Cancelled only where the runtime ends.
+        let usage = looked.await.ok().flatten();
+        publish(&state, usage);
+        let span = if usage.is_some_and(Usage::is_high) {
+            LOOK_INTERVAL_HIGH
+        } else {
+            LOOK_INTERVAL
+        };
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = sleep(span) => {}
+        }
+    }
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "gauges are floating point, and bytes of memory below 2^53"
+)]
+fn publish(state: &Shared, usage: Option<Usage>) {
+    let Usage { used, limit } = usage.unwrap_or(Usage { used: 0, limit: 0 });
+    state.metrics.memory_bytes.set("used", used as f64);
+    state.metrics.memory_bytes.set("limit", limit as f64);
+    let is_full = state.memory.is_full();
+    state.metrics.memory_alarm.set(if is_full { 1.0 } else { 0.0 });
+    if state.memory.is_told.swap(is_full, Ordering::Relaxed) == is_full {
+        return;
+    }
+    let (used, limit) = (used >> 20, limit >> 20);
+    let detail = if is_full {
+        format!(
+            "{used} of {limit} MiB are used: new devices are sent away with slots, live sessions stay. Give this node more memory, or add a node"
+        )
+    } else {
+        format!("{used} of {limit} MiB are used: new devices are let in again")
+    };
+    state.alarm(ALARM, is_full, detail);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+    const MACHINE: u64 = 8 << 30;
+
+    fn write(folder: &Path, files: &[(&str, &str)]) {
+        fs::create_dir_all(folder).unwrap();
+        for (name, content) in files {
+            fs::write(folder.join(name), content).unwrap();
+        }
+    }
+
+    fn used_and_limit(sources: &Sources) -> Vec<(u64, u64)> {
+        let usages = sources.measure(0);
+        usages
+            .iter()
+            .map(|usage| (usage.used / MIB, usage.limit / MIB))
+            .collect()
+    }
+
+    #[test]
+    fn groups_of_both_versions_count_without_their_page_cache() {
+        let root = tempfile::tempdir().unwrap();
+        write(
+            &root.path().join("a/b"),
+            &[
+                ("memory.max", "134217728\n"),
+                ("memory.current", "104857600\n"),
+                (
+                    "memory.stat",
+                    "anon 1\ninactive_file 10485760\nactive_file 20971520\nsock 5\n",
+                ),
+            ],
+        );
+        write(
+            &root.path().join("a"),
+            &[("memory.max", "max\n"), ("memory.current", "1\n")],
+        );
+        write(
+            &root.path().join("memory/c"),
+            &[
+                ("memory.limit_in_bytes", "268435456\n"),
+                ("memory.usage_in_bytes", "209715200\n"),
+                (
+                    "memory.stat",
+                    "inactive_file 7\ntotal_inactive_file 52428800\ntotal_active_file 0\n",
+                ),
+            ],
+        );
+        write(
+            &root.path().join("memory"),
+            &[("memory.limit_in_bytes", "9223372036854771712\n")],
+        );
+
+        let groups = Group::around("0::/a/b\n3:cpu:/x\n2:memory:/c\n", root.path());
+        let sources = Sources::of(groups, 0, MACHINE);
+
+        assert_eq!(used_and_limit(&sources), [(70, 128), (150, 256)]);
+    }
+
+    #[test]
+    fn a_figure_of_the_operators_counts_for_the_process_beside_the_groups() {
+        let root = tempfile::tempdir().unwrap();
+        let me = std::process::id().to_string();
+        write(
+            &root.path().join("mine"),
+            &[
+                ("memory.max", "max"),
+                ("memory.current", "52428800"),
+                ("memory.stat", ""),
+                ("cgroup.procs", &me),
+            ],
+        );
+        let groups = Group::around("0::/mine", root.path());
+
+        let alone = Sources::of(groups.clone(), 100 * MIB, MACHINE);
+        assert_eq!(used_and_limit(&alone), [(50, 100)]);
+        write(&root.path().join("mine"), &[("cgroup.procs", &format!("1\n{me}\n"))]);
+
+        let usage = alone.measure(0)[0];
+        assert_ne!(usage.used / MIB, 50, "others' memory is not this process's");
+        let with_devices = alone.measure(10_000)[0];
+        assert!(with_devices.used >= usage.used + 10_000 * SOCKET_BYTES - 10 * MIB);
+    }
+
+    #[test]
+    fn without_any_limit_the_machine_is_one_and_what_cannot_be_read_is_none() {
+        let root = tempfile::tempdir().unwrap();
+        let groups = Group::around("0::/nowhere", root.path());
+
+        let usages = Sources::of(groups, 0, MACHINE).measure(0);
+
+        assert_eq!(usages.len(), 1);
+        assert_eq!(usages[0].limit, MACHINE);
+        assert!(usages[0].used > MIB);
+        write(&root.path().join("nowhere"), &[("memory.max", "1048576")]);
+        let groups = Group::around("0::/nowhere", root.path());
+        assert!(Sources::of(groups, 0, MACHINE).measure(0).is_empty());
+        assert!(!Sources::of_process(0).measure(0).is_empty());
+    }
+}

@@ -1,0 +1,186 @@
+//! When a node that runs out of memory takes no more devices. Start with [`Guard`].
+//!
+//! It measures nothing: the caller says every so often what is used and what there is, and asks before it takes a device. Live sessions
+//! are none of its business: they stay.
+
+/// What one more device may come to take, in bytes, kernel and TLS included (docs/BENCHMARKS.md: 7 KB over plain TCP).
+pub const DEVICE_BYTES: u64 = 16 * 1024;
+
+/// A node is full where less than this part of its memory is left, in percent.
+const RESERVE_PERCENT: u64 = 10;
+/// And where less than this is left, in bytes: handshakes under way take that much where strangers begin all there may be.
+const RESERVE_BYTES: u64 = 24 * 1024 * 1024;
+/// But never so much of a small memory, in percent.
+const RESERVE_PERCENT_MAX: u64 = 25;
+/// A node that was full takes devices again once this much more is free, in percent of its memory: it would flap otherwise.
+const RELIEF_PERCENT: u64 = 5;
+
+/// One measurement of something that has a limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes that can't be taken back.
+    pub used: u64,
+    /// Bytes that there may be. Above 0.
+    pub limit: u64,
+}
+
+impl Usage {
+    /// From here on the node is full.
+    fn full_from(self) -> u64 {
+        let part = |percent| self.limit / 100 * percent;
+        let reserve = RESERVE_BYTES.min(part(RESERVE_PERCENT_MAX)).max(part(RESERVE_PERCENT));
+        self.limit - reserve
+    }
+
+    fn is_full(self) -> bool {
+        self.used >= self.full_from()
+    }
+
+    fn is_relieved(self) -> bool {
+        self.used < self.full_from() - self.limit / 100 * RELIEF_PERCENT
+    }
+
+    /// How many devices fit.
+    fn room(self) -> u64 {
+        self.full_from().saturating_sub(self.used) / DEVICE_BYTES
+    }
+
+    /// Worth to be looked at more often: over half is used.
+    #[must_use]
+    pub const fn is_high(self) -> bool {
+        self.used > self.limit / 2
+    }
+
+    /// How much of the limit is used, from 0.
+    #[must_use]
+    pub fn part(self) -> f64 {
+        self.used as f64 / self.limit as f64
+    }
+}
+
+/// Says whether one more device fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Guard {
+    is_full: bool,
+    /// Devices that fit until the next measurement.
+    room: u64,
+}
+
+impl Default for Guard {
+    /// Everybody fits until it is known that they don't.
+    fn default() -> Self {
+        Self {
+            is_full: false,
+            room: u64::MAX,
+        }
+    }
+}
+
+impl Guard {
+    /// What was measured, of each limit that there is; of none where nothing could be measured: then everybody fits.
+    pub fn handle_measured(&mut self, usages: &[Usage]) {
+        self.is_full = if self.is_full {
+            !usages.iter().all(|usage| usage.is_relieved())
+        } else {
+            usages.iter().any(|usage| usage.is_full())
+        };
+        let room = usages.iter().map(|usage| usage.room()).min();
+        self.room = if self.is_full { 0 } else { room.unwrap_or(u64::MAX) };
+    }
+
+    /// Whether one more fits.
+    #[must_use]
+    pub const fn has_room(&self) -> bool {
+        self.room > 0
+    }
+
+    /// Takes one more; false where it does not fit.
+    #[must_use]
+    pub const fn take(&mut self) -> bool {
+        match self.room.checked_sub(1) {
+            Some(room) => {
+                self.room = room;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Memory is short, until enough of it is free again.
+    #[must_use]
+    pub const fn is_full(&self) -> bool {
+        self.is_full
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MIB: u64 = 1024 * 1024;
+
+    fn of(limit: u64, used: u64) -> Usage {
+        Usage { used, limit }
+    }
+
+    #[test]
+    fn everybody_fits_until_something_is_measured_and_where_nothing_can_be() {
+        let mut guard = Guard::default();
+        assert!(guard.has_room() && guard.take());
+        guard.handle_measured(&[of(100 * MIB, 99 * MIB)]);
+        assert!(!guard.has_room());
+
+        guard.handle_measured(&[]);
+
+        assert!(guard.take() && !guard.is_full());
+    }
+
+    #[test]
+    fn no_more_are_taken_between_two_measurements_than_fit() {
+        let mut guard = Guard::default();
+        guard.handle_measured(&[of(1024 * MIB, 900 * MIB), of(4096 * MIB, 0)]);
+
+        let taken = (0..100_000).filter(|_| guard.take()).count();
+
+        // 921.6 MiB less 900 MiB, by 16 KiB.
+        assert_eq!(taken, 1_382);
+        assert!(!guard.is_full(), "nothing is wrong with memory that is used");
+    }
+
+    #[test]
+    fn a_full_node_takes_devices_again_once_five_percent_more_are_free() {
+        let mut guard = Guard::default();
+        guard.handle_measured(&[of(1000 * MIB, 899 * MIB)]);
+        assert!(!guard.is_full());
+        guard.handle_measured(&[of(1000 * MIB, 901 * MIB)]);
+        assert!(guard.is_full() && !guard.take());
+
+        guard.handle_measured(&[of(1000 * MIB, 860 * MIB)]);
+        assert!(guard.is_full() && !guard.take(), "not enough is free");
+        guard.handle_measured(&[of(1000 * MIB, 849 * MIB)]);
+
+        assert!(!guard.is_full() && guard.take());
+    }
+
+    #[test]
+    fn small_memory_keeps_more_for_handshakes_but_never_more_than_a_quarter() {
+        assert_eq!(of(128 * MIB, 0).full_from().div_ceil(MIB), 104);
+        assert!((48 * MIB..49 * MIB).contains(&of(64 * MIB, 0).full_from()));
+        assert!((921 * MIB..923 * MIB).contains(&of(1024 * MIB, 0).full_from()));
+    }
+
+    proptest! {
+        #[test]
+        fn any_measurement_is_judged(usages in prop::collection::vec((1..=u64::MAX, any::<u64>()), 0..4)) {
+            let usages: Vec<Usage> = usages.iter().map(|(limit, used)| of(*limit, *used)).collect();
+            let mut guard = Guard::default();
+
+            guard.handle_measured(&usages);
+
+            prop_assert!(!(guard.is_full() && guard.has_room()));
+            prop_assert_eq!(guard.is_full(), usages.iter().any(|usage| usage.is_full()));
+        }
+    }
+}
