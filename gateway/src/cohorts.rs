@@ -85,11 +85,21 @@ impl Outcome {
         }
     }
 
-    fn index(self) -> usize {
+    /// Its place among all outcomes: below [`OUTCOMES`].
+    pub(crate) fn index(self) -> usize {
         match self {
             Self::Admitted => 0,
             Self::Abandoned => 1,
             Self::Refused(code) => 2 + Code::ALL.iter().position(|other| *other == code).unwrap_or(0),
+        }
+    }
+
+    /// The outcome of this [`index`](Self::index).
+    pub(crate) fn of_index(index: usize) -> Self {
+        match index {
+            0 => Self::Admitted,
+            1 => Self::Abandoned,
+            refused => Self::Refused(Code::ALL[(refused - 2).min(Code::ALL.len() - 1)]),
         }
     }
 

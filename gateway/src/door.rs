@@ -204,11 +204,13 @@ impl Door {
     /// it unwinds, the panic is counted, and the first one is an alarm.
     pub fn spawn(self: &Arc<Self>, shared: &Shared, life: impl Future<Output = ()> + Send + 'static) {
         let (door, shared) = (Arc::clone(self), Arc::clone(shared));
-        self.tasks.spawn(async move {
-            if AssertUnwindSafe(life).catch_unwind().await.is_err() {
+        // Not an `async` block, whose future would hold `life` twice: as it was passed, and as it is awaited.
+        let life = AssertUnwindSafe(life).catch_unwind().map(move |ended| {
+            if ended.is_err() {
                 door.note_panic(&shared);
             }
         });
+        self.tasks.spawn(life);
     }
 
     /// Every connection of the node's is taken.

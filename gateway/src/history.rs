@@ -5,7 +5,7 @@
 //! whoever walks all of it holds up a connecting device for no longer than a shard takes.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -60,23 +60,33 @@ pub struct Record {
 /// The same in a form that is small for the many: they are online, and came once.
 #[derive(Debug, Default)]
 struct Kept {
-    attempts: Attempts,
+    /// Oldest first.
+    attempts: Box<[PackedAttempt]>,
     offline: Option<Box<Offline>>,
     /// Of its last session; `None` where it had none.
     identity: Option<Identity>,
 }
 
-#[derive(Debug, Default)]
-enum Attempts {
-    #[default]
-    None,
-    One(Attempt),
-    /// Oldest first.
-    #[expect(
-        clippy::box_collection,
-        reason = "a queue is four words, and would make each record that has none so large"
-    )]
-    Many(Box<VecDeque<Attempt>>),
+/// An attempt in eight bytes: its time, and the index of its outcome in the lowest byte.
+#[derive(Debug, Clone, Copy)]
+struct PackedAttempt(u64);
+
+const OUTCOME_BITS: u32 = u8::BITS;
+
+impl From<Attempt> for PackedAttempt {
+    fn from(attempt: Attempt) -> Self {
+        Self(attempt.at.as_unix_ms() << OUTCOME_BITS | attempt.outcome.index() as u64)
+    }
+}
+
+impl From<PackedAttempt> for Attempt {
+    fn from(PackedAttempt(packed): PackedAttempt) -> Self {
+        let [outcome, ..] = packed.to_le_bytes();
+        Self {
+            at: WallTime::from_unix_ms(packed >> OUTCOME_BITS),
+            outcome: Outcome::of_index(outcome.into()),
+        }
+    }
 }
 
 /// All that is remembered.
@@ -93,8 +103,9 @@ struct Shard {
 
 #[derive(Debug)]
 struct Generations {
-    young: HashMap<DeviceId, Kept>,
-    old: HashMap<DeviceId, Kept>,
+    /// Trees, which are never half empty: a hash map is, whenever it has just grown.
+    young: BTreeMap<DeviceId, Kept>,
+    old: BTreeMap<DeviceId, Kept>,
     len_max: usize,
 }
 
@@ -197,25 +208,14 @@ impl History {
 
 impl Kept {
     fn push(&mut self, attempt: Attempt) {
-        match &mut self.attempts {
-            Attempts::None => self.attempts = Attempts::One(attempt),
-            Attempts::One(first) => self.attempts = Attempts::Many(Box::new(VecDeque::from([*first, attempt]))),
-            Attempts::Many(attempts) => {
-                if attempts.len() == ATTEMPTS_MAX {
-                    attempts.pop_front();
-                }
-                attempts.push_back(attempt);
-            }
-        }
+        let surplus = (self.attempts.len() + 1).saturating_sub(ATTEMPTS_MAX);
+        let kept = self.attempts[surplus..].iter().copied();
+        self.attempts = kept.chain([attempt.into()]).collect();
     }
 
     fn record(&self) -> Record {
         Record {
-            attempts: match &self.attempts {
-                Attempts::None => Vec::new(),
-                Attempts::One(attempt) => vec![*attempt],
-                Attempts::Many(attempts) => attempts.iter().copied().collect(),
-            },
+            attempts: self.attempts.iter().copied().map(Attempt::from).collect(),
             offline: self.offline.as_deref().copied(),
             identity: self.identity.clone(),
         }
@@ -225,8 +225,8 @@ impl Kept {
 impl Generations {
     fn new(len_max: usize) -> Self {
         Self {
-            young: HashMap::new(),
-            old: HashMap::new(),
+            young: BTreeMap::new(),
+            old: BTreeMap::new(),
             len_max,
         }
     }
@@ -248,8 +248,10 @@ impl Generations {
         if !self.young.contains_key(&device) && self.young.len() >= self.len_max {
             self.old = std::mem::take(&mut self.young);
         }
-        let older = self.old.remove(&device);
-        self.young.entry(device).or_insert_with(|| older.unwrap_or_default())
+        let old = &mut self.old;
+        self.young
+            .entry(device)
+            .or_insert_with(|| old.remove(&device).unwrap_or_default())
     }
 }
 
@@ -282,8 +284,19 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_is_online_and_came_once_takes_little() {
+    fn a_device_that_is_online_takes_little() {
         assert!(size_of::<(DeviceId, Kept)>() <= 64);
+    }
+
+    #[test]
+    fn attempts_are_packed_and_come_out_as_they_were() {
+        let refused = Code::ALL.iter().map(|code| Outcome::Refused(*code));
+        for outcome in [Outcome::Admitted, Outcome::Abandoned].into_iter().chain(refused) {
+            let at = WallTime::from_unix_ms(1_790_000_000_123);
+            let attempt = Attempt { at, outcome };
+
+            assert_eq!(Attempt::from(PackedAttempt::from(attempt)), attempt);
+        }
     }
 
     #[test]

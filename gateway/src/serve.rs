@@ -29,6 +29,7 @@ use crate::{
     resume::{self, Resume},
     rules::{self, Rules},
     sessions::Sessions,
+    socket::SocketLimits,
     state::{Plan, Shared, SharedIds, State},
     store::{Store, StoreError},
     telemetry,
@@ -168,6 +169,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         node: node_name(&config),
         memory: Memory::new(Sources::of_process(config.server.max_memory_bytes)),
         session_limits: Arc::new(session_limits(&config)),
+        socket_limits: Arc::new(SocketLimits::of(&config.limits)),
         config: Arc::new(config),
         clock,
         started,
@@ -239,6 +241,7 @@ fn spawn_tasks(state: &Shared, life: &Lifecycle) {
     life.spawn("known good", known_good::keep(shared(), hard()));
     life.spawn("gauges", upkeep::publish(shared(), hard()));
     life.spawn("memory", memory::follow(shared(), hard()));
+    life.spawn("session clock", upkeep::call_sessions(shared(), hard()));
     life.spawn("certificates", tls::follow(shared(), hard()));
     life.spawn("lag", upkeep::measure_lag(shared(), hard()));
 }

@@ -4,9 +4,11 @@
 //! clean-up) never touches the newer, because every change names the epoch it means.
 
 use std::{
+    borrow::Borrow,
     collections::HashMap,
     future::poll_fn,
-    net::SocketAddr,
+    hash::{Hash, Hasher},
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -18,7 +20,7 @@ use bytes::Bytes;
 use seawall_proto::{
     close::Close,
     id::{DeviceId, SessionId},
-    time::WallTime,
+    time::{Instant, WallTime},
 };
 use tokio::sync::oneshot;
 
@@ -39,8 +41,18 @@ pub struct SessionInfo {
     pub cohort: Arc<Cohort>,
     /// The device speaks `seawall.v1`; otherwise its session is plain.
     pub speaks_v1: bool,
-    pub peer: SocketAddr,
+    /// Where it comes from, with [`port`](Self::port): 20 bytes, where a [`SocketAddr`] has 32.
+    pub address: IpAddr,
+    pub port: u16,
     pub since: WallTime,
+}
+
+impl SessionInfo {
+    /// Where it comes from.
+    #[must_use]
+    pub const fn peer(&self) -> SocketAddr {
+        SocketAddr::new(self.address, self.port)
+    }
 }
 
 /// A session as others see it. Dropping the last handle means nothing: the session's task owns the socket.
@@ -54,12 +66,26 @@ pub struct Session {
 /// Small, since every session has one and few have anything in it.
 #[derive(Debug, Default)]
 struct Inbox {
-    close: Option<Box<Close>>,
+    /// Only while there is any.
+    mail: Option<Box<Mail>>,
     closed: bool,
-    /// Oldest first.
-    messages: Vec<Outgoing>,
+    /// The time of [`Sessions::call_at`] has come.
+    is_due: bool,
     /// Of the session's task, where it waits.
     waker: Option<Waker>,
+}
+
+#[derive(Debug, Default)]
+struct Mail {
+    close: Option<Close>,
+    /// Oldest first.
+    messages: Vec<Outgoing>,
+}
+
+impl Inbox {
+    fn is_ending(&self) -> bool {
+        self.closed || self.mail.as_ref().is_some_and(|mail| mail.close.is_some())
+    }
 }
 
 /// A message on its way to a device.
@@ -89,6 +115,15 @@ pub enum Delivery {
     Acked,
 }
 
+/// Why a session's task is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    /// The mailbox holds something.
+    Mail,
+    /// The time of [`Sessions::call_at`] has come.
+    Due,
+}
+
 /// What the session's task finds in its mailbox.
 #[derive(Debug)]
 pub enum Command {
@@ -109,10 +144,10 @@ impl Session {
     /// Orders the session to end. The first order counts; later ones are ignored.
     pub fn close(&self, order: Close) -> bool {
         let mut inbox = self.inbox();
-        if inbox.closed || inbox.close.is_some() {
+        if inbox.is_ending() {
             return false;
         }
-        inbox.close = Some(Box::new(order));
+        inbox.mail.get_or_insert_default().close = Some(order);
         wake(inbox);
         true
     }
@@ -120,8 +155,7 @@ impl Session {
     /// The session has been told to end.
     #[must_use]
     pub fn is_closing(&self) -> bool {
-        let inbox = self.inbox();
-        inbox.closed || inbox.close.is_some()
+        self.inbox().is_ending()
     }
 
     /// Puts a message into the mailbox.
@@ -130,37 +164,42 @@ impl Session {
     /// The mailbox is full, or the session is ending.
     pub fn post(&self, message: Outgoing) -> Result<(), PostError> {
         let mut inbox = self.inbox();
-        if inbox.closed || inbox.close.is_some() {
+        if inbox.is_ending() {
             return Err(PostError::Offline);
         }
-        if inbox.messages.len() >= MAILBOX_LEN_MAX {
+        let mail = inbox.mail.get_or_insert_default();
+        if mail.messages.len() >= MAILBOX_LEN_MAX {
             return Err(PostError::MailboxFull);
         }
-        inbox.messages.push(message);
+        mail.messages.push(message);
         wake(inbox);
         Ok(())
     }
 
-    /// Ready where the mailbox holds something; otherwise the task of `cx` is woken once it does. For the session's task alone.
-    pub fn poll_mail(&self, cx: &Context<'_>) -> Poll<()> {
-        self.poll_inbox(cx, |inbox| inbox.close.is_some() || !inbox.messages.is_empty())
+    /// Ready where the mailbox holds something, or else the session's time has come, which is told once; otherwise the task of `cx` is
+    /// woken then. For the session's task alone.
+    pub fn poll_call(&self, cx: &Context<'_>) -> Poll<Call> {
+        self.poll_inbox(cx, |inbox| {
+            if inbox.mail.is_some() {
+                return Some(Call::Mail);
+            }
+            std::mem::take(&mut inbox.is_due).then_some(Call::Due)
+        })
     }
 
     /// The next command; an order to close goes before messages.
     pub fn take(&self) -> Option<Command> {
         let mut inbox = self.inbox();
-        if let Some(order) = inbox.close.take() {
-            inbox.closed = true;
-            return Some(Command::Close(*order));
+        let mail = inbox.mail.as_mut()?;
+        let command = match mail.close.take() {
+            Some(order) => Command::Close(order),
+            None => Command::Deliver(mail.messages.remove(0)),
+        };
+        if mail.messages.is_empty() {
+            inbox.mail = None;
         }
-        if inbox.messages.is_empty() {
-            return None;
-        }
-        let message = inbox.messages.remove(0);
-        if inbox.messages.is_empty() {
-            inbox.messages = Vec::new();
-        }
-        Some(Command::Deliver(message))
+        inbox.closed |= matches!(command, Command::Close(_));
+        Some(command)
     }
 
     /// Waits until the session is ordered to end. For the session's task alone.
@@ -168,13 +207,13 @@ impl Session {
     /// # Cancel safety
     /// Safe: whoever asks again is told the same.
     pub async fn ordered_to_close(&self) {
-        poll_fn(|cx| self.poll_inbox(cx, |inbox| inbox.closed || inbox.close.is_some())).await;
+        poll_fn(|cx| self.poll_inbox(cx, |inbox| inbox.is_ending().then_some(()))).await;
     }
 
-    fn poll_inbox(&self, cx: &Context<'_>, is_so: impl FnOnce(&Inbox) -> bool) -> Poll<()> {
+    fn poll_inbox<T>(&self, cx: &Context<'_>, look: impl FnOnce(&mut Inbox) -> Option<T>) -> Poll<T> {
         let mut inbox = self.inbox();
-        if is_so(&inbox) {
-            return Poll::Ready(());
+        if let Some(found) = look(&mut inbox) {
+            return Poll::Ready(found);
         }
         if !inbox.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
             inbox.waker = Some(cx.waker().clone());
@@ -186,7 +225,7 @@ impl Session {
     fn shut(&self) {
         let mut inbox = self.inbox();
         inbox.closed = true;
-        let undelivered = std::mem::take(&mut inbox.messages);
+        let undelivered = inbox.mail.take();
         // A waker keeps the memory of its task, and others may keep this session.
         let waker = inbox.waker.take();
         drop(inbox);
@@ -215,7 +254,33 @@ pub struct Sessions {
     len: AtomicUsize,
 }
 
-type Shard = HashMap<DeviceId, Arc<Session>>;
+/// Sessions by device, each with the time at which it is to be called.
+type Shard = HashMap<ByDevice, Instant>;
+
+/// A session that is found by its device's id, which it holds itself.
+#[derive(Debug)]
+struct ByDevice(Arc<Session>);
+
+impl Borrow<DeviceId> for ByDevice {
+    fn borrow(&self) -> &DeviceId {
+        &self.0.info.device
+    }
+}
+
+impl PartialEq for ByDevice {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.info.device == other.0.info.device
+    }
+}
+
+impl Eq for ByDevice {}
+
+/// As the id, by which it is found.
+impl Hash for ByDevice {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.info.device.hash(state);
+    }
+}
 
 /// What [`Sessions::register`] did.
 pub struct Registered {
@@ -247,7 +312,8 @@ impl Sessions {
             inbox: Mutex::default(),
         });
         let mut shard = self.shard(device);
-        let replaced = shard.insert(device, Arc::clone(&session));
+        let replaced = shard.remove_entry(&device).map(|(ByDevice(older), _)| older);
+        shard.insert(ByDevice(Arc::clone(&session)), Instant::FAR_FUTURE);
         match &replaced {
             Some(older) => {
                 older.info.cohort.session_closed();
@@ -269,8 +335,8 @@ impl Sessions {
         session.shut();
         let mut shard = self.shard(session.info.device);
         let is_newest = shard
-            .get(&session.info.device)
-            .is_some_and(|newest| newest.id == session.id);
+            .get_key_value(&session.info.device)
+            .is_some_and(|(newest, _)| newest.0.id == session.id);
         if is_newest {
             shard.remove(&session.info.device);
             session.info.cohort.session_closed();
@@ -282,7 +348,33 @@ impl Sessions {
 
     #[must_use]
     pub fn get(&self, device: DeviceId) -> Option<Arc<Session>> {
-        self.shard(device).get(&device).cloned()
+        let shard = self.shard(device);
+        shard.get_key_value(&device).map(|(session, _)| Arc::clone(&session.0))
+    }
+
+    /// Has a session's task [called](Session::poll_call) once it is `at`, instead of any time named before. A session that is no
+    /// longer its device's newest is not called: it has been told to close.
+    pub fn call_at(&self, session: &Session, at: Instant) {
+        let mut shard = self.shard(session.info.device);
+        let is_newest = shard
+            .get_key_value(&session.info.device)
+            .is_some_and(|(newest, _)| newest.0.id == session.id);
+        if is_newest && let Some(due) = shard.get_mut(&session.info.device) {
+            *due = at;
+        }
+    }
+
+    /// Calls the sessions whose time has come.
+    pub fn call_due(&self, now: Instant) {
+        for shard in &self.shards {
+            let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            for (session, due) in shard.iter_mut().filter(|(_, due)| **due <= now) {
+                *due = Instant::FAR_FUTURE;
+                let mut inbox = session.0.inbox();
+                inbox.is_due = true;
+                wake(inbox);
+            }
+        }
     }
 
     #[must_use]
@@ -299,7 +391,7 @@ impl Sessions {
     pub fn for_each(&self, mut each: impl FnMut(&Session)) {
         for shard in &self.shards {
             let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
-            shard.values().for_each(|session| each(session));
+            shard.keys().for_each(|session| each(&session.0));
         }
     }
 
@@ -308,7 +400,8 @@ impl Sessions {
         let mut found = Vec::new();
         for shard in &self.shards {
             let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
-            found.extend(shard.values().filter(|session| wanted(session)).cloned());
+            let sessions = shard.keys().map(|session| &session.0);
+            found.extend(sessions.filter(|session| wanted(session)).cloned());
         }
         found.sort_unstable_by_key(|session| session.info.device);
         found
@@ -405,6 +498,29 @@ mod tests {
         assert!(session.take().is_none());
     }
 
+    #[test]
+    fn a_session_is_called_once_when_its_time_has_come_and_no_longer_once_it_is_replaced() {
+        let (sessions, cohorts) = rig();
+        let cx = Context::from_waker(Waker::noop());
+        let at = Instant::from_micros;
+        let first = sessions.register(info(&cohorts, 1), |_| {}).session;
+        let called = |session: &Session| session.poll_call(&cx);
+
+        sessions.call_at(&first, at(100));
+        sessions.call_due(at(99));
+        assert_eq!(called(&first), Poll::Pending);
+        sessions.call_due(at(100));
+        assert_eq!(called(&first), Poll::Ready(Call::Due));
+        sessions.call_due(at(200));
+        assert_eq!(called(&first), Poll::Pending);
+
+        let second = sessions.register(info(&cohorts, 1), |_| {}).session;
+        sessions.call_at(&first, at(300));
+        sessions.call_due(at(300));
+        assert_eq!(called(&second), Poll::Pending);
+        assert_eq!(called(&first), Poll::Ready(Call::Mail), "it has been told to close");
+    }
+
     fn rig() -> (Sessions, Cohorts) {
         (Sessions::new(WallTime::from_unix_ms(1)), Cohorts::new())
     }
@@ -419,7 +535,8 @@ mod tests {
             tenant: "default".into(),
             cohort: cohorts.intern(None, Some("1.0")),
             speaks_v1: true,
-            peer: SocketAddr::from(([127, 0, 0, 1], 1)),
+            address: IpAddr::from([127, 0, 0, 1]),
+            port: 1,
             since: WallTime::from_unix_ms(1),
         }
     }

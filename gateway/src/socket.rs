@@ -1,13 +1,14 @@
 //! A device's WebSocket, behind one type of our own: what comes in, what goes out, and how it ends.
 //!
 //! The library's types stop here, so that what is under them (its buffers, its frames) can change without the session
-//! noticing. Start with [`Socket`]. Buffers are small and bounded, and an idle socket has given back what a large message took.
+//! noticing. Start with [`Socket`]. Buffers are small and bounded, and an idle socket has none.
 
 mod aligned;
 
 use std::{
     future::poll_fn,
     io,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -24,16 +25,13 @@ use tokio_tungstenite::tungstenite::{
     protocol::{CloseFrame, Role, WebSocketConfig, WebSocketContext, frame::coding::CloseCode},
 };
 
-use self::aligned::Aligned;
+use self::aligned::{Aligned, Unread};
 
-use crate::transport::Transport;
+use crate::{config::Limits, transport::Transport};
 
-/// The library's read buffer is made at once and stays: with its default it would be 128 KiB. A heartbeat fits; what does not is
-/// copied in pieces of this size, which costs no system call, since [`Aligned`] reads by the large piece.
-const READ_BUFFER_LEN: usize = 64;
-
-/// A socket that took or sent a frame of over this many bytes gets new buffers once it is idle.
-const KEPT_LEN_MAX: usize = 1024;
+/// The library's read buffer, made for each message. Most fit; what does not is copied in pieces of this size, which costs no system call,
+/// since [`Aligned`] reads by the large piece.
+const READ_BUFFER_LEN: usize = 256;
 
 /// Frames said together go out in one write up to this many bytes.
 const WRITE_BUFFER_LEN: usize = 4 * 1024;
@@ -58,6 +56,18 @@ pub struct SocketLimits {
     pub write_timeout: Duration,
 }
 
+impl SocketLimits {
+    /// As the operator set them.
+    #[must_use]
+    pub const fn of(limits: &Limits) -> Self {
+        Self {
+            frame_len_max: limits.frame_bytes_max,
+            message_len_max: limits.message_bytes_max,
+            write_timeout: limits.write_timeout(),
+        }
+    }
+}
+
 /// What came in.
 #[derive(Debug)]
 pub enum Inbound {
@@ -78,6 +88,24 @@ pub enum Inbound {
     Gone,
 }
 
+/// What goes out, as one frame.
+#[derive(Debug)]
+pub enum Outbound {
+    Text(String),
+    Binary(Vec<u8>),
+    Ping,
+}
+
+impl From<Outbound> for Message {
+    fn from(outbound: Outbound) -> Self {
+        match outbound {
+            Outbound::Text(text) => Self::Text(text.into()),
+            Outbound::Binary(bytes) => Self::Binary(bytes.into()),
+            Outbound::Ping => Self::Ping(Bytes::new()),
+        }
+    }
+}
+
 /// Why nothing more can be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SendError {
@@ -87,24 +115,48 @@ pub enum SendError {
     Gone,
 }
 
+impl From<Error> for SendError {
+    fn from(error: Error) -> Self {
+        match error {
+            // Full of answers to pings that the peer does not read.
+            Error::WriteBufferFull(_) => Self::Slow,
+            Error::ConnectionClosed
+            | Error::AlreadyClosed
+            | Error::Io(_)
+            | Error::Tls(_)
+            | Error::Capacity(_)
+            | Error::Protocol(_)
+            | Error::Utf8(_)
+            | Error::AttackAttempt
+            | Error::Url(_)
+            | Error::Http(_)
+            | Error::HttpFormat(_) => Self::Gone,
+        }
+    }
+}
+
 /// An upgraded connection.
 #[derive(Debug)]
 pub struct Socket {
-    io: Aligned,
-    context: WebSocketContext,
-    write_timeout: Duration,
+    transport: Transport,
+    limits: Arc<SocketLimits>,
+    /// An idle socket has none.
+    busy: Option<Box<Busy>>,
     /// Reading has come to its end.
     has_ended: bool,
-    /// The transport takes no more for now: what is in the write buffer goes first.
-    is_blocked: bool,
-    /// It sent a large frame.
-    has_grown: bool,
 }
 
-impl Socket {
-    /// Takes over a connection behind its 101. `leftover` is what the peer sent without waiting for it.
-    #[must_use]
-    pub fn new(transport: Transport, leftover: Vec<u8>, limits: SocketLimits) -> Self {
+/// What messages under way need, in or out.
+#[derive(Debug)]
+struct Busy {
+    context: WebSocketContext,
+    unread: Unread,
+    /// The transport takes no more for now: what is in the write buffer goes first.
+    is_blocked: bool,
+}
+
+impl Busy {
+    fn new(limits: &SocketLimits, unread: Unread) -> Box<Self> {
         let config = WebSocketConfig::default()
             .read_buffer_size(READ_BUFFER_LEN)
             .write_buffer_size(WRITE_BUFFER_LEN)
@@ -112,13 +164,24 @@ impl Socket {
             .max_write_buffer_size(WRITE_BUFFER_LEN + 2 * (limits.message_len_max + ENVELOPE_LEN))
             .max_frame_size(Some(limits.frame_len_max))
             .max_message_size(Some(limits.message_len_max));
-        Self {
-            io: Aligned::new(transport, leftover),
+        Box::new(Self {
             context: WebSocketContext::new(Role::Server, Some(config)),
-            write_timeout: limits.write_timeout,
-            has_ended: false,
+            unread,
             is_blocked: false,
-            has_grown: false,
+        })
+    }
+}
+
+impl Socket {
+    /// Takes over a connection behind its 101. `leftover` is what the peer sent without waiting for it.
+    #[must_use]
+    pub fn new(transport: Transport, leftover: &[u8], limits: Arc<SocketLimits>) -> Self {
+        let busy = (!leftover.is_empty()).then(|| Busy::new(&limits, Unread::new(leftover)));
+        Self {
+            transport,
+            limits,
+            busy,
+            has_ended: false,
         }
     }
 
@@ -144,31 +207,34 @@ impl Socket {
         poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// Puts a text frame into the write buffer.
+    /// Ready once the write buffer has room for a frame.
     ///
     /// # Errors
     /// The peer does not read, or is gone.
-    pub async fn feed_text(&mut self, text: String) -> Result<(), SendError> {
-        self.feed(Message::Text(text.into())).await
+    pub fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SendError>> {
+        if self.busy.as_ref().is_some_and(|busy| busy.is_blocked) {
+            return self.poll_flush(cx);
+        }
+        Poll::Ready(Ok(()))
     }
 
-    /// Puts a binary frame into the write buffer.
+    /// Puts a frame into the write buffer. Ask for [room](Self::poll_room) before.
     ///
     /// # Errors
     /// The peer does not read, or is gone.
-    pub async fn feed_binary(&mut self, bytes: Vec<u8>) -> Result<(), SendError> {
-        self.feed(Message::Binary(bytes.into())).await
+    pub fn feed(&mut self, outbound: Outbound, cx: &mut Context<'_>) -> Result<(), SendError> {
+        self.write(outbound.into(), cx).map_err(SendError::from)
     }
 
-    /// Puts a ping into the write buffer.
+    /// Writes what was fed. Sets no bound to the time that takes.
     ///
     /// # Errors
     /// The peer does not read, or is gone.
-    pub async fn feed_ping(&mut self) -> Result<(), SendError> {
-        self.feed(Message::Ping(Bytes::new())).await
+    pub fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SendError>> {
+        self.poll_sent(cx).map_err(SendError::from)
     }
 
-    /// Writes what was fed.
+    /// Writes what was fed, within the time for a write.
     ///
     /// # Errors
     /// The peer does not read, or is gone.
@@ -176,7 +242,20 @@ impl Socket {
     /// # Cancel safety
     /// Safe: what was not written stays in the buffer.
     pub async fn flush(&mut self) -> Result<(), SendError> {
-        in_time(self.write_timeout, poll_fn(|cx| self.poll_flush(cx))).await
+        let limit = self.limits.write_timeout;
+        in_time(limit, poll_fn(|cx| self.poll_flush(cx))).await
+    }
+
+    /// Sends one frame, for whoever does nothing else meanwhile.
+    ///
+    /// # Errors
+    /// The peer does not read, or is gone.
+    pub async fn send(&mut self, outbound: Outbound) -> Result<(), SendError> {
+        let limit = self.limits.write_timeout;
+        in_time(limit, poll_fn(|cx| self.poll_room(cx))).await?;
+        let mut outbound = Some(outbound);
+        poll_fn(|cx| Poll::Ready(outbound.take().map_or(Ok(()), |outbound| self.feed(outbound, cx)))).await?;
+        self.flush().await
     }
 
     /// Sends a close frame, and waits a moment for the peer's.
@@ -193,7 +272,7 @@ impl Socket {
                 .await
                 .is_some_and(|message| message.is_ok())
             {}
-            self.io.transport().say_goodbye().await;
+            self.transport.say_goodbye().await;
         };
         // Whether the peer answers or not, the connection ends here.
         let _ = timeout(CLOSE_TIMEOUT, last_words).await;
@@ -202,7 +281,7 @@ impl Socket {
     /// Sends a close frame to a peer whose frames can't be read any further (RFC 6455 §7.1.7).
     pub async fn fail(mut self, close: &Close) {
         if self.send_close(close).await.is_ok() {
-            drain(self.io.transport(), DRAIN_LEN_MAX, CLOSE_TIMEOUT).await;
+            drain(&mut self.transport, DRAIN_LEN_MAX, CLOSE_TIMEOUT).await;
         }
     }
 
@@ -211,25 +290,23 @@ impl Socket {
             code: CloseCode::from(close.code()),
             reason: close.reason().into(),
         };
-        in_time(self.write_timeout.min(CLOSE_TIMEOUT), async {
-            self.write(Message::Close(Some(frame))).await?;
-            poll_fn(|cx| self.poll_flush(cx)).await
-        })
-        .await
+        let limit = self.limits.write_timeout.min(CLOSE_TIMEOUT);
+        let mut closing = Some(Message::Close(Some(frame)));
+        let sending = poll_fn(|cx| {
+            ready!(self.poll_room(cx))?;
+            if let Some(closing) = closing.take() {
+                self.write(closing, cx)?;
+            }
+            self.poll_flush(cx)
+        });
+        in_time(limit, sending).await
     }
 
-    async fn feed(&mut self, message: Message) -> Result<(), SendError> {
-        in_time(self.write_timeout, self.write(message)).await
-    }
-
-    /// Puts a message into the write buffer, once the transport took what was too much for it.
-    async fn write(&mut self, message: Message) -> Result<(), Error> {
-        if self.is_blocked {
-            poll_fn(|cx| self.poll_flush(cx)).await?;
+    fn write(&mut self, message: Message, cx: &mut Context<'_>) -> Result<(), Error> {
+        let written = self.with(cx, |context, io| context.write(io, message));
+        if let Some(busy) = &mut self.busy {
+            busy.is_blocked = written.is_pending();
         }
-        self.has_grown |= message.len() > KEPT_LEN_MAX;
-        let written = unblocked(self.context.write(&mut self.io, message));
-        self.is_blocked = written.is_pending();
         match written {
             Poll::Ready(done) => done,
             // It is in the buffer.
@@ -237,14 +314,22 @@ impl Socket {
         }
     }
 
-    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        self.io.wake(cx);
-        let flushed = ready!(unblocked(self.context.flush(&mut self.io)));
-        self.is_blocked = false;
+    fn poll_sent(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        if self.busy.is_none() {
+            return Poll::Ready(Ok(()));
+        }
+        let flushed = ready!(self.with(cx, |context, io| context.flush(io)));
+        if let Some(busy) = &mut self.busy {
+            busy.is_blocked = false;
+        }
         Poll::Ready(match flushed {
+            Ok(()) => {
+                self.rest();
+                Ok(())
+            }
             // The close frame was the last thing to write.
             Err(Error::ConnectionClosed) => Ok(()),
-            other => other,
+            error => error,
         })
     }
 
@@ -253,9 +338,21 @@ impl Socket {
         if self.has_ended {
             return Poll::Ready(None);
         }
-        self.io.wake(cx);
-        let Poll::Ready(read) = unblocked(self.context.read(&mut self.io)) else {
-            self.shrink();
+        if self.busy.is_none() {
+            let mut unread = Unread::default();
+            match ready!(unread.poll_fill(&mut self.transport, cx)) {
+                Ok(1..) => self.busy = Some(Busy::new(&self.limits, unread)),
+                Ok(0) | Err(_) => {
+                    self.has_ended = true;
+                    return Poll::Ready(None);
+                }
+            }
+        }
+        let Poll::Ready(read) = self.with(cx, |context, io| context.read(io)) else {
+            if self.is_between_messages() {
+                // What can't be written shows at the next write, or at the end of reading.
+                let _ = self.poll_sent(cx);
+            }
             return Poll::Pending;
         };
         self.has_ended = read.is_err();
@@ -265,37 +362,40 @@ impl Socket {
         })
     }
 
-    /// Gives back the buffers that a large message made: the library keeps them for as long as it has its state. Between two messages, and
-    /// with nothing left to write, there is nothing in that state.
-    fn shrink(&mut self) {
-        let is_large = self.has_grown || self.io.largest() > KEPT_LEN_MAX as u64;
-        if is_large
-            && self.io.is_between_messages()
-            && self.context.can_write()
-            && matches!(self.context.flush(&mut self.io), Ok(()))
-        {
-            self.context = WebSocketContext::new(Role::Server, Some(*self.context.get_config()));
-            self.has_grown = false;
-            self.io.forget();
+    /// Asks the library, which is set up where it is needed. What it can't do now is pending.
+    fn with<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        act: impl FnOnce(&mut WebSocketContext, &mut Aligned<'_, '_>) -> Result<T, Error>,
+    ) -> Poll<Result<T, Error>> {
+        let busy = self
+            .busy
+            .get_or_insert_with(|| Busy::new(&self.limits, Unread::default()));
+        let Busy { context, unread, .. } = &mut **busy;
+        let transport = &mut self.transport;
+        match act(context, &mut Aligned { transport, unread, cx }) {
+            Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => Poll::Pending,
+            done => Poll::Ready(done),
+        }
+    }
+
+    /// The library holds no part of a message that came, and has not begun to close the connection.
+    fn is_between_messages(&self) -> bool {
+        self.busy
+            .as_ref()
+            .is_some_and(|busy| busy.unread.is_between_messages() && busy.context.can_write())
+    }
+
+    /// Gives everything back that messages needed, where everything was written and no message is under way.
+    fn rest(&mut self) {
+        if self.is_between_messages() {
+            self.busy = None;
         }
     }
 }
 
-/// What the library could not do for now is pending.
-fn unblocked<T>(done: Result<T, Error>) -> Poll<Result<T, Error>> {
-    match done {
-        Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => Poll::Pending,
-        done => Poll::Ready(done),
-    }
-}
-
-async fn in_time(limit: Duration, sent: impl Future<Output = Result<(), Error>>) -> Result<(), SendError> {
-    match timeout(limit, sent).await {
-        Ok(Ok(())) => Ok(()),
-        // The write buffer is full of answers to pings that the peer does not read.
-        Ok(Err(Error::WriteBufferFull(_))) | Err(_) => Err(SendError::Slow),
-        Ok(Err(_)) => Err(SendError::Gone),
-    }
+async fn in_time(limit: Duration, sent: impl Future<Output = Result<(), SendError>>) -> Result<(), SendError> {
+    timeout(limit, sent).await.unwrap_or(Err(SendError::Slow))
 }
 
 /// The close that answers an error in reading; `None` where nobody is left to read it.
@@ -367,7 +467,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let server = listener.accept().await.unwrap().0;
-        (client, Socket::new(server.into(), Vec::new(), LIMITS))
+        (client, Socket::new(server.into(), &[], Arc::new(LIMITS)))
     }
 
     /// A masked frame with a key of zeros.
@@ -473,7 +573,7 @@ mod tests {
         let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let server = listener.accept().await.unwrap().0;
 
-        let mut socket = Socket::new(server.into(), frame(0x81, b"hi"), LIMITS);
+        let mut socket = Socket::new(server.into(), &frame(0x81, b"hi"), Arc::new(LIMITS));
 
         let Inbound::Text(text) = socket.next().await else {
             panic!("no text");
@@ -486,8 +586,7 @@ mod tests {
         let (_client, mut socket) = pair().await;
 
         let outcome = loop {
-            let fed = socket.feed_text("x".repeat(1000)).await;
-            let sent = if fed.is_ok() { socket.flush().await } else { fed };
+            let sent = socket.send(Outbound::Text("x".repeat(1000))).await;
             if sent.is_err() {
                 break sent;
             }

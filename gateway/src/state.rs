@@ -24,6 +24,7 @@ use crate::{
     resume::Resume,
     rules::Rules,
     sessions::Sessions,
+    socket::SocketLimits,
     store::{DatabaseStatus, PlanReport, Store},
     tls::{EXPIRY_NOTICE, Tls},
     tokens::Tokens,
@@ -57,6 +58,8 @@ pub struct State {
     pub shared_ids: SharedIds,
     /// What all sessions have in common.
     pub session_limits: Arc<SessionLimits>,
+    /// What all sockets have in common.
+    pub socket_limits: Arc<SocketLimits>,
 }
 
 /// How tasks hold the state.

@@ -24,6 +24,8 @@ const PLAN_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 const GAUGES_INTERVAL: Duration = Duration::from_secs(1);
 /// How often raw samples of histograms are put into buckets: until then each takes 16 bytes.
 const SAMPLES_INTERVAL: Duration = Duration::from_secs(5);
+/// How often it is looked which sessions are to be called. A ping may be so much later than it should.
+const CALL_INTERVAL: Duration = Duration::from_millis(100);
 /// How often the runtime's lag is measured.
 const LAG_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -73,6 +75,15 @@ fn take_report(state: &Shared, report: &PlanReport) {
         (true, PlanReport::Alarm(_)) | (false, PlanReport::Indexed) => {}
     }
     state.plan.set(report.clone());
+}
+
+/// Calls the sessions whose time has come, until `stop`: one timer for all of them.
+pub async fn call_sessions(state: Shared, stop: CancellationToken) {
+    let mut calls = interval(CALL_INTERVAL);
+    calls.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(calls.tick()).await.is_some() {
+        state.sessions.call_due(state.clock.now());
+    }
 }
 
 /// Publishes figures that others keep or that nothing else changes, and sorts samples into buckets, until `stop`.

@@ -24,7 +24,7 @@ const BEFORE: u128 = 100;
 const COUNTED_DEVICES: u128 = 1_000;
 /// What is asked of the allocator for each; what it adds for itself, and what `loadtest bench` sees, is some part more.
 /// With debug assertions; it is a little less without.
-const BYTES_MAX: usize = 2_250;
+const BYTES_MAX: usize = 1_450;
 /// A message that is larger than anything a session usually says, and how many devices say it.
 const LARGE_LEN: u16 = 40_000;
 const LOUD_DEVICES: usize = 100;

@@ -4,9 +4,9 @@
 
 use std::{
     future::poll_fn,
-    pin::{Pin, pin},
+    pin::pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use seawall_proto::{
@@ -17,10 +17,7 @@ use seawall_proto::{
     resume::{Grant, Minted},
     session::{self, Action, OutBody, Received},
 };
-use tokio::{
-    sync::oneshot,
-    time::{Sleep, sleep_until, timeout},
-};
+use tokio::{sync::oneshot, time::timeout};
 use tokio_tungstenite::tungstenite::protocol::frame::{
     Frame,
     coding::{Data, OpCode},
@@ -29,8 +26,8 @@ use tokio_tungstenite::tungstenite::protocol::frame::{
 use crate::{
     address::Share,
     connection::online::Online,
-    sessions::{Command, Delivery, Outgoing, OutgoingBody},
-    socket::{CLOSE_TIMEOUT, Inbound, SendError, Socket, SocketLimits},
+    sessions::{Call, Command, Delivery, Outgoing, OutgoingBody},
+    socket::{CLOSE_TIMEOUT, Inbound, Outbound, SendError, Socket},
     state::Shared,
     transport::Transport,
 };
@@ -38,13 +35,11 @@ use crate::{
 /// Messages whose delivery somebody waits for. Beyond it the oldest is no longer waited for: it counts as sent.
 const WAITING_MAX: usize = 64;
 
-/// What a session waits for.
-enum Event {
-    /// The mailbox holds something.
-    Mail,
-    Heard(Inbound),
-    /// The time that the machine named has come.
-    Due,
+/// What a session does that can't be done while it waits for whatever comes.
+enum Step {
+    /// The peer reads too slowly for what it is to be told.
+    Write,
+    End(End),
 }
 
 /// How a session ended.
@@ -88,10 +83,9 @@ impl From<SendError> for End {
     }
 }
 
-/// An upgraded connection with everything that it needs. A task is as large as its largest moment, and lives mostly in
-/// waiting: so whatever is awaited but rarely runs stands in a box of its own, for as long as it runs.
+/// An upgraded connection with everything that it needs. Sessions live mostly in waiting, and there are many: what rarely
+/// happens stands in a box of its own for as long as it happens, and what is common to all is shared.
 pub(super) struct Live {
-    shared: Shared,
     online: Online,
     machine: session::Session,
     socket: Socket,
@@ -103,6 +97,8 @@ pub(super) struct Live {
     ordered: Option<&'static str>,
     messages_in: u32,
     messages_out: u32,
+    /// Something lies in the socket's write buffer.
+    has_fed: bool,
     /// Its place among the node's connections.
     _connection: Share,
 }
@@ -137,23 +133,17 @@ pub(super) fn say_at_once(machine: &mut session::Session, bytes: &mut Vec<u8>) {
 
 impl Live {
     pub(super) fn open(
-        shared: Shared,
         online: Online,
         machine: session::Session,
         stream: Transport,
-        leftover: Vec<u8>,
+        leftover: &[u8],
         grant: Option<Box<Grant>>,
         connection: Share,
     ) -> Self {
-        let limits = &shared.config.limits;
-        let socket_limits = SocketLimits {
-            frame_len_max: limits.frame_bytes_max,
-            message_len_max: limits.message_bytes_max,
-            write_timeout: limits.write_timeout(),
-        };
+        let shared = online.shared();
+        shared.sessions.call_at(online.session(), machine.poll_timeout());
         Self {
-            socket: Socket::new(stream, leftover, socket_limits),
-            shared,
+            socket: Socket::new(stream, leftover, Arc::clone(&shared.socket_limits)),
             online,
             machine,
             waiting: Vec::new(),
@@ -161,52 +151,68 @@ impl Live {
             ordered: None,
             messages_in: 0,
             messages_out: 0,
+            has_fed: false,
             _connection: connection,
         }
     }
 
-    /// Runs the session to its end. Boxed, since a future holds what is passed to it twice (measured: 1,368 bytes a session
-    /// without the box, 848 with it).
-    pub(super) async fn run(mut self: Box<Self>) {
-        let end = self.until_end().await;
-        Box::pin(self.farewell(end)).await;
-    }
-
-    async fn until_end(&mut self) -> End {
-        let timer = sleep_until(self.shared.clock.deadline(self.machine.poll_timeout()));
-        tokio::pin!(timer);
-        loop {
-            if self.machine.has_actions() {
-                if let Err(end) = Box::pin(self.act_until_ordered()).await {
-                    return end;
-                }
-                self.obey();
-                if self.machine.has_actions() {
-                    continue;
-                }
-            }
-            match poll_fn(|cx| self.poll_event(timer.as_mut(), cx)).await {
-                Event::Mail => self.obey(),
-                Event::Heard(inbound) => {
-                    if let Some(end) = self.hear(inbound) {
-                        return end;
+    /// Runs the session to its end.
+    #[expect(
+        clippy::manual_async_fn,
+        reason = "the future of an async fn holds what it is passed twice: as an argument, and as the variable that it becomes"
+    )]
+    pub(super) fn run(mut self) -> impl Future<Output = ()> + Send {
+        async move {
+            let end = loop {
+                match poll_fn(|cx| self.poll_step(cx)).await {
+                    Step::End(end) => break end,
+                    Step::Write => {
+                        if let Err(end) = Box::pin(self.act_until_ordered()).await {
+                            break end;
+                        }
                     }
                 }
-                Event::Due => self.tick(timer.as_mut()),
+            };
+            Box::pin(self.farewell(end)).await;
+        }
+    }
+
+    /// Everything that needs no waiting but for whatever comes next.
+    fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Step> {
+        loop {
+            while self.has_fed || self.machine.has_actions() {
+                match self.poll_act(cx) {
+                    Poll::Ready(Ok(())) => self.obey(),
+                    Poll::Ready(Err(end)) => return Poll::Ready(Step::End(end)),
+                    Poll::Pending => return Poll::Ready(Step::Write),
+                }
+            }
+            if let Some(end) = ready!(self.poll_event(cx)) {
+                return Poll::Ready(Step::End(end));
             }
         }
     }
 
-    /// In this order: orders are few and bounded; what a device has sent counts before its silence does. By hand, since `select!` would
-    /// hold a future of each kind for as long as the session waits.
-    fn poll_event(&mut self, timer: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Event> {
-        if self.online.session().poll_mail(cx).is_ready() {
-            return Poll::Ready(Event::Mail);
+    /// What comes next, in this order: orders are few and bounded; what a device has sent counts before its silence does.
+    fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<End>> {
+        let call = self.online.session().poll_call(cx);
+        if let Poll::Ready(Call::Mail) = call {
+            self.obey();
+            return Poll::Ready(None);
         }
-        if let Poll::Ready(inbound) = self.socket.poll_next(cx) {
-            return Poll::Ready(Event::Heard(inbound));
+        let heard = self.socket.poll_next(cx);
+        if heard.is_pending() && call.is_pending() {
+            return Poll::Pending;
         }
-        timer.poll(cx).map(|()| Event::Due)
+        if let Poll::Ready(inbound) = heard
+            && let Some(end) = self.hear(inbound)
+        {
+            return Poll::Ready(Some(end));
+        }
+        if call.is_ready() {
+            self.tick();
+        }
+        Poll::Ready(None)
     }
 
     /// A peer that does not read must not hold up an order to end its session: then what is being written gets a moment more.
@@ -230,20 +236,34 @@ impl Live {
         }
     }
 
-    /// Carries out what the machine decided, in its order, and writes it in one go.
+    /// As [`poll_act`](Self::poll_act), but waits for the peer to read, as long as one write may take each time.
     async fn act(&mut self) -> Result<(), End> {
-        let mut has_fed = false;
-        while let Some(action) = self.machine.poll_action() {
-            match action {
-                Action::Text(text) => self.socket.feed_text(text).await?,
-                Action::Binary(bytes) => self.socket.feed_binary(bytes).await?,
-                Action::Ping => self.socket.feed_ping().await?,
+        loop {
+            self.socket.flush().await?;
+            if let Poll::Ready(done) = poll_fn(|cx| Poll::Ready(self.poll_act(cx))).await {
+                return done;
+            }
+        }
+    }
+
+    /// Carries out what the machine decided, in its order, and writes it in one go. Pending where the peer does not read; to be called again
+    /// then.
+    fn poll_act(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
+        while self.machine.has_actions() {
+            ready!(self.socket.poll_room(cx))?;
+            let Some(action) = self.machine.poll_action() else {
+                break;
+            };
+            let outbound = match action {
+                Action::Text(text) => Outbound::Text(text),
+                Action::Binary(bytes) => Outbound::Binary(bytes),
+                Action::Ping => Outbound::Ping,
                 Action::Received(received) => {
                     self.store(received);
                     continue;
                 }
                 Action::Complained(error) => {
-                    self.shared.metrics.messages_in.increment(match error {
+                    self.online.shared().metrics.messages_in.increment(match error {
                         ErrorCode::BadFrame => "bad_frame",
                         ErrorCode::RateLimited => "rate_limited",
                     });
@@ -257,12 +277,14 @@ impl Live {
                     self.renew_token("renewal");
                     continue;
                 }
-                Action::Close(close) => return Err(End::Closed(close)),
-            }
-            has_fed = true;
+                Action::Close(close) => return Poll::Ready(Err(End::Closed(close))),
+            };
+            self.socket.feed(outbound, cx)?;
+            self.has_fed = true;
         }
-        if has_fed {
-            self.socket.flush().await?;
+        if self.has_fed {
+            ready!(self.socket.poll_flush(cx))?;
+            self.has_fed = false;
             if !self.online.session().info.speaks_v1 {
                 // A plain session has no acknowledgements: written is all that can be known.
                 for (_, done) in self.waiting.drain(..) {
@@ -271,7 +293,7 @@ impl Live {
                 }
             }
         }
-        Ok(())
+        Poll::Ready(Ok(()))
     }
 
     fn obey(&mut self) {
@@ -291,8 +313,9 @@ impl Live {
 
     fn renew_token(&mut self, occasion: &'static str) {
         let id = self.online.session().id;
-        if let Some(minted) = minted(&self.shared, self.grant.as_deref_mut(), id, occasion) {
-            self.machine.handle_token(&minted, self.shared.clock.now());
+        let shared = self.online.shared();
+        if let Some(minted) = minted(shared, self.grant.as_deref_mut(), id, occasion) {
+            self.machine.handle_token(&minted, shared.clock.now());
         }
     }
 
@@ -315,7 +338,7 @@ impl Live {
     }
 
     fn hear(&mut self, inbound: Inbound) -> Option<End> {
-        let now = self.shared.clock.now();
+        let now = self.online.shared().clock.now();
         match inbound {
             Inbound::Text(text) => self.machine.handle_text(&text, now),
             Inbound::Binary(bytes) => self.machine.handle_binary(&bytes, now),
@@ -328,9 +351,12 @@ impl Live {
         None
     }
 
-    fn tick(&mut self, timer: Pin<&mut Sleep>) {
-        self.machine.handle_timeout(self.shared.clock.now(), &mut rand::rng());
-        timer.reset(self.shared.clock.deadline(self.machine.poll_timeout()));
+    fn tick(&mut self) {
+        let shared = self.online.shared();
+        self.machine.handle_timeout(shared.clock.now(), &mut rand::rng());
+        shared
+            .sessions
+            .call_at(self.online.session(), self.machine.poll_timeout());
     }
 
     /// Into the event buffer; a full one means no acknowledgement, so that the device keeps its message.
@@ -338,7 +364,8 @@ impl Live {
         self.messages_in = self.messages_in.saturating_add(1);
         let device = self.online.session().info.device;
         let id = received.id.clone();
-        let outcome = match self.shared.events.message(self.shared.clock.wall(), device, received) {
+        let shared = self.online.shared();
+        let outcome = match shared.events.message(shared.clock.wall(), device, received) {
             Ok(()) => {
                 if let Some(id) = id {
                     self.machine.handle_stored(&id);
@@ -347,7 +374,7 @@ impl Live {
             }
             Err(_) => "buffer_full",
         };
-        self.shared.metrics.messages_in.increment(outcome);
+        shared.metrics.messages_in.increment(outcome);
     }
 
     fn acknowledged(&mut self, id: &str) {
@@ -362,9 +389,10 @@ impl Live {
     }
 
     /// Offline first, then the courtesies: nobody waits for a peer's goodbye.
-    async fn farewell(self: Box<Self>, end: End) {
+    async fn farewell(self, end: End) {
         let reason = end.reason();
         let session = Arc::clone(self.online.session());
+        let wall = self.online.shared().clock.wall();
         self.online.end(reason);
         drop(self.waiting);
         tracing::debug!(
@@ -372,8 +400,8 @@ impl Live {
             device.id = %session.info.device,
             session.id = %session.id,
             firmware.version = session.info.cohort.firmware.as_deref(),
-            peer.addr = %session.info.peer,
-            duration_ms = self.shared.clock.wall().saturating_since(session.info.since).as_millis(),
+            peer.addr = %session.info.peer(),
+            duration_ms = wall.saturating_since(session.info.since).as_millis(),
             messages_in = self.messages_in,
             messages_out = self.messages_out,
             "session ended"

@@ -355,7 +355,8 @@ async fn upgrade(
             tenant: Arc::clone(&tenant),
             cohort: Arc::clone(&cohort),
             speaks_v1: kind == SessionKind::V1,
-            peer: attempt.peer(),
+            address: attempt.peer().ip(),
+            port: attempt.peer().port(),
             since: shared.clock.wall(),
         },
     );
@@ -384,16 +385,8 @@ async fn upgrade(
             shared.metrics.resume_drills.increment("dropped");
         }
     }
-    let live = Live::open(
-        Arc::clone(&shared),
-        online,
-        machine,
-        stream,
-        leftover,
-        grant,
-        connection,
-    );
-    door.spawn(&shared, Box::new(live).run());
+    let live = Live::open(online, machine, stream, &leftover, grant, connection);
+    door.spawn(&shared, live.run());
 }
 
 #[cfg(test)]
@@ -459,7 +452,8 @@ mod tests {
             tenant: "default".into(),
             cohort: shared.cohorts.intern(None, Some("1.0")),
             speaks_v1: true,
-            peer,
+            address: peer.ip(),
+            port: peer.port(),
             since: WallTime::from_unix_ms(1),
         }
     }

@@ -51,6 +51,10 @@ impl Online {
         }
     }
 
+    pub(super) const fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
     pub(super) const fn session(&self) -> &Arc<Session> {
         &self.session
     }

@@ -1,14 +1,14 @@
-//! What lies between a WebSocket and its transport, so that an idle connection holds no read buffer. Start with [`Aligned`].
+//! What lies between a WebSocket and its transport, so that an idle connection holds no buffer at all. Start with [`Aligned`].
 //!
 //! Bytes are read in large pieces into the stack, and handed on at most up to the end of a frame. What is left over is kept only until it is
-//! handed on. So the library under the WebSocket needs no more than a few bytes of buffer of its own, and after each frame it holds
-//! nothing that it has not answered: its state can be thrown away between two messages, with the buffers that a large one made.
+//! handed on. So after each frame the library above holds nothing that it has not answered: between two messages its state, with the
+//! buffers that they made, can be thrown away.
 
 use std::{
     io::{self, Cursor, Read, Write},
     mem::MaybeUninit,
     pin::Pin,
-    task::{Context, Poll, Waker},
+    task::{Context, Poll, ready},
 };
 
 use bytes::{Buf, BytesMut};
@@ -20,82 +20,60 @@ use crate::transport::Transport;
 /// Bytes that are read at once.
 const READ_LEN: usize = 8 * 1024;
 
-/// A transport without blocking calls: what can't be done now is [`io::ErrorKind::WouldBlock`], and wakes the task of
-/// [`wake`](Self::wake) once it can.
-#[derive(Debug)]
-pub(super) struct Aligned {
-    transport: Transport,
-    /// Read, and not handed on yet.
-    unread: BytesMut,
+/// What was read and not handed on yet, and where in the stream of frames that is.
+#[derive(Debug, Default)]
+pub(super) struct Unread {
+    bytes: BytesMut,
     /// Bytes of the frame under way that were not handed on yet.
     left: u64,
     /// The last data frame was not the end of its message.
     is_within_message: bool,
-    /// The largest frame since [`forget`](Self::forget).
-    largest: u64,
-    waker: Option<Waker>,
 }
 
-impl Aligned {
+impl Unread {
     /// `leftover` is what the peer has sent already.
-    pub(super) fn new(transport: Transport, leftover: Vec<u8>) -> Self {
+    pub(super) fn new(leftover: &[u8]) -> Self {
         Self {
-            transport,
-            unread: BytesMut::from(leftover.as_slice()),
-            left: 0,
-            is_within_message: false,
-            largest: 0,
-            waker: None,
+            bytes: BytesMut::from(leftover),
+            ..Self::default()
         }
     }
 
-    pub(super) const fn transport(&mut self) -> &mut Transport {
-        &mut self.transport
+    /// Everything that came was handed on, and is whole messages.
+    pub(super) fn is_between_messages(&self) -> bool {
+        self.bytes.is_empty() && self.left == 0 && !self.is_within_message
     }
 
-    /// Whose task goes on when the transport does.
-    pub(super) fn wake(&mut self, cx: &Context<'_>) {
-        if !self.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
-            self.waker = Some(cx.waker().clone());
-        }
-    }
-
-    /// Everything that was handed on is whole messages.
-    pub(super) const fn is_between_messages(&self) -> bool {
-        self.left == 0 && !self.is_within_message
-    }
-
-    /// The largest frame that was handed on, in bytes, as far as it is not [forgotten](Self::forget).
-    pub(super) const fn largest(&self) -> u64 {
-        self.largest
-    }
-
-    pub(super) const fn forget(&mut self) {
-        self.largest = 0;
+    /// Reads what is there: how many bytes, 0 at the end of the stream.
+    pub(super) fn poll_fill(&mut self, transport: &mut Transport, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut scratch = [const { MaybeUninit::uninit() }; READ_LEN];
+        let mut read = ReadBuf::uninit(&mut scratch);
+        ready!(Pin::new(transport).poll_read(cx, &mut read))?;
+        self.bytes.extend_from_slice(read.filled());
+        Poll::Ready(Ok(read.filled().len()))
     }
 
     /// Hands on what is there, and belongs to one frame. `None`: the next frame's header is not complete.
     fn hand_on(&mut self, buf: &mut [u8]) -> Option<usize> {
         if self.left == 0 {
             self.left = self.frame_len()?;
-            self.largest = self.largest.max(self.left);
         }
         let left = usize::try_from(self.left).unwrap_or(usize::MAX);
-        let len = self.unread.len().min(left).min(buf.len());
+        let len = self.bytes.len().min(left).min(buf.len());
         if len == 0 {
             return None;
         }
-        self.unread.copy_to_slice(&mut buf[..len]);
+        self.bytes.copy_to_slice(&mut buf[..len]);
         self.left -= len as u64;
-        if self.unread.is_empty() {
-            self.unread = BytesMut::new();
+        if self.bytes.is_empty() {
+            self.bytes = BytesMut::new();
         }
         Some(len)
     }
 
     /// Length of the frame at the beginning of what is unread, header included.
     fn frame_len(&mut self) -> Option<u64> {
-        let mut cursor = Cursor::new(&self.unread[..]);
+        let mut cursor = Cursor::new(&self.bytes[..]);
         match FrameHeader::parse(&mut cursor) {
             Ok(Some((header, payload_len))) => {
                 if matches!(header.opcode, OpCode::Data(_)) {
@@ -108,45 +86,44 @@ impl Aligned {
             Err(_) => Some(u64::MAX),
         }
     }
-
-    fn poll<T>(
-        &mut self,
-        step: impl FnOnce(Pin<&mut Transport>, &mut Context<'_>) -> Poll<io::Result<T>>,
-    ) -> io::Result<T> {
-        let waker = self.waker.as_ref().unwrap_or(Waker::noop());
-        match step(Pin::new(&mut self.transport), &mut Context::from_waker(waker)) {
-            Poll::Ready(done) => done,
-            Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
-        }
-    }
 }
 
-impl Read for Aligned {
+/// A transport without blocking calls: what can't be done now is [`io::ErrorKind::WouldBlock`], and wakes the task of `cx` once it can.
+pub(super) struct Aligned<'a, 'w> {
+    pub(super) transport: &'a mut Transport,
+    pub(super) unread: &'a mut Unread,
+    pub(super) cx: &'a mut Context<'w>,
+}
+
+impl Read for Aligned<'_, '_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         loop {
-            if let Some(len) = self.hand_on(buf) {
+            if let Some(len) = self.unread.hand_on(buf) {
                 return Ok(len);
             }
-            let mut scratch = [const { MaybeUninit::uninit() }; READ_LEN];
-            let mut read = ReadBuf::uninit(&mut scratch);
-            self.poll(|transport, cx| transport.poll_read(cx, &mut read))?;
-            if read.filled().is_empty() {
+            if unblocked(self.unread.poll_fill(self.transport, self.cx))? == 0 {
                 // The peer has ended within a header.
-                let len = self.unread.len().min(buf.len());
-                self.unread.copy_to_slice(&mut buf[..len]);
+                let len = self.unread.bytes.len().min(buf.len());
+                self.unread.bytes.copy_to_slice(&mut buf[..len]);
                 return Ok(len);
             }
-            self.unread.extend_from_slice(read.filled());
         }
     }
 }
 
-impl Write for Aligned {
+impl Write for Aligned<'_, '_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.poll(|transport, cx| transport.poll_write(cx, buf))
+        unblocked(Pin::new(&mut *self.transport).poll_write(self.cx, buf))
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.poll(|transport, cx| transport.poll_flush(cx))
+        unblocked(Pin::new(&mut *self.transport).poll_flush(self.cx))
+    }
+}
+
+fn unblocked<T>(polled: Poll<io::Result<T>>) -> io::Result<T> {
+    match polled {
+        Poll::Ready(done) => done,
+        Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
     }
 }

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::D
 
 use seawall_gateway::{
     head::HeadReader,
-    socket::{Inbound, Socket, SocketLimits},
+    socket::{Inbound, Outbound, Socket, SocketLimits},
     transport::Transport,
 };
 use serde::Deserialize;
@@ -66,12 +66,12 @@ async fn echo(mut stream: Transport) -> Option<()> {
     );
     stream.write_all(answer.as_bytes()).await.ok()?;
     stream.flush().await.ok()?;
-    let mut socket = Socket::new(stream, head.leftover, LIMITS);
+    let mut socket = Socket::new(stream, &head.leftover, Arc::new(LIMITS));
     loop {
         match socket.next().await {
-            Inbound::Text(text) => socket.feed_text(text.as_str().to_owned()).await.ok()?,
-            Inbound::Binary(bytes) => socket.feed_binary(bytes.to_vec()).await.ok()?,
-            Inbound::Control => {}
+            Inbound::Text(text) => socket.send(Outbound::Text(text.as_str().to_owned())).await.ok()?,
+            Inbound::Binary(bytes) => socket.send(Outbound::Binary(bytes.to_vec())).await.ok()?,
+            Inbound::Control => socket.flush().await.ok()?,
             Inbound::Goodbye | Inbound::BadGoodbye => {
                 socket.finish().await;
                 return Some(());
@@ -82,7 +82,6 @@ async fn echo(mut stream: Transport) -> Option<()> {
             }
             Inbound::Gone => return None,
         }
-        socket.flush().await.ok()?;
     }
 }
 

@@ -20,10 +20,12 @@ use seawall_gateway::{
     resume::Resume,
     rules::Rules,
     sessions::Sessions,
+    socket::SocketLimits,
     state::{Plan, Shared, SharedIds, State},
     store::{Audit, NewDevice, Store},
     tls::Tls,
     tokens::Tokens,
+    upkeep,
 };
 use seawall_proto::{
     id::{DeviceId, SecretHash},
@@ -102,6 +104,7 @@ impl Gateway {
             plan: Plan::default(),
             shared_ids: SharedIds::default(),
             session_limits,
+            socket_limits: Arc::new(SocketLimits::of(&config.limits)),
             clock,
             config: Arc::new(config),
         });
@@ -110,6 +113,10 @@ impl Gateway {
             .reload(&shared.store, &shared.clock, &shared.events)
             .await
             .unwrap();
+        life.spawn(
+            "session clock",
+            upkeep::call_sessions(Arc::clone(&shared), life.hard().clone()),
+        );
         life.spawn(
             "device listener",
             listener.run(Arc::clone(&shared), life.hard().clone()),
