@@ -2,9 +2,10 @@
 
 use std::process::ExitCode;
 
-/// Gives memory back after a storm, which glibc's allocator keeps: docs/BENCHMARKS.md has the figures.
+/// Wastes the least on a hundred thousand small things, and gives memory back after a storm, which glibc's allocator keeps:
+/// docs/BENCHMARKS.md has the figures. Its settings are in `.cargo/config.toml`.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
     seawall_gateway::cli::run(std::env::args_os())
