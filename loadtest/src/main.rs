@@ -1,6 +1,11 @@
 //! `loadtest`: runs a scenario of real devices against a real gateway, and says whether it held.
 
-use std::{fs, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
@@ -38,6 +43,11 @@ enum Command {
     Simulate(ScenarioArguments),
     /// What a connection costs the gateway, beside a bare tokio-tungstenite server: memory, processor time, time to come back.
     Bench(BenchArguments),
+    /// More devices than one process may have files for: several gateways on one address.
+    Scale(ScaleArguments),
+    /// Devices of `scale`, in a process of their own.
+    #[command(hide = true)]
+    BenchCrowd(bench::scale::CrowdArguments),
     /// A server that `bench` measures beside.
     #[command(hide = true)]
     BenchPeer(BenchPeerArguments),
@@ -96,6 +106,19 @@ struct BenchArguments {
 }
 
 #[derive(Args)]
+struct ScaleArguments {
+    /// Devices.
+    #[arg(long, default_value_t = 200_000)]
+    devices: usize,
+    /// How long the devices only send heartbeats, one every 10 s.
+    #[arg(long, default_value = "20s", value_parser = humantime::parse_duration)]
+    hold: Duration,
+    /// Write the page with the figures, such as docs/SCALE.md.
+    #[arg(long, value_name = "FILE")]
+    write: Option<PathBuf>,
+}
+
+#[derive(Args)]
 struct BenchPeerArguments {
     #[arg(long, value_enum)]
     kind: bench::peer::Kind,
@@ -132,6 +155,8 @@ fn main() -> ExitCode {
         Command::Compare(arguments) => Ok(compare(&arguments)),
         Command::Simulate(arguments) => simulate_scenario(&arguments),
         Command::Bench(arguments) => measure(&arguments),
+        Command::Scale(arguments) => scale(&arguments),
+        Command::BenchCrowd(arguments) => serve_bench_crowd(&arguments),
         Command::BenchPeer(arguments) => serve_bench_peer(&arguments),
         Command::NaiveServer(arguments) => serve_naive(&arguments),
     };
@@ -228,23 +253,47 @@ fn verdict(report: &Report) -> ExitCode {
 }
 
 fn measure(arguments: &BenchArguments) -> Result<ExitCode> {
-    guard::start().context("starting the guard that cleans up")?;
     let options = bench::Options {
         devices: arguments.devices,
         database: arguments.database,
         hold: arguments.hold,
     };
-    let report = runtime()?.block_on(async {
+    let report = interruptible(async |progress| bench::bench(options, progress).await)?;
+    print!("{}", report.table());
+    write_page(arguments.write.as_deref(), || report.page())
+}
+
+fn scale(arguments: &ScaleArguments) -> Result<ExitCode> {
+    let options = bench::scale::Options {
+        devices: arguments.devices,
+        hold: arguments.hold,
+    };
+    let report = interruptible(async |progress| bench::scale::scale(options, progress).await)?;
+    print!("{}", report.table());
+    write_page(arguments.write.as_deref(), || report.page())
+}
+
+/// Runs a measurement until it is done, or until Ctrl-C.
+fn interruptible<T>(measure: impl AsyncFnOnce(&Progress) -> Result<T>) -> Result<T> {
+    guard::start().context("starting the guard that cleans up")?;
+    runtime()?.block_on(async {
         let interrupted = CancellationToken::new();
         tokio::spawn(signals::cancel(interrupted.clone()));
         let progress = Progress::new();
-        let measured = interrupted.run_until_cancelled(bench::bench(options, &progress)).await;
+        let measured = interrupted.run_until_cancelled(measure(&progress)).await;
         measured.unwrap_or_else(|| bail!("interrupted"))
-    })?;
-    print!("{}", report.table());
-    if let Some(path) = &arguments.write {
-        fs::write(path, report.page()).with_context(|| format!("writing {}", path.display()))?;
+    })
+}
+
+fn write_page(path: Option<&Path>, page: impl FnOnce() -> String) -> Result<ExitCode> {
+    if let Some(path) = path {
+        fs::write(path, page()).with_context(|| format!("writing {}", path.display()))?;
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn serve_bench_crowd(arguments: &bench::scale::CrowdArguments) -> Result<ExitCode> {
+    runtime()?.block_on(bench::scale::serve(arguments))?;
     Ok(ExitCode::SUCCESS)
 }
 

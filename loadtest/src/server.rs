@@ -2,7 +2,7 @@
 //!
 //! The one type to read is [`Server`].
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{fs, net::SocketAddr, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal};
@@ -55,6 +55,19 @@ impl Server {
     /// # Errors
     /// It is not there, does not start, or does not get ready.
     pub async fn gateway(data: &Path, config: &toml::Table, database: Option<&str>) -> Result<Self> {
+        Self::gateway_at(SocketAddr::from(([127, 0, 0, 1], 0)), data, config, database).await
+    }
+
+    /// The same, with this address for devices.
+    ///
+    /// # Errors
+    /// It is not there, does not start, or does not get ready.
+    pub async fn gateway_at(
+        listen: SocketAddr,
+        data: &Path,
+        config: &toml::Table,
+        database: Option<&str>,
+    ) -> Result<Self> {
         fs::create_dir_all(data).context("creating the gateway's data directory")?;
         let addresses = data.join("addresses.json");
         remove_if_there(&addresses)?;
@@ -68,7 +81,7 @@ impl Server {
             .arg(&config_file)
             .arg("--data-dir")
             .arg(data)
-            .args(["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"]);
+            .args(["--listen", &listen.to_string(), "--ops-listen", "127.0.0.1:0"]);
         if let Some(database) = database {
             command.env("SEAWALL_DATABASE", database);
         }

@@ -10,6 +10,7 @@ mod device;
 mod messages;
 pub mod peer;
 mod report;
+pub mod scale;
 mod usage;
 mod witness;
 

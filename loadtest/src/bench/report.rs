@@ -228,7 +228,7 @@ impl Report {
 }
 
 /// Processor, memory and kernel.
-fn machine() -> String {
+pub(super) fn machine() -> String {
     let read = |path| fs::read_to_string(path).unwrap_or_default();
     let processors = read("/proc/cpuinfo");
     let model = processors

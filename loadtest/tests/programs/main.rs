@@ -5,6 +5,7 @@
 mod agreement;
 mod bench;
 mod running_gateway;
+mod scale;
 
 use std::{
     path::{Path, PathBuf},

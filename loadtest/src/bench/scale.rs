@@ -1,0 +1,373 @@
+//! `loadtest scale`: more devices than one process may have files for. Start with [`scale`].
+//!
+//! Several gateways on one address and one PostgreSQL, and the devices in several processes: this program again ([`serve`]), each steered
+//! by lines on its standard input.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    io::{BufRead, Write as _},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Resource, getrlimit};
+use tokio::time::sleep;
+
+use super::{
+    crowd::{By, Crowd},
+    device,
+    report::machine,
+    usage::{ProcessorTime, memory_bytes},
+};
+use crate::{
+    guard::TempDir,
+    postgres::Postgres,
+    process::{self, Process},
+    programs,
+    progress::Progress,
+    server::Server,
+};
+
+/// Files of a process that are no devices' sockets: what a gateway keeps for itself, and some.
+const FILES_RESERVED: u64 = 1_000;
+/// A gateway is meant to hold no more than this part of what its files allow: the kernel spreads connections by chance.
+const FILL: f64 = 0.93;
+/// Connections under way, of all processes with devices together.
+const AT_ONCE: usize = 1_024;
+/// How often each device sends a heartbeat while they only hold.
+const HEARTBEAT_EVERY: Duration = Duration::from_secs(10);
+/// Time for servers to finish what they have begun, before they are looked at.
+const SETTLE: Duration = Duration::from_secs(3);
+/// An order is carried out within this.
+const ORDER_TIME_MAX: Duration = Duration::from_secs(600);
+
+/// What to measure.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub devices: usize,
+    /// How long the devices only send heartbeats.
+    pub hold: Duration,
+}
+
+/// What was found. All gateways together, unless it says otherwise.
+#[derive(Clone, Debug)]
+pub struct Report {
+    options: Options,
+    gateways: usize,
+    crowds: usize,
+    connect: Duration,
+    connect_micros: f64,
+    /// Growth of Pss for each device.
+    device_bytes: f64,
+    /// Sessions of the gateway with the fewest and of that with the most.
+    sessions: (f64, f64),
+    /// A part of one core.
+    hold_cores: f64,
+    /// After all connections were reset, with resume tokens.
+    back: Duration,
+    after_storm: f64,
+}
+
+/// Starts everything, measures, and ends everything.
+///
+/// # Errors
+/// A program is missing or died, or a device got an answer that it should not.
+pub async fn scale(options: Options, progress: &Progress) -> Result<Report> {
+    programs::build(&["seawall"]).await?;
+    let folder = TempDir::new("scale").context("creating a temporary folder")?;
+    let postgres = Postgres::start(None).await?;
+    let measured = measure(options, folder.path(), &postgres, progress).await;
+    postgres.stop().await;
+    progress.finish();
+    measured
+}
+
+async fn measure(options: Options, folder: &Path, postgres: &Postgres, progress: &Progress) -> Result<Report> {
+    let files = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+    let each = usize::try_from(files.saturating_sub(FILES_RESERVED)).unwrap_or(usize::MAX);
+    ensure!(each > 0, "a process may have {files} open files (ulimit -Hn): too few");
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a part of a count is a count"
+    )]
+    let gateways = options.devices.div_ceil((each as f64 * FILL) as usize).max(2);
+    let crowds = options.devices.div_ceil(each);
+
+    progress.note("devices are registered");
+    // By a gateway that ends then: what the import left in memory would be used again for devices, and hide what they need.
+    let server = start_gateways(1, folder, &postgres.url()).await?.remove(0);
+    let (ops, csv) = (server.ops().clone(), device::csv(&device::accounts(options.devices)));
+    tokio::task::spawn_blocking(move || ops.import(&csv))
+        .await
+        .context("the task that registers devices")??;
+    server.stop().await;
+    progress.note("gateways start");
+    let servers = start_gateways(gateways, folder, &postgres.url()).await?;
+    let pids = servers
+        .iter()
+        .map(|server| server.pid().context("a gateway is a process of ours"))
+        .collect::<Result<Vec<Pid>>>()?;
+    let address = address(&servers[0])?;
+    let mut crowds = start_crowds(options.devices, crowds, address, folder)?;
+    sleep(SETTLE).await;
+    let base = memory(&pids)?;
+
+    progress.note("devices connect");
+    let before = times(&pids)?;
+    let connect = all(&mut crowds, "connect").await?;
+    let connect_micros = used(&pids, &before)?.as_secs_f64() * 1e6 / options.devices as f64;
+    sleep(SETTLE).await;
+    let idle = memory(&pids)?;
+    let held = sessions(&servers)?;
+    ensure!(
+        held.iter().sum::<f64>() >= options.devices as f64,
+        "the gateways have {held:?} sessions, of {}",
+        options.devices
+    );
+
+    progress.note("devices hold");
+    let before = times(&pids)?;
+    let took = all(&mut crowds, &format!("hold {}", options.hold.as_secs())).await?;
+    let hold_cores = used(&pids, &before)?.as_secs_f64() / took.as_secs_f64();
+
+    progress.note("all connections are reset");
+    let back = all(&mut crowds, "return").await?;
+    sleep(SETTLE).await;
+    let after = memory(&pids)?;
+
+    for crowd in &mut crowds {
+        crowd.process.kill();
+    }
+    for server in servers {
+        server.stop().await;
+    }
+    Ok(Report {
+        options,
+        gateways,
+        crowds: crowds.len(),
+        connect,
+        connect_micros,
+        device_bytes: (idle - base) / options.devices as f64,
+        sessions: (
+            held.iter().copied().fold(f64::INFINITY, f64::min),
+            held.iter().copied().fold(0.0, f64::max),
+        ),
+        hold_cores,
+        back,
+        after_storm: (after - base) / (idle - base),
+    })
+}
+
+/// On one address, with the same keys: what one gives out counts on all.
+async fn start_gateways(count: usize, folder: &Path, database: &str) -> Result<Vec<Server>> {
+    let mut servers: Vec<Server> = Vec::new();
+    for number in 0..count {
+        let data = folder.join(format!("data{number}"));
+        if number > 0 {
+            fs::create_dir(&data).context("creating a data directory")?;
+            fs::copy(folder.join("data0/keys.json"), data.join("keys.json")).context("copying keys.json")?;
+        }
+        let listen = servers.first().map(address).transpose()?;
+        let listen = listen.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0)));
+        let config = toml::from_str(&format!("[server]\nshare_port = true\nnode = \"node-{number}\"\n"))
+            .context("writing a gateway's configuration")?;
+        servers.push(Server::gateway_at(listen, &data, &config, Some(database)).await?);
+    }
+    Ok(servers)
+}
+
+fn address(server: &Server) -> Result<SocketAddr> {
+    let url = server.url().trim_start_matches("ws://");
+    url.parse().context("reading the gateway's address")
+}
+
+fn sessions(servers: &[Server]) -> Result<Vec<f64>> {
+    let of = |server: &Server| Ok(server.ops().metrics()?.sum("seawall_sessions"));
+    servers.iter().map(of).collect()
+}
+
+#[expect(clippy::cast_precision_loss, reason = "bytes of memory are far below 2^52")]
+fn memory(pids: &[Pid]) -> Result<f64> {
+    pids.iter().map(|pid| Ok(memory_bytes(*pid)? as f64)).sum()
+}
+
+fn times(pids: &[Pid]) -> Result<Vec<ProcessorTime>> {
+    pids.iter().map(|pid| ProcessorTime::of(*pid)).collect()
+}
+
+fn used(pids: &[Pid], before: &[ProcessorTime]) -> Result<Duration> {
+    let since = |(pid, before): (&Pid, &ProcessorTime)| Ok(ProcessorTime::of(*pid)?.since(before));
+    pids.iter().zip(before).map(since).sum()
+}
+
+/// Devices in a process of their own.
+struct RemoteCrowd {
+    process: Process,
+    done: PathBuf,
+    orders: usize,
+}
+
+fn start_crowds(devices: usize, count: usize, server: SocketAddr, folder: &Path) -> Result<Vec<RemoteCrowd>> {
+    let each = devices.div_ceil(count);
+    let program = std::env::current_exe().context("looking for this program's own file")?;
+    let start = |number: usize| {
+        let first = number * each;
+        let done = folder.join(format!("crowd{number}.done"));
+        let mut command = Command::new(&program);
+        command
+            .args(["bench-crowd", "--server", &server.to_string()])
+            .args(["--first", &first.to_string()])
+            .args(["--count", &each.min(devices - first).to_string()])
+            .args(["--at-once", &AT_ONCE.div_ceil(count).to_string()])
+            .arg("--done")
+            .arg(&done);
+        let process = Process::start_steered(format!("crowd {number}"), &mut command, &done.with_extension("log"))?;
+        Ok(RemoteCrowd {
+            process,
+            done,
+            orders: 0,
+        })
+    };
+    (0..count).map(start).collect()
+}
+
+/// Has all of them carry an order out. Returns how long it took until the last was done.
+async fn all(crowds: &mut [RemoteCrowd], order: &str) -> Result<Duration> {
+    let begun = Instant::now();
+    for crowd in &mut *crowds {
+        crowd.process.order(order)?;
+        crowd.orders += 1;
+    }
+    for crowd in crowds {
+        let (orders, done) = (crowd.orders, &crowd.done);
+        let look = || (fs::read_to_string(done).ok()?.lines().count() >= orders).then_some(());
+        process::await_from(&mut crowd.process, order, ORDER_TIME_MAX, look).await?;
+    }
+    Ok(begun.elapsed())
+}
+
+/// Which devices a process of its own has.
+#[derive(Clone, Debug, clap::Args)]
+pub struct CrowdArguments {
+    /// The gateways' address.
+    #[arg(long)]
+    server: SocketAddr,
+    /// Number of the first device.
+    #[arg(long)]
+    first: usize,
+    /// How many there are.
+    #[arg(long)]
+    count: usize,
+    /// Connections under way.
+    #[arg(long)]
+    at_once: usize,
+    /// File that gets a line for each order that was carried out.
+    #[arg(long)]
+    done: PathBuf,
+}
+
+/// Carries orders out until there are no more: `connect`, `hold SECONDS`, `return` (all connections are reset, and come back by token).
+///
+/// # Errors
+/// An order is none, or a device got an answer that it should not.
+pub async fn serve(arguments: &CrowdArguments) -> Result<()> {
+    let CrowdArguments {
+        server,
+        first,
+        count,
+        at_once,
+        ..
+    } = *arguments;
+    super::ensure_files(count)?;
+    let accounts = device::accounts(first + count);
+    let crowd = Crowd::new(server, true, &accounts[first..]);
+    drop(accounts);
+    let mut done = fs::File::create(&arguments.done).context("creating the file of orders that are done")?;
+    loop {
+        let order = tokio::task::spawn_blocking(|| std::io::stdin().lock().lines().next()).await?;
+        let Some(order) = order.transpose().context("reading an order")? else {
+            return Ok(());
+        };
+        match order.split_once(' ').unwrap_or((&order, "")) {
+            ("connect", "") => {
+                crowd.connect(at_once, By::LookUp).await?;
+            }
+            ("hold", seconds) => {
+                let seconds = seconds.parse().context("reading how long to hold")?;
+                crowd.hold(HEARTBEAT_EVERY, Duration::from_secs(seconds)).await?;
+            }
+            ("return", "") => {
+                crowd.drop_all().await;
+                crowd.connect(at_once, By::Token).await?;
+            }
+            _ => bail!("{order:?} is no order"),
+        }
+        writeln!(done, "{order}").context("telling that an order is done")?;
+    }
+}
+
+impl Report {
+    /// docs/SCALE.md.
+    #[must_use]
+    pub fn page(&self) -> String {
+        let Options { devices, hold } = self.options;
+        let mut text = String::new();
+        // Writing to a string can't fail.
+        let _ = write!(
+            text,
+            "# Scale\n\n\
+             More devices than one process may have files for: several gateways on one address (`server.share_port`) and one PostgreSQL. Written by\n\n\
+             ```\n\
+             cargo build --release --bin seawall --bin loadtest\n\
+             target/release/loadtest scale --devices {devices} --hold {hold} --write docs/SCALE.md\n\
+             ```\n\n\
+             on {machine}.\n\n{table}\n\
+             - Gateways, PostgreSQL and all devices share the machine; each device is registered, authenticated, and has its presence tracked.\n\
+             - Memory is user memory (Pss). Processor time is that of all gateways.\n\
+             - At the end all connections are reset at once, and the devices come back with their resume tokens, which count on every gateway.\n",
+            hold = humantime::format_duration(hold),
+            machine = machine(),
+            table = self.table(),
+        );
+        text
+    }
+
+    /// A table in Markdown.
+    #[must_use]
+    pub fn table(&self) -> String {
+        let rows = [
+            ("devices", format!("{}", self.options.devices)),
+            ("gateways", format!("{}", self.gateways)),
+            ("processes with devices", format!("{}", self.crowds)),
+            ("all connected after", format!("{:.1} s", self.connect.as_secs_f64())),
+            (
+                "processor time of a handshake",
+                format!("{:.1} µs", self.connect_micros),
+            ),
+            ("memory of an idle device", format!("{:.0} B", self.device_bytes)),
+            (
+                "sessions of a gateway, fewest and most",
+                format!("{:.0}, {:.0}", self.sessions.0, self.sessions.1),
+            ),
+            (
+                "a heartbeat of each device every 10 s",
+                format!("{:.1} % of a core", self.hold_cores * 100.0),
+            ),
+            (
+                "all back by resume tokens after",
+                format!("{:.1} s", self.back.as_secs_f64()),
+            ),
+            ("memory after that, of that before", format!("{:.2}", self.after_storm)),
+        ];
+        let mut text = String::from("| what | figure |\n|---|---:|\n");
+        for (what, figure) in rows {
+            let _ = writeln!(text, "| {what} | {figure} |"); // writing to a string can't fail
+        }
+        text
+    }
+}
