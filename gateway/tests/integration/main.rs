@@ -5,6 +5,7 @@
 mod cli;
 mod documents;
 mod fleet;
+mod fuzz;
 mod harness;
 mod lookup;
 mod ops;
