@@ -3,6 +3,7 @@
 
 mod door;
 mod leaving;
+mod secrets;
 mod sessions;
 
 use std::{
