@@ -2,8 +2,11 @@
 
 use std::{fs, path::Path};
 
+use seawall_proto::memory::reserve;
+
 use crate::{
     config::{Limits, Server},
+    door::ASIDE_PER_PLACE,
     memory::Group,
 };
 
@@ -12,22 +15,35 @@ use crate::{
 const CONNECTION_BYTES: u64 = 4 * 1024;
 /// Share of the memory that connections may take, in percent: the rest is for databases, rules, slots and what else there is.
 const CONNECTIONS_PERCENT: u64 = 80;
+/// The most that a handshake under way takes, in bytes, kernel included (measured: 25 KB over TLS, test
+/// `an_unfinished_tls_handshake_holds_no_more_than_its_bound`).
+const HANDSHAKE_BYTES: u64 = 32 * 1024;
+/// Fewest places for handshakes, however small the machine.
+const HANDSHAKES_MIN: usize = 8;
 /// Fewest connections, however small the machine.
 const CONNECTIONS_MIN: u64 = 64;
 
 /// The settings of limits with "as many as memory allows" made a figure. Open files are the listener's to ask for.
 #[must_use]
 pub fn sized(limits: &Limits, server: &Server) -> Limits {
+    let memory = match server.max_memory_bytes {
+        0 => available(),
+        configured => configured.min(available()),
+    };
     let mut limits = limits.clone();
     if limits.connections_max == 0 {
-        let memory = if server.max_memory_bytes == 0 {
-            available()
-        } else {
-            server.max_memory_bytes
-        };
         limits.connections_max = connections(memory);
     }
+    limits.handshakes_max = limits.handshakes_max.min(handshakes(memory));
     limits
+}
+
+/// So many that all of them, and those that stand aside, fit into what a node that is full has left.
+fn handshakes(memory: u64) -> usize {
+    let each = HANDSHAKE_BYTES * (1 + ASIDE_PER_PLACE as u64);
+    usize::try_from(reserve(memory) / each)
+        .unwrap_or(usize::MAX)
+        .max(HANDSHAKES_MIN)
 }
 
 fn connections(memory: u64) -> usize {
@@ -76,6 +92,8 @@ mod tests {
         assert_eq!(by_memory.connections_max, 209_715);
         assert_eq!(configured.connections_max, 5);
         assert_eq!(connections(0), 64);
+        assert_eq!(by_memory.handshakes_max, 500);
+        assert_eq!((handshakes(128 << 20), handshakes(0)), (153, 8));
         assert!(available() > 0);
     }
 }

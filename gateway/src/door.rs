@@ -37,7 +37,7 @@ use crate::{
 pub const LATE_AFTER: Duration = Duration::from_millis(100);
 
 /// So many handshakes for each place may stand aside: with 500 places 2,000, of at most a head's size each.
-const ASIDE_PER_PLACE: usize = 4;
+pub const ASIDE_PER_PLACE: usize = 4;
 /// Time that any handshake has while others wait and there is no room aside: long enough for every link but the worst, and short enough that those
 /// who never mean to finish, from however many addresses, give way to those who do.
 const PRESSED_TIME_MAX: Duration = Duration::from_secs(1);

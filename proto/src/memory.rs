@@ -8,7 +8,7 @@ pub const DEVICE_BYTES: u64 = 16 * 1024;
 
 /// A node is full where less than this part of its memory is left, in percent.
 const RESERVE_PERCENT: u64 = 10;
-/// And where less than this is left, in bytes: handshakes under way take that much where strangers begin all there may be.
+/// And where less than this is left, in bytes.
 const RESERVE_BYTES: u64 = 24 * 1024 * 1024;
 /// But never so much of a small memory, in percent.
 const RESERVE_PERCENT_MAX: u64 = 25;
@@ -24,12 +24,17 @@ pub struct Usage {
     pub limit: u64,
 }
 
+/// What is left of this much memory when a node is full, in bytes: handshakes under way must fit into it.
+#[must_use]
+pub fn reserve(limit: u64) -> u64 {
+    let part = |percent| limit / 100 * percent;
+    RESERVE_BYTES.min(part(RESERVE_PERCENT_MAX)).max(part(RESERVE_PERCENT))
+}
+
 impl Usage {
     /// From here on the node is full.
     fn full_from(self) -> u64 {
-        let part = |percent| self.limit / 100 * percent;
-        let reserve = RESERVE_BYTES.min(part(RESERVE_PERCENT_MAX)).max(part(RESERVE_PERCENT));
-        self.limit - reserve
+        self.limit - reserve(self.limit)
     }
 
     fn is_full(self) -> bool {

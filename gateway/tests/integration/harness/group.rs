@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -24,7 +25,9 @@ pub struct MemoryGroup {
 impl MemoryGroup {
     /// `None` where this machine allows none.
     pub fn of(bytes: u64) -> Option<Self> {
-        let name = format!("seawall-test-{}", std::process::id());
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let name = format!("seawall-test-{}-{number}", std::process::id());
         ROOTS.iter().find_map(|(root, limit, events)| {
             let group = Self {
                 folder: Path::new(root).join(&name),

@@ -151,7 +151,7 @@ impl GatewayProcess {
     }
 
     /// Starts one in a cgroup, from its first page on.
-    pub fn start_in_group(group: &Path) -> Result<Self> {
+    pub fn start_in_group(group: &Path, args: &[&str]) -> Result<Self> {
         let home = tempfile::tempdir()?;
         let data_dir = home.path().join("data");
         let enter = "echo $$ > \"$1/cgroup.procs\" && shift && exec \"$@\"";
@@ -162,7 +162,8 @@ impl GatewayProcess {
             .arg(seawall().get_program())
             .args(SERVE)
             .arg("--data-dir")
-            .arg(&data_dir);
+            .arg(&data_dir)
+            .args(args);
         let mut process = Self::spawn(command, data_dir.with_extension("log"), |_| data_dir)?;
         process._home = Some(home);
         Ok(process)

@@ -21,6 +21,7 @@ const AT_A_TIME: usize = 500;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn fifteen_thousand_devices_behind_one_address_connect() {
+    let _files = super::MANY_FILES.lock().await;
     let files = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     if files.maximum.is_some_and(|files| files < FILES_NEEDED) {
         eprintln!("skipped: {DEVICES} devices need {FILES_NEEDED} open files, and the hard limit is {files:?}");

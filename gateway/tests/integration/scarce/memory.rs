@@ -1,14 +1,27 @@
 //! Memory that is short: new devices are sent away with slots, those who are there stay, and the kernel has nobody to kill.
 
-use std::{fs, path::Path, time::Instant};
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
 
+use firmware_sim::{
+    connection::{Connection, OpenError},
+    tls::Trust,
+};
 use seawall_gateway::memory::{Group, Sources};
-use tokio::task::{JoinSet, spawn_blocking};
+use tokio::{
+    io::AsyncWriteExt,
+    net::TcpStream,
+    task::{JoinSet, spawn_blocking},
+    time::{sleep, timeout},
+};
 
 use super::{
     super::{
-        fleet::rig::{assert_alive, attempt, device, eventually},
-        harness::{group::MemoryGroup, process::GatewayProcess},
+        fleet::rig::{PATIENCE, assert_alive, attempt, device, eventually},
+        harness::{authority::Authority, group::MemoryGroup, process::GatewayProcess},
         wire::{
             raw::{Device, ask, request},
             rig::Gateway,
@@ -75,33 +88,31 @@ const FILES_NEEDED: u64 = 18_000;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn fifteen_thousand_devices_and_a_storm_do_not_kill_a_node_of_128_megabytes() {
+    let _files = super::MANY_FILES.lock().await;
     let files = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     if files.maximum.is_some_and(|files| files < FILES_NEEDED) {
         eprintln!("SKIPPED: {DEVICES} devices need {FILES_NEEDED} open files, and the hard limit is {files:?}");
         return;
     }
-    let raised = rustix::process::Rlimit {
-        current: files.maximum,
-        maximum: files.maximum,
-    };
-    rustix::process::setrlimit(rustix::process::Resource::Nofile, raised).unwrap();
+    raise_files();
     let Some(group) = MemoryGroup::of(GROUP_BYTES) else {
         eprintln!("SKIPPED: this machine allows no memory cgroup of one's own; only faked counters were tried");
         return;
     };
     let folder = group.folder.clone();
-    let gateway = spawn_blocking(move || GatewayProcess::start_in_group(&folder))
+    let gateway = spawn_blocking(move || GatewayProcess::start_in_group(&folder, &[]))
         .await
         .unwrap()
         .unwrap();
     import(&gateway, 0..DEVICES);
 
+    let url = format!("ws://{}", gateway.addresses.devices);
     let begun = Instant::now();
-    let mut live = come_all(&gateway).await;
+    let mut live = come_all(&url, &Trust::default(), DEVICES).await;
     let first = live.len();
     // The storm: every device leaves and comes back, and those who did not fit come with them.
     live.clear();
-    let mut live = come_all(&gateway).await;
+    let mut live = come_all(&url, &Trust::default(), DEVICES).await;
 
     let (fitted, at_most) = (
         live.len(),
@@ -121,31 +132,103 @@ async fn fifteen_thousand_devices_and_a_storm_do_not_kill_a_node_of_128_megabyte
     // It recovers.
     eventually(|| gateway.metric("seawall_sessions ").unwrap() == 0).await;
     eventually(|| gateway.metric("seawall_memory_alarm").unwrap() == 0).await;
-    attempt(gateway.addresses.devices, device(1)).await.admitted();
+    let back = async {
+        // What was measured last may be of before.
+        while attempt(gateway.addresses.devices, device(1)).await.outcome.is_err() {
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(PATIENCE, back).await.unwrap();
     drop(gateway);
 }
 
+/// Devices over TLS, of which not all fit, and handshakes that are begun and left.
+const TLS_DEVICES: u32 = 12_000;
+const BEGUN: usize = 3_000;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn handshakes_without_end_do_not_kill_a_node_that_is_full() {
+    let _files = super::MANY_FILES.lock().await;
+    let Some(group) = MemoryGroup::of(GROUP_BYTES) else {
+        eprintln!("SKIPPED: this machine allows no memory cgroup of one's own");
+        return;
+    };
+    raise_files();
+    let mut authority = Authority::new();
+    let settings = authority.settings();
+    let config = authority.write("seawall.toml", &settings);
+    let folder = group.folder.clone();
+    let gateway =
+        spawn_blocking(move || GatewayProcess::start_in_group(&folder, &["--config", config.to_str().unwrap()]))
+            .await
+            .unwrap()
+            .unwrap();
+    import(&gateway, 0..TLS_DEVICES);
+    let url = format!("wss://{}", gateway.addresses.devices);
+    let trust = Trust::File(authority.path("ca.pem"));
+    let mut live = come_all(&url, &trust, TLS_DEVICES).await;
+
+    // The head of a hello that never comes to its end, as much of it as is taken.
+    let hello = [&[0x16, 3, 1, 0x1f, 0, 1, 0, 0xea, 0x60][..], &[0; 7_900]].concat();
+    let mut begun = Vec::new();
+    for _ in 0..BEGUN {
+        // A connection for which there is no room in the backlog would wait for seconds.
+        let connecting = timeout(
+            Duration::from_millis(100),
+            TcpStream::connect(gateway.addresses.devices),
+        );
+        if let Ok(Ok(mut stream)) = connecting.await {
+            let _ = timeout(Duration::from_millis(100), stream.write_all(&hello)).await;
+            begun.push(stream);
+        }
+    }
+    let used = gateway.metric("seawall_memory_bytes{kind=\"used\"}").unwrap();
+
+    println!(
+        "{} of {TLS_DEVICES} fitted, {} handshakes begun, {} MiB used",
+        live.len(),
+        begun.len(),
+        used / MIB
+    );
+    assert_eq!(group.kills(), 0);
+    assert!(live.len() >= FITTING_MIN / 2, "{}", live.len());
+    let last = live.len() - 1;
+    assert_alive(&mut live[0]).await;
+    assert_alive(&mut live[last]).await;
+    drop(gateway);
+}
+
+fn raise_files() {
+    let files = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit {
+        current: files.maximum,
+        maximum: files.maximum,
+    };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, raised).unwrap();
+}
+
 /// Every device comes once; the sessions of those who fit. The others are told when to come back.
-async fn come_all(gateway: &GatewayProcess) -> Vec<firmware_sim::connection::Connection> {
+async fn come_all(url: &str, trust: &Trust, devices: u32) -> Vec<Connection> {
     let mut connecting = JoinSet::new();
     let mut live = Vec::new();
-    let mut settle = |attempt: super::super::fleet::rig::Attempt| {
-        if attempt.outcome.is_ok() {
-            live.push(attempt.admitted());
-            return;
+    let mut settle = |opened: Result<Connection, OpenError>| match opened {
+        Ok(connection) => live.push(connection),
+        Err(error) => {
+            let refused = error.refused().unwrap_or_else(|| panic!("not answered: {error:?}"));
+            assert_eq!(refused.status, 503, "{refused:?}");
+            assert!(refused.slot.is_some(), "{refused:?}");
         }
-        let refused = attempt.refused();
-        assert_eq!(refused.status, 503, "{refused:?}");
-        assert!(refused.slot.is_some(), "{refused:?}");
     };
-    for number in 0..DEVICES {
+    for number in 0..devices {
         if connecting.len() == AT_A_TIME {
             settle(connecting.join_next().await.unwrap().unwrap());
         }
-        connecting.spawn(attempt(gateway.addresses.devices, device(number)));
+        let (url, mut config) = (url.to_owned(), device(number));
+        config.trust = trust.clone();
+        connecting.spawn(async move { Connection::open(&url, &config).await });
     }
-    while let Some(attempt) = connecting.join_next().await {
-        settle(attempt.unwrap());
+    while let Some(opened) = connecting.join_next().await {
+        settle(opened.unwrap());
     }
     live
 }

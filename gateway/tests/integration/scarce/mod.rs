@@ -11,3 +11,6 @@ mod memory;
 mod permission;
 
 pub use disk::import;
+
+/// Held by a test that opens more than half of the files that this process may have: one at a time.
+pub static MANY_FILES: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
