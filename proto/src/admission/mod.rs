@@ -124,6 +124,7 @@ impl Admission {
 
     /// A device wants to be looked up.
     pub fn attempt(&mut self, arrival: &Arrival<'_>, now: Instant, wall: WallTime, rng: &mut impl Rng) -> Decision {
+        self.limit.seed(rng);
         let device = arrival.device;
         let standing = self.slots.standing(device, arrival.slot_token, now, wall);
         if !standing.is_due && self.throttle.is_throttled((device, arrival.proof), now) {

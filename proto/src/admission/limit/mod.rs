@@ -14,7 +14,7 @@ mod reference;
 
 use std::time::Duration;
 
-use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
+use rand::{Rng, SeedableRng as _, rngs::SmallRng};
 
 use self::arm::{Arm, Mark, Pair};
 pub(super) use self::{
@@ -40,6 +40,8 @@ const ARM_MAX: Duration = Duration::from_secs(2);
 const AT_CEILING: u32 = 4;
 /// Statements and keys that an arm wants before it ends.
 const ARM_STATEMENTS: u32 = 10;
+/// While the limit searches: where it is far too high, each takes long.
+const ARM_STATEMENTS_SEARCHING: u32 = 6;
 const ARM_KEYS: u64 = 50;
 /// Statements without which an arm says nothing.
 const ARM_STATEMENTS_MIN: u32 = 3;
@@ -47,11 +49,14 @@ const ARM_STATEMENTS_MIN: u32 = 3;
 const DITHER_MIN: f64 = 0.05;
 const DITHER_MAX: f64 = 0.14;
 /// The standard error of a measured elasticity that is wanted.
-const ERROR_WANTED: f64 = 0.15;
-/// Weight of a new measurement of the elasticity; the second while the limit searches.
+/// Of the average over pairs it is half as much.
+const ERROR_WANTED: f64 = 0.25;
+/// Weight of a new measurement of the elasticity; the others while the limit searches, and at its first.
 const GAIN: f64 = 0.4;
 const GAIN_SEARCHING: f64 = 0.6;
-/// A single measurement counts as no more than this, either way.
+const GAIN_FIRST: f64 = 1.0;
+/// A single measurement beyond this, either way, tells that the database changed between the two arms of a pair. It is not believed; if the
+/// next is like it, that counts as this.
 const ELASTICITY_MAX: f64 = 2.0;
 /// Statements slower than this in one of ten, or failed keys in more than one of twenty, shrink the limit whatever the throughput does.
 const LATENCY_MAX: Duration = Duration::from_millis(500);
@@ -61,8 +66,14 @@ const FAILED_PART: f64 = 0.05;
 const HARD_CUT: f64 = 0.7;
 /// Above this the limit is far below the knee; where it can't grow, its ceiling is too low.
 const ELASTIC: f64 = 0.6;
-/// While it searches, the limit doubles for as long as throughput follows.
+/// And it still is, once it was, above this: one measurement of few statements says little.
+const ELASTIC_STILL: f64 = 0.35;
+/// Below this the limit is far above the knee.
+const STEEP: f64 = -0.25;
+/// While it searches, the limit doubles for as long as throughput follows, or halves for as long as it rises then.
 const SEARCH_FACTOR: f64 = 2.0;
+/// It never halves below this: few keys say little, and the way is short.
+const HALVED_FROM: f64 = 48.0;
 /// Devices must have waited for lack of a higher ceiling for this long before anybody is told.
 const CEILING_ALARM_AFTER: Duration = Duration::from_secs(10);
 
@@ -122,6 +133,39 @@ impl LimitReason {
     }
 }
 
+/// At first, and after an outage, the limit moves by great steps for as long as it goes one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Search {
+    Begun,
+    Up,
+    Down,
+    Over,
+}
+
+impl Search {
+    /// Whether the limit may still be searched for by this factor.
+    fn goes_on(self, factor: f64) -> bool {
+        match self {
+            Self::Begun => true,
+            Self::Up => factor > 1.0,
+            Self::Down => factor < 1.0,
+            Self::Over => false,
+        }
+    }
+
+    fn after(self, factor: f64) -> Self {
+        if !self.goes_on(factor) {
+            Self::Over
+        } else if factor > 1.0 {
+            Self::Up
+        } else if factor < 1.0 {
+            Self::Down
+        } else {
+            Self::Over
+        }
+    }
+}
+
 /// A statement under way.
 #[derive(Clone, Copy, Debug)]
 struct UnderWay {
@@ -140,7 +184,7 @@ pub(super) struct Limit {
     level: f64,
     dither: f64,
     elasticity: f64,
-    is_searching: bool,
+    search: Search,
     is_cut: bool,
     is_outage: bool,
     reason: LimitReason,
@@ -150,6 +194,9 @@ pub(super) struct Limit {
     under_way: Vec<UnderWay>,
     /// Draws which limit of a pair goes first, so that a periodic load can't be mistaken for the limit's own effect.
     rng: SmallRng,
+    is_seeded: bool,
+    /// The last pair was not believed.
+    is_in_doubt: bool,
 }
 
 impl Limit {
@@ -162,7 +209,7 @@ impl Limit {
             level: LIMIT_START.min(ceiling),
             dither: DITHER_MAX,
             elasticity: 0.5,
-            is_searching: true,
+            search: Search::Begun,
             is_cut: false,
             is_outage: false,
             reason: LimitReason::Start,
@@ -170,9 +217,19 @@ impl Limit {
             pair: Pair::default(),
             under_way: Vec::new(),
             rng: SmallRng::seed_from_u64(now.as_micros()),
+            is_seeded: false,
+            is_in_doubt: false,
         };
         limit.begin_pair(now);
         limit
+    }
+
+    /// Takes chance of its own from the caller's, at the first call: nodes before one database that tried their limits in step would each
+    /// measure what all of them do, and drift apart.
+    pub fn seed(&mut self, rng: &mut impl Rng) {
+        if !std::mem::replace(&mut self.is_seeded, true) {
+            self.rng = SmallRng::from_rng(rng);
+        }
     }
 
     /// Keys that may be in flight.
@@ -275,7 +332,12 @@ impl Limit {
         };
         let age = now.saturating_since(self.pair.arm_began());
         let measured = self.pair.measured();
-        let has_enough = measured.statements >= ARM_STATEMENTS * times && measured.keys >= ARM_KEYS;
+        let wanted = if self.search == Search::Over {
+            ARM_STATEMENTS
+        } else {
+            ARM_STATEMENTS_SEARCHING
+        };
+        let has_enough = measured.statements >= wanted * times && measured.keys >= ARM_KEYS;
         if age < ARM_MIN * times || (age < ARM_MAX && !has_enough) {
             return;
         }
@@ -299,22 +361,31 @@ impl Limit {
     /// Moves the limit by what the pair has shown, and says why.
     fn conclude(&mut self) -> LimitReason {
         let measured = self.pair.elasticity().unwrap_or(0.0);
-        let measured = measured.clamp(-ELASTICITY_MAX, ELASTICITY_MAX);
-        let gain = if self.is_searching { GAIN_SEARCHING } else { GAIN };
+        self.is_in_doubt = measured.abs() > ELASTICITY_MAX && !self.is_in_doubt;
+        let measured = if self.is_in_doubt {
+            self.elasticity
+        } else {
+            measured.clamp(-ELASTICITY_MAX, ELASTICITY_MAX)
+        };
+        let gain = match self.search {
+            Search::Begun => GAIN_FIRST,
+            Search::Up | Search::Down => GAIN_SEARCHING,
+            Search::Over => GAIN,
+        };
         self.elasticity += gain * (measured - self.elasticity);
         let (mut factor, mut reason) = self.factor();
+        self.search = self.search.after(factor);
         if self.pair.failed_part() > FAILED_PART {
             (factor, reason) = (factor.min(HARD_CUT), LimitReason::Errors);
         } else if self.pair.late_part() > LATE_PART {
             (factor, reason) = (factor.min(HARD_CUT), LimitReason::Latency);
         }
-        if factor <= 1.0 {
-            self.is_searching = false;
-        }
         let level = self.bounded(self.level * factor);
         self.dither = (self.dither * self.pair.error() / ERROR_WANTED).clamp(DITHER_MIN, DITHER_MAX);
         if factor > 1.0 && level <= self.level {
-            reason = if self.elasticity > ELASTIC {
+            let was_ceiling = self.reason == LimitReason::Ceiling;
+            let least = if was_ceiling { ELASTIC_STILL } else { ELASTIC };
+            reason = if self.elasticity > least {
                 LimitReason::Ceiling
             } else {
                 LimitReason::Held
@@ -325,21 +396,26 @@ impl Limit {
     }
 
     /// As overload.md section 1, but growing down to an elasticity of a tenth: where throughput flattens slowly, as with statements that
-    /// cost so much each and so much a key, nine tenths of it are reached only there.
+    /// cost so much each and so much a key, nine tenths of it are reached only there; and shrinking less for little: near a sharp knee the
+    /// steps themselves would cost more than being a little beside it.
     fn factor(&self) -> (f64, LimitReason) {
         match self.elasticity {
-            e if e > 0.35 && self.is_searching => (SEARCH_FACTOR, LimitReason::Grew),
+            e if e > ELASTIC && self.search.goes_on(SEARCH_FACTOR) => (SEARCH_FACTOR, LimitReason::Grew),
             e if e > ELASTIC => (1.25, LimitReason::Grew),
             e if e > 0.35 => (1.12, LimitReason::Grew),
             e if e > 0.1 => (1.05, LimitReason::Grew),
             e if e > 0.0 => (1.0, LimitReason::Held),
             e if e > -0.1 => (0.95, LimitReason::Elasticity),
+            e if e < STEEP && self.level > HALVED_FROM && self.search.goes_on(1.0 / SEARCH_FACTOR) => {
+                (1.0 / SEARCH_FACTOR, LimitReason::Elasticity)
+            }
+            e if e > STEEP => (0.9, LimitReason::Elasticity),
             _ => (0.8, LimitReason::Elasticity),
         }
     }
 
     fn restart_search(&mut self, reason: LimitReason, now: Instant) {
-        self.is_searching = true;
+        self.search = Search::Begun;
         self.elasticity = 0.5;
         self.dither = DITHER_MAX;
         self.set_reason(reason, now);

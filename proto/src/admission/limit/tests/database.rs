@@ -9,6 +9,8 @@ use super::super::*;
 pub enum Curve {
     /// Keys are worked on side by side, so many at full speed; each more slows all down a little (overload-sim, limiter.rs).
     Knee { keys: f64 },
+    /// The same, but a key takes so many seconds, and the keys of a statement share its work: they are done together (loadtest's simulator).
+    Together { keys: f64, key: f64 },
     /// A statement costs so many seconds, and so many more a key, on a connection of its own.
     Statements { each: f64, key: f64 },
     /// The same, on one connection for all.
@@ -150,6 +152,10 @@ impl Database {
                 left.sort_by(|a, b| b.total_cmp(a));
                 left
             }
+            Curve::Together { key, .. } => {
+                let drawn: f64 = (0..keys).map(|_| -(1.0 - self.rng.random::<f64>()).ln()).sum();
+                vec![self.worked + key * drawn / keys as f64]
+            }
             Curve::Statements { each, key } | Curve::OneReader { each, key } => {
                 let noise = self.rng.random_range(1.0 - NOISE..1.0 + NOISE);
                 vec![(each + key * keys as f64) * noise]
@@ -168,8 +174,12 @@ impl Database {
             .min_by(|a, b| last(&self.running[*a]).total_cmp(&last(&self.running[*b])))
             .unwrap_or(0);
         match self.curve {
-            Curve::Knee { keys } => {
-                let busy: usize = self.running.iter().map(|statement| statement.left.len()).sum();
+            Curve::Knee { keys } | Curve::Together { keys, .. } => {
+                let count = |statement: &Statement| match self.curve {
+                    Curve::Together { .. } => statement.keys,
+                    Curve::Knee { .. } | Curve::Statements { .. } | Curve::OneReader { .. } => statement.left.len(),
+                };
+                let busy: usize = self.running.iter().map(count).sum();
                 let busy = busy as f64 + self.others;
                 let speed = (keys / busy).min(1.0) / (1.0 + CONTENTION * (busy - keys).max(0.0)) / self.slowness;
                 let mark = self.running[first].left.pop()?;
