@@ -80,7 +80,7 @@ pub struct PhaseReport {
 
 /// Figures of a phase, or of a whole run: then the first five are those of its last phase that drops all devices, or else of
 /// its first that connects some, and the others of all its phases together.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Summary {
     /// Time until 99 % of the devices that the phase disconnected, or connected first, are connected.
     pub t99_seconds: Option<f64>,

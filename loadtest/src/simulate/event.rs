@@ -73,6 +73,18 @@ pub(super) enum Event {
     Evict {
         node: u8,
     },
+    /// Something befalls a node, or devices.
+    Incident {
+        number: u8,
+    },
+    /// A node that died is there again.
+    Back {
+        node: u8,
+    },
+    /// A node that drains closes sessions.
+    Leave {
+        node: u8,
+    },
 }
 
 impl Event {
@@ -94,7 +106,10 @@ impl Event {
             | Self::PhaseEnd { .. }
             | Self::Look { .. }
             | Self::Finish
-            | Self::Evict { .. } => None,
+            | Self::Evict { .. }
+            | Self::Incident { .. }
+            | Self::Back { .. }
+            | Self::Leave { .. } => None,
         }
     }
 }

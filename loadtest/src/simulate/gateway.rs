@@ -14,7 +14,7 @@ use seawall_proto::{
     hello::{Hello, SessionKind},
     id::{DeviceId, Label, Proof, SecretHash, SessionId},
     record::{DeviceRecord, DeviceState},
-    refusal::{Code, Hint, Refusal},
+    refusal::{Code, Hint, Peers, Refusal},
     resume::{self, Generation, Grant, Judge, Revoked},
 };
 use uuid::Uuid;
@@ -52,7 +52,12 @@ impl World<'_> {
         self.devices.enroll(index);
         self.time_out(device, self.now + ANSWERED_WITHIN);
         self.nodes[usize::from(node)].ledger.arrived += 1;
-        match self.before_look_up(index) {
+        if self.has_died(node) {
+            self.nodes[usize::from(node)].ledger.refused += 1;
+            self.send(device, attempt, Content::Reset);
+            return Ok(());
+        }
+        match self.before_look_up(index, node) {
             Way::LookUp => self.enter(device, attempt, node)?,
             Way::Session => self.let_in(device, attempt, node)?,
             Way::Refused(refusal) => self.refuse(device, attempt, node, refusal.code, refusal.hint),
@@ -63,7 +68,7 @@ impl World<'_> {
     /// The device wants to be looked up.
     fn enter(&mut self, device: u32, attempt: u16, node: u8) -> Result<(), Violation> {
         let index = device as usize;
-        let (id, now, wall) = (self.devices.id(index), self.now, self.wall());
+        let (id, now, wall) = (self.devices.id(index), self.now, self.wall_at(node));
         let at = &mut self.nodes[usize::from(node)];
         let arrival = Arrival {
             device: id,
@@ -92,22 +97,24 @@ impl World<'_> {
     }
 
     /// Rules on what the device says of itself, then its resume token. Without rules and token there is nothing to decide.
-    fn before_look_up(&mut self, device: usize) -> Way {
-        if self.rules.rules().is_empty() && self.devices.machines[device].resume().is_none() {
+    fn before_look_up(&mut self, device: usize, node: u8) -> Way {
+        let is_plain = self.rules.rules().is_empty() && self.devices.machines[device].resume().is_none();
+        if is_plain && !self.nodes[usize::from(node)].is_out {
             return Way::LookUp;
         }
-        match self.next_step(self.hello(device)) {
+        match self.next_step(self.hello(device), node) {
             Ok(Next::Session(_)) => Way::Session,
             Ok(Next::LookUp(_)) => Way::LookUp,
             Ok(Next::Refused(refusal)) | Err(refusal) => Way::Refused(refusal),
         }
     }
 
-    fn next_step(&mut self, hello: Hello) -> Result<Next, Refusal> {
-        let wall = self.wall();
+    fn next_step(&mut self, hello: Hello, node: u8) -> Result<Next, Refusal> {
+        let wall = self.wall_at(node);
         let policy = Policy {
             rules: &self.rules,
-            draining: None,
+            // As the gateway, which knows of no others.
+            draining: self.nodes[usize::from(node)].is_out.then_some(Peers::None),
             wall,
         };
         let judge = Judge {
@@ -120,7 +127,7 @@ impl World<'_> {
     }
 
     /// The credential, which is right, and rules by what the registry says.
-    fn conclude(&mut self, device: usize) -> Result<(), Refusal> {
+    fn conclude(&mut self, device: usize, node: u8) -> Result<(), Refusal> {
         if self.rules.rules().is_empty() {
             return Ok(());
         }
@@ -128,7 +135,7 @@ impl World<'_> {
             resume: None,
             ..self.hello(device)
         };
-        let unproven = match self.next_step(hello)? {
+        let unproven = match self.next_step(hello, node)? {
             Next::LookUp(unproven) => unproven,
             Next::Session(_) => return Ok(()),
             Next::Refused(refusal) => return Err(refusal),
@@ -142,7 +149,7 @@ impl World<'_> {
             previous_secret: None,
             state: DeviceState::Enabled,
         };
-        let (wall, as_of) = (self.wall(), GENERATION);
+        let (wall, as_of) = (self.wall_at(node), GENERATION);
         handshake::conclude(unproven, Some(&record), as_of, &self.rules, wall, &mut self.rng).map(drop)
     }
 
@@ -204,8 +211,9 @@ impl World<'_> {
 
     /// Someone comes with an id that nobody has registered.
     pub(super) fn stranger(&mut self) {
-        let node = self.draw_node();
-        if let Accepted::At(at) = self.nodes[usize::from(node)].edge.accept(0, self.now) {
+        if let Some(node) = self.draw_node()
+            && let Accepted::At(at) = self.nodes[usize::from(node)].edge.accept(0, self.now)
+        {
             self.calendar.push(at, Event::StrangerRequest { node });
         }
         let pause = 1.0 / self.scenario.simulate.strangers_per_second;
@@ -214,7 +222,10 @@ impl World<'_> {
     }
 
     pub(super) fn stranger_request(&mut self, node: u8) -> Result<(), Violation> {
-        let (now, wall) = (self.now, self.wall());
+        if self.nodes[usize::from(node)].is_out {
+            return Ok(());
+        }
+        let (now, wall) = (self.now, self.wall_at(node));
         let id = DeviceId::from_uuid(Uuid::from_u128(self.rng.random()));
         let at = &mut self.nodes[usize::from(node)];
         at.ledger.arrived += 1;
@@ -243,7 +254,7 @@ impl World<'_> {
 
     /// Sends what may be sent, answers what is owed, and has the node's deadlines in the calendar. After every event at a node.
     pub(super) fn settle(&mut self, node: u8) -> Result<(), Violation> {
-        let (now, wall) = (self.now, self.wall());
+        let (now, wall) = (self.now, self.wall_at(node));
         loop {
             let at = &mut self.nodes[usize::from(node)];
             let before = at.state(now);
@@ -266,7 +277,7 @@ impl World<'_> {
     }
 
     /// What all nodes have together, after this one has changed.
-    fn gauge(&mut self, node: u8, state: &AdmissionState) {
+    pub(super) fn gauge(&mut self, node: u8, state: &AdmissionState) {
         let load = Load {
             in_flight: u64::from(state.in_flight),
             limit: u64::from(state.limit),
@@ -304,7 +315,7 @@ impl World<'_> {
             return Ok(());
         }
         let index = device as usize;
-        if let Err(refusal) = self.conclude(index) {
+        if let Err(refusal) = self.conclude(index, node) {
             self.refuse(device, attempt, node, refusal.code, refusal.hint);
             return Ok(());
         }
@@ -340,7 +351,8 @@ impl World<'_> {
             credential_until: None,
         };
         let session = SessionId(self.events);
-        let minted = grant.mint(&self.resume_keys, session, resume::LIFE, self.wall())?;
+        let wall = self.wall_at(self.devices.home(device));
+        let minted = grant.mint(&self.resume_keys, session, resume::LIFE, wall)?;
         Some(minted.text)
     }
 

