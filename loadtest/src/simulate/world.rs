@@ -361,18 +361,23 @@ impl<'a> World<'a> {
         if shares.is_empty() && self.nodes.iter().all(|node| !node.is_out) {
             return Some(if count == 1 { 0 } else { self.rng.random_range(0..count) });
         }
-        let share = |node: u8| match self.nodes[usize::from(node)].is_out {
-            true => 0.0,
-            false => shares.get(usize::from(node)).copied().unwrap_or(1.0),
+        let share = |node: u8| {
+            if self.nodes[usize::from(node)].is_out {
+                return 0.0;
+            }
+            shares.get(usize::from(node)).copied().unwrap_or(1.0)
         };
         let all: f64 = (0..count).map(share).sum();
         let mut left = self.rng.random::<f64>() * all;
-        let there = (0..count).filter(|node| share(*node) > 0.0);
-        let passed = |node: &u8| {
-            left -= share(*node);
-            left >= 0.0
-        };
-        there.clone().skip_while(passed).next().or_else(|| there.last())
+        let mut drawn = None;
+        for node in (0..count).filter(|node| share(*node) > 0.0) {
+            drawn = Some(node);
+            left -= share(node);
+            if left < 0.0 {
+                break;
+            }
+        }
+        drawn
     }
 
     /// Something goes to a device, and is there half a round trip from now.

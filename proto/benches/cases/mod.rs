@@ -6,7 +6,7 @@ use std::{hint::black_box, time::Duration};
 use rand::{SeedableRng, rngs::SmallRng};
 use seawall_proto::{
     admission::{Action, Admission, AdmissionConfig, Arrival, Batch, BatchOutcome, CohortTag, Decision, Ticket},
-    firmware::{Range, compare},
+    firmware::Range,
     frame::{DeviceFrame, ServerFrame},
     handshake::{self, Admitted, Next, Policy},
     hello::{self, Head, Hello, IdentityNames, Request},
@@ -86,14 +86,7 @@ pub fn range() -> Range {
     ">=3.8.0-b3,<4,!=3.8.1".parse().expect("a range")
 }
 
-/// Pairs of versions of several kinds, compared.
-pub fn compare_versions() {
-    for (left, right) in VERSIONS {
-        black_box(compare(black_box(left), black_box(right)));
-    }
-}
-
-/// See [`compare_versions`].
+/// Pairs of versions of several kinds.
 pub const VERSIONS: [(&str, &str); 4] = [
     ("3.8.0-b3", "3.8.0-b10"),
     ("FW_1.2.9", "FW_1.2.10"),
