@@ -10,7 +10,7 @@ use seawall_proto::{
     frame::{DeviceFrame, ServerFrame},
     handshake::{self, Admitted, Next, Policy},
     hello::{self, Head, Hello, IdentityNames, Request},
-    id::{DeviceId, Label, RuleId, SecretHash, SessionId},
+    id::{DeviceId, Label, Proof, RuleId, SecretHash, SessionId},
     record::{DeviceRecord, DeviceState},
     refusal::Refusal,
     resume::{Counted, Generation, Grant, Judge, LIFE, Minted, ResumeKeys, Revoked},
@@ -260,6 +260,7 @@ impl Node {
         let arrival = Arrival {
             device: device(number),
             cohort: CohortTag::of(Some("camera"), Some("3.8.0-b2")),
+            proof: Proof::Secret,
             slot_token,
             arrived: self.now,
             is_known_absent: false,
