@@ -11,6 +11,8 @@ use rustls::{
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
+pub use crate::handshake::Stream;
+
 /// Authorities that devices know.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Trust {
@@ -82,7 +84,11 @@ impl Tls {
         })
     }
 
-    pub(crate) async fn connect(&self, tcp: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+    /// The handshake, over a connection that is there.
+    ///
+    /// # Errors
+    /// The gateway is not the one that is looked for, or the connection broke.
+    pub async fn connect(&self, tcp: TcpStream) -> io::Result<TlsStream<TcpStream>> {
         self.connector.connect(self.name.clone(), tcp).await
     }
 }

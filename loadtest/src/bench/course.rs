@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use firmware_sim::tls::Tls;
 use rustix::process::Pid;
 use tokio::time::sleep;
 
@@ -31,6 +32,8 @@ const MESSAGES_AT_ONCE: usize = 64;
 const MESSAGES_EACH: usize = 4;
 /// Messages that are measured, in each direction: the gateway's event buffer takes some 8,000 in a minute, and then no more.
 const MESSAGES_MAX: usize = 8_000;
+/// Devices over TLS, at most: their side of it takes far more memory.
+const TLS_DEVICES_MAX: usize = 5_000;
 /// How often each device sends a heartbeat while they only hold.
 const HEARTBEAT_EVERY: Duration = Duration::from_secs(10);
 /// Time for a server to finish what it has begun, before it is looked at.
@@ -59,6 +62,9 @@ pub struct Measured {
     pub handshake_micros: f64,
     /// With a resume token; the echo knows none, and this is its plain handshake once more.
     pub resume_micros: f64,
+    /// The growth of Pss and the processor time of a handshake over TLS.
+    pub tls_device_bytes: Option<f64>,
+    pub tls_handshake_micros: Option<f64>,
     /// From accept to the end of a connection that a rule refuses.
     pub refusal_micros: Option<f64>,
     /// A message of a device and what answers it.
@@ -149,6 +155,21 @@ impl Course<'_> {
         let (accounts, _) = self.accounts.split_at(self.options.devices);
         let crowd = Crowd::new(server, self.is_gateway, accounts);
         Ok(self.each(pid, accounts.len(), crowd.be_refused(AT_ONCE)).await?.0)
+    }
+
+    /// What a device over TLS needs: bytes while it is idle, and microseconds to be let in.
+    ///
+    /// # Errors
+    /// A device was not let in.
+    pub async fn over_tls(&self, server: SocketAddr, pid: Pid, tls: Tls) -> Result<(f64, f64)> {
+        self.say("devices connect over TLS");
+        let count = self.options.devices.min(TLS_DEVICES_MAX);
+        let crowd = Crowd::new(server, self.is_gateway, &self.accounts[..count]).over(tls);
+        let before = memory(pid).await?;
+        let (micros, _) = self.each(pid, count, crowd.connect(AT_ONCE, By::LookUp)).await?;
+        let bytes = (memory(pid).await? - before) / count as f64;
+        crowd.drop_all().await;
+        Ok((bytes, micros))
     }
 
     async fn messages_out(&self, crowd: &Crowd, ops: &Ops, count: usize) -> Result<()> {

@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use firmware_sim::tls::Tls;
 use tokio::{
     sync::{Mutex, MutexGuard},
     task::JoinSet,
@@ -31,6 +32,7 @@ const AGAIN_AFTER: Duration = Duration::from_millis(250);
 pub struct Crowd {
     server: SocketAddr,
     is_gateway: bool,
+    tls: Option<Tls>,
     seats: Arc<[Mutex<Seat>]>,
 }
 
@@ -59,8 +61,14 @@ impl Crowd {
         Self {
             server,
             is_gateway,
+            tls: None,
             seats: accounts.iter().map(seat).collect(),
         }
+    }
+
+    /// The same devices, over TLS.
+    pub fn over(self, tls: Tls) -> Self {
+        Self { tls: Some(tls), ..self }
     }
 
     pub fn len(&self) -> usize {
@@ -195,9 +203,10 @@ impl Crowd {
         }
     }
 
-    fn request<'a>(&self, account: &'a Account, firmware: &'a str) -> Request<'a> {
+    fn request<'a>(&'a self, account: &'a Account, firmware: &'a str) -> Request<'a> {
         Request {
             server: self.server,
+            tls: self.tls.as_ref(),
             account,
             firmware,
             slot: None,

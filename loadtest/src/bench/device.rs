@@ -9,9 +9,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use firmware_sim::tls::{Stream, Tls};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpSocket, TcpStream},
+    net::TcpSocket,
 };
 use tokio_tungstenite::tungstenite::protocol::frame::{
     FrameHeader,
@@ -60,9 +61,11 @@ pub fn csv(accounts: &[Account]) -> String {
 }
 
 /// What a device says when it connects.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Request<'a> {
     pub server: SocketAddr,
+    /// `None`: plain TCP.
+    pub tls: Option<&'a Tls>,
     pub account: &'a Account,
     pub firmware: &'a str,
     pub slot: Option<&'a str>,
@@ -88,7 +91,7 @@ pub enum Answer {
 
 /// A connected device.
 pub struct Device {
-    stream: TcpStream,
+    stream: Stream,
     /// Read, and not yet used.
     unread: Vec<u8>,
 }
@@ -103,6 +106,10 @@ impl Device {
         socket.bind(SocketAddr::new(request.account.source, 0))?;
         let stream = socket.connect(request.server).await.context("connecting")?;
         stream.set_nodelay(true)?;
+        let stream = match request.tls {
+            Some(tls) => Stream::Tls(Box::new(tls.connect(stream).await.context("making the TLS handshake")?)),
+            None => Stream::Plain(stream),
+        };
         let mut device = Self {
             stream,
             unread: Vec::new(),
@@ -173,7 +180,7 @@ impl Device {
     /// The connection ends with a reset, as one does whose network is gone.
     pub fn reset(self) {
         // Without it the connection ends in order, which only takes longer.
-        let _ = rustix::net::sockopt::set_socket_linger(&self.stream, Some(Duration::ZERO));
+        let _ = rustix::net::sockopt::set_socket_linger(self.stream.tcp(), Some(Duration::ZERO));
     }
 
     async fn react(&mut self, opcode: OpCode) -> Result<()> {

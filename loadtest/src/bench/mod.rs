@@ -14,10 +14,12 @@ pub mod scale;
 mod usage;
 mod witness;
 
-use std::{path::Path, time::Duration};
+use std::{fs, net::SocketAddr, path::Path, time::Duration};
 
 use anyhow::{Context, Result, ensure};
+use firmware_sim::tls::{Tls, Trust};
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
+use rustls::pki_types::ServerName;
 
 pub use report::Report;
 
@@ -32,6 +34,8 @@ const FILES_RESERVED: u64 = 500;
 /// A firmware version that the gateway's rule lets in, and one that it does not.
 const FIRMWARE: &str = "3.8.0-b2";
 const FIRMWARE_BLOCKED: &str = "9.0.0";
+/// Whom the gateway's certificate is for.
+const CERTIFIED_NAME: &str = "gateway.test";
 
 /// Which registry the gateway asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -105,16 +109,37 @@ async fn gateway(course: &Course<'_>, folder: &Path, postgres: Option<&Postgres>
     server.stop().await;
 
     let server = start().await?;
-    let address = server
-        .url()
-        .trim_start_matches("ws://")
-        .parse()
-        .context("reading the gateway's address")?;
+    let address = address_of(&server)?;
     let pid = server.pid().context("the gateway is a process of ours")?;
     let mut measured = course.run(address, pid, Some(server.ops())).await?;
     measured.refusal_micros = Some(course.refusals(address, pid).await?);
     server.stop().await;
+
+    let (config, tls) = certified(folder)?;
+    let server = Server::gateway(&data, &config, url.as_deref()).await?;
+    let pid = server.pid().context("the gateway is a process of ours")?;
+    let (bytes, micros) = course.over_tls(address_of(&server)?, pid, tls).await?;
+    (measured.tls_device_bytes, measured.tls_handshake_micros) = (Some(bytes), Some(micros));
+    server.stop().await;
     Ok(measured)
+}
+
+/// A gateway's settings with a certificate of its own (ECDSA P-256), and devices that trust it.
+fn certified(folder: &Path) -> Result<(toml::Table, Tls)> {
+    let made = rcgen::generate_simple_self_signed([CERTIFIED_NAME.to_owned()]).context("making a certificate")?;
+    let (certificate, key) = (folder.join("certificate.pem"), folder.join("key.pem"));
+    fs::write(&certificate, made.cert.pem()).context("writing the certificate")?;
+    fs::write(&key, made.signing_key.serialize_pem()).context("writing its key")?;
+    let files = [("certificate", &certificate), ("key", &key)];
+    let files = files.map(|(name, path)| (name.to_owned(), toml::Value::from(path.display().to_string())));
+    let config = toml::Table::from_iter([("tls".to_owned(), toml::Table::from_iter(files).into())]);
+    let name = ServerName::try_from(CERTIFIED_NAME).context("the certificate's name")?;
+    Ok((config, Tls::new(name, &Trust::File(certificate))?))
+}
+
+fn address_of(server: &Server) -> Result<SocketAddr> {
+    let url = server.url().trim_start_matches("ws://");
+    url.parse().context("reading the gateway's address")
 }
 
 /// Raises the soft limit on open files as far as it goes.

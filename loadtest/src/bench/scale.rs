@@ -18,6 +18,7 @@ use rustix::process::{Pid, Resource, getrlimit};
 use tokio::time::sleep;
 
 use super::{
+    address_of,
     crowd::{By, Crowd},
     device,
     report::machine,
@@ -112,7 +113,7 @@ async fn measure(options: Options, folder: &Path, postgres: &Postgres, progress:
         .iter()
         .map(|server| server.pid().context("a gateway is a process of ours"))
         .collect::<Result<Vec<Pid>>>()?;
-    let address = address(&servers[0])?;
+    let address = address_of(&servers[0])?;
     let mut crowds = start_crowds(options.devices, crowds, address, folder)?;
     sleep(SETTLE).await;
     let base = memory(&pids)?;
@@ -172,18 +173,13 @@ async fn start_gateways(count: usize, folder: &Path, database: &str) -> Result<V
             fs::create_dir(&data).context("creating a data directory")?;
             fs::copy(folder.join("data0/keys.json"), data.join("keys.json")).context("copying keys.json")?;
         }
-        let listen = servers.first().map(address).transpose()?;
+        let listen = servers.first().map(address_of).transpose()?;
         let listen = listen.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0)));
         let config = toml::from_str(&format!("[server]\nshare_port = true\nnode = \"node-{number}\"\n"))
             .context("writing a gateway's configuration")?;
         servers.push(Server::gateway_at(listen, &data, &config, Some(database)).await?);
     }
     Ok(servers)
-}
-
-fn address(server: &Server) -> Result<SocketAddr> {
-    let url = server.url().trim_start_matches("ws://");
-    url.parse().context("reading the gateway's address")
 }
 
 fn sessions(servers: &[Server]) -> Result<Vec<f64>> {
