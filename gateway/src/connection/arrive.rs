@@ -45,7 +45,7 @@ pub(super) async fn introduce(
     }
     let time = shared.config.limits.head_timeout();
     let mut patience = Patience::begin(door, handshake, time, time);
-    let reading = wait_for(&mut patience, proxy::read_header(tcp));
+    let reading = Box::pin(wait_for(&mut patience, proxy::read_header(tcp)));
     let read = tokio::select! {
         read = reading => read,
         () = door.closing.cancelled() => return Err("silent"),
@@ -78,7 +78,7 @@ pub(super) async fn arrive(
     let time_max = limit.map_or(time_usual, |_| TURNED_HEAD_TIME_MAX);
     let patience = Patience::begin(door, handshake, time_max, time_usual);
     tokio::select! {
-        arrived = secure(endpoint, tcp, patience) => arrived,
+        arrived = Box::pin(secure(endpoint, tcp, patience)) => arrived,
         () = door.closing.cancelled() => Err(Astray::Ended("silent")),
     }
 }

@@ -55,6 +55,7 @@ const LEFT: Interest = Interest::PRIORITY.add(Interest::ERROR);
 const LEFT: Interest = Interest::ERROR;
 
 /// From accept to the answer; an upgraded connection goes on as a session, in another task. Without a `place` it never is one.
+/// Thousands may be here at a time and show no head: steps that not all come to stand in boxes of their own, for as long as they take.
 pub async fn serve(
     shared: Shared,
     door: Arc<Door>,
@@ -150,7 +151,7 @@ pub async fn serve(
     };
     let decided = tokio::select! {
         biased;
-        decision = decide(&shared, hello) => decision,
+        decision = Box::pin(decide(&shared, hello)) => decision,
         // Dropping the decision takes the device out of the queue: it never reaches the database.
         () = peer_gone(stream.tcp()) => return attempt.count(Outcome::Abandoned),
         () = door.closing.cancelled() => concluded(Err(leaving(&shared))),
@@ -158,7 +159,7 @@ pub async fn serve(
     attempt.looked_up(decided.took);
     let result = decided.result.and_then(|admitted| fit(&shared, admitted));
     match result {
-        Ok(admitted) => upgrade(shared, door, stream, leftover, attempt, admitted, connection).await,
+        Ok(admitted) => Box::pin(upgrade(shared, door, stream, leftover, attempt, admitted, connection)).await,
         Err(refusal) => {
             attempt.refused(&refusal);
             let linger = Linger::behind(&refusal, &leftover);
