@@ -169,6 +169,8 @@ fn number(bytes: &[u8]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn device(n: u128) -> DeviceId {
@@ -210,6 +212,28 @@ mod tests {
         }
         for text in ["", "x", &"=".repeat(52), &"\u{e9}".repeat(26), &token[..51]] {
             assert_eq!(keys.verify(device(1), text), None);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_but_the_token_itself_counts(
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<char>(), 0_u8..3), 1..4),
+        ) {
+            let keys = SlotKeys::new(7, [1; 32]);
+            let token = keys.sign(device(1), &claims());
+            let mut forged: Vec<char> = token.chars().collect();
+            for (at, character, way) in changes {
+                let at = at.index(forged.len() + 1);
+                match way {
+                    0 => forged.insert(at, character),
+                    1 if at < forged.len() => forged[at] = character,
+                    _ => drop(forged.drain(at..)),
+                }
+            }
+            let forged: String = forged.into_iter().collect();
+
+            prop_assert_eq!(keys.verify(device(1), &forged).is_some(), *forged == *token, "{}", forged);
         }
     }
 

@@ -5,12 +5,14 @@ use std::time::Duration;
 use firmware_sim::connection::Credential;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
     time::{sleep, timeout},
 };
 
 use super::{STOLEN, Siege, dial_from, one_of};
 use crate::{
     fleet::rig::device,
+    harness::authority::HOST,
     wire::raw::{masked, request},
 };
 
@@ -62,20 +64,14 @@ async fn peers_that_leave_at_any_step_leave_nothing_behind() {
 }
 
 async fn leave(siege: &Siege, step: Step, way: Leave, time: u32) {
-    let config = device(STOLEN + time);
-    let Credential::Bearer(secret) = &config.credential else {
-        panic!("no bearer");
-    };
-    let lines = format!("Seawall-Device: {}\r\nAuthorization: Bearer {secret}", config.id);
-    let head = request(&[&lines]);
-    let head = head.as_bytes();
+    let head = head_of(STOLEN + time);
     let mut stream = dial_from(one_of(1, 0), siege.address).await.unwrap();
     match step {
         Step::Connected => {}
         Step::InTheHead => stream.write_all(&head[..head.len() / 2]).await.unwrap(),
-        Step::WaitingForItsLookUp => stream.write_all(head).await.unwrap(),
+        Step::WaitingForItsLookUp => stream.write_all(&head).await.unwrap(),
         Step::Upgraded | Step::InAFrame | Step::InAFragmentedMessage | Step::AfterItsGoodbye => {
-            stream.write_all(head).await.unwrap();
+            stream.write_all(&head).await.unwrap();
             let mut answer = [0; 512];
             let len = timeout(Duration::from_secs(10), stream.read(&mut answer))
                 .await
@@ -91,6 +87,86 @@ async fn leave(siege: &Siege, step: Step, way: Leave, time: u32) {
         Step::InAFragmentedMessage => stream.write_all(&masked(0x01, b"a mes")).await.unwrap(),
         Step::AfterItsGoodbye => stream.write_all(&masked(0x88, &1000_u16.to_be_bytes())).await.unwrap(),
     }
+    go(stream, way).await;
+}
+
+/// Where a peer leaves that speaks TLS.
+#[derive(Clone, Copy, Debug)]
+enum TlsStep {
+    InTheHello,
+    BehindTheHello,
+    Secured,
+    InTheHead,
+    /// Without a goodbye of TLS.
+    Upgraded,
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_that_leave_at_any_step_of_tls_leave_nothing_behind() {
+    let siege = Siege::of_tls("handshake_timeout_ms = 2000\n[limits]\nhead_timeout_ms = 1000\n").await;
+    for step in [
+        TlsStep::InTheHello,
+        TlsStep::BehindTheHello,
+        TlsStep::Secured,
+        TlsStep::InTheHead,
+        TlsStep::Upgraded,
+    ] {
+        for way in WAYS {
+            for time in 0..TIMES {
+                leave_tls(&siege, step, way, time).await;
+            }
+        }
+    }
+    siege.leaves_nothing().await;
+}
+
+async fn leave_tls(siege: &Siege, step: TlsStep, way: Leave, time: u32) {
+    let head = head_of(STOLEN + time);
+    let mut tcp = dial_from(one_of(1, 0), siege.address).await.unwrap();
+    match step {
+        TlsStep::InTheHello => {
+            tcp.write_all(&[0x16, 3, 1, 2, 0, 1, 0]).await.unwrap();
+            return go(tcp, way).await;
+        }
+        TlsStep::BehindTheHello => {
+            // What a client says first; the gateway's answer is never read.
+            let config = siege.authority().client_config(rustls::ALL_VERSIONS, None);
+            let name = HOST.try_into().unwrap();
+            let mut client = rustls::ClientConnection::new(config, name).unwrap();
+            let mut hello = Vec::new();
+            client.write_tls(&mut hello).unwrap();
+            tcp.write_all(&hello).await.unwrap();
+            return go(tcp, way).await;
+        }
+        TlsStep::Secured | TlsStep::InTheHead | TlsStep::Upgraded => {}
+    }
+    let mut tls = siege.authority().secure(tcp).await.unwrap();
+    match step {
+        TlsStep::InTheHello | TlsStep::BehindTheHello | TlsStep::Secured => {}
+        TlsStep::InTheHead => tls.write_all(&head[..head.len() / 2]).await.unwrap(),
+        TlsStep::Upgraded => {
+            tls.write_all(&head).await.unwrap();
+            let mut answer = [0; 12];
+            tls.read_exact(&mut answer).await.unwrap();
+            assert_eq!(&answer, b"HTTP/1.1 101", "{step:?} {way:?}");
+        }
+    }
+    tls.flush().await.unwrap();
+    let (tcp, _) = tls.into_inner();
+    go(tcp, way).await;
+}
+
+/// The request of a stolen device.
+fn head_of(number: u32) -> Vec<u8> {
+    let config = device(number);
+    let Credential::Bearer(secret) = &config.credential else {
+        panic!("no bearer");
+    };
+    let lines = format!("Seawall-Device: {}\r\nAuthorization: Bearer {secret}", config.id);
+    request(&[&lines]).into_bytes()
+}
+
+async fn go(mut stream: TcpStream, way: Leave) {
     match way {
         Leave::Reset => {}
         Leave::End => socket2::SockRef::from(&stream).set_linger(None).unwrap(),
