@@ -28,7 +28,8 @@ fn obedient_fleet_is_back_at_the_optimum_in_three_attempts() {
             ..Scenario::default()
         });
 
-        assert_within(report.all_back, OPTIMUM, 1.05);
+        // A hundredth more than a greater fleet: the first seconds, in which the limit is searched for, are a tenth of all.
+        assert_within(report.all_back, OPTIMUM, 1.06);
         assert!(report.attempts <= 3.0, "{}", report.attempts);
         assert!(report.in_flight_max <= 64);
     }
