@@ -5,7 +5,12 @@
 //! that fails for want of files or memory pauses; it never spins. A full gateway that shares its address with others stops listening,
 //! so that the kernel sends newcomers to them.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures_util::FutureExt;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -14,7 +19,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::OwnedSemaphorePermit,
     task::coop::unconstrained,
-    time::sleep,
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -45,8 +50,12 @@ const FILES_RESERVED: usize = 256;
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
-/// A full gateway that has left its address looks this often whether it has room again.
+/// A full gateway that has left its address looks this often whether it has room again, or nobody else is there.
 const ROOM_LOOK_INTERVAL: Duration = Duration::from_millis(250);
+/// A full gateway that found nobody else at its address stays for so long, so that devices are told when to come back, and then looks again.
+const LAST_FOR: Duration = Duration::from_secs(3);
+/// Somebody who listens takes a connection at once: it is the kernel's to do.
+const PROBE_TIME_MAX: Duration = Duration::from_millis(200);
 
 /// How many connections this process can take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,8 +134,11 @@ pub struct Listener {
     tcp: Option<TcpListener>,
     address: SocketAddr,
     sharing: Sharing,
+    backlog: i32,
     /// It is full, and takes only those who wait already.
     is_leaving: bool,
+    /// It is the last one at its address until then, full as it is.
+    stays_until: Option<Instant>,
     door: Arc<Door>,
 }
 
@@ -147,7 +159,7 @@ impl Sharing {
     }
 }
 
-fn listen(address: SocketAddr, sharing: Sharing) -> io::Result<TcpListener> {
+fn listen(address: SocketAddr, sharing: Sharing, backlog: i32) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     // A restart takes the port while old connections of it are still dying.
     socket.set_reuse_address(true)?;
@@ -165,8 +177,20 @@ fn listen(address: SocketAddr, sharing: Sharing) -> io::Result<TcpListener> {
             .with_retries(3),
     )?;
     socket.bind(&address.into())?;
-    socket.listen(backlog_of_machine())?;
+    socket.listen(backlog)?;
     TcpListener::from_std(socket.into())
+}
+
+/// Whether any gateway listens at this address of ours.
+async fn is_anyone_at(address: SocketAddr) -> bool {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    let probe = TcpStream::connect(SocketAddr::new(ip, address.port()));
+    // Only a refusal tells that there is nobody: whoever has a full backlog is there.
+    !matches!(timeout(PROBE_TIME_MAX, probe).await, Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 impl Listener {
@@ -175,12 +199,15 @@ impl Listener {
     /// # Errors
     /// The address is taken, or is none of this machine's.
     pub fn bind(address: SocketAddr, sharing: Sharing, bounds: Bounds, limits: &Limits) -> io::Result<Self> {
-        let tcp = listen(address, sharing)?;
+        let backlog = backlog_of_machine();
+        let tcp = listen(address, sharing, backlog)?;
         Ok(Self {
             address: tcp.local_addr()?,
             tcp: Some(tcp),
             sharing,
+            backlog,
             is_leaving: false,
+            stays_until: None,
             door: Arc::new(Door::new(bounds, limits)),
         })
     }
@@ -204,7 +231,7 @@ impl Listener {
                 () = hard.cancelled() => break,
                 () = &mut forgetting => continue,
                 () = &mut publishing => continue,
-                accepted = self.accept() => accepted,
+                accepted = self.accept(&shared.metrics) => accepted,
             };
             match accepted {
                 Ok((stream, peer, permit)) => {
@@ -231,19 +258,18 @@ impl Listener {
     ///
     /// # Cancel safety
     /// Safe: a connection is either returned or still in the backlog.
-    async fn accept(&mut self) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
+    async fn accept(&mut self, metrics: &Metrics) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
         let permit = self.door.enter().await.map_err(io::Error::other)?;
         if self.sharing == Sharing::Shared {
             if let Some((stream, peer)) = self.leave_if_full()? {
                 return Ok((stream, peer, permit));
             }
-            while self.tcp.is_none() && !self.door.has_room() {
-                sleep(ROOM_LOOK_INTERVAL).await;
-            }
+            self.await_return(metrics).await;
         }
+        metrics.listening.set(1.0);
         let tcp = match &self.tcp {
             Some(tcp) => tcp,
-            None => self.listen_again()?,
+            None => self.tcp.insert(listen(self.address, self.sharing, self.backlog)?),
         };
         let (stream, peer) = tcp.accept().await?;
         Ok((stream, peer, permit))
@@ -252,7 +278,9 @@ impl Listener {
     /// Full: no more connections are taken into the backlog. Those that wait there are accepted, as closing would reset them, and
     /// are told when to come back. When none is left, the address is left to the others.
     fn leave_if_full(&mut self) -> io::Result<Option<(TcpStream, SocketAddr)>> {
-        let Some(tcp) = self.tcp.as_ref().filter(|_| self.is_leaving || self.door.is_full()) else {
+        let stays = self.stays_until.is_some_and(|until| Instant::now() < until);
+        let leaves = self.is_leaving || !stays && self.door.is_full();
+        let Some(tcp) = self.tcp.as_ref().filter(|_| leaves) else {
             return Ok(None);
         };
         if !self.is_leaving {
@@ -261,17 +289,27 @@ impl Listener {
         }
         let waiting = unconstrained(tcp.accept()).now_or_never();
         if waiting.is_none() {
-            tracing::info!(address = %self.address, "full: leaving the address to the others that share it");
+            tracing::debug!(address = %self.address, "full: leaving the address to the others that share it");
             self.tcp = None;
             self.is_leaving = false;
         }
         waiting.transpose()
     }
 
-    fn listen_again(&mut self) -> io::Result<&TcpListener> {
-        let tcp = listen(self.address, self.sharing)?;
-        tracing::info!(address = %self.address, "room again: listening");
-        Ok(self.tcp.insert(tcp))
+    /// Returns at once where it has not left; else when it has room again, or when nobody else is there to tell devices when to come back.
+    async fn await_return(&mut self, metrics: &Metrics) {
+        while self.tcp.is_none() {
+            if self.door.has_room() {
+                tracing::debug!(address = %self.address, "room again: listening");
+                return;
+            }
+            if !is_anyone_at(self.address).await {
+                self.stays_until = Some(Instant::now() + LAST_FOR);
+                return;
+            }
+            metrics.listening.set(0.0);
+            sleep(ROOM_LOOK_INTERVAL).await;
+        }
     }
 
     fn receive(&self, shared: &Shared, stream: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
@@ -358,7 +396,7 @@ mod tests {
         .unwrap();
         let _client = TcpStream::connect(listener.local_addr()).await.unwrap();
 
-        let (stream, ..) = listener.accept().await.unwrap();
+        let (stream, ..) = listener.accept(&Metrics::new()).await.unwrap();
 
         assert_eq!(options_of(&stream).unwrap(), (true, true));
     }

@@ -33,6 +33,7 @@ pub struct Metrics {
     catalog: Vec<Definition>,
     /// Live WebSocket sessions.
     pub sessions: Gauge,
+    pub listening: Gauge,
     /// TCP connections that never became a request, by what became of them.
     pub connections: Family,
     /// Connect attempts (a connection that sent at least a byte of a request to /v1/connect), by outcome. The sum is every attempt.
@@ -194,6 +195,10 @@ impl Metrics {
             handle: recorder.handle(),
             catalog: Vec::new(),
             sessions: names.gauge("seawall_sessions", "Live WebSocket sessions."),
+            listening: names.gauge(
+                "seawall_listening",
+                "1 while devices can connect; 0 while a full gateway leaves its address to others that share it.",
+            ),
             connections: names.family(
                 "seawall_connections_total",
                 "TCP connections accepted, by what became of them; `request` is counted in seawall_handshakes_total, `probe` asked for /readyz, `silent` and `address_limited` sent nothing, `tls_failed` was no TLS handshake or none in time, `plain_http` began without TLS where TLS is spoken, `proxy_failed` came from a trusted address and had no PROXY header.",

@@ -215,11 +215,12 @@ impl Endpoint {
                 return Reloaded::Unchanged;
             }
         }
-        *looked = Looked {
-            settled: stamps,
-            once: None,
-        };
+        looked.once = None;
         let loaded = self.files.read().and_then(|contents| contents.load(&self.ticketer));
+        // What can't be read may be good: there may be no more files to be had. It is tried again, and told once.
+        if !matches!(loaded, Err(TlsError::Unreadable { .. })) {
+            looked.settled = stamps;
+        }
         match loaded {
             Ok(loaded) => {
                 self.current.store(Arc::new(loaded));
@@ -227,7 +228,11 @@ impl Endpoint {
                 Reloaded::Taken
             }
             Err(error) => {
-                self.problem.store(Some(Arc::new(error.to_string())));
+                let problem = Some(Arc::new(error.to_string()));
+                let is_known = self.problem.swap(problem.clone()) == problem;
+                if is_known && which == Reload::Changed {
+                    return Reloaded::Unchanged;
+                }
                 Reloaded::Refused(error)
             }
         }

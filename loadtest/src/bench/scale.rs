@@ -35,8 +35,10 @@ use crate::{
 
 /// Files of a process that are no devices' sockets: what a gateway keeps for itself, and some.
 const FILES_RESERVED: u64 = 1_000;
+/// Fewest devices that are worth a process.
+const EACH_MIN: usize = 1_000;
 /// A gateway is meant to hold no more than this part of what its files allow: the kernel spreads connections by chance.
-const FILL: f64 = 0.93;
+const FILL_PERCENT: usize = 93;
 /// Connections under way, of all processes with devices together.
 const AT_ONCE: usize = 1_024;
 /// How often each device sends a heartbeat while they only hold.
@@ -90,13 +92,12 @@ pub async fn scale(options: Options, progress: &Progress) -> Result<Report> {
 async fn measure(options: Options, folder: &Path, postgres: &Postgres, progress: &Progress) -> Result<Report> {
     let files = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
     let each = usize::try_from(files.saturating_sub(FILES_RESERVED)).unwrap_or(usize::MAX);
-    ensure!(each > 0, "a process may have {files} open files (ulimit -Hn): too few");
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a part of a count is a count"
-    )]
-    let gateways = options.devices.div_ceil((each as f64 * FILL) as usize).max(2);
+    ensure!(
+        each >= EACH_MIN,
+        "a process may have {files} open files (ulimit -Hn): it takes {} for each",
+        FILES_RESERVED + EACH_MIN as u64
+    );
+    let gateways = options.devices.div_ceil(each * FILL_PERCENT / 100).max(2);
     let crowds = options.devices.div_ceil(each);
 
     progress.note("devices are registered");
@@ -209,16 +210,15 @@ struct RemoteCrowd {
 }
 
 fn start_crowds(devices: usize, count: usize, server: SocketAddr, folder: &Path) -> Result<Vec<RemoteCrowd>> {
-    let each = devices.div_ceil(count);
     let program = std::env::current_exe().context("looking for this program's own file")?;
     let start = |number: usize| {
-        let first = number * each;
+        let (first, end) = (devices * number / count, devices * (number + 1) / count);
         let done = folder.join(format!("crowd{number}.done"));
         let mut command = Command::new(&program);
         command
             .args(["bench-crowd", "--server", &server.to_string()])
             .args(["--first", &first.to_string()])
-            .args(["--count", &each.min(devices - first).to_string()])
+            .args(["--count", &(end - first).to_string()])
             .args(["--at-once", &AT_ONCE.div_ceil(count).to_string()])
             .arg("--done")
             .arg(&done);

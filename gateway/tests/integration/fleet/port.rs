@@ -1,84 +1,87 @@
 //! Several gateways on one address (`server.share_port`).
 
-use std::{
-    net::IpAddr,
-    time::{Duration, Instant},
-};
+use std::{net::IpAddr, ops::Range};
 
-use firmware_sim::connection::Connection;
-use tokio::time::sleep;
+use firmware_sim::connection::{Connection, DeviceConfig};
+use seawall_gateway::config::DatabaseUrl;
 
-use super::rig::{Gateway, PATIENCE, devices, eventually};
+use super::rig::{Gateway, devices, eventually};
 use crate::harness::pg;
 
 /// Of each gateway.
 const CONNECTIONS_MAX: usize = 20;
-/// A gateway that is full tells those who wait already to come back; all of them are let in within this.
-const AGAIN_AFTER: Duration = Duration::from_millis(50);
-
-/// Two gateways on one address and one database.
-async fn two() -> [Gateway; 2] {
-    let url = pg::shared().database().await.unwrap();
-    let settings = |listen: &str| {
-        format!("[server]\nshare_port = true\nlisten = \"{listen}\"\n[limits]\nconnections_max = {CONNECTIONS_MAX}\n")
-    };
-    let first = Gateway::start_on(Some(&url), &settings("127.0.0.1:0")).await;
-    let second = Gateway::start_on(Some(&url), &settings(&first.devices.to_string())).await;
-    assert_eq!(first.devices, second.devices);
-    for gateway in [&first, &second] {
-        eventually(|| gateway.shared.readiness().ready).await;
+/// As the operating system sees them: an address each, since none may fill a gateway alone.
+fn devices_apart(numbers: Range<u32>) -> Vec<DeviceConfig> {
+    let mut apart = devices(numbers);
+    for (number, device) in (1..).zip(&mut apart) {
+        device.source = Some(IpAddr::from([127, 0, 1, number]));
     }
-    [first, second]
+    apart
 }
 
-fn sessions(gateway: &Gateway) -> usize {
+async fn start(url: &DatabaseUrl, listen: &str) -> Gateway {
+    let settings =
+        format!("[server]\nshare_port = true\nlisten = \"{listen}\"\n[limits]\nconnections_max = {CONNECTIONS_MAX}\n");
+    let gateway = Gateway::start_on(Some(url), &settings).await;
+    eventually(|| gateway.shared.readiness().ready).await;
+    gateway
+}
+
+/// A gateway that is full, beside another at the same address.
+async fn full_and_empty() -> (Gateway, Gateway, Vec<Connection>) {
+    let url = pg::shared().database().await.unwrap();
+    let first = start(&url, "127.0.0.1:0").await;
+    first.register(0..100).await;
+    let live = first.sessions(&devices_apart(0..20)).await;
+    let second = start(&url, &first.devices.to_string()).await;
+    assert_eq!(first.devices, second.devices);
+    // It was the last one there, and looks again when somebody comes.
+    eventually(|| {
+        drop(std::net::TcpStream::connect(first.devices));
+        first.metric("seawall_listening") == 0
+    })
+    .await;
+    (first, second, live)
+}
+
+fn held(gateway: &Gateway) -> usize {
     gateway.shared.sessions.len()
 }
 
-/// Sessions of all devices, one after the other: whoever meets a gateway that is full, or has just left, tries again.
-async fn connect(gateway: &Gateway, numbers: std::ops::Range<u32>) -> Vec<Connection> {
-    let mut live = Vec::new();
-    for (number, mut device) in devices(numbers).into_iter().enumerate() {
-        // An address of its own each, as none may fill a gateway alone.
-        device.source = Some(IpAddr::from([127, 0, 1, 1 + u8::try_from(number).unwrap()]));
-        let deadline = Instant::now() + PATIENCE;
-        live.push(loop {
-            let error = match gateway.connect(&device).await.outcome {
-                Ok(connection) => break connection,
-                Err(error) => error,
-            };
-            assert!(Instant::now() < deadline, "not let in by either: {error:?}");
-            sleep(AGAIN_AFTER).await;
-        });
-    }
-    live
-}
-
 #[tokio::test(flavor = "multi_thread")]
-async fn gateways_on_one_address_share_the_devices_and_a_full_one_leaves_them_to_the_other() {
-    let [first, second] = two().await;
-    first.register(0..40).await;
+async fn full_gateway_leaves_its_address_to_the_other_and_comes_back_when_it_has_room() {
+    let (first, second, live) = full_and_empty().await;
 
-    let live = connect(&first, 0..38).await;
+    // All at their first attempt.
+    let others = second.sessions(&devices_apart(20..38)).await;
 
-    assert_eq!(sessions(&first) + sessions(&second), live.len());
-    let held = [sessions(&first), sessions(&second)];
-    assert!(held.iter().all(|held| (18..=20).contains(held)), "{held:?}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn gateway_that_was_full_listens_again_once_it_has_room() {
-    let [first, second] = two().await;
-    first.register(0..80).await;
-    let live = connect(&first, 0..40).await;
-    eventually(|| sessions(&first) + sessions(&second) == 40).await;
-    // Both are full, so that nobody listens.
-    assert!(first.connect(&devices(41..42)[0]).await.outcome.is_err());
-
+    assert_eq!((held(&first), held(&second)), (live.len(), others.len()));
     drop(live);
-    eventually(|| sessions(&first) + sessions(&second) == 0).await;
-    let again = connect(&first, 40..72).await;
+    eventually(|| held(&first) == 0 && first.metric("seawall_listening") == 1).await;
+    drop(others);
+    eventually(|| held(&second) == 0).await;
+    let again = second.sessions(&devices_apart(40..58)).await;
+    assert_eq!(held(&first) + held(&second), again.len());
+    assert!(held(&first) > 0, "the kernel spreads them");
+}
 
-    assert_eq!(sessions(&first) + sessions(&second), again.len());
-    assert!(sessions(&first).min(sessions(&second)) >= 12, "both have devices again");
+#[tokio::test(flavor = "multi_thread")]
+async fn where_all_gateways_of_an_address_are_full_devices_are_told_when_to_come_back() {
+    let (first, second, _live) = full_and_empty().await;
+
+    let _others = second.sessions(&devices_apart(20..40)).await;
+
+    // The second finds nobody, and stays; for an instant of each few seconds nobody does.
+    let mut told = 0;
+    for device in devices_apart(40..100) {
+        if let Err(error) = second.connect(&device).await.outcome
+            && let Some(refused) = error.refused()
+        {
+            assert_eq!((refused.status, refused.code.as_deref()), (503, Some("overloaded")));
+            assert!(refused.slot.is_some());
+            told += 1;
+        }
+    }
+    assert!(told >= 58, "{told} of 60");
+    assert_eq!(held(&first) + held(&second), 40);
 }

@@ -9,7 +9,7 @@ use tokio::{net::TcpStream, task::spawn_blocking, time::sleep};
 use super::{
     super::{
         fleet::rig::{PATIENCE, assert_alive, attempt, device},
-        harness::process::GatewayProcess,
+        harness::{authority::Authority, process::GatewayProcess},
     },
     disk::import,
 };
@@ -62,6 +62,35 @@ async fn gateway_out_of_files_waits_without_spinning_and_recovers() {
     assert_alive(&mut second).await;
     eventually_logged(&gateway, "accepting devices goes on").await;
     assert!(gateway.metric("seawall_accept_pauses_total").unwrap() >= 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificate_that_could_not_be_read_for_want_of_files_is_taken_once_there_are_some() {
+    let mut authority = Authority::new();
+    let settings = authority.settings();
+    let config = authority.write("seawall.toml", &settings);
+    let args = ["--config".to_owned(), config.display().to_string()];
+    let start = move || GatewayProcess::start(&args.each_ref().map(String::as_str));
+    let gateway = spawn_blocking(start).await.unwrap().unwrap();
+    let pid = gateway.pid().unwrap();
+    let limit = prlimit(
+        Some(pid),
+        Resource::Nofile,
+        rustix::process::getrlimit(Resource::Nofile),
+    )
+    .unwrap();
+    let none_left = Rlimit {
+        current: Some(1),
+        maximum: limit.maximum,
+    };
+    prlimit(Some(pid), Resource::Nofile, none_left).unwrap();
+    let renewed = authority.server();
+    authority.write_server(&renewed);
+    eventually_logged(&gateway, "the TLS files can't be used").await;
+
+    prlimit(Some(pid), Resource::Nofile, limit).unwrap();
+
+    eventually_logged(&gateway, "certificate taken anew").await;
 }
 
 async fn eventually_logged(gateway: &GatewayProcess, line: &str) {
