@@ -186,7 +186,7 @@ async fn is_anyone_at(address: SocketAddr) -> bool {
     let ip = match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
         IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-        ip => ip,
+        ip @ (IpAddr::V4(_) | IpAddr::V6(_)) => ip,
     };
     let probe = TcpStream::connect(SocketAddr::new(ip, address.port()));
     // Only a refusal tells that there is nobody: whoever has a full backlog is there.
