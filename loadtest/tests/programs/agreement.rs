@@ -23,11 +23,11 @@ fn simulator_and_reality_agree_on_return_times_and_attempts_of_15_000_devices() 
     let folder = tempfile::tempdir().unwrap();
     let (simulated, real) = (folder.path().join("simulated.json"), folder.path().join("real.json"));
     assert!(seawall().exists());
+    // The thresholds of the scenario, on memory and latency among others, are not what is judged here.
     let done = report("simulate", &simulated);
-    assert!(done.status.success(), "{}", told(&done));
+    assert!(simulated.exists(), "{}", told(&done));
 
     let mut tries = (0..TRIES).map(|_| {
-        // Its thresholds, on memory and latency among others, are not what is judged here.
         let run = report("run", &real);
         assert!(real.exists(), "{}", told(&run));
         let compared = loadtest().arg("compare").arg(&simulated).arg(&real).output().unwrap();
