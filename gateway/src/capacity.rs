@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use seawall_proto::memory::reserve;
 
 use crate::{
-    config::{Limits, Server},
+    config::{Config, Limits},
     door::ASIDE_PER_PLACE,
     memory::Group,
 };
@@ -18,6 +18,8 @@ const CONNECTIONS_PERCENT: u64 = 80;
 /// The most that a handshake under way takes, in bytes, kernel included (measured: 25 KB over TLS, test
 /// `an_unfinished_tls_handshake_holds_no_more_than_its_bound`).
 const HANDSHAKE_BYTES: u64 = 32 * 1024;
+/// The same where client certificates are asked for, whose chain is part of it (measured: 65 KB).
+const CERTIFIED_HANDSHAKE_BYTES: u64 = 72 * 1024;
 /// Fewest places for handshakes, however small the machine.
 const HANDSHAKES_MIN: usize = 8;
 /// Fewest connections, however small the machine.
@@ -25,22 +27,26 @@ const CONNECTIONS_MIN: u64 = 64;
 
 /// The settings of limits with "as many as memory allows" made a figure. Open files are the listener's to ask for.
 #[must_use]
-pub fn sized(limits: &Limits, server: &Server) -> Limits {
-    let memory = match server.max_memory_bytes {
+pub fn sized(config: &Config) -> Limits {
+    let memory = match config.server.max_memory_bytes {
         0 => available(),
         configured => configured.min(available()),
     };
-    let mut limits = limits.clone();
+    let handshake_bytes = match config.tls.client_ca {
+        Some(_) => CERTIFIED_HANDSHAKE_BYTES,
+        None => HANDSHAKE_BYTES,
+    };
+    let mut limits = config.limits.clone();
     if limits.connections_max == 0 {
         limits.connections_max = connections(memory);
     }
-    limits.handshakes_max = limits.handshakes_max.min(handshakes(memory));
+    limits.handshakes_max = limits.handshakes_max.min(handshakes(memory, handshake_bytes));
     limits
 }
 
 /// So many that all of them, and those that stand aside, fit into what a node that is full has left.
-fn handshakes(memory: u64) -> usize {
-    let each = HANDSHAKE_BYTES * (1 + ASIDE_PER_PLACE as u64);
+fn handshakes(memory: u64, handshake_bytes: u64) -> usize {
+    let each = handshake_bytes * (1 + ASIDE_PER_PLACE as u64);
     usize::try_from(reserve(memory) / each)
         .unwrap_or(usize::MAX)
         .max(HANDSHAKES_MIN)
@@ -75,24 +81,21 @@ mod tests {
 
     #[test]
     fn connections_follow_memory_unless_configured() {
-        let server = Server {
-            max_memory_bytes: 1 << 30,
-            ..Server::default()
-        };
+        let mut config = Config::default();
+        config.server.max_memory_bytes = 1 << 30;
 
-        let by_memory = sized(&Limits::default(), &server);
-        let configured = sized(
-            &Limits {
-                connections_max: 5,
-                ..Limits::default()
-            },
-            &server,
-        );
+        let by_memory = sized(&config);
+        config.tls.client_ca = Some("ca.pem".into());
+        let certified = sized(&config);
+        config.limits.connections_max = 5;
+        let configured = sized(&config);
 
         assert_eq!(by_memory.connections_max, 209_715);
         assert_eq!(configured.connections_max, 5);
         assert_eq!(connections(0), 64);
         assert_eq!(by_memory.handshakes_max, 500);
+        assert_eq!(certified.handshakes_max, 291);
+        let handshakes = |memory| handshakes(memory, HANDSHAKE_BYTES);
         assert_eq!((handshakes(128 << 20), handshakes(0)), (153, 8));
         assert!(available() > 0);
     }

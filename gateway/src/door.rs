@@ -28,6 +28,7 @@ use crate::{
     address::{Exhausted, FairShare, HandshakeRate, Network, Scope, Share},
     config::Limits,
     listener::Bounds,
+    memory::Memory,
     metrics::Metrics,
     state::Shared,
 };
@@ -69,6 +70,7 @@ pub struct Door {
     places: usize,
     /// All connections of the node.
     connections: usize,
+    memory: Arc<Memory>,
     /// One for each handshake under way; given back when the head is complete.
     handshakes: Arc<Semaphore>,
     handshake_shares: Arc<FairShare>,
@@ -139,11 +141,12 @@ impl Turned {
 }
 
 impl Door {
-    pub fn new(bounds: Bounds, limits: &Limits) -> Self {
+    pub fn new(bounds: Bounds, limits: &Limits, memory: Arc<Memory>) -> Self {
         let rate = limits.handshakes_per_second_per_address_max.and_then(NonZeroU32::new);
         Self {
             places: bounds.handshakes,
             connections: bounds.connections,
+            memory,
             handshakes: Arc::new(Semaphore::new(bounds.handshakes)),
             handshake_shares: FairShare::new(bounds.handshakes, Scope::TheSlow, None),
             aside: Arc::new(Semaphore::new(bounds.handshakes * ASIDE_PER_PLACE)),
@@ -213,14 +216,15 @@ impl Door {
         self.tasks.spawn(life);
     }
 
-    /// Every connection of the node's is taken.
+    /// Every connection of the node's is taken, or memory is short.
     pub(crate) fn is_full(&self) -> bool {
-        self.connection_shares.used() >= self.connections
+        self.connection_shares.used() >= self.connections || self.memory.is_full()
     }
 
-    /// One in a hundred connections is free, so that a node at its bound does not come and go with each device.
+    /// One in a hundred connections is free, so that a node at its bound does not come and go with each device; and memory is not short.
     pub(crate) fn has_room(&self) -> bool {
-        self.connection_shares.used() <= self.connections - self.connections.div_ceil(ROOM_PART)
+        let connections_max = self.connections - self.connections.div_ceil(ROOM_PART);
+        self.connection_shares.used() <= connections_max && self.memory.has_room()
     }
 
     /// Handshakes that hold a place, and those that stand aside.
@@ -368,5 +372,35 @@ pub async fn forget_idle(door: Arc<Door>) {
         let sweep = tokio::task::spawn_blocking(move || door.handshake_rate.as_ref().map(HandshakeRate::forget_idle));
         // Cancelled only where the runtime ends.
         let _ = sweep.await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Sources;
+
+    fn door(memory: &Arc<Memory>) -> Door {
+        let bounds = Bounds {
+            connections: 100,
+            handshakes: 10,
+        };
+        Door::new(bounds, &Limits::default(), Arc::clone(memory))
+    }
+
+    /// Of a process that has a byte, and uses more.
+    fn memory_of_a_byte() -> Arc<Memory> {
+        Arc::new(Memory::new(Sources::of(Vec::new(), 1, 1 << 40)))
+    }
+
+    #[test]
+    fn node_is_full_where_memory_is_short_however_few_connections_it_holds() {
+        let memory = memory_of_a_byte();
+        let door = door(&memory);
+        assert!(!door.is_full() && door.has_room());
+
+        memory.look(0);
+
+        assert!(door.is_full() && !door.has_room());
     }
 }

@@ -28,6 +28,7 @@ use crate::{
     config::Limits,
     connection,
     door::{self, Door},
+    memory::Memory,
     metrics::Metrics,
     state::Shared,
 };
@@ -198,7 +199,13 @@ impl Listener {
     ///
     /// # Errors
     /// The address is taken, or is none of this machine's.
-    pub fn bind(address: SocketAddr, sharing: Sharing, bounds: Bounds, limits: &Limits) -> io::Result<Self> {
+    pub fn bind(
+        address: SocketAddr,
+        sharing: Sharing,
+        bounds: Bounds,
+        limits: &Limits,
+        memory: Arc<Memory>,
+    ) -> io::Result<Self> {
         let backlog = backlog_of_machine();
         let tcp = listen(address, sharing, backlog)?;
         Ok(Self {
@@ -208,7 +215,7 @@ impl Listener {
             backlog,
             is_leaving: false,
             stays_until: None,
-            door: Arc::new(Door::new(bounds, limits)),
+            door: Arc::new(Door::new(bounds, limits, memory)),
         })
     }
 
@@ -392,6 +399,7 @@ mod tests {
                 handshakes: 2,
             },
             &limits(),
+            Arc::default(),
         )
         .unwrap();
         let _client = TcpStream::connect(listener.local_addr()).await.unwrap();
@@ -421,9 +429,10 @@ mod tests {
             handshakes: 2,
         };
         for sharing in [Sharing::Alone, Sharing::Shared] {
-            let first = Listener::bind(SocketAddr::from(([127, 0, 0, 1], 0)), sharing, bounds, &limits()).unwrap();
+            let bind = |address, sharing| Listener::bind(address, sharing, bounds, &limits(), Arc::default());
+            let first = bind(SocketAddr::from(([127, 0, 0, 1], 0)), sharing).unwrap();
 
-            let second = Listener::bind(first.local_addr(), Sharing::Alone, bounds, &limits());
+            let second = bind(first.local_addr(), Sharing::Alone);
 
             assert_eq!(second.err().map(|error| error.kind()), Some(io::ErrorKind::AddrInUse));
         }

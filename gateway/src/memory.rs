@@ -28,8 +28,8 @@ const SOCKET_BYTES: u64 = 5 * 1024;
 /// The alarm that operators see while devices are sent away because memory is short.
 const ALARM: &str = "memory_short";
 
-/// This node's memory.
-#[derive(Debug)]
+/// This node's memory. By default nothing is measured, and everybody fits.
+#[derive(Debug, Default)]
 pub struct Memory {
     sources: Sources,
     guard: Mutex<Guard>,
@@ -37,7 +37,7 @@ pub struct Memory {
 }
 
 /// Where figures come from.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Sources {
     /// This process's group and those around it.
     groups: Vec<Group>,
@@ -85,10 +85,16 @@ impl Memory {
         self.guard().has_room()
     }
 
-    /// Takes one more; false where it does not fit.
+    /// How many more devices fit.
     #[must_use]
-    pub fn take(&self) -> bool {
-        self.guard().take()
+    pub fn room(&self) -> u64 {
+        self.guard().room()
+    }
+
+    /// Room for one more; `None` where it does not fit.
+    #[must_use]
+    pub fn take(self: &Arc<Self>) -> Option<Room> {
+        self.guard().take().then(|| Room(Some(Arc::clone(self))))
     }
 
     /// Memory is short: devices are sent away.
@@ -99,6 +105,27 @@ impl Memory {
 
     fn guard(&self) -> MutexGuard<'_, Guard> {
         self.guard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Room for one device, given back when it is dropped, unless a session came of it.
+#[derive(Debug)]
+pub struct Room(Option<Arc<Memory>>);
+
+impl Room {
+    /// The device has a session now: what that takes is measured from here on.
+    pub fn use_up(mut self) {
+        if let Some(memory) = self.0.take() {
+            memory.guard().use_up();
+        }
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        if let Some(memory) = &self.0 {
+            memory.guard().give_back();
+        }
     }
 }
 

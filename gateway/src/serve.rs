@@ -127,14 +127,17 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     let tokens = Tokens::open(data_dir.path())?;
     let keys = keys::open(data_dir.path())?;
     let metrics = Arc::new(Metrics::new());
-    let limits = capacity::sized(&config.limits, &config.server);
+    let limits = capacity::sized(&config);
+    let memory = Arc::new(Memory::new(Sources::of_process(config.server.max_memory_bytes)));
     let bounds = Bounds::of_process(&limits);
     let sharing = Sharing::of(config.server.share_port);
     let devices =
-        Listener::bind(config.server.listen, sharing, bounds, &limits).map_err(|source| StartError::Listen {
-            setting: "server.listen",
-            address: config.server.listen,
-            source,
+        Listener::bind(config.server.listen, sharing, bounds, &limits, Arc::clone(&memory)).map_err(|source| {
+            StartError::Listen {
+                setting: "server.listen",
+                address: config.server.listen,
+                source,
+            }
         })?;
     let api = TcpListener::bind(config.ops.listen)
         .await
@@ -167,7 +170,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     let proxies = Proxies::of(&config.proxy).unwrap_or_default();
     let state = Arc::new(State {
         node: node_name(&config),
-        memory: Memory::new(Sources::of_process(config.server.max_memory_bytes)),
+        memory,
         session_limits: Arc::new(session_limits(&config)),
         socket_limits: Arc::new(SocketLimits::of(&config.limits)),
         config: Arc::new(config),

@@ -51,7 +51,7 @@ pub struct State {
     pub tokens: Tokens,
     pub tls: Tls,
     pub proxies: Proxies,
-    pub memory: Memory,
+    pub memory: Arc<Memory>,
     /// What the plan guard saw last.
     pub plan: Plan,
     /// Ids that several devices seem to share.

@@ -67,8 +67,12 @@ impl Usage {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Guard {
     is_full: bool,
-    /// Devices that fit until the next measurement.
-    room: u64,
+    /// Devices that fitted when it was measured last.
+    fitting: u64,
+    /// Those that became sessions since then: the next measurement sees them.
+    added: u64,
+    /// Those whose place is taken, and of which it is open whether they become sessions.
+    held: u64,
 }
 
 impl Default for Guard {
@@ -76,7 +80,9 @@ impl Default for Guard {
     fn default() -> Self {
         Self {
             is_full: false,
-            room: u64::MAX,
+            fitting: u64::MAX,
+            added: 0,
+            held: 0,
         }
     }
 }
@@ -89,26 +95,45 @@ impl Guard {
         } else {
             usages.iter().any(|usage| usage.is_full())
         };
-        let room = usages.iter().map(|usage| usage.room()).min();
-        self.room = if self.is_full { 0 } else { room.unwrap_or(u64::MAX) };
+        self.fitting = usages.iter().map(|usage| usage.room()).min().unwrap_or(u64::MAX);
+        self.added = 0;
+    }
+
+    /// How many more fit.
+    #[must_use]
+    pub const fn room(&self) -> u64 {
+        if self.is_full {
+            return 0;
+        }
+        self.fitting.saturating_sub(self.added.saturating_add(self.held))
     }
 
     /// Whether one more fits.
     #[must_use]
     pub const fn has_room(&self) -> bool {
-        self.room > 0
+        self.room() > 0
     }
 
-    /// Takes one more; false where it does not fit.
+    /// Takes a place for one more; false where it does not fit. Each is [used up](Self::use_up) or [given back](Self::give_back).
     #[must_use]
     pub const fn take(&mut self) -> bool {
-        match self.room.checked_sub(1) {
-            Some(room) => {
-                self.room = room;
-                true
-            }
-            None => false,
+        let has_room = self.has_room();
+        if has_room {
+            self.held += 1;
         }
+        has_room
+    }
+
+    /// A device that a place was taken for became a session.
+    pub const fn use_up(&mut self) {
+        self.give_back();
+        self.added = self.added.saturating_add(1);
+    }
+
+    /// A device that a place was taken for became none.
+    pub const fn give_back(&mut self) {
+        debug_assert!(self.held > 0, "taken before");
+        self.held = self.held.saturating_sub(1);
     }
 
     /// Memory is short, until enough of it is free again.
@@ -174,6 +199,24 @@ mod tests {
         assert_eq!(of(128 * MIB, 0).full_from().div_ceil(MIB), 104);
         assert!((48 * MIB..49 * MIB).contains(&of(64 * MIB, 0).full_from()));
         assert!((921 * MIB..923 * MIB).contains(&of(1024 * MIB, 0).full_from()));
+    }
+
+    #[test]
+    fn place_of_a_device_that_does_not_stay_is_given_back_and_counts_meanwhile_whatever_is_measured() {
+        let one_fits = [of(1000 * MIB, 900 * MIB - DEVICE_BYTES)];
+        let mut guard = Guard::default();
+        guard.handle_measured(&one_fits);
+        assert!(guard.take());
+
+        guard.handle_measured(&one_fits);
+        assert!(!guard.take(), "it may still become a session");
+        guard.give_back();
+
+        assert!(guard.take());
+        guard.use_up();
+        assert!(!guard.take(), "not measured yet");
+        guard.handle_measured(&one_fits);
+        assert!(guard.take());
     }
 
     proptest! {

@@ -38,6 +38,7 @@ use crate::{
     drain,
     head::{Complete, HeadError, HeadReader},
     lookup::Concluded,
+    memory::Room,
     rules,
     sessions::{Session, SessionInfo},
     state::Shared,
@@ -131,18 +132,17 @@ pub async fn serve(
         }
     };
     let mut attempt = attempt.by(&hello);
-    let place = match place {
-        Ok(_) if !shared.memory.has_room() => {
-            shared.metrics.memory_refusals.increment(1);
-            Err(Turned::NodeFull)
-        }
-        place => place,
-    };
-    let connection = match place {
-        Ok(connection) => connection,
+    let fitting = place.and_then(|connection| Ok((connection, fit(&shared, &hello)?)));
+    let (connection, room) = match fitting {
+        Ok(fitting) => fitting,
         Err(turned) => {
+            let slot = || {
+                shared
+                    .gate
+                    .slot_for_turned(hello.device, hello.slot.as_deref(), NODE_FULL_FOR)
+            };
             let refusal = match turned {
-                Turned::NodeFull => Refusal::overloaded(shared.gate.slot_for_close(hello.device, NODE_FULL_FOR)),
+                Turned::NodeFull => Refusal::overloaded(slot()),
                 Turned::Address(limit) => throttled(limit),
             };
             attempt.refused(&refusal);
@@ -157,10 +157,13 @@ pub async fn serve(
         () = door.closing.cancelled() => concluded(Err(leaving(&shared))),
     };
     attempt.looked_up(decided.took);
-    let result = decided.result.and_then(|admitted| fit(&shared, admitted));
-    match result {
-        Ok(admitted) => Box::pin(upgrade(shared, door, stream, leftover, attempt, admitted, connection)).await,
+    match decided.result {
+        Ok(admitted) => {
+            let holds = Holds { connection, room };
+            Box::pin(upgrade(shared, door, stream, leftover, attempt, admitted, holds)).await;
+        }
         Err(refusal) => {
+            drop(room);
             attempt.refused(&refusal);
             let linger = Linger::behind(&refusal, &leftover);
             answer::refuse(&shared, &door, stream, &refusal, linger).await;
@@ -313,14 +316,20 @@ fn obey_orders_given_meanwhile(shared: &Shared, session: &Session) {
     rules::evict_newcomer(shared, session);
 }
 
-/// Others may have taken the room that there was when it came.
-fn fit(shared: &Shared, admitted: Admitted) -> Result<Admitted, Refusal> {
-    if shared.memory.take() {
-        return Ok(admitted);
+/// What a device holds that becomes a session.
+struct Holds {
+    connection: Share,
+    room: Option<Room>,
+}
+
+/// Room in memory for a device, before anything is spent on it. One that is online here needs none: it can only replace its own session.
+fn fit(shared: &Shared, hello: &Hello) -> Result<Option<Room>, Turned> {
+    let room = shared.memory.take();
+    if room.is_some() || shared.sessions.get(hello.device).is_some() {
+        return Ok(room);
     }
     shared.metrics.memory_refusals.increment(1);
-    let slot = shared.gate.slot_for_close(admitted.hello.device, NODE_FULL_FOR);
-    Err(Refusal::overloaded(slot))
+    Err(Turned::NodeFull)
 }
 
 /// Ready once the peer has closed its side or broken the connection. A peer that sends on is still there.
@@ -339,7 +348,7 @@ async fn upgrade(
     leftover: Vec<u8>,
     attempt: Attempt,
     admitted: Admitted,
-    connection: Share,
+    holds: Holds,
 ) {
     let hello = &admitted.hello;
     let mut first_bytes = answer::switching_protocols(&hello.websocket_key, hello.protocol.as_deref());
@@ -378,6 +387,10 @@ async fn upgrade(
         online.cancel();
         return attempt.count(Outcome::Abandoned);
     }
+    let Holds { connection, room } = holds;
+    if let Some(room) = room {
+        room.use_up();
+    }
     attempt.admitted(cohort);
     if let Some(before) = admitted.resumed {
         let session = online.session().id;
@@ -414,7 +427,7 @@ mod tests {
             connections: 4,
             handshakes: 1,
         };
-        let door = Arc::new(Door::new(bounds, &Limits::default()));
+        let door = Arc::new(Door::new(bounds, &Limits::default(), Arc::default()));
         let peer = SocketAddr::from(([127, 0, 0, 1], 1));
         let permit = door.enter().await.unwrap();
         let held = door.admit(Some(Network::from(peer.ip())), permit);

@@ -221,6 +221,15 @@ impl Gate {
             .slot_for_close(device, at_least, now, wall, &mut core.rng)
     }
 
+    /// A slot for a device that there is no room for, and that may carry one, not before `at_least` from now.
+    #[must_use]
+    pub fn slot_for_turned(&self, device: DeviceId, slot_token: Option<&str>, at_least: Duration) -> Hint {
+        let times = (self.0.clock.now(), self.0.clock.wall());
+        let core = &mut *self.0.lock();
+        core.admission
+            .slot_for_turned(device, slot_token, at_least, times, &mut core.rng)
+    }
+
     /// A device was registered, or changed: whatever is remembered of its absence and of its attempts no longer counts.
     pub fn forget(&self, device: DeviceId) {
         self.0.lock().admission.handle_registered(device);

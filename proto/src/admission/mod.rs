@@ -304,7 +304,20 @@ impl Admission {
         wall: WallTime,
         rng: &mut impl Rng,
     ) -> Hint {
-        let standing = self.slots.standing(device, None, now, wall);
+        self.slot_for_turned(device, None, at_least, (now, wall), rng)
+    }
+
+    /// A slot for a device that is not even queued, because this node has no room for it, not before `now + at_least`. Where the slot
+    /// that it carries is still ahead it is given that again, and its seniority counts either way.
+    pub fn slot_for_turned(
+        &mut self,
+        device: DeviceId,
+        slot_token: Option<&str>,
+        at_least: Duration,
+        (now, wall): (Instant, WallTime),
+        rng: &mut impl Rng,
+    ) -> Hint {
+        let standing = self.slots.standing(device, slot_token, now, wall);
         let rate = self.reference.keys_per_second(now);
         self.slots
             .refuse(device, &standing, at_least, Pace::Shared(rate), (now, wall), rng)

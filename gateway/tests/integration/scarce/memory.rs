@@ -11,8 +11,9 @@ use firmware_sim::{
     tls::Trust,
 };
 use seawall_gateway::memory::{Group, Sources};
+use seawall_proto::memory::DEVICE_BYTES;
 use tokio::{
-    io::AsyncWriteExt,
+    io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     task::{JoinSet, spawn_blocking},
     time::{sleep, timeout},
@@ -75,6 +76,64 @@ async fn node_near_its_memory_sends_newcomers_away_with_slots_and_takes_them_aga
     memory.look(1);
     Device::connect(gateway.devices, &[&second]).await;
     assert!(gateway.shared.readiness().reasons.is_empty());
+}
+
+/// The kernel's figures where so many more devices fit.
+fn leaves_room_for(folder: &Path, devices: u64) {
+    uses(folder, 0);
+    let used = 900 * MIB - devices * DEVICE_BYTES;
+    fs::write(folder.join("memory.current"), (used + 300 * MIB).to_string()).unwrap();
+}
+
+#[tokio::test]
+async fn nobody_is_looked_up_who_does_not_fit_and_who_does_not_stay_gives_the_room_back() {
+    let counters = tempfile::tempdir().unwrap();
+    leaves_room_for(counters.path(), 1);
+    let groups = Group::around("0::/\n", counters.path());
+    let gateway = Gateway::start_with(Sources::of(groups, 0, 1 << 40), "").await;
+    let mut lines = Vec::new();
+    for _ in 0..8 {
+        lines.push(gateway.device_lines().await);
+    }
+    gateway.shared.memory.look(0);
+    let stranger = "Seawall-Device: 00000000-0000-4000-8000-000000000001\r\nAuthorization: Bearer nobody";
+    assert_eq!(ask(gateway.devices, request(&[stranger]).as_bytes()).await.status, 401);
+    assert_eq!(gateway.shared.memory.room(), 1);
+    let looked_up = || gateway.metric("seawall_lookups_total{outcome=\"found\"}");
+
+    let mut asking: JoinSet<u16> = JoinSet::new();
+    for line in &lines[1..] {
+        let (address, request) = (gateway.devices, request(&[line]));
+        asking.spawn(async move {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(request.as_bytes()).await.unwrap();
+            let mut status = [0; 12];
+            stream.read_exact(&mut status).await.unwrap();
+            std::str::from_utf8(&status[9..]).unwrap().parse().unwrap()
+        });
+    }
+    let mut statuses = asking.join_all().await;
+    statuses.sort_unstable();
+
+    assert_eq!(statuses, [101, 503, 503, 503, 503, 503, 503]);
+    assert_eq!(looked_up(), 1.0);
+}
+
+#[tokio::test]
+async fn device_that_is_online_replaces_its_session_on_a_full_node() {
+    let counters = tempfile::tempdir().unwrap();
+    uses(counters.path(), 100);
+    let groups = Group::around("0::/\n", counters.path());
+    let gateway = Gateway::start_with(Sources::of(groups, 0, 1 << 40), "").await;
+    let (online, offline) = (gateway.device_lines().await, gateway.device_lines().await);
+    let _before = Device::connect(gateway.devices, &[&online]).await;
+
+    uses(counters.path(), 950);
+    gateway.shared.memory.look(1);
+
+    assert_eq!(ask(gateway.devices, request(&[&offline]).as_bytes()).await.status, 503);
+    Device::connect(gateway.devices, &[&online]).await;
+    assert_eq!(gateway.metric("seawall_session_replacements_total"), 1.0);
 }
 
 /// What the issue asks for: a group of 128 MB, and more devices than fit.

@@ -54,7 +54,7 @@ impl Gateway {
         let data_dir = tempfile::tempdir().unwrap();
         let mut config = Config::from_toml(settings).unwrap();
         config.server.data_dir = data_dir.path().to_owned();
-        config.limits = capacity::sized(&config.limits, &config.server);
+        config.limits = capacity::sized(&config);
         config.validate().unwrap();
 
         let (clock, life, metrics) = (Clock::start(), Lifecycle::new(), Arc::new(Metrics::new()));
@@ -70,11 +70,13 @@ impl Gateway {
             Arc::clone(&resume),
             &life,
         );
+        let memory = Arc::new(Memory::new(sources));
         let listener = Listener::bind(
             SocketAddr::from(([127, 0, 0, 1], 0)),
             Sharing::Alone,
             Bounds::of_process(&config.limits),
             &config.limits,
+            Arc::clone(&memory),
         )
         .unwrap();
         let devices = listener.local_addr();
@@ -100,7 +102,7 @@ impl Gateway {
             tokens: Tokens::open(data_dir.path()).unwrap(),
             tls: Tls::open(&config).unwrap(),
             proxies: Proxies::of(&config.proxy).unwrap(),
-            memory: Memory::new(sources),
+            memory,
             plan: Plan::default(),
             shared_ids: SharedIds::default(),
             session_limits,

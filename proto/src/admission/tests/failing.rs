@@ -203,3 +203,32 @@ fn session_that_is_closed_gets_a_slot_of_its_tenants_queue() {
 
     assert_eq!(hints.last(), Some(&1_500), "2,500 a second");
 }
+
+#[test]
+fn full_node_gives_the_slot_of_another_node_again_and_counts_its_bounces() {
+    let mut other = Node::new();
+    other.admission.handle_admitted(device(1), "default");
+    let full_for = Duration::from_secs(30);
+    let turn = |node: &mut Node, token: Option<&str>, now: Instant| {
+        node.admission
+            .slot_for_turned(device(1), token, full_for, (now, wall(now)), &mut node.rng)
+    };
+    let first = turn(&mut other, None, at(0));
+
+    let early = turn(&mut Node::new(), first.slot.as_deref(), at(10_000));
+    assert_eq!(
+        early.after_ms(),
+        first.after_ms() - 10_000,
+        "not a millisecond more or less"
+    );
+    let due = at(first.after_ms());
+    let mut node = Node::new();
+    let second = turn(&mut node, first.slot.as_deref(), due);
+
+    assert!(second.after_ms() >= 30_000, "{second:?}");
+    let slots = &Node::new().admission.slots;
+    let standing = |hint: &Hint| slots.standing(device(1), hint.slot.as_deref(), due, wall(due));
+    let (before, after) = (standing(&first), standing(&second));
+    assert_eq!(after.slot.unwrap().bounces, before.slot.unwrap().bounces + 1);
+    assert!(after.tenant.is_some() && after.tenant == before.tenant);
+}
