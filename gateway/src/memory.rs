@@ -2,7 +2,8 @@
 //!
 //! What counts is what the kernel counts before it kills: a cgroup with a limit, whoever else is in it, without the page cache, which the
 //! kernel takes back. For the operator's own figure it is the cgroup's counter where this process is alone in one, since sockets are in
-//! it; else the process's resident memory, and what the kernel holds for a socket in round numbers.
+//! it; else the process's resident memory, and what the kernel holds for a socket in round numbers. Where no group has a limit it is the
+//! machine as well, whoever uses it.
 
 use std::{
     fs,
@@ -39,12 +40,16 @@ pub struct Memory {
 /// Where figures come from.
 #[derive(Debug, Default)]
 pub struct Sources {
-    /// This process's group and those around it.
+    /// This process's group and those around it, without those that can't have a limit.
     groups: Vec<Group>,
-    /// What this process may have by itself, in bytes; `None`: only the groups count.
+    /// The group in which this process was alone at the start. Whoever comes into it later counts as part of it: figures don't jump.
+    alone: Option<Group>,
+    /// What this process may have by itself, in bytes; `None`: as much as there is.
     own_max: Option<u64>,
     /// What the machine has, in bytes: a limit over that is none.
     machine: u64,
+    /// What the machine says of its memory (proc(5)).
+    meminfo: PathBuf,
 }
 
 /// A memory cgroup, of version 2 or 1.
@@ -76,7 +81,8 @@ impl Memory {
         self.guard().handle_measured(&usages);
         usages
             .into_iter()
-            .max_by(|one, other| one.part().total_cmp(&other.part()))
+            .flatten()
+            .max_by(|one, other| one.fullness().total_cmp(&other.fullness()))
     }
 
     /// Whether one more device fits.
@@ -143,38 +149,41 @@ impl Sources {
 
     /// Of these groups, on a machine with so much memory.
     #[must_use]
-    pub fn of(groups: Vec<Group>, own_max: u64, machine: u64) -> Self {
-        let has_limit = groups.iter().any(|group| group.limit(machine).is_some());
-        let own_max = match own_max {
-            0 if has_limit => None,
-            0 => Some(machine),
-            configured => Some(configured),
-        };
+    pub fn of(mut groups: Vec<Group>, own_max: u64, machine: u64) -> Self {
+        let alone = groups.first().filter(|group| group.is_ours_alone()).cloned();
+        groups.retain(|group| group.limit_now(machine).is_some());
         Self {
             groups,
-            own_max,
+            alone,
+            own_max: (own_max > 0).then_some(own_max),
             machine,
+            meminfo: PathBuf::from("/proc/meminfo"),
         }
     }
 
-    /// One of each limit. Of none that can't be read.
-    fn measure(&self, sessions: usize) -> Vec<Usage> {
-        let groups = self.groups.iter().filter_map(|group| {
-            let limit = group.limit(self.machine)?;
-            Some(Usage {
-                used: group.used()?,
-                limit,
-            })
-        });
-        let own = self.own_max.filter(|limit| *limit > 0).and_then(|limit| {
-            let alone = self.groups.first().filter(|group| group.is_ours_alone());
-            let used = match alone.and_then(Group::used) {
-                Some(used) => used,
+    /// One of each limit; `None` of one that can't be read this time.
+    fn measure(&self, sessions: usize) -> Vec<Option<Usage>> {
+        let groups = self
+            .groups
+            .iter()
+            .filter_map(|group| match group.limit_now(self.machine) {
+                Some(None) => None,
+                Some(Some(limit)) => Some(group.used().map(|used| Usage { used, limit })),
+                None => Some(None),
+            });
+        let mut usages: Vec<Option<Usage>> = groups.collect();
+        if usages.is_empty() {
+            let meminfo = fs::read_to_string(&self.meminfo);
+            usages.push(meminfo.ok().and_then(|text| of_machine(&text)));
+        }
+        usages.extend(self.own_max.map(|limit| {
+            let used = match &self.alone {
+                Some(group) => group.used()?,
                 None => resident()?.saturating_add(SOCKET_BYTES.saturating_mul(sessions as u64)),
             };
             Some(Usage { used, limit })
-        });
-        groups.chain(own).collect()
+        }));
+        usages
     }
 }
 
@@ -205,19 +214,35 @@ impl Group {
     /// What it may have, in bytes; `None` where that is no less than what the machine has.
     #[must_use]
     pub fn limit(&self, machine: u64) -> Option<u64> {
-        let file = match self.version {
-            Version::One => "memory.limit_in_bytes",
-            // `max` means no limit.
-            Version::Two => "memory.max",
-        };
-        self.figure(file).filter(|limit| (1..machine).contains(limit))
+        self.limit_now(machine).flatten()
     }
 
-    /// What it has and can't be taken back: without the page cache.
+    /// The same; `None` where it can't be read.
+    fn limit_now(&self, machine: u64) -> Option<Option<u64>> {
+        let (file, throttled_from) = match self.version {
+            Version::One => ("memory.limit_in_bytes", None),
+            // `max` means no limit. From `memory.high` on whoever allocates is slowed down, to a standstill.
+            Version::Two => ("memory.max", self.figure("memory.high")),
+        };
+        let text = fs::read_to_string(self.folder.join(file)).ok()?;
+        let limits = [text.trim().parse().ok(), throttled_from];
+        Some(
+            limits
+                .into_iter()
+                .flatten()
+                .filter(|limit| (1..machine).contains(limit))
+                .min(),
+        )
+    }
+
+    /// What it has and can't be taken back: without the page cache, and what the kernel keeps of files besides.
     fn used(&self) -> Option<u64> {
-        let (file, cache) = match self.version {
-            Version::One => ("memory.usage_in_bytes", ["total_inactive_file ", "total_active_file "]),
-            Version::Two => ("memory.current", ["inactive_file ", "active_file "]),
+        let (file, cache): (_, &[&str]) = match self.version {
+            Version::One => ("memory.usage_in_bytes", &["total_inactive_file ", "total_active_file "]),
+            Version::Two => (
+                "memory.current",
+                &["inactive_file ", "active_file ", "slab_reclaimable "],
+            ),
         };
         let stat = fs::read_to_string(self.folder.join("memory.stat")).ok()?;
         let cached = stat.lines().filter_map(|line| {
@@ -237,6 +262,18 @@ impl Group {
     fn figure(&self, file: &str) -> Option<u64> {
         fs::read_to_string(self.folder.join(file)).ok()?.trim().parse().ok()
     }
+}
+
+/// What a machine has that says this of its memory, and what of it can't be had without swapping.
+fn of_machine(meminfo: &str) -> Option<Usage> {
+    let figure = |name: &str| {
+        let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
+        let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+        kib.checked_mul(1024)
+    };
+    let limit = figure("MemTotal:").filter(|limit| *limit > 0)?;
+    let used = limit.saturating_sub(figure("MemAvailable:")?);
+    Some(Usage { used, limit })
 }
 
 /// What of this process is in memory, in bytes.
@@ -309,6 +346,7 @@ mod tests {
         let usages = sources.measure(0);
         usages
             .iter()
+            .flatten()
             .map(|usage| (usage.used / MIB, usage.limit / MIB))
             .collect()
     }
@@ -323,7 +361,7 @@ mod tests {
                 ("memory.current", "104857600\n"),
                 (
                     "memory.stat",
-                    "anon 1\ninactive_file 10485760\nactive_file 20971520\nsock 5\n",
+                    "anon 1\ninactive_file 5242880\nactive_file 20971520\nslab_reclaimable 5242880\nsock 5\n",
                 ),
             ],
         );
@@ -369,28 +407,87 @@ mod tests {
         let groups = Group::around("0::/mine", root.path());
 
         let alone = Sources::of(groups.clone(), 100 * MIB, MACHINE);
-        assert_eq!(used_and_limit(&alone), [(50, 100)]);
+        let own = |sources: &Sources, sessions| sources.measure(sessions).last().copied().flatten().unwrap();
+        assert_eq!((own(&alone, 0).used / MIB, own(&alone, 0).limit / MIB), (50, 100));
         write(&root.path().join("mine"), &[("cgroup.procs", &format!("1\n{me}\n"))]);
+        assert_eq!(own(&alone, 0).used / MIB, 50, "one who comes later changes nothing");
 
-        let usage = alone.measure(0)[0];
+        let among_others = Sources::of(groups, 100 * MIB, MACHINE);
+        let usage = own(&among_others, 0);
         assert_ne!(usage.used / MIB, 50, "others' memory is not this process's");
-        let with_devices = alone.measure(10_000)[0];
+        let with_devices = own(&among_others, 10_000);
         assert!(with_devices.used >= usage.used + 10_000 * SOCKET_BYTES - 10 * MIB);
     }
 
     #[test]
-    fn without_any_limit_the_machine_is_one_and_what_cannot_be_read_is_none() {
+    fn group_that_is_slowed_down_before_its_limit_is_limited_from_there() {
         let root = tempfile::tempdir().unwrap();
-        let groups = Group::around("0::/nowhere", root.path());
+        write(
+            &root.path().join("a"),
+            &[
+                ("memory.max", "268435456"),
+                ("memory.high", "134217728"),
+                ("memory.current", "52428800"),
+                ("memory.stat", ""),
+            ],
+        );
+        write(&root.path().join("b"), &[("memory.max", "max"), ("memory.high", "max")]);
+        let limit = |group| Group::around(group, root.path())[0].limit(MACHINE);
 
-        let usages = Sources::of(groups, 0, MACHINE).measure(0);
+        assert_eq!(limit("0::/a"), Some(128 * MIB));
+        assert_eq!(limit("0::/b"), None);
+    }
 
-        assert_eq!(usages.len(), 1);
-        assert_eq!(usages[0].limit, MACHINE);
-        assert!(usages[0].used > MIB);
-        write(&root.path().join("nowhere"), &[("memory.max", "1048576")]);
-        let groups = Group::around("0::/nowhere", root.path());
-        assert!(Sources::of(groups, 0, MACHINE).measure(0).is_empty());
-        assert!(!Sources::of_process(0).measure(0).is_empty());
+    #[test]
+    fn without_a_group_that_has_a_limit_the_whole_machine_counts_whoever_uses_it() {
+        let root = tempfile::tempdir().unwrap();
+        let mut sources = Sources::of(Group::around("0::/nowhere", root.path()), 0, MACHINE);
+        sources.meminfo = root.path().join("meminfo");
+        let says = |available: u64| {
+            let text = format!(
+                "MemTotal:        8388608 kB\nMemFree:           1 kB\nMemAvailable:   {} kB\n",
+                available * 1024
+            );
+            fs::write(root.path().join("meminfo"), text).unwrap();
+        };
+        says(1_024);
+        assert_eq!(used_and_limit(&sources), [(7 * 1024, 8 * 1024)]);
+        let memory = Memory::new(sources);
+
+        says(500);
+        assert!(memory.look(0).is_some_and(|usage| usage.fullness() > 1.0));
+
+        assert!(memory.is_full() && !memory.has_room());
+        fs::remove_file(root.path().join("meminfo")).unwrap();
+        memory.look(0);
+        assert!(memory.is_full(), "nothing says that it ended");
+        says(1_024);
+        memory.look(0);
+        assert!(!memory.is_full());
+        assert!(Sources::of_process(0).measure(0).iter().all(Option::is_some));
+    }
+
+    #[test]
+    fn group_that_cannot_be_read_any_more_is_as_full_as_it_was() {
+        let root = tempfile::tempdir().unwrap();
+        let group = root.path().join("a");
+        let full = [
+            ("memory.max", "134217728"),
+            ("memory.current", "134217728"),
+            ("memory.stat", ""),
+        ];
+        write(&group, &full);
+        let memory = Memory::new(Sources::of(Group::around("0::/a", root.path()), 0, MACHINE));
+        memory.look(0);
+        assert!(memory.is_full());
+
+        fs::remove_dir_all(&group).unwrap();
+        memory.look(0);
+        assert!(memory.is_full());
+
+        write(&group, &full);
+        write(&group, &[("memory.current", "1048576")]);
+        memory.look(0);
+        assert!(!memory.is_full());
     }
 }

@@ -10,9 +10,12 @@ pub const DEVICE_BYTES: u64 = 16 * 1024;
 const RESERVE_PERCENT: u64 = 10;
 /// And where less than this is left, in bytes.
 const RESERVE_BYTES: u64 = 24 * 1024 * 1024;
+/// A large memory keeps no more than this free, in bytes: ten percent of it may be what others on the machine need.
+const RESERVE_BYTES_MAX: u64 = 512 * 1024 * 1024;
 /// But never so much of a small memory, in percent.
 const RESERVE_PERCENT_MAX: u64 = 25;
-/// A node that was full takes devices again once this much more is free, in percent of its memory: it would flap otherwise.
+/// A node that was full takes devices again once this much more is free, in percent of its memory, or half of what it keeps free where
+/// that is less: it would flap otherwise.
 const RELIEF_PERCENT: u64 = 5;
 
 /// One measurement of something that has a limit.
@@ -28,7 +31,8 @@ pub struct Usage {
 #[must_use]
 pub fn reserve(limit: u64) -> u64 {
     let part = |percent| limit / 100 * percent;
-    RESERVE_BYTES.min(part(RESERVE_PERCENT_MAX)).max(part(RESERVE_PERCENT))
+    let usual = part(RESERVE_PERCENT).min(RESERVE_BYTES_MAX);
+    RESERVE_BYTES.min(part(RESERVE_PERCENT_MAX)).max(usual)
 }
 
 impl Usage {
@@ -42,7 +46,8 @@ impl Usage {
     }
 
     fn is_relieved(self) -> bool {
-        self.used < self.full_from() - self.limit / 100 * RELIEF_PERCENT
+        let relief = (self.limit / 100 * RELIEF_PERCENT).min(reserve(self.limit) / 2);
+        self.used < self.full_from() - relief
     }
 
     /// How many devices fit.
@@ -56,10 +61,10 @@ impl Usage {
         self.used > self.limit / 2
     }
 
-    /// How much of the limit is used, from 0.
+    /// How much is used of what may be until the node is full: 1 or more where it is.
     #[must_use]
-    pub fn part(self) -> f64 {
-        self.used as f64 / self.limit as f64
+    pub fn fullness(self) -> f64 {
+        self.used as f64 / self.full_from() as f64
     }
 }
 
@@ -88,15 +93,23 @@ impl Default for Guard {
 }
 
 impl Guard {
-    /// What was measured, of each limit that there is; of none where nothing could be measured: then everybody fits.
-    pub fn handle_measured(&mut self, usages: &[Usage]) {
+    /// What was measured of each limit that there is; `None` of one that could not be measured this time: what was said of it last
+    /// still holds. Where there is no limit everybody fits.
+    pub fn handle_measured(&mut self, usages: &[Option<Usage>]) {
+        let measured = || usages.iter().flatten();
+        let is_complete = usages.iter().all(Option::is_some);
         self.is_full = if self.is_full {
-            !usages.iter().all(|usage| usage.is_relieved())
+            !(is_complete && measured().all(|usage| usage.is_relieved()))
         } else {
-            usages.iter().any(|usage| usage.is_full())
+            measured().any(|usage| usage.is_full())
         };
-        self.fitting = usages.iter().map(|usage| usage.room()).min().unwrap_or(u64::MAX);
-        self.added = 0;
+        let fitting = measured().map(|usage| usage.room()).min().unwrap_or(u64::MAX);
+        if is_complete {
+            self.fitting = fitting;
+            self.added = 0;
+        } else {
+            self.fitting = self.fitting.min(fitting.saturating_add(self.added));
+        }
     }
 
     /// How many more fit.
@@ -155,11 +168,15 @@ mod tests {
         Usage { used, limit }
     }
 
+    fn measured<const N: usize>(guard: &mut Guard, usages: [Usage; N]) {
+        guard.handle_measured(&usages.map(Some));
+    }
+
     #[test]
     fn everybody_fits_until_something_is_measured_and_where_nothing_can_be() {
         let mut guard = Guard::default();
         assert!(guard.has_room() && guard.take());
-        guard.handle_measured(&[of(100 * MIB, 99 * MIB)]);
+        measured(&mut guard, [of(100 * MIB, 99 * MIB)]);
         assert!(!guard.has_room());
 
         guard.handle_measured(&[]);
@@ -170,7 +187,7 @@ mod tests {
     #[test]
     fn no_more_are_taken_between_two_measurements_than_fit() {
         let mut guard = Guard::default();
-        guard.handle_measured(&[of(1024 * MIB, 900 * MIB), of(4096 * MIB, 0)]);
+        measured(&mut guard, [of(1024 * MIB, 900 * MIB), of(4096 * MIB, 0)]);
 
         let taken = (0..100_000).filter(|_| guard.take()).count();
 
@@ -182,14 +199,14 @@ mod tests {
     #[test]
     fn a_full_node_takes_devices_again_once_five_percent_more_are_free() {
         let mut guard = Guard::default();
-        guard.handle_measured(&[of(1000 * MIB, 899 * MIB)]);
+        measured(&mut guard, [of(1000 * MIB, 899 * MIB)]);
         assert!(!guard.is_full());
-        guard.handle_measured(&[of(1000 * MIB, 901 * MIB)]);
+        measured(&mut guard, [of(1000 * MIB, 901 * MIB)]);
         assert!(guard.is_full() && !guard.take());
 
-        guard.handle_measured(&[of(1000 * MIB, 860 * MIB)]);
+        measured(&mut guard, [of(1000 * MIB, 860 * MIB)]);
         assert!(guard.is_full() && !guard.take(), "not enough is free");
-        guard.handle_measured(&[of(1000 * MIB, 849 * MIB)]);
+        measured(&mut guard, [of(1000 * MIB, 849 * MIB)]);
 
         assert!(!guard.is_full() && guard.take());
     }
@@ -202,20 +219,54 @@ mod tests {
     }
 
     #[test]
+    fn what_cannot_be_measured_any_more_is_as_full_as_it_was() {
+        let one_fits = of(1000 * MIB, 900 * MIB - DEVICE_BYTES);
+        let mut guard = Guard::default();
+        measured(&mut guard, [one_fits, of(1000 * MIB, 0)]);
+        guard.handle_measured(&[None, Some(of(1000 * MIB, 0))]);
+        assert!(guard.take());
+        guard.use_up();
+        guard.handle_measured(&[None, Some(of(1000 * MIB, 0))]);
+        assert!(!guard.take(), "one fitted, and came");
+
+        measured(&mut guard, [of(1000 * MIB, 950 * MIB)]);
+        guard.handle_measured(&[None]);
+        assert!(guard.is_full());
+        measured(&mut guard, [of(1000 * MIB, 0)]);
+        assert!(!guard.is_full() && guard.take());
+    }
+
+    #[test]
+    fn group_that_is_nearest_to_its_own_bound_is_the_fullest() {
+        // A quarter of 64 MiB is kept free, a tenth of 1,000 MiB.
+        let (small, large) = (of(64 * MIB, 50 * MIB), of(1000 * MIB, 850 * MIB));
+
+        assert!(small.fullness() > 1.0 && large.fullness() < 1.0);
+    }
+
+    #[test]
+    fn large_memory_keeps_half_a_gibibyte() {
+        assert_eq!(reserve(64 * 1024 * MIB), 512 * MIB);
+        assert!(of(64 * 1024 * MIB, 65_100 * MIB).is_full());
+        assert!(!of(64 * 1024 * MIB, 64_900 * MIB).is_relieved());
+        assert!(of(64 * 1024 * MIB, 64_700 * MIB).is_relieved());
+    }
+
+    #[test]
     fn place_of_a_device_that_does_not_stay_is_given_back_and_counts_meanwhile_whatever_is_measured() {
         let one_fits = [of(1000 * MIB, 900 * MIB - DEVICE_BYTES)];
         let mut guard = Guard::default();
-        guard.handle_measured(&one_fits);
+        measured(&mut guard, one_fits);
         assert!(guard.take());
 
-        guard.handle_measured(&one_fits);
+        measured(&mut guard, one_fits);
         assert!(!guard.take(), "it may still become a session");
         guard.give_back();
 
         assert!(guard.take());
         guard.use_up();
         assert!(!guard.take(), "not measured yet");
-        guard.handle_measured(&one_fits);
+        measured(&mut guard, one_fits);
         assert!(guard.take());
     }
 
@@ -225,7 +276,7 @@ mod tests {
             let usages: Vec<Usage> = usages.iter().map(|(limit, used)| of(*limit, *used)).collect();
             let mut guard = Guard::default();
 
-            guard.handle_measured(&usages);
+            guard.handle_measured(&usages.iter().copied().map(Some).collect::<Vec<_>>());
 
             prop_assert!(!(guard.is_full() && guard.has_room()));
             prop_assert_eq!(guard.is_full(), usages.iter().any(|usage| usage.is_full()));

@@ -24,7 +24,7 @@ section! {
         pub data_dir: PathBuf = PathBuf::from("./seawall-data");
         /// Name of this node in the API, logs and events: 1 to 64 bytes of printable ASCII. Not given: the name of the host.
         pub node: Option<String> = None;
-        /// Memory that the gateway may use, at least 64 MiB, sockets in the kernel included (about 5 KiB a device). 0: what the cgroup allows, else what the machine has. Near it (10 % are left, or 24 MiB) new devices are answered 503 `overloaded` with a slot until 5 % more are free; live sessions stay. `/readyz` (`memory_short`), an alarm and `seawall_memory_bytes` say so. A cgroup's own limit counts as well, whatever stands here. Flag `--max-memory`, environment `SEAWALL_MAX_MEMORY`.
+        /// Memory that the gateway may use, at least 64 MiB, sockets in the kernel included (about 5 KiB a device). 0: what the cgroup allows, else what the machine has. Near it (10 % are left, at least 24 MiB, at most 512 MiB) new devices are answered 503 `overloaded` with a slot until 5 % more are free; live sessions stay. `/readyz` (`memory_short`), an alarm and `seawall_memory_bytes` say so. A cgroup's own limit counts as well, whatever stands here. Flag `--max-memory`, environment `SEAWALL_MAX_MEMORY`.
         pub max_memory_bytes: u64 = 0, "bytes", 0..=1 << 50;
     }
 }
