@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::harness::process::{run, seawall};
 
+mod allocator;
 mod devices;
 mod leave;
 mod start;

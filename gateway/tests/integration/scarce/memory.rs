@@ -141,8 +141,10 @@ const GROUP_BYTES: u64 = 128 * MIB;
 const DEVICES: u32 = 15_000;
 /// Devices that connect at the same time.
 const AT_A_TIME: usize = 500;
-/// Fewest that must fit: each needs 8 KB, kernel included, and the process itself no more than 60 MB.
-const FITTING_MIN: usize = 3_000;
+/// Fewest that must fit: some 10,000 were measured.
+const FITTING_MIN: usize = 8_000;
+/// The same right after all have left, while what they took is still on its way back to the system.
+const FITTING_AGAIN_MIN: usize = 3_000;
 const FILES_NEEDED: u64 = 18_000;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -183,7 +185,7 @@ async fn fifteen_thousand_devices_and_a_storm_do_not_kill_a_node_of_128_megabyte
     );
     assert_eq!(group.kills(), 0);
     assert_eq!(at_most, GROUP_BYTES);
-    assert!(first >= FITTING_MIN && fitted >= FITTING_MIN, "{first}, {fitted}");
+    assert!(first >= FITTING_MIN && fitted >= FITTING_AGAIN_MIN, "{first}, {fitted}");
     for index in [0, fitted / 2, fitted - 1] {
         assert_alive(&mut live[index]).await;
     }
@@ -204,6 +206,8 @@ async fn fifteen_thousand_devices_and_a_storm_do_not_kill_a_node_of_128_megabyte
 /// Devices over TLS, of which not all fit, and handshakes that are begun and left.
 const TLS_DEVICES: u32 = 12_000;
 const BEGUN: usize = 3_000;
+/// Fewest that must fit over TLS: 8,600 were measured.
+const TLS_FITTING_MIN: usize = 6_500;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn handshakes_without_end_do_not_kill_a_node_that_is_full() {
@@ -250,7 +254,7 @@ async fn handshakes_without_end_do_not_kill_a_node_that_is_full() {
         used / MIB
     );
     assert_eq!(group.kills(), 0);
-    assert!(live.len() >= FITTING_MIN / 2, "{}", live.len());
+    assert!(live.len() >= TLS_FITTING_MIN, "{}", live.len());
     let last = live.len() - 1;
     assert_alive(&mut live[0]).await;
     assert_alive(&mut live[last]).await;

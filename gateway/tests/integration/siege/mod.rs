@@ -119,6 +119,11 @@ impl Siege {
         }
     }
 
+    /// The attack has built up: so many handshakes are under way.
+    pub async fn is_on(&self, handshakes: u64) {
+        eventually(|| self.gateway.metric("seawall_handshakes_under_way").unwrap() >= handshakes).await;
+    }
+
     /// Devices connect while the attack lasts; then it ends, and nothing is left of it.
     pub async fn survives(mut self) {
         let mut waits = Vec::new();
