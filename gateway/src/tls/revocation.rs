@@ -3,7 +3,7 @@
 //! rustls has one rule for a whole chain: either each certificate in it needs a list, or none does. Here a device's certificate needs the
 //! list of its authority; the authorities between it and the root are held against whatever lists there are.
 
-use std::sync::Arc;
+use std::{cmp::Reverse, sync::Arc};
 
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore, SignatureScheme,
@@ -28,7 +28,7 @@ pub struct Verifier {
     handshake: Arc<dyn ClientCertVerifier>,
     roots: Arc<RootCertStore>,
     algorithms: WebPkiSupportedAlgorithms,
-    /// At least one.
+    /// At least one. Of two of one authority the first counts.
     lists: Vec<CertRevocationList<'static>>,
 }
 
@@ -43,8 +43,8 @@ impl Verifier {
         algorithms: WebPkiSupportedAlgorithms,
         lists: &[CertificateRevocationListDer<'_>],
     ) -> Result<Self, webpki::Error> {
-        let lists = lists
-            .iter()
+        let lists = newest_first(lists)
+            .into_iter()
             .map(|list| OwnedCertRevocationList::from_der(list).map(CertRevocationList::Owned))
             .collect::<Result<_, _>>()?;
         Ok(Self {
@@ -150,6 +150,16 @@ fn reason(error: webpki::Error) -> CertificateError {
     }
 }
 
+/// An older list of an authority, left in the file before or behind a newer one, must not let in whom the newer one names.
+fn newest_first<'a, 'b>(lists: &'a [CertificateRevocationListDer<'b>]) -> Vec<&'a CertificateRevocationListDer<'b>> {
+    let mut lists: Vec<_> = lists.iter().collect();
+    lists.sort_by_cached_key(|list| {
+        let parsed = CertificateRevocationList::from_der(list).ok();
+        Reverse(parsed.map(|(_, list)| list.last_update().timestamp()))
+    });
+    lists
+}
+
 /// When the first of these lists should have been replaced by a newer one; `None` where none says so.
 pub fn next_update(lists: &[CertificateRevocationListDer<'_>]) -> Option<WallTime> {
     lists
@@ -159,4 +169,38 @@ pub fn next_update(lists: &[CertificateRevocationListDer<'_>]) -> Option<WallTim
             list.next_update().map(wall)
         })
         .min()
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{
+        BasicConstraints, CertificateParams, CertificateRevocationListParams, IsCa, Issuer, KeyIdMethod, KeyPair,
+        KeyUsagePurpose, SerialNumber, date_time_ymd,
+    };
+
+    use super::*;
+
+    #[test]
+    fn newest_list_of_an_authority_counts_wherever_it_stands_in_the_file() {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::CrlSign];
+        let issuer = Issuer::new(params, KeyPair::generate().unwrap());
+        let list = |year| {
+            let params = CertificateRevocationListParams {
+                this_update: date_time_ymd(year, 1, 1),
+                next_update: date_time_ymd(2100, 1, 1),
+                crl_number: SerialNumber::from(1),
+                issuing_distribution_point: None,
+                revoked_certs: Vec::new(),
+                key_identifier_method: KeyIdMethod::Sha256,
+            };
+            CertificateRevocationListDer::from(params.signed_by(&issuer).unwrap())
+        };
+        let [old, new] = [list(2025), list(2026)];
+
+        for lists in [[old.clone(), new.clone()], [new.clone(), old.clone()]] {
+            assert_eq!(newest_first(&lists), [&new, &old]);
+        }
+    }
 }
