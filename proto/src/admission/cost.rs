@@ -22,7 +22,11 @@ const SLOW_FACTOR: f64 = 4.0;
 const APART_MAX: usize = 64;
 /// Slow statements in a row that bring a cohort under suspicion.
 const SLOW_RUN: u8 = 3;
-/// What is usual falls at once, and rises with this time constant: a morning of slow statements must not become usual.
+/// What is usual is an average of as many statements. The fastest instead would be a lucky one, beside which many are slow.
+const USUAL_STATEMENTS: u32 = 32;
+/// Fewer statements than this tell nothing of what is usual: one of them may be a lucky one.
+const USUAL_MIN: u32 = 4;
+/// Slow statements are not averaged; with them what is usual rises with this time constant: a morning of them must not become usual.
 const USUAL_RISES: Duration = Duration::from_secs(600);
 /// Statements that a trial is decided by, of either side.
 const TRIAL_STATEMENTS: u32 = 2;
@@ -101,14 +105,28 @@ pub(super) struct Costs {
     cohorts: BTreeMap<CohortTag, Cohort>,
     /// At most [`APART_MAX`].
     apart: BTreeMap<CohortTag, Apart>,
-    /// Seconds that a statement usually takes, by bucket; 0 where there was none.
-    usual: [f64; BUCKETS],
+    /// What statements usually take, by bucket.
+    usual: [Usual; BUCKETS],
     usual_at: Instant,
     trial: Option<Trial>,
     /// Statements of all who are not apart, lately.
     others: Option<Sample>,
     /// No statement of a cohort apart is sent before.
     rests_until: Instant,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Usual {
+    seconds: f64,
+    /// At most [`USUAL_STATEMENTS`].
+    statements: u32,
+}
+
+impl Usual {
+    fn learn(&mut self, seconds: f64) {
+        self.statements = (self.statements + 1).min(USUAL_STATEMENTS);
+        self.seconds += (seconds - self.seconds) / f64::from(self.statements);
+    }
 }
 
 #[derive(Debug)]
@@ -330,18 +348,20 @@ impl Costs {
         self.usual_at = now;
         let rise = (age / USUAL_RISES.as_secs_f64()).exp();
         for usual in &mut self.usual {
-            *usual *= rise;
+            usual.seconds *= rise;
         }
         let bucket =
             usize::try_from(keys.next_power_of_two().trailing_zeros()).map_or(0, |bucket| bucket.min(BUCKETS - 1));
         // Smaller ones tell an upper bound, as many times as long as they have fewer keys.
         let usual = (0..=bucket)
-            .filter(|smaller| self.usual[*smaller] > 0.0)
-            .map(|smaller| self.usual[smaller] * f64::from(1_u32 << (bucket - smaller)))
+            .filter(|smaller| self.usual[*smaller].statements >= USUAL_MIN)
+            .map(|smaller| self.usual[smaller].seconds * f64::from(1_u32 << (bucket - smaller)))
             .reduce(f64::min);
-        let own = &mut self.usual[bucket];
-        *own = if *own > 0.0 { own.min(seconds) } else { seconds };
-        statement.took >= SLOW_MIN && usual.is_some_and(|usual| seconds >= SLOW_FACTOR * usual)
+        let is_slow = statement.took >= SLOW_MIN && usual.is_some_and(|usual| seconds >= SLOW_FACTOR * usual);
+        if !is_slow {
+            self.usual[bucket].learn(seconds);
+        }
+        is_slow
     }
 
     /// Puts the cohort on trial that was in slow statements longest; of several the one with the fewest keys.

@@ -359,3 +359,30 @@ fn slots_of_a_cohort_apart_are_as_far_apart_as_its_look_ups() {
     assert!(*farthest - *nearest > secs(5), "{nearest:?} to {farthest:?}");
     assert!(*healthy.last().unwrap() < secs(2), "{:?}", healthy.last());
 }
+
+#[test]
+fn database_whose_times_differ_by_chance_puts_hardly_anybody_on_trial() {
+    let mut costs = Costs::default();
+    let mut rng = SmallRng::seed_from_u64(1);
+    let cohorts = [
+        (CohortTag::of(None, Some(HEALTHY)), 48),
+        (CohortTag::of(None, Some(MARKED)), 12),
+    ];
+    let mut now = at(0);
+    let mut trials = 0;
+
+    for _ in 0..50_000 {
+        // Exponential, 20 ms on average: the fastest takes microseconds.
+        let took = Duration::from_secs_f64(0.02 * -(1.0 - rng.random::<f64>()).ln());
+        now += took;
+        costs.handle_timeout(now);
+        let statement = Statement {
+            cohorts: &cohorts,
+            took,
+        };
+        trials += usize::from(costs.handle_shared(&statement, now).is_some());
+    }
+
+    // A statement is slow with a chance of 1 in 50, and three in a row bring suspicion.
+    assert!(trials <= 10, "{trials} trials in 50,000 statements");
+}
