@@ -130,7 +130,8 @@ pub fn read_addresses(path: &Path) -> io::Result<Option<Addresses>> {
     }
 }
 
-/// Writes a file so that a reader sees the old content or the new, whatever happens in between.
+/// Writes a file so that a reader sees the old content or the new, whatever happens in between; and the new, once this has returned,
+/// also after the power has failed.
 ///
 /// # Errors
 /// The file can't be written; the old one is as it was.
@@ -149,7 +150,10 @@ pub fn write_atomically(path: &Path, content: &[u8], mode: u32) -> io::Result<()
         file.set_permissions(fs::Permissions::from_mode(mode))?;
         file.write_all(content)?;
         file.sync_all()?;
-        fs::rename(&temporary, path)
+        fs::rename(&temporary, path)?;
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        // The new name is the folder's, not the file's.
+        File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
     };
     write().inspect_err(|_| drop(fs::remove_file(&temporary)))
 }

@@ -32,8 +32,11 @@ pub const LIFE: Duration = Duration::from_hours(24);
 pub const LIFE_MAX: Duration = Duration::from_hours(6 * 24);
 /// How long it counts beyond that, while this node can't learn of revocations. overload.md section 3.
 pub const GRACE: Duration = Duration::from_hours(8);
-/// How much the wall clocks of two nodes may differ. overload.md section 3, tests.
+/// How much the wall clocks of two nodes may differ, where a life ends. overload.md section 3, tests.
 pub const SKEW: Duration = Duration::from_mins(5);
+/// A token may have been issued so long after now: then this node's clock, or another's, has been set back since. No longer, so that
+/// a clock that was years ahead for a moment leaves no tokens that count for years.
+pub const AHEAD_MAX: Duration = Duration::from_hours(24);
 /// The revocations known to this node are stale when the database has not confirmed them for this long.
 pub const STALE_AFTER: Duration = Duration::from_secs(5);
 /// A token is renewed after this part of its life at the earliest, and [`RENEW_SPREAD`] more at the latest.
@@ -140,7 +143,7 @@ pub struct Counted {
 /// Why a token does not count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unusable {
-    /// Not ours, or another device's, another credential's, damaged, or from the future.
+    /// Not ours, or another device's, another credential's, damaged, or from beyond [`AHEAD_MAX`].
     Invalid,
     /// Its life is over.
     Expired,
@@ -163,7 +166,7 @@ impl Judge<'_> {
         let claims = self
             .keys
             .verify(credential.hash(), token, wall)
-            .filter(|claims| claims.device == device && claims.issued <= wall + SKEW)
+            .filter(|claims| claims.device == device && claims.issued <= wall + AHEAD_MAX)
             .ok_or(Unusable::Invalid)?;
         let is_graced = wall > claims.expires + SKEW;
         let is_over = if claims.is_final {

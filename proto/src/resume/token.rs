@@ -13,7 +13,7 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
-use super::{Generation, SKEW};
+use super::{AHEAD_MAX, Generation};
 use crate::{
     id::{DeviceId, Label, SecretHash, SessionId},
     time::WallTime,
@@ -179,10 +179,10 @@ fn keyed(key: &[u8; 32]) -> Hmac<Sha256> {
     Hmac::<Sha256>::new_from_slice(key).expect("HMAC takes keys of any length")
 }
 
-/// The epochs whose keys count now: this one, the one before, and the next where another node's clock may be there already.
+/// The epochs whose keys count now: this one, the one before, and the next where a clock may have been there already.
 fn accepted(wall: WallTime) -> [u64; 3] {
     let now = epoch(wall);
-    [now, now.saturating_sub(1), epoch(wall + SKEW)]
+    [now, now.saturating_sub(1), epoch(wall + AHEAD_MAX)]
 }
 
 fn epoch(wall: WallTime) -> u64 {

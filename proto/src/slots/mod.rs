@@ -72,6 +72,13 @@ impl Slot {
     pub const fn is_strangers(&self) -> bool {
         self.tenant.is_none()
     }
+
+    /// Whether this slot, carried by a token, counts instead of the one remembered here: of two the later, so that none is shortened,
+    /// whichever node gave it out. One slot, by two clocks, is not two.
+    fn replaces(&self, remembered: &Self) -> bool {
+        let is_another = self.bounces > remembered.bounces || self.at > remembered.at + CLOCK_TOLERANCE;
+        is_another && self.at > remembered.at
+    }
 }
 
 /// Where an arriving device stands.
@@ -138,16 +145,14 @@ impl Slots {
     pub(crate) fn standing(&self, device: DeviceId, token: Option<&str>, now: Instant, wall: WallTime) -> Standing {
         let carried = token.and_then(|text| self.carried(device, text, now, wall));
         let remembered = self.memory.get(device, now);
-        // Of two, the one given later counts: a device must not come twice with one slot by keeping its first token.
+        let tenant = [remembered, carried].into_iter().flatten().find_map(|slot| slot.tenant);
         let (slot, early) = match (remembered, carried) {
-            (Some(remembered), Some(carried)) if carried.bounces > remembered.bounces => {
-                (Some(carried), CLOCK_TOLERANCE)
-            }
+            (Some(remembered), Some(carried)) if carried.replaces(&remembered) => (Some(carried), CLOCK_TOLERANCE),
             (Some(remembered), _) => (Some(remembered), SLOT_EARLY),
             (None, carried) => (carried, CLOCK_TOLERANCE),
         };
         Standing {
-            tenant: self.known.tenant_of(device).or(slot.and_then(|slot| slot.tenant)),
+            tenant: self.known.tenant_of(device).or(tenant),
             slot,
             is_due: slot.is_some_and(|slot| now + early >= slot.at),
         }
@@ -184,7 +189,7 @@ impl Slots {
     ) -> Hint {
         // Memory is asked again: another connection of the device may have been refused since it was asked first.
         let newest = match (self.memory.get(device, now), standing.slot) {
-            (Some(remembered), Some(slot)) if slot.bounces > remembered.bounces => Some(slot),
+            (Some(remembered), Some(slot)) if slot.replaces(&remembered) => Some(slot),
             (Some(remembered), _) => Some(remembered),
             (None, slot) => slot,
         };

@@ -202,6 +202,38 @@ fn first_token_can_not_be_used_again_after_a_second_was_given() {
 }
 
 #[test]
+fn far_slot_is_not_shortened_by_the_token_of_a_node_with_a_shorter_queue() {
+    let mut node = Node::new();
+    let mut idle = Node::new();
+    node.meet(1);
+    node.fill(400_000);
+    let far = node.refuse(1, None, at(0));
+    // Without its token, as after a loss of power.
+    let near = idle.refuse(1, None, at(500));
+    let nearer = idle.refuse(1, near.slot.as_deref(), at(1_500));
+    let now = at(3_000);
+
+    let again = node.refuse(1, nearer.slot.as_deref(), now);
+
+    assert!(!node.is_due(1, nearer.slot.as_deref(), now));
+    assert_eq!(again.after_ms() + 3_000, far.after_ms());
+    assert!(!idle.is_due(1, far.slot.as_deref(), now), "nor is it by memory");
+}
+
+#[test]
+fn tenant_of_a_token_counts_where_the_device_was_a_stranger() {
+    let mut node = Node::new();
+    let mut other = Node::new();
+    node.refuse(1, None, at(0));
+    other.meet(1);
+    let token = other.refuse(1, None, at(0)).slot;
+
+    let standing = node.slots.standing(device(1), token.as_deref(), at(100), wall(at(100)));
+
+    assert!(standing.tenant.is_some());
+}
+
+#[test]
 fn far_slot_is_told_by_a_drawn_hint_and_kept_to_the_millisecond() {
     let mut node = Node::new();
     node.fill(2_000_000);
