@@ -93,10 +93,10 @@ mod tests {
         assert_eq!(by_memory.connections_max, 209_715);
         assert_eq!(configured.connections_max, 5);
         assert_eq!(connections(0), 64);
-        assert_eq!(by_memory.handshakes_max, 500);
-        assert_eq!(certified.handshakes_max, 291);
+        assert_eq!(by_memory.handshakes_max, 364);
+        assert_eq!(certified.handshakes_max, 161);
         let handshakes = |memory| handshakes(memory, HANDSHAKE_BYTES);
-        assert_eq!((handshakes(128 << 20), handshakes(0)), (153, 8));
+        assert_eq!((handshakes(128 << 20), handshakes(0)), (85, 8));
         assert!(available() > 0);
     }
 }

@@ -333,7 +333,7 @@ impl Metrics {
             ),
             handshakes_under_way: names.gauges(
                 "seawall_handshakes_under_way",
-                "Connections whose head is not complete: those that hold a `place` (at most limits.handshakes_max; then connections wait to be accepted), and late ones that stepped `aside` (at most four times as many; then those of a crowd are given up).",
+                "Connections whose head is not complete: those that hold a `place` (at most limits.handshakes_max; then connections wait to be accepted), and late ones that stepped `aside` (at most eight times as many; then those of a crowd are given up).",
                 "state",
                 &["place", "aside"],
             ),

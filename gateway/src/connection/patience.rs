@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::door::{Door, Handshake, LATE_AFTER, Late};
+use crate::door::{ASIDE_AFTER, Door, Handshake, LATE_AFTER, Late};
 
 /// A step that has taken this part of its time counts as slow: over half of the places in use, its address then gets no more
 /// than a fair share of them. Not sooner, since a crowd that comes back at once has slow ones too.
@@ -47,7 +47,9 @@ impl<'a> Patience<'a> {
 
     /// Wait for so long, then [`look`](Self::look).
     pub(super) fn span(&self) -> Duration {
-        self.time_max.saturating_sub(self.begun.elapsed()).min(LATE_AFTER)
+        let elapsed = self.begun.elapsed();
+        let soon = if elapsed < ASIDE_AFTER { ASIDE_AFTER } else { LATE_AFTER };
+        self.time_max.saturating_sub(elapsed).min(soon)
     }
 
     /// Whether the step may go on. `has_unread`: on a busy machine its bytes may have come without being read; that counts once.

@@ -16,10 +16,10 @@ use crate::wire::raw::request;
 
 /// Connections that each attack holds at a time.
 const ATTACKERS: usize = 650;
-/// With room for fewer than that: 100, and 400 aside. Where nobody is given up before the time is over, devices wait for 1.5 s and more.
-const SMALL_DOOR: &str = "[limits]\nhandshakes_max = 100\n";
+/// With room for fewer than that: 60, and 480 aside. Where nobody is given up before the time is over, devices wait for 1.5 s and more.
+const SMALL_DOOR: &str = "[limits]\nhandshakes_max = 60\n";
 /// Of which so many are taken at any time, once the attack is on: those given up come again.
-const SMALL_DOOR_HELD: u64 = 400;
+const SMALL_DOOR_HELD: u64 = 450;
 /// A slow one sends a byte so often.
 const DRIP: Duration = Duration::from_millis(300);
 /// Time until an attacker comes again whose connection has ended, or was refused by the kernel.
