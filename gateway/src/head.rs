@@ -131,10 +131,10 @@ impl HeadReader {
     }
 }
 
-/// An empty line that ends at or behind `len_before`, with or without carriage returns.
+/// An empty line that ends at or behind `len_before`. Each line may end with a carriage return or without, as `httparse` takes it.
 fn has_end_of_head(buffer: &[u8], len_before: usize) -> bool {
-    let fresh = &buffer[len_before.saturating_sub(3)..];
-    fresh.windows(2).any(|pair| pair == b"\n\n") || fresh.windows(4).any(|four| four == b"\r\n\r\n")
+    let fresh = &buffer[len_before.saturating_sub(2)..];
+    fresh.windows(2).any(|two| two == b"\n\n") || fresh.windows(3).any(|three| three == b"\n\r\n")
 }
 
 /// The head has used up its bytes: if the first line has not ended yet, it was the target that was too long.
@@ -152,15 +152,20 @@ fn too_large(buffer: &[u8]) -> Refusal {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use seawall_proto::refusal::Code;
     use tokio::{
         io::AsyncWriteExt,
         net::{TcpListener, TcpStream},
+        time::timeout,
     };
 
     use super::*;
 
     const LEN_MAX: usize = 8 * 1024;
+    /// Longest wait for what has been sent.
+    const PATIENCE: Duration = Duration::from_secs(10);
 
     async fn pair() -> (TcpStream, Transport) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -197,24 +202,30 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn head_that_comes_byte_by_byte_is_read() {
-        let (mut client, mut server) = pair().await;
-        client.set_nodelay(true).unwrap();
-        let writer = tokio::spawn(async move {
-            for byte in b"GET / HTTP/1.1\nHost: x\n\n" {
-                client.write_all(&[*byte]).await.unwrap();
-                tokio::task::yield_now().await;
-            }
-            client
-        });
+    async fn head_that_comes_byte_by_byte_is_read_whatever_ends_its_lines() {
+        for head in [
+            b"GET / HTTP/1.1\nHost: x\n\n".as_slice(),
+            b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: x\r\n\n",
+            b"GET / HTTP/1.1\nHost: x\n\r\n",
+        ] {
+            let (mut client, mut server) = pair().await;
+            client.set_nodelay(true).unwrap();
+            let writer = tokio::spawn(async move {
+                for byte in head {
+                    client.write_all(&[*byte]).await.unwrap();
+                    tokio::task::yield_now().await;
+                }
+                client
+            });
 
-        let complete = HeadReader::new(LEN_MAX)
-            .read(&mut server, |head| head.headers.len())
-            .await
-            .unwrap();
+            let mut reader = HeadReader::new(LEN_MAX);
+            let reading = reader.read(&mut server, |head| head.headers.len());
+            let complete = timeout(PATIENCE, reading).await.expect("a complete head").unwrap();
 
-        assert_eq!(complete.parsed, 1);
-        drop(writer.await.unwrap());
+            assert_eq!(complete.parsed, 1);
+            drop(writer.await.unwrap());
+        }
     }
 
     #[tokio::test]
