@@ -3,7 +3,7 @@
 use std::{
     io::{self, Read},
     path::PathBuf,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use clap::{Args, Subcommand};
@@ -378,7 +378,7 @@ pub fn span(text: &str) -> Result<String, humantime::DurationError> {
     humantime::parse_duration(text).map(|_| text.to_owned())
 }
 
-/// RFC 3339 from a point in time, or from a span from now.
+/// RFC 3339 from a point in time, or from a span from now, of which a part of a second counts as a whole one.
 fn point(text: &str) -> Result<String, Failure> {
     let wrong = || {
         Failure::WrongUse(format!(
@@ -386,7 +386,10 @@ fn point(text: &str) -> Result<String, Failure> {
         ))
     };
     let time = match humantime::parse_duration(text) {
-        Ok(span) => SystemTime::now().checked_add(span).ok_or_else(wrong)?,
+        Ok(span) => {
+            let (now, rounding) = (SystemTime::now(), Duration::from_millis(999));
+            now.checked_add(span.saturating_add(rounding)).ok_or_else(wrong)?
+        }
         Err(_) => humantime::parse_rfc3339_weak(text).map_err(|_| wrong())?,
     };
     Ok(humantime::format_rfc3339_seconds(time).to_string())
@@ -399,7 +402,8 @@ mod tests {
     #[test]
     fn expiry_is_a_point_or_a_span_from_now() {
         assert_eq!(point("2099-01-31T12:00:00Z").unwrap(), "2099-01-31T12:00:00Z");
-        assert!(point("2h").unwrap() > humantime::format_rfc3339_seconds(SystemTime::now()).to_string());
+        let soon = humantime::parse_rfc3339(&point("1ms").unwrap()).unwrap();
+        assert!(soon > SystemTime::now(), "over before it is asked for");
         for text in ["tomorrow", "", "99999999999999999999y"] {
             assert!(matches!(point(text), Err(Failure::WrongUse(_))), "{text}");
         }

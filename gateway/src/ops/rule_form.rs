@@ -6,6 +6,7 @@
 use seawall_proto::{
     id::RuleId,
     rules::{Rule, RuleSpec},
+    time::WallTime,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -45,7 +46,7 @@ pub struct RuleDoc {
     /// Refused devices come back between this and twice this. 1 second to 7 days.
     #[schema(nullable = false, default = "15m")]
     retry_after: Option<String>,
-    /// From then on it matches nothing. RFC 3339.
+    /// From then on it matches nothing: not in the past. RFC 3339.
     expires_at: Option<String>,
     /// Close live sessions that match, too, at a pace.
     #[schema(nullable = false, default = false)]
@@ -91,7 +92,7 @@ pub struct PatchDoc {
     reason: Option<String>,
     #[schema(nullable = false)]
     retry_after: Option<String>,
-    /// RFC 3339; null takes the expiry away.
+    /// RFC 3339; null takes the expiry away. A rule whose time is over can't be changed without a later one.
     expires_at: Option<String>,
     #[schema(nullable = false)]
     evict: Option<bool>,
@@ -144,12 +145,12 @@ impl From<&Rule> for RuleView {
 }
 
 impl Asked {
-    pub fn into_new(mut self) -> Result<(RuleSpec, bool), Problem> {
+    pub fn into_new(mut self, wall: WallTime) -> Result<(RuleSpec, bool), Problem> {
         let is_confirmed = self.take_confirm()?;
-        Ok((spec(self.0)?, is_confirmed))
+        Ok((spec(self.0, wall)?, is_confirmed))
     }
 
-    pub fn into_change_of(mut self, before: &RuleSpec) -> Result<(RuleSpec, bool), Problem> {
+    pub fn into_change_of(mut self, before: &RuleSpec, wall: WallTime) -> Result<(RuleSpec, bool), Problem> {
         let is_confirmed = self.take_confirm()?;
         if self.0.is_empty() {
             return Err(Problem::invalid("name what should change"));
@@ -158,7 +159,7 @@ impl Asked {
             return Err(Problem::invalid("the rule has no JSON form"));
         };
         fields.extend(self.0);
-        Ok((spec(fields)?, is_confirmed))
+        Ok((spec(fields, wall)?, is_confirmed))
     }
 
     fn take_confirm(&mut self) -> Result<bool, Problem> {
@@ -170,16 +171,18 @@ impl Asked {
     }
 }
 
-fn spec(fields: Map<String, Value>) -> Result<RuleSpec, Problem> {
+fn spec(fields: Map<String, Value>, wall: WallTime) -> Result<RuleSpec, Problem> {
     let spec: RuleSpec = serde_json::from_value(Value::Object(fields))
         .map_err(|error| Problem::invalid(shortened(&error.to_string())))?;
     spec.validate()
+        .and_then(|()| spec.validate_expiry(wall))
         .map_err(|error| Problem::invalid(format!("{}: {error}", error.field())))?;
     Ok(spec)
 }
 
 #[cfg(test)]
 mod tests {
+    use seawall_proto::rules::{Effect, Match};
     use utoipa::{
         PartialSchema as _,
         openapi::{RefOr, Schema},
@@ -187,16 +190,18 @@ mod tests {
 
     use super::*;
 
+    const NOW: WallTime = WallTime::from_unix_ms(1_800_000_000_000);
+
     #[test]
     fn the_documented_fields_are_those_of_a_rule() {
         let minimal =
             serde_json::json!({"match": {"firmware": ">=3.8", "model": "m", "tenant": "t"}, "effect": "block"});
         let Value::Object(minimal) = minimal else { panic!() };
-        let spec = spec(minimal).unwrap();
+        let spec = spec(minimal, NOW).unwrap();
         let rule = Rule {
             id: RuleId(Uuid::nil()),
             spec: spec.clone(),
-            created_at: seawall_proto::time::WallTime::default(),
+            created_at: WallTime::default(),
             revision: 1,
         };
 
@@ -222,18 +227,36 @@ mod tests {
         else {
             panic!()
         };
-        let before = spec(fields).unwrap();
+        let before = spec(fields, NOW).unwrap();
         let asked = |json: Value| serde_json::from_value::<Asked>(json).unwrap();
 
         let (after, is_confirmed) = asked(serde_json::json!({"reason": "b", "expires_at": null, "confirm": true}))
-            .into_change_of(&before)
+            .into_change_of(&before, NOW)
             .unwrap();
 
         assert!(is_confirmed);
         assert_eq!((after.reason.as_str(), after.expires_at), ("b", None));
         assert_eq!(after.matches, before.matches);
-        assert!(asked(serde_json::json!({})).into_change_of(&before).is_err());
-        assert!(asked(serde_json::json!({"colour": 1})).into_change_of(&before).is_err());
+        assert!(asked(serde_json::json!({})).into_change_of(&before, NOW).is_err());
+        assert!(
+            asked(serde_json::json!({"colour": 1}))
+                .into_change_of(&before, NOW)
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn a_rule_that_is_over_is_changed_with_a_later_time_only() {
+        let mut before = RuleSpec::new(Match::default(), Effect::Block);
+        before.expires_at = Some(NOW);
+        let change = |json: Value| {
+            let asked = serde_json::from_value::<Asked>(json).unwrap();
+            asked.into_change_of(&before, NOW).map(|(after, _)| after.expires_at)
+        };
+
+        assert!(change(serde_json::json!({"reason": "b"})).is_err());
+        assert_eq!(change(serde_json::json!({"expires_at": null})).unwrap(), None);
+        assert!(change(serde_json::json!({"expires_at": "2099-01-01T00:00:00Z"})).unwrap() > Some(NOW));
     }
 
     fn keys(json: &Value) -> Vec<String> {

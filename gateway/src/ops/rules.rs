@@ -83,7 +83,7 @@ async fn create_rule(
     State(api): State<Arc<Api>>,
     Body(asked): Body<Asked>,
 ) -> Result<(StatusCode, [(HeaderName, String); 1], Json<RuleView>), Problem> {
-    let (spec, is_confirmed) = asked.into_new()?;
+    let (spec, is_confirmed) = asked.into_new(api.state.clock.wall())?;
     if !is_confirmed {
         ask_for_confirmation(&api, &spec).await?;
     }
@@ -120,7 +120,7 @@ async fn preview_rule(
     State(api): State<Arc<Api>>,
     Body(asked): Body<Asked>,
 ) -> Result<Json<RulePreview>, Problem> {
-    let (spec, _) = asked.into_new()?;
+    let (spec, _) = asked.into_new(api.state.clock.wall())?;
     api.survey(move |gateway| RulePreview::of(&spec, gateway))
         .await
         .map(Json)
@@ -147,7 +147,7 @@ async fn change_rule(
         .iter()
         .find(|rule| rule.id == id)
         .ok_or_else(no_such_rule)?;
-    let (spec, is_confirmed) = asked.into_change_of(&before.spec)?;
+    let (spec, is_confirmed) = asked.into_change_of(&before.spec, api.state.clock.wall())?;
     if !is_confirmed && hits_others(&before.spec, &spec) {
         ask_for_confirmation(&api, &spec).await?;
     }

@@ -110,7 +110,7 @@ impl Rule {
     /// Whether the rule's time is over.
     #[must_use]
     pub fn is_expired(&self, wall: WallTime) -> bool {
-        self.spec.expires_at.is_some_and(|expires_at| expires_at <= wall)
+        self.spec.validate_expiry(wall).is_err()
     }
 }
 
@@ -182,6 +182,17 @@ impl RuleSpec {
         Ok(())
     }
 
+    /// Whether a rule that says this matches anything at all from `wall` on: to be asked when it is written, whatever is changed of it.
+    ///
+    /// # Errors
+    /// Its time is over.
+    pub fn validate_expiry(&self, wall: WallTime) -> Result<(), SpecError> {
+        if self.expires_at.is_some_and(|expires_at| expires_at <= wall) {
+            return Err(SpecError::Expired);
+        }
+        Ok(())
+    }
+
     const fn default_retry_after() -> Duration {
         Duration::from_secs(15 * 60)
     }
@@ -204,6 +215,8 @@ pub enum SpecError {
     ReasonControlCharacter,
     #[error("retry_after must be from 1s to 7days")]
     RetryAfter,
+    #[error("this time is over by the gateway's clock, so the rule would match nothing; give a later one, or none")]
+    Expired,
 }
 
 impl SpecError {
@@ -216,6 +229,7 @@ impl SpecError {
             Self::AdmitPercentNotAvailable(_) | Self::AdmitPercent(_) => "admit_percent",
             Self::ReasonTooLong(_) | Self::ReasonControlCharacter => "reason",
             Self::RetryAfter => "retry_after",
+            Self::Expired => "expires_at",
         }
     }
 }

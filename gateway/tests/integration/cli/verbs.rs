@@ -86,6 +86,21 @@ fn edit_changes_what_a_rule_matches_and_keeps_the_rest() {
     );
 }
 
+#[test]
+fn rule_that_is_over_already_is_refused_in_words() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let over = |arguments: &[&str]| {
+        let output = run(&mut gateway.operator(&[arguments, &["--expires", "2020-01-01T00:00:00Z"]].concat()));
+        assert_refused(&output.unwrap(), 1, &["expires_at: this time is over"]);
+    };
+
+    over(&["rules", "block", ">=3.8", "--reason", "storms"]);
+    over(&["rules", "preview", ">=3.8"]);
+    let soon = ["rules", "block", ">=3.8", "--reason", "storms", "--expires", "1m"];
+    done(&mut gateway.operator(&soon));
+    over(&["rules", "edit", &first_rule(&gateway)]);
+}
+
 fn first_rule(gateway: &GatewayProcess) -> String {
     let listed = json(&run(&mut gateway.operator(&["rules", "list", "--json"])).unwrap());
     listed["items"][0]["id"].as_str().unwrap().to_owned()

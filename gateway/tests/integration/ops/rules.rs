@@ -66,6 +66,7 @@ fn rules_that_say_something_wrong_are_refused_by_field() {
         ("retry_after", json!("soon")),
         ("retry_after", json!("0s")),
         ("expires_at", json!("tomorrow")),
+        ("expires_at", json!("2020-01-01T00:00:00Z")),
         ("evict", json!("yes")),
         ("confirm", json!("yes")),
         ("colour", json!("red")),
@@ -87,6 +88,23 @@ fn rules_that_say_something_wrong_are_refused_by_field() {
         }
     }
     assert_eq!(gateway.all("/api/v1/rules?", 10).len(), 0);
+}
+
+#[test]
+fn a_rule_is_not_changed_to_one_that_is_over() {
+    let gateway = Gateway::start();
+    let rule = gateway.post(
+        "/api/v1/rules",
+        json!({"match": {"model": "m"}, "effect": "block", "expires_at": "2099-01-01T00:00:00Z"}),
+    );
+    let path = format!("/api/v1/rules/{}", text(&rule.json()["id"]));
+
+    let changed = gateway.patch(&path, json!({"expires_at": "2020-01-01T00:00:00Z"}));
+
+    assert_eq!(changed.problem(), (422, "invalid".into()));
+    let detail = changed.json()["detail"].clone();
+    assert!(text(&detail).starts_with("expires_at: this time is over"), "{detail}");
+    assert_eq!(gateway.get(&path).json(), rule.json());
 }
 
 #[test]
