@@ -372,7 +372,12 @@ pub async fn until_signal(config: Config, reload: impl Fn() -> Result<String, Co
 fn apply_level(reload: &impl Fn() -> Result<String, ConfigError>) {
     match reload() {
         Ok(level) => match telemetry::set_level(&level) {
-            Ok(()) => tracing::info!(level, "log level changed"),
+            // A change tells of itself.
+            Ok(change) if change.is_change() => {}
+            Ok(change) => tracing::info!(
+                to = change.to,
+                "log level unchanged: it is what flags, environment and file say"
+            ),
             Err(error) => tracing::error!(error = %error, "log level not changed"),
         },
         Err(error) => tracing::error!(error = %error, "the configuration can't be used: the log level stays"),

@@ -11,11 +11,16 @@ use std::{
         mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     },
     thread,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use tracing_subscriber::{
-    EnvFilter, Layer, Registry, filter::ParseError, fmt::MakeWriter, layer::SubscriberExt, reload,
+    EnvFilter, Layer, Registry,
+    filter::{LevelFilter, ParseError},
+    fmt::MakeWriter,
+    layer::SubscriberExt,
+    registry::LookupSpan,
+    reload,
     util::SubscriberInitExt,
 };
 
@@ -23,6 +28,8 @@ use crate::config::{LogFormat, Logging};
 
 /// Lines that wait to be written; one more is dropped, and counted by [`dropped_lines`].
 const QUEUE_LINES_MAX: usize = 8_192;
+/// Longest text of a level, in bytes; a longer one is refused.
+const LEVEL_BYTES_MAX: usize = 1_024;
 /// Time that [`Guard`] gives a slow reader for the last lines.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -34,32 +41,62 @@ struct Level {
     handle: reload::Handle<EnvFilter, Registry>,
 }
 
+/// A text that says nothing of what to log.
+#[derive(Debug, thiserror::Error)]
+pub enum InvalidLevel {
+    /// As in `hyper`, which the syntax of directives would take for a target.
+    #[error("{0:?} is no level: expected off, error, warn, info, debug, trace, or TARGET=LEVEL")]
+    Unknown(String),
+    /// There is neither a level nor a directive in it.
+    #[error("is empty: expected a level, or directives such as info,seawall_gateway::lookup=debug")]
+    Empty,
+    /// Over the bound.
+    #[error("is longer than {LEVEL_BYTES_MAX} bytes")]
+    TooLong,
+    /// A directive that can't be read.
+    #[error(transparent)]
+    Directive(#[from] ParseError),
+}
+
+/// Why what is logged did not change.
+#[derive(Debug, thiserror::Error)]
+pub enum LevelError {
+    #[error(transparent)]
+    Invalid(#[from] InvalidLevel),
+    /// The gateway is a part of a process that logs in its own way.
+    #[error("this process has no log of the gateway's")]
+    NoLog,
+}
+
+/// What was logged before a change, and what is since; the same where there was nothing to change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LevelChange {
+    pub from: String,
+    pub to: String,
+}
+
+impl LevelChange {
+    /// Whether anything changed.
+    #[must_use]
+    pub fn is_change(&self) -> bool {
+        self.from != self.to
+    }
+}
+
 /// Installs the log of this process. Panics are log lines, too.
 ///
 /// # Errors
 /// The level is neither a level nor directives, or a log is installed already.
 pub fn start(logging: &Logging) -> anyhow::Result<Guard> {
     let (filter, handle) = reload::Layer::new(parse_level(&logging.level)?);
-    let (writer, guard) = queue();
-    let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_target(true);
-    let lines = match logging.format {
-        LogFormat::Json => lines
-            .json()
-            .flatten_event(true)
-            .with_current_span(false)
-            .with_span_list(false)
-            .with_ansi(false)
-            .boxed(),
-        LogFormat::Human => lines.compact().with_ansi(io::stderr().is_terminal()).boxed(),
-    };
-    tracing_subscriber::registry().with(filter).with(lines).try_init()?;
+    let (writer, guard) = queue(logging.format);
+    tracing_subscriber::registry()
+        .with(filter)
+        .with(layer(logging.format, writer))
+        .try_init()?;
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string).unwrap_or_default();
-        tracing::error!(
-            place,
-            message = panic.payload_as_str().unwrap_or_default(),
-            "a task panicked: this is a bug, please report it"
-        );
+        log_panic(&place, panic.payload_as_str().unwrap_or_default());
     }));
     LEVEL.get_or_init(|| {
         Mutex::new(Level {
@@ -70,28 +107,79 @@ pub fn start(logging: &Logging) -> anyhow::Result<Guard> {
     Ok(guard)
 }
 
+/// How an event becomes a line. A field of an event that is called as one of a line's own (`timestamp`, `level`, `target`, `message`)
+/// would stand in the line twice: no event may have one.
+fn layer<S>(format: LogFormat, writer: QueueWriter) -> Box<dyn Layer<S> + Send + Sync>
+where
+    S: tracing::Subscriber + for<'a> LookupSpan<'a>,
+{
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_target(true);
+    match format {
+        LogFormat::Json => lines
+            .json()
+            .flatten_event(true)
+            .with_current_span(false)
+            .with_span_list(false)
+            .with_ansi(false)
+            .boxed(),
+        LogFormat::Human => lines.compact().with_ansi(io::stderr().is_terminal()).boxed(),
+    }
+}
+
+fn log_panic(place: &str, panic: &str) {
+    tracing::error!(place, panic, "a task panicked: this is a bug, please report it");
+}
+
 /// Reads a level, or directives such as `info,seawall_gateway::lookup=debug`.
 ///
 /// # Errors
 /// The text is neither.
-pub fn parse_level(text: &str) -> Result<EnvFilter, ParseError> {
-    EnvFilter::builder().parse(text)
+pub fn parse_level(text: &str) -> Result<EnvFilter, InvalidLevel> {
+    if text.len() > LEVEL_BYTES_MAX {
+        return Err(InvalidLevel::TooLong);
+    }
+    let mut directives = text.split(',').filter(|directive| !directive.is_empty()).peekable();
+    if directives.peek().is_none() {
+        return Err(InvalidLevel::Empty);
+    }
+    // A level written wrongly would count as a target, and nothing but that target would be logged.
+    let unknown =
+        directives.find(|directive| !directive.contains(['=', '[']) && directive.parse::<LevelFilter>().is_err());
+    match unknown {
+        Some(unknown) => Err(InvalidLevel::Unknown(unknown.to_owned())),
+        None => Ok(EnvFilter::builder().parse(text)?),
+    }
 }
 
-/// Changes what is logged from now on, in the whole process.
+/// Changes what is logged from now on, in the whole process. A change is an INFO line, if INFO is logged before it or after it.
 ///
 /// # Errors
-/// The text is neither a level nor directives; nothing has changed then.
-pub fn set_level(text: &str) -> Result<(), ParseError> {
+/// The text is neither a level nor directives, or there is no log to change; nothing has changed then.
+pub fn set_level(text: &str) -> Result<LevelChange, LevelError> {
     let filter = parse_level(text)?;
-    if let Some(level) = LEVEL.get() {
-        let mut level = level.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut level = LEVEL
+        .get()
+        .ok_or(LevelError::NoLog)?
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    let change = LevelChange {
+        from: level.text.clone(),
+        to: text.to_owned(),
+    };
+    if change.is_change() {
+        let tell = || tracing::info!(from = change.from, to = change.to, "log level changed");
+        let is_heard = tracing::enabled!(tracing::Level::INFO);
+        if is_heard {
+            tell();
+        }
         // The layer lives as long as the process, so that a reload reaches it.
-        if level.handle.reload(filter).is_ok() {
-            text.clone_into(&mut level.text);
+        level.handle.reload(filter).map_err(|_| LevelError::NoLog)?;
+        text.clone_into(&mut level.text);
+        if !is_heard {
+            tell();
         }
     }
-    Ok(())
+    Ok(change)
 }
 
 /// What is logged now; `None` where this process has no log of ours.
@@ -124,7 +212,7 @@ impl Drop for Guard {
     }
 }
 
-fn queue() -> (QueueWriter, Guard) {
+fn queue(format: LogFormat) -> (QueueWriter, Guard) {
     let (lines, waiting) = sync_channel(QUEUE_LINES_MAX);
     let (ended, stopped) = sync_channel(1);
     let guard = Guard {
@@ -133,13 +221,13 @@ fn queue() -> (QueueWriter, Guard) {
     };
     // Without the thread every line would be dropped: then the process is out of threads, and the start fails soon enough.
     let _ = thread::Builder::new().name("log".into()).spawn(move || {
-        write_lines(&waiting);
+        write_lines(&waiting, format);
         let _ = ended.try_send(());
     });
     (QueueWriter(lines), guard)
 }
 
-fn write_lines(waiting: &Receiver<Box<[u8]>>) {
+fn write_lines(waiting: &Receiver<Box<[u8]>>, format: LogFormat) {
     let mut dropped_before = 0;
     while let Ok(line) = waiting.recv() {
         if line.is_empty() {
@@ -149,13 +237,25 @@ fn write_lines(waiting: &Receiver<Box<[u8]>>) {
         let _ = io::stderr().write_all(&line);
         let dropped = dropped_lines();
         if dropped > dropped_before {
-            let _ = writeln!(
-                io::stderr(),
-                "{} log lines dropped: standard error is read too slowly",
-                dropped - dropped_before
-            );
+            let _ = writeln!(io::stderr(), "{}", line_of_dropped(dropped - dropped_before, format));
             dropped_before = dropped;
         }
+    }
+}
+
+/// Not an event: it would have to pass the full queue.
+fn line_of_dropped(lines: u64, format: LogFormat) -> String {
+    const MESSAGE: &str = "log lines dropped: standard error is read too slowly";
+    match format {
+        LogFormat::Json => serde_json::json!({
+            "timestamp": humantime::format_rfc3339_micros(SystemTime::now()).to_string(),
+            "level": "WARN",
+            "message": MESSAGE,
+            "lines": lines,
+            "target": module_path!(),
+        })
+        .to_string(),
+        LogFormat::Human => format!("{lines} {MESSAGE}"),
     }
 }
 
@@ -190,12 +290,53 @@ mod tests {
 
     #[test]
     fn level_takes_names_and_directives_and_refuses_others() {
-        for text in ["info", "WARN", "info,seawall_gateway::lookup=debug", "off"] {
+        for text in [
+            "info",
+            "WARN",
+            "info,seawall_gateway::lookup=debug",
+            "off",
+            "info,[db.audit.page]=trace",
+        ] {
             assert!(parse_level(text).is_ok(), "{text}");
         }
-        for text in ["seawall=loud", "info,=,", "a=b=c"] {
+        for text in [
+            "seawall=loud",
+            "info,=,",
+            "a=b=c",
+            "loud",
+            "info,hyper",
+            " debug",
+            "",
+            ",",
+            &"x".repeat(2_000),
+        ] {
             assert!(parse_level(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn line_of_a_panic_has_each_key_once() {
+        let (lines, waiting) = sync_channel(1);
+        let log = tracing_subscriber::registry().with(layer(LogFormat::Json, QueueWriter(lines)));
+
+        tracing::subscriber::with_default(log, || log_panic("src/door.rs:1:1", "out of luck"));
+
+        let line = String::from_utf8(waiting.recv().unwrap().into()).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(
+            (&json["panic"], &json["place"]),
+            (&"out of luck".into(), &"src/door.rs:1:1".into())
+        );
+        assert_eq!(line.matches("\"message\":").count(), 1, "{line}");
+    }
+
+    #[test]
+    fn line_of_what_was_dropped_has_the_form_of_the_others() {
+        let json: serde_json::Value = serde_json::from_str(&line_of_dropped(7, LogFormat::Json)).unwrap();
+
+        assert_eq!((&json["level"], &json["lines"]), (&"WARN".into(), &7.into()));
+        assert!(json["timestamp"].as_str().unwrap().ends_with('Z'), "{json}");
+        assert!(line_of_dropped(7, LogFormat::Human).starts_with("7 log lines dropped"));
     }
 
     #[test]

@@ -45,6 +45,7 @@ pub struct Client {
 #[derive(Clone, Copy)]
 pub enum Method {
     Post,
+    Put,
     Patch,
     Delete,
 }
@@ -176,6 +177,9 @@ impl Client {
             (Method::Post, None) => self
                 .authorized(self.agent.post(url).config().timeout_global(limit).build())
                 .send_empty(),
+            (Method::Put, body) => self
+                .authorized(self.agent.put(url).config().timeout_global(limit).build())
+                .send_json(body.unwrap_or(&Value::Null)),
             (Method::Patch, body) => self
                 .authorized(self.agent.patch(url).config().timeout_global(limit).build())
                 .send_json(body.unwrap_or(&Value::Null)),

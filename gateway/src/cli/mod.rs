@@ -13,6 +13,7 @@ mod doctor;
 mod drain;
 mod events;
 mod firmware;
+mod log_level;
 mod migrate;
 mod nodes;
 mod rule_view;
@@ -71,6 +72,8 @@ enum Verb {
     /// Send the sessions of a gateway away at a pace, before it leaves
     #[command(subcommand)]
     Drain(drain::Drain),
+    /// Change what a gateway logs, until SIGHUP or a restart; `nodes --json` shows it
+    LogLevel(log_level::LogLevel),
     /// Follow presence, rules, alarms and messages of devices as they happen
     Events(events::Events),
     /// Access tokens for the API
@@ -110,6 +113,7 @@ fn dispatch(common: &Common, verb: Verb) -> Result<(), Failure> {
         Verb::Firmware(verb) => firmware::run(&Context::new(common)?, &verb),
         Verb::Nodes => nodes::run(&Context::new(common)?),
         Verb::Drain(verb) => drain::run(&Context::new(common)?, &verb),
+        Verb::LogLevel(args) => log_level::run(&Context::new(common)?, &args),
         Verb::Events(verb) => events::run(&Context::new(common)?, &verb),
         Verb::Tokens(verb) => tokens::run(&Context::new(common)?, verb),
         Verb::Versions(verb) => versions::run(verb),

@@ -20,7 +20,8 @@ over the environment, the environment over the file, the file over the default.
 A setting that is unknown, of the wrong kind or out of its bounds stops the start with one line that names it, exit 2.
 `seawall doctor` looks at a configuration without starting anything.
 
-SIGHUP makes a running gateway read `logging.level` and the files of certificates and keys again; every other setting needs a restart.
+SIGHUP makes a running gateway read `logging.level` and the files of certificates and keys again; every other setting needs a restart. A flag or a variable
+that was given at the start wins over the file then, too.
 
 ```toml
 [server]

@@ -29,7 +29,7 @@ use crate::{
     presence::Presence,
     resume::{HANDSHAKE_MAX, end_unwanted_session},
     state::State as Gateway,
-    store::{DeviceChange, DeviceRow, NewDevice, Rotation, StoreError},
+    store::{Change, DeviceChange, DeviceRow, NewDevice, Rotation, StoreError},
     tokens::random_secret,
 };
 
@@ -373,7 +373,7 @@ async fn disconnect_device(
     api.carry_out(async move {
         closed.close(Close::disconnected(&mut SmallRng::from_os_rng()));
         let details = serde_json::json!({ "session": closed.id.to_string() });
-        write_down(&state, &audit, &id.to_string(), Some(details)).await;
+        write_down(&state, &audit, Change::to(&id.to_string(), details)).await;
     })
     .await?;
     Ok(Json(Disconnected {

@@ -11,21 +11,20 @@ use super::{
     Api,
     auth::{Caller, Operator, Viewer},
     extract::{OptionalBody, Span},
+    node::SUBJECT,
     problem::{Code, Problem, ProblemBody},
     write_down,
 };
 use crate::{
     drain::{AlreadyDraining, DrainState, Order},
     state::State as Gateway,
+    store::Change,
 };
 
 /// Bounds of a drain's deadline; the same as of the setting.
 const DEADLINE: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_hours(24);
 /// Greatest rate; the same as of the setting.
 const RATE_MAX: f64 = 1_000_000.0;
-
-/// In the audit log.
-const SUBJECT: &str = "node";
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
     OpenApiRouter::new().routes(routes!(start_drain, show_drain, cancel_drain))
@@ -114,7 +113,7 @@ async fn start_drain(
     let gateway = Arc::clone(&api.state);
     api.carry_out(async move {
         gateway.drain.start(order)?;
-        write_down(&gateway, &audit, SUBJECT, Some(details)).await;
+        write_down(&gateway, &audit, Change::to(SUBJECT, details)).await;
         Ok::<_, AlreadyDraining>(())
     })
     .await?
@@ -150,7 +149,7 @@ async fn cancel_drain(caller: Caller<Operator>, State(api): State<Arc<Api>>) -> 
         .carry_out(async move {
             let was_on = gateway.drain.cancel();
             if was_on {
-                write_down(&gateway, &audit, SUBJECT, None).await;
+                write_down(&gateway, &audit, Change::of(SUBJECT)).await;
             }
             was_on
         })

@@ -25,6 +25,7 @@ mod events;
 mod extract;
 mod firmware;
 mod import;
+mod log_level;
 mod messages;
 mod node;
 mod preview;
@@ -59,7 +60,7 @@ use self::problem::{Code, Problem};
 pub use self::server::serve;
 use crate::{
     state::{Shared, State as Gateway},
-    store::Audit,
+    store::{Audit, Change},
 };
 
 /// Room for the JSON around a message's payload, and for its escapes.
@@ -121,10 +122,11 @@ impl Api {
 }
 
 /// Writes down a change that is none of the database's. An operator must be able to make it while the database is away: then it is in the log.
-async fn write_down(gateway: &Gateway, audit: &Audit, subject: &str, details: Option<serde_json::Value>) {
-    if let Err(error) = gateway.store.audit_append(audit, subject, details.clone()).await {
-        let details = details.unwrap_or_default();
-        tracing::warn!(%error, actor = audit.actor, action = audit.action, subject, %details, "the audit log could not be written");
+async fn write_down(gateway: &Gateway, audit: &Audit, change: Change) {
+    if let Err(error) = gateway.store.audit_append(audit, change.clone()).await {
+        let Change { subject, before, after } = change;
+        let (before, after) = (before.unwrap_or_default(), after.unwrap_or_default());
+        tracing::warn!(%error, actor = audit.actor, action = audit.action, subject, %before, %after, "the audit log could not be written");
     }
 }
 
@@ -132,7 +134,7 @@ async fn write_down(gateway: &Gateway, audit: &Audit, subject: &str, details: Op
 #[openapi(
     info(
         title = "Seawall ops API",
-        description = "Roles: `viewer` reads, `operator` also changes rules, drains, disconnects devices and sends them messages, `admin` also manages devices and tokens. Every error is `application/problem+json`. Unknown fields and parameters are refused.",
+        description = "Roles: `viewer` reads, `operator` also changes rules and the log level, drains, disconnects devices and sends them messages, `admin` also manages devices and tokens. Every error is `application/problem+json`. Unknown fields and parameters are refused.",
         license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0"),
     ),
     modifiers(&BearerTokens),
@@ -162,6 +164,7 @@ fn documented(message_body_bytes_max: usize) -> (OpenApiRouter<Arc<Api>>, OpenAp
         .merge(rules::routes())
         .merge(firmware::routes())
         .merge(node::routes())
+        .merge(log_level::routes())
         .merge(drain::routes())
         .merge(audit::routes())
         .merge(tokens::routes());

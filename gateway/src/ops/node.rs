@@ -14,7 +14,10 @@ use super::{
     extract::{Page, PageParams, Params},
     problem::{Problem, ProblemBody},
 };
-use crate::{events::format_time, state::State as Gateway, store::PlanReport};
+use crate::{events::format_time, state::State as Gateway, store::PlanReport, telemetry};
+
+/// This gateway in the audit log.
+pub const SUBJECT: &str = "node";
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
     OpenApiRouter::new()
@@ -40,6 +43,8 @@ pub struct Node {
     rules: RulesView,
     resume: ResumeView,
     drain: DrainView,
+    /// What is logged. Null: the process has no log of the gateway's.
+    log_level: Option<String>,
 }
 
 /// The way to the registry.
@@ -154,6 +159,7 @@ impl Node {
                 age_seconds: gateway.resume.age(gateway.clock.now()).as_secs_f64(),
             },
             drain: DrainView::of(gateway),
+            log_level: telemetry::level(),
         }
     }
 }

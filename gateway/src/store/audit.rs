@@ -19,10 +19,33 @@ const PAGE: Sql = Sql::both(
 );
 
 /// What a change was, in words that hold no secret.
-pub(super) struct Change {
+#[derive(Clone, Debug)]
+pub struct Change {
+    /// An id, or a word for what has none.
     pub subject: String,
     pub before: Option<Json>,
     pub after: Option<Json>,
+}
+
+impl Change {
+    /// Of something that has no state to tell.
+    #[must_use]
+    pub fn of(subject: &str) -> Self {
+        Self {
+            subject: subject.to_owned(),
+            before: None,
+            after: None,
+        }
+    }
+
+    /// To this; what was before goes without saying.
+    #[must_use]
+    pub fn to(subject: &str, after: Json) -> Self {
+        Self {
+            after: Some(after),
+            ..Self::of(subject)
+        }
+    }
 }
 
 /// Into the transaction that is open on `connection`.
@@ -41,19 +64,14 @@ pub(super) async fn record(connection: &mut Connection, audit: &Audit, change: C
 }
 
 impl Store {
-    /// Writes down an action that changes nothing in the database: a drain, a disconnect. `details` must hold no secret.
+    /// Writes down an action that changes nothing in the database: a drain, a disconnect. It must hold no secret.
     ///
     /// # Errors
     /// The database is away or full.
     #[tracing::instrument(name = "db.audit.insert", level = "debug", skip_all)]
-    pub async fn audit_append(&self, audit: &Audit, subject: &str, details: Option<Json>) -> Result<(), StoreError> {
+    pub async fn audit_append(&self, audit: &Audit, change: Change) -> Result<(), StoreError> {
         self.bounded(Operation::Write, async {
             let mut held = self.writes().take().await?;
-            let change = Change {
-                subject: subject.to_owned(),
-                before: None,
-                after: details,
-            };
             record(&mut held, audit, change).await?;
             held.give_back();
             Ok(())

@@ -32,14 +32,8 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use self::{
-    connection::{Connector, Sql},
-    failures::Failures,
-    health::Health,
-    lane::Lane,
-    postgres::Purpose,
-};
 pub use self::{
+    audit::Change,
     error::StoreError,
     failures::Operation,
     health::{DatabaseState, DatabaseStatus},
@@ -54,6 +48,13 @@ pub use self::{
     revocations::StoredRevocations,
     rules::{RULES_MAX, StoredRules},
     tokens::TOKENS_MAX,
+};
+use self::{
+    connection::{Connector, Sql},
+    failures::Failures,
+    health::Health,
+    lane::Lane,
+    postgres::Purpose,
 };
 use crate::config::DatabaseUrl;
 

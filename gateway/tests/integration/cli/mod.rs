@@ -12,6 +12,7 @@ use crate::harness::process::{run, seawall};
 mod allocator;
 mod devices;
 mod leave;
+mod log;
 mod start;
 mod tls;
 mod verbs;

@@ -4,7 +4,6 @@ use std::{
     fs,
     net::{SocketAddr, TcpListener},
     os::unix::fs::PermissionsExt,
-    time::{Duration, Instant},
 };
 
 use rustix::process::Signal;
@@ -165,30 +164,6 @@ fn data_directory_is_free_again_after_a_kill() {
     let second = GatewayProcess::start_on(&data_dir, &[]).unwrap();
 
     assert!(run(&mut second.operator(&["nodes"])).unwrap().status.success());
-}
-
-#[test]
-fn log_level_is_read_again_at_sighup() {
-    let home = tempfile::tempdir().unwrap();
-    let file = home.path().join("seawall.toml");
-    fs::write(&file, "[logging]\nlevel = \"info\"\n").unwrap();
-    let gateway = GatewayProcess::start(&["--config", file.to_str().unwrap()]).unwrap();
-
-    fs::write(&file, "[logging]\nlevel = \"debug\"\n").unwrap();
-    gateway.signal(Signal::HUP).unwrap();
-
-    let deadline = Instant::now() + STOP_MAX;
-    while !gateway.log().unwrap().contains("log level changed") {
-        assert!(Instant::now() < deadline, "{}", gateway.log().unwrap());
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    fs::write(&file, "[logging]\nlevle = 1\n").unwrap();
-    gateway.signal(Signal::HUP).unwrap();
-    while !gateway.log().unwrap().contains("levle") {
-        assert!(Instant::now() < deadline, "{}", gateway.log().unwrap());
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    assert!(run(&mut gateway.operator(&["nodes"])).unwrap().status.success());
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use seawall_gateway::store::{
-    AuditRecord, DeviceChange, ImportLine, ImportRow, NewToken, OnOtherCredential, Role, Rotation, StoreError,
+    AuditRecord, Change, DeviceChange, ImportLine, ImportRow, NewToken, OnOtherCredential, Role, Rotation, StoreError,
     TOKENS_MAX,
 };
 use seawall_proto::{id::SecretHash, record::DeviceState, time::WallTime};
@@ -114,7 +114,7 @@ async fn every_change_is_in_the_audit_log(fixture: &Fixture) {
         .await
         .unwrap();
     store
-        .audit_append(&audit("drain.start", 7), "node", Some(json!({"rate": 5})))
+        .audit_append(&audit("drain.start", 7), Change::to("node", json!({"rate": 5})))
         .await
         .unwrap();
 
@@ -225,7 +225,7 @@ async fn audit_pages_are_newest_first(fixture: &Fixture) {
     for number in 1..=5 {
         fixture
             .store
-            .audit_append(&audit("test", number), "subject", None)
+            .audit_append(&audit("test", number), Change::of("subject"))
             .await
             .unwrap();
     }
