@@ -139,14 +139,14 @@ pub fn run(common: &Common, verb: Devices) -> Result<(), Failure> {
             ctx.show(&answer, |answer| shown_secret(&id.to_string(), answer))
         }
         Devices::Delete { id } => {
-            let answer = ctx.client.send(Method::Delete, &path(id), None)?;
-            done(&ctx, &answer, format!("deleted {id}\n"))
+            ctx.client.send(Method::Delete, &path(id), None)?;
+            ctx.show(&json!({ "deleted": id }), |_| format!("deleted {id}\n"))
         }
         Devices::Disconnect { id } => {
             let answer = ctx
                 .client
                 .send(Method::Post, &format!("{}/disconnect", path(id)), None)?;
-            done(&ctx, &answer, format!("disconnected {id}\n"))
+            ctx.show(&answer, |_| format!("disconnected {id}\n"))
         }
         Devices::Send { id, payload, binary } => send(&ctx, id, payload, binary.as_deref()),
     }
@@ -215,14 +215,6 @@ fn change(ctx: &Context, id: DeviceId, state: &str) -> Result<(), Failure> {
         .client
         .send(Method::Patch, &path(id), Some(&json!({"state": state})))?;
     ctx.show(&answer, |_| format!("{state} {id}\n"))
-}
-
-fn done(ctx: &Context, answer: &Value, people: String) -> Result<(), Failure> {
-    if ctx.json && answer.is_null() {
-        Ok(())
-    } else {
-        ctx.show(answer, |_| people)
-    }
 }
 
 fn import(ctx: &Context, file: &Path, update: bool) -> Result<(), Failure> {

@@ -53,12 +53,8 @@ pub fn run(ctx: &Context, verb: Tokens) -> Result<(), Failure> {
             )
         }),
         Tokens::Revoke { id } => {
-            let answer = ctx.client.send(Method::Delete, &format!("{PATH}/{id}"), None)?;
-            if ctx.json && answer.is_null() {
-                Ok(())
-            } else {
-                ctx.show(&answer, |_| format!("revoked {id}\n"))
-            }
+            ctx.client.send(Method::Delete, &format!("{PATH}/{id}"), None)?;
+            ctx.show(&json!({ "revoked": id }), |_| format!("revoked {id}\n"))
         }
     }
 }

@@ -6,7 +6,7 @@ use axum::{
     Json,
     body::{Body, BodyDataStream},
     extract::State,
-    http::{HeaderMap, header},
+    http::{HeaderMap, StatusCode, header},
 };
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -69,7 +69,8 @@ pub struct BadLine {
     post, path = "/api/v1/devices/import", tag = "devices", params(ImportParams),
     request_body(content = String, content_type = "text/csv"),
     responses(
-        (status = 200, description = "All of the file is in the registry", body = ImportAnswer),
+        (status = 200, description = "All of the file was in the registry already, but for credentials", body = ImportAnswer),
+        (status = 201, description = "All of the file is in the registry, and at least one device is new", body = ImportAnswer),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
@@ -79,7 +80,7 @@ async fn import_devices(
     Params(params): Params<ImportParams>,
     headers: HeaderMap,
     body: Body,
-) -> Result<Json<ImportAnswer>, Problem> {
+) -> Result<(StatusCode, Json<ImportAnswer>), Problem> {
     if !is_csv(&headers) {
         let detail = "expected Content-Type: text/csv";
         return Err(Problem::new(Code::UnsupportedMediaType, detail));
@@ -116,11 +117,17 @@ async fn import_devices(
         skipped = report.skipped,
         "devices imported"
     );
-    Ok(Json(ImportAnswer {
+    let status = if report.added > 0 {
+        StatusCode::CREATED
+    } else {
+        StatusCode::OK
+    };
+    let answer = ImportAnswer {
         added: report.added,
         updated: report.updated,
         skipped: report.skipped,
-    }))
+    };
+    Ok((status, Json(answer)))
 }
 
 /// Everything up to the transaction: what is dropped on the way takes nothing.

@@ -110,12 +110,13 @@ fn device_is_added_changed_and_deleted() {
     let disabled = done(&mut gateway.operator(&["devices", "show", id]));
     done(&mut gateway.operator(&["devices", "enable", id]));
     let away = run(&mut gateway.operator(&["devices", "send", id, "{\"a\":1}"])).unwrap();
-    done(&mut gateway.operator(&["devices", "delete", id]));
+    let deleted = json(&run(&mut gateway.operator(&["devices", "delete", id, "--json"])).unwrap());
     let gone = run(&mut gateway.operator(&["devices", "show", id])).unwrap();
 
     assert!(secret.contains("secret") && !secret.contains(added["secret"].as_str().unwrap()));
     assert!(disabled.contains("disabled") && disabled.contains("acme"), "{disabled}");
     assert_refused(&away, 1, &["device_offline"]);
+    assert_eq!(deleted, serde_json::json!({"deleted": id}));
     assert_refused(&gone, 1, &["404"]);
     let audit = done(&mut gateway.operator(&["audit"]));
     assert!(

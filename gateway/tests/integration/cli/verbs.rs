@@ -137,7 +137,9 @@ fn token_works_with_its_role_until_it_is_revoked() {
 
     assert!(as_watcher(&["rules", "list"]).status.success());
     assert_refused(&as_watcher(&["rules", "block", "=1", "--reason", "x"]), 1, &["403"]);
-    done(&mut gateway.operator(&["tokens", "revoke", created["id"].as_str().unwrap()]));
+    let revoke = ["tokens", "revoke", created["id"].as_str().unwrap(), "--json"];
+    let revoked = json(&run(&mut gateway.operator(&revoke)).unwrap());
+    assert_eq!(revoked, serde_json::json!({"revoked": created["id"]}));
     assert_refused(&as_watcher(&["rules", "list"]), 1, &["token"]);
 }
 
