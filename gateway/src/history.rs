@@ -136,15 +136,18 @@ impl History {
         });
     }
 
-    /// A device was refused, or left before its answer.
-    pub fn refused(&self, device: DeviceId, at: WallTime, outcome: Outcome) {
+    /// A device was refused, or left before its answer. The cohort of its last session here, where it had one.
+    pub fn refused(&self, device: DeviceId, at: WallTime, outcome: Outcome) -> Option<Arc<Cohort>> {
         let mut shard = self.shard(device);
         let generations = if shard.known.contains(device) {
             &mut shard.known
         } else {
             &mut shard.strangers
         };
-        generations.entry(device).push(Attempt { at, outcome });
+        let record = generations.entry(device);
+        record.push(Attempt { at, outcome });
+        let identity = record.identity.as_ref();
+        identity.map(|identity| Arc::clone(&identity.cohort))
     }
 
     /// A device has a session. True if it had another one until a short time ago: see [`REPEAT_WITHIN`].

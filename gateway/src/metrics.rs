@@ -455,7 +455,7 @@ static COHORT_SERIES: [Definition; 2] = [
     Definition {
         name: "seawall_cohort_handshakes_total",
         kind: "counter",
-        help: "Connect attempts. `cohort` as above, `outcome` as for `seawall_handshakes_total`.",
+        help: "Connect attempts. `cohort` as above, `outcome` as for `seawall_handshakes_total`. A refused device counts by what it says of itself, or with the model of its last session here where it names none; under `other` where no authenticated device has made that cohort.",
         labels: Vec::new(),
     },
 ];

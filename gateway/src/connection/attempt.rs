@@ -10,7 +10,7 @@ use seawall_proto::{
 };
 
 use crate::{
-    cohorts::{Cohort, Outcome},
+    cohorts::{Cohort, Cohorts, Outcome},
     state::Shared,
 };
 
@@ -38,11 +38,24 @@ impl Drop for Unwinding {
 /// What the device said of itself, for the record.
 struct Claims {
     device: DeviceId,
+    model: Option<Label>,
     firmware: Option<Label>,
-    /// The cohort it claims to be of, if authenticated devices made that one.
-    cohort: Arc<Cohort>,
+    /// Of a device that is let in: authenticated, so that its cohort may be new.
+    cohort: Option<Arc<Cohort>>,
     /// How long the database took to find it, if it was asked and did.
     lookup_took: Option<Duration>,
+}
+
+impl Claims {
+    /// What it counts under: the cohort that it claims to be of, if authenticated devices made that one. Who names no model leaves that
+    /// to the registry: then it is the one of its last session here, with whatever version.
+    fn cohort(&self, cohorts: &Cohorts, last: Option<&Cohort>) -> Arc<Cohort> {
+        if let Some(cohort) = &self.cohort {
+            return Arc::clone(cohort);
+        }
+        let registered = || last.and_then(|cohort| cohort.model.as_deref());
+        cohorts.known(self.model.as_deref().or_else(registered), self.firmware.as_deref())
+    }
 }
 
 impl Attempt {
@@ -60,11 +73,9 @@ impl Attempt {
     pub(super) fn by(mut self, hello: &Hello) -> Self {
         self.claims = Some(Claims {
             device: hello.device,
+            model: hello.model.clone(),
             firmware: hello.firmware.clone(),
-            cohort: self
-                .shared
-                .cohorts
-                .known(hello.model.as_deref(), hello.firmware.as_deref()),
+            cohort: None,
             lookup_took: None,
         });
         self
@@ -94,7 +105,7 @@ impl Attempt {
     /// The device is upgraded. `cohort` is that of the authenticated device, which may be new.
     pub(super) fn admitted(mut self, cohort: Arc<Cohort>) {
         if let Some(claims) = &mut self.claims {
-            claims.cohort = cohort;
+            claims.cohort = Some(cohort);
         }
         self.count(Outcome::Admitted);
     }
@@ -129,18 +140,18 @@ impl Attempt {
             tracing::debug!(outcome = outcome.as_str(), peer.addr = %peer, "connection attempt ended without a device id");
             return;
         };
-        claims.cohort.attempted(outcome);
-        if let Some(took) = claims.lookup_took {
-            claims
-                .cohort
-                .looked_up(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
-        }
         let wall = shared.clock.wall();
-        match outcome {
-            Outcome::Admitted => shared.history.admitted(claims.device, wall),
-            Outcome::Abandoned | Outcome::Refused(_) => {
-                shared.history.refused(claims.device, wall, outcome);
+        let remembered = match outcome {
+            Outcome::Admitted => {
+                shared.history.admitted(claims.device, wall);
+                None
             }
+            Outcome::Abandoned | Outcome::Refused(_) => shared.history.refused(claims.device, wall, outcome),
+        };
+        let cohort = claims.cohort(&shared.cohorts, remembered.as_deref());
+        cohort.attempted(outcome);
+        if let Some(took) = claims.lookup_took {
+            cohort.looked_up(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
         }
         tracing::debug!(
             outcome = outcome.as_str(),

@@ -247,6 +247,39 @@ fn a_device_that_comes_back_at_once_is_a_repeat_of_its_cohort() {
 }
 
 #[test]
+fn a_refused_device_that_leaves_its_model_to_the_registry_counts_in_its_cohort() {
+    let gateway = Gateway::start();
+    let (steady, updated) = (
+        gateway.register(json!({"model": "box"})),
+        gateway.register(json!({"model": "box"})),
+    );
+    let bad = "Seawall-Firmware: 3.8.0-b3";
+    let _steady = gateway.connect(&steady.0, &steady.1, &[bad]);
+    let _updated = gateway.connect(&updated.0, &updated.1, &["Seawall-Firmware: 3.7"]);
+    let rule = json!({"match": {"firmware": "=3.8.0-b3"}, "effect": "block", "confirm": true});
+    assert_eq!(gateway.post("/api/v1/rules", rule).status, 201);
+
+    let unknown = "9b0c2e4a-11d2-7f00-8000-0000000000aa";
+    for (id, times) in [(&steady.0, 5), (&updated.0, 2), (&unknown.to_owned(), 1)] {
+        let bytes = request(&[&format!("Seawall-Device: {id}"), "Authorization: Bearer x", bad]);
+        for _ in 0..times {
+            let refused = gateway.block_on(ask(gateway.device_address(), bytes.as_bytes()));
+            assert_eq!(refused.code(), "firmware_blocked");
+        }
+    }
+
+    let cohorts = gateway.all("/api/v1/firmware?", 10);
+    let attempts = |name: &str| {
+        let row = cohorts.iter().find(|row| row["cohort"] == name);
+        row.map(|row| row["attempts"].clone()).unwrap_or_default()
+    };
+    let blocked = json!({"admitted": 1, "firmware_blocked": 7});
+    assert_eq!(attempts("box/3.8.0-b3"), blocked, "{cohorts:?}");
+    assert_eq!(attempts("box/3.7"), json!({"admitted": 1}));
+    assert_eq!(attempts("other"), json!({"firmware_blocked": 1}));
+}
+
+#[test]
 fn a_device_that_does_not_read_is_revoked_all_the_same() {
     let gateway = Gateway::start();
     let (id, deaf) = gateway.connected(&[V1]);
