@@ -27,4 +27,5 @@ pub mod server;
 pub mod signals;
 pub mod simulate;
 pub mod slow;
+pub mod storage;
 pub mod threshold;

@@ -16,11 +16,12 @@ use loadtest::{
     naive::Naive,
     progress::Progress,
     report::{self, Report},
-    run::{Job, run},
+    run::{Job, With, run},
     scenario::{Executor, Scenario},
     server::{External, NAIVE_DATABASE},
     signals,
     simulate::{SimulateError, simulate},
+    storage::ServerUrl,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -87,6 +88,16 @@ struct RunArguments {
     /// An admin's token of that gateway.
     #[arg(long, env = "SEAWALL_TOKEN", hide_env_values = true)]
     token: Option<String>,
+    /// Use the PostgreSQL that runs at this address: in a database of the load test's own, which is created, and dropped at the end. In
+    /// the environment its password is in no list of processes.
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "SEAWALL_LOADTEST_DATABASE",
+        hide_env_values = true,
+        conflicts_with = "gateway"
+    )]
+    database: Option<String>,
 }
 
 #[derive(Args)]
@@ -167,22 +178,24 @@ fn main() -> ExitCode {
 }
 
 fn run_scenario(arguments: RunArguments) -> Result<ExitCode> {
-    let scenario = match read(&arguments.what, Executor::Run) {
-        Ok(scenario) => scenario,
+    let asked = with(&arguments).and_then(|with| {
+        let scenario = read(&arguments.what, Executor::Run)?;
+        scenario
+            .check_means(with.means(), &scenario.thresholds()?)
+            .with_context(|| arguments.what.scenario.display().to_string())?;
+        Ok((with, scenario))
+    });
+    let (with, scenario) = match asked {
+        Ok(asked) => asked,
         Err(error) => {
             eprintln!("error: {error:#}");
             return Ok(ExitCode::from(2));
         }
     };
-    let external = arguments
-        .gateway
-        .zip(arguments.ops)
-        .zip(arguments.token)
-        .map(|((gateway, ops), token)| External { gateway, ops, token });
     guard::start().context("starting the guard that cleans up")?;
     let job = Job {
         scenario,
-        external,
+        with,
         interrupted: CancellationToken::new(),
     };
     let report = runtime()?.block_on(async {
@@ -190,6 +203,28 @@ fn run_scenario(arguments: RunArguments) -> Result<ExitCode> {
         run(&job, &Progress::new()).await
     })?;
     publish(&report, &arguments.what)
+}
+
+/// What a run is done with.
+fn with(arguments: &RunArguments) -> Result<With> {
+    let RunArguments {
+        gateway,
+        ops,
+        token,
+        database,
+        ..
+    } = arguments;
+    if let (Some(gateway), Some(ops), Some(token)) = (gateway, ops, token) {
+        return Ok(With::Gateway(External {
+            gateway: gateway.clone(),
+            ops: ops.clone(),
+            token: token.clone(),
+        }));
+    }
+    match database {
+        Some(url) => Ok(With::Database(url.parse::<ServerUrl>().context("--database")?)),
+        None => Ok(With::Nothing),
+    }
 }
 
 fn simulate_scenario(arguments: &ScenarioArguments) -> Result<ExitCode> {

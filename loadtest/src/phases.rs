@@ -21,6 +21,7 @@ use crate::{
     scenario::{Action, GROUP_ALL, Phase, Scenario, Trouble, Until},
     server::Server,
     slow,
+    storage::Storage,
 };
 
 /// How often the books are looked at: whether the phase is over, and for the progress.
@@ -37,7 +38,7 @@ pub struct Stage<'a> {
     pub recorder: &'a Recorder,
     pub server: &'a mut Server,
     pub sampler: &'a Sampler,
-    pub postgres: Option<&'a mut Postgres>,
+    pub storage: Option<&'a mut Storage>,
     pub progress: &'a Progress,
     pub interrupted: &'a CancellationToken,
     pub rng: StdRng,
@@ -97,9 +98,9 @@ impl Stage<'_> {
             Ok(metrics) => metrics.sum(STATEMENTS),
             Err(_) => self.sampler.last().map_or(0.0, |sample| sample.statements),
         };
-        let slow_lookups = match &self.postgres {
-            Some(postgres) if !self.scenario.database.slow_firmware.is_empty() => slow::count(postgres)?,
-            _ => 0,
+        let slow_lookups = match &self.storage {
+            Some(storage) if !self.scenario.database.slow_firmware.is_empty() => storage.slow_lookups()?,
+            _ => Some(0),
         };
         Ok(Counters {
             statements,
@@ -135,7 +136,7 @@ impl Stage<'_> {
             }
         }
         if matches!(phase.action, Action::Database(_))
-            && let Some(postgres) = &mut self.postgres
+            && let Some(postgres) = self.database()
         {
             postgres.mend().await.context("mending the database")?;
         }
@@ -144,10 +145,15 @@ impl Stage<'_> {
 
     fn check_processes(&mut self, phase: &Phase) -> Result<()> {
         self.server.check()?;
-        match &mut self.postgres {
+        match self.database() {
             Some(postgres) if !matches!(phase.action, Action::Database(_)) => postgres.check(),
             _ => Ok(()),
         }
+    }
+
+    /// The database's server, where it is ours.
+    fn database(&mut self) -> Option<&mut Postgres> {
+        self.storage.as_mut()?.process()
     }
 
     /// What happens at once, and the agenda of what follows.
@@ -175,7 +181,7 @@ impl Stage<'_> {
                 }
             }
             Action::Database(trouble) => {
-                if let Some(postgres) = &mut self.postgres {
+                if let Some(postgres) = self.database() {
                     match trouble {
                         Trouble::Slow { factor } => postgres.slow_down(*factor),
                         Trouble::Frozen => postgres.freeze(),
@@ -287,8 +293,8 @@ impl Stage<'_> {
             .iter()
             .filter_map(|index| Some(self.plan.devices.get(*index)?.id))
             .collect();
-        match &self.postgres {
-            Some(postgres) => slow::mark(&postgres.options(), &devices).await,
+        match &self.storage {
+            Some(storage) => slow::mark(&storage.options(), &devices).await,
             None => Ok(()),
         }
     }

@@ -1,7 +1,6 @@
 //! A load test from start to end: registry, servers, devices, phases, report. Start with [`run`].
 
 use std::{
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -16,100 +15,130 @@ use crate::{
     metrics::{SAMPLE_EVERY, Sample, Sampler},
     phases::{Stage, describe},
     plan::Plan,
-    postgres::Postgres,
     programs,
     progress::Progress,
     recorder::{PhaseFigures, Recorder},
     report::{self, MAIN_RUN, PhaseReport, Report, Run, Second, Summary},
-    scenario::Scenario,
+    scenario::{Means, Scenario},
     server::{External, Server},
     slow,
+    storage::{ServerUrl, Storage},
 };
 
 /// A load test to do.
 pub struct Job {
     pub scenario: Scenario,
-    /// None: servers and database are started, and ended.
-    pub external: Option<External>,
+    pub with: With,
     pub interrupted: CancellationToken,
+}
+
+/// What a load test is done with. What is not given is started, and ended.
+#[derive(Clone, Debug)]
+pub enum With {
+    Nothing,
+    /// A PostgreSQL that runs already: the registry is a database of its own there, which is dropped at the end.
+    Database(ServerUrl),
+    /// A gateway that runs already.
+    Gateway(External),
+}
+
+impl With {
+    #[must_use]
+    pub const fn means(&self) -> Means {
+        match self {
+            Self::Nothing => Means::Own,
+            Self::Database(_) => Means::LentDatabase,
+            Self::Gateway(_) => Means::RunningGateway,
+        }
+    }
 }
 
 /// Does a load test. Everything it started has ended when it returns, whatever it returns.
 ///
 /// # Errors
-/// A program is missing, can't be started, or died; or it was interrupted.
+/// The scenario asks for what can't be had; a program is missing, can't be started, or died; or it was interrupted.
 pub async fn run(job: &Job, progress: &Progress) -> Result<Report> {
     let scenario = &job.scenario;
     let thresholds = scenario.thresholds()?;
     report::check_names(scenario, &thresholds)?;
+    let means = job.with.means();
+    scenario.check_means(means, &thresholds)?;
+    let (judged, others): (Vec<_>, Vec<_>) = thresholds.into_iter().partition(|threshold| means.can_judge(threshold));
     let started_at = humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string();
     let plan = Plan::new(scenario);
-    let runs = match &job.external {
-        Some(external) => vec![against(external, job, &plan, progress).await?],
-        None => with_own_servers(job, &plan, progress).await?,
+    let runs = match &job.with {
+        With::Gateway(external) => vec![against(external, job, &plan, progress).await?],
+        With::Nothing => {
+            let storage = if scenario.is_postgres() {
+                progress.note("starting PostgreSQL");
+                Some(Storage::private(scenario.database.cores).await?)
+            } else {
+                None
+            };
+            with_own_servers(job, &plan, storage, progress).await?
+        }
+        With::Database(server) => {
+            progress.note("creating a database on a PostgreSQL that runs already");
+            let storage = Storage::lent(server).await?;
+            with_own_servers(job, &plan, Some(storage), progress).await?
+        }
     };
     progress.finish();
-    Ok(Report::new(scenario, &thresholds, started_at, runs))
+    let mut report = Report::new(scenario, &judged, started_at, runs);
+    report.not_judged = others.iter().map(ToString::to_string).collect();
+    Ok(report)
 }
 
 async fn against(external: &External, job: &Job, plan: &Plan, progress: &Progress) -> Result<Run> {
-    if job.scenario.is_postgres() {
-        bail!("a scenario with a database of its own can't be run against a gateway that runs already");
-    }
     let server = Server::external(external)?;
     import(&server, plan, progress).await?;
     through_phases(MAIN_RUN, job, plan.clone(), server, None, progress).await
 }
 
-async fn with_own_servers(job: &Job, plan: &Plan, progress: &Progress) -> Result<Vec<Run>> {
-    let scenario = &job.scenario;
-    programs::build(&["seawall"]).await?;
-    let folder = TempDir::new("loadtest").context("creating a temporary folder")?;
-    let mut postgres = None;
-    if scenario.is_postgres() {
-        progress.note("starting PostgreSQL");
-        postgres = Some(Postgres::start(scenario.database.cores).await?);
-    }
+async fn with_own_servers(
+    job: &Job,
+    plan: &Plan,
+    mut storage: Option<Storage>,
+    progress: &Progress,
+) -> Result<Vec<Run>> {
     let runs = job
         .interrupted
-        .run_until_cancelled(runs(job, plan, folder.path(), postgres.as_mut(), progress))
+        .run_until_cancelled(runs(job, plan, storage.as_mut(), progress))
         .await;
-    if let Some(postgres) = postgres {
-        postgres.stop().await;
+    if let Some(storage) = storage
+        && let Err(error) = storage.stop().await
+    {
+        progress.note(&format!("{error:#}"));
     }
     runs.unwrap_or_else(|| bail!("interrupted"))
 }
 
-async fn runs(
-    job: &Job,
-    plan: &Plan,
-    folder: &Path,
-    mut postgres: Option<&mut Postgres>,
-    progress: &Progress,
-) -> Result<Vec<Run>> {
+async fn runs(job: &Job, plan: &Plan, mut storage: Option<&mut Storage>, progress: &Progress) -> Result<Vec<Run>> {
     let scenario = &job.scenario;
-    let url = postgres.as_ref().map(|postgres| postgres.url());
-    let data = folder.join("data");
+    programs::build(&["seawall"]).await?;
+    let folder = TempDir::new("loadtest").context("creating a temporary folder")?;
+    let url = storage.as_ref().map(|storage| storage.url());
+    let data = folder.path().join("data");
     let server = Server::gateway(&data, &scenario.gateway.config, url.as_deref()).await?;
     import(&server, plan, progress).await?;
     server.stop().await;
-    if let Some(postgres) = &postgres
+    if let Some(storage) = &storage
         && !scenario.database.slow_firmware.is_empty()
     {
-        slow::install(&postgres.options()).await?;
+        slow::install(&storage.options()).await?;
     }
     let mut runs = Vec::new();
     for name in scenario.run_names() {
-        if let Some(postgres) = &postgres
+        if let Some(storage) = &storage
             && !scenario.database.slow_firmware.is_empty()
         {
-            slow::mark_only(&postgres.options(), &slow_ids(scenario, plan)).await?;
+            slow::mark_only(&storage.options(), &slow_ids(scenario, plan)).await?;
         }
         let server = match (&scenario.naive, &url) {
-            (Some(naive), Some(url)) if name != MAIN_RUN => Server::naive(folder, naive, url).await?,
+            (Some(naive), Some(url)) if name != MAIN_RUN => Server::naive(folder.path(), naive, url).await?,
             _ => Server::gateway(&data, &scenario.gateway.config, url.as_deref()).await?,
         };
-        runs.push(through_phases(name, job, plan.clone(), server, postgres.as_deref_mut(), progress).await?);
+        runs.push(through_phases(name, job, plan.clone(), server, storage.as_deref_mut(), progress).await?);
     }
     Ok(runs)
 }
@@ -136,7 +165,7 @@ async fn through_phases(
     job: &Job,
     mut plan: Plan,
     mut server: Server,
-    postgres: Option<&mut Postgres>,
+    storage: Option<&mut Storage>,
     progress: &Progress,
 ) -> Result<Run> {
     let scenario = &job.scenario;
@@ -153,7 +182,7 @@ async fn through_phases(
         recorder: &recorder,
         server: &mut server,
         sampler: &sampler,
-        postgres,
+        storage,
         progress,
         interrupted: &job.interrupted,
         rng: StdRng::seed_from_u64(scenario.seed ^ 0x5ea_3a11),
@@ -195,7 +224,7 @@ fn assemble(
                 (figures.wanted > 0).then(|| figures.wanted as f64 / scenario.capacity_per_second);
             summary.lost_sessions = figures.lost_sessions as f64;
             summary.missing = figures.missing as f64;
-            summary.slow_lookups = figures.counters.slow_lookups as f64;
+            summary.slow_lookups = figures.counters.slow_lookups.map(|count| count as f64);
         }
         summary.statements = figures.counters.statements;
         summary.attempts_per_device = figures.attempts_per_device;
@@ -238,7 +267,7 @@ pub(crate) fn of_run(scenario: &Scenario, phases: &[PhaseReport]) -> Summary {
         queue_max: most(|summary| summary.queue_max),
         lost_sessions: sum(|summary| summary.lost_sessions),
         missing: phases.last().map_or(0.0, |phase| phase.summary.missing),
-        slow_lookups: sum(|summary| summary.slow_lookups),
+        slow_lookups: phases.iter().map(|phase| phase.summary.slow_lookups).sum(),
         rss_start_bytes: phases.iter().find_map(|phase| phase.summary.rss_start_bytes),
         rss_max_bytes: most_of(|summary| summary.rss_max_bytes),
         ..leading
@@ -373,21 +402,21 @@ mod tests {
         let thresholds = scenario.thresholds().unwrap();
         report::check_names(&scenario, &thresholds).unwrap();
         let plan = Plan::new(&scenario);
-        let mut postgres = Postgres::start(None).await.unwrap();
-        register(&postgres, &plan).await;
-        slow::install(&postgres.options()).await.unwrap();
-        slow::mark_only(&postgres.options(), &slow_ids(&scenario, &plan))
+        let mut storage = Storage::private(None).await.unwrap();
+        register(&storage, &plan).await;
+        slow::install(&storage.options()).await.unwrap();
+        slow::mark_only(&storage.options(), &slow_ids(&scenario, &plan))
             .await
             .unwrap();
-        let naive = Naive::start(postgres.options(), 8).await.unwrap();
+        let naive = Naive::start(storage.options(), 8).await.unwrap();
         let server = Server::of(naive.devices(), naive.ops());
         let job = Job {
             scenario,
-            external: None,
+            with: With::Nothing,
             interrupted: CancellationToken::new(),
         };
 
-        let run = through_phases(MAIN_RUN, &job, plan, server, Some(&mut postgres), &Progress::new())
+        let run = through_phases(MAIN_RUN, &job, plan, server, Some(&mut storage), &Progress::new())
             .await
             .unwrap();
 
@@ -402,11 +431,11 @@ mod tests {
         assert_eq!(failed, ["rss_growth > 1"], "{}", report.to_text());
         assert!(report.runs[0].samples.iter().any(|second| second.connected == 60));
         drop(naive);
-        postgres.stop().await;
+        storage.stop().await.unwrap();
     }
 
-    async fn register(postgres: &Postgres, plan: &Plan) {
-        let mut connection = PgConnection::connect_with(&postgres.options()).await.unwrap();
+    async fn register(storage: &Storage, plan: &Plan) {
+        let mut connection = PgConnection::connect_with(&storage.options()).await.unwrap();
         sqlx::query(
             "CREATE TABLE devices (id UUID PRIMARY KEY, secret_sha256 BYTEA NOT NULL, state SMALLINT NOT NULL)",
         )

@@ -71,8 +71,8 @@ pub struct PhaseFigures {
 pub struct Counters {
     /// Look-up statements that the server has sent.
     pub statements: f64,
-    /// Look-ups of slow devices that the database has seen.
-    pub slow_lookups: u64,
+    /// Look-ups of slow devices that the database has seen. None: it can't be asked.
+    pub slow_lookups: Option<u64>,
 }
 
 /// How things stand now.
@@ -89,7 +89,10 @@ impl Counters {
     fn since(self, earlier: Self) -> Self {
         Self {
             statements: (self.statements - earlier.statements).max(0.0),
-            slow_lookups: self.slow_lookups.saturating_sub(earlier.slow_lookups),
+            slow_lookups: self
+                .slow_lookups
+                .zip(earlier.slow_lookups)
+                .map(|(now, before)| now.saturating_sub(before)),
         }
     }
 }

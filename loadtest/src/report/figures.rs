@@ -20,7 +20,7 @@ impl Summary {
             ("queue_max", Some(self.queue_max)),
             ("lost_sessions", Some(self.lost_sessions)),
             ("missing", Some(self.missing)),
-            ("slow_lookups", Some(self.slow_lookups)),
+            ("slow_lookups", self.slow_lookups),
             ("rss_start_bytes", self.rss_start_bytes),
             ("rss_max_bytes", self.rss_max_bytes),
             ("rss_growth", ratio(self.rss_max_bytes, self.rss_start_bytes)),

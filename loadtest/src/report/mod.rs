@@ -104,8 +104,8 @@ pub struct Summary {
     pub lost_sessions: f64,
     /// Devices without a connection at the end that should have one.
     pub missing: f64,
-    /// Look-ups of devices with slow firmware that reached the database.
-    pub slow_lookups: f64,
+    /// Look-ups of devices with slow firmware that reached the database. None: they stand in the log of one that isn't ours.
+    pub slow_lookups: Option<f64>,
     /// Memory of the server at the start, in bytes. None: it does not run here.
     pub rss_start_bytes: Option<f64>,
     pub rss_max_bytes: Option<f64>,

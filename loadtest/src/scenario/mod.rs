@@ -4,6 +4,7 @@
 //! that exist.
 
 mod check;
+mod means;
 #[cfg(test)]
 mod tests;
 
@@ -17,6 +18,7 @@ use firmware_sim::device::{ANSWER_TIMEOUT_DEFAULT, CONNECT_TIMEOUT_DEFAULT, Pati
 use serde::Deserialize;
 
 pub(crate) use self::check::{check, problem};
+pub use self::means::Means;
 use crate::{
     simulate::settings::Settings,
     threshold::{Threshold, ThresholdError},

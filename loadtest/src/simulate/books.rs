@@ -376,7 +376,7 @@ impl Phase {
             // Nothing here ends a session but the script, its rules and the device itself.
             lost_sessions: 0.0,
             missing: self.missing as f64,
-            slow_lookups: self.gauges.slow_lookups as f64,
+            slow_lookups: Some(self.gauges.slow_lookups as f64),
             rss_start_bytes: None,
             rss_max_bytes: None,
         };

@@ -4,6 +4,7 @@
 
 mod agreement;
 mod bench;
+mod lent_database;
 mod running_gateway;
 mod scale;
 

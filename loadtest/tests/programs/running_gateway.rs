@@ -8,10 +8,12 @@ use std::{
 };
 
 use loadtest::{
+    postgres::Postgres,
     process::{self, Process},
     server::without_settings,
 };
 use rustix::process::Signal;
+use sqlx::{Connection, PgConnection};
 
 use crate::{LOADTEST, seawall, told};
 
@@ -81,12 +83,19 @@ struct Gateway {
 
 impl Gateway {
     async fn start(folder: &Path) -> Self {
+        Self::start_on(folder, None).await
+    }
+
+    async fn start_on(folder: &Path, database: Option<&str>) -> Self {
         let data = folder.join("data");
         let mut command = Command::new(seawall());
         without_settings(&mut command)
             .args(["serve", "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"])
             .arg("--data-dir")
             .arg(&data);
+        if let Some(database) = database {
+            command.env("SEAWALL_DATABASE", database);
+        }
         let mut process = Process::start("seawall", &mut command, &folder.join("log")).unwrap();
         let read = || serde_json::from_slice::<serde_json::Value>(&fs::read(data.join("addresses.json")).ok()?).ok();
         let addresses = process::await_from(&mut process, "addresses", START_MAX, read)
@@ -143,29 +152,73 @@ async fn a_gateway_that_runs_already_is_driven_and_keeps_no_rule() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_token_that_is_none_and_a_scenario_with_its_own_database_are_refused_in_words() {
+async fn a_gateway_on_postgresql_is_driven_by_a_scenario_that_asks_for_one() {
     let folder = tempfile::tempdir().unwrap();
-    let mut gateway = Gateway::start(folder.path()).await;
-    let (plain, own) = (folder.path().join("plain.toml"), folder.path().join("own.toml"));
-    fs::write(&plain, SCENARIO).unwrap();
+    let postgres = Postgres::start(None).await.unwrap();
+    let mut gateway = Gateway::start_on(folder.path(), Some(&postgres.url())).await;
+    let scenario = folder.path().join("running.toml");
+    let text = with_database("kind = \"postgres\"\n registered = 80");
     fs::write(
-        &own,
-        SCENARIO.replace(
-            "[[fleet]]\n    name = \"talkers\"",
-            "[database]\n kind = \"postgres\"\n [[fleet]]\n name = \"talkers\"",
-        ),
+        &scenario,
+        text.replace("\"missing == 0\"", "\"missing == 0\", \"rss_max_bytes > 0\""),
     )
     .unwrap();
     let json = folder.path().join("report.json");
 
-    let wrong = run(&gateway, &plain, "not-a-token", &json);
-    let other = run(&gateway, &own, &gateway.token, &json);
+    let done = run(&gateway, &scenario, &gateway.token, &json);
 
-    assert_eq!((wrong.status.code(), other.status.code()), (Some(1), Some(1)));
-    assert!(told(&wrong).contains("401"), "{}", told(&wrong));
-    assert!(told(&other).contains("database of its own"), "{}", told(&other));
+    assert!(done.status.success(), "{}", told(&done));
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    assert_eq!(report["not_judged"], serde_json::json!(["rss_max_bytes > 0"]));
+    let mut connection = PgConnection::connect_with(&postgres.options()).await.unwrap();
+    let devices: i64 = sqlx::query_scalar("SELECT count(*) FROM devices")
+        .fetch_one(&mut connection)
+        .await
+        .unwrap();
+    // Of 60, 12 share ids in pairs.
+    assert_eq!(devices, 54 + 20);
+    gateway.process.stop(Signal::TERM, Duration::from_secs(30)).await;
+    postgres.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_that_is_none_and_what_needs_a_database_of_its_own_are_refused_in_words() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut gateway = Gateway::start(folder.path()).await;
+    let file = folder.path().join("scenario.toml");
+    let json = folder.path().join("report.json");
+    let refused = |scenario: &str, token: &str| {
+        fs::write(&file, scenario).unwrap();
+        let done = run(&gateway, &file, token, &json);
+        (done.status.code(), told(&done))
+    };
+
+    let (status, why) = refused(SCENARIO, "not-a-token");
+    assert_eq!(status, Some(1));
+    assert!(why.contains("401"), "{why}");
+    let frozen =
+        with_database("kind = \"postgres\"").replace("action = \"drop-all\"", "action = { database = \"frozen\" }");
+    for (scenario, named) in [
+        (with_database("kind = \"postgres\"\n [naive]\n pool = 4"), "`naive`"),
+        (
+            with_database("kind = \"postgres\"\n slow_firmware = [\"3.0.0\"]"),
+            "`database.slow_firmware`",
+        ),
+        (with_database("kind = \"postgres\"\n cores = 1"), "`database.cores`"),
+        (frozen, "`phase.storm.action`"),
+    ] {
+        let (status, why) = refused(&scenario, &gateway.token);
+
+        assert_eq!(status, Some(2), "{why}");
+        assert!(why.contains(named) && why.contains("--gateway"), "{why}");
+    }
     assert!(!json.exists());
     gateway.process.stop(Signal::TERM, Duration::from_secs(30)).await;
+}
+
+/// The scenario with this `[database]`.
+fn with_database(settings: &str) -> String {
+    SCENARIO.replacen("[[fleet]]", &format!("[database]\n {settings}\n [[fleet]]"), 1)
 }
 
 fn run(gateway: &Gateway, scenario: &Path, token: &str, json: &Path) -> Output {
