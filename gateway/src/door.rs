@@ -144,6 +144,14 @@ impl Turned {
             Self::Address(limit) => Some(limit),
         }
     }
+
+    /// By how often and how slowly its address comes, not by how much is held.
+    pub(crate) fn is_by_pace(self) -> bool {
+        self.limit().is_some_and(|limit| match limit {
+            Limit::AddressRate | Limit::AddressHandshakes => true,
+            Limit::AddressConnections | Limit::Credential => false,
+        })
+    }
 }
 
 impl Door {
@@ -260,13 +268,7 @@ impl Door {
     /// What a connection from `network` needs, or why it can't have it, and the place in which its head is read either way. `None`:
     /// from a balancer, that will say whom it speaks for; then it is to be [settled](Self::settle).
     pub fn admit(&self, network: Option<Network>, permit: OwnedSemaphorePermit) -> (Result<Share, Turned>, Handshake) {
-        let connection = self
-            .connection_shares
-            .take(network)
-            .map_err(|exhausted| match exhausted {
-                Exhausted::Bound => Turned::NodeFull,
-                Exhausted::Address => Turned::Address(Limit::AddressConnections),
-            });
+        let connection = self.take_connection(network);
         let share = self.handshake_shares.take(network).ok();
         let is_too_fast = || network.is_some_and(|network| self.is_too_fast(network));
         let place = match connection {
@@ -280,6 +282,21 @@ impl Door {
             has_connection: place.is_ok(),
         };
         (place, handshake)
+    }
+
+    /// A connection for a device that was turned away because its address comes too often or too slowly, and that has shown a right to
+    /// come now. How many its address and the node may hold is as it was.
+    pub fn readmit(&self, network: Network) -> Result<Share, Turned> {
+        self.take_connection(Some(network))
+    }
+
+    fn take_connection(&self, network: Option<Network>) -> Result<Share, Turned> {
+        self.connection_shares
+            .take(network)
+            .map_err(|exhausted| match exhausted {
+                Exhausted::Bound => Turned::NodeFull,
+                Exhausted::Address => Turned::Address(Limit::AddressConnections),
+            })
     }
 }
 

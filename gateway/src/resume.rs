@@ -16,6 +16,7 @@ use std::{
 
 use seawall_proto::{
     handshake::{self, Resumption, Screened},
+    hello::Hello,
     id::{DeviceId, SessionId},
     resume::{Drills, Generation, Grant, Judge, Minted, Offered, REVOKED_MAX, ResumeKeys, Revoked, STALE_AFTER},
     rules::RuleSet,
@@ -104,6 +105,23 @@ impl Resume {
 
     /// Weighs the token that a device shows, if it shows one.
     pub fn weigh(&self, screened: Screened, rules: &RuleSet, clock: &Clock) -> Resumption {
+        self.judged(clock, |judge| {
+            handshake::resume(screened, judge, rules, clock.wall(), &mut rand::rng())
+        })
+    }
+
+    /// Whether a device shows a token that counts, beside its credential.
+    #[must_use]
+    pub fn is_shown_by(&self, hello: &Hello, clock: &Clock) -> bool {
+        let (Some(token), Some(credential)) = (&hello.resume, &hello.credential) else {
+            return false;
+        };
+        self.judged(clock, |judge| {
+            judge.weigh(hello.device, credential, token, clock.wall()).is_ok()
+        })
+    }
+
+    fn judged<T>(&self, clock: &Clock, weigh: impl FnOnce(&Judge<'_>) -> T) -> T {
         let revoked = self.revoked();
         let nothing = Revoked::unknown();
         let judge = Judge {
@@ -111,7 +129,7 @@ impl Resume {
             revoked: if self.life.is_zero() { &nothing } else { &revoked },
             is_stale: self.is_stale(clock.now()),
         };
-        handshake::resume(screened, &judge, rules, clock.wall(), &mut rand::rng())
+        weigh(&judge)
     }
 
     /// All revocations up to here are known. To be asked before a look-up is sent.

@@ -126,12 +126,16 @@ pub async fn serve(
         Ok(Request::Ready) => return answer::readiness(&shared, stream).await,
         Err(refusal) => {
             let linger = Linger::behind(&refusal, &leftover);
+            // Bounds come before the form (contract section 2): what is wrong with a request has no hint, which would slow its sender down.
             let refusal = limit.map_or(refusal, throttled);
             attempt.refused(&refusal);
             return answer::refuse(&shared, &door, stream, &refusal, linger).await;
         }
     };
     let mut attempt = attempt.by(&hello);
+    if place.as_ref().err().is_some_and(|turned| turned.is_by_pace()) && is_awaited(&shared, &hello) {
+        place = door.readmit(Network::from(attempt.peer().ip()));
+    }
     let fitting = place.and_then(|connection| Ok((connection, fit(&shared, &hello)?)));
     let (connection, room) = match fitting {
         Ok(fitting) => fitting,
@@ -320,6 +324,13 @@ fn obey_orders_given_meanwhile(shared: &Shared, session: &Session) {
 struct Holds {
     connection: Share,
     room: Option<Room>,
+}
+
+/// Whether a device shows by a token of ours that it comes as it was told, or comes back to its session: it is never throttled
+/// (contract section 3). That its credential is right is for the decision to find out.
+fn is_awaited(shared: &Shared, hello: &Hello) -> bool {
+    let is_at_its_slot = |token: &str| shared.gate.is_at_its_slot(hello.device, token);
+    shared.resume.is_shown_by(hello, &shared.clock) || hello.slot.as_deref().is_some_and(is_at_its_slot)
 }
 
 /// Room in memory for a device, before anything is spent on it. One that is online here needs none: it can only replace its own session.

@@ -230,6 +230,13 @@ impl Gate {
             .slot_for_turned(device, slot_token, at_least, times, &mut core.rng)
     }
 
+    /// Whether a device shows by a token of ours that it comes at its slot.
+    #[must_use]
+    pub fn is_at_its_slot(&self, device: DeviceId, slot_token: &str) -> bool {
+        let (now, wall) = (self.0.clock.now(), self.0.clock.wall());
+        self.0.lock().admission.is_at_its_slot(device, slot_token, now, wall)
+    }
+
     /// A device was registered, or changed: whatever is remembered of its absence and of its attempts no longer counts.
     pub fn forget(&self, device: DeviceId) {
         self.0.lock().admission.handle_registered(device);

@@ -323,6 +323,12 @@ impl Admission {
             .refuse(device, &standing, at_least, Pace::Shared(rate), (now, wall), rng)
     }
 
+    /// Whether a device shows by a token of ours that it comes at its slot: then how often others come from where it is doesn't matter.
+    #[must_use]
+    pub fn is_at_its_slot(&self, device: DeviceId, slot_token: &str, now: Instant, wall: WallTime) -> bool {
+        self.slots.shows_due(device, slot_token, now, wall)
+    }
+
     /// Cohorts whose look-ups are sent apart, because they cost far more than the others'.
     pub fn costly(&self) -> impl Iterator<Item = Costly> {
         self.costs.costly()

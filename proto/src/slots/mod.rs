@@ -158,6 +158,11 @@ impl Slots {
         }
     }
 
+    /// Whether the device shows a token of ours for a slot that helps it now. What is only remembered of the id doesn't count: anybody may name one.
+    pub(crate) fn shows_due(&self, device: DeviceId, token: &str, now: Instant, wall: WallTime) -> bool {
+        self.carried(device, token, now, wall).is_some() && self.standing(device, Some(token), now, wall).is_due
+    }
+
     fn carried(&self, device: DeviceId, text: &str, now: Instant, wall: WallTime) -> Option<Slot> {
         let claims = self.keys.verify(device, text)?;
         let is_from_the_future =

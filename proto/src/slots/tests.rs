@@ -72,6 +72,22 @@ impl Node {
 }
 
 #[test]
+fn due_slot_is_shown_by_its_own_token_alone() {
+    let mut node = Node::new();
+    let token = node.refuse(1, None, at(0)).slot.unwrap();
+    let shows = |node: &Node, n, token: &str, ms| node.slots.shows_due(device(n), token, at(ms), wall(at(ms)));
+
+    assert!(shows(&node, 1, &token, 500));
+    assert!(!shows(&node, 1, &token, 100), "it is still ahead");
+    assert!(!shows(&node, 1, "", 500), "that it is remembered is no proof");
+    assert!(!shows(&node, 2, &token, 500), "another's");
+    assert!(!shows(&node, 1, &token, 70_000), "long ago");
+    let later = node.refuse(1, Some(&token), at(500)).slot.unwrap();
+    assert!(!shows(&node, 1, &token, 600), "there is a later one");
+    assert!(shows(&node, 1, &later, 1_000));
+}
+
+#[test]
 fn hints_follow_each_other_at_the_rate_and_are_never_under_half_a_second() {
     let mut node = Node::new();
 

@@ -1,6 +1,7 @@
 //! The device listener, spoken to in bytes: nothing here shares a parser or a frame writer with the gateway.
 
 mod autobahn;
+mod awaited;
 mod balancer;
 mod frames;
 mod handshake;
