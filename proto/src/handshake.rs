@@ -17,7 +17,7 @@ use crate::{
     id::{Credential, DeviceId, Label, Proof, SessionId},
     record::{DeviceRecord, DeviceState},
     refusal::{Peers, Refusal},
-    resume::{Generation, Grant, Judge, Unusable},
+    resume::{Counted, Generation, Grant, Judge, Unusable},
     rules::{Rule, RuleSet, Subject},
     time::WallTime,
 };
@@ -43,6 +43,7 @@ pub struct Screened {
 pub struct Unproven {
     hello: Hello,
     credential: Credential,
+    vouched: Option<Label>,
 }
 
 /// A device that is registered, authenticated and welcome.
@@ -123,12 +124,12 @@ impl ResumeOutcome {
     }
 }
 
-impl From<Unusable> for ResumeOutcome {
-    fn from(unusable: Unusable) -> Self {
+impl From<&Unusable> for ResumeOutcome {
+    fn from(unusable: &Unusable) -> Self {
         match unusable {
             Unusable::Invalid => Self::Invalid,
-            Unusable::Expired => Self::Expired,
-            Unusable::Revoked => Self::Revoked,
+            Unusable::Expired(_) => Self::Expired,
+            Unusable::Revoked(_) => Self::Revoked,
         }
     }
 }
@@ -170,21 +171,22 @@ pub fn resume(
         .resume
         .as_deref()
         .map(|token| judge.weigh(hello.device, &credential, token, wall));
-    let counted = match weighed {
-        Some(Ok(counted)) => counted,
-        Some(Err(unusable)) => {
-            return Resumption {
-                outcome: Some(unusable.into()),
-                next: Next::LookUp(Unproven { hello, credential }),
-            };
-        }
-        None => {
-            return Resumption {
-                outcome: None,
-                next: Next::LookUp(Unproven { hello, credential }),
-            };
-        }
+    let unusable = match weighed {
+        Some(Ok(counted)) => return resumed(hello, counted, rules, wall, rng),
+        Some(Err(unusable)) => Some(unusable),
+        None => None,
     };
+    Resumption {
+        outcome: unusable.as_ref().map(Into::into),
+        next: Next::LookUp(Unproven {
+            hello,
+            credential,
+            vouched: unusable.as_ref().and_then(Unusable::tenant).cloned(),
+        }),
+    }
+}
+
+fn resumed(hello: Hello, counted: Counted, rules: &RuleSet, wall: WallTime, rng: &mut impl Rng) -> Resumption {
     let outcome = if counted.is_graced {
         ResumeOutcome::Graced
     } else {
@@ -213,6 +215,12 @@ impl Unproven {
         self.credential.proof()
     }
 
+    /// The tenant that a resume token says it is of: one of ours that does not count any more. Good for a place in a queue, and no more.
+    #[must_use]
+    pub const fn vouched(&self) -> Option<&Label> {
+        self.vouched.as_ref()
+    }
+
     /// The key to look up.
     #[must_use]
     pub const fn device(&self) -> DeviceId {
@@ -235,7 +243,7 @@ pub fn conclude(
     wall: WallTime,
     rng: &mut impl Rng,
 ) -> Result<Admitted, Refusal> {
-    let Unproven { hello, credential } = unproven;
+    let Unproven { hello, credential, .. } = unproven;
     let Some(record) = record.filter(|record| record.accepts(&credential, wall)) else {
         return Err(Refusal::unauthorized(rng));
     };

@@ -13,7 +13,8 @@ use rand::{Rng, seq::SliceRandom};
 use seawall_proto::{
     admission::CohortTag,
     id::{DeviceId, Label},
-    time::Instant,
+    slots::{Roster, RosterBuilder},
+    time::{Instant, WallTime},
 };
 use uuid::Uuid;
 
@@ -156,6 +157,17 @@ impl Devices {
             mixed(number ^ self.seed.rotate_left(32)),
             mixed(number.wrapping_add(self.seed)),
         ))
+    }
+
+    /// All of them, as a gateway reads them from the registry.
+    #[must_use]
+    pub fn roster(&self) -> Roster {
+        let mut builder = RosterBuilder::new([1; 16]);
+        for device in 0..self.len() {
+            // A simulation has no more devices than a roster.
+            builder.add(self.id(device), self.cohort(device).tenant.as_str());
+        }
+        builder.finish(WallTime::from_unix_ms(0))
     }
 
     #[must_use]

@@ -110,6 +110,7 @@ impl World<'_> {
     }
 
     fn next_step(&mut self, hello: Hello, node: u8) -> Result<Next, Refusal> {
+        let device = hello.device;
         let wall = self.wall_at(node);
         let policy = Policy {
             rules: &self.rules,
@@ -123,7 +124,14 @@ impl World<'_> {
             is_stale: self.database.has_trouble(),
         };
         let screened = handshake::screen(hello, &policy, &mut self.rng)?;
-        Ok(handshake::resume(screened, &judge, &self.rules, wall, &mut self.rng).next)
+        let next = handshake::resume(screened, &judge, &self.rules, wall, &mut self.rng).next;
+        if let Next::LookUp(unproven) = &next
+            && let Some(tenant) = unproven.vouched()
+        {
+            let at = &mut self.nodes[usize::from(node)];
+            at.admission.handle_vouched(device, tenant.as_str());
+        }
+        Ok(next)
     }
 
     /// The credential, which is right, and rules by what the registry says.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Duration,
 };
 
@@ -9,7 +10,7 @@ use seawall_proto::{
     admission::{Admission, AdmissionConfig, AdmissionState, Batch, BatchId, Ticket},
     drain::Pacing,
     id::DeviceId,
-    slots::SlotKeys,
+    slots::{Roster, SlotKeys},
     time::{Instant, WallTime},
 };
 
@@ -94,17 +95,19 @@ pub struct Node {
     /// What is on its disk: keys a second, 0 for none, and when it was kept.
     known_good: f64,
     kept_at: Instant,
+    /// On its disk, too.
+    roster: Arc<Roster>,
 }
 
 impl Node {
     /// All nodes share the keys that slots are signed with.
     #[must_use]
-    pub fn new(config: &AdmissionConfig, settings: &Settings, seed: u64) -> Self {
+    pub fn new(config: &AdmissionConfig, settings: &Settings, roster: Arc<Roster>, seed: u64) -> Self {
         let mut secret = [0; 32];
         secret[..8].copy_from_slice(&seed.to_be_bytes());
         let keys = SlotKeys::new(1, secret);
         let known_good = settings.last_known_good_per_second;
-        Self::start(config, settings.edge, keys, known_good, Instant::ZERO)
+        Self::start(config, settings.edge, keys, known_good, roster, Instant::ZERO)
     }
 
     fn start(
@@ -112,12 +115,14 @@ impl Node {
         edge_settings: EdgeSettings,
         keys: SlotKeys,
         known_good: f64,
+        roster: Arc<Roster>,
         now: Instant,
     ) -> Self {
         let mut admission = Admission::new(config.clone(), keys.clone(), now);
         if known_good > 0.0 {
             admission.set_last_known_good(known_good);
         }
+        admission.set_roster(Arc::clone(&roster));
         Self {
             admission,
             edge: Edge::new(&edge_settings),
@@ -136,6 +141,7 @@ impl Node {
             edge_settings,
             known_good,
             kept_at: now,
+            roster,
         }
     }
 
@@ -146,6 +152,7 @@ impl Node {
             self.edge_settings,
             self.keys.clone(),
             self.known_good,
+            Arc::clone(&self.roster),
             now,
         );
         (next.load, next.clock_error_ms, next.is_out) = (self.load, self.clock_error_ms, true);

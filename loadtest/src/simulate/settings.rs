@@ -37,6 +37,8 @@ pub struct Settings {
     pub strangers_from: Option<String>,
     /// Look-ups a second that each node remembers from an earlier life. 0: none.
     pub last_known_good_per_second: f64,
+    /// So many of the nodes, from the first on, have no roster of registered devices: their disks are new, and they read none.
+    pub nodes_without_roster: u8,
     /// What part of all connections goes to each node, relative to the others'. Empty: the same to all.
     pub node_shares: Vec<f64>,
     /// What befalls nodes and devices in the middle of a phase.
@@ -64,7 +66,8 @@ pub struct Incident {
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum What {
-    /// The node's process dies: all its connections are reset, and its memory is gone but for the capacity that it keeps on disk. It is there
+    /// The node's process dies: all its connections are reset, and its memory is gone but for what it keeps on disk: the capacity and the
+    /// roster. It is there
     /// again after so many seconds, 1 to 3,600; until then the others get its connections.
     Crash { seconds: f64 },
     /// The node drains, within so many seconds, 1 to 3,600. It stays away.
@@ -121,6 +124,7 @@ impl Default for Settings {
             strangers_per_second: 0.0,
             strangers_from: None,
             last_known_good_per_second: 0.0,
+            nodes_without_roster: 0,
             node_shares: Vec::new(),
             incidents: Vec::new(),
             edge: Edge::default(),
@@ -158,6 +162,11 @@ impl Settings {
             (1..=NODES_MAX).contains(&self.nodes),
             "simulate.nodes",
             format!("expected 1 to {NODES_MAX}"),
+        )?;
+        check(
+            self.nodes_without_roster <= self.nodes,
+            "simulate.nodes_without_roster",
+            format!("there are {}", self.nodes),
         )?;
         for (field, value, least, most) in [
             ("round_trip_ms", self.round_trip_ms, 0.0, 2_000.0),

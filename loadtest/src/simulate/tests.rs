@@ -409,3 +409,21 @@ fn devices_with_resume_tokens_return_without_a_statement_also_while_the_database
     assert_eq!(figures["seawall.dead.statements"], Some(0.0), "{}", report.to_text());
     assert!(figures["t100_seconds"].unwrap() <= 6.0, "{}", report.to_text());
 }
+
+#[test]
+fn strangers_delay_a_fleet_that_two_nodes_have_not_seen_only_where_they_have_no_roster() {
+    let ratio = |without: u8| {
+        let more = format!(
+            "[simulate]\nnodes = 2\nnodes_without_roster = {without}\nstrangers_per_second = 2500\nstrangers_from = \"storm\"\n"
+        );
+        let text = STORM
+            .replacen("[simulate.database]", &format!("{more}[simulate.database]"), 1)
+            .replacen("lookups_per_second_max = 1000", "lookups_per_second_max = 500", 1);
+        report_of(&text).figures()["t100_over_optimum"].unwrap()
+    };
+
+    let (with, without) = (ratio(0), ratio(2));
+
+    assert!(with < 1.2, "{with}");
+    assert!(without > 1.5, "{without}");
+}

@@ -6,6 +6,7 @@
 use std::{
     collections::BTreeMap,
     hash::{DefaultHasher, Hash, Hasher},
+    sync::Arc,
     time::Duration,
 };
 
@@ -20,6 +21,7 @@ use seawall_proto::{
     frame::ServerFrame,
     resume::{ResumeKeys, Revoked},
     rules::RuleSet,
+    slots::Roster,
     time::{Instant, WallTime},
 };
 
@@ -131,11 +133,19 @@ impl<'a> World<'a> {
             groups_of,
             group_names,
         );
+        let roster = Arc::new(devices.roster());
+        let roster_of = |node: u8| {
+            if node < assumed.nodes_without_roster {
+                Arc::new(Roster::empty())
+            } else {
+                Arc::clone(&roster)
+            }
+        };
         Ok(Self {
             now: Instant::ZERO,
             calendar: Calendar::default(),
             nodes: (0..assumed.nodes)
-                .map(|_| Node::new(&config, assumed, scenario.seed))
+                .map(|node| Node::new(&config, assumed, roster_of(node), scenario.seed))
                 .collect(),
             load: Load::default(),
             database: Database::new(settings::curve(scenario, &config)),

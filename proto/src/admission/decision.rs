@@ -145,7 +145,7 @@ pub struct AdmissionState {
     pub slots: usize,
     /// Slots given out so far that live in their token alone.
     pub slots_stateless: u64,
-    /// Devices remembered as seen authenticated.
+    /// Devices that are no strangers although the roster does not have them so.
     pub known: usize,
     /// Cohorts that are looked up apart, because their look-ups cost far more than the others'.
     pub cohorts_apart: usize,

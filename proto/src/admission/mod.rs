@@ -7,7 +7,7 @@
 //! Start with [`Admission`]. It runs no query: the caller sends each [`Batch`] that [`Admission::poll_batch`] gives, and
 //! carries out each [`Action`]. It authenticates nobody, and knows neither rules nor connections.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use rand::Rng;
 
@@ -41,7 +41,7 @@ use self::{
 use crate::{
     id::{DeviceId, Proof},
     refusal::{Hint, draw},
-    slots::{HINT_MIN, Pace, SlotKeys, Slots, Standing, Weights},
+    slots::{HINT_MIN, Pace, Roster, SlotKeys, Slots, Standing, Weights},
     time::{Instant, WallTime},
 };
 
@@ -277,6 +277,22 @@ impl Admission {
     /// The device was authenticated, and is let in. Its slot is used; it is no stranger from now on. `tenant` is the registry's.
     pub fn handle_admitted(&mut self, device: DeviceId, tenant: &str) {
         self.slots.handle_admitted(device, tenant);
+    }
+
+    /// The registry has the device with this tenant, whatever the roster says: it was registered, or changed.
+    pub fn handle_tenant(&mut self, device: DeviceId, tenant: &str) {
+        self.slots.handle_tenant(device, tenant);
+    }
+
+    /// The device has shown a token of ours which says that it is this tenant's, and which does not let it in any more: it is no stranger.
+    pub fn handle_vouched(&mut self, device: DeviceId, tenant: &str) {
+        self.slots.handle_vouched(device, tenant);
+    }
+
+    /// Who is registered: whoever is not, and was not seen authenticated, is a stranger. The roster of before, whose end takes a moment
+    /// where it is large.
+    pub fn set_roster(&mut self, roster: Arc<Roster>) -> Arc<Roster> {
+        self.slots.set_roster(roster)
     }
 
     /// The device was not authenticated: wrong credential, or no such device. What was wrong with one kind of proof counts against

@@ -79,7 +79,11 @@ fn screen_by(hello: Hello, rules: &RuleSet, draining: Option<Peers>) -> Result<S
 
 fn conclude_by(hello: Hello, record: Option<&DeviceRecord>, rules: &RuleSet) -> Result<Admitted, Refusal> {
     let Screened { hello, credential } = screen_by(hello, &RuleSet::empty(), None).unwrap();
-    let unproven = Unproven { hello, credential };
+    let unproven = Unproven {
+        hello,
+        credential,
+        vouched: None,
+    };
     conclude(unproven, record, Generation(7), rules, WALL, &mut rng())
 }
 
@@ -261,6 +265,24 @@ fn token_that_does_not_count_is_ignored_and_none_is_no_outcome() {
 
         assert!(matches!(resumption.next, Next::LookUp(_)));
         assert_eq!(resumption.outcome, outcome);
+    }
+}
+
+#[test]
+fn token_that_counted_once_vouches_for_the_tenant_and_a_stolen_one_does_not() {
+    let mut revoked = none_revoked();
+    revoked.revoke(hello("1").device, Generation(8));
+    let stolen = Hello {
+        credential: Some(SecretHash::of(b"wrong").into()),
+        ..returning("1")
+    };
+
+    for (hello, tenant) in [(returning("1"), Some("acme")), (stolen, None), (hello("1"), None)] {
+        let Next::LookUp(unproven) = resume_by(hello, &revoked, &RuleSet::empty()).next else {
+            panic!("it is to be looked up");
+        };
+
+        assert_eq!(unproven.vouched().map(Label::as_str), tenant);
     }
 }
 

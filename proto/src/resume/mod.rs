@@ -141,14 +141,25 @@ pub struct Counted {
 }
 
 /// Why a token does not count.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Unusable {
     /// Not ours, or another device's, another credential's, damaged, or from beyond [`AHEAD_MAX`].
     Invalid,
-    /// Its life is over.
-    Expired,
-    /// The device was changed in the registry since, or this node can't tell.
-    Revoked,
+    /// Its life is over. It says that its device was this tenant's.
+    Expired(Label),
+    /// The device was changed in the registry since, or this node can't tell. It says that its device was this tenant's.
+    Revoked(Label),
+}
+
+impl Unusable {
+    /// The tenant that the registry had the device with, once.
+    #[must_use]
+    pub const fn tenant(&self) -> Option<&Label> {
+        match self {
+            Self::Invalid => None,
+            Self::Expired(tenant) | Self::Revoked(tenant) => Some(tenant),
+        }
+    }
 }
 
 impl Judge<'_> {
@@ -175,7 +186,7 @@ impl Judge<'_> {
             is_graced && (!self.is_stale || wall > claims.expires + GRACE + SKEW)
         };
         if is_over {
-            return Err(Unusable::Expired);
+            return Err(Unusable::Expired(claims.tenant));
         }
         let mut grant = Grant {
             device,
@@ -186,7 +197,7 @@ impl Judge<'_> {
             credential_until: claims.is_final.then_some(claims.expires),
         };
         if !grant.refresh(self.revoked) {
-            return Err(Unusable::Revoked);
+            return Err(Unusable::Revoked(grant.tenant));
         }
         Ok(Counted {
             grant,

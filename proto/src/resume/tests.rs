@@ -30,11 +30,15 @@ fn after(span: Duration) -> WallTime {
     start() + span
 }
 
+fn tenant() -> Label {
+    label("acme")
+}
+
 fn grant() -> Grant {
     Grant {
         device: device(1),
         credential: credential(),
-        tenant: label("acme"),
+        tenant: tenant(),
         model: Some(label("camera 2")),
         generation: Generation(7),
         credential_until: None,
@@ -178,12 +182,15 @@ fn token_lives_a_day_and_eight_hours_more_only_while_the_database_is_away() {
 
     assert_eq!(verdict(after(LIFE), false), Ok(false));
     assert_eq!(verdict(after(LIFE + SKEW), false), Ok(false));
-    assert_eq!(verdict(after(LIFE + SKEW + second), false), Err(Unusable::Expired));
+    assert_eq!(
+        verdict(after(LIFE + SKEW + second), false),
+        Err(Unusable::Expired(tenant()))
+    );
     assert_eq!(verdict(after(LIFE + SKEW + second), true), Ok(true));
     assert_eq!(verdict(after(LIFE + GRACE + SKEW), true), Ok(true));
     assert_eq!(
         verdict(after(LIFE + GRACE + SKEW + second), true),
-        Err(Unusable::Expired)
+        Err(Unusable::Expired(tenant()))
     );
 }
 
@@ -267,7 +274,7 @@ fn token_of_a_credential_that_was_replaced_ends_with_it_without_grace() {
     };
     let just_before = at(after(overlap - Duration::from_secs(1))).verdict().unwrap();
     assert_eq!(just_before.grant, replaced, "and so do the tokens made from it");
-    assert_eq!(at(after(overlap)).verdict(), Err(Unusable::Expired));
+    assert_eq!(at(after(overlap)).verdict(), Err(Unusable::Expired(tenant())));
     assert_eq!(replaced.mint(&keys(), SessionId(9), LIFE, after(overlap)), None);
 }
 
@@ -292,11 +299,11 @@ fn token_of_before_a_change_does_not_count_and_one_of_after_it_does() {
         .map(|counted| counted.grant.generation)
     };
 
-    assert_eq!(verdict(&before, &revoked), Err(Unusable::Revoked));
+    assert_eq!(verdict(&before, &revoked), Err(Unusable::Revoked(tenant())));
     assert_eq!(verdict(&since, &revoked), Ok(Generation(8)));
-    assert_eq!(verdict(&before, &Revoked::unknown()), Err(Unusable::Revoked));
+    assert_eq!(verdict(&before, &Revoked::unknown()), Err(Unusable::Revoked(tenant())));
     revoked.raise(Generation(9));
-    assert_eq!(verdict(&since, &revoked), Err(Unusable::Revoked));
+    assert_eq!(verdict(&since, &revoked), Err(Unusable::Revoked(tenant())));
 }
 
 #[test]

@@ -172,6 +172,11 @@ impl Known {
         self.step();
     }
 
+    /// Who comes last takes its place in the order.
+    pub fn forget(&mut self, device: DeviceId) {
+        self.devices.swap_remove(&device);
+    }
+
     /// Goes on to one that was not seen again, or past as many as a call may.
     fn pass_over(&mut self) {
         for _ in 0..CHANCES_MAX {

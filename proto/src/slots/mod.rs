@@ -3,14 +3,16 @@
 //!
 //! Start with [`Slots`]. It does not decide who is refused; see [`crate::admission`].
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use rand::Rng;
 
 mod memory;
+mod roster;
 mod tenants;
 mod token;
 
+pub use roster::{DamagedRoster, ROSTER_MAX, Roster, RosterBuilder};
 pub(crate) use tenants::{STRANGERS_SHARE, Tail, Weights};
 pub use token::{SlotKeys, TOKEN_TEXT_LEN, TenantTag};
 
@@ -106,6 +108,7 @@ pub struct Slots {
     keys: SlotKeys,
     memory: SlotMemory,
     known: Known,
+    roster: Arc<Roster>,
     tenants: Tenants,
     /// Slots that found no room in memory.
     stateless: u64,
@@ -117,6 +120,7 @@ impl Slots {
         Self {
             memory: SlotMemory::new(config.slots_max, keys.memory_key()),
             known: Known::new(config.known_max, keys.memory_key()),
+            roster: Arc::new(Roster::empty()),
             keys,
             tenants: Tenants::new(&config.tenant_weights, config.tenants_max),
             stateless: 0,
@@ -129,7 +133,7 @@ impl Slots {
         self.memory.len()
     }
 
-    /// Devices remembered as seen authenticated.
+    /// Devices that are no strangers although the roster does not have them so.
     #[must_use]
     pub fn known(&self) -> usize {
         self.known.len()
@@ -139,6 +143,16 @@ impl Slots {
     #[must_use]
     pub const fn stateless(&self) -> u64 {
         self.stateless
+    }
+
+    /// Who is registered, from now on; the roster of before, whose end takes a moment where it is large.
+    pub(crate) fn set_roster(&mut self, roster: Arc<Roster>) -> Arc<Roster> {
+        std::mem::replace(&mut self.roster, roster)
+    }
+
+    /// `None`: a stranger's. What was seen here is newer than the roster.
+    fn tenant_of(&self, device: DeviceId) -> Option<TenantTag> {
+        self.known.tenant_of(device).or_else(|| self.roster.tenant_of(device))
     }
 
     /// What memory and token say of a device. A token that doesn't count is ignored.
@@ -152,7 +166,7 @@ impl Slots {
             (None, carried) => (carried, CLOCK_TOLERANCE),
         };
         Standing {
-            tenant: self.known.tenant_of(device).or(tenant),
+            tenant: self.tenant_of(device).or(tenant),
             slot,
             is_due: slot.is_some_and(|slot| now + early >= slot.at),
         }
@@ -246,7 +260,24 @@ impl Slots {
     /// A device was authenticated and admitted: its slot is used, and it is known from now on.
     pub(crate) fn handle_admitted(&mut self, device: DeviceId, tenant: &str) {
         self.memory.remove(device);
-        self.known.meet(device, TenantTag::of(tenant));
+        self.handle_tenant(device, tenant);
+    }
+
+    /// The registry has a device with this tenant: it is no stranger from now on.
+    pub(crate) fn handle_tenant(&mut self, device: DeviceId, tenant: &str) {
+        let tenant = TenantTag::of(tenant);
+        if self.roster.tenant_of(device) == Some(tenant) {
+            self.known.forget(device);
+        } else {
+            self.known.meet(device, tenant);
+        }
+    }
+
+    /// What was signed here once says that a device is this tenant's: enough for a place in its queue, where nothing newer is known.
+    pub(crate) fn handle_vouched(&mut self, device: DeviceId, tenant: &str) {
+        if self.tenant_of(device).is_none() {
+            self.known.meet(device, TenantTag::of(tenant));
+        }
     }
 
     fn hint(&self, device: DeviceId, slot: &Slot, now: Instant, wall: WallTime, rng: &mut impl Rng) -> Hint {

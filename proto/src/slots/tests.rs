@@ -404,3 +404,65 @@ fn device_that_wakes_up_a_little_early_keeps_its_place_to_itself() {
 
     assert_eq!(node.slots.tenants.shared(), 0);
 }
+
+fn roster(devices: std::ops::Range<u128>, tenant: &str) -> Arc<Roster> {
+    let mut builder = RosterBuilder::new([1; 16]);
+    for n in devices {
+        assert!(builder.add(device(n), tenant));
+    }
+    Arc::new(builder.finish(WALL))
+}
+
+#[test]
+fn device_of_the_roster_is_no_stranger_to_a_node_that_never_saw_it() {
+    let mut node = Node::new();
+    node.slots.set_roster(roster(0..100, "acme"));
+
+    let tenant_of = |n| node.slots.standing(device(n), None, at(0), WALL).tenant;
+
+    assert_eq!(tenant_of(0), Some(TenantTag::of("acme")));
+    assert_eq!(tenant_of(100), None);
+}
+
+#[test]
+fn strangers_never_delay_devices_of_the_roster_that_the_node_never_saw() {
+    let mut node = Node::new();
+    node.slots.set_roster(roster(0..100, "acme"));
+    for n in 1_000..11_000 {
+        node.refuse(n, None, at(0));
+    }
+
+    let last = (0..100).map(|n| node.refuse(n, None, at(0)).after_ms()).last();
+
+    assert_eq!(last, Some(1_490));
+}
+
+#[test]
+fn memory_holds_only_what_the_roster_does_not() {
+    let mut node = Node::new();
+    node.slots.set_roster(roster(0..100, "acme"));
+    for n in 0..101 {
+        node.slots.handle_admitted(device(n), "acme");
+    }
+    assert_eq!(node.slots.known(), 1);
+
+    node.slots.handle_tenant(device(0), "moved");
+    let moved = node.slots.standing(device(0), None, at(0), WALL).tenant;
+    node.slots.handle_tenant(device(0), "acme");
+
+    assert_eq!(moved, Some(TenantTag::of("moved")));
+    assert_eq!(node.slots.known(), 1);
+}
+
+#[test]
+fn what_a_token_says_counts_only_where_nothing_newer_is_known() {
+    let mut node = Node::new();
+    node.slots.set_roster(roster(0..1, "acme"));
+    for n in 0..2 {
+        node.slots.handle_vouched(device(n), "former");
+    }
+
+    let tenants = [0, 1].map(|n| node.slots.standing(device(n), None, at(0), WALL).tenant);
+
+    assert_eq!(tenants, ["acme", "former"].map(|name| Some(TenantTag::of(name))));
+}

@@ -136,11 +136,11 @@ impl TenantTag {
         Self::from_u64(number(&digest[..6])).unwrap_or(Self(NonZeroU64::MIN))
     }
 
-    const fn as_u64(self) -> u64 {
+    pub(super) const fn as_u64(self) -> u64 {
         self.0.get()
     }
 
-    fn from_u64(tag: u64) -> Option<Self> {
+    pub(super) fn from_u64(tag: u64) -> Option<Self> {
         NonZeroU64::new(tag).map(Self)
     }
 }

@@ -4,6 +4,7 @@
 //! They take minutes, so an unoptimised build leaves them out, and `./test` has a step for them:
 //! `cargo test --release -p loadtest --lib simulate::figures`.
 
+mod elsewhere;
 mod limiter;
 mod others;
 
@@ -211,9 +212,8 @@ fn slow_edge_with_a_short_backlog_is_no_bottleneck() {
     reports.assert_back_within(1.05, 0.0);
 }
 
-#[test]
-#[cfg_attr(debug_assertions, ignore = "takes minutes without optimisation")]
-fn small_tenants_do_not_wait_behind_a_great_one() {
+/// The storm of a tenant with nine tenths of the fleet; from its tenth second on, devices of twenty small tenants come back.
+fn beside_a_great_tenant(storm: Storm) -> Storm {
     let mut fleets =
         "[[fleet]]\nname = \"great\"\nshare = 0.9\ntenant = \"great\"\nfirmware = { a = 1.0 }\n".to_owned();
     for number in 0..20 {
@@ -221,14 +221,19 @@ fn small_tenants_do_not_wait_behind_a_great_one() {
             "[[fleet]]\nname = \"small-{number}\"\nshare = 0.005\ntenant = \"small-{number}\"\nfirmware = {{ b = 1.0 }}\n"
         );
     }
-    let reports = Storm {
+    Storm {
         fleets: fleets.leak(),
         phases: "[[phase]]\nname = \"storm\"\nseconds = 10\naction = { drop = { group = \"a\" } }\n\
                  [[phase]]\nname = \"small\"\nseconds = 10\nchurn_per_second = 1000\nchurn_group = \"b\"\n\
                  [[phase]]\nname = \"after\"\nseconds = 900\nuntil = \"connected\"\n",
-        ..Storm::default()
+        ..storm
     }
-    .reports();
+}
+
+#[test]
+#[cfg_attr(debug_assertions, ignore = "takes minutes without optimisation")]
+fn small_tenants_do_not_wait_behind_a_great_one() {
+    let reports = beside_a_great_tenant(Storm::default()).reports();
 
     let median = reports.median(|report| figure(report, "seawall.small.b.p50_ms"));
     let p99 = reports.median(|report| figure(report, "seawall.small.b.p99_ms"));

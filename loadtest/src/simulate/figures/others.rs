@@ -4,23 +4,23 @@ use super::*;
 
 const SEEDS_FEW: std::ops::RangeInclusive<u64> = 1..=3;
 
-fn of_few(storm: &Storm) -> Reports {
+pub(super) fn of_few(storm: &Storm) -> Reports {
     Reports(SEEDS_FEW.map(|seed| storm.report(seed)).collect())
 }
 
 impl Reports {
     /// All are back after `factor` times the optimum of those that were disconnected.
-    fn assert_over_optimum(&self, factor: f64) {
+    pub(super) fn assert_over_optimum(&self, factor: f64) {
         let over = self.median(|report| figure(report, "t100_over_optimum"));
         assert!(over <= factor, "{over}");
     }
 }
 
-fn incident(after_seconds: u32, node: u8, what: &str) -> String {
+pub(super) fn incident(after_seconds: u32, node: u8, what: &str) -> String {
     format!("[[simulate.incident]]\nphase = \"storm\"\nafter_seconds = {after_seconds}\nnode = {node}\nwhat = {what}\n")
 }
 
-fn alone(incident: &str) -> Storm {
+pub(super) fn alone(incident: &str) -> Storm {
     Storm {
         simulate: format!("last_known_good_per_second = 2000\n{incident}").leak(),
         ..Storm::default()
