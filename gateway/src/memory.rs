@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -24,6 +24,9 @@ use crate::{capacity, state::Shared};
 /// Time between two looks, and the same while over half of the memory is used.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 const LOOK_INTERVAL_HIGH: Duration = Duration::from_millis(100);
+/// A limit that could not be measured so many times in a row no longer counts: its group is gone, or its files were never for this process
+/// to read. 6 s at least.
+const UNREAD_LOOKS_MAX: u32 = 60;
 /// What the kernel holds for the socket of a device, in bytes. Measured with 15,000 of them; cgroups count it by themselves.
 const SOCKET_BYTES: u64 = 5 * 1024;
 /// The alarm that operators see while devices are sent away because memory is short.
@@ -34,6 +37,8 @@ const ALARM: &str = "memory_short";
 pub struct Memory {
     sources: Sources,
     guard: Mutex<Guard>,
+    /// Looks in a row at which something could not be measured.
+    unread_looks: AtomicU32,
     is_told: AtomicBool,
 }
 
@@ -71,18 +76,38 @@ impl Memory {
         Self {
             sources,
             guard: Mutex::default(),
+            unread_looks: AtomicU32::new(0),
             is_told: AtomicBool::new(false),
         }
     }
 
     /// Measures; what is nearest to its limit, if anything has one. Blocks for as long as a few small files take.
     pub fn look(&self, sessions: usize) -> Option<Usage> {
-        let usages = self.sources.measure(sessions);
+        let mut usages = self.sources.measure(sessions);
+        if self.gave_up_on(&usages) {
+            usages.retain(Option::is_some);
+        }
         self.guard().handle_measured(&usages);
         usages
             .into_iter()
             .flatten()
             .max_by(|one, other| one.fullness().total_cmp(&other.fullness()))
+    }
+
+    /// Something could not be measured for too long to be taken for as full as it was.
+    fn gave_up_on(&self, usages: &[Option<Usage>]) -> bool {
+        if usages.iter().all(Option::is_some) {
+            self.unread_looks.store(0, Ordering::Relaxed);
+            return false;
+        }
+        let looks = self.unread_looks.load(Ordering::Relaxed).saturating_add(1);
+        self.unread_looks.store(looks, Ordering::Relaxed);
+        if looks == UNREAD_LOOKS_MAX {
+            tracing::warn!(
+                "a limit on memory can't be measured: it no longer counts. The files are those of the cgroup in /proc/self/cgroup, or /proc/meminfo"
+            );
+        }
+        looks >= UNREAD_LOOKS_MAX
     }
 
     /// Whether one more device fits.
@@ -150,7 +175,11 @@ impl Sources {
     /// Of these groups, on a machine with so much memory.
     #[must_use]
     pub fn of(mut groups: Vec<Group>, own_max: u64, machine: u64) -> Self {
-        let alone = groups.first().filter(|group| group.is_ours_alone()).cloned();
+        // A group without counters of memory (its controller is off) tells nothing.
+        let alone = groups
+            .first()
+            .filter(|group| group.is_ours_alone() && group.used().is_some())
+            .cloned();
         groups.retain(|group| group.limit_now(machine).is_some());
         Self {
             groups,
@@ -465,6 +494,38 @@ mod tests {
         memory.look(0);
         assert!(!memory.is_full());
         assert!(Sources::of_process(0).measure(0).iter().all(Option::is_some));
+    }
+
+    #[test]
+    fn process_alone_in_a_group_without_counters_is_measured_by_itself() {
+        let root = tempfile::tempdir().unwrap();
+        write(
+            &root.path().join("mine"),
+            &[("cgroup.procs", &std::process::id().to_string())],
+        );
+        let sources = Sources::of(Group::around("0::/mine", root.path()), 100 * MIB, MACHINE);
+
+        assert!(sources.measure(0).last().copied().flatten().is_some());
+    }
+
+    #[test]
+    fn limit_that_is_never_measured_keeps_nobody_out_for_long() {
+        let root = tempfile::tempdir().unwrap();
+        let mut sources = Sources::of(Vec::new(), 8 << 40, MACHINE);
+        sources.meminfo = root.path().join("hidden");
+        let memory = Arc::new(Memory::new(sources));
+        memory.guard().handle_measured(&[Some(Usage { used: 1, limit: 1 })]);
+
+        for _ in 0..UNREAD_LOOKS_MAX {
+            assert!(memory.take().is_none());
+            memory.look(0);
+        }
+
+        // More than ever fit at a time.
+        for _ in 0..10 {
+            memory.take().unwrap().use_up();
+            memory.look(0);
+        }
     }
 
     #[test]
