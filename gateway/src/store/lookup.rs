@@ -14,7 +14,6 @@ use super::{
     devices::device_record,
     error::StoreError,
     failures::{Failures, Operation},
-    lane,
 };
 
 /// Most keys in one look-up. More is [`StoreError::Invalid`].
@@ -64,7 +63,7 @@ impl Store {
 
 impl LookupWorker {
     /// The records of `keys` that are registered, in any order; a key that is missing from the answer is not registered.
-    /// Answers within `limit`, time to connect included, of which at most 1 s.
+    /// Answers within `limit`, time to connect included.
     ///
     /// # Errors
     /// [`StoreError::TimedOut`] after `limit`; [`StoreError::Unavailable`] where the database is away. Neither says
@@ -97,7 +96,7 @@ impl LookupWorker {
         let work = async {
             let mut connection = match idle {
                 Some(connection) => connection,
-                None => lane::connect(&self.connector).await?,
+                None => self.connector.connect().await?,
             };
             let rows = connection.all(FIND, &[Value::Keys(keys)]).await?;
             Ok((connection, rows))

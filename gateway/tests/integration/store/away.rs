@@ -84,6 +84,20 @@ async fn frozen_database_is_answered_in_time_and_leaves_no_connection_behind() {
 }
 
 #[tokio::test]
+async fn look_up_that_can_not_even_connect_in_time_has_timed_out() {
+    let (cluster, store) = setup().await;
+    let mut worker = store.lookup_worker();
+    cluster.freeze().unwrap();
+
+    let (found, took) = find_timed(&mut worker).await;
+
+    // Not a failure, which would be tried again in two halves: its devices have waited long enough.
+    assert!(matches!(found, Err(StoreError::TimedOut)), "{found:?}");
+    assert!(took < ANSWER_MAX, "{took:?}");
+    cluster.thaw().unwrap();
+}
+
+#[tokio::test]
 async fn killed_database_is_answered_at_once_and_used_again_when_it_is_back() {
     let (cluster, store) = setup().await;
     let mut worker = store.lookup_worker();
