@@ -20,7 +20,12 @@ use super::{
     Found, LookUp,
     absent::{Absent, Epoch},
 };
-use crate::{clock::Clock, metrics::Metrics, resume::Resume};
+use crate::{
+    clock::Clock,
+    metrics::Metrics,
+    resume::Resume,
+    store::{DatabaseStatus, Store},
+};
 
 /// Longest sleep of the keeper: gauges that fade with time are published at least this often.
 const KEEPER_SLEEP_MAX: Duration = Duration::from_secs(1);
@@ -202,12 +207,30 @@ impl Inner {
         }
     }
 
-    pub(super) fn handle_registry_present(&self) {
-        let now = self.clock.now();
-        let mut core = self.lock();
-        core.admission.handle_registry_present(now);
-        self.publish(&core, now);
-        drop(core);
+    /// Tells admission what the gateway's other calls find out about the database, for as long as the store lives.
+    pub(super) async fn heed(&self, store: &Store) {
+        let mut found = store.subscribe();
+        store.ready().await;
+        self.tell(Admission::handle_registry_present);
+        loop {
+            match found.borrow_and_update().status {
+                DatabaseStatus::Starting => {}
+                DatabaseStatus::Available => self.tell(|admission, _| admission.handle_registry_said_there()),
+                DatabaseStatus::Away => self.tell(Admission::handle_registry_said_away),
+            }
+            if found.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn tell(&self, news: impl FnOnce(&mut Admission, Instant)) {
+        let (now, wall) = (self.clock.now(), self.clock.wall());
+        let core = &mut *self.lock();
+        news(&mut core.admission, now);
+        self.answer_all(core, now, wall, |_| None);
+        self.publish(core, now);
+        self.rearm_keeper(core, now);
         self.work.notify_one();
     }
 

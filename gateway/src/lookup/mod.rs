@@ -120,7 +120,7 @@ impl Gate {
         let (inner, hard, store) = (Arc::clone(&gate.0), life.hard().clone(), store.clone());
         life.spawn("registry contact", async move {
             tokio::select! {
-                () = store.ready() => inner.handle_registry_present(),
+                () = inner.heed(&store) => {}
                 () = hard.cancelled() => {}
             }
         });

@@ -47,6 +47,18 @@ impl Operation {
     }
 }
 
+impl Operation {
+    /// Done in no time and polled all the time, with 2 s for it: where one times out, the database answers nobody, or as good as nobody.
+    /// Others may take long because of what was asked, or because another of their kind goes first.
+    #[must_use]
+    pub const fn is_quick(self) -> bool {
+        match self {
+            Self::Rules | Self::Revocations => true,
+            Self::Lookup | Self::Read | Self::Write | Self::Import | Self::Plan => false,
+        }
+    }
+}
+
 /// How many calls failed since the start, by operation.
 #[derive(Debug, Default)]
 pub(super) struct Failures([AtomicU64; Operation::ALL.len()]);

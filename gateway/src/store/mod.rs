@@ -27,7 +27,7 @@ mod tokens;
 use std::{future::Future, sync::Arc, time::Duration};
 
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError},
+    sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError, watch},
     time::timeout,
 };
 use tokio_util::task::AbortOnDropHandle;
@@ -194,6 +194,12 @@ impl Store {
         self.0.health.state()
     }
 
+    /// The same, with a notice of each change and of each call that finds the database away.
+    #[must_use]
+    pub fn subscribe(&self) -> watch::Receiver<DatabaseState> {
+        self.0.health.subscribe()
+    }
+
     /// Calls of this kind that failed since the start.
     #[must_use]
     pub fn failed(&self, operation: Operation) -> u64 {
@@ -231,7 +237,7 @@ impl Store {
         work: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
         let outcome = timeout(limit, work).await.unwrap_or(Err(StoreError::TimedOut));
-        self.0.health.observe(&outcome);
+        self.0.health.observe(operation, &outcome);
         self.0.failures.observe(operation, &outcome);
         outcome
     }

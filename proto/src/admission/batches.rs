@@ -127,6 +127,9 @@ impl Admission {
             Ended::Probe => {
                 if self.breaker.handle_probed(is_answered, now) {
                     self.limit.handle_recovered(now);
+                } else if !is_answered && self.breaker.is_said_away() {
+                    // Until now there was only the word of others.
+                    self.limit.handle_outage(now);
                 }
                 return;
             }

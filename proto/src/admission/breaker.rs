@@ -1,4 +1,7 @@
 //! The breaker: while the database is away nobody waits for it. Probes, that carry no device, find out when it is back.
+//!
+//! It opens by what becomes of statements for devices, or on the word of the gateway's other calls: where no device comes, they are
+//! the first to know. Their word is weaker, since they have connections and tables of their own: see [`Word`].
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -48,6 +51,17 @@ impl BreakerState {
     }
 }
 
+/// What the gateway's other calls to the database say of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Word {
+    /// Nothing that matters.
+    None,
+    /// It gives no answer.
+    Away,
+    /// The same, and probes were answered all the same: from then on statements alone count.
+    Refuted,
+}
+
 #[derive(Debug)]
 pub(super) struct Breaker {
     state: BreakerState,
@@ -58,6 +72,9 @@ pub(super) struct Breaker {
     probes_answered: u8,
     next_probe: Instant,
     is_probing: bool,
+    word: Word,
+    /// When a statement was answered last.
+    answered_at: Option<Instant>,
 }
 
 impl Breaker {
@@ -70,6 +87,8 @@ impl Breaker {
             probes_answered: 0,
             next_probe: now,
             is_probing: false,
+            word: Word::None,
+            answered_at: None,
         }
     }
 
@@ -83,6 +102,7 @@ impl Breaker {
 
     /// A statement for devices ended. True if that opened the breaker: more than half of the last second's failed.
     pub fn handle_outcome(&mut self, is_answered: bool, now: Instant) -> bool {
+        self.note_answer(is_answered, now);
         if self.state != BreakerState::Closed {
             return false;
         }
@@ -121,9 +141,34 @@ impl Breaker {
         }
     }
 
+    /// Another call to the registry had no answer. True if that opened the breaker: a statement that was answered within the last
+    /// second counts for more.
+    pub fn handle_said_away(&mut self, now: Instant) -> bool {
+        if self.word == Word::Refuted {
+            return false;
+        }
+        self.word = Word::Away;
+        let is_served = self.answered_at.is_some_and(|at| now < at + WINDOW);
+        let opens = self.is_closed() && !is_served;
+        if opens {
+            self.leave_closed(BreakerState::Open, now);
+        }
+        opens
+    }
+
+    pub fn is_said_away(&self) -> bool {
+        self.word == Word::Away
+    }
+
+    /// The registry's other callers are answered.
+    pub const fn handle_said_there(&mut self) {
+        self.word = Word::None;
+    }
+
     /// A probe was answered, or not. True if that closed the breaker.
     pub fn handle_probed(&mut self, is_answered: bool, now: Instant) -> bool {
         self.is_probing = false;
+        self.note_answer(is_answered, now);
         match self.state {
             BreakerState::Closed | BreakerState::Absent => return false,
             BreakerState::Open | BreakerState::HalfOpen if is_answered => {
@@ -139,6 +184,10 @@ impl Breaker {
                 self.probes_answered = 0;
                 self.state = BreakerState::Open;
             }
+        }
+        let is_refuted = self.is_closed() && self.word == Word::Away;
+        if is_refuted {
+            self.word = Word::Refuted;
         }
         self.is_closed()
     }
@@ -168,6 +217,12 @@ impl Breaker {
         }
         let floor = (now.saturating_since(self.since) / FLOOR_PART).min(FLOOR_MAX);
         floor.mul_f64(rng.random_range(0.5..=1.0))
+    }
+
+    fn note_answer(&mut self, is_answered: bool, now: Instant) {
+        if is_answered {
+            self.answered_at = Some(now);
+        }
     }
 
     fn leave_closed(&mut self, state: BreakerState, now: Instant) {
@@ -246,6 +301,59 @@ mod tests {
 
         assert!(breaker.is_closed());
         assert_eq!(breaker.poll_timeout(), None);
+    }
+
+    /// As many probes as close it.
+    fn answer_probes(breaker: &mut Breaker, now: Instant) {
+        for _ in 0..PROBE_SUCCESSES {
+            assert!(breaker.take_probe(now));
+            breaker.handle_probed(true, now);
+        }
+        assert!(breaker.is_closed());
+    }
+
+    #[test]
+    fn opens_where_others_had_no_answer_and_nobody_asked_for_a_device() {
+        let mut breaker = Breaker::new(at(0));
+        breaker.handle_outcome(true, at(0));
+
+        assert!(breaker.handle_said_away(at(1_000)));
+        assert!(!breaker.handle_said_away(at(1_400)), "it is open already");
+
+        answer_probes(&mut breaker, at(5_000));
+    }
+
+    #[test]
+    fn statement_answered_lately_counts_for_more_than_what_others_say() {
+        let mut breaker = Breaker::new(at(0));
+        for ms in (0..10_000).step_by(900) {
+            breaker.handle_outcome(true, at(ms));
+            assert!(!breaker.handle_said_away(at(ms + 899)));
+        }
+
+        assert!(breaker.handle_said_away(at(10_900)), "the last one is a second ago");
+    }
+
+    #[test]
+    fn what_probes_have_refuted_is_not_believed_again_until_it_was_taken_back() {
+        let mut breaker = Breaker::new(at(0));
+        assert!(breaker.handle_said_away(at(0)));
+        answer_probes(&mut breaker, at(3));
+        assert!(!(1..60).any(|second| breaker.handle_said_away(at(second * 1_000))));
+
+        breaker.handle_said_there();
+
+        assert!(breaker.handle_said_away(at(60_000)));
+    }
+
+    #[test]
+    fn what_was_taken_back_before_the_probes_were_answered_is_believed_the_next_time() {
+        let mut breaker = Breaker::new(at(0));
+        breaker.handle_said_away(at(0));
+        breaker.handle_said_there();
+        answer_probes(&mut breaker, at(3));
+
+        assert!(breaker.handle_said_away(at(10_000)));
     }
 
     #[test]

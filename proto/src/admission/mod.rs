@@ -274,6 +274,19 @@ impl Admission {
         self.breaker.handle_present(now);
     }
 
+    /// Calls to the registry other than look-ups had no answer. Where no look-up was answered lately either, everybody is refused at once,
+    /// until probes are answered.
+    pub fn handle_registry_said_away(&mut self, now: Instant) {
+        if self.breaker.handle_said_away(now) {
+            self.refuse_all_waiting();
+        }
+    }
+
+    /// Calls to the registry other than look-ups are answered.
+    pub const fn handle_registry_said_there(&mut self) {
+        self.breaker.handle_said_there();
+    }
+
     /// The device was authenticated, and is let in. Its slot is used; it is no stranger from now on. `tenant` is the registry's.
     pub fn handle_admitted(&mut self, device: DeviceId, tenant: &str) {
         self.slots.handle_admitted(device, tenant);

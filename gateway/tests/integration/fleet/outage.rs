@@ -14,9 +14,8 @@ use rustix::process::Signal;
 use seawall_gateway::{
     config::DatabaseUrl,
     drain::{DrainState, Order},
-    store::Store,
+    store::{Operation, Store},
 };
-use seawall_proto::admission::BreakerState;
 use sqlx::{Connection as _, PgConnection};
 use tokio::{
     net::TcpStream,
@@ -84,6 +83,68 @@ async fn killed_database_is_survived() {
 #[tokio::test(flavor = "multi_thread")]
 async fn frozen_database_is_survived() {
     survive(|cluster| cluster.freeze().unwrap(), |cluster| cluster.thaw().unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_waits_for_a_database_that_froze_while_nobody_came() {
+    let cluster = Cluster::start().unwrap();
+    let url = cluster.database().await.unwrap();
+    let gateway = Gateway::start_on(Some(&url), "").await;
+    eventually(|| gateway.shared.readiness().ready).await;
+    gateway.register(0..10).await;
+    let _served = gateway.session(&device(0)).await;
+    cluster.freeze().unwrap();
+
+    eventually(|| is_said_to_be_away(&gateway)).await;
+    for device in devices(1..8) {
+        assert_refused_at_once(&[gateway.connect(&device).await]);
+    }
+
+    cluster.thaw().unwrap();
+    assert_eq!(persist_all(gateway.devices, devices(1..8)).await.len(), 7);
+    eventually(|| gateway.shared.readiness().reasons.is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn call_that_failed_on_a_connection_of_its_own_refuses_nobody() {
+    let database = pg::shared().database().await.unwrap();
+    let gateway = Gateway::start_on(Some(&database), "").await;
+    eventually(|| gateway.shared.readiness().ready).await;
+    gateway.register(0..1).await;
+    let mut operator = PgConnection::connect(database.expose()).await.unwrap();
+    let failed = || {
+        let of = |operation| gateway.shared.store.failed(operation);
+        of(Operation::Rules) + of(Operation::Revocations)
+    };
+
+    let until = Instant::now() + PATIENCE;
+    for round in 1..=3 {
+        sqlx::raw_sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+             WHERE datname = current_database() AND application_name = 'seawall rules'",
+        )
+        .execute(&mut operator)
+        .await
+        .unwrap();
+        while failed() < round {
+            drop(gateway.session(&device(0)).await);
+            assert!(Instant::now() < until, "the polls did not notice");
+        }
+        let settled = Instant::now() + SETTLED_AFTER;
+        while Instant::now() < settled {
+            drop(gateway.session(&device(0)).await);
+        }
+    }
+
+    assert_eq!(
+        gateway.metric("seawall_handshakes_total{outcome=\"registry_unavailable\"}"),
+        0
+    );
+}
+
+/// As operators are told by `/readyz`.
+fn is_said_to_be_away(gateway: &Gateway) -> bool {
+    gateway.shared.readiness().reasons.contains(&"database_unavailable")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -219,7 +280,7 @@ async fn survive(hurt: fn(&Cluster), heal: fn(&Cluster)) {
     let mut attempts_made = LIVE.len() + 2 * AT_ONCE as usize + ARRIVING.len();
 
     // Once it is known.
-    eventually(|| gateway.shared.gate.state().breaker != BreakerState::Closed).await;
+    eventually(|| is_said_to_be_away(&gateway)).await;
     let refused_once = gateway.connect_all(&devices(20..120)).await;
     assert_refused_at_once(&refused_once);
     attempts_made += refused_once.len();

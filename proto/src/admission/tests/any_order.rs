@@ -34,6 +34,9 @@ enum Step {
     Registry {
         is_there: bool,
     },
+    Said {
+        is_there: bool,
+    },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -52,6 +55,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => any::<u8>().prop_map(|device| Step::Wrong { device }),
         1 => any::<bool>().prop_map(Step::Cut),
         1 => prop::bool::weighted(0.8).prop_map(|is_there| Step::Registry { is_there }),
+        1 => any::<bool>().prop_map(|is_there| Step::Said { is_there }),
     ]
 }
 
@@ -114,6 +118,8 @@ proptest! {
                 Step::Cut(is_cut) => node.admission.set_limit_cut(is_cut, now),
                 Step::Registry { is_there: true } => node.admission.handle_registry_present(now),
                 Step::Registry { is_there: false } => node.admission.handle_registry_absent(now),
+                Step::Said { is_there: true } => node.admission.handle_registry_said_there(),
+                Step::Said { is_there: false } => node.admission.handle_registry_said_away(now),
             }
             while let Some(batch) = node.admission.poll_batch(now) {
                 let mut under_way: BTreeSet<DeviceId> = flying.iter().flat_map(|other| other.keys.clone()).collect();

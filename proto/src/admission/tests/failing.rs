@@ -71,6 +71,30 @@ fn dead_registry_is_known_after_one_time_out_and_probed_without_devices() {
 }
 
 #[test]
+fn registry_that_others_find_away_lets_nobody_wait_and_starts_low_only_where_probes_fail_too() {
+    for is_away in [true, false] {
+        let mut node = Node::new();
+        node.queued(1, at(0));
+        let limit = node.admission.state(at(0)).limit;
+
+        node.admission.handle_registry_said_away(at(0));
+
+        assert_eq!(causes(&node.actions(at(0))), [Cause::Breaker].into());
+        assert_eq!(node.refused(2, None, at(1)).cause, Cause::Breaker);
+        if is_away {
+            let probe = node.batches(at(1)).remove(0);
+            node.done(&probe, BatchOutcome::TimedOut, at(1_001));
+        }
+        for _ in 0..3 {
+            let probe = node.batches(at(2_000)).remove(0);
+            node.done(&probe, BatchOutcome::Answered, at(2_000));
+        }
+        node.queued(3, at(2_000));
+        assert_eq!(node.admission.state(at(2_000)).limit < limit, is_away);
+    }
+}
+
+#[test]
 fn hints_grow_with_the_age_of_the_outage() {
     let mut node = Node::new();
     node.admission.handle_registry_absent(at(0));
