@@ -115,7 +115,7 @@ pub struct RuleArgs {
     /// Only devices of this tenant
     #[arg(long)]
     tenant: Option<String>,
-    /// Why; refused devices and everyone in between can read it
+    /// Why; refused devices, and whoever looks after them, can read it
     #[arg(long)]
     reason: Option<String>,
     /// Shortest time before a refused device comes back, as in 15m; it is told up to twice that [default: 15m]
@@ -145,7 +145,7 @@ pub fn run(ctx: &Context, verb: Rules) -> Result<(), Failure> {
             let body = match file {
                 Some(path) => with_confirm(from_file(&path)?, rule.confirm),
                 None => {
-                    let mut body = rule.body(Reason::Needed)?;
+                    let mut body = rule.body()?;
                     body.insert("effect".into(), effect.into());
                     body.insert("mode".into(), mode.into());
                     body.insert("admit_percent".into(), admit_percent.into());
@@ -155,13 +155,13 @@ pub fn run(ctx: &Context, verb: Rules) -> Result<(), Failure> {
             add(ctx, body)
         }
         Rules::Block { rule } => {
-            let mut body = rule.body(Reason::Needed)?;
+            let mut body = rule.body()?;
             body.insert("effect".into(), "block".into());
             add(ctx, body)
         }
         Rules::Unblock { rule, model, tenant } => unblock(ctx, &rule, model.as_deref(), tenant.as_deref()),
         Rules::Preview { rule } => {
-            let mut body = rule.body(Reason::Optional)?;
+            let mut body = rule.body()?;
             body.insert("effect".into(), "block".into());
             ctx.show(
                 &ctx.client
@@ -218,35 +218,20 @@ pub fn run(ctx: &Context, verb: Rules) -> Result<(), Failure> {
     }
 }
 
-/// Whether a rule must say why it is there.
-enum Reason {
-    Needed,
-    Optional,
-}
-
 impl RuleArgs {
-    fn body(self, reason: Reason) -> Result<Map<String, Value>, Failure> {
+    fn body(self) -> Result<Map<String, Value>, Failure> {
         if self.firmware.is_none() && self.model.is_none() && self.tenant.is_none() {
             return Err(Failure::WrongUse(
                 "name what the rule matches: a RANGE such as '>=3.8.0-b3', --model or --tenant".into(),
             ));
         }
-        let reason = match (self.reason, reason) {
-            (None, Reason::Needed) => {
-                return Err(Failure::WrongUse(
-                    "--reason: say why; refused devices and whoever looks after them will read it".into(),
-                ));
-            }
-            (None, Reason::Optional) => "preview".to_owned(),
-            (Some(reason), Reason::Needed | Reason::Optional) => reason,
-        };
         let mut matches = Map::new();
         insert(&mut matches, "firmware", self.firmware);
         insert(&mut matches, "model", self.model);
         insert(&mut matches, "tenant", self.tenant);
         let mut body = Map::new();
         body.insert("match".into(), matches.into());
-        body.insert("reason".into(), reason.into());
+        insert(&mut body, "reason", self.reason);
         insert(&mut body, "retry_after", self.retry_after);
         insert(&mut body, "expires_at", self.expires.as_deref().map(point).transpose()?);
         body.insert("evict".into(), self.evict.into());

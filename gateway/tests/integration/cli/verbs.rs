@@ -87,6 +87,17 @@ fn edit_changes_what_a_rule_matches_and_keeps_the_rest() {
 }
 
 #[test]
+fn range_is_all_that_a_block_needs() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+
+    done(&mut gateway.operator(&["rules", "block", ">=3.8.0-b3"]));
+
+    let listed = json(&run(&mut gateway.operator(&["rules", "list", "--json"])).unwrap());
+    assert_eq!(listed["items"][0]["match"]["firmware"], ">=3.8.0-b3");
+    assert_eq!(listed["items"][0]["reason"], "");
+}
+
+#[test]
 fn rule_that_is_over_already_is_refused_in_words() {
     let gateway = GatewayProcess::start(&[]).unwrap();
     let over = |arguments: &[&str]| {
