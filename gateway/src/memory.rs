@@ -16,7 +16,10 @@ use std::{
 };
 
 use seawall_proto::memory::{Guard, Usage};
-use tokio::time::sleep;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::sleep,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{capacity, state::Shared};
@@ -29,17 +32,27 @@ const LOOK_INTERVAL_HIGH: Duration = Duration::from_millis(100);
 const UNREAD_LOOKS_MAX: u32 = 60;
 /// What the kernel holds for the socket of a device, in bytes. Measured with 15,000 of them; cgroups count it by themselves.
 const SOCKET_BYTES: u64 = 5 * 1024;
+/// Devices at a time that may wait for a look-up although nothing fits, because a session of theirs is here, which theirs would replace. Their
+/// ids are not proven yet: with what they hold they fit into what a full node keeps free.
+const REPLACING_MAX: usize = 128;
 /// The alarm that operators see while devices are sent away because memory is short.
 const ALARM: &str = "memory_short";
 
 /// This node's memory. By default nothing is measured, and everybody fits.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Memory {
     sources: Sources,
     guard: Mutex<Guard>,
     /// Looks in a row at which something could not be measured.
     unread_looks: AtomicU32,
+    replacing: Arc<Semaphore>,
     is_told: AtomicBool,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self::new(Sources::default())
+    }
 }
 
 /// Where figures come from.
@@ -77,6 +90,7 @@ impl Memory {
             sources,
             guard: Mutex::default(),
             unread_looks: AtomicU32::new(0),
+            replacing: Arc::new(Semaphore::new(REPLACING_MAX)),
             is_told: AtomicBool::new(false),
         }
     }
@@ -125,7 +139,20 @@ impl Memory {
     /// Room for one more; `None` where it does not fit.
     #[must_use]
     pub fn take(self: &Arc<Self>) -> Option<Room> {
-        self.guard().take().then(|| Room(Some(Arc::clone(self))))
+        self.guard().take().then(|| Room(Hold::Taken(Arc::clone(self))))
+    }
+
+    /// For a device that would replace its own session, although nothing fits; `None` where too many do.
+    #[must_use]
+    pub fn take_to_replace(&self) -> Option<Room> {
+        let permit = Arc::clone(&self.replacing).try_acquire_owned();
+        permit.ok().map(|permit| Room(Hold::Replacing(permit)))
+    }
+
+    /// What is left is for devices that are known.
+    #[must_use]
+    pub fn is_crowded(&self) -> bool {
+        self.guard().is_crowded()
     }
 
     /// Memory is short: devices are sent away.
@@ -141,12 +168,20 @@ impl Memory {
 
 /// Room for one device, given back when it is dropped, unless a session came of it.
 #[derive(Debug)]
-pub struct Room(Option<Arc<Memory>>);
+pub struct Room(Hold);
+
+#[derive(Debug)]
+enum Hold {
+    Taken(Arc<Memory>),
+    #[expect(dead_code, reason = "a permit is held, and given back when it is dropped")]
+    Replacing(OwnedSemaphorePermit),
+    UsedUp,
+}
 
 impl Room {
     /// The device has a session now: what that takes is measured from here on.
     pub fn use_up(mut self) {
-        if let Some(memory) = self.0.take() {
+        if let Hold::Taken(memory) = std::mem::replace(&mut self.0, Hold::UsedUp) {
             memory.guard().use_up();
         }
     }
@@ -154,7 +189,7 @@ impl Room {
 
 impl Drop for Room {
     fn drop(&mut self) {
-        if let Some(memory) = &self.0 {
+        if let Hold::Taken(memory) = &self.0 {
             memory.guard().give_back();
         }
     }

@@ -127,6 +127,12 @@ impl Guard {
         self.room() > 0
     }
 
+    /// Half of what fits is taken by those of whom it is open whether they stay: the other half is for devices that are known.
+    #[must_use]
+    pub const fn is_crowded(&self) -> bool {
+        self.held >= self.room()
+    }
+
     /// Takes a place for one more; false where it does not fit. Each is [used up](Self::use_up) or [given back](Self::give_back).
     #[must_use]
     pub const fn take(&mut self) -> bool {
@@ -194,6 +200,18 @@ mod tests {
         // 921.6 MiB less 900 MiB, by 16 KiB.
         assert_eq!(taken, 1_382);
         assert!(!guard.is_full(), "nothing is wrong with memory that is used");
+    }
+
+    #[test]
+    fn it_is_crowded_once_half_of_what_fits_is_held() {
+        let mut guard = Guard::default();
+        measured(&mut guard, [of(1000 * MIB, 900 * MIB - 4 * DEVICE_BYTES)]);
+
+        assert!(guard.take() && !guard.is_crowded());
+        assert!(guard.take() && guard.is_crowded());
+        guard.use_up();
+
+        assert!(!guard.is_crowded(), "of three that fit one is held");
     }
 
     #[test]

@@ -323,7 +323,7 @@ fn obey_orders_given_meanwhile(shared: &Shared, session: &Session) {
 /// What a device holds that becomes a session.
 struct Holds {
     connection: Share,
-    room: Option<Room>,
+    room: Room,
 }
 
 /// Whether a device shows by a token of ours that it comes as it was told, or comes back to its session: it is never throttled
@@ -333,14 +333,22 @@ fn is_awaited(shared: &Shared, hello: &Hello) -> bool {
     shared.resume.is_shown_by(hello, &shared.clock) || hello.slot.as_deref().is_some_and(is_at_its_slot)
 }
 
-/// Room in memory for a device, before anything is spent on it. One that is online here needs none: it can only replace its own session.
-fn fit(shared: &Shared, hello: &Hello) -> Result<Option<Room>, Turned> {
-    let room = shared.memory.take();
-    if room.is_some() || shared.sessions.get(hello.device).is_some() {
-        return Ok(room);
-    }
-    shared.metrics.memory_refusals.increment(1);
-    Err(Turned::NodeFull)
+/// Room in memory for a device, before anything is spent on it. Strangers hold no more than half of it while it is
+/// open whether they stay. One that is online here needs none: it can only replace its own session.
+fn fit(shared: &Shared, hello: &Hello) -> Result<Room, Turned> {
+    let memory = &shared.memory;
+    let is_its_turn = !memory.is_crowded()
+        || shared.gate.is_known(hello.device, hello.slot.as_deref())
+        || shared.resume.is_shown_by(hello, &shared.clock);
+    let room = if is_its_turn { memory.take() } else { None };
+    let room = room.or_else(|| {
+        let is_online = shared.sessions.get(hello.device).is_some();
+        is_online.then(|| memory.take_to_replace()).flatten()
+    });
+    room.ok_or_else(|| {
+        shared.metrics.memory_refusals.increment(1);
+        Turned::NodeFull
+    })
 }
 
 /// Ready once the peer has closed its side or broken the connection. A peer that sends on is still there.
@@ -399,9 +407,7 @@ async fn upgrade(
         return attempt.count(Outcome::Abandoned);
     }
     let Holds { connection, room } = holds;
-    if let Some(room) = room {
-        room.use_up();
-    }
+    room.use_up();
     attempt.admitted(cohort);
     if let Some(before) = admitted.resumed {
         let session = online.session().id;

@@ -230,6 +230,13 @@ impl Gate {
             .slot_for_turned(device, slot_token, at_least, times, &mut core.rng)
     }
 
+    /// Whether a device was seen authenticated, or is registered as far as this node knows.
+    #[must_use]
+    pub fn is_known(&self, device: DeviceId, slot_token: Option<&str>) -> bool {
+        let (now, wall) = (self.0.clock.now(), self.0.clock.wall());
+        self.0.lock().admission.is_known(device, slot_token, now, wall)
+    }
+
     /// Whether a device shows by a token of ours that it comes at its slot.
     #[must_use]
     pub fn is_at_its_slot(&self, device: DeviceId, slot_token: &str) -> bool {

@@ -352,6 +352,12 @@ impl Admission {
             .refuse(device, &standing, at_least, Pace::Shared(rate), (now, wall), rng)
     }
 
+    /// Whether a device was seen authenticated, or is registered as far as this node knows. Anybody may name its id.
+    #[must_use]
+    pub fn is_known(&self, device: DeviceId, slot_token: Option<&str>, now: Instant, wall: WallTime) -> bool {
+        self.slots.standing(device, slot_token, now, wall).tenant.is_some()
+    }
+
     /// Whether a device shows by a token of ours that it comes at its slot: then how often others come from where it is doesn't matter.
     #[must_use]
     pub fn is_at_its_slot(&self, device: DeviceId, slot_token: &str, now: Instant, wall: WallTime) -> bool {

@@ -120,6 +120,39 @@ async fn nobody_is_looked_up_who_does_not_fit_and_who_does_not_stay_gives_the_ro
 }
 
 #[tokio::test]
+async fn strangers_who_wait_leave_room_for_devices_that_are_known() {
+    let counters = tempfile::tempdir().unwrap();
+    leaves_room_for(counters.path(), 4);
+    let groups = Group::around("0::/\n", counters.path());
+    let gateway = Gateway::start_with(Sources::of(groups, 0, 1 << 40), "").await;
+    let known = gateway.device_lines().await;
+    drop(Device::connect(gateway.devices, &[&known]).await);
+    eventually(|| gateway.shared.sessions.len() == 0).await;
+    gateway.shared.memory.look(0);
+
+    // Two that wait for their look-ups.
+    let waiting: Vec<_> = (0..2).filter_map(|_| gateway.shared.memory.take()).collect();
+    let stranger = "Seawall-Device: 00000000-0000-4000-8000-000000000001\r\nAuthorization: Bearer nobody";
+    let refused = ask(gateway.devices, request(&[stranger]).as_bytes()).await;
+
+    assert_eq!((waiting.len(), refused.status), (2, 503), "{refused:?}");
+    Device::connect(gateway.devices, &[&known]).await;
+    drop(waiting);
+    assert_eq!(ask(gateway.devices, request(&[stranger]).as_bytes()).await.status, 401);
+}
+
+#[tokio::test]
+async fn only_so_many_claim_to_replace_a_session_at_a_time() {
+    let memory = std::sync::Arc::new(seawall_gateway::memory::Memory::default());
+
+    let claims: Vec<_> = (0..1_000).filter_map(|_| memory.take_to_replace()).collect();
+
+    assert_eq!(claims.len(), 128);
+    drop(claims);
+    assert!(memory.take_to_replace().is_some());
+}
+
+#[tokio::test]
 async fn device_that_is_online_replaces_its_session_on_a_full_node() {
     let counters = tempfile::tempdir().unwrap();
     uses(counters.path(), 100);
