@@ -25,6 +25,7 @@ pub mod ops;
 pub mod presence;
 pub mod proxy;
 pub mod resume;
+pub mod roster;
 pub mod rules;
 mod series;
 pub mod serve;

@@ -58,6 +58,10 @@ pub struct Metrics {
     pub revoked_devices: Gauge,
     /// Time since the revocations were last confirmed by the database.
     pub revocations_age_seconds: Gauge,
+    /// Devices of the roster.
+    pub roster_devices: Gauge,
+    /// Time since the registry was as the roster says.
+    pub roster_age_seconds: Gauge,
     /// Distinct keys sent to the database and not yet answered. Never above `seawall_admission_limit`.
     pub lookups_in_flight: Gauge,
     /// The most keys that may be in flight now.
@@ -267,6 +271,14 @@ impl Metrics {
             revocations_age_seconds: names.gauge(
                 "seawall_revocations_age_seconds",
                 "Time since the database last confirmed the revocations of resume tokens.",
+            ),
+            roster_devices: names.gauge(
+                "seawall_roster_devices",
+                "Registered devices of the roster that this node tells strangers by, of at most 16,000,000; 8 bytes each.",
+            ),
+            roster_age_seconds: names.gauge(
+                "seawall_roster_age_seconds",
+                "Time since the registry was as the roster says, also over restarts; since the start where there is none.",
             ),
             lookups_in_flight: names.gauge(
                 "seawall_lookups_in_flight",

@@ -27,6 +27,7 @@ use crate::{
     ops,
     proxy::Proxies,
     resume::{self, Resume},
+    roster,
     rules::{self, Rules},
     sessions::Sessions,
     socket::SocketLimits,
@@ -166,6 +167,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     if let Some(rate) = known_good::load(data_dir.path()) {
         gate.set_last_known_good(rate);
     }
+    gate.set_roster(Arc::new(roster::load(data_dir.path())));
     // The settings are valid.
     let proxies = Proxies::of(&config.proxy).unwrap_or_default();
     let state = Arc::new(State {
@@ -179,6 +181,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         store,
         gate,
         resume,
+        roster_wanted: roster::Wanted::default(),
         rules: Rules::open(data_dir.path()),
         sessions: Sessions::new(started),
         cohorts: Cohorts::new(),
@@ -236,6 +239,7 @@ fn spawn_tasks(state: &Shared, life: &Lifecycle) {
     life.spawn("rules", rules::follow(shared(), hard()));
     life.spawn("evictor", rules::evict(shared(), hard()));
     life.spawn("revocations", resume::follow(shared(), hard()));
+    life.spawn("roster", roster::follow(shared(), hard()));
     life.spawn("drill", resume::drill(shared(), hard()));
     life.spawn("drain", drain::run(shared(), hard()));
     life.spawn("ageing", ageing::run(shared(), hard()));

@@ -11,6 +11,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    roster,
     state::Shared,
     store::{Operation, PlanReport},
     telemetry,
@@ -125,6 +126,8 @@ fn publish_gauges(state: &Shared) {
     metrics
         .revocations_age_seconds
         .set(state.resume.age(state.clock.now()).as_secs_f64());
+    metrics.roster_devices.set(state.gate.roster().len() as f64);
+    metrics.roster_age_seconds.set(roster::age(state).as_secs_f64());
     metrics
         .rules_age_seconds
         .set(state.rules.age(state.clock.now()).as_secs_f64());

@@ -24,7 +24,7 @@ use seawall_proto::{
     refusal::{Code, Hint, Refusal},
     resume::Generation,
     rules::RuleSet,
-    slots::SlotKeys,
+    slots::{Roster, SlotKeys},
     time::Instant,
 };
 use tokio::sync::Notify;
@@ -137,6 +137,9 @@ impl Gate {
         let hello = unproven.hello();
         let cohort = CohortTag::of(hello.model.as_deref(), hello.firmware.as_deref());
         let proof = unproven.proof();
+        if let Some(tenant) = unproven.vouched() {
+            self.0.lock().admission.handle_vouched(device, tenant);
+        }
         let answer = self
             .look_up(device, proof, cohort, hello.slot.as_deref(), arrived)
             .await;
@@ -248,6 +251,23 @@ impl Gate {
     pub fn forget(&self, device: DeviceId) {
         self.0.lock().admission.handle_registered(device);
         self.0.absent.forget(device);
+    }
+
+    /// The registry has the device with this tenant, whatever the roster says.
+    pub fn learn(&self, device: DeviceId, tenant: &str) {
+        self.0.lock().admission.handle_tenant(device, tenant);
+    }
+
+    /// Who is registered, as far as is known.
+    #[must_use]
+    pub fn roster(&self) -> Arc<Roster> {
+        Arc::clone(self.0.lock().admission.roster())
+    }
+
+    /// Who is registered: everybody else is a stranger until let in.
+    pub fn set_roster(&self, roster: Arc<Roster>) {
+        // The lock is given back before the old one ends, which takes a moment where it is large.
+        let _before = self.0.lock().admission.set_roster(roster);
     }
 
     /// Many devices were registered.

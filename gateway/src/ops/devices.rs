@@ -199,6 +199,9 @@ async fn register_device(
         .carry_out(async move {
             let row = state.store.device_insert(&new, &audit).await;
             state.gate.forget(new.id);
+            if let Ok(row) = &row {
+                state.gate.learn(new.id, &row.record.tenant);
+            }
             row
         })
         .await??;
@@ -419,7 +422,10 @@ async fn carry_out(
             }
             if let Ok(Some(row)) = &changed {
                 let state = match leaves {
-                    Leaves::Row => Some(row.record.state),
+                    Leaves::Row => {
+                        gateway.gate.learn(id, &row.record.tenant);
+                        Some(row.record.state)
+                    }
                     Leaves::Nothing => None,
                 };
                 end_unwanted_session(&gateway, id, state);

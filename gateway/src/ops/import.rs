@@ -98,6 +98,7 @@ async fn import_devices(
             let report = import.finish(&audit).await;
             // Also after an error that leaves open what was done.
             state.gate.forget_all();
+            state.roster_wanted.ask();
             if let Err(error) = state.resume.poll(&state.store, &state.clock).await {
                 tracing::warn!(%error, "revocations of the import can't be read yet");
             }

@@ -14,7 +14,7 @@ use super::{
     extract::{Page, PageParams, Params},
     problem::{Problem, ProblemBody},
 };
-use crate::{events::format_time, state::State as Gateway, store::PlanReport, telemetry};
+use crate::{events::format_time, roster, state::State as Gateway, store::PlanReport, telemetry};
 
 /// This gateway in the audit log.
 pub const SUBJECT: &str = "node";
@@ -42,6 +42,7 @@ pub struct Node {
     database: DatabaseView,
     rules: RulesView,
     resume: ResumeView,
+    roster: RosterView,
     drain: DrainView,
     /// What is logged. Null: the process has no log of the gateway's.
     log_level: Option<String>,
@@ -112,6 +113,14 @@ pub struct ResumeView {
     age_seconds: f64,
 }
 
+/// Who is registered, as this node remembers it: whoever is not in it, and was not let in here, is a stranger.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct RosterView {
+    devices: usize,
+    /// Time since the registry was like that; since the start where nothing was read yet.
+    age_seconds: f64,
+}
+
 impl Node {
     fn of(gateway: &Gateway) -> Self {
         let readiness = gateway.readiness();
@@ -157,6 +166,10 @@ impl Node {
                 revision: gateway.resume.revision().map(|revision| revision.0),
                 revoked: gateway.resume.revoked_len(),
                 age_seconds: gateway.resume.age(gateway.clock.now()).as_secs_f64(),
+            },
+            roster: RosterView {
+                devices: gateway.gate.roster().len(),
+                age_seconds: roster::age(gateway).as_secs_f64(),
             },
             drain: DrainView::of(gateway),
             log_level: telemetry::level(),

@@ -13,7 +13,7 @@ pub enum Operation {
     Rules,
     /// Revocations of resume tokens, polled by every node.
     Revocations,
-    /// What the API and the tokens' poll read.
+    /// What the API, the tokens' poll and the roster read.
     Read,
     /// What the API changes, rules and imports apart.
     Write,

@@ -20,6 +20,7 @@ mod model;
 mod plan;
 mod postgres;
 mod revocations;
+mod roster;
 mod rules;
 mod sqlite;
 mod tokens;
@@ -46,6 +47,7 @@ pub use self::{
     },
     plan::PlanReport,
     revocations::StoredRevocations,
+    roster::RosterRow,
     rules::{RULES_MAX, StoredRules},
     tokens::TOKENS_MAX,
 };

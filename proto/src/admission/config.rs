@@ -18,7 +18,7 @@ pub struct AdmissionConfig {
     pub waiting_max: usize,
     /// Most devices whose slot is remembered here. Then a slot is in its token only.
     pub slots_max: usize,
-    /// Most devices remembered as seen authenticated. Then the one not seen longest is a stranger again.
+    /// Most devices remembered that were let in or registered here and are not in the roster. Then the one not seen longest is a stranger again.
     pub known_max: usize,
     /// Most tenants with a queue of their own at a time. Then the rest share one.
     pub tenants_max: usize,
@@ -108,7 +108,7 @@ impl AdmissionConfig {
             },
             Figure {
                 name: "known_max",
-                text: "Most devices remembered as seen authenticated, about 60 bytes each. Then the one not seen longest counts as a stranger.",
+                text: "Most devices remembered that were let in or registered here and are not in the roster, about 60 bytes each. Then the one not seen longest counts as a stranger.",
                 unit: "devices",
                 bounds: 1..=16_000_000,
                 value: wide(self.known_max),

@@ -302,6 +302,12 @@ impl Admission {
         self.slots.handle_vouched(device, tenant);
     }
 
+    /// Who is registered, as far as is known.
+    #[must_use]
+    pub const fn roster(&self) -> &Arc<Roster> {
+        self.slots.roster()
+    }
+
     /// Who is registered: whoever is not, and was not seen authenticated, is a stranger. The roster of before, whose end takes a moment
     /// where it is large.
     pub fn set_roster(&mut self, roster: Arc<Roster>) -> Arc<Roster> {

@@ -145,6 +145,10 @@ impl Slots {
         self.stateless
     }
 
+    pub(crate) const fn roster(&self) -> &Arc<Roster> {
+        &self.roster
+    }
+
     /// Who is registered, from now on; the roster of before, whose end takes a moment where it is large.
     pub(crate) fn set_roster(&mut self, roster: Arc<Roster>) -> Arc<Roster> {
         std::mem::replace(&mut self.roster, roster)

@@ -9,5 +9,6 @@ mod port;
 mod resume;
 mod revoked;
 pub mod rig;
+mod roster;
 mod rules;
 mod storm;

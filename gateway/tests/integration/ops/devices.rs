@@ -319,3 +319,14 @@ fn a_device_that_does_not_read_is_revoked_all_the_same() {
     );
     drop(deaf);
 }
+
+#[test]
+fn device_registered_or_moved_here_is_no_stranger_from_then_on() {
+    let gateway = Gateway::start();
+
+    let (id, _) = gateway.register(json!({"tenant": "acme"}));
+    let moved = gateway.patch(&format!("/api/v1/devices/{id}"), json!({"tenant": "zeta"}));
+
+    assert_eq!(moved.status, 200);
+    assert_eq!(gateway.state().gate.state().known, 1);
+}

@@ -91,3 +91,14 @@ fn a_wrong_header_is_answered_even_when_a_large_file_follows() {
     assert_eq!(import(&gateway, "?colour=1", "id,secret\n").problem().0, 400);
     assert_eq!(import(&gateway, "", "").problem().0, 422);
 }
+
+#[test]
+fn imported_devices_are_no_strangers_before_they_connect() {
+    let gateway = Gateway::start();
+    let file = format!("id,secret\n{},0123456789abcdef\n{},0123456789abcdef\n", id(1), id(2));
+
+    assert_eq!(import(&gateway, "", &file).status, 201);
+
+    gateway.eventually(|| gateway.state().gate.roster().len() == 2);
+    assert_eq!(gateway.get("/api/v1/node").json()["roster"]["devices"], 2);
+}

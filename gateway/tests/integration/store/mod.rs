@@ -8,6 +8,7 @@ mod lookup;
 mod plan;
 mod records;
 mod revocations;
+mod roster;
 mod rules;
 mod schema;
 

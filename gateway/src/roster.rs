@@ -1,0 +1,241 @@
+//! Who is registered: read from the registry every so often, and kept in `roster.bin` of the data directory, so that this node tells devices
+//! from strangers, and tenants from each other, from its first connection on.
+//!
+//! Nothing depends on it but places in the queue. A file that is missing, damaged or old costs devices that this node has not seen their
+//! places until the registry is read, which never is in the way of look-ups. Start with [`follow`].
+
+use std::{fs, io, path::Path, sync::Arc, time::Duration};
+
+use rand::Rng as _;
+use seawall_proto::{
+    admission::BreakerState,
+    slots::{ROSTER_MAX, Roster, RosterBuilder},
+    time::WallTime,
+};
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep, sleep_until, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    data_dir::write_atomically,
+    state::{Shared, State},
+    store::DatabaseStatus,
+};
+
+/// The file, in the data directory: eight bytes a device. It is good for any node of the same registry.
+pub const FILE: &str = "roster.bin";
+
+/// How old a roster becomes, give or take [`AGE_SPREAD`]: devices that were registered through other nodes since, and did not connect here,
+/// are strangers until then.
+const AGE: Duration = Duration::from_mins(30);
+/// Nodes that started together don't read together.
+const AGE_SPREAD: f64 = 0.25;
+/// Time between the end of one reading and the next at least, whoever asks.
+const PAUSE_MIN: Duration = Duration::from_secs(5);
+/// Between two pages, times what a page took: reading takes a fifth of one connection's time at most.
+const PAGE_PAUSE_FACTOR: u32 = 4;
+const PAGE_PAUSE_MIN: Duration = Duration::from_millis(10);
+/// After a page that could not be read.
+const RETRY_PAUSE: Duration = Duration::from_secs(5);
+/// How often it is looked whether devices still wait.
+const QUIET_LOOK_INTERVAL: Duration = Duration::from_millis(100);
+/// Devices wait, where there are more than one part in this many of the keys that may be in flight.
+const QUIET_PART: usize = 4;
+/// A node that has no roster at all reads a page this often although devices wait: to it they are strangers all.
+const BLIND_PAGE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Asks for the registry to be read. Clones ask the same.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted(Arc<Notify>);
+
+impl Wanted {
+    /// Many devices were registered, or may have been.
+    pub fn ask(&self) {
+        self.0.notify_one();
+    }
+}
+
+/// What an earlier life kept; empty where it kept nothing. What can't be read is logged here, and counts as nothing.
+#[must_use]
+pub fn load(data_dir: &Path) -> Roster {
+    let path = data_dir.join(FILE);
+    let read = fs::read(&path).and_then(|bytes| Roster::from_bytes(&bytes).map_err(io::Error::other));
+    match read {
+        Ok(roster) => return roster,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "the roster of registered devices can't be read: until the registry is, devices that this node has not seen are strangers");
+        }
+    }
+    Roster::empty()
+}
+
+/// Reads the registry when the roster has become old, and whenever asked, until `stop`.
+pub async fn follow(state: Shared, stop: CancellationToken) {
+    let work = async {
+        state.store.ready().await;
+        let mut due = Instant::now() + left(&state.gate.roster(), state.clock.wall());
+        let mut is_failing = false;
+        loop {
+            // Asked or due.
+            let _ = timeout(
+                due.saturating_duration_since(Instant::now()),
+                state.roster_wanted.0.notified(),
+            )
+            .await;
+            let Some(roster) = read(&state).await.map(Arc::new) else {
+                sleep(RETRY_PAUSE).await;
+                continue;
+            };
+            tracing::debug!(devices = roster.len(), "the registered devices were read");
+            state.gate.set_roster(Arc::clone(&roster));
+            let data_dir = state.config.server.data_dir.clone();
+            let kept = tokio::task::spawn_blocking(move || keep(&data_dir, &roster)).await;
+            let kept = kept.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
+            if let Err(error) = &kept
+                && !is_failing
+            {
+                tracing::warn!(%error, "the roster of registered devices can't be kept on disk");
+            }
+            is_failing = kept.is_err();
+            sleep(PAUSE_MIN).await;
+            due = Instant::now() + age_max();
+        }
+    };
+    // Endless: dropped with the gateway.
+    let _: Option<std::convert::Infallible> = stop.run_until_cancelled(work).await;
+}
+
+/// Time since the registry was as the roster says; since the start where there is none.
+#[must_use]
+pub fn age(state: &State) -> Duration {
+    let roster = state.gate.roster();
+    let is_none = roster.as_of() == Roster::empty().as_of();
+    let since = if is_none { state.started } else { roster.as_of() };
+    state.clock.wall().saturating_since(since)
+}
+
+/// How long the roster is still good for.
+fn left(roster: &Roster, wall: WallTime) -> Duration {
+    age_max().saturating_sub(wall.saturating_since(roster.as_of()))
+}
+
+fn age_max() -> Duration {
+    AGE.mul_f64(rand::rng().random_range(1.0 - AGE_SPREAD..=1.0 + AGE_SPREAD))
+}
+
+fn keep(data_dir: &Path, roster: &Roster) -> io::Result<()> {
+    write_atomically(&data_dir.join(FILE), &roster.to_bytes(), 0o600)
+}
+
+/// Reads the whole registry, however long it takes. `None`: what was read is lost, by a bug.
+async fn read(state: &State) -> Option<Roster> {
+    let mut builder = RosterBuilder::new(rand::random());
+    quiet(state).await;
+    let as_of = state.clock.wall();
+    let mut cursor = None;
+    loop {
+        let begun = Instant::now();
+        let page = match state.store.roster_page(cursor.as_ref()).await {
+            Ok(page) => page,
+            Err(error) => {
+                tracing::debug!(%error, "a page of the registered devices can't be read: trying again");
+                sleep(RETRY_PAUSE).await;
+                quiet(state).await;
+                continue;
+            }
+        };
+        let has_room = page.items.iter().all(|row| builder.add(row.device, &row.tenant));
+        if !has_room {
+            tracing::warn!(
+                devices_max = ROSTER_MAX,
+                "more devices are registered than a node tells from strangers before it has seen them"
+            );
+            break;
+        }
+        cursor = page.next_cursor;
+        if cursor.is_none() {
+            break;
+        }
+        sleep((begun.elapsed() * PAGE_PAUSE_FACTOR).max(PAGE_PAUSE_MIN)).await;
+        quiet(state).await;
+    }
+    // Sorting the largest takes a second.
+    let finish = move || builder.finish(as_of);
+    let finished = tokio::task::spawn_blocking(finish).await;
+    finished
+        .inspect_err(|error| tracing::error!(%error, "the registered devices were read and could not be sorted"))
+        .ok()
+}
+
+/// Waits until look-ups leave the database time for a page.
+async fn quiet(state: &State) {
+    let begun = Instant::now();
+    loop {
+        let admission = state.gate.state();
+        let is_there =
+            admission.breaker == BreakerState::Closed && state.store.state().status == DatabaseStatus::Available;
+        let has_time = admission.queue * QUIET_PART <= admission.limit as usize;
+        let is_blind = state.gate.roster().is_empty() && begun.elapsed() >= BLIND_PAGE_INTERVAL;
+        if is_there && (has_time || is_blind) {
+            return;
+        }
+        sleep_until(Instant::now() + QUIET_LOOK_INTERVAL).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use seawall_proto::{id::DeviceId, slots::TenantTag};
+
+    use super::*;
+
+    const WALL: WallTime = WallTime::from_unix_ms(1_800_000_000_000);
+
+    fn device() -> DeviceId {
+        DeviceId::from_uuid(uuid::Uuid::from_u128(1))
+    }
+
+    fn roster() -> Roster {
+        let mut builder = RosterBuilder::new([1; 16]);
+        assert!(builder.add(device(), "acme"));
+        builder.finish(WALL)
+    }
+
+    #[test]
+    fn what_was_kept_is_read_back() {
+        let home = tempfile::tempdir().unwrap();
+        assert!(load(home.path()).is_empty());
+
+        keep(home.path(), &Roster::empty()).unwrap();
+        keep(home.path(), &roster()).unwrap();
+
+        let loaded = load(home.path());
+        assert_eq!(loaded.tenant_of(device()), Some(TenantTag::of("acme")));
+        assert_eq!(loaded.as_of(), WALL);
+    }
+
+    #[test]
+    fn file_that_holds_no_roster_counts_as_none() {
+        let home = tempfile::tempdir().unwrap();
+        let whole = roster().to_bytes();
+        for content in [&[][..], b"roster", &whole[..whole.len() - 1], &[0; 4_096]] {
+            fs::write(home.path().join(FILE), content).unwrap();
+
+            assert!(load(home.path()).is_empty());
+        }
+    }
+
+    #[test]
+    fn roster_is_read_anew_within_forty_minutes_and_at_once_where_there_is_none() {
+        let mins = Duration::from_mins;
+
+        assert_eq!(left(&Roster::empty(), WALL), Duration::ZERO);
+        assert_eq!(left(&roster(), WALL + mins(40)), Duration::ZERO);
+        for wall in [WALL, WallTime::from_unix_ms(0)] {
+            assert!((mins(22)..mins(40)).contains(&left(&roster(), wall)));
+        }
+    }
+}

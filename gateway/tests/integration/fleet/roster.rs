@@ -1,0 +1,87 @@
+//! Who is no stranger to a node that has not seen them, and over restarts.
+
+use std::fs;
+
+use seawall_gateway::{config::DatabaseUrl, roster::FILE, state::Shared, store::DEFAULT_TENANT};
+use seawall_proto::slots::{Roster, TenantTag};
+
+use super::rig::{Gateway, assert_alive, device, eventually, id};
+use crate::harness::pg::Cluster;
+
+const DEVICES: u32 = 20;
+
+/// A gateway on a database of its own that has read all its devices.
+async fn on_postgres() -> (Cluster, DatabaseUrl, Gateway) {
+    let cluster = Cluster::start().unwrap();
+    let url = cluster.database().await.unwrap();
+    let gateway = Gateway::start_on(Some(&url), "").await;
+    eventually(|| gateway.shared.readiness().ready).await;
+    gateway.register(0..DEVICES).await;
+    gateway.shared.roster_wanted.ask();
+    eventually(|| has_read_all(&gateway.shared)).await;
+    (cluster, url, gateway)
+}
+
+fn has_read_all(shared: &Shared) -> bool {
+    let roster = shared.gate.roster();
+    let tenant = Some(TenantTag::of(DEFAULT_TENANT));
+    (0..DEVICES).all(|n| roster.tenant_of(id(n)) == tenant) && roster.tenant_of(id(DEVICES)).is_none()
+}
+
+fn kept(shared: &Shared) -> Option<Roster> {
+    let file = shared.config.server.data_dir.join(FILE);
+    Roster::from_bytes(&fs::read(file).ok()?).ok()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn roster_outlives_a_restart_without_the_database() {
+    let (cluster, url, gateway) = on_postgres().await;
+    eventually(|| kept(&gateway.shared).is_some_and(|kept| kept.len() == DEVICES as usize)).await;
+    cluster.kill().unwrap();
+
+    let gateway = gateway.restart_on(Some(&url)).await;
+
+    assert!(has_read_all(&gateway.shared));
+    assert_eq!(gateway.shared.gate.state().known, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn node_with_a_new_disk_reads_the_registry_once_it_is_there() {
+    let (cluster, url, first) = on_postgres().await;
+    cluster.kill().unwrap();
+    let second = Gateway::start_on(Some(&url), "").await;
+    assert!(second.shared.gate.roster().is_empty());
+
+    cluster.restart().unwrap();
+    eventually(|| has_read_all(&second.shared)).await;
+
+    assert!(has_read_all(&first.shared));
+    eventually(|| second.metric("seawall_roster_devices") == u64::from(DEVICES)).await;
+    assert!(second.metric("seawall_roster_age_seconds") < 60);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_roster_is_no_error_and_is_replaced() {
+    let home = tempfile::tempdir().unwrap();
+    fs::create_dir(home.path().join("data")).unwrap();
+    fs::write(home.path().join("data").join(FILE), "no roster").unwrap();
+
+    let gateway = Gateway::start_in(home, None, "").await;
+
+    eventually(|| kept(&gateway.shared).is_some()).await;
+    gateway.register(0..1).await;
+    assert_alive(&mut gateway.session(&device(0)).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn device_that_was_let_in_or_changed_here_is_known_beside_the_roster() {
+    let gateway = Gateway::start("").await;
+    eventually(|| kept(&gateway.shared).is_some()).await;
+    gateway.register(0..1).await;
+    assert!(gateway.shared.gate.roster().is_empty());
+
+    gateway.session(&device(0)).await;
+    gateway.shared.gate.learn(id(1), "acme");
+
+    assert_eq!(gateway.shared.gate.state().known, 2);
+}
