@@ -41,8 +41,6 @@ const PAGE_PAUSE_MIN: Duration = Duration::from_millis(10);
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 /// How often it is looked whether devices still wait.
 const QUIET_LOOK_INTERVAL: Duration = Duration::from_millis(100);
-/// Devices wait, where there are more than one part in this many of the keys that may be in flight.
-const QUIET_PART: usize = 4;
 /// A node that has no roster at all reads a page this often although devices wait: to it they are strangers all.
 const BLIND_PAGE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -177,9 +175,8 @@ async fn quiet(state: &State) {
         let admission = state.gate.state();
         let is_there =
             admission.breaker == BreakerState::Closed && state.store.state().status == DatabaseStatus::Available;
-        let has_time = admission.queue * QUIET_PART <= admission.limit as usize;
         let is_blind = state.gate.roster().is_empty() && begun.elapsed() >= BLIND_PAGE_INTERVAL;
-        if is_there && (has_time || is_blind) {
+        if is_there && (admission.has_time_to_spare() || is_blind) {
             return;
         }
         sleep_until(Instant::now() + QUIET_LOOK_INTERVAL).await;

@@ -24,6 +24,9 @@ pub struct Arrival<'a> {
     pub proof: Proof,
 }
 
+/// More devices than one part in this many of the limit: then look-ups need the database's time.
+const TO_SPARE_PART: usize = 4;
+
 /// What admission says of an arrival.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
@@ -149,4 +152,13 @@ pub struct AdmissionState {
     pub known: usize,
     /// Cohorts that are looked up apart, because their look-ups cost far more than the others'.
     pub cohorts_apart: usize,
+}
+
+impl AdmissionState {
+    /// Look-ups leave the database time for what nobody waits for.
+    #[must_use]
+    pub fn has_time_to_spare(&self) -> bool {
+        let limit = usize::try_from(self.limit).unwrap_or(usize::MAX);
+        self.breaker == BreakerState::Closed && self.queue.saturating_mul(TO_SPARE_PART) <= limit
+    }
 }

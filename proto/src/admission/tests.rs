@@ -376,3 +376,22 @@ fn due_strangers_get_a_twentieth_while_known_devices_wait() {
     let strangers = sent.iter().take(500).filter(|key| **key > device(999)).count();
     assert_eq!(strangers, 25);
 }
+
+#[test]
+fn time_to_spare_ends_where_more_than_a_quarter_of_the_limit_waits_or_the_registry_is_away() {
+    let mut node = Node::new();
+    let quarter = u128::from(node.admission.state(at(0)).limit / 4);
+    let mut spare = |n| {
+        node.queued(n, at(0));
+        node.admission.state(at(0)).has_time_to_spare()
+    };
+
+    let within = (0..quarter).all(&mut spare);
+    let beyond = spare(quarter);
+
+    assert!(within && !beyond);
+    let mut node = Node::new();
+    assert!(node.admission.state(at(0)).has_time_to_spare());
+    node.admission.handle_registry_absent(at(0));
+    assert!(!node.admission.state(at(0)).has_time_to_spare());
+}

@@ -127,7 +127,7 @@ async fn strangers_who_wait_leave_room_for_devices_that_are_known() {
     let gateway = Gateway::start_with(Sources::of(groups, 0, 1 << 40), "").await;
     let known = gateway.device_lines().await;
     drop(Device::connect(gateway.devices, &[&known]).await);
-    eventually(|| gateway.shared.sessions.len() == 0).await;
+    eventually(|| gateway.shared.sessions.is_empty()).await;
     gateway.shared.memory.look(0);
 
     // Two that wait for their look-ups.
