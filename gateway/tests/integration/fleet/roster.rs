@@ -1,11 +1,19 @@
 //! Who is no stranger to a node that has not seen them, and over restarts.
 
-use std::fs;
+use std::{fs, sync::Arc};
 
-use seawall_gateway::{config::DatabaseUrl, roster::FILE, state::Shared, store::DEFAULT_TENANT};
+use seawall_gateway::{
+    config::DatabaseUrl,
+    roster::FILE,
+    state::Shared,
+    store::{DEFAULT_TENANT, DeviceChange},
+};
 use seawall_proto::slots::{Roster, TenantTag};
 
-use super::rig::{Gateway, assert_alive, device, eventually, id};
+use super::{
+    resume,
+    rig::{Gateway, assert_alive, audit, device, eventually, id, label, with_wrong_secret},
+};
 use crate::harness::pg::Cluster;
 
 const DEVICES: u32 = 20;
@@ -84,4 +92,28 @@ async fn device_that_was_let_in_or_changed_here_is_known_beside_the_roster() {
     gateway.shared.gate.learn(id(1), "acme");
 
     assert_eq!(gateway.shared.gate.state().known, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn token_that_was_revoked_still_tells_a_device_from_strangers() {
+    let (cluster, url, gateway) = resume::on_postgres().await;
+    let returning = resume::returning(&gateway, 0..2).await;
+    let known = gateway.shared.resume.known();
+    let change = DeviceChange {
+        tenant: Some(label("elsewhere")),
+        ..DeviceChange::default()
+    };
+    let audit = audit("device.update");
+    let changed = gateway.shared.store.device_update(id(0), &change, &audit).await;
+    assert!(changed.unwrap().is_some());
+    eventually(|| gateway.shared.resume.known() > known).await;
+    cluster.kill().unwrap();
+    let gateway = gateway.restart_on(Some(&url)).await;
+    gateway.shared.gate.set_roster(Arc::new(Roster::empty()));
+
+    let stolen = with_wrong_secret(&returning[1]);
+    for (device, known) in [(&returning[0], 1), (&stolen, 1), (&returning[1], 2)] {
+        let _ = gateway.connect(device).await;
+        assert_eq!(gateway.shared.gate.state().known, known);
+    }
 }
