@@ -9,7 +9,7 @@ use std::{fs, io, path::Path, sync::Arc, time::Duration};
 use rand::Rng as _;
 use seawall_proto::{
     admission::BreakerState,
-    slots::{ROSTER_MAX, Roster, RosterBuilder},
+    slots::{ROSTER_BYTES_MAX, ROSTER_MAX, Roster, RosterBuilder},
     time::WallTime,
 };
 use tokio::{
@@ -41,7 +41,9 @@ const PAGE_PAUSE_MIN: Duration = Duration::from_millis(10);
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 /// How often it is looked whether devices still wait.
 const QUIET_LOOK_INTERVAL: Duration = Duration::from_millis(100);
-/// A node that has no roster at all reads a page this often although devices wait: to it they are strangers all.
+/// A roster of this age is as good as none: in a crowd that never ends, devices that are registered meanwhile must not stay strangers.
+const AGE_BLIND: Duration = Duration::from_hours(1);
+/// A node whose roster is as good as none reads a page this often although devices wait: too many are strangers to it.
 const BLIND_PAGE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Asks for the registry to be read. Clones ask the same.
@@ -59,8 +61,7 @@ impl Wanted {
 #[must_use]
 pub fn load(data_dir: &Path) -> Roster {
     let path = data_dir.join(FILE);
-    let read = fs::read(&path).and_then(|bytes| Roster::from_bytes(&bytes).map_err(io::Error::other));
-    match read {
+    match read_file(&path, ROSTER_BYTES_MAX) {
         Ok(roster) => return roster,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => {
@@ -68,6 +69,14 @@ pub fn load(data_dir: &Path) -> Roster {
         }
     }
     Roster::empty()
+}
+
+/// A file that is longer than any roster is not read.
+fn read_file(path: &Path, bytes_max: u64) -> io::Result<Roster> {
+    if fs::metadata(path)?.len() > bytes_max {
+        return Err(io::Error::other("longer than any roster"));
+    }
+    Roster::from_bytes(&fs::read(path)?).map_err(io::Error::other)
 }
 
 /// Reads the registry when the roster has become old, and whenever asked, until `stop`.
@@ -175,12 +184,17 @@ async fn quiet(state: &State) {
         let admission = state.gate.state();
         let is_there =
             admission.breaker == BreakerState::Closed && state.store.state().status == DatabaseStatus::Available;
-        let is_blind = state.gate.roster().is_empty() && begun.elapsed() >= BLIND_PAGE_INTERVAL;
-        if is_there && (admission.has_time_to_spare() || is_blind) {
+        let is_turn_of_blind = begun.elapsed() >= BLIND_PAGE_INTERVAL && is_blind(&state.gate.roster(), age(state));
+        if is_there && (admission.has_time_to_spare() || is_turn_of_blind) {
             return;
         }
         sleep_until(Instant::now() + QUIET_LOOK_INTERVAL).await;
     }
+}
+
+/// Whether a roster of this age is as good as none.
+fn is_blind(roster: &Roster, age: Duration) -> bool {
+    roster.is_empty() || age >= AGE_BLIND
 }
 
 #[cfg(test)]
@@ -223,6 +237,26 @@ mod tests {
 
             assert!(load(home.path()).is_empty());
         }
+    }
+
+    #[test]
+    fn file_that_is_longer_than_any_roster_is_not_read() {
+        let home = tempfile::tempdir().unwrap();
+        keep(home.path(), &roster()).unwrap();
+        let path = home.path().join(FILE);
+        let len = fs::metadata(&path).unwrap().len();
+
+        assert_eq!(read_file(&path, len).unwrap().len(), 1);
+        assert!(read_file(&path, len - 1).is_err());
+    }
+
+    #[test]
+    fn devices_that_wait_do_not_hold_up_the_reading_where_there_is_no_roster_or_one_an_hour_old() {
+        let minutes = Duration::from_mins;
+
+        assert!(is_blind(&Roster::empty(), Duration::ZERO));
+        assert!(!is_blind(&roster(), minutes(59)));
+        assert!(is_blind(&roster(), minutes(60)));
     }
 
     #[test]

@@ -25,6 +25,9 @@ const MAGIC: [u8; 16] = *b"seawall roster 1";
 const HEAD_LEN: usize = 56;
 const DIGEST_LEN: usize = 32;
 
+/// Longest that [`Roster::to_bytes`] gives.
+pub const ROSTER_BYTES_MAX: u64 = (HEAD_LEN + (TENANTS_MAX + ROSTER_MAX) * 8 + DIGEST_LEN) as u64;
+
 /// The registered devices as of a moment.
 ///
 /// A device is 48 bits of its id's `SipHash` with a key that only this roster knows, so that nobody can choose ids that pass: of 16 million
