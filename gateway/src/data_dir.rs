@@ -134,7 +134,7 @@ pub fn read_addresses(path: &Path) -> io::Result<Option<Addresses>> {
 /// also after the power has failed.
 ///
 /// # Errors
-/// The file can't be written; the old one is as it was.
+/// The file can't be written, and the old one is as it was; or its folder can't: then the new one may be gone after a loss of power.
 pub fn write_atomically(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");

@@ -5,7 +5,6 @@
 //! database uses. Rules are compiled and written to disk off the runtime's workers.
 
 use std::{
-    io::Write as _,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -29,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     clock::Clock,
+    data_dir::write_atomically,
     events::{Body, Events},
     sessions::Session,
     state::Shared,
@@ -359,13 +359,8 @@ fn read(file: &Path) -> Result<Option<Saved>, std::io::Error> {
     }
 }
 
-/// Whole or not at all: a crash in the middle leaves the file before.
 fn save(file: &Path, saved: &Saved) -> Result<(), std::io::Error> {
-    let beside = file.with_extension("json.new");
-    let mut out = std::fs::File::create(&beside)?;
-    out.write_all(&serde_json::to_vec(saved)?)?;
-    out.sync_all()?;
-    std::fs::rename(&beside, file)
+    write_atomically(file, &serde_json::to_vec(saved)?, 0o644)
 }
 
 #[cfg(test)]
@@ -390,6 +385,21 @@ mod tests {
         let mut reasons: Vec<&str> = set.rules().iter().map(|rule| rule.spec.reason.as_str()).collect();
         reasons.sort_unstable();
         reasons
+    }
+
+    #[test]
+    fn rules_that_can_not_be_kept_leave_nothing_beside_their_file() {
+        let home = tempfile::tempdir().unwrap();
+        let file = home.path().join(FILE);
+        std::fs::create_dir(&file).unwrap();
+        let saved = Saved {
+            revision: 1,
+            rules: vec![rule(1, 1, "one")],
+        };
+
+        assert!(save(&file, &saved).is_err());
+
+        assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::Token;
-use crate::store::Role;
+use crate::{data_dir::write_atomically, store::Role};
 
 /// Greatest copy that is read: [`TOKENS_MAX`](crate::store::TOKENS_MAX) tokens with the longest names need a third of it.
 const COPY_BYTES_MAX: u64 = 1 << 20;
@@ -85,24 +85,12 @@ pub(super) fn read_copy(path: &Path) -> io::Result<Vec<Token>> {
     Ok(copy.tokens.into_iter().filter_map(CopiedToken::into_token).collect())
 }
 
-/// Whole or not at all: a new file takes the old one's place.
+/// A revoked token must not come back with the copy of before, whenever the power fails.
 pub(super) fn write_copy(path: &Path, tokens: &[Token]) -> io::Result<()> {
     let copy = CopyFile {
         tokens: tokens.iter().map(CopiedToken::of).collect(),
     };
-    let beside = path.with_extension("json.new");
-    match fs::remove_file(&beside) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        Ok(()) | Err(_) => {}
-    }
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&beside)?;
-    serde_json::to_writer(&mut file, &copy)?;
-    file.sync_all()?;
-    fs::rename(&beside, path)
+    write_atomically(path, &serde_json::to_vec(&copy)?, 0o600)
 }
 
 #[derive(Serialize, Deserialize)]

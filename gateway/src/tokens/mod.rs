@@ -330,6 +330,17 @@ mod tests {
         assert!(matches!(Tokens::open(dir.path()), Err(TokensError::Damaged { .. })));
     }
 
+    #[test]
+    fn a_copy_that_can_not_be_kept_leaves_nothing_beside_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(COPY_FILE);
+        fs::create_dir(&path).unwrap();
+
+        assert!(write_copy(&path, &[]).is_err());
+
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
     #[tokio::test]
     async fn the_copy_outlives_the_process_and_holds_hashes_only() {
         let dir = tempfile::tempdir().unwrap();
