@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use seawall_proto::{
     id::DeviceId,
-    resume::{GRACE, Generation, LIFE_MAX, REVOKED_MAX, SKEW},
+    resume::{AHEAD_MAX, GRACE, Generation, LIFE_MAX, REVOKED_MAX, SKEW},
     time::WallTime,
 };
 
@@ -19,8 +19,8 @@ use super::{
 };
 
 /// How long a revocation is kept: longer than any token lives that was made before it, by several hours.
-const KEPT_FOR: Duration = Duration::from_hours(7 * 24);
-const _: () = assert!(KEPT_FOR.as_secs() > LIFE_MAX.as_secs() + GRACE.as_secs() + SKEW.as_secs());
+const KEPT_FOR: Duration = Duration::from_hours(8 * 24);
+const _: () = assert!(KEPT_FOR.as_secs() > AHEAD_MAX.as_secs() + LIFE_MAX.as_secs() + GRACE.as_secs() + SKEW.as_secs());
 const NOT_A_NUMBER: &str = "a revision of the revocations is not a number of 32 bits";
 
 /// What was revoked since a revision.

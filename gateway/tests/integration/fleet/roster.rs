@@ -69,6 +69,20 @@ async fn node_with_a_new_disk_reads_the_registry_once_it_is_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn roster_copied_from_another_registry_is_replaced_at_the_start() {
+    let (_cluster, _url, of_another) = on_postgres().await;
+    eventually(|| kept(&of_another.shared).is_some_and(|kept| kept.len() == DEVICES as usize)).await;
+    let foreign = fs::read(of_another.shared.config.server.data_dir.join(FILE)).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    fs::create_dir(home.path().join("data")).unwrap();
+    fs::write(home.path().join("data").join(FILE), foreign).unwrap();
+
+    let gateway = Gateway::start_in(home, None, "").await;
+
+    eventually(|| gateway.shared.gate.roster().is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn damaged_roster_is_no_error_and_is_replaced() {
     let home = tempfile::tempdir().unwrap();
     fs::create_dir(home.path().join("data")).unwrap();
