@@ -266,7 +266,7 @@ section! {
     pub struct Logging = "logging" {
         /// `json`: one object a line, for machines. `human`: for people.
         pub format: LogFormat = LogFormat::Json;
-        /// `error`, `warn`, `info`, `debug` or `trace`, or directives such as `info,seawall_gateway::lookup=debug`. SIGHUP makes a running gateway read it again; `seawall log-level` changes it until then.
+        /// `error`, `warn`, `info`, `debug` or `trace` (a release build has nothing below `debug`), or directives such as `info,seawall_gateway::lookup=debug`. SIGHUP makes a running gateway read it again; `seawall log-level` changes it until then.
         pub level: String = "info".to_owned();
     }
 }
