@@ -57,7 +57,7 @@ pub struct Measured {
     pub base_bytes: f64,
     /// Growth of Pss for each idle device.
     pub device_bytes: f64,
-    /// Growth of Pss over the base after the storm, as a part of that before it.
+    /// Pss after the storm, as a part of that before it.
     pub after_storm: f64,
     pub handshake_micros: f64,
     /// With a resume token; the echo knows none, and this is its plain handshake once more.
@@ -120,7 +120,7 @@ impl Course<'_> {
         measured.storm_seconds = took.as_secs_f64();
         measured.heartbeat_p99_millis = witnesses.p99().as_secs_f64() * 1000.0;
         let after = memory(pid).await?;
-        measured.after_storm = (after - measured.base_bytes) / (before - measured.base_bytes);
+        measured.after_storm = after / before;
 
         self.say("a storm with resume tokens");
         crowd.drop_all().await;

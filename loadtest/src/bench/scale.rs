@@ -161,7 +161,7 @@ async fn measure(options: Options, folder: &Path, postgres: &Postgres, progress:
         ),
         hold_cores,
         back,
-        after_storm: (after - base) / (idle - base),
+        after_storm: after / idle,
     })
 }
 
