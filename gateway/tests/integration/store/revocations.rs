@@ -156,9 +156,9 @@ async fn old_revocations_are_pruned_and_the_floor_keeps_what_they_said(fixture: 
         store.revoke_tokens(device(n), start + day * days).await.unwrap();
     }
 
-    store.revocations_prune(start + day * 6).await.unwrap();
+    store.revocations_prune(start + day * 7).await.unwrap();
     assert_eq!(store.revocations_since(None).await.unwrap().devices.len(), 3);
-    store.revocations_prune(start + day * 9).await.unwrap();
+    store.revocations_prune(start + day * 10).await.unwrap();
 
     let left = store.revocations_since(None).await.unwrap();
     assert_eq!((left.revision, left.floor), (Generation(3), Generation(2)));
