@@ -174,10 +174,11 @@ const GROUP_BYTES: u64 = 128 * MIB;
 const DEVICES: u32 = 15_000;
 /// Devices that connect at the same time.
 const AT_A_TIME: usize = 500;
-/// Fewest that must fit: some 10,000 were measured.
-const FITTING_MIN: usize = 8_000;
-/// The same right after all have left, while what they took is still on its way back to the system.
-const FITTING_AGAIN_MIN: usize = 3_000;
+/// Fewest that must fit: 8,200 to 10,000 were measured.
+const FITTING_MIN: usize = 7_000;
+/// The same right after all have left, while what they took is still on its way back to the system: 2,700 to 8,000 were measured, the fewer
+/// the more the machine has to do besides. Those refused come back half a minute later.
+const FITTING_AGAIN_MIN: usize = 1_000;
 const FILES_NEEDED: u64 = 18_000;
 
 #[tokio::test(flavor = "multi_thread")]
