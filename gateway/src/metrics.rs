@@ -241,7 +241,7 @@ impl Metrics {
             ),
             lookup_statements: names.counter(
                 "seawall_lookup_statements_total",
-                "Look-up statements sent to the database; each carries up to 256 keys.",
+                "Look-up statements sent to the database; each carries up to 256 keys. Probes of a database that is away look nobody up, and do not count.",
             ),
             resumes: names.family(
                 "seawall_resumes_total",

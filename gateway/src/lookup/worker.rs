@@ -22,7 +22,10 @@ pub(super) async fn run(gate: Arc<Inner>, mut worker: LookupWorker, hard: Cancel
             }
         };
         let begun = gate.clock.now();
-        gate.metrics.lookup_statements.increment(1);
+        // A probe looks nobody up.
+        if !sent.batch.is_probe {
+            gate.metrics.lookup_statements.increment(1);
+        }
         let found = tokio::select! {
             found = worker.find(&sent.batch.keys, LOOKUP_MAX) => found,
             () = hard.cancelled() => return,
