@@ -21,7 +21,7 @@ use crate::{
     known_good,
     lifecycle::{Asked, HARD_STOP_TIMEOUT, Lifecycle, Signals},
     listener::{Bounds, Listener, Sharing},
-    lookup::Gate,
+    lookup::{Dependencies, Gate},
     memory::{self, Memory, Sources},
     metrics::Metrics,
     ops,
@@ -155,13 +155,17 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
 
     let started = clock.wall();
     let resume = Arc::new(Resume::open(data_dir.path(), keys.resume, config.resume.life()));
+    let rules = Arc::new(Rules::open(data_dir.path()));
     let gate = Gate::start(
         config.admission.clone(),
         keys.slots,
         &store,
         clock,
-        Arc::clone(&metrics),
-        Arc::clone(&resume),
+        Dependencies {
+            metrics: Arc::clone(&metrics),
+            resume: Arc::clone(&resume),
+            rules: Arc::clone(&rules),
+        },
         life,
     );
     if let Some(rate) = known_good::load(data_dir.path()) {
@@ -182,7 +186,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         gate,
         resume,
         roster_wanted: roster::Wanted::default(),
-        rules: Rules::open(data_dir.path()),
+        rules,
         sessions: Sessions::new(started),
         cohorts: Cohorts::new(),
         history: History::default(),

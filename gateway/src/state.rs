@@ -43,7 +43,7 @@ pub struct State {
     pub gate: Gate,
     pub resume: Arc<Resume>,
     pub roster_wanted: Wanted,
-    pub rules: Rules,
+    pub rules: Arc<Rules>,
     pub sessions: Sessions,
     pub cohorts: Cohorts,
     pub history: History,

@@ -142,19 +142,21 @@ pub fn screen(hello: Hello, policy: &Policy<'_>, rng: &mut impl Rng) -> Result<S
     if let Some(peers) = policy.draining {
         return Err(Refusal::draining(peers, rng));
     }
-    let claims = Subject {
-        firmware: hello.firmware.as_deref(),
-        model: hello.model.as_deref(),
-        // A tenant that it does not name is not known yet: rules on tenants wait for the registry.
-        tenant: hello.tenant.as_deref(),
-    };
-    if let Some(rule) = policy.rules.evaluate(&claims, policy.wall) {
-        return Err(blocked(rule, rng));
+    if let Some(refusal) = screen_claims(&hello.claims(), policy.rules, policy.wall, rng) {
+        return Err(refusal);
     }
     match hello.credential {
         Some(credential) => Ok(Screened { hello, credential }),
         None => Err(Refusal::unauthorized(rng)),
     }
+}
+
+/// The refusal of a device by the firmware rules on what it says of itself.
+///
+/// For [`screen`], and for devices that wait for their look-up when other rules come into force: they must cost no query.
+/// A tenant that a device does not name is not known before its look-up, so rules on tenants do not match it here.
+pub fn screen_claims(claims: &Subject<'_>, rules: &RuleSet, wall: WallTime, rng: &mut impl Rng) -> Option<Refusal> {
+    rules.evaluate(claims, wall).map(|rule| blocked(rule, rng))
 }
 
 /// Whether the device shows a resume token that counts; then the rules by what the registry said of it. No query. A token that

@@ -299,7 +299,7 @@ async fn decide(shared: &Shared, hello: Hello) -> Concluded {
         }
         Next::Refused(refusal) => return concluded(Err(refusal)),
     };
-    let mut concluded = shared.gate.admit(unproven, arrived, || shared.rules.current()).await;
+    let mut concluded = shared.gate.admit(unproven, arrived).await;
     // A drain may have begun meanwhile.
     if let (Ok(_), Some(peers)) = (&concluded.result, shared.drain.peers()) {
         concluded.result = Err(Refusal::draining(peers, &mut rand::rng()));

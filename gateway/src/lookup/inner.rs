@@ -9,9 +9,12 @@ use std::{
 use rand::rngs::SmallRng;
 use seawall_proto::{
     admission::{Action, Admission, Arrival, Batch, BatchOutcome, Cause, Decision, Ticket},
+    handshake,
     id::DeviceId,
     record::DeviceRecord,
+    refusal::Refusal,
     resume::Generation,
+    rules::{OwnedSubject, RuleSet},
     time::{Instant, WallTime},
 };
 use tokio::sync::{Notify, oneshot};
@@ -24,6 +27,7 @@ use crate::{
     clock::Clock,
     metrics::Metrics,
     resume::Resume,
+    rules::Rules,
     store::{DatabaseStatus, Store},
 };
 
@@ -43,15 +47,24 @@ pub(super) struct Inner {
     pub(super) clock: Clock,
     pub(super) metrics: Arc<Metrics>,
     pub(super) resume: Arc<Resume>,
+    pub(super) rules: Arc<Rules>,
 }
 
 /// Behind the mutex.
 pub(super) struct Core {
     pub(super) admission: Admission,
     /// Bounded by admission's `waiting_max`.
-    pub(super) waiting: BTreeMap<Ticket, oneshot::Sender<LookUp>>,
+    pub(super) waiting: BTreeMap<Ticket, Waiter>,
     pub(super) rng: SmallRng,
     pub(super) keeper_wakes: Instant,
+    /// The rules that nobody who waits is refused by.
+    pub(super) screened_by: Arc<RuleSet>,
+}
+
+/// A device that waits for its look-up.
+pub(super) struct Waiter {
+    answer: oneshot::Sender<LookUp>,
+    claims: OwnedSubject,
 }
 
 /// A statement, with what was known when it was sent.
@@ -88,9 +101,15 @@ impl Inner {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn enter(self: &Arc<Self>, arrival: &Arrival<'_>) -> Entered {
+    pub(super) fn enter(self: &Arc<Self>, arrival: &Arrival<'_>, claims: OwnedSubject) -> Entered {
         let (now, wall) = (self.clock.now(), self.clock.wall());
         let guard = &mut *self.lock();
+        self.screen_waiting(guard, wall);
+        // Rules may have come into force since its own screening.
+        let claimed = claims.as_subject();
+        if let Some(refusal) = handshake::screen_claims(&claimed, &guard.screened_by, wall, &mut guard.rng) {
+            return Entered::Answered(LookUp::Blocked(refusal));
+        }
         let decision = guard.admission.attempt(arrival, now, wall, &mut guard.rng);
         let ticket = match decision {
             Decision::Queued(ticket) => ticket,
@@ -101,7 +120,8 @@ impl Inner {
             }
         };
         let (sender, answer) = oneshot::channel();
-        guard.waiting.insert(ticket, sender);
+        let waiter = Waiter { answer: sender, claims };
+        guard.waiting.insert(ticket, waiter);
         self.publish(guard, now);
         self.work.notify_one();
         self.rearm_keeper(guard, now);
@@ -116,6 +136,7 @@ impl Inner {
     pub(super) fn next_batch(&self) -> Option<Sent> {
         let (now, wall) = (self.clock.now(), self.clock.wall());
         let core = &mut *self.lock();
+        self.screen_waiting(core, wall);
         let batch = core.admission.poll_batch(now);
         self.answer_all(core, now, wall, |_| None);
         self.publish(core, now);
@@ -168,9 +189,34 @@ impl Inner {
             if let Some(outcome) = outcome_label(&answer) {
                 self.metrics.lookups.increment(outcome);
             }
-            if let Some(sender) = core.waiting.remove(&ticket) {
+            if let Some(waiter) = core.waiting.remove(&ticket) {
                 // A device that went at this very moment needs no answer.
-                let _ = sender.send(answer);
+                let _ = waiter.answer.send(answer);
+            }
+        }
+    }
+
+    /// Where other rules are in force than those who wait were screened by, takes those out of the queue that the new rules
+    /// refuse: a blocked device costs no query, even when its rule came while it waited.
+    fn screen_waiting(&self, core: &mut Core, wall: WallTime) {
+        let rules = self.rules.current();
+        if Arc::ptr_eq(&rules, &core.screened_by) {
+            return;
+        }
+        let Core { waiting, rng, .. } = core;
+        let refused: Vec<(Ticket, Refusal)> = waiting
+            .iter()
+            .filter_map(|(ticket, waiter)| {
+                let refusal = handshake::screen_claims(&waiter.claims.as_subject(), &rules, wall, rng)?;
+                Some((*ticket, refusal))
+            })
+            .collect();
+        core.screened_by = rules;
+        for (ticket, refusal) in refused {
+            core.admission.abandon(ticket);
+            if let Some(waiter) = core.waiting.remove(&ticket) {
+                // A device that went at this very moment needs no answer.
+                let _ = waiter.answer.send(LookUp::Blocked(refusal));
             }
         }
     }
@@ -182,6 +228,7 @@ impl Inner {
             let wake = {
                 let (now, wall) = (self.clock.now(), self.clock.wall());
                 let core = &mut *self.lock();
+                self.screen_waiting(core, wall);
                 core.admission.handle_timeout(now);
                 self.answer_all(core, now, wall, |_| None);
                 self.publish(core, now);
@@ -249,6 +296,7 @@ fn outcome_label(answer: &LookUp) -> Option<&'static str> {
     match answer {
         LookUp::Found(_) => Some("found"),
         LookUp::Absent => Some("not_found"),
+        LookUp::Blocked(_) => None,
         LookUp::Refused(refused) => match refused.cause {
             Cause::LookupFailed => Some("failed"),
             Cause::LookupTimedOut => Some("timed_out"),

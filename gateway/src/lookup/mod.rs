@@ -23,7 +23,7 @@ use seawall_proto::{
     record::DeviceRecord,
     refusal::{Code, Hint, Refusal},
     resume::Generation,
-    rules::RuleSet,
+    rules::OwnedSubject,
     slots::{Roster, SlotKeys},
     time::Instant,
 };
@@ -37,7 +37,7 @@ use self::{
     absent::Absent,
     inner::{Core, Entered, Inner},
 };
-use crate::{clock::Clock, lifecycle::Lifecycle, metrics::Metrics, resume::Resume, store::Store};
+use crate::{clock::Clock, lifecycle::Lifecycle, metrics::Metrics, resume::Resume, rules::Rules, store::Store};
 
 /// What a look-up came to.
 #[derive(Clone, Debug)]
@@ -48,6 +48,8 @@ pub enum LookUp {
     Absent,
     /// It was not looked up: come back later.
     Refused(Refused),
+    /// It was not looked up: a firmware rule that came into force while it waited refuses it.
+    Blocked(Refusal),
 }
 
 /// What became of an unproven device.
@@ -58,6 +60,17 @@ pub struct Concluded {
     pub took: Option<Duration>,
 }
 
+impl Concluded {
+    /// Refused without a look-up.
+    #[must_use]
+    pub const fn refused(refusal: Refusal) -> Self {
+        Self {
+            result: Err(refusal),
+            took: None,
+        }
+    }
+}
+
 /// A record, and what it cost.
 #[derive(Clone, Debug)]
 pub struct Found {
@@ -66,6 +79,13 @@ pub struct Found {
     pub took: Duration,
     /// The revocations that were known before it was sent.
     pub as_of: Generation,
+}
+
+/// Parts of the gateway that a gate uses beside the registry.
+pub struct Dependencies {
+    pub metrics: Arc<Metrics>,
+    pub resume: Arc<Resume>,
+    pub rules: Arc<Rules>,
 }
 
 /// The way to the registry for connecting devices. Clones are the same gate.
@@ -80,10 +100,10 @@ impl Gate {
         keys: SlotKeys,
         store: &Store,
         clock: Clock,
-        metrics: Arc<Metrics>,
-        resume: Arc<Resume>,
+        dependencies: Dependencies,
         life: &Lifecycle,
     ) -> Self {
+        let Dependencies { metrics, resume, rules } = dependencies;
         let now = clock.now();
         let mut admission = Admission::new(config, keys, now);
         if !store.is_ready() {
@@ -95,6 +115,7 @@ impl Gate {
                 waiting: BTreeMap::new(),
                 rng: SmallRng::from_os_rng(),
                 keeper_wakes: now,
+                screened_by: rules.current(),
             }),
             absent: Absent::new(),
             work: Notify::new(),
@@ -102,6 +123,7 @@ impl Gate {
             clock,
             metrics,
             resume,
+            rules,
         }));
         gate.0.publish(&gate.0.lock(), now);
         for _ in 0..STATEMENTS_IN_FLIGHT_MAX {
@@ -128,11 +150,11 @@ impl Gate {
     }
 
     /// All that is between an unproven device and its session: throttles, admission, look-up, credential, rules by registry
-    /// data. `rules` is asked after the look-up, so that a rule made meanwhile counts.
+    /// data. The rules in force are evaluated again while the device waits and after its look-up.
     ///
     /// # Cancel safety
     /// As for [`look_up`](Self::look_up).
-    pub async fn admit(&self, unproven: Unproven, arrived: Instant, rules: impl FnOnce() -> Arc<RuleSet>) -> Concluded {
+    pub async fn admit(&self, unproven: Unproven, arrived: Instant) -> Concluded {
         let device = unproven.device();
         let hello = unproven.hello();
         let cohort = CohortTag::of(hello.model.as_deref(), hello.firmware.as_deref());
@@ -140,22 +162,25 @@ impl Gate {
         if let Some(tenant) = unproven.vouched() {
             self.0.lock().admission.handle_vouched(device, tenant);
         }
-        let answer = self
-            .look_up(device, proof, cohort, hello.slot.as_deref(), arrived)
-            .await;
+        let arrival = Arrival {
+            device,
+            cohort,
+            slot_token: hello.slot.as_deref(),
+            arrived,
+            is_known_absent: false,
+            proof,
+        };
+        let answer = self.look_up(arrival, hello.owned_claims()).await;
         let found = match answer {
             LookUp::Found(found) => Some(found),
             LookUp::Absent => None,
-            LookUp::Refused(refused) => {
-                return Concluded {
-                    result: Err(refused.into()),
-                    took: None,
-                };
-            }
+            LookUp::Refused(refused) => return Concluded::refused(refused.into()),
+            LookUp::Blocked(refusal) => return Concluded::refused(refusal),
         };
         let record = found.as_ref().map(|found| &*found.record);
         let as_of = found.as_ref().map(|found| found.as_of).unwrap_or_default();
-        let result = handshake::conclude(unproven, record, as_of, &rules(), self.0.clock.wall(), &mut rand::rng());
+        let rules = self.0.rules.current();
+        let result = handshake::conclude(unproven, record, as_of, &rules, self.0.clock.wall(), &mut rand::rng());
         match &result {
             Ok(admitted) => self.handle_admitted(device, admitted.tenant()),
             Err(refusal) if refusal.code == Code::Unauthorized => self.handle_wrong_credential(device, proof),
@@ -167,27 +192,14 @@ impl Gate {
         }
     }
 
-    /// Looks a device up, if admission lets it. `arrived` is when its request was complete: the answer comes in under 3 s from then.
+    /// Looks a device up, if admission lets it: the answer comes in under 3 s from its arrival. `claims` are screened again when
+    /// other rules come into force while it waits. Whether the device is known to be absent is filled in here.
     ///
     /// # Cancel safety
     /// Dropping the future takes the device out of the queue; its key is not sent, unless others wait for it or it is under way.
-    pub async fn look_up(
-        &self,
-        device: DeviceId,
-        proof: Proof,
-        cohort: CohortTag,
-        slot_token: Option<&str>,
-        arrived: Instant,
-    ) -> LookUp {
-        let arrival = Arrival {
-            device,
-            cohort,
-            slot_token,
-            arrived,
-            is_known_absent: self.0.absent.contains(device),
-            proof,
-        };
-        let (mut waiting, answer) = match self.0.enter(&arrival) {
+    pub async fn look_up(&self, mut arrival: Arrival<'_>, claims: OwnedSubject) -> LookUp {
+        arrival.is_known_absent = self.0.absent.contains(arrival.device);
+        let (mut waiting, answer) = match self.0.enter(&arrival, claims) {
             Entered::Answered(answer) => return answer,
             Entered::Waiting(waiting, answer) => (waiting, answer),
         };
@@ -199,7 +211,7 @@ impl Gate {
             // The sender goes without a word only when the gate itself ends.
             Err(_) => LookUp::Refused(Refused {
                 cause: Cause::Breaker,
-                hint: self.slot_for_close(device, Duration::ZERO),
+                hint: self.slot_for_close(arrival.device, Duration::ZERO),
             }),
         }
     }

@@ -11,17 +11,20 @@ use futures_util::future::join_all;
 use seawall_gateway::{
     clock::Clock,
     config::DatabaseUrl,
+    events::Events,
     lifecycle::Lifecycle,
-    lookup::{Gate, LookUp},
+    lookup::{Dependencies, Gate, LookUp},
     metrics::Metrics,
     resume::Resume,
+    rules::{Rules, Written},
     store::{Audit, NewDevice, Store},
 };
 use seawall_proto::{
-    admission::{AdmissionConfig, BreakerState, Cause, CohortTag, Refused},
-    id::{DeviceId, Proof, SecretHash},
+    admission::{AdmissionConfig, Arrival, BreakerState, Cause, CohortTag, Refused},
+    id::{DeviceId, Label, Proof, RuleId, SecretHash},
     refusal::Code,
     resume::{self, ResumeKeys},
+    rules::{Effect, Match, OwnedSubject, Rule, RuleSpec},
     slots::SlotKeys,
     time::WallTime,
 };
@@ -42,6 +45,7 @@ struct Fixture {
     store: Store,
     clock: Clock,
     metrics: Arc<Metrics>,
+    rules: Arc<Rules>,
     life: Lifecycle,
     _directory: Option<TempDir>,
 }
@@ -61,17 +65,21 @@ impl Fixture {
         let metrics = Arc::new(Metrics::new());
         let life = Lifecycle::new();
         let keys = SlotKeys::new(1, [7; 32]);
+        let rules = Arc::new(Rules::open(Path::new("/nonexistent")));
         let gate = Gate::start(
             AdmissionConfig::default(),
             keys,
             &store,
             clock,
-            Arc::clone(&metrics),
-            Arc::new(Resume::open(
-                Path::new("/nonexistent"),
-                ResumeKeys::new(1, [7; 32]),
-                resume::LIFE,
-            )),
+            Dependencies {
+                metrics: Arc::clone(&metrics),
+                resume: Arc::new(Resume::open(
+                    Path::new("/nonexistent"),
+                    ResumeKeys::new(1, [7; 32]),
+                    resume::LIFE,
+                )),
+                rules: Arc::clone(&rules),
+            },
             &life,
         );
         Self {
@@ -79,6 +87,7 @@ impl Fixture {
             store,
             clock,
             metrics,
+            rules,
             life,
             _directory: None,
         }
@@ -109,15 +118,19 @@ impl Fixture {
     }
 
     async fn look_up(&self, number: u128) -> LookUp {
-        self.gate
-            .look_up(
-                device(number),
-                Proof::Secret,
-                CohortTag::of(None, None),
-                None,
-                self.clock.now(),
-            )
-            .await
+        self.look_up_as(number, OwnedSubject::default()).await
+    }
+
+    async fn look_up_as(&self, number: u128, claims: OwnedSubject) -> LookUp {
+        let arrival = Arrival {
+            device: device(number),
+            cohort: CohortTag::of(None, None),
+            slot_token: None,
+            arrived: self.clock.now(),
+            is_known_absent: false,
+            proof: Proof::Secret,
+        };
+        self.gate.look_up(arrival, claims).await
     }
 
     async fn look_up_timed(&self, number: u128) -> (LookUp, Duration) {
@@ -135,7 +148,7 @@ impl Fixture {
                     self.register(number).await;
                     false
                 }
-                LookUp::Refused(_) => false,
+                LookUp::Refused(_) | LookUp::Blocked(_) => false,
             }
         })
         .await;
@@ -162,7 +175,7 @@ fn device(number: u128) -> DeviceId {
 fn refused(answer: LookUp) -> Refused {
     match answer {
         LookUp::Refused(refused) => refused,
-        LookUp::Found(_) | LookUp::Absent => panic!("{answer:?}"),
+        LookUp::Found(_) | LookUp::Absent | LookUp::Blocked(_) => panic!("{answer:?}"),
     }
 }
 
@@ -287,6 +300,58 @@ async fn database_away_at_the_start_is_waited_for() {
 
     cluster.restart().unwrap();
     fixture.until_found(1).await;
+    fixture.stop().await;
+}
+
+#[tokio::test]
+async fn device_that_a_rule_refuses_while_it_waits_never_reaches_the_database() {
+    const ABSENT: &str = "seawall_lookups_total{outcome=\"not_found\"}";
+    let (cluster, fixture) = Fixture::postgres().await;
+    let before = fixture.counted(ABSENT);
+    let runs = |version: &str| OwnedSubject {
+        firmware: Label::parse(version).unwrap(),
+        ..OwnedSubject::default()
+    };
+    cluster.freeze().unwrap();
+    let block = async {
+        until(|| async { fixture.gate.state().queue >= 200 }).await;
+        let range = "=3.8.0-b3".parse().unwrap();
+        let matches = Match {
+            firmware: Some(range),
+            ..Match::default()
+        };
+        let rule = Rule {
+            id: RuleId(uuid::Uuid::from_u128(1)),
+            spec: RuleSpec::new(matches, Effect::Block),
+            created_at: fixture.clock.wall(),
+            revision: fixture.rules.current().revision() + 1,
+        };
+        let written = Written::Rule(rule);
+        fixture.rules.apply(&written, &fixture.clock, &Events::default()).await;
+        until(|| async { fixture.gate.state().queue <= 100 }).await;
+        cluster.thaw().unwrap();
+    };
+    // Those of one version first, so that the statements under way hold none of the other.
+    let healthy = join_all((1_000..1_100).map(|number| fixture.look_up_as(number, runs("3.8.0-b2"))));
+    let marked = async {
+        until(|| async { fixture.gate.state().in_flight > 0 }).await;
+        join_all((2_000..2_100).map(|number| fixture.look_up_as(number, runs("3.8.0-b3")))).await
+    };
+
+    let (healthy, marked, ()) = tokio::join!(healthy, marked, block);
+
+    assert!(
+        marked
+            .iter()
+            .all(|answer| matches!(answer, LookUp::Blocked(refusal) if refusal.code == Code::FirmwareBlocked)),
+        "{marked:?}"
+    );
+    assert!(
+        !healthy.iter().any(|answer| matches!(answer, LookUp::Blocked(_))),
+        "{healthy:?}"
+    );
+    let answered = fixture.counted(ABSENT) - before;
+    assert!(answered <= 100.0, "no key of a blocked device was sent: {answered}");
     fixture.stop().await;
 }
 

@@ -101,6 +101,16 @@ impl Ledger {
     }
 }
 
+/// A statement is about to be sent for some devices, of which `blocked` are refused by a rule of this node.
+///
+/// # Errors
+/// There is such a device.
+pub fn none_blocked(blocked: usize) -> Result<(), Violation> {
+    claim(blocked == 0, "no blocked device is looked up", || {
+        format!("{blocked} devices")
+    })
+}
+
 /// A statement is about to be sent, where `before` is the state from before it was taken.
 ///
 /// # Errors

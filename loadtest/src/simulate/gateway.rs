@@ -211,6 +211,24 @@ impl World<'_> {
         }
     }
 
+    /// Takes those out of a node's queue that the rules in force refuse.
+    pub(super) fn screen_waiting(&mut self, node: u8) -> Result<(), Violation> {
+        let wall = self.wall_at(node);
+        for (ticket, waiting) in self.nodes[usize::from(node)].all_waiting() {
+            if waiting.device == STRANGER {
+                continue;
+            }
+            let hello = self.hello(waiting.device as usize);
+            if let Some(refusal) = handshake::screen_claims(&hello.claims(), &self.rules, wall, &mut self.rng) {
+                let at = &mut self.nodes[usize::from(node)];
+                at.end_waiting(ticket, self.now)?;
+                at.admission.abandon(ticket);
+                self.refuse(waiting.device, waiting.attempt, node, refusal.code, refusal.hint);
+            }
+        }
+        self.settle(node)
+    }
+
     /// The node learns that a device has gone.
     pub(super) fn hang_up(&mut self, device: u32, attempt: u16, node: u8) -> Result<(), Violation> {
         self.nodes[usize::from(node)].abandon(device, attempt);
@@ -268,6 +286,7 @@ impl World<'_> {
             let before = at.state(now);
             if let Some(batch) = at.admission.poll_batch(now) {
                 checks::statement(&batch, &before, at.ledger.statements_in_flight, &at.config)?;
+                checks::none_blocked(self.blocked_behind(node, &batch))?;
                 self.send_statement(node, &batch);
             } else if let Some(action) = at.admission.poll_action(now, wall, &mut self.rng) {
                 self.owed(node, action)?;
@@ -385,6 +404,20 @@ impl World<'_> {
         self.calendar
             .push(self.now + LOOKUP_MAX, Event::StatementLate { statement: id.0 });
         self.forecast();
+    }
+
+    /// Devices behind a statement that the rules in force refuse by what they say of themselves.
+    fn blocked_behind(&self, node: u8, batch: &Batch) -> usize {
+        if self.rules.rules().is_empty() {
+            return 0;
+        }
+        let wall = self.wall_at(node);
+        let is_blocked = |device: &u32| {
+            let hello = self.hello(*device as usize);
+            self.rules.evaluate(&hello.claims(), wall).is_some()
+        };
+        let at = &self.nodes[usize::from(node)];
+        at.waiting_for(&batch.keys, &self.devices).filter(is_blocked).count()
     }
 
     /// Keys of devices whose look-up scans the table.

@@ -187,6 +187,14 @@ impl Node {
         Ok(waiting)
     }
 
+    /// All requests that wait here.
+    pub fn all_waiting(&self) -> Vec<(Ticket, Waiting)> {
+        self.waiting
+            .iter()
+            .map(|(ticket, waiting)| (*ticket, *waiting))
+            .collect()
+    }
+
     /// The devices behind these keys.
     pub fn waiting_for(&self, keys: &[DeviceId], devices: &Devices) -> impl Iterator<Item = u32> {
         let keys: BTreeSet<DeviceId> = keys.iter().copied().collect();

@@ -114,7 +114,7 @@ impl World<'_> {
                 reason,
                 evict,
                 retry_after,
-            } => self.block(range, reason, *evict, retry_after.as_deref()),
+            } => self.block(range, reason, *evict, retry_after.as_deref())?,
             Action::Unblock => {
                 self.revision += 1;
                 self.rules = RuleSet::compile(self.revision, Vec::new());
@@ -311,9 +311,9 @@ impl World<'_> {
     }
 
     /// As the API would make it; a range that is none makes no rule, and was refused before the start.
-    fn block(&mut self, range: &str, reason: &str, evict: bool, retry_after: Option<&str>) {
+    fn block(&mut self, range: &str, reason: &str, evict: bool, retry_after: Option<&str>) -> Result<(), Violation> {
         let Ok(spec) = rule(range, reason, evict, retry_after) else {
-            return;
+            return Ok(());
         };
         self.revision += 1;
         let made = Rule {
@@ -326,8 +326,10 @@ impl World<'_> {
         rules.push(made);
         self.rules = RuleSet::compile(self.revision, rules);
         for node in (0_u8..).take(self.nodes.len()) {
+            self.screen_waiting(node)?;
             self.calendar.push(self.now, Event::Evict { node });
         }
+        Ok(())
     }
 
     /// One look at which sessions of a node are to end now; all over again until none is left.

@@ -117,6 +117,26 @@ fn blocked_version_is_evicted_and_refused_and_costs_no_look_up() {
 }
 
 #[test]
+fn device_that_waits_when_its_version_is_blocked_is_looked_up_no_more() {
+    let block =
+        "\n[[phase]]\nname = \"block\"\nseconds = 60\naction = { block = { range = \">=3.8.0-b3\", evict = true } }\n";
+    let text = STORM
+        .replacen(
+            "{ \"3.8.0-b2\" = 1.0 }",
+            "{ \"3.8.0-b2\" = 0.5, \"3.8.0-b3\" = 0.5 }",
+            1,
+        )
+        .replacen("seconds = 200\n    until = \"connected\"", "seconds = 3", 1)
+        .replacen("\"missing == 0\", ", "", 1);
+
+    // The run ends at the first blocked device behind a statement.
+    let report = report_of(&format!("{text}{block}"));
+
+    assert!(report.passed, "{}", report.to_text());
+    assert!(report.figures()["seawall.storm.statements"].unwrap() > 0.0);
+}
+
+#[test]
 fn database_that_dies_in_mid_storm_is_survived() {
     for trouble in ["\"killed\"", "\"frozen\"", "{ slow = { factor = 4 } }"] {
         let text = format!(

@@ -14,6 +14,7 @@ pub use names::{IdentityNames, InvalidName};
 use crate::{
     id::{Credential, DeviceId, Label},
     refusal::Refusal,
+    rules::{OwnedSubject, Subject},
 };
 
 /// Longest request head and longest target, in bytes (contract section 3). The reader of the socket enforces them.
@@ -60,6 +61,28 @@ pub struct Hello {
     pub protocol: Option<Box<str>>,
     /// `Sec-WebSocket-Key`, as it was sent: base64 of 16 bytes.
     pub websocket_key: [u8; 24],
+}
+
+impl Hello {
+    /// The device by its own words, for firmware rules.
+    #[must_use]
+    pub fn claims(&self) -> Subject<'_> {
+        Subject {
+            firmware: self.firmware.as_deref(),
+            model: self.model.as_deref(),
+            tenant: self.tenant.as_deref(),
+        }
+    }
+
+    /// A copy of the device's claims, to keep while it waits.
+    #[must_use]
+    pub fn owned_claims(&self) -> OwnedSubject {
+        OwnedSubject {
+            firmware: self.firmware.clone(),
+            model: self.model.clone(),
+            tenant: self.tenant.clone(),
+        }
+    }
 }
 
 /// What a client certificate, verified by TLS, says of the device.

@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 use super::{Effect, Mode, Rule};
 use crate::{
     firmware::{Cut, Exact, Version},
+    id::Label,
     time::WallTime,
 };
 
@@ -25,6 +26,25 @@ pub struct Subject<'a> {
     pub firmware: Option<&'a str>,
     pub model: Option<&'a str>,
     pub tenant: Option<&'a str>,
+}
+
+/// An owned [`Subject`]: what a device said of itself, kept while it waits for its look-up.
+#[derive(Clone, Debug, Default)]
+pub struct OwnedSubject {
+    pub firmware: Option<Label>,
+    pub model: Option<Label>,
+    pub tenant: Option<Label>,
+}
+
+impl OwnedSubject {
+    #[must_use]
+    pub fn as_subject(&self) -> Subject<'_> {
+        Subject {
+            firmware: self.firmware.as_deref(),
+            model: self.model.as_deref(),
+            tenant: self.tenant.as_deref(),
+        }
+    }
 }
 
 /// An immutable set of rules at one revision.

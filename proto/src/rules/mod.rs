@@ -7,7 +7,7 @@ mod preview;
 mod spec;
 mod text;
 
-pub use compiled::{RuleSet, Subject};
+pub use compiled::{OwnedSubject, RuleSet, Subject};
 pub use preview::{Preview, Seen, VersionHit};
 pub use spec::{Effect, Match, Mode, Rule, RuleSpec, SpecError};
 

@@ -7,8 +7,9 @@ use std::{
 
 use seawall_gateway::{config::DatabaseUrl, lookup::LookUp};
 use seawall_proto::{
-    admission::{AdmissionState, CohortTag},
+    admission::{AdmissionState, Arrival, CohortTag},
     id::Proof,
+    rules::OwnedSubject,
 };
 use tokio::task::JoinSet;
 
@@ -31,10 +32,18 @@ async fn storm(gateway: &Gateway) -> (AdmissionState, f64) {
                 number = (number + WAITING) % DEVICES;
                 let now = shared.clock.now();
                 let cohort = CohortTag::of(None, None);
-                match shared.gate.look_up(id(number), Proof::Secret, cohort, None, now).await {
+                let arrival = Arrival {
+                    device: id(number),
+                    cohort,
+                    slot_token: None,
+                    arrived: now,
+                    is_known_absent: false,
+                    proof: Proof::Secret,
+                };
+                match shared.gate.look_up(arrival, OwnedSubject::default()).await {
                     LookUp::Found(_) => found += 1,
                     LookUp::Refused(_) => tokio::time::sleep(Duration::from_millis(10)).await,
-                    LookUp::Absent => panic!("it is registered"),
+                    LookUp::Absent | LookUp::Blocked(_) => panic!("it is registered, and no rule is in force"),
                 }
             }
             found

@@ -13,7 +13,7 @@ use seawall_gateway::{
     keys,
     lifecycle::Lifecycle,
     listener::{Bounds, Listener, Sharing},
-    lookup::Gate,
+    lookup::{Dependencies, Gate},
     memory::{Memory, Sources},
     metrics::Metrics,
     proxy::Proxies,
@@ -62,13 +62,17 @@ impl Gateway {
         let store = Store::open(&config.database_url()).await.unwrap();
         let keys = keys::open(data_dir.path()).unwrap();
         let resume = Arc::new(Resume::open(data_dir.path(), keys.resume, config.resume.life()));
+        let rules = Arc::new(Rules::open(data_dir.path()));
         let gate = Gate::start(
             config.admission.clone(),
             keys.slots,
             &store,
             clock,
-            Arc::clone(&metrics),
-            Arc::clone(&resume),
+            Dependencies {
+                metrics: Arc::clone(&metrics),
+                resume: Arc::clone(&resume),
+                rules: Arc::clone(&rules),
+            },
             &life,
         );
         let memory = Arc::new(Memory::new(sources));
@@ -94,7 +98,7 @@ impl Gateway {
             gate,
             resume,
             roster_wanted: Wanted::default(),
-            rules: Rules::open(data_dir.path()),
+            rules,
             sessions: Sessions::new(clock.wall()),
             cohorts: Cohorts::new(),
             history: History::default(),
