@@ -1,14 +1,14 @@
 //! Who the simulated devices are: the devices file, CSV as `seawall devices seed` writes it.
 
-use std::{collections::HashSet, io, sync::Arc};
+use std::{collections::HashSet, fmt, io, sync::Arc};
 
 use seawall_proto::id::{DeviceId, Label};
 
 /// Shortest and longest secret, in bytes of visible ASCII. Contract section 7.
 const SECRET_LEN: std::ops::RangeInclusive<usize> = 16..=128;
 
-/// One line of the devices file.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// One line of the devices file. `Debug` leaves the secret out.
+#[derive(Clone, PartialEq, Eq)]
 pub struct Identity {
     pub id: DeviceId,
     pub secret: Box<str>,
@@ -16,6 +16,12 @@ pub struct Identity {
     pub tenant: Option<Arc<str>>,
     /// Named at each attempt.
     pub model: Option<Arc<str>>,
+}
+
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Identity").field("id", &self.id).finish_non_exhaustive()
+    }
 }
 
 /// Which lines of the file the fleet has.
@@ -153,12 +159,12 @@ impl DevicesError {
         let what = match error.kind() {
             csv::ErrorKind::Io(error) => error.to_string(),
             csv::ErrorKind::Utf8 { .. } => "not UTF-8".into(),
-            // The others come from options that this reader does not use.
+            // The others come from options that this reader does not use. Their texts may repeat a field.
             csv::ErrorKind::UnequalLengths { .. }
             | csv::ErrorKind::Seek
             | csv::ErrorKind::Serialize(_)
             | csv::ErrorKind::Deserialize { .. }
-            | _ => error.to_string(),
+            | _ => "malformed".into(),
         };
         Self::Unreadable(match error.position() {
             Some(position) => format!("line {}: {what}", position.line()),

@@ -13,6 +13,9 @@ use crate::tls::{Tls, Trust, TrustError};
 /// What a URL without a path means. Contract section 2.
 const PATH_DEFAULT: &str = "/v1/connect";
 
+/// What is wrong with a URL that does not parse.
+const EXPECTED: &str = "expected ws://host:port or wss://host:port";
+
 /// How a URL over TLS begins.
 const TLS_SCHEME: &str = "wss";
 
@@ -33,7 +36,8 @@ pub struct Target {
 
 impl fmt::Debug for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} at {}", self.uri, self.addr)
+        // The query may hold a credential.
+        write!(f, "{} at {}", self.uri.path(), self.addr)
     }
 }
 
@@ -54,10 +58,8 @@ impl Target {
     pub async fn resolve_trusting(url: &str, trust: &Trust) -> Result<Self, TargetError> {
         let (uri, host, port) = parse(url)?;
         let tls = if uri.scheme_str() == Some(TLS_SCHEME) {
-            let name = ServerName::try_from(host.clone()).map_err(|_| TargetError::BadUrl {
-                url: url.into(),
-                why: "the host is no name that a certificate could have".into(),
-            })?;
+            let name = ServerName::try_from(host.clone())
+                .map_err(|_| TargetError::BadUrl("the host is no name that a certificate could have"))?;
             Some(Tls::new(name, trust)?)
         } else {
             None
@@ -91,20 +93,17 @@ impl Target {
 }
 
 fn parse(url: &str) -> Result<(Uri, String, u16), TargetError> {
-    let bad = |why: &str| TargetError::BadUrl {
-        url: url.into(),
-        why: why.into(),
-    };
+    let bad = TargetError::BadUrl;
     let full = if url.contains("://") {
         url.to_owned()
     } else {
         format!("ws://{url}")
     };
-    let uri: Uri = full.parse().map_err(|error| bad(&format!("{error}")))?;
+    let uri: Uri = full.parse().map_err(|_| bad(EXPECTED))?;
     let (scheme, port_default) = match uri.scheme_str() {
         Some("ws") => ("ws", 80),
         Some(TLS_SCHEME) => (TLS_SCHEME, 443),
-        Some(_) | None => return Err(bad("expected ws://host:port or wss://host:port")),
+        Some(_) | None => return Err(bad(EXPECTED)),
     };
     let authority = uri.authority().ok_or_else(|| bad("the host is missing"))?.as_str();
     if authority.contains('@') {
@@ -122,15 +121,16 @@ fn parse(url: &str) -> Result<(Uri, String, u16), TargetError> {
     let port = uri.port_u16().unwrap_or(port_default);
     let uri = format!("{scheme}://{authority}{path}{query}")
         .parse()
-        .map_err(|error| bad(&format!("{error}")))?;
+        .map_err(|_| bad(EXPECTED))?;
     Ok((uri, host, port))
 }
 
 /// Why there is no gateway to connect to.
 #[derive(Debug, thiserror::Error)]
 pub enum TargetError {
-    #[error("the gateway's URL {url:?} is no use: {why}")]
-    BadUrl { url: String, why: String },
+    /// It is not repeated: it may hold a secret.
+    #[error("--url: {0}")]
+    BadUrl(&'static str),
     #[error("the gateway's host {host:?} has no address")]
     NoAddress {
         host: String,

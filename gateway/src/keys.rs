@@ -97,10 +97,14 @@ fn make(path: &Path) -> io::Result<Keys> {
 }
 
 fn parse(bytes: &[u8]) -> io::Result<Keys> {
-    let file: KeyFile = serde_json::from_slice(bytes).map_err(damaged)?;
+    // The text of a parser's error would repeat the secret.
+    let file: KeyFile = serde_json::from_slice(bytes)
+        .map_err(|error| damaged(format_args!("line {}: not the JSON that is expected", error.line())))?;
     let mut keys = Vec::with_capacity(file.slots.len());
     for key in &file.slots {
-        let secret = URL_SAFE_NO_PAD.decode(&key.secret).map_err(damaged)?;
+        let secret = URL_SAFE_NO_PAD
+            .decode(&key.secret)
+            .map_err(|_| damaged("a secret is not base64url without padding"))?;
         let secret: [u8; 32] = secret.try_into().map_err(|_| damaged("a key has 32 bytes"))?;
         if keys.iter().any(|(id, _)| *id == key.id) {
             return Err(damaged("two keys have one id"));

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand};
 use loadtest::{
     bench::{self, Database},
@@ -80,14 +80,14 @@ struct RunArguments {
     #[command(flatten)]
     what: ScenarioArguments,
     /// Use the gateway that runs here, such as ws://127.0.0.1:8080, and start none.
-    #[arg(long, value_name = "URL", requires_all = ["ops", "token"])]
+    #[arg(long, value_name = "URL", requires = "ops")]
     gateway: Option<String>,
     /// The ops address of that gateway, such as http://127.0.0.1:8081.
     #[arg(long, value_name = "URL", requires = "gateway")]
     ops: Option<String>,
-    /// An admin's token of that gateway.
-    #[arg(long, env = "SEAWALL_TOKEN", hide_env_values = true)]
-    token: Option<String>,
+    /// File with an admin's token of that gateway [default: the token in SEAWALL_TOKEN]
+    #[arg(long, value_name = "FILE", requires = "gateway")]
+    token_file: Option<PathBuf>,
     /// Use the PostgreSQL that runs at this address: in a database of the load test's own, which is created, and dropped at the end. In
     /// the environment its password is in no list of processes.
     #[arg(
@@ -210,21 +210,42 @@ fn with(arguments: &RunArguments) -> Result<With> {
     let RunArguments {
         gateway,
         ops,
-        token,
+        token_file,
         database,
         ..
     } = arguments;
-    if let (Some(gateway), Some(ops), Some(token)) = (gateway, ops, token) {
+    if let (Some(gateway), Some(ops)) = (gateway, ops) {
         return Ok(With::Gateway(External {
             gateway: gateway.clone(),
             ops: ops.clone(),
-            token: token.clone(),
+            token: admin_token(token_file.as_deref())?,
         }));
     }
     match database {
         Some(url) => Ok(With::Database(url.parse::<ServerUrl>().context("--database")?)),
         None => Ok(With::Nothing),
     }
+}
+
+/// The token of a file, else of the environment. Never of an argument: every user of a machine can list those.
+fn admin_token(file: Option<&Path>) -> Result<String> {
+    let (token, source) = match file {
+        Some(path) => {
+            let token = fs::read_to_string(path).with_context(|| format!("--token-file: {}", path.display()))?;
+            (token, "--token-file")
+        }
+        None => {
+            let token = std::env::var("SEAWALL_TOKEN")
+                .ok()
+                .context("--gateway needs --token-file or SEAWALL_TOKEN")?;
+            (token, "SEAWALL_TOKEN")
+        }
+    };
+    let token = token.trim();
+    if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        bail!("{source} holds no token");
+    }
+    Ok(token.to_owned())
 }
 
 fn simulate_scenario(arguments: &ScenarioArguments) -> Result<ExitCode> {
@@ -339,7 +360,10 @@ fn serve_bench_peer(arguments: &BenchPeerArguments) -> Result<ExitCode> {
 
 fn serve_naive(arguments: &NaiveArguments) -> Result<ExitCode> {
     let database = std::env::var(NAIVE_DATABASE).with_context(|| format!("{NAIVE_DATABASE} is not set"))?;
-    let database = database.parse().context("reading the database's address")?;
+    // The text of the parser's error may repeat a part of the password.
+    let database = database
+        .parse()
+        .map_err(|_| anyhow!("{NAIVE_DATABASE} is not the address of a PostgreSQL"))?;
     runtime()?.block_on(async {
         let ended = CancellationToken::new();
         tokio::spawn(signals::cancel(ended.clone()));

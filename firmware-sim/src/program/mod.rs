@@ -67,7 +67,7 @@ impl From<FleetError> for Failure {
     fn from(error: FleetError) -> Self {
         match error {
             FleetError::Mix(_) | FleetError::Profile(_) | FleetError::TooMany(_) => Self::WrongUse(error.into()),
-            FleetError::Target(TargetError::BadUrl { .. } | TargetError::NoTrust(_)) => Self::WrongUse(error.into()),
+            FleetError::Target(TargetError::BadUrl(_) | TargetError::NoTrust(_)) => Self::WrongUse(error.into()),
             FleetError::Target(TargetError::NoAddress { .. }) => Self::Failed(error.into()),
         }
     }

@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::{Common, Failure};
 use crate::{
-    config::{Config, ConfigError, LogFormat, SettingError},
+    config::{Config, ConfigError, DatabaseUrl, LogFormat, SettingError},
     serve::{self, StartError},
     telemetry,
 };
@@ -50,6 +50,13 @@ pub struct ServeArgs {
 }
 
 impl ServeArgs {
+    /// Whether the database's password stands in the list of processes, which every user of the machine can read.
+    fn shows_password(&self) -> bool {
+        let is_from_environment = std::env::var("SEAWALL_DATABASE").ok() == self.database;
+        let url = self.database.as_deref().and_then(|url| url.parse::<DatabaseUrl>().ok());
+        !is_from_environment && url.is_some_and(|url| url.has_password())
+    }
+
     /// Reads the file, puts the flags over it, and looks at the whole.
     ///
     /// # Errors
@@ -114,6 +121,11 @@ impl From<StartError> for Failure {
 pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
     let config = args.load(common.data_dir.as_ref())?;
     let log = telemetry::start(&config.logging)?;
+    if args.shows_password() {
+        tracing::warn!(
+            "database password in the list of processes: give the address in SEAWALL_DATABASE or in the configuration file"
+        );
+    }
     let data_dir = common.data_dir.clone();
     let reload = move || args.load(data_dir.as_ref()).map(|config| config.logging.level);
     let runtime = runtime()?;

@@ -30,6 +30,9 @@ const MEMORY_MIN: u64 = 64 << 20;
 /// Greatest configuration file, in bytes: more is a wrong file.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
 
+/// Greatest path of a setting that an error repeats, in bytes; the longest that exists has 52.
+const PATH_LEN_MAX: usize = 64;
+
 /// Every setting of one gateway.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -79,7 +82,7 @@ impl Config {
     /// # Errors
     /// One line that names the key and, where it is known, the line of the file.
     pub fn from_toml(text: &str) -> Result<Self, String> {
-        toml::from_str(text).map_err(|error| one_line(text, error))
+        toml::from_str(text).map_err(|error| one_line(text, &error))
     }
 
     /// Looks at every setting, and at those that must fit each other.
@@ -188,9 +191,12 @@ impl Config {
     }
 }
 
-/// The message of a TOML error with its line number and the path of the key there, without the picture of the source.
-fn one_line(text: &str, error: toml::de::Error) -> String {
-    let message = error.message().split_whitespace().collect::<Vec<_>>().join(" ");
+/// The message of a TOML error with its line number and the path of the key there, without any value of the file.
+fn one_line(text: &str, error: &toml::de::Error) -> String {
+    let message = without_values(error.message())
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ");
     let Some(span) = error.span() else { return message };
     let number = text.get(..span.start).unwrap_or(text).matches('\n').count();
     let path = path_at(text, number);
@@ -201,7 +207,26 @@ fn one_line(text: &str, error: toml::de::Error) -> String {
     )
 }
 
-/// The path of the key in a line, counted from 0, or of the table that begins there.
+/// What a message of the deserializer says is expected, without the value that it found: that may be a password.
+fn without_values(message: &str) -> &str {
+    if let Some(key) = message.strip_prefix("unknown field `") {
+        let is_name = key
+            .split('`')
+            .next()
+            .is_some_and(|key| is_path(&key.to_ascii_lowercase()));
+        return if is_name { message } else { "unknown setting" };
+    }
+    let repeats_value = ["invalid type:", "invalid value:", "unknown variant ", "invalid length "]
+        .iter()
+        .any(|start| message.starts_with(start));
+    match message.rfind(", expected ") {
+        Some(at) if repeats_value => &message[at + 2..],
+        None if repeats_value => "is not a value of this setting",
+        Some(_) | None => message,
+    }
+}
+
+/// The path of the key in a line, counted from 0, or of the table that begins there. Empty where the line is not that of a key.
 fn path_at(text: &str, number: usize) -> String {
     let mut path = "";
     for line in text.lines().take(number + 1).map(str::trim) {
@@ -209,12 +234,22 @@ fn path_at(text: &str, number: usize) -> String {
             path = table.split(']').next().unwrap_or(table);
         }
     }
+    let path = if is_path(path) { path } else { "" };
     let line = text.lines().nth(number).unwrap_or_default();
-    match line.split_once('=') {
-        Some((key, _)) if path.is_empty() => key.trim().to_owned(),
-        Some((key, _)) => format!("{path}.{}", key.trim()),
+    match line.split_once('=').map(|(key, _)| key.trim()) {
+        Some(key) if !is_path(key) => path.to_owned(),
+        Some(key) if path.is_empty() => key.to_owned(),
+        Some(key) => format!("{path}.{key}"),
         None => path.to_owned(),
     }
+}
+
+/// Whether a text is the path of a setting: what stands before an equals sign in a file that is not TOML may be a secret.
+fn is_path(text: &str) -> bool {
+    (1..=PATH_LEN_MAX).contains(&text.len())
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._-".contains(&byte))
 }
 
 /// A setting that can't be used.
@@ -286,6 +321,23 @@ mod tests {
             let problem = Config::from_toml(text).unwrap_err();
 
             assert!(problem.contains(named) && !problem.contains('\n'), "{problem}");
+        }
+    }
+
+    #[test]
+    fn what_is_expected_is_said_and_what_was_found_is_not() {
+        for (text, problem) in [
+            (
+                "[limits]\nhead_bytes_max = \"hunter2, expected x\"\n",
+                "line 2: limits.head_bytes_max: expected usize",
+            ),
+            (
+                "[logging]\nformat = \"hunter2\"\n",
+                "line 2: logging.format: expected `json` or `human`",
+            ),
+            ("[database]\n\"hunter2@\" = 1\n", "line 2: database: unknown setting"),
+        ] {
+            assert_eq!(Config::from_toml(text).unwrap_err(), problem);
         }
     }
 

@@ -31,6 +31,17 @@ impl DatabaseUrl {
         &self.0
     }
 
+    /// Whether it holds a password, or may: in its user information or in a parameter.
+    #[must_use]
+    pub fn has_password(&self) -> bool {
+        self.kind() == DatabaseKind::Postgres
+            && (self.0.contains("password=")
+                || self
+                    .0
+                    .rsplit_once('@')
+                    .is_some_and(|(user, _)| user.matches(':').count() > 1))
+    }
+
     /// Which database it is for.
     #[must_use]
     pub fn kind(&self) -> DatabaseKind {

@@ -165,7 +165,7 @@ pub struct NewDeviceBody {
 }
 
 /// A device with its secret.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Serialize, ToSchema)]
 pub struct RegisteredDevice {
     #[serde(flatten)]
     device: Device,
@@ -295,7 +295,7 @@ pub struct RotationBody {
 }
 
 /// A new secret.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Serialize, ToSchema)]
 pub struct NewSecret {
     #[schema(value_type = uuid::Uuid)]
     id: DeviceId,

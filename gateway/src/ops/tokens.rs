@@ -70,7 +70,7 @@ pub struct NewTokenBody {
 }
 
 /// A new token.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Serialize, ToSchema)]
 pub struct CreatedToken {
     #[serde(flatten)]
     view: TokenView,

@@ -10,7 +10,10 @@ use std::{
 use rustls::{
     RootCertStore, ServerConfig,
     crypto::{CryptoProvider, ring},
-    pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, pem::PemObject},
+    pki_types::{
+        CertificateDer, CertificateRevocationListDer, PrivateKeyDer,
+        pem::{self, PemObject},
+    },
     server::{NoServerSessionStorage, ProducesTickets, WebPkiClientVerifier, danger::ClientCertVerifier},
 };
 use seawall_proto::time::WallTime;
@@ -221,7 +224,7 @@ impl Contents<'_> {
         };
         let lists: Vec<_> = CertificateRevocationListDer::pem_slice_iter(&self.crl)
             .collect::<Result<_, _>>()
-            .map_err(|error| crl.invalid(format!("holds no revocation list as PEM: {error}")))?;
+            .map_err(|error| crl.invalid(unreadable_pem("revocation list", &error)))?;
         if lists.is_empty() {
             return Err(crl.invalid("holds no revocation list as PEM"));
         }
@@ -234,7 +237,7 @@ impl Contents<'_> {
         let chain = self.chain()?;
         let at_key = &self.files.key;
         let key = PrivateKeyDer::from_pem_slice(&self.key)
-            .map_err(|error| at_key.invalid(format!("holds no private key as PEM: {error}")))?;
+            .map_err(|error| at_key.invalid(unreadable_pem("private key", &error)))?;
         let expires = expiry(&self.files.certificate, &chain)?;
         let builder = ServerConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
@@ -251,7 +254,9 @@ impl Contents<'_> {
             if matches!(error, rustls::Error::InconsistentKeys(_)) {
                 return at_key.invalid(format!("is not the key of {}", self.files.certificate.path.display()));
             }
-            at_key.invalid(format!("can't be used with the certificate: {error}"))
+            at_key.invalid(
+                "can't be used with the certificate: expected an RSA key of 2048 to 8192 bits, an ECDSA key on P-256 or P-384, or Ed25519",
+            )
         })?;
         server.session_storage = Arc::new(NoServerSessionStorage {});
         if self.files.clients.is_some() {
@@ -276,11 +281,9 @@ impl Contents<'_> {
     ) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
         let mut roots = RootCertStore::empty();
         for authority in self.authorities()? {
-            roots.add(authority).map_err(|error| {
-                clients
-                    .ca
-                    .invalid(format!("holds a certificate that is no authority: {error}"))
-            })?;
+            roots
+                .add(authority)
+                .map_err(|_| clients.ca.invalid("holds a certificate that is no authority"))?;
         }
         let (roots, provider) = (Arc::new(roots), provider());
         let algorithms = provider.signature_verification_algorithms;
@@ -288,15 +291,35 @@ impl Contents<'_> {
         if !clients.is_required {
             builder = builder.allow_unauthenticated();
         }
-        let verifier = builder.build().map_err(|error| clients.ca.invalid(error.to_string()))?;
+        let verifier = builder
+            .build()
+            .map_err(|_| clients.ca.invalid("holds no authority that can be used"))?;
         let Some(crl) = &clients.crl else {
             return Ok(verifier);
         };
         match revocation::Verifier::new(verifier, roots, algorithms, lists) {
             Ok(verifier) => Ok(Arc::new(verifier)),
-            Err(error) => Err(crl.invalid(format!("holds a revocation list that can't be used: {error}"))),
+            Err(_) => Err(crl.invalid("holds a revocation list that can't be used")),
         }
     }
+}
+
+/// Says that a PEM file holds no such item, and why, without a byte of the file.
+///
+/// The text of the parser's own error repeats what it read: a private key in which the line ends were lost, all of it. That
+/// holds for each of these files, since any of them can be the key's by mistake.
+fn unreadable_pem(item: &str, error: &pem::Error) -> String {
+    let cause = match error {
+        pem::Error::MissingSectionEnd { .. } => "a section has no END line",
+        pem::Error::IllegalSectionStart { .. } => {
+            "a BEGIN line is malformed; line ends may have been lost or written as \\n"
+        }
+        pem::Error::Base64Decode(_) => "the text between BEGIN and END is not base64",
+        pem::Error::SectionTooLarge => "a section is too large",
+        pem::Error::NoItemsFound => return format!("holds no {item} as PEM"),
+        pem::Error::Io(_) | _ => "it is malformed",
+    };
+    format!("holds no {item} as PEM: {cause}")
 }
 
 /// The certificates of a PEM file, at least one.
@@ -306,7 +329,7 @@ impl Contents<'_> {
 fn certificates(at: &Source, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let certificates: Vec<_> = CertificateDer::pem_slice_iter(pem)
         .collect::<Result<_, _>>()
-        .map_err(|error| at.invalid(format!("holds no certificate as PEM: {error}")))?;
+        .map_err(|error| at.invalid(unreadable_pem("certificate", &error)))?;
     if certificates.is_empty() {
         return Err(at.invalid("holds no certificate as PEM"));
     }
@@ -318,7 +341,7 @@ fn expiry(at: &Source, chain: &[CertificateDer<'_>]) -> Result<WallTime, TlsErro
     let mut first = WallTime::from_unix_ms(u64::MAX);
     for certificate in chain {
         let (_, parsed) =
-            X509Certificate::from_der(certificate).map_err(|error| at.invalid(format!("is no X.509: {error}")))?;
+            X509Certificate::from_der(certificate).map_err(|_| at.invalid("holds a certificate that is not X.509"))?;
         first = first.min(wall(parsed.validity().not_after));
     }
     Ok(first)

@@ -81,7 +81,11 @@ pub(super) fn read_copy(path: &Path) -> io::Result<Vec<Token>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };
-    let copy: CopyFile = serde_json::from_str(&text)?;
+    // The text of the parser's error would repeat a hash.
+    let copy: CopyFile = serde_json::from_str(&text).map_err(|error| {
+        let problem = format!("line {}: not the JSON that is expected", error.line());
+        io::Error::new(io::ErrorKind::InvalidData, problem)
+    })?;
     Ok(copy.tokens.into_iter().filter_map(CopiedToken::into_token).collect())
 }
 

@@ -360,6 +360,23 @@ mod tests {
         assert!(Tokens::open(dir.path()).unwrap().is_empty());
     }
 
+    #[test]
+    fn damage_of_the_copy_is_described_without_its_content() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(COPY_FILE);
+        let hash = "Zm9vYmFyYmF6cXV4MDEyMzQ1Njc4OWFiY2RlZmdoaWo";
+        for text in [
+            format!("{{\"tokens\":[\"{hash}\"]}}"),
+            format!("{{\"tokens\":[{{\"{hash}\":1}}]}}"),
+        ] {
+            fs::write(&path, text).unwrap();
+
+            let problem = read_copy(&path).unwrap_err().to_string();
+
+            assert!(problem.contains("line 1") && !problem.contains(hash), "{problem}");
+        }
+    }
+
     #[tokio::test]
     async fn what_was_read_before_a_revocation_does_not_undo_it() {
         let dir = tempfile::tempdir().unwrap();

@@ -207,16 +207,10 @@ fn address_that_is_none_is_refused_without_an_echo() {
         assert!(told.contains("--database") && told.contains("postgres://"), "{told}");
         assert!(!told.contains("hidden"), "{told}");
     }
-    let both = [
-        "--gateway",
-        "ws://127.0.0.1:1",
-        "--ops",
-        "http://127.0.0.1:1",
-        "--token",
-        "x",
-    ];
+    let both = ["--gateway", "ws://127.0.0.1:1", "--ops", "http://127.0.0.1:1"];
     let refused = run(&scenario)
         .args(both)
+        .env("SEAWALL_TOKEN", "x")
         .env(VARIABLE, "postgres://u:hidden@127.0.0.1/db")
         .output()
         .unwrap();

@@ -13,6 +13,7 @@ mod allocator;
 mod devices;
 mod leave;
 mod log;
+mod secrets;
 mod start;
 mod tls;
 mod verbs;

@@ -174,3 +174,18 @@ fn migrate_makes_the_tables_without_a_gateway() {
 
     assert!(home.path().join("seawall-data/seawall.db").is_file());
 }
+
+#[test]
+fn database_password_in_an_argument_is_warned_of_and_in_the_environment_is_not() {
+    const URL: &str = "postgres://fleet:hunter2@127.0.0.1:1/db";
+    let warning = "database password in the list of processes";
+
+    let shown = GatewayProcess::start(&["--database", URL]).unwrap();
+    let log = shown.log().unwrap();
+    assert!(log.contains(warning) && !log.contains("hunter2"), "{log}");
+
+    let home = tempfile::tempdir().unwrap();
+    let hidden = GatewayProcess::start_with(&home.path().join("data"), &[("SEAWALL_DATABASE", URL)]).unwrap();
+    let log = hidden.log().unwrap();
+    assert!(!log.contains(warning) && !log.contains("hunter2"), "{log}");
+}

@@ -107,6 +107,14 @@ impl GatewayProcess {
         Self::spawn(command, data_dir.with_extension("log"), |_| data_dir.to_owned())
     }
 
+    /// Starts one on free ports with these variables in its environment.
+    pub fn start_with(data_dir: &Path, variables: &[(&str, &str)]) -> Result<Self> {
+        let mut command = seawall();
+        command.args(SERVE).arg("--data-dir").arg(data_dir);
+        command.envs(variables.iter().copied());
+        Self::spawn(command, data_dir.with_extension("log"), |_| data_dir.to_owned())
+    }
+
     /// Starts one whose data directory lies on a disk of its own, of so many bytes (a tmpfs that nobody else sees). `Ok(None)`
     /// where this machine allows no such thing.
     pub fn start_on_small_disk(bytes: usize) -> Result<Option<Self>> {
