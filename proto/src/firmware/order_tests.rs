@@ -181,6 +181,19 @@ fn builds_patches_single_letters_and_git_describe_sort_after_the_release() {
         "1.1.1-9-g12e4567",
         "1.1.1-9-gabcdef-dirty",
         "1.1.1-4b",
+        "1.1.1za",
+        "1.1.1-build7",
+        "1.1.1 Build 7",
+        "1.1.1build7",
+        "1.1.1-SP1",
+        "1.1.1sp1",
+        "1.1.1u202",
+        "1.1.1-u202",
+        "1.1.1_update.4",
+        "1.1.1 Update 4",
+        "1.1.1-hf12",
+        "1.1.1-hf12-final",
+        "1.1.1-4-g0a1b2c3 (stable)",
         "1.1.1+x",
     ] {
         let wanted = if later == "1.1.1+x" {
@@ -196,13 +209,17 @@ fn builds_patches_single_letters_and_git_describe_sort_after_the_release() {
         "1.1.1-b",
         "1.1.1-d",
         "1.1.1.d",
-        "1.1.1za",
+        "1.1.1rc",
+        "1.1.1zaz",
+        "1.1.1-za",
         "1.1.1d1",
         "1.1.1d-rc1",
         "1.1.1-patched",
-        "1.1.1-final",
+        "1.1.1-final-b1",
+        "1.1.1-build",
+        "1.1.1-update",
         "1.1.1-4-rc1",
-        "1.1.1-gabcdef",
+        "1.1.1-gabcdef-dirty",
         "1.1.1-9-gabcxyz",
         "1.1.1-preview",
         "1.1.1~1",
@@ -223,7 +240,73 @@ fn builds_patches_single_letters_and_git_describe_sort_after_the_release() {
     ]);
     assert_ascending(&["1.2", "1.2-p1", "1.2-p2", "1.2-p10", "1.2-patch1"]);
     assert_ascending(&["2025.11.0", "2025.11.0-9-gabcdef", "2025.11.0-10-gabcdef", "2025.11.1"]);
-    assert_ascending(&["2025-11-01", "2025-11-02", "2025-11-02-gabcdef", "2025-11-03"]);
+    assert_ascending(&["2025-11-01", "2025-11-02 = 2025-11-02-gabcdef", "2025-11-03"]);
+}
+
+#[test]
+fn commit_hash_at_the_end_is_not_compared() {
+    assert_ascending(&[
+        "1.4.3-gffffff0 = 1.4.3",
+        "1.4.4-beta1-g6d2a586 = 1.4.4-beta1",
+        "1.4.4 = 1.4.4-g6d2a586 = 1.4.4-g1234567 = 1.4.4-gabcdef = 1.4.4_G6D2A586 = 1.4.4-07a3ca9 = 1.4.4.07a3ca9 = 1.4.4_a07bca9 = \
+         1.4.4-0123456789abcdef0123456789abcdef01234567",
+        "1.4.4-4 = 1.4.4-4-07a3ca9",
+        "1.4.4-9",
+        "1.4.4-9-g6d2a586",
+        "1.4.4-1234567",
+    ]);
+    assert_ascending(&[
+        "9.0.0.4.386.41615-g7c2264e = 9.0.0.4.386.41615",
+        "9.0.0.4.386.41616-g0c2264e",
+    ]);
+    assert_ascending(&["3.0.0.4.386_9-g7c2264e", "3.0.0.4.386_49703-g0c2264e"]);
+    assert_ascending(&[
+        "2025-11-02 = 2025-11-02-07a3ca9 = 2025.11.2.07a3ca9",
+        "2025-11-03-07a3ca9",
+    ]);
+    for not_a_hash in [
+        "1.4.4-g6d2a5",
+        "1.4.4-07a3ca",
+        "1.4.4-07a3cax",
+        "1.4.4-b1234567",
+        "1.4.4-abcdefa",
+    ] {
+        assert_ne!(compare(not_a_hash, "1.4.4"), Ordering::Equal, "{not_a_hash}");
+    }
+}
+
+#[test]
+fn remark_in_round_brackets_at_the_end_is_not_compared() {
+    assert_ascending(&[
+        "7.1beta6 (development) = 7.1beta6",
+        "7.1 = 7.1 (stable) = 7.1(tasmota32-DE) = 7.1 (a (b) c) = 7.1 (x) (y) = 7.1-g6d2a586 (stable) = 7.1(lite+zigbee) = 7.1(x)+build",
+        "7.1 (45) = 7.1-45 = 7.1 (45) (stable)",
+        "7.1.1 (long-term)",
+    ]);
+    assert_ascending(&["7.1 (alpha", "7.1 (stable = 7.1 stable) = 7.1"]);
+    assert_ascending(&["7.1 (a~b)", "7.1"]);
+}
+
+#[test]
+fn words_for_a_release_at_the_end_are_not_compared() {
+    assert_ascending(&[
+        "3.8.0-final-rc2 = 3.8.0-FINAL-rc2-stable",
+        "3.8.0-finale",
+        "3.8.0-nonfinal",
+        "3.8.0-rc1-final = 3.8.0-rc1",
+        "3.8.0 = 3.8.0-stable = 3.8.0.Final = 3.8.0_RELEASE = 3.8.0ga = 3.8.0 LTS = 3.8-prod = 3.8.0-final-lts = 3.8.0.GA-07a3ca9",
+        "3.8.0-4 = 3.8.0-4-final",
+        "3.8.0-p1 = 3.8.0-p1-stable",
+    ]);
+    assert_ascending(&["3.8.0-p1-stable~x", "3.8.0-p1"]);
+}
+
+#[test]
+fn updates_service_packs_and_builds_sort_by_number() {
+    assert_ascending(&["8-rc", "8", "8u9", "8u202 = 8-u202", "8u1000", "9"]);
+    assert_ascending(&["6.5", "6.5 SP1", "6.5 SP2", "6.5 SP10", "6.6"]);
+    assert_ascending(&["1.0.2", "1.0.2u", "1.0.2z", "1.0.2za", "1.0.2zb", "1.0.3"]);
+    assert_ascending(&["1.0-build", "1.0", "1.0-build2", "1.0-build10"]);
 }
 
 #[test]
@@ -313,7 +396,7 @@ fn the_documented_list_is_in_order() {
 
 #[test]
 fn every_short_text_of_awkward_characters_has_its_place() {
-    let alphabet = ["1", "0", "a", "-", ".", "~", "+", "p"];
+    let alphabet = ["1", "0", "a", "-", ".", "~", "+", "p", "(", ")", "ga"];
     let mut texts = vec![String::new()];
     let mut last = texts.clone();
     for _ in 0..3 {
@@ -328,7 +411,26 @@ fn every_short_text_of_awkward_characters_has_its_place() {
 
 #[test]
 fn long_texts_take_time_in_proportion() {
-    for piece in ["1.", "1-", "2025-1", "a1", "~", "+", "-9-gab", "g1", "\u{e9}", "0", "p"] {
+    for piece in [
+        "1.",
+        "1-",
+        "2025-1",
+        "a1",
+        "~",
+        "+",
+        "-9-gab",
+        "g1",
+        "\u{e9}",
+        "0",
+        "p",
+        "(",
+        ")",
+        "(a)",
+        "-final",
+        "-07a3ca9",
+        "-9-07a3ca9",
+        "(1)",
+    ] {
         let long = format!("2025{}", piece.repeat(200_000));
         assert!(compare(&long, &long).is_eq());
     }
@@ -378,6 +480,17 @@ fn pieces() -> impl Strategy<Value = String> {
         "rev",
         "gabcdef",
         "g12",
+        "07a3ca9",
+        "(",
+        ")",
+        "(stable)",
+        "(4)",
+        "final",
+        "ga",
+        "za",
+        "build",
+        "sp",
+        "u",
         "-9-gabcdef",
         "d",
         "x",
@@ -426,6 +539,16 @@ fn versions() -> impl Strategy<Value = String> {
         "+build",
         "-b2+x",
         "-dirty",
+        "-g6d2a586",
+        ".07a3ca9",
+        "(tasmota)",
+        " (stable)",
+        " (45)",
+        "-final",
+        ".GA",
+        "u202",
+        "-sp1",
+        "za",
     ]);
     (head, release, tail).prop_map(|(head, release, tail)| [head, release, tail].concat())
 }

@@ -236,3 +236,35 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn release_with_a_hash_or_a_remark_is_held_as_the_release() {
+    for (range, version, is_held) in [
+        (">=1.4.4", "1.4.4-g6d2a586", true),
+        ("<1.4.4", "1.4.4-g6d2a586", false),
+        ("=1.4.4", "1.4.4-g6d2a586", true),
+        (">=1.4.4", "1.4.4-g1234567", true),
+        (">=1.4.5", "1.4.4-g6d2a586", false),
+        ("<1.4.4", "1.4.3-gffffff0", true),
+        ("<1.4.4", "1.4.4-beta1-g6d2a586", true),
+        (">=13.2.0", "13.2.0(tasmota)", true),
+        ("<13.2.0", "13.2.0(tasmota)", false),
+        ("=13.2.0", "13.2.0(sensors)", true),
+        ("=13.2.0(sensors)", "13.2.0", true),
+        (">=7.14.3", "7.14.3 (stable)", true),
+        ("<7.14.3", "7.14.3 (stable)", false),
+        (">=6.49.10", "6.49.10 (long-term)", true),
+        ("<7.12", "7.12rc1 (testing)", true),
+        ("<7.1", "7.1beta6 (development)", true),
+        (">=1.1.1", "1.1.1 (45)", true),
+        ("1.16.*", "v1.16.0-07a3ca9", true),
+        ("<=1.16.0", "v1.16.0-07a3ca9", true),
+        ("<=1.16.0", "v1.16.0-1234567", false),
+        ("=3.8", "3.8.0.Final", true),
+        (">3.8", "3.8u2", true),
+    ] {
+        let parsed: Range = range.parse().unwrap();
+
+        assert_eq!(parsed.matches(Some(version)), is_held, "{range} and {version}");
+    }
+}

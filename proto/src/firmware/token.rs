@@ -1,12 +1,25 @@
 //! The pieces that versions are compared by: numbers, words and `~`. No allocation anywhere.
 
-use std::cmp::Ordering;
+use std::{cmp::Ordering, ops::RangeInclusive};
 
 /// Words that sort before all other words: what is built every day comes before what was meant for somebody.
 const EARLY_WORDS: [&str; 3] = ["dev", "nightly", "snapshot"];
 
 /// Words that begin what comes after a release.
 const POST_WORDS: [&str; 7] = ["fix", "hotfix", "p", "patch", "post", "r", "rev"];
+
+/// Words that begin what comes after a release where a number follows them.
+const NUMBERED_POST_WORDS: [&str; 5] = ["build", "hf", "sp", "u", "update"];
+
+/// Pre-release words of two letters: directly behind a digit they are not a patch level such as OpenSSL's `1.0.2za`.
+const SHORT_PRE_WORDS: [&str; 4] = ["cr", "ea", "pr", "rc"];
+
+/// Words that say that a version is the release. At the end they are not compared.
+const RELEASE_WORDS: [&str; 6] = ["final", "ga", "lts", "prod", "release", "stable"];
+
+/// Hexadecimal digits of a commit hash: behind a `g`, and without one.
+const MARKED_HASH_LEN: RangeInclusive<usize> = 6..=40;
+const HASH_LEN: RangeInclusive<usize> = 7..=40;
 
 /// One piece of what stands behind the release numbers. Everything between pieces (dots, hyphens, spaces) only separates them.
 #[derive(Clone, Copy, Debug)]
@@ -31,18 +44,24 @@ impl Token<'_> {
     }
 }
 
-/// Walks through the pieces of a text.
+/// Walks through the pieces of a text, without what [`counted`] leaves out in front of each `~` and at the end.
 #[derive(Clone, Debug)]
 pub(super) struct Tokens<'a> {
     rest: &'a str,
+    /// What follows `rest`, from the next `~` on.
+    after: &'a str,
 }
 
 impl<'a> Tokens<'a> {
-    pub(super) const fn of(text: &'a str) -> Self {
-        Self { rest: text }
+    pub(super) fn of(text: &'a str) -> Self {
+        let (first, after) = text.split_at(text.find('~').unwrap_or(text.len()));
+        Self {
+            rest: counted(first),
+            after,
+        }
     }
 
-    /// What has not been walked through yet, separators included.
+    /// What has not been walked through up to the next `~`, separators included.
     pub(super) const fn rest(&self) -> &'a str {
         self.rest
     }
@@ -60,11 +79,10 @@ impl<'a> Iterator for Tokens<'a> {
     fn next(&mut self) -> Option<Token<'a>> {
         self.rest = self.rest.trim_start_matches(is_separator);
         let bytes = self.rest.as_bytes();
-        let first = bytes.first()?;
-        if *first == b'~' {
-            self.take(1);
+        let Some(first) = bytes.first() else {
+            *self = Self::of(self.after.strip_prefix('~')?);
             return Some(Token::Tilde);
-        }
+        };
         if first.is_ascii_digit() {
             let len = run(bytes, |byte| byte.is_ascii_digit());
             return Some(Token::Number(self.take(len)));
@@ -109,9 +127,98 @@ pub(super) fn compare_text(left: &str, right: &str) -> Ordering {
         .cmp(right.chars().flat_map(char::to_lowercase))
 }
 
-/// Whether what follows a release under this word is later than the release.
-pub(super) fn is_post_word(word: &str) -> bool {
-    POST_WORDS.iter().any(|post| word.eq_ignore_ascii_case(post))
+/// Whether what follows a release under this word is later than the release. `next`: what follows the word.
+pub(super) fn is_post_word(word: &str, next: Option<Token<'_>>) -> bool {
+    is_one_of(&POST_WORDS, word) || (is_one_of(&NUMBERED_POST_WORDS, word) && matches!(next, Some(Token::Number(_))))
+}
+
+/// Whether a word directly behind a digit and at the end is a patch level, as in `1.1.1d` and `1.0.2za`.
+pub(super) fn is_patch_level(word: &str) -> bool {
+    match word.chars().count() {
+        1 => true,
+        2 => word.is_ascii() && !is_one_of(&SHORT_PRE_WORDS, word),
+        _ => false,
+    }
+}
+
+/// The part of a version, without a `~` in it, that is compared: not the commit hashes, the remarks in round brackets and
+/// the words for a release at its end. Takes time in proportion to its length.
+pub(super) fn counted(part: &str) -> &str {
+    let mut counted = part;
+    loop {
+        let text = counted.trim_end_matches(|character| is_separator(character) && character != ')');
+        let shorter = without_remark(text).or_else(|| {
+            let text = text.trim_end_matches(is_separator);
+            without_hash(text).or_else(|| without_release_word(text))
+        });
+        match shorter {
+            Some(shorter) => counted = shorter,
+            None => return counted,
+        }
+    }
+}
+
+/// What stands in front of a remark in round brackets at the end of `text`. One of digits only is a build number, not a remark.
+pub(super) fn without_remark(text: &str) -> Option<&str> {
+    let mut open = 0_usize;
+    for (at, byte) in text.bytes().enumerate().rev() {
+        match byte {
+            b')' => open += 1,
+            b'~' => return None,
+            // The last character is the first one seen.
+            _ if open == 0 => return None,
+            b'(' if open == 1 => {
+                let is_remark = text[at..].bytes().any(is_word_byte);
+                return is_remark.then(|| &text[..at]);
+            }
+            b'(' => open -= 1,
+            _ => {}
+        }
+    }
+    None
+}
+
+/// What stands in front of a commit hash at the end of `text`. The hash of git describe is part of a count of commits.
+fn without_hash(text: &str) -> Option<&str> {
+    let longest = text.len() - text.len().min(*HASH_LEN.end() + 2);
+    let tail = &text.as_bytes()[longest..];
+    let at = longest + tail.iter().rposition(|byte| b"-._".contains(byte))?;
+    let (head, hash) = (&text[..at], &text.as_bytes()[at + 1..]);
+    let is_hash = match hash {
+        [b'g' | b'G', digits @ ..] if is_hexadecimal(digits, &MARKED_HASH_LEN) => !ends_in_count(head),
+        // `b20251102` is a beta, and `a7` an alpha, however long the number.
+        [b'a' | b'b' | b'A' | b'B', digits @ ..] if digits.iter().all(u8::is_ascii_digit) => false,
+        digits => {
+            is_hexadecimal(digits, &HASH_LEN)
+                && digits.iter().any(u8::is_ascii_digit)
+                && digits.iter().any(u8::is_ascii_alphabetic)
+        }
+    };
+    is_hash.then_some(head)
+}
+
+fn is_hexadecimal(digits: &[u8], len: &RangeInclusive<usize>) -> bool {
+    len.contains(&digits.len()) && digits.iter().all(u8::is_ascii_hexdigit)
+}
+
+/// Whether `text` ends in a hyphen and a number, as in front of the hash of git describe.
+fn ends_in_count(text: &str) -> bool {
+    let head = text.trim_end_matches(|character: char| character.is_ascii_digit());
+    head.len() < text.len() && head.ends_with('-')
+}
+
+/// What stands in front of a word for a release at the end of `text`.
+fn without_release_word(text: &str) -> Option<&str> {
+    RELEASE_WORDS.iter().find_map(|word| {
+        let at = text.len().checked_sub(word.len())?;
+        let is_word = text.as_bytes()[at..].eq_ignore_ascii_case(word.as_bytes())
+            && !text.as_bytes()[..at].last().is_some_and(|byte| is_word_byte(*byte));
+        is_word.then(|| &text[..at])
+    })
+}
+
+fn is_one_of(words: &[&str], word: &str) -> bool {
+    words.iter().any(|one| word.eq_ignore_ascii_case(one))
 }
 
 /// Whether `text` begins with the hash of `git describe`: `g` and at least two hexadecimal digits (so that `ga` stays a word), nothing glued to them.
@@ -128,7 +235,7 @@ pub(super) fn starts_with_git_hash(text: &str) -> bool {
 }
 
 fn compare_words(left: &str, right: &str) -> Ordering {
-    let is_late = |word: &str| !EARLY_WORDS.iter().any(|early| word.eq_ignore_ascii_case(early));
+    let is_late = |word: &str| !is_one_of(&EARLY_WORDS, word);
     is_late(left)
         .cmp(&is_late(right))
         .then_with(|| compare_text(left, right))

@@ -5,7 +5,10 @@
 
 use std::cmp::Ordering;
 
-use super::token::{Token, Tokens, compare_numbers, compare_text, compare_tokens, is_post_word, starts_with_git_hash};
+use super::token::{
+    Token, Tokens, compare_numbers, compare_text, compare_tokens, counted, is_patch_level, is_post_word,
+    starts_with_git_hash, without_remark,
+};
 
 /// Compares two firmware texts: [`Version`]s, taken apart on the fly. Total for any text, never fails, allocates nothing,
 /// takes time in proportion to the length of the texts.
@@ -35,7 +38,7 @@ pub(crate) struct Numbered<'a> {
     /// From the first digit to the last digit of the release numbers.
     pub(super) release: &'a str,
     pub(super) stage: Stage,
-    /// All that follows, up to the build metadata.
+    /// All that follows, up to the build metadata, with what [`counted`] leaves out.
     pub(super) suffix: &'a str,
 }
 
@@ -51,7 +54,7 @@ impl<'a> Version<'a> {
     /// Takes `text` apart. White space around it, letter case and build metadata (from the first `+` behind other text) do not count.
     #[must_use]
     pub fn of(text: &'a str) -> Self {
-        let text = without_metadata(text.trim());
+        let text = without_metadata(without_last_remark(text.trim()));
         let form = match text.find(|character: char| character.is_ascii_digit()) {
             None => Form::Text(text),
             Some(start) => Form::Numbered(Numbered::of(&text[start..])),
@@ -89,7 +92,9 @@ impl<'a> Version<'a> {
 impl<'a> Numbered<'a> {
     /// `text` begins with a digit and has no build metadata.
     pub(super) fn of(text: &'a str) -> Self {
-        let (release_len, ends_in_build_number) = scan_release(text.as_bytes());
+        // A commit hash behind a dot, or in a date behind a hyphen, would look like a release number.
+        let first = counted(text.split('~').next().unwrap_or_default());
+        let (release_len, ends_in_build_number) = scan_release(first.as_bytes());
         let (release, suffix) = text.split_at(release_len);
         let stage = stage_of(suffix, ends_in_build_number);
         Self { release, stage, suffix }
@@ -134,6 +139,14 @@ impl PartialEq for Version<'_> {
 }
 
 impl Eq for Version<'_> {}
+
+/// Cuts a remark in round brackets off the end of a version: a `+` in it does not begin build metadata.
+fn without_last_remark(text: &str) -> &str {
+    match without_remark(text) {
+        Some(head) if head.contains(|character: char| character.is_ascii_digit()) => head.trim_end(),
+        Some(_) | None => text,
+    }
+}
 
 /// Cuts at the first `+` that has something in front of it: a leading `+` is a prefix like any other.
 fn without_metadata(text: &str) -> &str {
@@ -180,11 +193,12 @@ fn stage_of(suffix: &str, after_build_number: bool) -> Stage {
             Some(Token::Tilde) => return Stage::Before,
             Some(Token::Word(word)) => {
                 let is_glued = ahead.starts_with(word);
-                let is_last = matches!(tokens.clone().next(), None | Some(Token::Tilde));
-                let is_letter = is_glued && is_last && word.chars().count() == 1;
-                let hash = &suffix[suffix.len() - tokens.rest().len() - word.len()..];
+                let next = tokens.clone().next();
+                let is_last = matches!(next, None | Some(Token::Tilde));
+                let is_level = is_glued && is_last && is_patch_level(word);
+                let hash = &ahead[ahead.len() - tokens.rest().len() - word.len()..];
                 let is_described = (has_build_number || after_build_number) && starts_with_git_hash(hash);
-                return if is_letter || is_post_word(word) || is_described {
+                return if is_level || is_post_word(word, next) || is_described {
                     Stage::After
                 } else {
                     Stage::Before
