@@ -36,6 +36,10 @@ const PAUSE_MIN: Duration = Duration::from_secs(5);
 /// Between two pages, times what a page took: reading takes a fifth of one connection's time at most.
 const PAGE_PAUSE_FACTOR: u32 = 4;
 const PAGE_PAUSE_MIN: Duration = Duration::from_millis(10);
+/// Longest page that is read at the usual pace. A page takes 0.5 ms at the database; one beyond this limit is costly there.
+const PAGE_USUAL_MAX: Duration = Duration::from_millis(250);
+/// The pause after a costly page, as a multiple of the page's time: reading takes 2 % of one connection's time.
+const COSTLY_PAGE_PAUSE_FACTOR: u32 = 49;
 /// After a page that could not be read.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 /// How often it is looked whether devices still wait.
@@ -124,6 +128,16 @@ pub fn age(state: &State) -> Duration {
     state.clock.wall().saturating_since(since)
 }
 
+/// The pause after a page, by the time that it took.
+fn page_pause(took: Duration) -> Duration {
+    let factor = if took > PAGE_USUAL_MAX {
+        COSTLY_PAGE_PAUSE_FACTOR
+    } else {
+        PAGE_PAUSE_FACTOR
+    };
+    (took * factor).max(PAGE_PAUSE_MIN)
+}
+
 fn age_max() -> Duration {
     AGE.mul_f64(rand::rng().random_range(1.0 - AGE_SPREAD..=1.0 + AGE_SPREAD))
 }
@@ -161,7 +175,7 @@ async fn read(state: &State) -> Option<Roster> {
         if cursor.is_none() {
             break;
         }
-        sleep((begun.elapsed() * PAGE_PAUSE_FACTOR).max(PAGE_PAUSE_MIN)).await;
+        sleep(page_pause(begun.elapsed())).await;
         quiet(state).await;
     }
     // Sorting the largest takes a second.
@@ -232,6 +246,15 @@ mod tests {
 
             assert!(load(home.path()).is_empty());
         }
+    }
+
+    #[test]
+    fn reading_the_registry_takes_a_fifth_of_a_connections_time_and_a_fiftieth_where_pages_are_costly() {
+        let millis = Duration::from_millis;
+
+        assert_eq!(page_pause(millis(1)), millis(10));
+        assert_eq!(page_pause(millis(250)), millis(1_000));
+        assert_eq!(page_pause(millis(251)), millis(251 * 49));
     }
 
     #[test]

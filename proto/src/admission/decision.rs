@@ -155,10 +155,13 @@ pub struct AdmissionState {
 }
 
 impl AdmissionState {
-    /// Look-ups leave the database time for what nobody waits for.
+    /// Whether look-ups leave the database time for work that nobody waits for. While one cohort's look-ups cost far more than
+    /// the others', they don't: whatever makes them costly may make other reads costly.
     #[must_use]
     pub fn has_time_to_spare(&self) -> bool {
         let limit = usize::try_from(self.limit).unwrap_or(usize::MAX);
-        self.breaker == BreakerState::Closed && self.queue.saturating_mul(TO_SPARE_PART) <= limit
+        self.breaker == BreakerState::Closed
+            && self.cohorts_apart == 0
+            && self.queue.saturating_mul(TO_SPARE_PART) <= limit
     }
 }

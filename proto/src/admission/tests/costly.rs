@@ -209,6 +209,25 @@ fn healthy_devices_do_not_wait_for_a_costly_cohort_that_grows() {
 }
 
 #[test]
+fn database_has_no_time_to_spare_while_a_cohort_is_costly() {
+    let mut world = World::new();
+    world.arrivals(20, 0, secs(10));
+    let calm = world.node.admission.state(world.now);
+
+    world.arrivals(20, 2, secs(20));
+    let costly = world.node.admission.state(world.now);
+
+    assert_eq!((calm.cohorts_apart, calm.has_time_to_spare()), (0, true), "{calm:?}");
+    assert_eq!(
+        (costly.cohorts_apart, costly.has_time_to_spare()),
+        (1, false),
+        "{costly:?}"
+    );
+    let idle = AdmissionState { queue: 0, ..costly };
+    assert!(!idle.has_time_to_spare(), "however short the queue is");
+}
+
+#[test]
 fn second_costly_cohort_is_found_while_the_first_is_apart() {
     let mut world = World::new();
     world.arrivals(100, 5, secs(10));
