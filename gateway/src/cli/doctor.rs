@@ -206,6 +206,11 @@ fn database(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
         findings.notice(format!("database: {url} is not there yet; the first start makes it"));
         return Ok(());
     }
+    if let Some(what) = Store::unverified_server(&url) {
+        findings.notice(format!(
+            "database: {what}: sslmode=verify-full and sslrootcert=FILE in its URL let nobody stand in between"
+        ));
+    }
     match serve::runtime()?.block_on(Store::probe(&url)) {
         Ok(()) => findings.fine(format!("database: {url} answers")),
         Err(error) => findings.wrong(error.to_string()),

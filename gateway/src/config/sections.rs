@@ -111,7 +111,7 @@ section! {
 section! {
     /// The registry of devices, rules, tokens and the audit log.
     pub struct Database = "database" {
-        /// `postgres://USER:PASSWORD@HOST/NAME` or `sqlite:PATH`. Not given: `seawall.db` in the data directory, SQLite. Flag `--database`, environment `SEAWALL_DATABASE`.
+        /// `postgres://USER:PASSWORD@HOST/NAME` or `sqlite:PATH`. Not given: `seawall.db` in the data directory, SQLite. Special characters of the password are percent-encoded. Parameters: `sslmode` (default `prefer`, which verifies nothing; use `verify-full`), `sslrootcert`, `sslcert`, `sslkey`, `connect_timeout` (seconds, 1 to 60, default 3), `host`, `hostaddr`, `port`, `user`, `password`, `dbname`, `options`; any other stops the start. Flag `--database`, environment `SEAWALL_DATABASE`.
         pub url: Option<DatabaseUrl> = None;
     }
 }

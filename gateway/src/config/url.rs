@@ -1,6 +1,12 @@
 //! The address of a database, whose password no log and no error ever shows.
 
-use std::{fmt, path::PathBuf, str::FromStr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv6Addr},
+    path::PathBuf,
+    str::FromStr,
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -52,12 +58,51 @@ impl DatabaseUrl {
         }
     }
 
+    /// The address in the driver's own form: without the parameters that only Seawall knows, and with an IPv6 host as a parameter, since the
+    /// driver takes the brackets for a part of the name. Password included.
+    #[must_use]
+    pub fn for_driver(&self) -> String {
+        let (place, query) = self.0.split_once('?').unwrap_or((&self.0, ""));
+        let mut parameters: Vec<_> = query
+            .split('&')
+            .filter(|parameter| !parameter.is_empty() && parameter_value(parameter, "connect_timeout").is_none())
+            .map(str::to_owned)
+            .collect();
+        let mut place = place.to_owned();
+        if let (Some(open), Some(close)) = (place.rfind('['), place.rfind(']')) {
+            if open < close && !parameters.iter().any(|parameter| parameter.starts_with("host")) {
+                parameters.push(format!("host={}", &place[open + 1..close]));
+            }
+            place.replace_range(open..=close, "localhost");
+        }
+        if parameters.is_empty() {
+            return place;
+        }
+        format!("{place}?{}", parameters.join("&"))
+    }
+
+    /// Time that a connection may take to be made, if the address says one.
+    #[must_use]
+    pub fn connect_timeout(&self) -> Option<Duration> {
+        self.parameter("connect_timeout")?.parse().ok().map(Duration::from_secs)
+    }
+
+    fn parameter(&self, name: &str) -> Option<&str> {
+        let (_, query) = self.0.split_once('?')?;
+        query.split('&').find_map(|parameter| parameter_value(parameter, name))
+    }
+
     /// The file of an SQLite database.
     #[must_use]
     pub fn sqlite_path(&self) -> Option<PathBuf> {
         let path = self.0.strip_prefix("sqlite:")?;
         Some(PathBuf::from(path.strip_prefix("//").unwrap_or(path)))
     }
+}
+
+fn parameter_value<'a>(parameter: &'a str, name: &str) -> Option<&'a str> {
+    let (key, value) = parameter.split_once('=')?;
+    (key == name).then_some(value)
 }
 
 impl FromStr for DatabaseUrl {
@@ -68,10 +113,187 @@ impl FromStr for DatabaseUrl {
             .iter()
             .find_map(|scheme| text.strip_prefix(scheme));
         match rest {
-            Some(rest) if !rest.is_empty() && !text.chars().any(char::is_control) => Ok(Self(text.to_owned())),
-            Some(_) | None => Err(InvalidDatabaseUrl),
+            Some(rest) if !rest.is_empty() && !text.chars().any(char::is_control) => {
+                if !text.starts_with("sqlite:") {
+                    check_postgres(rest)?;
+                }
+                Ok(Self(text.to_owned()))
+            }
+            Some(_) | None => Err(InvalidDatabaseUrl::Form),
         }
     }
+}
+
+/// Parameters of a `postgres://` URL that are passed on to the driver; `options[NAME]` is one too.
+const DRIVER_PARAMETERS: [&str; 17] = [
+    "application_name",
+    "dbname",
+    "host",
+    "hostaddr",
+    "options",
+    "password",
+    "port",
+    "ssl-ca",
+    "ssl-cert",
+    "ssl-key",
+    "ssl-mode",
+    "ssl-root-cert",
+    "sslcert",
+    "sslkey",
+    "sslmode",
+    "sslrootcert",
+    "user",
+];
+const SSL_MODES: [&str; 6] = ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"];
+/// Longest `connect_timeout`, in seconds.
+const CONNECT_TIMEOUT_SECONDS_MAX: u64 = 60;
+/// Longest name of a parameter that an error repeats.
+const NAME_LEN_MAX: usize = 40;
+
+/// Checks what follows `postgres://`. Every part may be a piece of a password whose special characters are not percent-encoded:
+/// so an error repeats nothing, but for the name of a parameter where no such piece can be one.
+fn check_postgres(rest: &str) -> Result<(), InvalidDatabaseUrl> {
+    use InvalidDatabaseUrl as Invalid;
+    if rest.contains('#') || rest.contains(char::is_whitespace) {
+        return Err(Invalid::NotEncoded);
+    }
+    let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let (authority, database) = place.split_once('/').unwrap_or((place, ""));
+    if database.contains(['@', '/', ':']) {
+        return Err(Invalid::NotEncoded);
+    }
+    let (user, address) = authority.rsplit_once('@').unwrap_or(("", authority));
+    if !authority.contains('@') && query.contains('@') {
+        return Err(Invalid::NotEncoded);
+    }
+    if !is_percent_encoded(rest) {
+        return Err(Invalid::NotEncoded);
+    }
+    check_address(address, !user.is_empty())?;
+    let parameters = query.split('&').filter(|parameter| !parameter.is_empty());
+    let mut seen = Vec::new();
+    for parameter in parameters {
+        let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+        let Some(known) = known_parameter(name) else {
+            return Err(if query.contains('@') || !is_plain_name(name) {
+                Invalid::NotEncoded
+            } else {
+                Invalid::Parameter(name.to_owned())
+            });
+        };
+        if seen.contains(&known) && !known.starts_with("options") {
+            return Err(Invalid::Value(known, "may be given once"));
+        }
+        seen.push(known);
+        if let Some(expected) = expected_instead(known, value) {
+            return Err(Invalid::Value(known, expected));
+        }
+    }
+    Ok(())
+}
+
+/// One host, a name, an address or an IPv6 address in brackets, and its port.
+fn check_address(address: &str, has_user: bool) -> Result<(), InvalidDatabaseUrl> {
+    use InvalidDatabaseUrl as Invalid;
+    if address.contains(',') {
+        return Err(Invalid::SeveralHosts);
+    }
+    let (host, port) = match address.strip_prefix('[') {
+        Some(literal) => {
+            let (host, port) = literal.split_once(']').ok_or(Invalid::Host)?;
+            if host.parse::<Ipv6Addr>().is_err() {
+                return Err(Invalid::Host);
+            }
+            (host, port)
+        }
+        None => match address.find(':') {
+            Some(at) => address.split_at(at),
+            None => (address, ""),
+        },
+    };
+    if host.is_empty() && (has_user || !port.is_empty()) {
+        return Err(Invalid::Host);
+    }
+    let is_name = |c: char| c.is_alphanumeric() || matches!(c, '.' | '-' | '_' | '%' | ':');
+    if !host.chars().all(is_name) {
+        return Err(Invalid::Host);
+    }
+    match port.strip_prefix(':') {
+        None if port.is_empty() => Ok(()),
+        Some(port) if is_port(port) => Ok(()),
+        Some(_) | None => Err(Invalid::Port),
+    }
+}
+
+fn known_parameter(name: &str) -> Option<&'static str> {
+    if name.starts_with("options[") && name.ends_with(']') || name.starts_with("options%5B") && name.ends_with("%5D") {
+        return Some("options[…]");
+    }
+    let own = ["connect_timeout", "statement-cache-capacity"];
+    DRIVER_PARAMETERS.into_iter().chain(own).find(|known| *known == name)
+}
+
+/// What a value should have been, if it is wrong.
+fn expected_instead(name: &str, value: &str) -> Option<&'static str> {
+    match name {
+        "sslmode" | "ssl-mode" if !SSL_MODES.contains(&value) => {
+            Some("expected disable, allow, prefer, require, verify-ca or verify-full")
+        }
+        "port" if !is_port(value) => Some("expected a number from 1 to 65535"),
+        "hostaddr" if decoded(value).parse::<IpAddr>().is_err() => Some("expected an IP address"),
+        "host" if value.contains(',') || value.contains("%2C") || value.contains("%2c") => {
+            Some("one host is possible: give the name of the primary, or of a proxy before the servers")
+        }
+        "connect_timeout"
+            if !value
+                .parse()
+                .is_ok_and(|seconds| (1..=CONNECT_TIMEOUT_SECONDS_MAX).contains(&seconds)) =>
+        {
+            Some("expected seconds, 1 to 60")
+        }
+        "statement-cache-capacity" if value.parse::<u32>().is_err() => Some("expected a number"),
+        _ => None,
+    }
+}
+
+fn is_port(text: &str) -> bool {
+    text.parse::<u16>().is_ok_and(|port| port > 0)
+}
+
+fn is_plain_name(name: &str) -> bool {
+    let is_plain = |c: char| c.is_ascii_lowercase() || c == '_' || c == '-';
+    !name.is_empty() && name.len() <= NAME_LEN_MAX && name.chars().all(is_plain)
+}
+
+/// Whether each `%` stands before two hexadecimal digits, and what they spell is UTF-8.
+fn is_percent_encoded(text: &str) -> bool {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [first, tail @ ..] = rest {
+        rest = tail;
+        if *first != b'%' {
+            bytes.push(*first);
+            continue;
+        }
+        let [high, low, tail @ ..] = tail else { return false };
+        let digit = |digit: u8| {
+            char::from(digit)
+                .to_digit(16)
+                .and_then(|digit| u8::try_from(digit).ok())
+        };
+        let (Some(high), Some(low)) = (digit(*high), digit(*low)) else {
+            return false;
+        };
+        bytes.push(high << 4 | low);
+        rest = tail;
+    }
+    // A zero byte would end the text where the server reads it.
+    !bytes.contains(&0) && std::str::from_utf8(&bytes).is_ok()
+}
+
+/// The colons of an IPv6 address may be encoded in a parameter.
+fn decoded(value: &str) -> String {
+    value.replace("%3A", ":").replace("%3a", ":")
 }
 
 impl TryFrom<String> for DatabaseUrl {
@@ -109,10 +331,35 @@ impl fmt::Debug for DatabaseUrl {
     }
 }
 
-/// The text is no address of a database that Seawall knows. It is not repeated: it may hold a password.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("expected postgres://USER:PASSWORD@HOST/NAME or sqlite:PATH")]
-pub struct InvalidDatabaseUrl;
+/// The text is not the address of a database that Seawall can use. Nothing of it is repeated but the name of a parameter: the rest may be
+/// a password.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidDatabaseUrl {
+    #[error("expected postgres://USER:PASSWORD@HOST/NAME or sqlite:PATH")]
+    Form,
+    /// A special character is at a place where none may be: most likely it belongs to the password.
+    #[error(
+        "expected postgres://USER:PASSWORD@HOST/NAME?PARAMETER=VALUE: percent-encode special characters of the password \
+         (# as %23, / as %2F, ? as %3F, @ as %40, % as %25, a blank as %20)"
+    )]
+    NotEncoded,
+    #[error("the host is not valid: expected a name, an IPv4 address, or an IPv6 address in brackets")]
+    Host,
+    #[error(
+        "the port is not a number from 1 to 65535; if it is a part of the password, percent-encode special characters there \
+         (/ as %2F, @ as %40)"
+    )]
+    Port,
+    #[error("one host is possible: give the name of the primary, or of a proxy before the servers")]
+    SeveralHosts,
+    #[error(
+        "unknown parameter {0}: known are sslmode, sslrootcert, sslcert, sslkey, connect_timeout, host, hostaddr, port, user, password, \
+         dbname, application_name, options and statement-cache-capacity"
+    )]
+    Parameter(String),
+    #[error("parameter {0}: {1}")]
+    Value(&'static str, &'static str),
+}
 
 #[cfg(test)]
 mod tests {
@@ -128,6 +375,123 @@ mod tests {
             format!("{url} {url:?}"),
             "postgres://sea@db.example:5432/fleet postgres://sea@db.example:5432/fleet"
         );
+    }
+
+    #[test]
+    fn no_part_of_an_unencoded_password_is_repeated() {
+        for mark in [
+            "#",
+            "?",
+            "/",
+            "@/",
+            "?x@",
+            "#@",
+            ":@/",
+            "%",
+            "%zz",
+            " ",
+            "[",
+            "]",
+            ",",
+            "\\",
+            "?a&b=",
+            "?sslmode=",
+        ] {
+            for head in ["Sup3r", "1234", "wort"] {
+                let text = format!("postgres://fleet:{head}{mark}tail@127.0.0.1:5/fleet");
+
+                match text.parse::<DatabaseUrl>() {
+                    Err(error) => {
+                        let shown = format!("{error} {error:?}");
+                        assert!(!shown.contains(head) && !shown.contains("tail"), "{text}: {shown}");
+                    }
+                    // Taken where the driver finds host and password in it as they were meant.
+                    Ok(url) => assert_eq!(url.to_string(), "postgres://fleet@127.0.0.1:5/fleet", "{text}"),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn unknown_parameter_is_named_without_its_value() {
+        for name in ["sslmod", "ssl_mode", "channel_binding", "target_session_attrs"] {
+            let text = format!("postgres://fleet@127.0.0.1:5/fleet?sslmode=require&{name}=hidden");
+
+            let error = text.parse::<DatabaseUrl>().unwrap_err();
+
+            assert_eq!(error, InvalidDatabaseUrl::Parameter(name.into()));
+            assert!(!error.to_string().contains("hidden"), "{error}");
+        }
+    }
+
+    #[test]
+    fn wrong_value_of_a_parameter_is_not_repeated() {
+        for (parameter, name) in [
+            ("sslmode=hidden", "sslmode"),
+            ("sslmode", "sslmode"),
+            ("port=hidden", "port"),
+            ("hostaddr=hidden", "hostaddr"),
+            ("host=hidden,hidden", "host"),
+            ("connect_timeout=0", "connect_timeout"),
+            ("connect_timeout=61", "connect_timeout"),
+            ("statement-cache-capacity=hidden", "statement-cache-capacity"),
+            ("sslmode=require&sslmode=disable", "sslmode"),
+        ] {
+            let text = format!("postgres://fleet@127.0.0.1:5/fleet?{parameter}");
+
+            let error = text.parse::<DatabaseUrl>().unwrap_err();
+
+            assert!(
+                matches!(error, InvalidDatabaseUrl::Value(named, _) if named == name),
+                "{error}"
+            );
+            assert!(!error.to_string().contains("hidden"), "{error}");
+        }
+    }
+
+    #[test]
+    fn addresses_of_every_form_are_taken() {
+        for text in [
+            "postgres:///fleet?host=/var/run/postgresql&user=fleet",
+            "postgres://%2Fvar%2Frun%2Fpostgresql/fleet",
+            "postgres://fleet@%2Fvar%2Frun%2Fpostgresql/fleet",
+            "postgresql://fleet:p%40%23%3Fss@db.example",
+            "postgres://fleet@[::1]:5433/fleet?sslmode=disable",
+            "postgres:///?options=-c%20synchronous_commit%3Doff&options[search_path]=fleet",
+            "postgres://fleet%40server:pw@db.example:5432/fleet?connect_timeout=10",
+        ] {
+            let url: DatabaseUrl = text.parse().unwrap_or_else(|error| panic!("{text}: {error}"));
+
+            let options: Result<sqlx::postgres::PgConnectOptions, _> = url.for_driver().parse();
+            assert!(options.is_ok(), "{text}: {options:?}");
+        }
+    }
+
+    #[test]
+    fn driver_gets_an_ipv6_host_without_brackets_and_no_parameter_of_ours() {
+        let url: DatabaseUrl = "postgres://fleet:p@[::1]:5433/fleet?connect_timeout=10&sslmode=disable"
+            .parse()
+            .unwrap();
+
+        let options: sqlx::postgres::PgConnectOptions = url.for_driver().parse().unwrap();
+
+        assert_eq!((options.get_host(), options.get_port()), ("::1", 5433));
+        assert_eq!(url.connect_timeout(), Some(Duration::from_secs(10)));
+        assert_eq!(
+            url.for_driver(),
+            "postgres://fleet:p@localhost:5433/fleet?sslmode=disable&host=::1"
+        );
+    }
+
+    #[test]
+    fn several_hosts_are_refused_in_words() {
+        for text in ["postgres://u:hidden@a,b/d", "postgres://u:hidden@a:1,b:2/d"] {
+            assert_eq!(
+                text.parse::<DatabaseUrl>(),
+                Err(InvalidDatabaseUrl::SeveralHosts),
+                "{text}"
+            );
+        }
     }
 
     #[test]

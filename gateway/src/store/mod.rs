@@ -58,7 +58,7 @@ use self::{
     lane::Lane,
     postgres::Purpose,
 };
-use crate::config::DatabaseUrl;
+use crate::config::{DatabaseKind, DatabaseUrl};
 
 /// Longest that any call takes, but for rules (2 s), look-ups (the caller says) and imports.
 const CALL_MAX: Duration = Duration::from_secs(5);
@@ -104,7 +104,7 @@ impl Store {
     pub async fn open(url: &DatabaseUrl) -> Result<Self, StoreError> {
         let opened = match url.sqlite_path() {
             Some(path) => Self::open_sqlite(&path).await,
-            None => Self::open_postgres(url.expose()),
+            None => Self::open_postgres(url),
         };
         opened.map_err(|error| in_database(url, error))
     }
@@ -116,7 +116,7 @@ impl Store {
     pub async fn migrate(url: &DatabaseUrl) -> Result<(), StoreError> {
         let migrated = match url.sqlite_path() {
             Some(path) => sqlite::prepare(&path).await,
-            None => match postgres::parse(url.expose()) {
+            None => match postgres::parse(url) {
                 Ok(options) => postgres::connect_and_migrate(&postgres::connector(&options, Purpose::Migrations)).await,
                 Err(error) => Err(error),
             },
@@ -132,12 +132,21 @@ impl Store {
         let probe = async {
             let connector = match url.sqlite_path() {
                 Some(path) => sqlite::reader(&path),
-                None => postgres::connector(&postgres::parse(url.expose())?, Purpose::Ops),
+                None => postgres::connector(&postgres::parse(url)?, Purpose::Ops),
             };
             connector.connect().await?.first(PING, &[]).await.map(drop)
         };
         let probed = timeout(PROBE_MAX, probe).await.unwrap_or(Err(StoreError::TimedOut));
         probed.map_err(|error| in_database(url, error))
+    }
+
+    /// What is not safe about the way to the database, if anything.
+    #[must_use]
+    pub fn unverified_server(url: &DatabaseUrl) -> Option<&'static str> {
+        match url.kind() {
+            DatabaseKind::Sqlite => None,
+            DatabaseKind::Postgres => postgres::unverified_server(&postgres::parse(url).ok()?),
+        }
     }
 
     async fn open_sqlite(path: &std::path::Path) -> Result<Self, StoreError> {
@@ -157,7 +166,7 @@ impl Store {
         })))
     }
 
-    fn open_postgres(url: &str) -> Result<Self, StoreError> {
+    fn open_postgres(url: &DatabaseUrl) -> Result<Self, StoreError> {
         let options = postgres::parse(url)?;
         let health = Arc::new(Health::new());
         let migrations = postgres::connector(&options, Purpose::Migrations);

@@ -1,11 +1,15 @@
 //! PostgreSQL: settings of each kind of connection, and the wait until it is there.
 
-use std::{str::FromStr, sync::Arc, time::Duration};
+use std::{net::IpAddr, str::FromStr, sync::Arc, time::Duration};
 
-use sqlx::{ConnectOptions, postgres::PgConnectOptions};
+use sqlx::{
+    ConnectOptions,
+    postgres::{PgConnectOptions, PgSslMode},
+};
 use tokio::time::{sleep, timeout};
 
 use super::{connection::Connector, error::StoreError, health::Health, lane, migrations};
+use crate::config::{DatabaseUrl, InvalidDatabaseUrl};
 
 /// Time between two attempts to reach a PostgreSQL that was away at start.
 const RETRY: Duration = Duration::from_millis(500);
@@ -78,11 +82,29 @@ impl Purpose {
 }
 
 /// # Errors
-/// The URL is malformed. The words never repeat the URL, so that no password gets out this way.
-pub(super) fn parse(url: &str) -> Result<PgConnectOptions, StoreError> {
-    PgConnectOptions::from_str(url)
+/// The driver does not take the URL. What the driver says is not repeated: it may hold a part of the password.
+pub(super) fn parse(url: &DatabaseUrl) -> Result<PgConnectOptions, StoreError> {
+    PgConnectOptions::from_str(&url.for_driver())
         .map(ConnectOptions::disable_statement_logging)
-        .map_err(|error| StoreError::Invalid(format!("not a PostgreSQL URL: {error}")))
+        .map_err(|_| StoreError::Invalid(InvalidDatabaseUrl::NotEncoded.to_string()))
+}
+
+/// Whether the way to a server elsewhere is encrypted and its certificate is verified, in words where it is not.
+pub(super) fn unverified_server(options: &PgConnectOptions) -> Option<&'static str> {
+    let host = options.get_host();
+    let is_here = options.get_socket().is_some()
+        || host == "localhost"
+        || host.starts_with('/')
+        || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
+    match options.get_ssl_mode() {
+        _ if is_here => None,
+        PgSslMode::VerifyCa | PgSslMode::VerifyFull => None,
+        PgSslMode::Require => Some("its certificate is not verified (sslmode=require)"),
+        PgSslMode::Allow | PgSslMode::Prefer => {
+            Some("the connection may be in clear text, and no certificate is verified (sslmode=prefer is the default)")
+        }
+        PgSslMode::Disable => Some("the connection is in clear text (sslmode=disable)"),
+    }
 }
 
 pub(super) fn connector(options: &PgConnectOptions, purpose: Purpose) -> Connector {
@@ -110,4 +132,26 @@ pub(super) async fn prepare(connector: Connector, health: Arc<Health>) {
 pub(super) async fn connect_and_migrate(connector: &Connector) -> Result<(), StoreError> {
     let mut connection = lane::connect(connector).await?;
     migrations::migrate(&mut connection).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unverified_server_elsewhere_is_named() {
+        for (url, is_named) in [
+            ("postgres://u@db.example/d?sslmode=prefer", true),
+            ("postgres://u@db.example/d?sslmode=require", true),
+            ("postgres://u@db.example/d?sslmode=verify-full", false),
+            ("postgres://u@127.0.0.1/d?sslmode=disable", false),
+            ("postgres://u@[::1]:5/d?sslmode=disable", false),
+            ("postgres://u@localhost/d?host=10.0.0.1&sslmode=disable", true),
+            ("postgres:///d?host=/var/run/postgresql&sslmode=disable", false),
+        ] {
+            let options = parse(&url.parse().unwrap()).unwrap();
+
+            assert_eq!(unverified_server(&options).is_some(), is_named, "{url}");
+        }
+    }
 }

@@ -64,11 +64,52 @@ fn wrong_flags_and_environment_are_named_with_exit_2() {
     assert_refused(
         &serve(&["--database", "postgres://h:port/d"]),
         2,
-        &["not a PostgreSQL URL"],
+        &["--database", "the port"],
     );
 
     let bad = run(seawall().arg("serve").env("SEAWALL_OPS_LISTEN", "nowhere")).unwrap();
     assert_refused(&bad, 2, &["--ops-listen", "nowhere"]);
+}
+
+#[test]
+fn mistyped_parameter_of_the_database_url_stops_the_start_in_flag_and_file() {
+    let url = "postgres://fleet@127.0.0.1:5/fleet?sslmod=hidden";
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("seawall.toml");
+    fs::write(&file, format!("[database]\nurl = \"{url}\"\n")).unwrap();
+
+    for arguments in [["--database", url], ["--config", file.to_str().unwrap()]] {
+        let output = serve(&arguments);
+
+        assert_refused(&output, 2, &["unknown parameter sslmod"]);
+        assert!(!complaint(&output).contains("hidden"), "{}", complaint(&output));
+    }
+}
+
+#[test]
+fn no_part_of_a_password_that_is_not_encoded_is_shown_by_any_verb() {
+    for mark in ["#", "?", "/"] {
+        for head in ["Sup3r", "1234"] {
+            let url = format!("postgres://fleet:{head}{mark}T41l@127.0.0.1:5/fleet");
+            for verb in ["serve", "migrate", "doctor"] {
+                let home = tempfile::tempdir().unwrap();
+                let mut command = seawall();
+                command
+                    .current_dir(home.path())
+                    .env("SEAWALL_URL", "http://127.0.0.1:9");
+
+                let output = run(command.args([verb, "--database", &url])).unwrap();
+
+                let shown = format!(
+                    "{}{}",
+                    String::from_utf8_lossy(&output.stdout),
+                    String::from_utf8_lossy(&output.stderr)
+                );
+                assert!(!output.status.success(), "{verb}: {shown}");
+                assert!(!shown.contains(head) && !shown.contains("T41l"), "{verb}: {shown}");
+            }
+        }
+    }
 }
 
 #[test]
