@@ -19,15 +19,14 @@ const FILE: &str = "keys.json";
 /// Most keys in the file: the newest and three older ones.
 const KEYS_MAX: usize = 4;
 
+/// A field that a later version has added is none of this version's, and stays in the file: it is not written anew.
 #[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct KeyFile {
     /// Newest first. Named after their first purpose.
     slots: Vec<Key>,
 }
 
 #[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Key {
     /// In every token, so that nodes know which key signed it.
     id: u8,
@@ -142,6 +141,18 @@ mod tests {
             fs::metadata(home.path().join(FILE)).unwrap().permissions().mode() & 0o777,
             0o600
         );
+    }
+
+    #[test]
+    fn keys_with_fields_of_a_later_version_are_taken_and_stay_as_they_are() {
+        let secret = URL_SAFE_NO_PAD.encode([7; 32]);
+        let text = format!(r#"{{"slots":[{{"id":1,"secret":"{secret}","made_at":5}}],"cluster":{{"id":1}}}}"#);
+        let home = tempfile::tempdir().unwrap();
+        fs::write(home.path().join(FILE), &text).unwrap();
+
+        open(home.path()).unwrap();
+
+        assert_eq!(fs::read_to_string(home.path().join(FILE)).unwrap(), text);
     }
 
     #[test]

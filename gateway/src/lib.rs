@@ -3,6 +3,7 @@
 pub mod address;
 mod ageing;
 pub mod capacity;
+pub mod census;
 pub mod cli;
 pub mod clock;
 pub mod cohorts;

@@ -82,6 +82,10 @@ pub struct Metrics {
     pub closes: Family,
     /// Revision of the firmware rules in force on this node.
     pub rules_revision: Gauge,
+    /// Stored rules that this version can't enforce.
+    pub rules_unsupported: Gauge,
+    /// Rules in force that the database has lost.
+    pub rules_lost: Gauge,
     /// Time since the rules in force were last confirmed by the database.
     pub rules_age_seconds: Gauge,
     /// Registered devices that this node knows of, by presence.
@@ -315,6 +319,14 @@ impl Metrics {
                 &CLOSE_REASONS,
             ),
             rules_revision: names.gauge("seawall_rules_revision", "Revision of the rules in force on this node."),
+            rules_unsupported: names.gauge(
+                "seawall_rules_unsupported",
+                "Stored rules that this version of the gateway can't enforce: they refuse nobody.",
+            ),
+            rules_lost: names.gauge(
+                "seawall_rules_lost",
+                "Rules in force on this node that the database has lost.",
+            ),
             rules_age_seconds: names.gauge(
                 "seawall_rules_age_seconds",
                 "Time since the database last confirmed the rules in force.",
@@ -440,7 +452,7 @@ impl Metrics {
     /// docs/METRICS.md.
     #[must_use]
     pub fn document(&self) -> String {
-        let rows = self.catalog.iter().chain(&COHORT_SERIES);
+        let rows = self.catalog.iter().chain(&RENDERED_SERIES);
         format!("{DOCUMENT_HEAD}{}", series::table(rows))
     }
 
@@ -456,8 +468,14 @@ impl Default for Metrics {
     }
 }
 
-/// What [`crate::cohorts`] renders.
-static COHORT_SERIES: [Definition; 2] = [
+/// What [`crate::cohorts`] and [`crate::rules`] render.
+static RENDERED_SERIES: [Definition; 3] = [
+    Definition {
+        name: "seawall_rule_hits_total",
+        kind: "counter",
+        help: "What a firmware rule did on this node: connect attempts refused, sessions evicted. `rule` is its id; the 50 rules made last.",
+        labels: Vec::new(),
+    },
     Definition {
         name: "seawall_cohort_sessions",
         kind: "gauge",

@@ -3,8 +3,12 @@
 //! A write through this node applies at once, without another look at the database; a write through another node is seen by polling the
 //! revision. Any failure to read means "keep what you have": the last good set is also on disk, and is what a start without a
 //! database uses. Rules are compiled and written to disk off the runtime's workers.
+//!
+//! Two kinds of rules stand beside those of the database that this version enforces. Rules that it can't enforce are kept and do
+//! nothing. Rules that the database has lost (it came out of a backup, or its machine lost power) stay in force. Both raise an alarm.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -14,29 +18,36 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use rand::{SeedableRng as _, rngs::SmallRng};
 use seawall_proto::{
-    close::Close,
-    drain::Pacing,
     id::RuleId,
-    rules::{Rule, RuleSet, Subject},
+    rules::{Rule, RuleSet},
     time::{Instant, WallTime},
 };
-use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, task::spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     clock::Clock,
-    data_dir::write_atomically,
     events::{Body, Events},
-    sessions::Session,
     state::Shared,
     store::{Store, StoreError, StoredRules},
 };
 
-/// Shortest time between two looks at what is due: evictions are paced in small groups, not one by one.
-const PASS_MIN: Duration = Duration::from_millis(10);
+mod alarms;
+mod evict;
+pub mod hits;
+mod saved;
+
+use self::{
+    alarms::Alarms,
+    hits::HitsByRule,
+    saved::{Saved, read, save},
+};
+pub use self::{
+    alarms::{LOST_ALARM, UNSUPPORTED_ALARM},
+    evict::{evict, evict_newcomer},
+};
+
 /// File of the last good rules in the data directory.
 const FILE: &str = "rules.json";
 
@@ -48,6 +59,9 @@ pub struct Rules {
     confirmed_at: AtomicU64,
     /// Writes applied so far. Held while the rules in force are replaced: what was read before a write never undoes it.
     writes: Mutex<u64>,
+    /// Rules in force that the database has lost.
+    lost: ArcSwap<Vec<Rule>>,
+    hits: ArcSwap<HitsByRule>,
     file: PathBuf,
 }
 
@@ -63,6 +77,15 @@ pub enum Written {
 }
 
 impl Written {
+    /// The rule that was changed.
+    #[must_use]
+    pub const fn id(&self) -> RuleId {
+        match self {
+            Self::Rule(rule) => rule.id,
+            Self::Deleted { rule, .. } => *rule,
+        }
+    }
+
     const fn revision(&self) -> u64 {
         match self {
             Self::Rule(rule) => rule.revision,
@@ -78,7 +101,7 @@ impl Written {
             return None;
         }
         let is_next = base.revision() + 1 == revision;
-        let mut rules = base.rules().to_vec();
+        let (mut rules, mut unsupported) = (base.rules().to_vec(), base.unsupported().to_vec());
         match self {
             Self::Rule(rule) => {
                 if rules
@@ -90,17 +113,14 @@ impl Written {
                 rules.retain(|other| other.id != rule.id);
                 rules.push(rule);
             }
-            Self::Deleted { rule, .. } => rules.retain(|other| other.id != rule),
+            Self::Deleted { rule, .. } => {
+                rules.retain(|other| other.id != rule);
+                unsupported.retain(|other| other.id != rule);
+            }
         }
         let labelled = if is_next { revision } else { base.revision() };
-        Some(RuleSet::compile(labelled, rules))
+        Some(RuleSet::compile_stored(labelled, rules, unsupported))
     }
-}
-
-#[derive(Serialize, Deserialize)]
-struct Saved {
-    revision: u64,
-    rules: Vec<Rule>,
 }
 
 impl Rules {
@@ -115,14 +135,37 @@ impl Rules {
                 None
             }
         };
-        let set = saved.map_or_else(RuleSet::empty, |saved| RuleSet::compile(saved.revision, saved.rules));
+        let (set, lost) = saved.map_or_else(|| (RuleSet::empty(), Vec::new()), Saved::into_set);
         Self {
             revision: watch::Sender::new(set.revision()),
+            hits: ArcSwap::from_pointee(HitsByRule::default().carried_to(&set)),
             current: ArcSwap::from_pointee(set),
             confirmed_at: AtomicU64::new(u64::MAX),
             writes: Mutex::default(),
+            lost: ArcSwap::from_pointee(lost),
             file,
         }
+    }
+
+    /// Rules in force that the database does not hold, although this node has seen them there.
+    #[must_use]
+    pub fn lost(&self) -> Arc<Vec<Rule>> {
+        self.lost.load_full()
+    }
+
+    /// What each rule in force did on this node.
+    #[must_use]
+    pub fn hits(&self) -> Arc<HitsByRule> {
+        self.hits.load_full()
+    }
+
+    /// The rule has refused a device.
+    pub fn count_refused(&self, rule: RuleId) {
+        self.hits.load().count_refused(rule);
+    }
+
+    fn count_evicted(&self, rule: RuleId) {
+        self.hits.load().count_evicted(rule);
     }
 
     #[must_use]
@@ -154,34 +197,79 @@ impl Rules {
     /// Makes what the database holds the rules in force. Where a write through this node came meanwhile, nothing changes: what was read
     /// may be older, and the next poll finds out.
     ///
+    /// A database whose revision is lower than that in force has lost rules: those stay in force until they are deleted.
+    ///
     /// # Errors
     /// The database can't be read; the rules in force stay.
     pub async fn reload(&self, store: &Store, clock: &Clock, events: &Events) -> Result<(), StoreError> {
         let writes = *self.writes();
-        let StoredRules { revision, rules } = store.rules().await?;
-        let Ok(set) = spawn_blocking(move || RuleSet::compile(revision, rules)).await else {
+        let stored = store.rules().await?;
+        let (in_force, lost) = (self.current(), self.lost());
+        let is_older = stored.revision < in_force.revision();
+        let base = Arc::clone(&in_force);
+        let wall = clock.wall();
+        let Ok((set, lost)) = spawn_blocking(move || with_lost(stored, &base, &lost, wall)).await else {
             // The runtime ends.
             return Ok(());
         };
-        let guard = self.writes();
-        if *guard != writes {
-            return Ok(());
+        let revision = set.revision();
+        {
+            let guard = self.writes();
+            if *guard != writes {
+                return Ok(());
+            }
+            self.lost.store(Arc::new(lost));
+            if revision != in_force.revision() || set.digest() != in_force.digest() {
+                self.put_in_force(set, clock, events);
+            }
         }
-        let in_force = self.current();
-        if revision != in_force.revision() || set.digest() != in_force.digest() {
-            self.put_in_force(set, clock, events);
+        if is_older {
+            // On disk first: behind the leap, a restart could no longer tell that the database is older.
+            self.keep(self.current()).await;
+            store.rules_leap(revision).await?;
         }
-        drop(guard);
         self.confirmed_at.store(clock.now().as_micros(), Ordering::Relaxed);
         Ok(())
     }
 
     /// Puts a change in force that this node has just written. Asks nobody.
     pub async fn apply(&self, written: &Written, clock: &Clock, events: &Events) {
+        let written = written.clone();
+        self.replace(clock, events, move |base| written.clone().onto(base))
+            .await;
+    }
+
+    /// Takes a rule out of force that the database has lost. False where there is none of this id.
+    pub async fn release(&self, id: RuleId, clock: &Clock, events: &Events) -> bool {
+        let lost = self.lost();
+        if lost.iter().all(|rule| rule.id != id) {
+            return false;
+        }
+        self.lost
+            .rcu(|lost| lost.iter().filter(|rule| rule.id != id).cloned().collect::<Vec<_>>());
+        self.replace(clock, events, move |base| {
+            let rules = base.rules().iter().filter(|rule| rule.id != id).cloned().collect();
+            Some(RuleSet::compile_stored(
+                base.revision(),
+                rules,
+                base.unsupported().to_vec(),
+            ))
+        })
+        .await;
+        true
+    }
+
+    /// Puts what `change` makes of the rules in force in their place, unless it is nothing.
+    async fn replace(
+        &self,
+        clock: &Clock,
+        events: &Events,
+        change: impl Fn(&RuleSet) -> Option<RuleSet> + Clone + Send + 'static,
+    ) {
         loop {
             let base = self.current();
-            let (change, onto) = (written.clone(), Arc::clone(&base));
-            let Ok(Some(set)) = spawn_blocking(move || change.onto(&onto)).await else {
+            let (change, onto) = (change.clone(), Arc::clone(&base));
+            let Ok(Some(set)) = spawn_blocking(move || change(&onto)).await else {
                 return;
             };
             let mut writes = self.writes();
@@ -196,6 +284,8 @@ impl Rules {
 
     fn put_in_force(&self, set: RuleSet, clock: &Clock, events: &Events) {
         let (before, revision) = (self.current.load().revision(), set.revision());
+        // First, so that no refusal by a new rule goes uncounted.
+        self.hits.store(Arc::new(self.hits.load().carried_to(&set)));
         self.current.store(Arc::new(set));
         let applied = Body::Rules {
             revision,
@@ -217,13 +307,9 @@ impl Rules {
 
     /// Writes `set` to disk, for a start without the database.
     async fn keep(&self, set: Arc<RuleSet>) {
-        let file = self.file.clone();
+        let (file, lost) = (self.file.clone(), self.lost());
         let saving = spawn_blocking(move || {
-            let saved = Saved {
-                revision: set.revision(),
-                rules: set.rules().to_vec(),
-            };
-            if let Err(error) = save(&file, &saved) {
+            if let Err(error) = save(&file, &set, &lost) {
                 tracing::error!(%error, file = %file.display(), "rules are in force but could not be written to disk: free space or repair the data directory, a restart without the database would use older rules");
             }
         });
@@ -247,6 +333,7 @@ impl Rules {
 /// Polls the revision, and keeps what is in force on disk, until `stop`.
 pub async fn follow(state: Shared, stop: CancellationToken) {
     let mut is_failing = false;
+    let mut alarms = Alarms::default();
     let mut kept: Option<Arc<RuleSet>> = None;
     let mut changes = state.rules.subscribe();
     loop {
@@ -264,6 +351,7 @@ pub async fn follow(state: Shared, stop: CancellationToken) {
         loop {
             changes.borrow_and_update();
             let current = state.rules.current();
+            alarms.update(&state, &current);
             // What came from the disk need not go there.
             let is_kept = kept.as_ref().is_some_and(|kept| Arc::ptr_eq(kept, &current));
             if state.rules.is_confirmed() && !is_kept {
@@ -280,87 +368,33 @@ pub async fn follow(state: Shared, stop: CancellationToken) {
     }
 }
 
-/// Closes the live sessions that a rule with `evict` refuses, at a pace, until `stop`.
-pub async fn evict(state: Shared, stop: CancellationToken) {
-    let mut changes = state.rules.subscribe();
-    loop {
-        changes.borrow_and_update();
-        while evict_matching(&state, &stop, &changes).await {}
-        tokio::select! {
-            () = stop.cancelled() => return,
-            changed = changes.changed() => if changed.is_err() { return },
-        }
-    }
-}
-
-/// One pass over the sessions. True where there may be more to do: a handshake that had passed the rules before the change may
-/// have become a session during the pass, or the rules changed again.
-async fn evict_matching(state: &Shared, stop: &CancellationToken, changes: &watch::Receiver<u64>) -> bool {
-    let rules = state.rules.current();
-    let wall = state.clock.wall();
-    if !rules.is_evicting(wall) {
-        return false;
-    }
-    let mut rng = SmallRng::from_os_rng();
-    let mut left = state
-        .sessions
-        .matching(|session| evicting_rule(&rules, session, wall).is_some());
-    if left.is_empty() {
-        return false;
-    }
-    let mut pacing = Pacing::evict(state.gate.k_ref(), left.len(), state.clock.now());
-    tracing::info!(
-        sessions = left.len(),
-        rate_per_second = pacing.rate_per_second(),
-        "evicting blocked sessions"
-    );
-    while !left.is_empty() {
-        let now = state.clock.now();
-        let wall = state.clock.wall();
-        for session in left.drain(..pacing.take_due(left.len(), now)) {
-            if let Some(rule) = evicting_rule(&rules, &session, wall) {
-                session.close(Close::evicted(rule.spec.retry_after, &mut rng));
-            }
-        }
-        let next = pacing.poll_timeout().max(now + PASS_MIN);
-        tokio::select! {
-            () = stop.cancelled() => return false,
-            () = tokio::time::sleep_until(state.clock.deadline(next)) => {}
-        }
-        if changes.has_changed().unwrap_or(true) {
-            return true;
-        }
-    }
-    true
-}
-
-/// Closes a session that began while a rule against it came into force: the pass over all sessions may have missed it.
-pub fn evict_newcomer(state: &Shared, session: &Session) {
-    if let Some(rule) = evicting_rule(&state.rules.current(), session, state.clock.wall()) {
-        session.close(Close::evicted(rule.spec.retry_after, &mut rand::rng()));
-    }
-}
-
-/// The rule that wants this session gone, if one does and it has not been told yet.
-fn evicting_rule<'a>(rules: &'a RuleSet, session: &Session, wall: WallTime) -> Option<&'a Rule> {
-    let subject = Subject {
-        firmware: session.info.cohort.firmware.as_deref(),
-        model: session.info.cohort.model.as_deref(),
-        tenant: Some(&session.info.tenant),
-    };
-    rules.evicting(&subject, wall).filter(|_| !session.is_closing())
-}
-
-fn read(file: &Path) -> Result<Option<Saved>, std::io::Error> {
-    match std::fs::read(file) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(std::io::Error::other),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-fn save(file: &Path, saved: &Saved) -> Result<(), std::io::Error> {
-    write_atomically(file, &serde_json::to_vec(saved)?, 0o644)
+/// What is stored, with the rules that the database has lost: those in force that are later than its revision, and those that were
+/// lost before.
+fn with_lost(stored: StoredRules, in_force: &RuleSet, lost_before: &[Rule], wall: WallTime) -> (RuleSet, Vec<Rule>) {
+    let StoredRules {
+        revision,
+        mut rules,
+        unsupported,
+    } = stored;
+    let known = rules.iter().map(|rule| (rule.id, rule.revision));
+    let known: BTreeMap<RuleId, u64> = known
+        .chain(unsupported.iter().map(|rule| (rule.id, rule.revision)))
+        .collect();
+    let later = in_force.rules().iter().filter(|rule| rule.revision > revision);
+    let lost: BTreeMap<RuleId, Rule> = lost_before
+        .iter()
+        .chain(later)
+        .filter(|rule| !rule.is_expired(wall) && known.get(&rule.id).is_none_or(|stored| *stored < rule.revision))
+        .map(|rule| (rule.id, rule.clone()))
+        .collect();
+    let lost: Vec<Rule> = lost.into_values().collect();
+    // Of a rule that was changed in a lost revision, the later form counts.
+    rules.retain(|rule| lost.binary_search_by_key(&rule.id, |lost| lost.id).is_err());
+    rules.extend(lost.iter().cloned());
+    (
+        RuleSet::compile_stored(revision.max(in_force.revision()), rules, unsupported),
+        lost,
+    )
 }
 
 #[cfg(test)]
@@ -392,14 +426,72 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let file = home.path().join(FILE);
         std::fs::create_dir(&file).unwrap();
-        let saved = Saved {
-            revision: 1,
-            rules: vec![rule(1, 1, "one")],
-        };
+        let set = RuleSet::compile(1, vec![rule(1, 1, "one")]);
 
-        assert!(save(&file, &saved).is_err());
+        assert!(save(&file, &set, &[]).is_err());
 
         assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_this_version_can_not_enforce_survives_the_file_byte_by_byte() {
+        let home = tempfile::tempdir().unwrap();
+        let file = home.path().join(FILE);
+        let specs = [
+            r#"{ "effect":"throttle", "rate": 1.50, "match":{"firmware":">=3"} }"#,
+            "not \"JSON\"",
+        ];
+        let unsupported = (7..)
+            .zip(specs)
+            .map(|(id, spec)| Rule::read(RuleId(Uuid::from_u128(id)), spec, WallTime::from_unix_ms(1), 2).unwrap_err());
+        let set = RuleSet::compile_stored(3, vec![rule(1, 1, "one")], unsupported.collect());
+
+        save(&file, &set, &[]).unwrap();
+        let (again, lost) = read(&file).unwrap().unwrap().into_set();
+        let first = std::fs::read(&file).unwrap();
+        save(&file, &again, &lost).unwrap();
+
+        let kept: Vec<&str> = again.unsupported().iter().map(|rule| &*rule.spec).collect();
+        assert_eq!(kept, specs);
+        assert_eq!((again.revision(), again.digest()), (3, set.digest()));
+        assert_eq!(reasons(&again), ["one"]);
+        assert_eq!(std::fs::read(&file).unwrap(), first);
+    }
+
+    #[test]
+    fn file_of_a_later_version_is_read() {
+        let home = tempfile::tempdir().unwrap();
+        let file = home.path().join(FILE);
+        let id = Uuid::from_u128(1);
+        let text = format!(
+            r#"{{"revision":3,"cluster":"a","rules":[{{"id":"{id}","spec":{{"match":{{}},"effect":"block"}},"created_at":1,"revision":3,"stage":2}}]}}"#
+        );
+        std::fs::write(&file, text).unwrap();
+
+        let rules = Rules::open(home.path());
+
+        assert_eq!((rules.current().revision(), rules.current().rules().len()), (3, 1));
+    }
+
+    #[test]
+    fn rules_that_the_database_has_lost_stay_in_force_until_it_has_them_again() {
+        let in_force = RuleSet::compile(9, vec![rule(1, 3, "old"), rule(2, 8, "changed"), rule(3, 9, "new")]);
+        let wall = WallTime::from_unix_ms(5);
+        let stored = |revision, rules| StoredRules {
+            revision,
+            rules,
+            unsupported: Vec::new(),
+        };
+
+        let restored = stored(6, vec![rule(1, 3, "old"), rule(2, 5, "before")]);
+        let (set, lost) = with_lost(restored, &in_force, &[], wall);
+        let later = stored(10, vec![rule(1, 3, "old"), rule(2, 10, "again")]);
+        let (next, still_lost) = with_lost(later, &set, &lost, wall);
+
+        assert_eq!((set.revision(), reasons(&set)), (9, vec!["changed", "new", "old"]));
+        assert_eq!(lost.len(), 2);
+        assert_eq!((next.revision(), reasons(&next)), (10, vec!["again", "new", "old"]));
+        assert_eq!(still_lost.len(), 1);
     }
 
     #[test]

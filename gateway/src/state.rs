@@ -23,7 +23,7 @@ use crate::{
     proxy::Proxies,
     resume::Resume,
     roster::Wanted,
-    rules::Rules,
+    rules::{LOST_ALARM, Rules, UNSUPPORTED_ALARM},
     sessions::Sessions,
     socket::SocketLimits,
     store::{DatabaseStatus, PlanReport, Store},
@@ -138,6 +138,12 @@ impl State {
         }
         if self.plan.get().is_some_and(|report| report.is_alarm()) {
             reasons.push("plan_alarm");
+        }
+        if !self.rules.current().unsupported().is_empty() {
+            reasons.push(UNSUPPORTED_ALARM);
+        }
+        if !self.rules.lost().is_empty() {
+            reasons.push(LOST_ALARM);
         }
         if self.memory.is_full() {
             reasons.push("memory_short");

@@ -121,7 +121,10 @@ fn publish_gauges(state: &Shared) {
     metrics
         .presence_devices
         .set("offline", state.history.known_len().saturating_sub(online) as f64);
-    metrics.rules_revision.set(state.rules.current().revision() as f64);
+    let rules = state.rules.current();
+    metrics.rules_revision.set(rules.revision() as f64);
+    metrics.rules_unsupported.set(rules.unsupported().len() as f64);
+    metrics.rules_lost.set(state.rules.lost().len() as f64);
     metrics.revoked_devices.set(state.resume.revoked_len() as f64);
     metrics
         .revocations_age_seconds

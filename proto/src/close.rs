@@ -84,10 +84,10 @@ impl Close {
         }
     }
 
-    /// 4000, with a hint between the rule's `retry_after` and twice that, as at the door.
-    pub fn evicted(retry_after: Duration, rng: &mut impl Rng) -> Self {
+    /// 4000, with a hint between `at_least` and twice that; see [`crate::rules::Rule::evicted_for`].
+    pub fn evicted(at_least: Duration, rng: &mut impl Rng) -> Self {
         Self::Evicted {
-            after: draw(retry_after..=retry_after.saturating_mul(2), rng),
+            after: draw(at_least..=at_least.saturating_mul(2), rng),
         }
     }
 

@@ -18,7 +18,7 @@ use crate::{
     record::{DeviceRecord, DeviceState},
     refusal::{Peers, Refusal},
     resume::{Counted, Generation, Grant, Judge, Unusable},
-    rules::{Rule, RuleSet, Subject},
+    rules::{Effect, RuleSet, Subject},
     time::WallTime,
 };
 
@@ -156,7 +156,7 @@ pub fn screen(hello: Hello, policy: &Policy<'_>, rng: &mut impl Rng) -> Result<S
 /// For [`screen`], and for devices that wait for their look-up when other rules come into force: they must cost no query.
 /// A tenant that a device does not name is not known before its look-up, so rules on tenants do not match it here.
 pub fn screen_claims(claims: &Subject<'_>, rules: &RuleSet, wall: WallTime, rng: &mut impl Rng) -> Option<Refusal> {
-    rules.evaluate(claims, wall).map(|rule| blocked(rule, rng))
+    refusal(rules, claims, wall, rng)
 }
 
 /// Whether the device shows a resume token that counts; then the rules by what the registry said of it. No query. A token that
@@ -280,8 +280,8 @@ fn judged_by_registry_data(
         model: model.as_deref(),
         tenant: Some(grant.tenant.as_str()),
     };
-    if let Some(rule) = rules.evaluate(&known, wall) {
-        return Err(blocked(rule, rng));
+    if let Some(refusal) = refusal(rules, &known, wall, rng) {
+        return Err(refusal);
     }
     Ok(Admitted {
         hello,
@@ -291,8 +291,19 @@ fn judged_by_registry_data(
     })
 }
 
-fn blocked(rule: &Rule, rng: &mut impl Rng) -> Refusal {
-    Refusal::firmware_blocked(rule.id, &rule.spec.reason, rule.spec.retry_after, rng)
+/// What the rule that counts for `subject` does to it.
+fn refusal(rules: &RuleSet, subject: &Subject<'_>, wall: WallTime, rng: &mut impl Rng) -> Option<Refusal> {
+    let rule = rules.evaluate(subject, wall)?;
+    match rule.spec.effect {
+        Effect::Block => Some(Refusal::firmware_blocked(
+            rule.id,
+            &rule.spec.reason,
+            rule.spec.retry_after,
+            rng,
+        )),
+        // A rule set holds none of these as enforced: this version can't carry them out, and refuses nobody instead.
+        Effect::Restrict | Effect::Throttle => None,
+    }
 }
 
 #[cfg(test)]

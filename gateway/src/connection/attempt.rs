@@ -118,6 +118,9 @@ impl Attempt {
         if let Some(limit) = refusal.limit {
             self.shared.metrics.throttled.increment(limit.as_str());
         }
+        if let Some(rule) = refusal.rule {
+            self.shared.rules.count_refused(rule);
+        }
         self.count(Outcome::Refused(refusal.code));
     }
 

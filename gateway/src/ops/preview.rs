@@ -1,15 +1,15 @@
 //! What a rule would hit now: among the devices that are connected to this node, and among those that it remembers.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    sync::Arc,
-};
+use std::collections::BTreeMap;
 
-use seawall_proto::rules::{Preview, RuleSpec, Seen, Subject};
+use seawall_proto::rules::{Preview, RuleSpec};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::{cohorts::Cohort, state::State};
+use crate::{
+    census::{Census, Which},
+    state::State,
+};
 
 /// What a rule would hit now.
 #[derive(Clone, Debug, Default, Serialize, ToSchema)]
@@ -39,15 +39,13 @@ pub struct VersionRow {
     pub known: u64,
 }
 
-/// Devices that are alike to every rule, counted: cohort by address, and tenant.
-type Census = HashMap<(*const Cohort, Arc<str>), (Arc<Cohort>, u64)>;
-
 impl RulePreview {
     /// Asks `spec` about everybody whom this node knows.
     #[must_use]
     pub fn of(spec: &RuleSpec, state: &State) -> Self {
-        let connected = Preview::of(spec, seen(&connected(state)));
-        let known = Preview::of(spec, seen(&known(state)));
+        let census = Census::of(state);
+        let connected = Preview::of(spec, census.seen(Which::Connected));
+        let known = Preview::of(spec, census.seen(Which::Known));
         let counts: BTreeMap<&str, u64> = connected
             .by_version
             .iter()
@@ -71,36 +69,4 @@ impl RulePreview {
             other_versions: known.others,
         }
     }
-}
-
-fn connected(state: &State) -> Census {
-    let mut census = Census::new();
-    state
-        .sessions
-        .for_each(|session| count(&mut census, &session.info.cohort, &session.info.tenant));
-    census
-}
-
-fn known(state: &State) -> Census {
-    let mut census = Census::new();
-    state
-        .history
-        .for_each_known(|_, identity| count(&mut census, &identity.cohort, &identity.tenant));
-    census
-}
-
-fn count(census: &mut Census, cohort: &Arc<Cohort>, tenant: &Arc<str>) {
-    let key = (Arc::as_ptr(cohort), Arc::clone(tenant));
-    census.entry(key).or_insert_with(|| (Arc::clone(cohort), 0)).1 += 1;
-}
-
-fn seen(census: &Census) -> impl Iterator<Item = Seen<'_>> {
-    census.iter().map(|((_, tenant), (cohort, devices))| Seen {
-        subject: Subject {
-            firmware: cohort.firmware.as_deref(),
-            model: cohort.model.as_deref(),
-            tenant: Some(tenant),
-        },
-        devices: *devices,
-    })
 }

@@ -45,6 +45,7 @@ async fn ready(State(api): State<Arc<Api>>) -> (StatusCode, Json<Readiness>) {
 async fn metrics(State(api): State<Arc<Api>>) -> ([(HeaderName, &'static str); 1], String) {
     let mut text = api.state.metrics.render();
     text.push_str(&api.state.cohorts.render());
+    text.push_str(&api.state.rules.hits().render());
     ([(header::CONTENT_TYPE, METRICS_MEDIA_TYPE)], text)
 }
 

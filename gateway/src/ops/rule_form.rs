@@ -5,7 +5,7 @@
 
 use seawall_proto::{
     id::RuleId,
-    rules::{Rule, RuleSpec},
+    rules::{Rule, RuleSpec, Unsupported},
     time::WallTime,
 };
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,10 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::problem::{Problem, shortened};
-use crate::events::format_time;
+use crate::{
+    events::format_time,
+    rules::{Rules, hits::Hits},
+};
 
 /// A rule as it is asked for: the fields of a rule, and `confirm`. What a rule's fields may be is written once, in `seawall_proto`.
 #[derive(Debug, Deserialize)]
@@ -100,17 +103,48 @@ pub struct PatchDoc {
     confirm: Option<bool>,
 }
 
-/// A rule in force.
+/// A rule as it is shown.
 #[derive(Debug, Serialize)]
 pub struct RuleView {
     pub id: RuleId,
+    /// The fields of the rule: those of a [`RuleSpec`], or whatever a later version has stored.
     #[serde(flatten)]
-    spec: RuleSpec,
+    spec: Map<String, Value>,
     created_at: String,
     revision: u64,
+    state: State,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problem: Option<String>,
+    hits: HitsView,
 }
 
-/// A rule in force.
+/// What a rule is to this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = RuleState)]
+pub enum State {
+    /// It is in force, unless its time is over.
+    Enforced,
+    /// It is stored, and this version can't enforce it: it refuses nobody here.
+    Unsupported,
+    /// It is in force, and the database has lost it.
+    Lost,
+}
+
+/// What a rule did.
+#[derive(Clone, Copy, Debug, Default, Serialize, ToSchema)]
+#[schema(as = RuleHits)]
+pub struct HitsView {
+    /// Connect attempts that it refused on this node, since the rule came into force here or the node was started.
+    refused: u64,
+    /// Sessions that it closed on this node, since then.
+    evicted: u64,
+    /// Devices that are connected to this node and match it now. Absent where it was not counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    connected: Option<u64>,
+}
+
+/// A rule.
 #[derive(ToSchema)]
 #[schema(as = Rule)]
 #[expect(
@@ -131,17 +165,67 @@ pub struct RuleViewDoc {
     created_at: String,
     /// Revision of all rules at which this one was changed last.
     revision: u64,
+    /// With `unsupported`, the fields of the rule are those that the later version has stored.
+    state: State,
+    /// Why this version can't enforce it.
+    problem: Option<String>,
+    hits: HitsView,
 }
 
-impl From<&Rule> for RuleView {
-    fn from(rule: &Rule) -> Self {
+impl RuleView {
+    /// As this node enforces it.
+    pub fn of(rule: &Rule, rules: &Rules) -> Self {
+        let hits = rules.hits();
+        let hits = hits.of(rule.id);
+        let is_lost = rules.lost().iter().any(|lost| lost.id == rule.id);
         Self {
             id: rule.id,
-            spec: rule.spec.clone(),
+            spec: fields(&rule.spec_json()),
             created_at: format_time(rule.created_at),
             revision: rule.revision,
+            state: if is_lost { State::Lost } else { State::Enforced },
+            problem: None,
+            hits: HitsView {
+                refused: hits.map_or(0, Hits::refused),
+                evicted: hits.map_or(0, Hits::evicted),
+                connected: None,
+            },
         }
     }
+
+    /// Counts the devices that it matches.
+    pub fn with_connected(mut self, connected: u64) -> Self {
+        self.hits.connected = Some(connected);
+        self
+    }
+}
+
+impl From<&Unsupported> for RuleView {
+    fn from(rule: &Unsupported) -> Self {
+        let mut spec = fields(&rule.spec);
+        // What is said of each rule is said by this node.
+        spec.retain(|name, _| !SHOWN.contains(&name.as_str()));
+        Self {
+            id: rule.id,
+            spec,
+            created_at: format_time(rule.created_at),
+            revision: rule.revision,
+            state: State::Unsupported,
+            problem: Some(rule.problem.clone()),
+            hits: HitsView::default(),
+        }
+    }
+}
+
+/// Fields of a rule as it is shown that are not fields of its spec.
+const SHOWN: [&str; 6] = ["id", "created_at", "revision", "state", "problem", "hits"];
+
+fn fields(spec: &str) -> Map<String, Value> {
+    serde_json::from_str(spec).unwrap_or_else(|_| {
+        let mut fields = Map::new();
+        fields.insert("stored".into(), spec.into());
+        fields
+    })
 }
 
 impl Asked {
@@ -209,12 +293,13 @@ mod tests {
         body.push("confirm".into());
         body.sort();
 
+        let home = tempfile::tempdir().unwrap();
+        let mut shown = serde_json::to_value(RuleView::of(&rule, &Rules::open(home.path()))).unwrap();
+        shown["problem"] = Value::Null;
+
         assert_eq!(documented(RuleDoc::schema()), body);
         assert_eq!(documented(PatchDoc::schema()), body);
-        assert_eq!(
-            documented(RuleViewDoc::schema()),
-            keys(&serde_json::to_value(RuleView::from(&rule)).unwrap())
-        );
+        assert_eq!(documented(RuleViewDoc::schema()), keys(&shown));
         assert_eq!(
             documented(MatchDoc::schema()),
             keys(&serde_json::to_value(&spec.matches).unwrap())

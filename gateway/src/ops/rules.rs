@@ -7,7 +7,11 @@ use axum::{
     extract::State,
     http::{HeaderName, StatusCode, header},
 };
-use seawall_proto::{id::RuleId, rules::RuleSpec};
+use seawall_proto::{
+    firmware::Range,
+    id::RuleId,
+    rules::{RuleSet, RuleSpec},
+};
 use tokio::time::timeout;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
@@ -17,10 +21,17 @@ use super::{
     auth::{Caller, Operator, Viewer},
     extract::{Body, Id, Page, PageParams, Params},
     preview::RulePreview,
-    problem::{Problem, ProblemBody},
+    problem::{Code, Problem, ProblemBody},
     rule_form::{Asked, PatchDoc, RuleDoc, RuleView, RuleViewDoc},
+    write_down,
 };
-use crate::{events::Body as Event, rules::Written, state::Shared};
+use crate::{
+    census::Census,
+    events::Body as Event,
+    rules::Written,
+    state::{Shared, State as Gateway},
+    store::{Change, StoreError},
+};
 
 /// Time for putting a written rule in force, on a thread of its own. A write has 2 s (contract section 6): 1.8 s of it are the store's,
 /// and ten thousand rules are compiled in a few hundredths of a second.
@@ -33,7 +44,7 @@ pub fn routes() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(show_rule, change_rule, delete_rule))
 }
 
-/// Firmware rules in force on this node, expired ones too
+/// Firmware rules, also those that are expired or that this version can't enforce
 #[utoipa::path(
     get, path = "/api/v1/rules", tag = "rules", params(PageParams),
     responses(
@@ -46,9 +57,32 @@ async fn list_rules(
     State(api): State<Arc<Api>>,
     Params(params): Params<PageParams>,
 ) -> Result<Json<Page<RuleView>>, Problem> {
-    let mut rules: Vec<RuleView> = api.state.rules.current().rules().iter().map(RuleView::from).collect();
-    rules.sort_unstable_by_key(|rule| rule.id);
-    Page::of_sorted(rules, &params, |rule| rule.id.0).map(Json)
+    let rules = api.state.rules.current();
+    let mut ids: Vec<RuleId> = rules.rules().iter().map(|rule| rule.id).collect();
+    ids.extend(rules.unsupported().iter().map(|rule| rule.id));
+    ids.sort_unstable();
+    let Page { items, next_cursor } = Page::of_sorted(ids, &params, |id| id.0)?;
+    let items = api
+        .survey(move |gateway| {
+            let census = Census::of_connected(gateway);
+            let shown = items.iter().filter_map(|id| view(gateway, &rules, *id, &census));
+            shown.collect()
+        })
+        .await?;
+    Ok(Json(Page { items, next_cursor }))
+}
+
+/// The rule of this id as it is shown, with the devices of `census` that it matches.
+fn view(gateway: &Gateway, rules: &RuleSet, id: RuleId, census: &Census) -> Option<RuleView> {
+    if let Some(rule) = rules.rules().iter().find(|rule| rule.id == id) {
+        let shown = RuleView::of(rule, &gateway.rules);
+        return Some(shown.with_connected(census.matched(&rule.spec)));
+    }
+    rules
+        .unsupported()
+        .iter()
+        .find(|rule| rule.id == id)
+        .map(RuleView::from)
 }
 
 /// One rule
@@ -65,8 +99,10 @@ async fn show_rule(
     Id(id): Id<RuleId>,
 ) -> Result<Json<RuleView>, Problem> {
     let rules = api.state.rules.current();
-    let rule = rules.rules().iter().find(|rule| rule.id == id);
-    rule.map(|rule| Json(RuleView::from(rule))).ok_or_else(no_such_rule)
+    let shown = api
+        .survey(move |gateway| view(gateway, &rules, id, &Census::of_connected(gateway)))
+        .await?;
+    shown.map(Json).ok_or_else(no_such_rule)
 }
 
 /// Make a rule; 409 `needs_confirmation` where it would refuse over 30 % of at least 20 connected devices
@@ -94,7 +130,7 @@ async fn create_rule(
         .carry_out(async move {
             let rule = gateway.store.rule_insert(id, spec, &audit).await;
             if let Ok(rule) = &rule {
-                take_effect(&gateway, Written::Rule(rule.clone()), id, "created").await;
+                take_effect(&gateway, Written::Rule(rule.clone()), &audit.actor, "created").await;
             }
             rule
         })
@@ -103,7 +139,7 @@ async fn create_rule(
     Ok((
         StatusCode::CREATED,
         [(header::LOCATION, location)],
-        Json(RuleView::from(&rule)),
+        Json(RuleView::of(&rule, &api.state.rules)),
     ))
 }
 
@@ -142,6 +178,15 @@ async fn change_rule(
     Body(asked): Body<Asked>,
 ) -> Result<Json<RuleView>, Problem> {
     let rules = api.state.rules.current();
+    if let Some(unsupported) = rules.unsupported().iter().find(|rule| rule.id == id) {
+        return Err(Problem::new(
+            Code::Conflict,
+            format!(
+                "this version of the gateway can't read the whole rule and would lose a part of it ({}): change it through a node of the version that wrote it, or delete it",
+                unsupported.problem
+            ),
+        ));
+    }
     let before = rules
         .rules()
         .iter()
@@ -158,12 +203,13 @@ async fn change_rule(
         .carry_out(async move {
             let rule = gateway.store.rule_update(id, revision, spec, &audit).await;
             if let Ok(Some(rule)) = &rule {
-                take_effect(&gateway, Written::Rule(rule.clone()), id, "changed").await;
+                take_effect(&gateway, Written::Rule(rule.clone()), &audit.actor, "changed").await;
             }
             rule
         })
         .await??;
-    rule.map(|rule| Json(RuleView::from(&rule))).ok_or_else(no_such_rule)
+    rule.map(|rule| Json(RuleView::of(&rule, &api.state.rules)))
+        .ok_or_else(no_such_rule)
 }
 
 /// Remove a rule
@@ -183,30 +229,66 @@ async fn delete_rule(
     let gateway = Arc::clone(&api.state);
     let deleted = api
         .carry_out(async move {
-            let deleted = gateway.store.rule_delete(id, &audit).await;
-            if let Ok(Some(revision)) = deleted {
-                take_effect(&gateway, Written::Deleted { rule: id, revision }, id, "deleted").await;
+            let deleted = gateway.store.rule_delete(id, &audit).await?;
+            if let Some(revision) = deleted {
+                take_effect(
+                    &gateway,
+                    Written::Deleted { rule: id, revision },
+                    &audit.actor,
+                    "deleted",
+                )
+                .await;
             }
-            deleted
+            // A rule that the database has lost is not there to be deleted.
+            let is_released = gateway.rules.release(id, &gateway.clock, &gateway.events).await;
+            if is_released && deleted.is_none() {
+                write_down(&gateway, &audit, Change::of(&id.to_string())).await;
+            }
+            Ok::<_, StoreError>(deleted.is_some() || is_released)
         })
         .await??;
-    deleted.map(|_| StatusCode::NO_CONTENT).ok_or_else(no_such_rule)
+    if deleted {
+        Ok(StatusCode::NO_CONTENT)
+    } else {
+        Err(no_such_rule())
+    }
 }
 
 /// Puts a written change in force here, and tells of it. Asks the database nothing.
-async fn take_effect(gateway: &Shared, written: Written, rule: RuleId, change: &'static str) {
+async fn take_effect(gateway: &Shared, written: Written, actor: &str, change: &'static str) {
+    let id = written.id();
+    let before = gateway.rules.current();
     let applying = gateway.rules.apply(&written, &gateway.clock, &gateway.events);
     if timeout(APPLY_MAX, applying).await.is_err() {
-        tracing::warn!(rule.id = %rule, "a written rule is not in force in time: the poll will bring it");
+        tracing::warn!(rule.id = %id, "a written rule is not in force in time: the poll will bring it");
     }
     let revision = gateway.rules.current().revision();
     let event = Event::Rules {
         revision,
-        rule: Some(rule),
+        rule: Some(id),
         change,
     };
     gateway.events.notice(gateway.clock.wall(), event);
-    tracing::info!(rule.id = %rule, rules.revision = revision, change, "firmware rule written");
+    // Of a deleted rule, what it was.
+    let spec = match &written {
+        Written::Rule(rule) => Some(&rule.spec),
+        Written::Deleted { .. } => before.rules().iter().find(|rule| rule.id == id).map(|rule| &rule.spec),
+    };
+    let field = |label: Option<&str>| label.unwrap_or("any").to_owned();
+    let matches = spec.map(|spec| &spec.matches);
+    tracing::info!(
+        rule.id = %id,
+        rule.firmware = field(matches.and_then(|matches| matches.firmware.as_ref()).map(Range::as_str)),
+        rule.model = field(matches.and_then(|matches| matches.model.as_deref())),
+        rule.tenant = field(matches.and_then(|matches| matches.tenant.as_deref())),
+        rule.effect = spec.map(|spec| spec.effect.as_str()),
+        rule.evict = spec.map(|spec| spec.evict),
+        rule.reason = spec.map(|spec| spec.reason.as_str()),
+        rules.revision = revision,
+        actor,
+        change,
+        "firmware rule written"
+    );
 }
 
 async fn ask_for_confirmation(api: &Api, spec: &RuleSpec) -> Result<(), Problem> {

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     events::format_time,
-    store::{NewToken, Role, TokenRow},
+    store::{NewToken, Role, TokenRow, UNKNOWN_ROLE},
     tokens::{ADMIN_TOKEN_NAME, random_secret},
 };
 
@@ -52,7 +52,7 @@ impl From<&TokenRow> for TokenView {
         Self {
             id: row.id,
             name: row.name.clone(),
-            role: row.role.as_str(),
+            role: row.role.map_or(UNKNOWN_ROLE, Role::as_str),
             created_at: format_time(row.created_at),
             revoked_at: row.revoked_at.map(format_time),
         }

@@ -43,7 +43,7 @@ pub use self::{
     migrations::SCHEMA_VERSION,
     model::{
         Audit, AuditRecord, DEFAULT_TENANT, DeviceChange, DeviceFilter, DeviceRow, NewDevice, NewToken, PAGE_MAX, Page,
-        Role, Rotation, TokenRow,
+        Role, Rotation, TokenRow, UNKNOWN_ROLE,
     },
     plan::PlanReport,
     revocations::StoredRevocations,

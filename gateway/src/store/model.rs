@@ -13,6 +13,9 @@ use uuid::Uuid;
 /// Tenant of a device for which nobody named one.
 pub const DEFAULT_TENANT: &str = "default";
 
+/// Shown for the role of a token that this version does not know.
+pub const UNKNOWN_ROLE: &str = "unknown";
+
 /// Longest page of any list.
 pub const PAGE_MAX: u32 = 1_000;
 
@@ -119,6 +122,12 @@ impl Role {
             Self::Admin => "admin",
         }
     }
+
+    /// The role of this name; `None` where this version has none.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|role| role.as_str() == name)
+    }
 }
 
 /// An ops token; only the hash of it is stored.
@@ -126,7 +135,8 @@ impl Role {
 pub struct TokenRow {
     pub id: Uuid,
     pub name: String,
-    pub role: Role,
+    /// `None`: a role of a later version, which opens nothing here.
+    pub role: Option<Role>,
     pub sha256: SecretHash,
     pub created_at: WallTime,
     pub revoked_at: Option<WallTime>,

@@ -2,7 +2,7 @@
 
 use seawall_proto::{
     id::RuleId,
-    rules::{Rule, RuleSpec},
+    rules::{Rule, RuleSpec, Unsupported},
 };
 use serde_json::Value as Json;
 
@@ -25,6 +25,8 @@ pub struct StoredRules {
     pub revision: u64,
     /// In the order in which they were made.
     pub rules: Vec<Rule>,
+    /// Rules that this version can't enforce: of a later version, or changed by hand.
+    pub unsupported: Vec<Unsupported>,
 }
 
 /// Index: meta's primary key.
@@ -52,6 +54,11 @@ const INSERT: Sql = Sql::both("INSERT INTO rules (id, spec, created_at, revision
 /// Index: rules' primary key.
 const UPDATE: Sql = Sql::both("UPDATE rules SET spec = $2, revision = $3 WHERE id = $1");
 
+/// Index: meta's primary key. For a node that knows later rules than the database, which came out of a backup then: no revision
+/// is given out twice.
+const LEAP: Sql =
+    Sql::both("UPDATE meta SET value = CAST($1 AS TEXT) WHERE key = 'rules_revision' AND CAST(value AS BIGINT) < $1");
+
 /// Index: rules' primary key.
 const DELETE: Sql = Sql::both("DELETE FROM rules WHERE id = $1");
 
@@ -71,10 +78,10 @@ impl Store {
         .await
     }
 
-    /// Every rule, and the revision that this is.
+    /// Every rule, and the revision that this is. A rule that this version can't enforce stops none of the others.
     ///
     /// # Errors
-    /// The database did not answer within 2 s; [`StoreError::Corrupt`] where one rule can't be read: then none may be taken.
+    /// The database did not answer within 2 s.
     #[tracing::instrument(name = "db.rules.all", level = "debug", skip_all)]
     pub async fn rules(&self) -> Result<StoredRules, StoreError> {
         self.observed(Operation::Rules, RULES_TIME_MAX, async {
@@ -83,12 +90,35 @@ impl Store {
             held.give_back();
             let revision = revision(rows.first())?;
             // Without rules the join has one row, of nulls.
-            let rules = if matches!(&rows[..], [only] if only.text("spec")?.is_none()) {
-                Vec::new()
-            } else {
-                rows.iter().map(rule).collect::<Result<_, _>>()?
+            let is_empty = matches!(&rows[..], [only] if matches!(only.text("spec"), Ok(None)));
+            let mut stored = StoredRules {
+                revision,
+                rules: Vec::with_capacity(rows.len()),
+                unsupported: Vec::new(),
             };
-            Ok(StoredRules { revision, rules })
+            for row in rows.iter().filter(|_| !is_empty) {
+                match rule(row)? {
+                    Ok(rule) => stored.rules.push(rule),
+                    Err(unsupported) => stored.unsupported.push(unsupported),
+                }
+            }
+            Ok(stored)
+        })
+        .await
+    }
+
+    /// Makes the next revision of the rules greater than `known`, which this node has seen. Changes no rule.
+    ///
+    /// # Errors
+    /// The database did not answer within 2 s.
+    #[tracing::instrument(name = "db.rules.leap", level = "debug", skip_all)]
+    pub async fn rules_leap(&self, known: u64) -> Result<(), StoreError> {
+        let known = i64::try_from(known).map_err(|_| corrupt("meta", "value", "rules_revision is out of range"))?;
+        self.observed(Operation::Rules, RULES_TIME_MAX, async {
+            let mut held = self.rules_lane().take().await?;
+            held.run(LEAP, &[Value::from(known)]).await?;
+            held.give_back();
+            Ok(())
         })
         .await
     }
@@ -124,7 +154,7 @@ impl Store {
                 Value::from(revision),
             ];
             held.run(INSERT, &values).await?;
-            record(&mut held, audit, id, None, Some(&spec)).await?;
+            record(&mut held, audit, id, None, Some(as_json(&spec)?)).await?;
             held.commit().await?;
             Ok(Rule {
                 id,
@@ -156,7 +186,12 @@ impl Store {
                 held.rollback().await?;
                 return Ok(None);
             };
-            let before = rule(&row)?;
+            let Ok(before) = rule(&row)? else {
+                held.rollback().await?;
+                return Err(StoreError::Conflict(
+                    "this version can't read the whole rule, and would lose a part of it: change it through a node of the version that wrote it, or delete it".into(),
+                ));
+            };
             if before.revision != seen_revision {
                 held.rollback().await?;
                 return Err(StoreError::Conflict(
@@ -166,7 +201,7 @@ impl Store {
             let text = as_text(&spec)?;
             let values = [Value::Uuid(id.0), Value::from(text.as_str()), Value::from(revision)];
             held.run(UPDATE, &values).await?;
-            record(&mut held, audit, id, Some(&before.spec), Some(&spec)).await?;
+            record(&mut held, audit, id, Some(as_json(&before.spec)?), Some(as_json(&spec)?)).await?;
             held.commit().await?;
             Ok(Some(Rule {
                 spec,
@@ -191,10 +226,12 @@ impl Store {
                 held.rollback().await?;
                 return Ok(None);
             };
-            // A rule that this version can't read can be deleted all the same.
-            let before = rule(&row).ok();
+            let before = match rule(&row)? {
+                Ok(rule) => as_json(&rule.spec)?,
+                Err(unsupported) => as_written(&unsupported.spec),
+            };
             held.run(DELETE, &[Value::Uuid(id.0)]).await?;
-            record(&mut held, audit, id, before.as_ref().map(|rule| &rule.spec), None).await?;
+            record(&mut held, audit, id, Some(before), None).await?;
             held.commit().await?;
             Ok(Some(revision.unsigned_abs()))
         })
@@ -212,25 +249,30 @@ async fn record(
     connection: &mut Connection,
     audit: &Audit,
     id: RuleId,
-    before: Option<&RuleSpec>,
-    after: Option<&RuleSpec>,
+    before: Option<Json>,
+    after: Option<Json>,
 ) -> Result<(), StoreError> {
     let change = Change {
         subject: id.to_string(),
-        before: before.map(as_json).transpose()?,
-        after: after.map(as_json).transpose()?,
+        before,
+        after,
     };
     audit::record(connection, audit, change).await
 }
 
-fn rule(row: &Row) -> Result<Rule, StoreError> {
-    let spec = row.text("spec")?.unwrap_or_default();
-    Ok(Rule {
-        id: RuleId(row.uuid("id")?),
-        spec: serde_json::from_str(&spec).map_err(|error| corrupt("rules", "spec", &error.to_string()))?,
-        created_at: from_ms(row.int("created_at")?.unwrap_or_default()),
-        revision: row.int("changed_at")?.unwrap_or_default().unsigned_abs(),
-    })
+/// The rule of a row, as far as this version knows it. Fails where the table is not one of rules.
+fn rule(row: &Row) -> Result<Result<Rule, Unsupported>, StoreError> {
+    let id = RuleId(row.uuid("id")?);
+    // SQLite keeps whatever was written into a column, text or not.
+    let created_at = from_ms(row.int("created_at").ok().flatten().unwrap_or_default());
+    let revision = row.int("changed_at").ok().flatten().unwrap_or_default().unsigned_abs();
+    let spec = row.text("spec").ok().flatten().unwrap_or_default();
+    Ok(Rule::read(id, &spec, created_at, revision))
+}
+
+/// What a rule says that this version can't read.
+fn as_written(spec: &str) -> Json {
+    serde_json::from_str(spec).unwrap_or_else(|_| Json::String(spec.to_owned()))
 }
 
 /// Stored as text, as every value of `meta`.

@@ -11,7 +11,7 @@ use super::{
     connection::{Row, Sql, Value},
     error::StoreError,
     failures::Operation,
-    model::{Audit, NewToken, Role, TokenRow, from_ms, to_ms},
+    model::{Audit, NewToken, Role, TokenRow, UNKNOWN_ROLE, from_ms, to_ms},
 };
 
 /// Most tokens that are not revoked, so that each node's copy is small. One more is a [`StoreError::Conflict`].
@@ -82,7 +82,7 @@ impl Store {
             let change = Change {
                 subject: new.id.to_string(),
                 before: None,
-                after: Some(describe(&new.name, new.role, false)),
+                after: Some(describe(&new.name, Some(new.role), false)),
             };
             audit::record(&mut held, audit, change).await?;
             held.commit().await
@@ -91,7 +91,7 @@ impl Store {
         Ok(TokenRow {
             id: new.id,
             name: new.name.clone(),
-            role: new.role,
+            role: Some(new.role),
             sha256: new.sha256,
             created_at: audit.at,
             revoked_at: None,
@@ -128,8 +128,8 @@ impl Store {
     }
 }
 
-fn describe(name: &str, role: Role, is_revoked: bool) -> Json {
-    json!({ "name": name, "role": role, "revoked": is_revoked })
+fn describe(name: &str, role: Option<Role>, is_revoked: bool) -> Json {
+    json!({ "name": name, "role": role.map_or(UNKNOWN_ROLE, Role::as_str), "revoked": is_revoked })
 }
 
 fn token_row(row: &Row) -> Result<TokenRow, StoreError> {
@@ -138,15 +138,11 @@ fn token_row(row: &Row) -> Result<TokenRow, StoreError> {
         column,
         detail: detail.to_owned(),
     };
-    let role = row.text("role")?.unwrap_or_default();
     let sha256 = row.bytes("sha256")?.and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
     Ok(TokenRow {
         id: row.uuid("id")?,
         name: row.text("name")?.unwrap_or_default(),
-        role: Role::ALL
-            .into_iter()
-            .find(|known| known.as_str() == role)
-            .ok_or_else(|| corrupt("role", &role))?,
+        role: Role::parse(&row.text("role")?.unwrap_or_default()),
         sha256: sha256
             .map(SecretHash::from_bytes)
             .ok_or_else(|| corrupt("sha256", "not 32 bytes"))?,

@@ -97,18 +97,18 @@ pub(super) fn write_copy(path: &Path, tokens: &[Token]) -> io::Result<()> {
     write_atomically(path, &serde_json::to_vec(&copy)?, 0o600)
 }
 
+/// A later version may have written it: unknown fields are ignored, and a token whose role is unknown opens nothing. The next
+/// reading of the database brings all of them again.
 #[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct CopyFile {
     tokens: Vec<CopiedToken>,
 }
 
 #[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct CopiedToken {
     id: Uuid,
     name: String,
-    role: Role,
+    role: String,
     /// Of the token, base64url.
     sha256: String,
 }
@@ -118,7 +118,7 @@ impl CopiedToken {
         Self {
             id: token.id,
             name: token.name.to_string(),
-            role: token.role,
+            role: token.role.as_str().to_owned(),
             sha256: URL_SAFE_NO_PAD.encode(token.hash.as_bytes()),
         }
     }
@@ -128,7 +128,7 @@ impl CopiedToken {
         Some(Token {
             id: self.id,
             name: self.name.into(),
-            role: self.role,
+            role: Role::parse(&self.role)?,
             hash: SecretHash::from_bytes(bytes.try_into().ok()?),
         })
     }

@@ -154,7 +154,7 @@ impl Tokens {
     pub async fn insert(&self, row: &TokenRow) {
         self.alter(|tokens| {
             tokens.retain(|token| token.id != row.id);
-            tokens.push(Token::of(row));
+            tokens.extend(Token::of(row));
         });
         self.save().await;
     }
@@ -206,7 +206,7 @@ impl Tokens {
         let tokens: Vec<Token> = rows
             .iter()
             .filter(|row| row.revoked_at.is_none())
-            .map(Token::of)
+            .filter_map(Token::of)
             .collect();
         if self.replace(generation, tokens) {
             self.save().await;
@@ -264,13 +264,14 @@ impl Tokens {
 }
 
 impl Token {
-    fn of(row: &TokenRow) -> Self {
-        Self {
+    /// `None`: this version does not know what its role may do.
+    fn of(row: &TokenRow) -> Option<Self> {
+        Some(Self {
             id: row.id,
             name: row.name.as_str().into(),
-            role: row.role,
+            role: row.role?,
             hash: row.sha256,
-        }
+        })
     }
 }
 
@@ -378,6 +379,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_copy_of_a_later_version_is_read_but_for_tokens_of_unknown_roles() {
+        let dir = tempfile::tempdir().unwrap();
+        let (known, unknown) = (random_secret(), random_secret());
+        let hash = |secret: &str| URL_SAFE_NO_PAD.encode(SecretHash::of(secret.as_bytes()).as_bytes());
+        let text = format!(
+            r#"{{"version":2,"tokens":[
+                {{"id":"{}","name":"a","role":"viewer","sha256":"{}","until":7}},
+                {{"id":"{}","name":"b","role":"auditor","sha256":"{}"}}]}}"#,
+            Uuid::from_u128(1),
+            hash(&known),
+            Uuid::from_u128(2),
+            hash(&unknown)
+        );
+        fs::write(dir.path().join(COPY_FILE), text).unwrap();
+
+        let tokens = Tokens::open(dir.path()).unwrap();
+
+        assert_eq!(tokens.authenticate(&known).map(|who| who.role), Some(Role::Viewer));
+        assert_eq!(tokens.authenticate(&unknown), None);
+    }
+
+    #[tokio::test]
     async fn what_was_read_before_a_revocation_does_not_undo_it() {
         let dir = tempfile::tempdir().unwrap();
         let tokens = Tokens::open(dir.path()).unwrap();
@@ -388,7 +411,7 @@ mod tests {
 
         tokens.remove(row.id).await;
 
-        assert!(!tokens.replace(generation, vec![Token::of(&row)]));
+        assert!(!tokens.replace(generation, vec![Token::of(&row).unwrap()]));
         assert_eq!(tokens.authenticate(&secret), None);
     }
 
@@ -396,7 +419,7 @@ mod tests {
         TokenRow {
             id: Uuid::from_u128(7),
             name: name.to_owned(),
-            role,
+            role: Some(role),
             sha256: SecretHash::of(token.as_bytes()),
             created_at: WallTime::from_unix_ms(1),
             revoked_at: None,

@@ -352,8 +352,8 @@ impl World<'_> {
         let due = eviction.pacing.take_due(eviction.left.len(), self.now);
         for device in eviction.left.drain(..due).collect::<Vec<_>>() {
             let index = device as usize;
-            if let Some(retry_after) = self.evicting(index).filter(|_| self.books.is_connected(index)) {
-                let close = Close::evicted(retry_after, &mut self.rng);
+            if let Some(at_least) = self.evicting(index).filter(|_| self.books.is_connected(index)) {
+                let close = Close::evicted(at_least, &mut self.rng);
                 self.send(device, self.devices.attempt(index), Content::Closed(close));
             }
         }
@@ -378,7 +378,7 @@ impl World<'_> {
             .collect()
     }
 
-    /// The `retry_after` of the rule that wants this session gone.
+    /// How long the rule that wants this session gone keeps it away, at least.
     fn evicting(&self, device: usize) -> Option<Duration> {
         let cohort = self.devices.cohort(device);
         let subject = Subject {
@@ -387,7 +387,7 @@ impl World<'_> {
             tenant: Some(cohort.tenant.as_str()),
         };
         let rule = self.rules.evicting(&subject, self.wall())?;
-        Some(rule.spec.retry_after)
+        Some(rule.evicted_for(self.wall()))
     }
 }
 

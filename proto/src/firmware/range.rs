@@ -325,7 +325,13 @@ fn parse_condition(text: &str, start: usize, part: &str) -> Result<Holds, RangeE
         };
     }
     let Some(operator) = operator else {
-        return fail(offset, Problem::NoOperator(operand.into()));
+        let has_place = Version::of(operand).numbered().is_some();
+        let problem = if has_place {
+            Problem::NoOperator
+        } else {
+            Problem::NoOperatorOrNumber
+        };
+        return fail(offset, problem(operand.into()));
     };
     let version = Version::of(operand);
     match (operator, version.numbered()) {
@@ -432,6 +438,8 @@ pub enum Problem {
     UnknownOperator(Box<str>),
     #[error("a version needs an operator, as in `={0}` or `>={0}`")]
     NoOperator(Box<str>),
+    #[error("a version needs an operator, as in `={0}`")]
+    NoOperatorOrNumber(Box<str>),
     #[error("a version is expected here")]
     NoVersion,
     #[error("a new condition needs a comma in front of it")]

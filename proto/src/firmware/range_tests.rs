@@ -118,6 +118,10 @@ fn a_broken_range_says_what_is_wrong_and_where() {
         said("3.8.0"),
         "at character 1: a version needs an operator, as in `=3.8.0` or `>=3.8.0`"
     );
+    assert_eq!(
+        said("main"),
+        "at character 1: a version needs an operator, as in `=main`"
+    );
     assert_eq!(said(">=3.8,"), "at character 7: a version is expected here");
     assert_eq!(said(">=3.8, <"), "at character 9: a version is expected here");
     assert_eq!(

@@ -8,7 +8,7 @@ use crate::{
     id::{RuleId, SecretHash},
     refusal::Code,
     resume::{LIFE, ResumeKeys, Revoked},
-    rules::{Effect, Match, RuleSpec},
+    rules::{Effect, Match, Rule, RuleSpec},
 };
 
 const WALL: WallTime = WallTime::from_unix_ms(1_000);

@@ -12,7 +12,7 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
-use super::{Effect, Mode, Rule};
+use super::{Effect, Rule, Unsupported, stored::hash_rule};
 use crate::{
     firmware::{Cut, Exact, Version},
     id::Label,
@@ -57,6 +57,8 @@ pub struct RuleSet {
     digest: [u8; 16],
     /// By precedence.
     rules: Box<[Rule]>,
+    /// By id.
+    unsupported: Box<[Unsupported]>,
     enforced: Groups,
     /// Only rules that close sessions too.
     evicting: Groups,
@@ -69,21 +71,32 @@ impl RuleSet {
         Self::compile(0, Vec::new())
     }
 
-    /// Compiles `rules`, in time n log n.
+    /// Compiles `rules`, in time n log n. Those that this version can't enforce are kept as [`unsupported`](Self::unsupported).
     #[must_use]
-    pub fn compile(revision: u64, mut rules: Vec<Rule>) -> Self {
-        let digest = digest(&mut rules);
-        rules.sort_by(precedence);
-        let enforced = |rule: &Rule| match rule.spec.mode {
-            Mode::Enforce => true,
-            Mode::DryRun => false,
-        };
+    pub fn compile(revision: u64, rules: Vec<Rule>) -> Self {
+        Self::compile_stored(revision, rules, Vec::new())
+    }
+
+    /// Compiles what is stored: the rules of this version, and those that it can't enforce, which refuse nobody.
+    #[must_use]
+    pub fn compile_stored(revision: u64, rules: Vec<Rule>, mut unsupported: Vec<Unsupported>) -> Self {
+        let mut enforceable = Vec::with_capacity(rules.len());
+        for rule in rules {
+            if rule.spec.validate().is_ok() {
+                enforceable.push(rule);
+            } else if let Err(found) = Rule::read(rule.id, &rule.spec_json(), rule.created_at, rule.revision) {
+                unsupported.push(found);
+            }
+        }
+        let digest = digest(&mut enforceable, &mut unsupported);
+        enforceable.sort_by(precedence);
         Self {
             revision,
             digest,
-            enforced: Groups::compile(&rules, enforced),
-            evicting: Groups::compile(&rules, |rule| enforced(rule) && rule.spec.evict),
-            rules: rules.into(),
+            enforced: Groups::compile(&enforceable, |_| true),
+            evicting: Groups::compile(&enforceable, |rule| rule.spec.evict),
+            rules: enforceable.into(),
+            unsupported: unsupported.into(),
         }
     }
 
@@ -108,10 +121,16 @@ impl RuleSet {
         })
     }
 
-    /// All rules, expired and dry ones too, by precedence.
+    /// All rules that this version enforces, expired ones also, by precedence.
     #[must_use]
     pub const fn rules(&self) -> &[Rule] {
         &self.rules
+    }
+
+    /// Stored rules that this version can't enforce, by id. They are kept and refuse nobody.
+    #[must_use]
+    pub const fn unsupported(&self) -> &[Unsupported] {
+        &self.unsupported
     }
 
     /// The enforced rule that counts for `subject`. Takes time log n, allocates nothing.
@@ -129,9 +148,7 @@ impl RuleSet {
     /// Whether any rule closes live sessions now.
     #[must_use]
     pub fn is_evicting(&self, wall: WallTime) -> bool {
-        self.rules
-            .iter()
-            .any(|rule| rule.spec.evict && rule.spec.mode == Mode::Enforce && !rule.is_expired(wall))
+        self.rules.iter().any(|rule| rule.spec.evict && !rule.is_expired(wall))
     }
 }
 
@@ -145,14 +162,22 @@ fn precedence(left: &Rule, right: &Rule) -> Ordering {
 }
 
 /// Sorts by id, so that the order in which rules came does not count.
-fn digest(rules: &mut [Rule]) -> [u8; 16] {
+fn digest(rules: &mut [Rule], unsupported: &mut [Unsupported]) -> [u8; 16] {
     rules.sort_by_key(|rule| rule.id);
+    unsupported.sort_by_key(|rule| rule.id);
     let mut hash = Sha256::new();
+    let mut unknown = unsupported.iter().peekable();
+    let stored = |hash: &mut Sha256, rule: &Unsupported| {
+        hash_rule(hash, rule.id, rule.created_at, rule.revision, &rule.spec);
+    };
+    // In the order of ids, whichever this version knows.
     for rule in rules {
-        let content = serde_json::to_vec(rule).expect("a rule has text keys and no failing fields");
-        hash.update((content.len() as u64).to_be_bytes());
-        hash.update(&content);
+        while let Some(other) = unknown.next_if(|other| other.id < rule.id) {
+            stored(&mut hash, other);
+        }
+        hash_rule(&mut hash, rule.id, rule.created_at, rule.revision, &rule.spec_json());
     }
+    unknown.for_each(|other| stored(&mut hash, other));
     let mut digest = [0; 16];
     digest.copy_from_slice(&hash.finalize()[..16]);
     digest

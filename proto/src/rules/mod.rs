@@ -5,11 +5,13 @@
 mod compiled;
 mod preview;
 mod spec;
+mod stored;
 mod text;
 
 pub use compiled::{OwnedSubject, RuleSet, Subject};
 pub use preview::{Preview, Seen, VersionHit};
 pub use spec::{Effect, Match, Mode, Rule, RuleSpec, SpecError};
+pub use stored::Unsupported;
 
 #[cfg(test)]
 mod tests;

@@ -107,6 +107,19 @@ pub struct Rule {
 }
 
 impl Rule {
+    /// Shortest time that an evicted device is told to stay away: a rule that was a mistake is often removed within seconds.
+    pub const EVICTED_MIN: Duration = Duration::from_secs(30);
+
+    /// How long a device that this rule evicts now is told to stay away, at least; at most twice that.
+    ///
+    /// As long as the rule is old, from [`Rule::EVICTED_MIN`] up to its `retry_after`: a rule that is removed soon after it was
+    /// made keeps nobody away for long.
+    #[must_use]
+    pub fn evicted_for(&self, wall: WallTime) -> Duration {
+        let age = wall.saturating_since(self.created_at);
+        age.max(Self::EVICTED_MIN).min(self.spec.retry_after)
+    }
+
     /// Whether the rule's time is over.
     #[must_use]
     pub fn is_expired(&self, wall: WallTime) -> bool {

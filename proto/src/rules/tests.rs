@@ -47,27 +47,24 @@ fn found(set: &RuleSet, subject: Subject<'_>, wall: WallTime) -> Option<u128> {
 }
 
 #[test]
-fn the_strictest_rule_counts_then_the_one_that_lasts_longest_then_the_oldest() {
-    let with = |effect, expires_ms: Option<u64>| RuleSpec {
-        effect,
+fn the_rule_that_lasts_longest_counts_then_the_oldest() {
+    let with = |expires_ms: Option<u64>| RuleSpec {
         expires_at: expires_ms.map(WallTime::from_unix_ms),
         ..blocks(">=3.8")
     };
     let set = RuleSet::compile(
         7,
         vec![
-            rule(1, 1, with(Effect::Throttle, None)),
-            rule(2, 2, with(Effect::Restrict, None)),
-            rule(3, 3, with(Effect::Block, Some(2_000_000))),
-            rule(4, 5, with(Effect::Block, Some(3_000_000))),
-            rule(5, 4, with(Effect::Block, Some(3_000_000))),
+            rule(3, 3, with(Some(2_000_000))),
+            rule(4, 5, with(Some(3_000_000))),
+            rule(5, 4, with(Some(3_000_000))),
         ],
     );
 
     assert_eq!(set.revision(), 7);
     assert_eq!(found(&set, stating("3.8"), NOON), Some(5));
     assert_eq!(found(&set, stating("3.8"), WallTime::from_unix_ms(2_999_999)), Some(5));
-    assert_eq!(found(&set, stating("3.8"), WallTime::from_unix_ms(3_000_000)), Some(2));
+    assert_eq!(found(&set, stating("3.8"), WallTime::from_unix_ms(3_000_000)), None);
     assert_eq!(found(&set, stating("3.7"), NOON), None);
 }
 
@@ -134,18 +131,99 @@ fn missing_versions_and_versions_without_a_digit_meet_their_own_rules_only() {
 }
 
 #[test]
-fn dry_rules_refuse_nobody() {
-    let dry = RuleSpec {
-        mode: Mode::DryRun,
+fn a_rule_that_this_version_can_not_enforce_refuses_nobody_and_is_kept_as_it_was_written() {
+    let written = [
+        r#"{"match":{"firmware":">=0"},"effect":"throttle","evict":true}"#,
+        r#"{"match":{"firmware":">=0"},"effect":"restrict","evict":true}"#,
+        r#"{"match":{"firmware":">=0"},"effect":"explode"}"#,
+        r#"{"match":{"firmware":">=0"},"effect":"block","admit_percent":90,"evict":true}"#,
+        r#"{"match":{"firmware":">=0"},"effect":"block","mode":"dry_run","evict":true}"#,
+        r#"{"match":{"firmware":">=0"},"effect":"block","mode":"sample"}"#,
+        r#"{"match":{"firmware":">=0"},"effect":"block", "update":{"url":"https://example.com/1"}}"#,
+        r#"{"match":{"firmware":">=0","site":"a"},"effect":"block"}"#,
+        r#"{"match":{"firmware":"≈3.8"},"effect":"block"}"#,
+        "not JSON\u{7}",
+        "",
+    ];
+    let known = rule(99, 1, blocks("=9"));
+    let read = (1..).zip(written).map(|(id, spec)| {
+        Rule::read(RuleId(Uuid::from_u128(id)), spec, NOON, 5).expect_err("this version does not know it")
+    });
+    let set = RuleSet::compile_stored(5, vec![known], read.collect());
+
+    assert_eq!(found(&set, stating("1"), NOON), None);
+    assert_eq!(found(&set, stating("9"), NOON), Some(99));
+    assert_eq!(set.evicting(&stating("1"), NOON), None);
+    assert!(!set.is_evicting(NOON));
+    let kept: Vec<&str> = set.unsupported().iter().map(|rule| &*rule.spec).collect();
+    assert_eq!(kept, written);
+    assert!(set.unsupported().iter().all(|rule| !rule.problem.is_empty()));
+    assert!(
+        set.unsupported()
+            .iter()
+            .all(|rule| !rule.problem.contains(char::is_control))
+    );
+}
+
+#[test]
+fn a_rule_that_goes_past_the_checks_of_the_api_refuses_nobody() {
+    let beyond = RuleSpec {
+        admit_percent: 90,
         evict: true,
         ..blocks(">=0")
     };
-    let set = RuleSet::compile(1, vec![rule(1, 1, dry)]);
+
+    let set = RuleSet::compile(1, vec![rule(1, 1, beyond)]);
 
     assert_eq!(found(&set, stating("1"), NOON), None);
-    assert_eq!(set.evicting(&stating("1"), NOON), None);
-    assert!(!set.is_evicting(NOON));
-    assert_eq!(set.rules().len(), 1);
+    assert_eq!((set.rules().len(), set.unsupported().len()), (0, 1));
+}
+
+#[test]
+fn an_older_version_has_the_digest_of_a_newer_one() {
+    let known = blocks(">=1");
+    let digest = |spec: &str| match Rule::read(RuleId(Uuid::from_u128(1)), spec, NOON, 5) {
+        Ok(rule) => RuleSet::compile(5, vec![rule]).digest(),
+        Err(unsupported) => RuleSet::compile_stored(5, Vec::new(), vec![unsupported]).digest(),
+    };
+
+    // A later version writes its new field only where it says something; this one hashes the rule as it is stored.
+    let later = r#"{"effect":"block","match":{"firmware":">=1"},"update":1}"#;
+    let other = r#"{"effect":"block","match":{"firmware":">=1"},"update":2}"#;
+    let with_defaults = r#"{"admit_percent":0,"effect":"block","evict":false,"expires_at":null,"match":{"firmware":">=1"},"mode":"enforce","reason":"","retry_after":"15m","update":1}"#;
+
+    assert_eq!(digest(later), digest(with_defaults));
+    assert_ne!(digest(later), digest(other));
+    assert_eq!(
+        digest(r#"{"effect":"block","match":{"firmware":">=1"}}"#),
+        RuleSet::compile(
+            5,
+            vec![Rule {
+                revision: 5,
+                ..rule(1, NOON.as_unix_ms(), known)
+            }]
+        )
+        .digest()
+    );
+}
+
+#[test]
+fn devices_are_evicted_for_as_long_as_their_rule_is_old() {
+    let minutes = |minutes: u64| Duration::from_secs(minutes * 60);
+    let rule = rule(1, NOON.as_unix_ms(), blocks(">=1"));
+    let short = Rule {
+        spec: RuleSpec {
+            retry_after: Duration::from_secs(5),
+            ..blocks(">=1")
+        },
+        ..rule.clone()
+    };
+
+    assert_eq!(rule.evicted_for(NOON), Duration::from_secs(30));
+    assert_eq!(rule.evicted_for(NOON + minutes(4)), minutes(4));
+    assert_eq!(rule.evicted_for(NOON + minutes(600)), minutes(15));
+    assert_eq!(rule.evicted_for(WallTime::from_unix_ms(0)), Duration::from_secs(30));
+    assert_eq!(short.evicted_for(NOON), Duration::from_secs(5));
 }
 
 #[test]
@@ -186,7 +264,7 @@ fn the_digest_tells_what_rules_say_in_whatever_order_they_come() {
 }
 
 /// All processes and versions must agree on it: nodes compare digests.
-const PINNED_DIGEST: &str = "6e2286b6dbe5e621906aac3f28d7b4b2";
+const PINNED_DIGEST: &str = "c4dec832ba05f54e6ad7a0c7cd4ab444";
 
 #[test]
 fn a_spec_has_the_documented_defaults() {
@@ -348,7 +426,7 @@ fn naive<'r>(rules: &'r [Rule], subject: &Subject<'_>, wall: WallTime) -> Option
     let lasts_until = |rule: &Rule| rule.spec.expires_at.map_or(u64::MAX, WallTime::as_unix_ms);
     rules
         .iter()
-        .filter(|rule| rule.spec.mode == Mode::Enforce && !rule.is_expired(wall) && rule.spec.is_for(subject))
+        .filter(|rule| rule.spec.validate().is_ok() && !rule.is_expired(wall) && rule.spec.is_for(subject))
         .min_by_key(|rule| {
             (
                 rule.spec.effect,

@@ -2,8 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use seawall_gateway::store::{StoreError, StoredRules};
-use seawall_proto::{id::RuleId, rules::RuleSpec};
+use seawall_gateway::store::{NewDevice, NewToken, Role, StoreError, StoredRules};
+use seawall_proto::{
+    id::{DeviceId, RuleId, SecretHash},
+    rules::RuleSpec,
+};
 use serde_json::json;
 use uuid::Uuid;
 
@@ -15,7 +18,9 @@ on_both!(
     every_change_moves_the_revision_by_one,
     change_of_a_rule_seen_at_another_revision_is_a_conflict,
     failed_change_leaves_the_revision,
-    rule_that_cannot_be_read_is_an_error_but_can_be_deleted,
+    rule_that_cannot_be_enforced_stops_no_other_and_can_be_deleted,
+    older_version_works_beside_rows_and_columns_of_a_newer_one,
+    revision_leaps_forward_and_never_back,
     changes_and_audit_stand_together,
     writes_side_by_side_each_have_a_revision,
     rule_is_written_while_every_ops_connection_is_busy,
@@ -42,6 +47,7 @@ async fn first_revision_is_zero_without_rules(fixture: &Fixture) {
     let empty = StoredRules {
         revision: 0,
         rules: Vec::new(),
+        unsupported: Vec::new(),
     };
     assert_eq!(fixture.store.rules().await.unwrap(), empty);
 }
@@ -125,7 +131,7 @@ async fn failed_change_leaves_the_revision(fixture: &Fixture) {
     assert_eq!(store.audit_page(None, 10).await.unwrap().items.len(), 1);
 }
 
-async fn rule_that_cannot_be_read_is_an_error_but_can_be_deleted(fixture: &Fixture) {
+async fn rule_that_cannot_be_enforced_stops_no_other_and_can_be_deleted(fixture: &Fixture) {
     let store = &fixture.store;
     store
         .rule_insert(id(1), spec("1.*"), &audit("rule.create", 1))
@@ -139,16 +145,130 @@ async fn rule_that_cannot_be_read_is_an_error_but_can_be_deleted(fixture: &Fixtu
         .db_run("UPDATE rules SET spec = '{\"effect\":\"of a later release\"}' WHERE revision = 2")
         .await;
 
-    assert!(matches!(
-        store.rules().await,
-        Err(StoreError::Corrupt { table: "rules", .. })
-    ));
+    let stored = store.rules().await.unwrap();
+    assert_eq!((stored.revision, stored.rules.len()), (2, 1));
+    assert_eq!(stored.unsupported.len(), 1);
+    assert_eq!(&*stored.unsupported[0].spec, "{\"effect\":\"of a later release\"}");
+    let changed = store.rule_update(id(2), 2, spec("3.*"), &audit("rule.update", 3)).await;
+    assert!(matches!(changed, Err(StoreError::Conflict(_))), "{changed:?}");
+    let made = store.rule_insert(id(3), spec("3.*"), &audit("rule.create", 3)).await;
+    assert_eq!(made.unwrap().revision, 3);
     assert_eq!(
-        store.rule_delete(id(2), &audit("rule.delete", 3)).await.unwrap(),
-        Some(3)
+        store.rule_delete(id(2), &audit("rule.delete", 4)).await.unwrap(),
+        Some(4)
     );
 
-    assert_eq!(store.rules().await.unwrap().rules.len(), 1);
+    let stored = store.rules().await.unwrap();
+    assert_eq!((stored.rules.len(), stored.unsupported.len()), (2, 0));
+    let deleted = store.audit_page(None, 1).await.unwrap().items.remove(0);
+    assert_eq!(deleted.before, Some(json!({"effect": "of a later release"})));
+}
+
+async fn older_version_works_beside_rows_and_columns_of_a_newer_one(fixture: &Fixture) {
+    let store = &fixture.store;
+    for text in [
+        "ALTER TABLE rules ADD COLUMN rollout TEXT",
+        "ALTER TABLE tokens ADD COLUMN until BIGINT",
+        "ALTER TABLE devices ADD COLUMN site TEXT",
+        "CREATE TABLE rollouts (id TEXT NOT NULL PRIMARY KEY)",
+        "INSERT INTO meta (key, value) VALUES ('rollouts_revision', '7')",
+    ] {
+        fixture.db_run(text).await;
+    }
+    let made = [
+        r#"{"match":{"firmware":"1.*"},"effect":"throttle","evict":true}"#,
+        r#"{"match":{"firmware":"1.*"},"effect":"block","admit_percent":90,"evict":true}"#,
+        r#"{"match":{"firmware":"1.*"},"effect":"block","mode":"dry_run"}"#,
+        r#"{"match":{"firmware":"1.*"},"effect":"block","update":{"url":"https://example.com"}}"#,
+        r#"{"match":{"firmware":"1.*","site":"a"},"effect":"block"}"#,
+    ];
+    for (number, json) in (1..).zip(made) {
+        store
+            .rule_insert(id(number), spec("1.*"), &audit("rule.create", 1))
+            .await
+            .unwrap();
+        fixture
+            .db_run(&format!(
+                "UPDATE rules SET spec = '{json}', rollout = 'b' WHERE revision = {number}"
+            ))
+            .await;
+    }
+    for (number, name) in [(1, "ours"), (2, "theirs")] {
+        let token = NewToken {
+            id: Uuid::from_u128(number),
+            name: name.to_owned(),
+            role: Role::Viewer,
+            sha256: SecretHash::of(name.as_bytes()),
+        };
+        store.token_insert(&token, &audit("token.create", 1)).await.unwrap();
+    }
+    fixture
+        .db_run("UPDATE tokens SET role = 'auditor', until = 9 WHERE name = 'theirs'")
+        .await;
+
+    let stored = store.rules().await.unwrap();
+    let kept: Vec<&str> = stored.unsupported.iter().map(|rule| &*rule.spec).collect();
+    assert_eq!((kept, stored.rules), (made.to_vec(), Vec::new()));
+    let ours = store
+        .rule_insert(id(9), spec("2.*"), &audit("rule.create", 2))
+        .await
+        .unwrap();
+    let ours = store
+        .rule_update(ours.id, ours.revision, spec("3.*"), &audit("rule.update", 3))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(store.rules().await.unwrap().rules, [ours]);
+    store
+        .rule_delete(id(1), &audit("rule.delete", 4))
+        .await
+        .unwrap()
+        .unwrap();
+
+    let mut tokens = store.tokens().await.unwrap();
+    tokens.sort_by(|a, b| a.name.cmp(&b.name));
+    assert_eq!((tokens[0].role, tokens[1].role), (Some(Role::Viewer), None));
+    assert!(
+        store
+            .token_revoke(tokens[1].id, &audit("token.revoke", 5))
+            .await
+            .unwrap()
+            .is_some()
+    );
+    let device = NewDevice {
+        id: DeviceId::from_uuid(Uuid::from_u128(1)),
+        tenant: None,
+        model: None,
+        secret: SecretHash::of(b"a secret of a device"),
+    };
+    store.device_insert(&device, &audit("device.create", 6)).await.unwrap();
+    assert_eq!(
+        store
+            .devices_page(&Default::default(), None, 9)
+            .await
+            .unwrap()
+            .items
+            .len(),
+        1
+    );
+}
+
+async fn revision_leaps_forward_and_never_back(fixture: &Fixture) {
+    let store = &fixture.store;
+    store
+        .rule_insert(id(1), spec("1.*"), &audit("rule.create", 1))
+        .await
+        .unwrap();
+
+    store.rules_leap(7).await.unwrap();
+    store.rules_leap(3).await.unwrap();
+
+    assert_eq!(store.rules_revision().await.unwrap(), 7);
+    let next = store
+        .rule_insert(id(2), spec("2.*"), &audit("rule.create", 2))
+        .await
+        .unwrap();
+    assert_eq!(next.revision, 8);
 }
 
 async fn changes_and_audit_stand_together(fixture: &Fixture) {

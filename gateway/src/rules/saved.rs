@@ -1,0 +1,92 @@
+//! The rules on disk: what a start without the database uses.
+
+use std::path::Path;
+
+use seawall_proto::{
+    id::RuleId,
+    rules::{Rule, RuleSet},
+    time::WallTime,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::value::{RawValue, to_raw_value};
+
+use crate::data_dir::write_atomically;
+
+/// The file: what a start without the database uses. A later version may have written it, so unknown fields are ignored.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Saved {
+    revision: u64,
+    /// Those that this version can't enforce as well.
+    rules: Vec<SavedRule>,
+    /// Of `rules`, those that the database has lost.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    lost: Vec<RuleId>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct SavedRule {
+    id: RuleId,
+    /// As it is stored, byte by byte. A string where that is not JSON.
+    spec: Box<RawValue>,
+    created_at: WallTime,
+    revision: u64,
+}
+
+impl Saved {
+    fn of(set: &RuleSet, lost: &[Rule]) -> Result<Self, serde_json::Error> {
+        let rules = set.rules().iter().map(|rule| {
+            Ok(SavedRule {
+                id: rule.id,
+                spec: to_raw_value(&rule.spec)?,
+                created_at: rule.created_at,
+                revision: rule.revision,
+            })
+        });
+        let unsupported = set.unsupported().iter().map(|rule| {
+            let json = RawValue::from_string(rule.spec.to_string());
+            Ok(SavedRule {
+                id: rule.id,
+                spec: json.or_else(|_| to_raw_value(&rule.spec))?,
+                created_at: rule.created_at,
+                revision: rule.revision,
+            })
+        });
+        Ok(Self {
+            revision: set.revision(),
+            rules: rules.chain(unsupported).collect::<Result<_, serde_json::Error>>()?,
+            lost: lost.iter().map(|rule| rule.id).collect(),
+        })
+    }
+
+    /// The set, and the rules in it that the database has lost.
+    pub(super) fn into_set(self) -> (RuleSet, Vec<Rule>) {
+        let (mut rules, mut unsupported) = (Vec::new(), Vec::new());
+        for saved in self.rules {
+            let text = serde_json::from_str::<String>(saved.spec.get());
+            let spec = text.as_deref().unwrap_or_else(|_| saved.spec.get());
+            match Rule::read(saved.id, spec, saved.created_at, saved.revision) {
+                Ok(rule) => rules.push(rule),
+                Err(found) => unsupported.push(found),
+            }
+        }
+        let lost = rules
+            .iter()
+            .filter(|rule| self.lost.contains(&rule.id))
+            .cloned()
+            .collect();
+        (RuleSet::compile_stored(self.revision, rules, unsupported), lost)
+    }
+}
+
+pub(super) fn read(file: &Path) -> Result<Option<Saved>, std::io::Error> {
+    match std::fs::read(file) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(std::io::Error::other),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+pub(super) fn save(file: &Path, set: &RuleSet, lost: &[Rule]) -> Result<(), std::io::Error> {
+    let saved = Saved::of(set, lost)?;
+    write_atomically(file, &serde_json::to_vec(&saved)?, 0o644)
+}
