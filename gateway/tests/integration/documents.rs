@@ -1,6 +1,15 @@
-//! Documents that name files name files that are there.
+//! Documents that name files name files that are there, and the client that PROTOCOL.md shows survives what networks do.
 
-use std::path::Path;
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    net::{TcpListener, TcpStream},
+    path::Path,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+/// Longest that the documented client may take to connect, and to come back: its longest wait here is 5 s.
+const CLIENT_TIME_MAX: Duration = Duration::from_secs(30);
 
 #[test]
 fn security_names_tests_that_exist() {
@@ -28,4 +37,143 @@ fn architecture_names_files_that_exist() {
     for path in named {
         assert!(path.contains('/') && root.join(path).exists(), "{path}");
     }
+}
+
+/// How a server treats the first connection of a client: what it reads has been a request.
+type Behaviour = (&'static str, fn(&mut TcpStream, &str) -> std::io::Result<()>);
+
+const BEHAVIOURS: [Behaviour; 11] = [
+    ("closes at once", |_, _| Ok(())),
+    ("resets", |stream, _| {
+        socket2::SockRef::from(&*stream).set_linger(Some(Duration::ZERO))
+    }),
+    ("sends garbage", |stream, _| {
+        stream.write_all(b"\x16\x03\x01\0\xffgarbage\r\n\r\n")
+    }),
+    ("breaks off in the head", |stream, _| {
+        stream.write_all(b"HTTP/1.1 101 Switching Pro")
+    }),
+    ("refuses with a hint", |stream, _| {
+        stream.write_all(
+            b"HTTP/1.1 503 x\r\nSeawall-Retry-After-Ms: 200\r\nSeawall-Slot: abc\r\nContent-Length: 0\r\n\r\n",
+        )
+    }),
+    ("refuses with a hint that makes no sense", |stream, _| {
+        stream.write_all(b"HTTP/1.1 503 x\r\nSeawall-Retry-After-Ms: soon\r\nContent-Length: 2\r\n\r\n\xff\xfe")
+    }),
+    ("sends no JSON after the 101", |stream, key| {
+        upgrade(stream, key)?;
+        stream.write_all(b"\x81\x02{]\x81\x02[]\x81\x0a{\"type\":1}")
+    }),
+    ("sends a frame that is not one", |stream, key| {
+        upgrade(stream, key)?;
+        stream.write_all(b"\xff\xff\xff\xff")
+    }),
+    ("closes with a reason that breaks off", |stream, key| {
+        upgrade(stream, key)?;
+        stream.write_all(b"\x88\x10\x0f\xa0{\"retry_after")
+    }),
+    ("closes with a time", |stream, key| {
+        upgrade(stream, key)?;
+        stream.write_all(b"\x88\x18\x0f\xa0{\"retry_after_ms\":200}")
+    }),
+    ("breaks off in a frame", |stream, key| {
+        upgrade(stream, key)?;
+        stream.write_all(b"\x81\x7e\xff")
+    }),
+];
+
+fn upgrade(stream: &mut TcpStream, key: &str) -> std::io::Result<()> {
+    let accept = tokio_tungstenite::tungstenite::handshake::derive_accept_key(key.as_bytes());
+    write!(
+        stream,
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {accept}\r\n\
+         Sec-WebSocket-Protocol: seawall.v1\r\n\r\n"
+    )
+}
+
+/// Reads a request head; its WebSocket key.
+fn read_request(stream: &TcpStream) -> std::io::Result<String> {
+    let mut key = String::new();
+    for line in BufReader::new(stream).lines() {
+        let line = line?;
+        if line.is_empty() {
+            break;
+        }
+        if let Some((name, value)) = line.split_once(':')
+            && name.eq_ignore_ascii_case("sec-websocket-key")
+        {
+            value.trim().clone_into(&mut key);
+        }
+    }
+    Ok(key)
+}
+
+/// Accepts within the time.
+fn accept(listener: &TcpListener, time: Duration) -> Option<TcpStream> {
+    listener.set_nonblocking(true).unwrap();
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        if let Ok((stream, _)) = listener.accept() {
+            stream.set_nonblocking(false).unwrap();
+            return Some(stream);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    None
+}
+
+/// A program with the `websockets` package is named by `PYTHON_WEBSOCKETS`; `./test` installs it.
+#[test]
+fn documented_client_comes_back_however_a_connection_fails() {
+    let Some(python) = std::env::var_os("PYTHON_WEBSOCKETS") else {
+        eprintln!("PYTHON_WEBSOCKETS names no program: the client of PROTOCOL.md is not run");
+        return;
+    };
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let text = std::fs::read_to_string(root.join("docs/PROTOCOL.md")).unwrap();
+    let (_, client) = text.split_once("```python\n").unwrap();
+    let (client, _) = client.split_once("```").unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("client.py");
+    std::fs::write(&file, client).unwrap();
+
+    let came_back = |(name, behave): &Behaviour| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("ws://{}/v1/connect", listener.local_addr().unwrap());
+        let mut child = Command::new(&python)
+            .arg(&file)
+            .args([
+                &url,
+                "01890a5d-ac96-774b-bcce-b302099a8057",
+                "a secret of a device",
+                "3.8.0",
+            ])
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let first = accept(&listener, CLIENT_TIME_MAX);
+        let is_first_there = first.is_some();
+        if let Some(mut stream) = first {
+            let key = read_request(&stream).unwrap();
+            behave(&mut stream, &key).unwrap();
+        }
+        let is_back = accept(&listener, CLIENT_TIME_MAX).is_some();
+        let _ = child.kill();
+        let output = child.wait_with_output().unwrap();
+        let problem = String::from_utf8_lossy(&output.stderr).into_owned();
+        (is_first_there && is_back)
+            .then_some(())
+            .ok_or_else(|| format!("{name}: {problem}"))
+    };
+    let outcomes: Vec<Result<(), String>> = std::thread::scope(|scope| {
+        let running: Vec<_> = BEHAVIOURS
+            .iter()
+            .map(|behaviour| scope.spawn(|| came_back(behaviour)))
+            .collect();
+        running.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+
+    assert!(outcomes.iter().all(Result::is_ok), "{outcomes:#?}");
 }
