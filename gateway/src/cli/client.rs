@@ -2,10 +2,11 @@
 
 use std::{
     fs,
-    io::{BufReader, Read},
+    io::{self, BufReader, Read},
+    net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs as _},
     path::Path,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustls::pki_types::{CertificateDer, pem::PemObject};
@@ -16,7 +17,7 @@ use ureq::{
     tls::{Certificate, RootCerts, TlsConfig},
 };
 
-use super::{Common, Failure, table};
+use super::{Common, Failure, note, table};
 use crate::tls;
 
 /// Where a gateway's API is unless `SEAWALL_URL` says otherwise.
@@ -33,12 +34,23 @@ const UPLOAD_TIMEOUT: Duration = Duration::from_secs(3_600);
 const ANSWER_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Rows asked for in one request.
 const PAGE_LEN: usize = 500;
+/// Time that a gateway on this machine has to begin to listen, so that a command may follow `seawall serve &` at once.
+const START_WAIT_MAX: Duration = Duration::from_secs(3);
+/// Pause between two checks of that.
+const START_WAIT_STEP: Duration = Duration::from_millis(50);
 
 /// One gateway's API, and the token for it.
 pub struct Client {
     agent: Agent,
     base: String,
-    token: Option<String>,
+    token: Token,
+}
+
+/// The access token, or why there is none.
+enum Token {
+    Known(String),
+    /// Says where it was looked for.
+    Missing(String),
 }
 
 /// How a change is asked for.
@@ -57,23 +69,25 @@ pub struct Answer {
 }
 
 impl Client {
-    /// Finds the token: `SEAWALL_TOKEN`, else `admin.token` in the data directory, else none.
+    /// Finds the token: `SEAWALL_TOKEN`, else `admin.token` in the data directory, else none. The file's token is only sent to the
+    /// gateway of that directory and to addresses of this machine.
     ///
     /// # Errors
-    /// The URL is none of an API, or the token file or the file of authorities can't be read.
+    /// The URL is not that of an API, or the token file or the file of authorities can't be read.
     pub fn new(common: &Common) -> Result<Self, Failure> {
         let base = common.url.trim_end_matches('/').to_owned();
         // It would stand in messages, and in the list of processes.
         if base.contains('@') {
             return Err(Failure::WrongUse(
-                "--url: expected http://HOST:PORT or https://HOST:PORT, without a name or a password: the token comes from SEAWALL_TOKEN"
+                "SEAWALL_URL or --url: expected http://HOST:PORT or https://HOST:PORT, without a name or a password. \
+                 The token comes from SEAWALL_TOKEN"
                     .into(),
             ));
         }
         let is_tls = base.starts_with("https://");
         if !is_tls && !base.starts_with("http://") {
             return Err(Failure::WrongUse(format!(
-                "--url: {base}: expected http://HOST:PORT or https://HOST:PORT"
+                "SEAWALL_URL or --url: {base:?} is not an API address: expected http://HOST:PORT or https://HOST:PORT"
             )));
         }
         let config = Agent::config_builder()
@@ -88,15 +102,31 @@ impl Client {
             config.build()
         };
         Ok(Self {
+            token: token(common.data_dir.as_deref(), &base)?,
             agent: config.into(),
             base,
-            token: token(common.data_dir.as_deref())?,
         })
     }
 
-    /// Whether there is a token to show.
-    pub fn has_token(&self) -> bool {
-        self.token.is_some()
+    /// Waits until a gateway on this machine listens, for at most 3 s. Elsewhere a refused connection is final.
+    fn await_start(&self) {
+        let Some(address) = loopback_address(&self.base) else {
+            return;
+        };
+        let end = Instant::now() + START_WAIT_MAX;
+        while TcpStream::connect(address).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+            && Instant::now() < end
+        {
+            std::thread::sleep(START_WAIT_STEP);
+        }
+    }
+
+    /// Why there is no token, where there is none.
+    pub fn missing_token(&self) -> Option<&str> {
+        match &self.token {
+            Token::Known(_) => None,
+            Token::Missing(reason) => Some(reason),
+        }
     }
 
     /// The API's address, for messages.
@@ -138,7 +168,10 @@ impl Client {
             asked.push(("limit", (wanted - items.len()).min(PAGE_LEN).to_string()));
             let mut page = self.get(path, &asked)?;
             let Some(Value::Array(rows)) = page.get_mut("items").map(Value::take) else {
-                return Err(Failure::failed(format!("{}{path}: the answer is no list", self.base)));
+                return Err(Failure::failed(format!(
+                    "{}{path}: expected a list, and got something else",
+                    self.base
+                )));
             };
             items.extend(rows);
             // A page may be shorter than asked for, even empty, before the end of the list.
@@ -219,7 +252,7 @@ impl Client {
             Ok(response) if response.status().is_success() => Ok(BufReader::new(response.into_body().into_reader())),
             other => match self.answer(other)?.ok() {
                 Ok(_) => Err(Failure::failed(format!(
-                    "{}{path}: the answer is no event stream",
+                    "{}{path}: expected an event stream, and got something else",
                     self.base
                 ))),
                 Err(failure) => Err(failure),
@@ -228,17 +261,19 @@ impl Client {
     }
 
     fn authorized<B>(&self, request: ureq::RequestBuilder<B>) -> ureq::RequestBuilder<B> {
+        self.await_start();
         match &self.token {
-            Some(token) => request.header("Authorization", format!("Bearer {token}")),
-            None => request,
+            Token::Known(token) => request.header("Authorization", format!("Bearer {token}")),
+            Token::Missing(_) => request,
         }
     }
 
     fn answer(&self, answer: Result<Response<Body>, ureq::Error>) -> Result<Answer, Failure> {
         let mut response = answer.map_err(|error| {
             Failure::Unreachable(anyhow::anyhow!(
-                "no gateway answers at {}: {error}; SEAWALL_URL names another",
-                self.base
+                "cannot reach the gateway at {}: {}. Set SEAWALL_URL or --url if it runs elsewhere",
+                self.base,
+                unreachable(&error)
             ))
         })?;
         let status = response.status().as_u16();
@@ -253,8 +288,38 @@ impl Client {
             Err(_) if text.is_empty() => Value::Null,
             Err(_) => Value::String(text),
         };
+        if status == 401
+            && let Some(reason) = self.missing_token()
+        {
+            return Err(Failure::failed(reason.to_owned()));
+        }
+        if status == 404
+            && body
+                .get("detail")
+                .and_then(Value::as_str)
+                .is_some_and(is_from_device_listener)
+        {
+            return Err(Failure::failed(format!(
+                "{} is the address for devices: set SEAWALL_URL or --url to the address of the API (usually port 8081)",
+                self.base
+            )));
+        }
         Ok(Answer { status, body })
     }
+}
+
+/// What went wrong, in the words of who typed the address.
+fn unreachable(error: &ureq::Error) -> String {
+    let text = error.to_string();
+    if text.contains("InvalidContentType") {
+        return "it does not speak TLS: use http://".to_owned();
+    }
+    text
+}
+
+/// The device listener's answer to a path that is not for devices.
+fn is_from_device_listener(detail: &str) -> bool {
+    detail.starts_with("devices connect at ")
 }
 
 impl Answer {
@@ -281,7 +346,7 @@ impl Answer {
             .iter()
             .find_map(|key| self.body.get(key).and_then(Value::as_str));
         match (self.status, detail) {
-            (401, _) => "the gateway doesn't accept this token: set SEAWALL_TOKEN, or --data-dir to the directory with admin.token"
+            (401, _) => "the gateway does not accept this token: set SEAWALL_TOKEN, or --data-dir to the directory with its admin.token"
                 .to_owned(),
             (status, Some(detail)) => match self.code() {
                 Some(code) => format!("{detail} ({status} {code})"),
@@ -316,24 +381,150 @@ fn trust(ca: Option<&Path>) -> Result<TlsConfig, Failure> {
         .build())
 }
 
-fn token(data_dir: Option<&Path>) -> Result<Option<String>, Failure> {
+fn token(data_dir: Option<&Path>, base: &str) -> Result<Token, Failure> {
     if let Ok(token) = std::env::var("SEAWALL_TOKEN")
         && !token.trim().is_empty()
     {
-        return checked(token.trim(), "SEAWALL_TOKEN").map(Some);
+        if base.starts_with("http://") && !is_of_this_machine(base) {
+            note(&format!(
+                "warning: SEAWALL_TOKEN crosses the network in clear text to {base}: use https://"
+            ));
+        }
+        return checked(token.trim(), "SEAWALL_TOKEN").map(Token::Known);
     }
-    let path = data_dir.unwrap_or(Path::new(DEFAULT_DATA_DIR)).join("admin.token");
+    let folder = data_dir.unwrap_or(Path::new(DEFAULT_DATA_DIR));
+    let path = folder.join("admin.token");
+    if !is_of_this_machine(base) && !is_ops_address_of(folder, base) {
+        return Ok(Token::Missing(format!(
+            "no token for {base}: set SEAWALL_TOKEN. The token in {} is only sent to the gateway of that directory",
+            path.display()
+        )));
+    }
     match fs::read_to_string(&path) {
-        Ok(token) => checked(token.trim(), &path.display().to_string()).map(Some),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Ok(token) => checked(token.trim(), &path.display().to_string()).map(Token::Known),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Token::Missing(format!(
+            "no token: SEAWALL_TOKEN is not set, and {} does not exist (--data-dir names the gateway's data directory)",
+            path.display()
+        ))),
         Err(error) => Err(Failure::failed(format!("{}: {error}", path.display()))),
     }
+}
+
+/// Host and port of an API address.
+fn authority(base: &str) -> &str {
+    let rest = base.split_once("://").map_or(base, |(_, rest)| rest);
+    rest.split('/').next().unwrap_or(rest)
+}
+
+/// Whether an API address is one of this machine's own, whatever the network.
+fn is_of_this_machine(base: &str) -> bool {
+    let authority = authority(base);
+    let host = authority.rsplit_once(':').map_or(authority, |(host, port)| {
+        if port.bytes().all(|byte| byte.is_ascii_digit()) {
+            host
+        } else {
+            authority
+        }
+    });
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// The socket address of an API on loopback; `None` elsewhere.
+fn loopback_address(base: &str) -> Option<SocketAddr> {
+    if !is_of_this_machine(base) {
+        return None;
+    }
+    authority(base).to_socket_addrs().ok()?.next()
+}
+
+/// Whether the gateway of a data directory said that its API is at this address.
+fn is_ops_address_of(data_dir: &Path, base: &str) -> bool {
+    let Ok(text) = fs::read_to_string(data_dir.join("addresses.json")) else {
+        return false;
+    };
+    serde_json::from_str::<Value>(&text).is_ok_and(|addresses| {
+        addresses.get("ops").and_then(Value::as_str) == Some(authority(base)) && base.starts_with("https://")
+    })
 }
 
 /// A token goes into a header as it is.
 fn checked(token: &str, source: &str) -> Result<String, Failure> {
     if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
-        return Err(Failure::failed(format!("{source} holds no token")));
+        return Err(Failure::failed(format!("{source} does not hold a token")));
     }
     Ok(token.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn token_of_a_data_directory_is_only_sent_to_its_gateway() {
+        let home = tempfile::tempdir().unwrap();
+        fs::write(home.path().join("admin.token"), "secret\n").unwrap();
+        fs::write(
+            home.path().join("addresses.json"),
+            r#"{"devices":"0.0.0.0:1","ops":"192.0.2.7:8081"}"#,
+        )
+        .unwrap();
+        let is_sent_to = |base: &str| matches!(token(Some(home.path()), base).unwrap(), Token::Known(_));
+
+        for own in [
+            "http://127.0.0.1:8081",
+            "http://localhost:1",
+            "https://[::1]:8081",
+            "https://192.0.2.7:8081",
+        ] {
+            assert!(is_sent_to(own), "{own}");
+        }
+        for other in [
+            "http://192.0.2.7:8081",
+            "https://gw-7.example",
+            "http://127.0.0.1.example:8081",
+            "http://localhost.example",
+        ] {
+            assert!(!is_sent_to(other), "{other}");
+        }
+    }
+
+    #[test]
+    fn command_waits_for_a_gateway_of_this_machine_that_does_not_listen_yet() {
+        let address = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap();
+        let client = Client {
+            agent: Agent::new_with_defaults(),
+            base: format!("http://{address}"),
+            token: Token::Missing(String::new()),
+        };
+
+        let starts_late = std::thread::spawn(move || {
+            std::thread::sleep(START_WAIT_STEP * 4);
+            std::net::TcpListener::bind(address).unwrap()
+        });
+        client.await_start();
+
+        assert!(
+            TcpStream::connect(address).is_ok(),
+            "it listens when the command goes on"
+        );
+        drop(starts_late.join().unwrap());
+    }
+
+    #[test]
+    fn missing_token_is_said_with_the_place_where_it_was_looked_for() {
+        let home = tempfile::tempdir().unwrap();
+
+        let Token::Missing(reason) = token(Some(home.path()), DEFAULT_URL).unwrap() else {
+            panic!("there is no file");
+        };
+
+        assert!(
+            reason.contains("SEAWALL_TOKEN is not set") && reason.contains("admin.token does not exist"),
+            "{reason}"
+        );
+    }
 }

@@ -248,12 +248,15 @@ fn gateway(common: &Common, findings: &mut Findings) -> Result<(), Failure> {
         (Some(true), false) => findings.notice(format!("gateway: {} is ready, but: {reasons}", client.base())),
         (Some(false), _) => findings.wrong(format!("gateway: {} takes no devices: {reasons}", client.base())),
         (None, _) => {
-            findings.wrong(format!("gateway: what answers at {} is no Seawall", client.base()));
+            findings.wrong(format!(
+                "gateway: the server at {} is not a Seawall gateway",
+                client.base()
+            ));
             return Ok(());
         }
     }
-    if !client.has_token() {
-        findings.notice("token: none: set SEAWALL_TOKEN, or --data-dir to the directory with admin.token");
+    if let Some(reason) = client.missing_token() {
+        findings.notice(reason.to_owned());
         return Ok(());
     }
     match client.get_any("/api/v1/node", &[])?.ok() {

@@ -28,9 +28,22 @@ pub use serve::ServeArgs;
 
 use client::Client;
 
-/// Seawall, the device gateway that reconnect storms break against.
+/// Shown under `seawall --help`.
+const EXAMPLES: &str = "\
+Examples:
+  seawall serve                                                   a gateway with its data in ./seawall-data
+  seawall devices seed --count 100 --out devices.csv              100 devices with random secrets
+  seawall firmware                                                who runs which version
+  seawall rules preview '>=3.8.0-b3'                              whom a block would hit
+  seawall rules block '>=3.8.0-b3' --reason 'boot loop' --evict   block it, and end its sessions
+  seawall drain start                                             send all sessions away, at a pace
+  seawall doctor                                                  check machine, configuration and gateway
+
+Exit status: 0 done, 1 refused or failed, 2 wrong use.";
+
+/// Seawall, a WebSocket gateway for device fleets that survives reconnect storms.
 #[derive(Debug, Parser)]
-#[command(name = "seawall", version, arg_required_else_help = true)]
+#[command(name = "seawall", version, arg_required_else_help = true, after_help = EXAMPLES)]
 struct Cli {
     #[command(flatten)]
     common: Common,
@@ -38,16 +51,17 @@ struct Cli {
     verb: Verb,
 }
 
-/// What every verb takes.
+/// What every command takes.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
 struct Common {
-    /// Data directory of the gateway: its files, and the admin token that verbs use where SEAWALL_TOKEN is not set [default: ./seawall-data]
+    /// Data directory of the gateway: its files, and the admin token that commands use where SEAWALL_TOKEN is not set [default: ./seawall-data]
     #[arg(long, global = true, env = "SEAWALL_DATA_DIR", value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// API of the gateway that the verb is for
+    /// API of the gateway that the command is for
     #[arg(long, global = true, env = "SEAWALL_URL", default_value = client::DEFAULT_URL, value_name = "URL")]
     url: String,
-    /// Certificates (PEM) of those who may vouch for an https API [default: the system's]
+    /// CA certificates (PEM) to trust for an https API [default: the system's]
     #[arg(long, global = true, env = "SEAWALL_CA", value_name = "FILE")]
     ca: Option<PathBuf>,
     /// Print the API's JSON instead of tables
@@ -60,14 +74,15 @@ enum Verb {
     /// Run a gateway
     Serve(ServeArgs),
     /// Firmware rules: who may not connect
-    #[command(subcommand)]
+    #[command(subcommand, alias = "rule")]
     Rules(rules::Rules),
     /// The registry of devices, and what they do now
-    #[command(subcommand)]
+    #[command(subcommand, alias = "device")]
     Devices(devices::Devices),
     /// What each firmware version does: connected, refused, repeated, its look-ups
     Firmware(firmware::Firmware),
     /// State of the gateway: sessions, admission, database, rules, drain
+    #[command(alias = "node")]
     Nodes,
     /// Send the sessions of a gateway away at a pace, before it leaves
     #[command(subcommand)]
@@ -77,14 +92,14 @@ enum Verb {
     /// Follow presence, rules, alarms and messages of devices as they happen
     Events(events::Events),
     /// Access tokens for the API
-    #[command(subcommand)]
+    #[command(subcommand, alias = "token")]
     Tokens(tokens::Tokens),
     /// Firmware version order; needs no gateway
     #[command(subcommand)]
     Versions(versions::Versions),
     /// Who changed what, newest first
     Audit(audit::Audit),
-    /// Say in words what is wrong with this machine, the configuration and the gateway
+    /// Diagnose this machine, the configuration and the gateway
     Doctor(ServeArgs),
     /// Bring the tables of the database to this version
     Migrate(ServeArgs),
@@ -217,10 +232,30 @@ fn usage(error: &clap::Error) -> ExitCode {
         }
         _ => {
             let rendered = error.to_string();
-            let problem = rendered.split("\n\n").next().unwrap_or_default();
-            complain(problem.trim_start_matches("error: "), 2)
+            complain(&mistake(&rendered), 2)
         }
     }
+}
+
+/// A mistake as clap renders it (what is wrong, tips, the usage, where to find help), as one line.
+fn mistake(rendered: &str) -> String {
+    let problem = rendered.split("\n\n").next().unwrap_or_default();
+    let mut line = problem.trim_start_matches("error: ").to_owned();
+    for tip in rendered.lines().filter_map(|line| line.trim().strip_prefix("tip: ")) {
+        line.push_str("; ");
+        line.push_str(tip);
+    }
+    let usage = rendered.lines().find_map(|line| line.trim().strip_prefix("Usage: "));
+    if let Some(usage) = usage {
+        let words = usage
+            .split(' ')
+            .take_while(|word| !word.starts_with(['<', '[', '-', '\'']));
+        let command: Vec<&str> = words
+            .filter(|word| word.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-'))
+            .collect();
+        line.push_str(&format!("; see '{} --help'", command.join(" ")));
+    }
+    line
 }
 
 #[cfg(test)]
@@ -228,6 +263,33 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+
+    #[test]
+    fn misspelled_words_get_a_suggestion_and_the_help_to_read() {
+        for (words, suggested, help) in [
+            (&["ruels", "list"][..], "'rules'", "'seawall --help'"),
+            (&["rules", "blok", ">=3.8"], "'block'", "'seawall rules --help'"),
+            (
+                &["rules", "block", ">=3.8", "--reson", "x"],
+                "'--reason'",
+                "'seawall rules block --help'",
+            ),
+        ] {
+            let line = std::iter::once(&"seawall").chain(words);
+            let error = Cli::try_parse_from(line).unwrap_err();
+
+            let line = mistake(&error.to_string());
+
+            assert!(
+                line.contains(suggested) && line.contains(help) && !line.contains('\n'),
+                "{line}"
+            );
+        }
+        assert!(
+            Cli::try_parse_from(["seawall", "rule", "list"]).is_ok(),
+            "the singular is understood"
+        );
+    }
 
     #[test]
     fn command_line_is_consistent() {

@@ -12,7 +12,7 @@ use clap::Args;
 use rand::RngCore;
 use serde_json::json;
 
-use super::{Context, Failure, devices, note, table};
+use super::{Context, Failure, devices, table};
 
 /// As many lines as one import takes.
 const COUNT_MAX: u64 = 1_000_000;
@@ -33,23 +33,28 @@ pub struct Seed {
     /// Model of all of them
     #[arg(long)]
     model: Option<String>,
-    /// Only write the file
+    /// Only write the file, and register nothing
     #[arg(long)]
     offline: bool,
 }
 
-/// Writes the file, then registers the devices where a gateway answers.
+/// Writes the file, then registers its devices, unless `--offline` is given.
+///
+/// # Errors
+/// The file can't be written, or the devices could not be registered: the file is there then.
 pub fn run(ctx: &Context, args: &Seed) -> Result<(), Failure> {
     write(args).map_err(|error| Failure::failed(format!("{}: {error}", args.out.display())))?;
-    let registered = if args.offline { None } else { register(ctx, &args.out)? };
-    let report =
-        json!({"file": args.out.display().to_string(), "count": args.count, "registered": registered.is_some()});
+    if !args.offline {
+        register(ctx, &args.out)?;
+    }
+    let report = json!({"file": args.out.display().to_string(), "count": args.count, "registered": !args.offline});
     ctx.show(&report, |_| {
-        format!(
-            "{} devices in {}\n",
-            args.count,
-            table::text(&args.out.display().to_string())
-        )
+        let file = table::text(&args.out.display().to_string());
+        if args.offline {
+            format!("{} devices written to {file}, and not registered\n", args.count)
+        } else {
+            format!("{} devices registered and written to {file}\n", args.count)
+        }
     })
 }
 
@@ -99,23 +104,20 @@ fn write(args: &Seed) -> io::Result<()> {
         .flush()
 }
 
-/// `None` where no gateway answers, or there is no token for one: then the file is all that was asked for.
-fn register(ctx: &Context, path: &Path) -> Result<Option<serde_json::Value>, Failure> {
-    let later = format!("later: seawall devices import {}", path.display());
-    if matches!(ctx.client.get_any("/healthz", &[]), Err(Failure::Unreachable(_))) {
-        note(&format!(
-            "no gateway answers at {}, so that these devices are not registered; {later}",
-            ctx.client.base()
-        ));
-        return Ok(None);
+fn register(ctx: &Context, path: &Path) -> Result<(), Failure> {
+    let file = path.display();
+    let unregistered = |problem: String| {
+        Failure::failed(format!(
+            "{problem}. The devices are in {file} and not registered. Register them with: seawall devices import {file}"
+        ))
+    };
+    if let Some(reason) = ctx.client.missing_token() {
+        return Err(unregistered(reason.to_owned()));
     }
-    if !ctx.client.has_token() {
-        note(&format!(
-            "there is no token for {}, so that these devices are not registered; {later}",
-            ctx.client.base()
-        ));
-        return Ok(None);
+    let mut lines = File::open(path)?;
+    match devices::upload(ctx, &mut lines, false).and_then(devices::accepted) {
+        Ok(_) => Ok(()),
+        Err(Failure::Failed(error) | Failure::Unreachable(error)) => Err(unregistered(format!("{error:#}"))),
+        Err(other) => Err(other),
     }
-    let mut file = File::open(path)?;
-    devices::accepted(devices::upload(ctx, &mut file, false)?).map(Some)
 }

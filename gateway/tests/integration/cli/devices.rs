@@ -1,9 +1,9 @@
 //! `seawall devices`: files of devices, and single ones.
 
-use std::{fs, os::unix::fs::PermissionsExt};
+use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt};
 
 use super::{assert_refused, done, json};
-use crate::harness::process::{GatewayProcess, run};
+use crate::harness::process::{GatewayProcess, run, seawall};
 
 #[test]
 fn seed_import_and_list_fit_together() {
@@ -41,6 +41,41 @@ fn seed_import_and_list_fit_together() {
     assert_eq!(
         (page["items"].as_array().unwrap().len(), page["next_cursor"].is_null()),
         (7, false)
+    );
+}
+
+#[test]
+fn seed_that_registers_nothing_fails_and_says_how_to_register_later() {
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("devices.csv");
+    let file = path.to_str().unwrap();
+    let seed = |url: &str| {
+        let _ = fs::remove_file(&path);
+        run(seawall()
+            .args(["devices", "seed", "--count", "3", "--out", file, "--url", url])
+            .env("SEAWALL_TOKEN", "x"))
+        .unwrap()
+    };
+
+    let without_gateway = seed(&format!("http://{nobody}"));
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let without_token = seed(&format!("http://{}", gateway.addresses.ops));
+
+    assert_refused(
+        &without_gateway,
+        1,
+        &["cannot reach the gateway", "seawall devices import", file],
+    );
+    assert_refused(
+        &without_token,
+        1,
+        &["does not accept this token", "seawall devices import", file],
+    );
+    assert_eq!(
+        fs::read_to_string(&path).unwrap().lines().count(),
+        4,
+        "the file is there"
     );
 }
 
@@ -94,7 +129,7 @@ fn refusal_of_a_long_import_is_seen() {
     let without_leave = run(import.env("SEAWALL_TOKEN", "nobody")).unwrap();
     let all_bad = run(import.env_remove("SEAWALL_TOKEN")).unwrap();
 
-    assert_refused(&without_leave, 1, &["doesn't accept this token"]);
+    assert_refused(&without_leave, 1, &["does not accept this token"]);
     assert_eq!(all_bad.status.code(), Some(1));
     assert!(String::from_utf8(all_bad.stderr).unwrap().starts_with("line 2: "));
 }

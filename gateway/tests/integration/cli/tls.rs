@@ -34,7 +34,7 @@ fn operators_talk_to_the_api_over_https_with_an_authority_they_name() {
     let nodes = done(https(&["nodes", "--json"]).arg("--ca").arg(&ca));
 
     assert!(nodes.contains("\"sessions\""), "{nodes}");
-    assert_refused(&run(&mut https(&["nodes"])).unwrap(), 1, &["no gateway answers"]);
+    assert_refused(&run(&mut https(&["nodes"])).unwrap(), 1, &["cannot reach the gateway"]);
     assert_refused(
         &run(https(&["nodes"]).env("SEAWALL_CA", "/nowhere")).unwrap(),
         2,

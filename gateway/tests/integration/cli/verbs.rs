@@ -202,7 +202,7 @@ fn verbs_without_a_gateway_say_so() {
 
     let output = run(seawall().args(["nodes", "--url", &format!("http://{nobody}")])).unwrap();
 
-    assert_refused(&output, 1, &["no gateway answers", &nobody.to_string()]);
+    assert_refused(&output, 1, &["cannot reach the gateway", &nobody.to_string()]);
 }
 
 #[test]
