@@ -24,6 +24,7 @@ pub mod memory;
 pub mod metrics;
 pub mod ops;
 pub mod presence;
+pub mod process;
 pub mod proxy;
 pub mod resume;
 pub mod roster;

@@ -7,13 +7,14 @@
 use metrics::{Counter, Gauge, Histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use seawall_proto::{
-    admission::LimitReason,
+    admission::{BreakerState, LimitReason},
     handshake::ResumeOutcome,
     refusal::{Code, Limit},
     resume::Finding,
 };
 
 use crate::{
+    process,
     series::{self, Definition, Family, GaugeFamily, Names},
     store::Operation,
 };
@@ -34,6 +35,14 @@ pub struct Metrics {
     /// Live WebSocket sessions.
     pub sessions: Gauge,
     pub listening: Gauge,
+    /// 1 while `/readyz` says 200.
+    pub ready: Gauge,
+    /// 1 while a drain is on.
+    pub draining: Gauge,
+    /// 1 while the database answers.
+    pub database_up: Gauge,
+    /// State of the breaker before the database: 1 for the state that it is in.
+    pub breaker: GaugeFamily,
     /// TCP connections that never became a request, by what became of them.
     pub connections: Family,
     /// Connect attempts (a connection that sent at least a byte of a request to /v1/connect), by outcome. The sum is every attempt.
@@ -206,6 +215,18 @@ impl Metrics {
             listening: names.gauge(
                 "seawall_listening",
                 "1 while devices can connect; 0 while a full gateway leaves its address to others that share it.",
+            ),
+            ready: names.gauge("seawall_ready", "1 while /readyz answers 200: new devices should be sent here."),
+            draining: names.gauge("seawall_draining", "1 while this node sends its sessions away, or has done so."),
+            database_up: names.gauge(
+                "seawall_database_up",
+                "1 while the database answers; 0 before the first contact and while it is away.",
+            ),
+            breaker: names.gauges(
+                "seawall_admission_breaker",
+                "State of the breaker before the database: 1 for the state that it is in, 0 for the others. Other than `closed`, devices can't be looked up.",
+                "state",
+                &BreakerState::ALL.map(BreakerState::as_str),
             ),
             connections: names.family(
                 "seawall_connections_total",
@@ -435,6 +456,13 @@ impl Metrics {
                 "Time until the first list in tls.client_crl should be replaced by a newer one, negative after that; +Inf where there is none. A list that is out of date counts all the same.",
             ),
         };
+        let build = names.gauges(
+            "seawall_build_info",
+            "Always 1; `version` is that of this program.",
+            "version",
+            &[env!("CARGO_PKG_VERSION")],
+        );
+        build.set(env!("CARGO_PKG_VERSION"), 1.0);
         for listener in TLS_LISTENERS {
             metrics.tls_certificate_seconds.set(listener, f64::INFINITY);
         }
@@ -443,7 +471,7 @@ impl Metrics {
         metrics
     }
 
-    /// Text of `/metrics`, in the Prometheus exposition format.
+    /// Text of `/metrics` but for cohorts and process, in the Prometheus exposition format.
     #[must_use]
     pub fn render(&self) -> String {
         self.handle.render()
@@ -452,7 +480,7 @@ impl Metrics {
     /// docs/METRICS.md.
     #[must_use]
     pub fn document(&self) -> String {
-        let rows = self.catalog.iter().chain(&RENDERED_SERIES);
+        let rows = self.catalog.iter().chain(&RENDERED_SERIES).chain(&process::SERIES);
         format!("{DOCUMENT_HEAD}{}", series::table(rows))
     }
 

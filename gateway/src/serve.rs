@@ -206,10 +206,8 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     life.spawn("api", ops::serve(api, Arc::clone(&state), life.hard().clone()));
     data_dir.write_addresses(addresses).map_err(local("addresses.json"))?;
     tracing::info!(
-        node.id = state.node,
         devices = %addresses.devices,
         ops = %addresses.ops,
-        database = %state.config.database_url(),
         connections_max = bounds.connections,
         "listening"
     );
@@ -255,6 +253,7 @@ fn spawn_tasks(state: &Shared, life: &Lifecycle) {
     life.spawn("session clock", upkeep::call_sessions(shared(), hard()));
     life.spawn("certificates", tls::follow(shared(), hard()));
     life.spawn("lag", upkeep::measure_lag(shared(), hard()));
+    life.spawn("attempts summary", upkeep::sum_up_attempts(shared(), hard()));
 }
 
 fn session_limits(config: &Config) -> SessionLimits {
@@ -266,8 +265,9 @@ fn session_limits(config: &Config) -> SessionLimits {
     }
 }
 
-/// The name configured, else that of the host, else one that says nothing.
-fn node_name(config: &Config) -> String {
+/// The name configured, else that of the host, else `node`.
+#[must_use]
+pub fn node_name(config: &Config) -> String {
     let host = rustix::system::uname();
     let named = config
         .server
@@ -354,6 +354,14 @@ pub async fn until_signal(config: Config, reload: impl Fn() -> Result<String, Co
         what: "listening to signals",
         source,
     })?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        devices = %config.server.listen,
+        ops = %config.ops.listen,
+        data_dir = %config.server.data_dir.display(),
+        database = %config.database_url(),
+        "starting Seawall"
+    );
     let running = tokio::select! {
         running = start(config) => running?,
         // A start that waits for a lock must not outlive who started it.

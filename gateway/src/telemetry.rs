@@ -83,16 +83,35 @@ impl LevelChange {
     }
 }
 
-/// Installs the log of this process. Panics are log lines, too.
+/// Form of log lines, with what `auto` came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lines {
+    Json,
+    Human,
+}
+
+impl Lines {
+    fn of(format: LogFormat) -> Self {
+        match format {
+            LogFormat::Human => Self::Human,
+            LogFormat::Auto if io::stderr().is_terminal() => Self::Human,
+            LogFormat::Json | LogFormat::Auto => Self::Json,
+        }
+    }
+}
+
+/// Installs the log of this process. A panic is a log line as well. `node` is in each JSON line, so that lines of several nodes
+/// can be told apart.
 ///
 /// # Errors
 /// The level is neither a level nor directives, or a log is installed already.
-pub fn start(logging: &Logging) -> anyhow::Result<Guard> {
+pub fn start(logging: &Logging, node: &str) -> anyhow::Result<Guard> {
     let (filter, handle) = reload::Layer::new(parse_level(&logging.level)?);
-    let (writer, guard) = queue(logging.format);
+    let format = Lines::of(logging.format);
+    let (writer, guard) = queue(format, node);
     tracing_subscriber::registry()
         .with(filter)
-        .with(layer(logging.format, writer))
+        .with(layer(format, writer))
         .try_init()?;
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string).unwrap_or_default();
@@ -109,20 +128,20 @@ pub fn start(logging: &Logging) -> anyhow::Result<Guard> {
 
 /// How an event becomes a line. A field of an event that is called as one of a line's own (`timestamp`, `level`, `target`, `message`)
 /// would stand in the line twice: no event may have one.
-fn layer<S>(format: LogFormat, writer: QueueWriter) -> Box<dyn Layer<S> + Send + Sync>
+fn layer<S>(format: Lines, writer: QueueWriter) -> Box<dyn Layer<S> + Send + Sync>
 where
     S: tracing::Subscriber + for<'a> LookupSpan<'a>,
 {
     let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_target(true);
     match format {
-        LogFormat::Json => lines
+        Lines::Json => lines
             .json()
             .flatten_event(true)
             .with_current_span(false)
             .with_span_list(false)
             .with_ansi(false)
             .boxed(),
-        LogFormat::Human => lines.compact().with_ansi(io::stderr().is_terminal()).boxed(),
+        Lines::Human => lines.compact().with_ansi(io::stderr().is_terminal()).boxed(),
     }
 }
 
@@ -212,7 +231,11 @@ impl Drop for Guard {
     }
 }
 
-fn queue(format: LogFormat) -> (QueueWriter, Guard) {
+fn queue(format: Lines, node: &str) -> (QueueWriter, Guard) {
+    let prefix = match format {
+        Lines::Json => format!("{{\"node.id\":{},", serde_json::Value::from(node)).into_bytes(),
+        Lines::Human => Vec::new(),
+    };
     let (lines, waiting) = sync_channel(QUEUE_LINES_MAX);
     let (ended, stopped) = sync_channel(1);
     let guard = Guard {
@@ -221,33 +244,50 @@ fn queue(format: LogFormat) -> (QueueWriter, Guard) {
     };
     // Without the thread every line would be dropped: then the process is out of threads, and the start fails soon enough.
     let _ = thread::Builder::new().name("log".into()).spawn(move || {
-        write_lines(&waiting, format);
+        write_lines(&waiting, format, &prefix);
         let _ = ended.try_send(());
     });
     (QueueWriter(lines), guard)
 }
 
-fn write_lines(waiting: &Receiver<Box<[u8]>>, format: LogFormat) {
+/// `prefix` takes the place of the brace that a JSON line begins with.
+fn write_lines(waiting: &Receiver<Box<[u8]>>, format: Lines, prefix: &[u8]) {
+    let mut whole = Vec::new();
     let mut dropped_before = 0;
     while let Ok(line) = waiting.recv() {
         if line.is_empty() {
             return;
         }
+        whole.clear();
+        with_prefix(&line, prefix, &mut whole);
         // Nobody is left to tell of a failure to log.
-        let _ = io::stderr().write_all(&line);
+        let _ = io::stderr().write_all(&whole);
         let dropped = dropped_lines();
         if dropped > dropped_before {
-            let _ = writeln!(io::stderr(), "{}", line_of_dropped(dropped - dropped_before, format));
+            whole.clear();
+            let line = line_of_dropped(dropped - dropped_before, format) + "\n";
+            with_prefix(line.as_bytes(), prefix, &mut whole);
+            let _ = io::stderr().write_all(&whole);
             dropped_before = dropped;
         }
     }
 }
 
+fn with_prefix(line: &[u8], prefix: &[u8], whole: &mut Vec<u8>) {
+    match line.strip_prefix(b"{") {
+        Some(rest) if !prefix.is_empty() => {
+            whole.extend_from_slice(prefix);
+            whole.extend_from_slice(rest);
+        }
+        Some(_) | None => whole.extend_from_slice(line),
+    }
+}
+
 /// Not an event: it would have to pass the full queue.
-fn line_of_dropped(lines: u64, format: LogFormat) -> String {
+fn line_of_dropped(lines: u64, format: Lines) -> String {
     const MESSAGE: &str = "log lines dropped: standard error is read too slowly";
     match format {
-        LogFormat::Json => serde_json::json!({
+        Lines::Json => serde_json::json!({
             "timestamp": humantime::format_rfc3339_micros(SystemTime::now()).to_string(),
             "level": "WARN",
             "message": MESSAGE,
@@ -255,7 +295,7 @@ fn line_of_dropped(lines: u64, format: LogFormat) -> String {
             "target": module_path!(),
         })
         .to_string(),
-        LogFormat::Human => format!("{lines} {MESSAGE}"),
+        Lines::Human => format!("{lines} {MESSAGE}"),
     }
 }
 
@@ -317,7 +357,7 @@ mod tests {
     #[test]
     fn line_of_a_panic_has_each_key_once() {
         let (lines, waiting) = sync_channel(1);
-        let log = tracing_subscriber::registry().with(layer(LogFormat::Json, QueueWriter(lines)));
+        let log = tracing_subscriber::registry().with(layer(Lines::Json, QueueWriter(lines)));
 
         tracing::subscriber::with_default(log, || log_panic("src/door.rs:1:1", "out of luck"));
 
@@ -332,11 +372,21 @@ mod tests {
 
     #[test]
     fn line_of_what_was_dropped_has_the_form_of_the_others() {
-        let json: serde_json::Value = serde_json::from_str(&line_of_dropped(7, LogFormat::Json)).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&line_of_dropped(7, Lines::Json)).unwrap();
 
         assert_eq!((&json["level"], &json["lines"]), (&"WARN".into(), &7.into()));
         assert!(json["timestamp"].as_str().unwrap().ends_with('Z'), "{json}");
-        assert!(line_of_dropped(7, LogFormat::Human).starts_with("7 log lines dropped"));
+        assert!(line_of_dropped(7, Lines::Human).starts_with("7 log lines dropped"));
+    }
+
+    #[test]
+    fn each_json_line_names_the_node() {
+        let (mut whole, prefix) = (Vec::new(), b"{\"node.id\":\"gw \\\"7\\\"\",".as_slice());
+
+        with_prefix(b"{\"level\":\"INFO\"}\n", prefix, &mut whole);
+
+        let json: serde_json::Value = serde_json::from_slice(&whole).unwrap();
+        assert_eq!((&json["node.id"], &json["level"]), (&"gw \"7\"".into(), &"INFO".into()));
     }
 
     #[test]

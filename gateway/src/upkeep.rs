@@ -1,10 +1,10 @@
 //! What a gateway does every so often, whoever connects: read the plans of its statements, publish gauges,
 //! tell which cohorts cost too much, measure its own lag.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use seawall_proto::{
-    admission::LimitReason,
+    admission::{BreakerState, LimitReason},
     duplicates::{REPLACEMENTS, WINDOW},
 };
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     roster,
     state::Shared,
-    store::{Operation, PlanReport},
+    store::{DatabaseStatus, Operation, PlanReport},
     telemetry,
 };
 
@@ -29,6 +29,11 @@ const SAMPLES_INTERVAL: Duration = Duration::from_secs(5);
 const CALL_INTERVAL: Duration = Duration::from_millis(100);
 /// How often the runtime's lag is measured.
 const LAG_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How often connect attempts are summed up in the log.
+const SUMMARY_INTERVAL: Duration = Duration::from_secs(60);
+/// How a line of the metrics begins that counts connect attempts.
+const ATTEMPTS_SERIES: &str = "seawall_handshakes_total{outcome=\"";
 
 /// The alarm that operators see while a cohort's look-ups cost far more than the others'.
 const COSTLY_ALARM: &str = "costly_cohort";
@@ -121,6 +126,11 @@ fn publish_gauges(state: &Shared) {
     metrics
         .presence_devices
         .set("offline", state.history.known_len().saturating_sub(online) as f64);
+    let flag = |holds: bool| if holds { 1.0 } else { 0.0 };
+    metrics.ready.set(flag(state.readiness().ready));
+    metrics.draining.set(flag(state.drain.is_on()));
+    let is_up = state.store.state().status == DatabaseStatus::Available;
+    metrics.database_up.set(flag(is_up));
     let rules = state.rules.current();
     metrics.rules_revision.set(rules.revision() as f64);
     metrics.rules_unsupported.set(rules.unsupported().len() as f64);
@@ -201,6 +211,10 @@ fn publish_admission(state: &Shared, ceiling_seen: &mut Option<Instant>) {
             .admission_limit_reason
             .set(reason.as_str(), if is_it { 1.0 } else { 0.0 });
     }
+    for breaker in BreakerState::ALL {
+        let is_it = breaker == admission.breaker;
+        metrics.breaker.set(breaker.as_str(), if is_it { 1.0 } else { 0.0 });
+    }
     metrics.admission_elasticity.set(admission.elasticity);
     let capacity = &metrics.admission_capacity;
     capacity.set("measured", admission.rate);
@@ -229,6 +243,59 @@ fn publish_admission(state: &Shared, ceiling_seen: &mut Option<Instant>) {
     metrics.admission_ceiling_alarm.set(if is_alarm { 1.0 } else { 0.0 });
 }
 
+/// Logs what became of the connect attempts of each minute that had any, until `stop`. In a storm nothing else at INFO tells of refusals.
+pub async fn sum_up_attempts(state: Shared, stop: CancellationToken) {
+    let mut minutes = interval(SUMMARY_INTERVAL);
+    minutes.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut before: BTreeMap<String, u64> = BTreeMap::new();
+    while stop.run_until_cancelled(minutes.tick()).await.is_some() {
+        let counted = attempts(&state.metrics.render());
+        let (admitted, refused, by_outcome) = difference(&before, &counted);
+        before = counted;
+        if admitted + refused > 0 {
+            let sessions = state.sessions.len();
+            tracing::info!(
+                admitted,
+                refused,
+                by_outcome,
+                sessions,
+                "connect attempts of the last minute"
+            );
+        }
+    }
+}
+
+/// Connect attempts since the start, by outcome, from the text of the metrics.
+fn attempts(metrics: &str) -> BTreeMap<String, u64> {
+    let series = metrics.lines().filter_map(|line| line.strip_prefix(ATTEMPTS_SERIES));
+    series
+        .filter_map(|rest| {
+            let (outcome, count) = rest.split_once("\"} ")?;
+            Some((outcome.to_owned(), count.parse().ok()?))
+        })
+        .collect()
+}
+
+/// Attempts admitted and not admitted since `before`; the latter by outcome, the most frequent first.
+fn difference(before: &BTreeMap<String, u64>, counted: &BTreeMap<String, u64>) -> (u64, u64, String) {
+    let since = |outcome: &String, count: &u64| count.saturating_sub(before.get(outcome).copied().unwrap_or_default());
+    let mut others: Vec<(u64, &String)> = counted
+        .iter()
+        .map(|(outcome, count)| (since(outcome, count), outcome))
+        .filter(|(count, outcome)| *count > 0 && outcome.as_str() != "admitted")
+        .collect();
+    others.sort_by(|one, other| other.cmp(one));
+    let refused = others.iter().map(|(count, _)| count).sum();
+    let by_outcome: Vec<String> = others
+        .iter()
+        .map(|(count, outcome)| format!("{outcome} {count}"))
+        .collect();
+    let admitted = counted
+        .get_key_value("admitted")
+        .map_or(0, |(outcome, count)| since(outcome, count));
+    (admitted, refused, by_outcome.join(", "))
+}
+
 /// Measures how late tasks run, until `stop`.
 pub async fn measure_lag(state: Shared, stop: CancellationToken) {
     loop {
@@ -238,5 +305,29 @@ pub async fn measure_lag(state: Shared, stop: CancellationToken) {
             () = sleep_until(due) => {}
         }
         state.metrics.event_loop_lag_seconds.record(due.elapsed());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn minute_is_summed_up_by_outcome() {
+        let text = |admitted: u64, overloaded: u64, unauthorized: u64| {
+            format!(
+                "# HELP seawall_handshakes_total x\nseawall_handshakes_total{{outcome=\"admitted\"}} {admitted}\n\
+                 seawall_handshakes_total{{outcome=\"overloaded\"}} {overloaded}\n\
+                 seawall_handshakes_total{{outcome=\"unauthorized\"}} {unauthorized}\nseawall_sessions 3\n"
+            )
+        };
+
+        let (before, counted) = (attempts(&text(100, 5, 1)), attempts(&text(1_300, 255, 51)));
+
+        assert_eq!(
+            difference(&before, &counted),
+            (1_200, 300, "overloaded 250, unauthorized 50".to_owned())
+        );
+        assert_eq!(difference(&counted, &counted), (0, 0, String::new()));
     }
 }

@@ -120,7 +120,7 @@ impl From<StartError> for Failure {
 
 pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
     let config = args.load(common.data_dir.as_ref())?;
-    let log = telemetry::start(&config.logging)?;
+    let log = telemetry::start(&config.logging, &serve::node_name(&config))?;
     if args.shows_password() {
         tracing::warn!(
             "database password in the list of processes: give the address in SEAWALL_DATABASE or in the configuration file"

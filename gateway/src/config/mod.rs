@@ -333,7 +333,7 @@ mod tests {
             ),
             (
                 "[logging]\nformat = \"hunter2\"\n",
-                "line 2: logging.format: expected `json` or `human`",
+                "line 2: logging.format: expected one of `auto`, `json`, `human`",
             ),
             ("[database]\n\"hunter2@\" = 1\n", "line 2: database: unknown setting"),
         ] {

@@ -264,8 +264,8 @@ impl Drain {
 section! {
     /// Logs, on standard error.
     pub struct Logging = "logging" {
-        /// `json`: one object a line, for machines. `human`: for people.
-        pub format: LogFormat = LogFormat::Json;
+        /// `json`: one object a line, for machines. `human`: text for people. `auto`: `human` where standard error is a terminal, else `json`.
+        pub format: LogFormat = LogFormat::Auto;
         /// `error`, `warn`, `info`, `debug` or `trace` (a release build has nothing below `debug`), or directives such as `info,seawall_gateway::lookup=debug`. SIGHUP makes a running gateway read it again; `seawall log-level` changes it until then.
         pub level: String = "info".to_owned();
     }
@@ -275,6 +275,8 @@ section! {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
+    /// `human` where standard error is a terminal, else `json`.
+    Auto,
     /// One JSON object a line.
     Json,
     /// Text for people, in colour on a terminal.

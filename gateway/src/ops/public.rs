@@ -12,7 +12,7 @@ use axum::{
 use bytes::Bytes;
 
 use super::Api;
-use crate::state::Readiness;
+use crate::{process, state::Readiness};
 
 /// Of the Prometheus text format.
 const METRICS_MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -46,6 +46,7 @@ async fn metrics(State(api): State<Arc<Api>>) -> ([(HeaderName, &'static str); 1
     let mut text = api.state.metrics.render();
     text.push_str(&api.state.cohorts.render());
     text.push_str(&api.state.rules.hits().render());
+    text.push_str(&process::render());
     ([(header::CONTENT_TYPE, METRICS_MEDIA_TYPE)], text)
 }
 
