@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     data_dir::write_atomically,
+    registry,
     state::{Shared, State},
     store::DatabaseStatus,
 };
@@ -101,7 +102,14 @@ pub async fn follow(state: Shared, stop: CancellationToken) {
                 continue;
             };
             tracing::debug!(devices = roster.len(), "the registered devices were read");
+            if !registry::may_believe(&state, roster.len()).await {
+                // What was known stays, here and on disk, to judge the registry by.
+                sleep(PAUSE_MIN).await;
+                due = Instant::now() + age_max();
+                continue;
+            }
             state.gate.set_roster(Arc::clone(&roster));
+            state.registry.handle_roster();
             let data_dir = state.config.server.data_dir.clone();
             let kept = tokio::task::spawn_blocking(move || keep(&data_dir, &roster)).await;
             let kept = kept.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));

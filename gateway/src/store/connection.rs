@@ -7,11 +7,11 @@ use seawall_proto::id::{DeviceId, Label, SecretHash};
 use sqlx::{
     Arguments, Connection as _, Executor, PgConnection, Row as _, SqliteConnection,
     postgres::{PgArguments, PgConnectOptions, PgRow},
-    sqlite::{SqliteArguments, SqliteConnectOptions, SqliteRow},
+    sqlite::{SqliteArguments, SqliteRow},
 };
 use uuid::Uuid;
 
-use super::error::StoreError;
+use super::{error::StoreError, sqlite::Opening};
 
 /// A statement in the words of each database. Both take `$1`, `$2`, ….
 #[derive(Clone, Copy, Debug)]
@@ -75,7 +75,7 @@ impl From<i64> for Value<'_> {
 /// How to make a connection.
 #[derive(Clone, Debug)]
 pub(super) enum Connector {
-    Sqlite(Box<SqliteConnectOptions>),
+    Sqlite(Opening),
     Postgres(Box<PgConnectOptions>),
 }
 
@@ -84,9 +84,30 @@ impl Connector {
     /// The database can't be reached or opened. The caller bounds the time.
     pub async fn connect(&self) -> Result<Connection, StoreError> {
         Ok(match self {
-            Self::Sqlite(options) => Connection::Sqlite(SqliteConnection::connect_with(options).await?),
+            Self::Sqlite(opening) => Connection::Sqlite(opening.connect().await?),
             Self::Postgres(options) => Connection::Postgres(PgConnection::connect_with(options).await?),
         })
+    }
+}
+
+impl Connector {
+    /// A connection made now must not be kept when its work is done.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::Sqlite(opening) => opening.is_passing(),
+            Self::Postgres(_) => false,
+        }
+    }
+
+    /// To be asked before a transaction begins, and before it is committed.
+    ///
+    /// # Errors
+    /// Nothing may be written.
+    pub fn check_writable(&self) -> Result<(), StoreError> {
+        match self {
+            Self::Sqlite(opening) => opening.check_writable(),
+            Self::Postgres(_) => Ok(()),
+        }
     }
 }
 

@@ -4,6 +4,8 @@ use std::error::Error as _;
 
 use sqlx::migrate::MigrateError;
 
+use super::failures::Trouble;
+
 /// A failed call to the store. The text says what to do where something can be done.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -34,12 +36,27 @@ pub enum StoreError {
     NotADatabase(#[source] sqlx::Error),
     #[error("the database file is damaged: restore it from a backup")]
     Damaged(#[source] sqlx::Error),
+    /// The database answers, and what it answers is that a statement of ours can't be run: rights, tables or columns are missing, or its
+    /// files are damaged. The text is all that is known.
+    #[error("the database can't be used: {0}")]
+    Unusable(String),
+    /// SQLite's file can be read, and could not be opened for writing at the start.
+    #[error("the database can only be read until its disk can be written: {0}")]
+    OnlyRead(String),
+    /// SQLite's file is no longer the one that was opened.
+    #[error(
+        "the database file was {0} while the gateway runs: nothing is written any more. Put the file back, or stop the gateway, restore a backup and start it again"
+    )]
+    FileChanged(&'static str),
     /// The database URL, or what a caller asked for, is not acceptable.
     #[error("{0}")]
     Invalid(String),
     /// What is to be made is already there, or has changed since it was read.
     #[error("{0}")]
     Conflict(String),
+    /// A value that is not of the type that the schema gives it.
+    #[error("a row can't be read: {0}")]
+    Undecodable(#[source] sqlx::Error),
     /// A row that this version does not understand.
     #[error("unexpected data in {table}.{column}: {detail}")]
     Corrupt {
@@ -67,7 +84,11 @@ impl StoreError {
             | Self::Damaged(_)
             | Self::Invalid(_)
             | Self::Conflict(_)
+            | Self::Undecodable(_)
             | Self::Corrupt { .. }
+            | Self::Unusable(_)
+            | Self::FileChanged(_)
+            | Self::OnlyRead(_)
             | Self::Migration(_)
             | Self::Unexpected(_) => false,
         }
@@ -83,6 +104,39 @@ impl StoreError {
     #[must_use]
     pub fn is_away(&self) -> bool {
         matches!(self, Self::Unavailable(_) | Self::TimedOut)
+    }
+
+    /// SQLite's file, or its companions, could not be written: the same file may be readable.
+    pub(super) fn is_unwritable(&self) -> bool {
+        matches!(
+            self,
+            Self::DiskFull(_) | Self::ReadOnly(_) | Self::Unreadable(Some(_)) | Self::Unavailable(_)
+        )
+    }
+
+    /// What it is a sign of beside the failed call itself: something that lasts until somebody mends it.
+    pub(super) fn trouble(&self) -> Option<Trouble> {
+        match self {
+            Self::Open { error, .. } => error.trouble(),
+            Self::DiskFull(_) => Some(Trouble::DiskFull),
+            // Met by every write; the disk is looked at elsewhere.
+            Self::OnlyRead(_) => None,
+            Self::ReadOnly(_)
+            | Self::Unreadable(_)
+            | Self::NotADatabase(_)
+            | Self::Damaged(_)
+            | Self::Unusable(_)
+            | Self::Migration(_)
+            | Self::Unexpected(_) => Some(Trouble::Refuses),
+            Self::FileChanged(_) => Some(Trouble::FileChanged),
+            Self::Undecodable(_) | Self::Corrupt { .. } => Some(Trouble::Unreadable),
+            Self::Unavailable(_)
+            | Self::TimedOut
+            | Self::Busy
+            | Self::Locked(_)
+            | Self::Invalid(_)
+            | Self::Conflict(_) => None,
+        }
     }
 
     /// Somebody configured what can't work: not a matter of the database's state.
@@ -110,7 +164,10 @@ impl StoreError {
             Self::Damaged(_) => "damaged",
             Self::Invalid(_) => "invalid",
             Self::Conflict(_) => "conflict",
-            Self::Corrupt { .. } => "corrupt",
+            Self::Undecodable(_) | Self::Corrupt { .. } => "corrupt",
+            Self::Unusable(_) => "unusable",
+            Self::FileChanged(_) => "file_changed",
+            Self::OnlyRead(_) => "read_only",
             Self::Migration(_) => "migration",
             Self::Unexpected(_) => "unexpected",
         }
@@ -145,6 +202,15 @@ impl From<sqlx::Error> for StoreError {
         ) {
             return Self::Unavailable(error.to_string());
         }
+        if matches!(
+            error,
+            sqlx::Error::ColumnDecode { .. }
+                | sqlx::Error::Decode(_)
+                | sqlx::Error::TypeNotFound { .. }
+                | sqlx::Error::ColumnNotFound(_)
+        ) {
+            return Self::Undecodable(error);
+        }
         Self::Unexpected(error)
     }
 }
@@ -153,10 +219,13 @@ impl From<MigrateError> for StoreError {
     fn from(error: MigrateError) -> Self {
         if let MigrateError::Execute(cause) | MigrateError::ExecuteMigration(cause, _) = error {
             let error = Self::from(cause);
-            let Self::Unexpected(cause) = error else {
-                return error;
-            };
-            return Self::Migration(cause.to_string());
+            if let Self::Unexpected(cause) = error {
+                return Self::Migration(cause.to_string());
+            }
+            if let Self::Unusable(cause) = error {
+                return Self::Migration(cause);
+            }
+            return error;
         }
         Self::Migration(error.to_string())
     }
@@ -168,6 +237,8 @@ fn from_sqlite(extended: i32, error: sqlx::Error) -> StoreError {
     const CONSTRAINT_UNIQUE: i32 = 2067;
     match (extended, extended & 0xff) {
         (CONSTRAINT_PRIMARY_KEY | CONSTRAINT_UNIQUE, _) => StoreError::Conflict("it is already there".into()),
+        // Of statements that are fixed: a table or a column is not there.
+        (_, 1) => StoreError::Unusable(error.to_string()),
         (_, 5 | 6) => StoreError::Locked(error),
         (_, 3 | 14) => StoreError::Unreadable(Some(error)),
         (_, 8) => StoreError::ReadOnly(error),
@@ -189,11 +260,16 @@ fn from_postgres(code: &str, message: String, error: sqlx::Error) -> StoreError 
         "53100" => StoreError::DiskFull(error),
         "25006" => StoreError::Unavailable("it is read-only: point the gateway at the primary".into()),
         "3D000" => StoreError::Unavailable(format!("{message}: create it")),
-        "42P01" | "42703" => StoreError::Unavailable(format!("{message}: the migrations have not run yet")),
+        "42P01" | "42703" => StoreError::Unusable(format!(
+            "{message}: the migrations have not run, or somebody changed the schema"
+        )),
+        "42501" => StoreError::Unusable(format!("{message}: grant it to the role that the gateway uses")),
         _ => match code.get(..2) {
             Some("28") => StoreError::Unavailable(format!("{message}: check user and password")),
             // Connection exceptions, insufficient resources, operator intervention.
             Some("08" | "53" | "57") => StoreError::Unavailable(message),
+            // Features, schema and rights, system errors, damage.
+            Some("0A" | "42" | "58" | "F0" | "XX") => StoreError::Unusable(message),
             Some(_) | None => StoreError::Unexpected(error),
         },
     }

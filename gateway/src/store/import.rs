@@ -12,7 +12,7 @@ use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 use super::{
     Store,
     audit::{self, Change},
-    connection::{Connection, Sql, Value},
+    connection::{Connection, Connector, Sql, Value},
     error::StoreError,
     failures::{Failures, Operation},
     lane,
@@ -168,6 +168,7 @@ pub struct Import {
     lines: u64,
     collected: u64,
     report: ImportReport,
+    connector: Connector,
     failures: Arc<Failures>,
     _permit: OwnedSemaphorePermit,
 }
@@ -183,6 +184,7 @@ impl Store {
             .map_err(|_| StoreError::Conflict("another import is running".into()))?;
         let connection = self
             .bounded(Operation::Import, async {
+                self.imports().check_writable()?;
                 let mut connection = lane::connect(self.imports()).await?;
                 connection.control(CREATE).await?;
                 Ok(connection)
@@ -190,6 +192,7 @@ impl Store {
             .await?;
         Ok(Import {
             connection: Some(connection),
+            connector: self.imports().clone(),
             on_other_credential,
             lines: 0,
             collected: 0,
@@ -288,6 +291,7 @@ impl Import {
         if self.report.updated > 0 {
             revocations::revoke_imported(connection, self.report.updated, audit.at).await?;
         }
+        self.connector.check_writable()?;
         connection.control(COMMIT).await
     }
 

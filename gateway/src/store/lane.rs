@@ -1,8 +1,9 @@
 //! A lane: a few connections for one purpose, so that no purpose can starve another.
 //!
 //! This is not a general pool. A caller takes a connection out, owns it, and gives it back only when its work went
-//! well; whatever is dropped on the way (an error, a cancelled request, a deadline) is closed. Nothing runs in the
-//! background, so nothing can leak: at most `connections_max` connections are in use, at most as many are idle.
+//! well; whatever is dropped on the way (an error, a cancelled request, a deadline) is closed: at most `connections_max`
+//! connections are in use, at most as many are idle. SQLite's work goes on after that until the disk has answered; how many such
+//! connections there can be is bounded where they are opened.
 
 use std::{
     ops::{Deref, DerefMut},
@@ -62,12 +63,14 @@ impl Lane {
             Ok(Ok(permit)) => permit,
             Ok(Err(_)) | Err(_) => return Err(StoreError::Busy),
         };
+        let is_passing = self.connector.is_passing();
         let connection = match self.take_idle().await {
             Some(connection) => connection,
             None => connect(&self.connector).await?,
         };
         Ok(Held {
             connection,
+            is_passing,
             lane: Arc::clone(self),
             _permit: permit,
         })
@@ -105,17 +108,21 @@ pub(super) async fn connect(connector: &Connector) -> Result<Connection, StoreEr
 #[derive(Debug)]
 pub(super) struct Held {
     connection: Connection,
+    /// Closed rather than given back.
+    is_passing: bool,
     lane: Arc<Lane>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Held {
     pub async fn begin(&mut self) -> Result<(), StoreError> {
+        self.lane.connector.check_writable()?;
         self.connection.control(BEGIN).await
     }
 
     /// Commits, and gives the connection back.
     pub async fn commit(mut self) -> Result<(), StoreError> {
+        self.lane.connector.check_writable()?;
         self.connection.control(COMMIT).await?;
         self.give_back();
         Ok(())
@@ -130,6 +137,9 @@ impl Held {
 
     /// Gives the connection back. Only with no transaction open and every answer read.
     pub fn give_back(self) {
+        if self.is_passing {
+            return;
+        }
         let mut idle = self.lane.idle.lock().unwrap_or_else(PoisonError::into_inner);
         idle.push((self.connection, Instant::now()));
     }

@@ -36,10 +36,10 @@ use tokio_util::task::AbortOnDropHandle;
 pub use self::{
     audit::Change,
     error::StoreError,
-    failures::Operation,
+    failures::{Operation, Trouble},
     health::{DatabaseState, DatabaseStatus},
     import::{BadLine, Import, ImportLine, ImportReport, ImportRow, LINES_MAX, OnOtherCredential},
-    lookup::{KEYS_MAX, LookupWorker},
+    lookup::{Answer, KEYS_MAX, LookupWorker},
     migrations::SCHEMA_VERSION,
     model::{
         Audit, AuditRecord, DEFAULT_TENANT, DeviceChange, DeviceFilter, DeviceRow, NewDevice, NewToken, PAGE_MAX, Page,
@@ -53,6 +53,7 @@ pub use self::{
 };
 use self::{
     connection::{Connector, Sql},
+    error::in_one_line,
     failures::Failures,
     health::Health,
     lane::Lane,
@@ -91,7 +92,9 @@ struct Inner {
     import_permit: Arc<Semaphore>,
     health: Arc<Health>,
     failures: Arc<Failures>,
-    /// Waits for PostgreSQL; ends with the store.
+    /// SQLite's.
+    file: Option<Arc<sqlite::File>>,
+    /// Waits for PostgreSQL, or until SQLite's file can be written; ends with the store.
     _preparing: Option<AbortOnDropHandle<()>>,
 }
 
@@ -115,7 +118,7 @@ impl Store {
     /// The database can't be reached or used.
     pub async fn migrate(url: &DatabaseUrl) -> Result<(), StoreError> {
         let migrated = match url.sqlite_path() {
-            Some(path) => sqlite::prepare(&path).await,
+            Some(path) => sqlite::File::new(&path).prepare().await,
             None => match postgres::parse(url) {
                 Ok(options) => postgres::connect_and_migrate(&postgres::connector(&options, Purpose::Migrations)).await,
                 Err(error) => Err(error),
@@ -131,7 +134,7 @@ impl Store {
     pub async fn probe(url: &DatabaseUrl) -> Result<(), StoreError> {
         let probe = async {
             let connector = match url.sqlite_path() {
-                Some(path) => sqlite::reader(&path),
+                Some(path) => sqlite::File::new(&path).reader(),
                 None => postgres::connector(&postgres::parse(url)?, Purpose::Ops),
             };
             connector.connect().await?.first(PING, &[]).await.map(drop)
@@ -150,19 +153,28 @@ impl Store {
     }
 
     async fn open_sqlite(path: &std::path::Path) -> Result<Self, StoreError> {
-        sqlite::prepare(path).await?;
+        let file = sqlite::File::new(path);
+        let preparing = match file.prepare().await {
+            Ok(()) => None,
+            Err(error) if error.is_unwritable() && file.open_to_read(&error).await.is_ok() => {
+                tracing::warn!(error = in_one_line(&error), "the database can only be read for now");
+                Some(AbortOnDropHandle::new(tokio::spawn(Arc::clone(&file).await_writable())))
+            }
+            Err(error) => return Err(error),
+        };
         let health = Health::new();
         health.set_ready();
         Ok(Self(Arc::new(Inner {
-            lookups: Arc::new(sqlite::reader(path)),
-            imports: sqlite::writer(path),
-            reads: Lane::new(sqlite::reader(path), OPS_CONNECTIONS_MAX),
-            writes: Lane::new(sqlite::writer(path), 1),
-            rules: Lane::new(sqlite::writer(path), 1),
+            lookups: Arc::new(file.reader()),
+            imports: file.writer(),
+            reads: Lane::new(file.reader(), OPS_CONNECTIONS_MAX),
+            writes: Lane::new(file.writer(), 1),
+            rules: Lane::new(file.writer(), 1),
             import_permit: Arc::new(Semaphore::new(1)),
             health: Arc::new(health),
             failures: Arc::default(),
-            _preparing: None,
+            file: Some(file),
+            _preparing: preparing,
         })))
     }
 
@@ -181,6 +193,7 @@ impl Store {
             import_permit: Arc::new(Semaphore::new(1)),
             health,
             failures: Arc::default(),
+            file: None,
             _preparing: Some(AbortOnDropHandle::new(preparing)),
         })))
     }
@@ -215,6 +228,19 @@ impl Store {
     #[must_use]
     pub fn failed(&self, operation: Operation) -> u64 {
         self.0.failures.of(operation)
+    }
+
+    /// What calls have met within the last minute, in one line; `None` where they have not.
+    #[must_use]
+    pub fn trouble(&self, trouble: Trouble) -> Option<String> {
+        self.0.failures.trouble(trouble)
+    }
+
+    /// Looks whether SQLite's file is still the one that was opened: [`Trouble::FileChanged`] where it is not.
+    pub fn look_at_file(&self) {
+        if let Some(Err(error)) = self.0.file.as_ref().map(|file| file.check()) {
+            self.0.failures.note_error(&error);
+        }
     }
 
     /// Asks the database for a sign of life, for at most 1 s.

@@ -27,7 +27,7 @@ async fn setup() -> (Cluster, Store) {
 async fn find_timed(worker: &mut LookupWorker) -> (Result<usize, StoreError>, Duration) {
     let started = Instant::now();
     let found = worker.find(&[device(1), device(2)], LIMIT).await;
-    (found.map(|found| found.len()), started.elapsed())
+    (found.map(|found| found.records.len()), started.elapsed())
 }
 
 /// Looks up again and again until it works.
