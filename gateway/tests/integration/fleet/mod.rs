@@ -6,7 +6,6 @@ mod limit;
 mod moving;
 mod outage;
 mod port;
-mod registry;
 mod resume;
 mod revoked;
 pub mod rig;
