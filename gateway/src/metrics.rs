@@ -14,6 +14,7 @@ use seawall_proto::{
 };
 
 use crate::{
+    faults::Fault,
     process,
     series::{self, Definition, Family, GaugeFamily, Names},
     store::Operation,
@@ -115,6 +116,8 @@ pub struct Metrics {
     pub plan_alarm: Gauge,
     /// Failed calls to the database, by what they were for.
     pub database_errors: Family,
+    /// What is wrong with the database, the registry in it and the disk.
+    pub faults: GaugeFamily,
     /// Sessions replaced by a newer session of the same device.
     pub replacements: Counter,
     /// Ids that devices share: their sessions replace each other.
@@ -393,6 +396,12 @@ impl Metrics {
             plan_alarm: names.gauge(
                 "seawall_plan_alarm",
                 "1 while a statement of the connect path is planned as a sequential scan.",
+            ),
+            faults: names.gauges(
+                "seawall_faults",
+                "What is wrong with the database, the registry in it and the disk: 1 while it is. `/readyz` has the same reasons, and an alarm says more.",
+                "fault",
+                &Fault::ALL.map(Fault::as_str),
             ),
             database_errors: names.family(
                 "seawall_database_errors_total",

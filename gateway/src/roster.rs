@@ -19,7 +19,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     data_dir::write_atomically,
+    registry,
     state::{Shared, State},
+    store::DatabaseStatus,
 };
 
 /// The file, in the data directory: eight bytes a device. It is good for any node of the same registry.
@@ -100,7 +102,14 @@ pub async fn follow(state: Shared, stop: CancellationToken) {
                 continue;
             };
             tracing::debug!(devices = roster.len(), "the registered devices were read");
+            if !registry::may_believe(&state, roster.len()).await {
+                // What was known stays, here and on disk, to judge the registry by.
+                sleep(PAUSE_MIN).await;
+                due = Instant::now() + age_max();
+                continue;
+            }
             state.gate.set_roster(Arc::clone(&roster));
+            state.registry.handle_roster();
             let data_dir = state.config.server.data_dir.clone();
             let kept = tokio::task::spawn_blocking(move || keep(&data_dir, &roster)).await;
             let kept = kept.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
@@ -190,7 +199,8 @@ async fn quiet(state: &State) {
     let begun = Instant::now();
     loop {
         let admission = state.gate.state();
-        let is_there = admission.breaker == BreakerState::Closed && state.store.state().status.is_answering();
+        let is_there =
+            admission.breaker == BreakerState::Closed && state.store.state().status == DatabaseStatus::Available;
         let is_turn_of_blind = begun.elapsed() >= BLIND_PAGE_INTERVAL && is_blind(&state.gate.roster(), age(state));
         if is_there && (admission.has_time_to_spare() || is_turn_of_blind) {
             return;

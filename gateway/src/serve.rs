@@ -5,7 +5,7 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use seawall_proto::{id::Label, session::SessionLimits};
+use seawall_proto::{id::Label, session::SessionLimits, slots::believable_len};
 use tokio::{net::TcpListener, time::timeout};
 
 use crate::{
@@ -16,6 +16,7 @@ use crate::{
     data_dir::{Addresses, DataDir, DataDirError},
     drain::{self, DrainState, Order},
     events::Events,
+    faults::{self, Faults},
     history::History,
     keys::{self, KeysError},
     known_good,
@@ -26,6 +27,7 @@ use crate::{
     metrics::Metrics,
     ops,
     proxy::Proxies,
+    registry::{self, Registry},
     resume::{self, Resume},
     roster,
     rules::{self, Rules},
@@ -171,7 +173,10 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     if let Some(rate) = known_good::load(data_dir.path()) {
         gate.set_last_known_good(rate);
     }
-    gate.set_roster(Arc::new(roster::load(data_dir.path())));
+    let roster = roster::load(data_dir.path());
+    // Until the devices are counted.
+    gate.set_believes_absence(believable_len(roster.len(), 0) == 0);
+    gate.set_roster(Arc::new(roster));
     // The settings are valid.
     let proxies = Proxies::of(&config.proxy).unwrap_or_default();
     let state = Arc::new(State {
@@ -196,6 +201,8 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         tokens,
         tls,
         proxies,
+        faults: Faults::default(),
+        registry: Registry::default(),
         plan: Plan::default(),
         shared_ids: SharedIds::default(),
     });
@@ -224,10 +231,11 @@ async fn await_first_contact(state: &Shared) {
     let contact = async {
         state.store.ready().await;
         state.rules.poll(&state.store, &state.clock, &state.events).await?;
-        state.resume.poll(&state.store, &state.clock).await
+        state.resume.poll(&state.store, &state.clock).await?;
+        registry::check(state).await
     };
     match timeout(FIRST_CONTACT_TIMEOUT, contact).await {
-        Ok(Ok(())) => {}
+        Ok(Ok(_)) => {}
         Ok(Err(error)) => {
             tracing::warn!(error = %error, "the database can't be read: listening, and not ready until it can")
         }
@@ -242,6 +250,8 @@ fn spawn_tasks(state: &Shared, life: &Lifecycle) {
     life.spawn("evictor", rules::evict(shared(), hard()));
     life.spawn("revocations", resume::follow(shared(), hard()));
     life.spawn("roster", roster::follow(shared(), hard()));
+    life.spawn("registry", registry::guard(shared(), hard()));
+    life.spawn("faults", faults::follow(shared(), hard()));
     life.spawn("drill", resume::drill(shared(), hard()));
     life.spawn("drain", drain::run(shared(), hard()));
     life.spawn("ageing", ageing::run(shared(), hard()));

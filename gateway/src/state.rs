@@ -16,11 +16,13 @@ use crate::{
     config::Config,
     drain::Drain,
     events::{Body, Events},
+    faults::{Fault, Faults},
     history::History,
     lookup::Gate,
     memory::Memory,
     metrics::Metrics,
     proxy::Proxies,
+    registry::Registry,
     resume::Resume,
     roster::Wanted,
     rules::{LOST_ALARM, Rules, UNSUPPORTED_ALARM},
@@ -54,6 +56,10 @@ pub struct State {
     pub tls: Tls,
     pub proxies: Proxies,
     pub memory: Arc<Memory>,
+    /// What is wrong with the database, the registry in it and the disk.
+    pub faults: Faults,
+    /// Whether the registry is believed.
+    pub registry: Registry,
     /// What the plan guard saw last.
     pub plan: Plan,
     /// Ids that several devices seem to share.
@@ -120,7 +126,8 @@ pub struct Readiness {
 }
 
 impl State {
-    /// Ready from the first contact with rules and registry on, unless draining. Never unready for overload, an alarm or a database lost
+    /// Ready from the first contact with rules and registry on, unless draining; a registry that has far fewer devices than this node knew
+    /// at its start is no contact until a person says so. Never unready for overload, an alarm or a database lost
     /// later: that would move the storm to the other nodes.
     #[must_use]
     pub fn readiness(&self) -> Readiness {
@@ -129,18 +136,24 @@ impl State {
         if !had_contact {
             reasons.push("registry_not_reached_yet");
         }
+        // One that is not believed from the start on may be another one: balancers send devices to other nodes.
+        let is_suspect = had_contact && !self.gate.believes_absence() && !self.registry.was_believed();
+        if is_suspect {
+            reasons.push(Fault::RegistryShrunken.as_str());
+        }
         if self.drain.is_on() {
             reasons.push("draining");
         }
         let ready = reasons.is_empty();
-        match self.store.state().status {
-            DatabaseStatus::Away if had_contact => reasons.push("database_unavailable"),
-            DatabaseStatus::ReadOnly => reasons.push("database_read_only"),
-            DatabaseStatus::Starting | DatabaseStatus::Available | DatabaseStatus::Away => {}
+        if had_contact && self.store.state().status == DatabaseStatus::Away {
+            reasons.push("database_unavailable");
         }
-        if self.store.scarce_connections().is_some() {
-            reasons.push("database_connections_scarce");
-        }
+        let lasting = Fault::ALL.into_iter().filter(|fault| self.faults.is_on(*fault));
+        reasons.extend(
+            lasting
+                .filter(|fault| !(is_suspect && *fault == Fault::RegistryShrunken))
+                .map(Fault::as_str),
+        );
         if self.plan.get().is_some_and(|report| report.is_alarm()) {
             reasons.push("plan_alarm");
         }

@@ -2,7 +2,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -28,7 +31,7 @@ use crate::{
     metrics::Metrics,
     resume::Resume,
     rules::Rules,
-    store::{DatabaseStatus, Store},
+    store::{self, DatabaseStatus, Store},
 };
 
 /// Longest sleep of the keeper: gauges that fade with time are published at least this often.
@@ -40,6 +43,10 @@ const KEEPER_SLEEP_MIN: Duration = Duration::from_millis(1);
 pub(super) struct Inner {
     pub(super) core: Mutex<Core>,
     pub(super) absent: Absent,
+    /// What the registry does not have is not registered.
+    pub(super) believes_absence: AtomicBool,
+    /// The registry does not have a device that it had when the roster was read.
+    pub(super) doubted: Notify,
     /// Something may be sent.
     pub(super) work: Notify,
     /// The keeper sleeps too long.
@@ -150,25 +157,38 @@ impl Inner {
     }
 
     /// A statement ended.
-    pub(super) fn handle_done(&self, sent: &Sent, found: Result<Vec<DeviceRecord>, BatchOutcome>, took: Duration) {
+    pub(super) fn handle_done(&self, sent: &Sent, found: Result<store::Answer, BatchOutcome>, took: Duration) {
         let (now, wall) = (self.clock.now(), self.clock.wall());
-        let (outcome, records) = match found {
-            Ok(records) => (BatchOutcome::Answered, records),
-            Err(outcome) => (outcome, Vec::new()),
-        };
-        let records: BTreeMap<DeviceId, Arc<DeviceRecord>> = records
-            .into_iter()
-            .map(|record| (record.id, Arc::new(record)))
-            .collect();
         let core = &mut *self.lock();
-        if outcome == BatchOutcome::Answered && !sent.batch.is_probe {
-            for (device, epoch) in sent.batch.keys.iter().zip(&sent.epochs) {
-                if !records.contains_key(device) {
-                    self.absent.learn(*device, *epoch, &mut core.rng);
+        let id = sent.batch.id;
+        let records = match found {
+            Ok(answer) => {
+                let records: BTreeMap<DeviceId, Arc<DeviceRecord>> = answer
+                    .records
+                    .into_iter()
+                    .map(|record| (record.id, Arc::new(record)))
+                    .collect();
+                let unreadable = answer.unreadable;
+                let is_absent = |device: &DeviceId| !records.contains_key(device) && !unreadable.contains(device);
+                let believes_absence = self.believes_absence();
+                let absent = sent.batch.keys.iter().zip(&sent.epochs);
+                for (device, epoch) in absent.filter(|(device, _)| !sent.batch.is_probe && is_absent(device)) {
+                    if core.admission.roster().tenant_of(*device).is_some() {
+                        self.doubted.notify_one();
+                    }
+                    if believes_absence {
+                        self.absent.learn(*device, *epoch, &mut core.rng);
+                    }
                 }
+                let is_told = |device| records.contains_key(&device) || (believes_absence && is_absent(&device));
+                core.admission.handle_batch_answered(id, is_told, now);
+                records
             }
-        }
-        core.admission.handle_batch_done(sent.batch.id, outcome, now);
+            Err(outcome) => {
+                core.admission.handle_batch_done(id, outcome, now);
+                BTreeMap::new()
+            }
+        };
         self.answer_all(core, now, wall, |device| {
             let record = Arc::clone(records.get(&device)?);
             let as_of = sent.as_of;
@@ -177,6 +197,11 @@ impl Inner {
         self.publish(core, now);
         self.rearm_keeper(core, now);
         self.work.notify_one();
+    }
+
+    /// Whether a device that the registry does not have is not registered. Otherwise it can't be verified now.
+    pub(super) fn believes_absence(&self) -> bool {
+        self.believes_absence.load(Ordering::Acquire)
     }
 
     /// Tells the devices what admission owes them; `find` has the records of the statement just ended.
@@ -262,9 +287,7 @@ impl Inner {
         loop {
             match found.borrow_and_update().status {
                 DatabaseStatus::Starting => {}
-                DatabaseStatus::Available | DatabaseStatus::ReadOnly => {
-                    self.tell(|admission, _| admission.handle_registry_said_there())
-                }
+                DatabaseStatus::Available => self.tell(|admission, _| admission.handle_registry_said_there()),
                 DatabaseStatus::Away => self.tell(Admission::handle_registry_said_away),
             }
             if found.changed().await.is_err() {

@@ -8,7 +8,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -118,6 +121,8 @@ impl Gate {
                 screened_by: rules.current(),
             }),
             absent: Absent::new(),
+            believes_absence: AtomicBool::new(true),
+            doubted: Notify::new(),
             work: Notify::new(),
             rearm: Notify::new(),
             clock,
@@ -280,6 +285,29 @@ impl Gate {
     pub fn set_roster(&self, roster: Arc<Roster>) {
         // The lock is given back before the old one ends, which takes a moment where it is large.
         let _before = self.0.lock().admission.set_roster(roster);
+    }
+
+    /// Whether a device that the registry does not have is not registered; otherwise it is refused as one that can't be verified now.
+    #[must_use]
+    pub fn believes_absence(&self) -> bool {
+        self.0.believes_absence()
+    }
+
+    /// Says it anew.
+    pub fn set_believes_absence(&self, is_believed: bool) {
+        if !is_believed {
+            // What was learnt of late may be wrong, too.
+            self.0.absent.forget_all();
+        }
+        self.0.believes_absence.store(is_believed, Ordering::Release);
+    }
+
+    /// Waits until the registry does not have a device that it had when the roster was read, since the last such wait.
+    ///
+    /// # Cancel safety
+    /// Waiting changes nothing.
+    pub async fn doubted(&self) {
+        self.0.doubted.notified().await;
     }
 
     /// Many devices were registered.

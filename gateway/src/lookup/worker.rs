@@ -2,14 +2,11 @@
 
 use std::sync::Arc;
 
-use seawall_proto::{
-    admission::{BatchOutcome, LOOKUP_MAX},
-    record::DeviceRecord,
-};
+use seawall_proto::admission::{BatchOutcome, LOOKUP_MAX};
 use tokio_util::sync::CancellationToken;
 
 use super::inner::{Inner, Sent};
-use crate::store::{LookupWorker, StoreError};
+use crate::store::{self, LookupWorker, StoreError};
 
 /// Sends what admission lets through until `hard` is cancelled.
 pub(super) async fn run(gate: Arc<Inner>, mut worker: LookupWorker, hard: CancellationToken) {
@@ -36,10 +33,14 @@ pub(super) async fn run(gate: Arc<Inner>, mut worker: LookupWorker, hard: Cancel
     }
 }
 
-/// Logged at most once a statement, and statements are few while the breaker is open: one probe a second.
-fn outcome(sent: &Sent, found: Result<Vec<DeviceRecord>, StoreError>) -> Result<Vec<DeviceRecord>, BatchOutcome> {
+/// Logged at most once a statement: the breaker opens soon, and what fails then are probes, one a second, for as long as it takes.
+fn outcome(sent: &Sent, found: Result<store::Answer, StoreError>) -> Result<store::Answer, BatchOutcome> {
     found.map_err(|error| {
-        tracing::warn!(keys = sent.batch.keys.len(), is_probe = sent.batch.is_probe, %error, "look-up failed");
+        if sent.batch.is_probe {
+            tracing::debug!(%error, "probe failed");
+        } else {
+            tracing::warn!(keys = sent.batch.keys.len(), %error, "look-up failed");
+        }
         if matches!(error, StoreError::TimedOut) {
             BatchOutcome::TimedOut
         } else {

@@ -14,7 +14,7 @@ use super::{
     extract::{Page, PageParams, Params},
     problem::{Problem, ProblemBody},
 };
-use crate::{events::format_time, roster, state::State as Gateway, store::PlanReport, telemetry};
+use crate::{events::format_time, faults::Fault, roster, state::State as Gateway, store::PlanReport, telemetry};
 
 /// This gateway in the audit log.
 pub const SUBJECT: &str = "node";
@@ -82,11 +82,11 @@ pub struct AdmissionView {
 /// The database.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct DatabaseView {
-    /// `starting`, `available`, `read_only` (look-ups are answered, nothing can be changed) or `away`.
+    /// `starting`, `available` or `away`.
     state: &'static str,
     /// RFC 3339.
     since: String,
-    /// Why it is not available, or why it has no connections to spare.
+    /// Why it is away, or what is wrong with it while it answers.
     reason: Option<String>,
     /// `indexed`, what is wrong with the plan of a statement of the connect path, or null before the first look at it.
     plan: Option<String>,
@@ -121,6 +121,18 @@ pub struct RosterView {
     age_seconds: f64,
 }
 
+/// What is wrong with a database that answers.
+fn trouble(gateway: &Gateway) -> Option<String> {
+    let faults = [
+        Fault::DatabaseFile,
+        Fault::DatabaseRefuses,
+        Fault::RegistryUnreadable,
+        Fault::RegistryShrunken,
+        Fault::LookupsFail,
+    ];
+    faults.into_iter().find_map(|fault| gateway.faults.detail(fault))
+}
+
 impl Node {
     fn of(gateway: &Gateway) -> Self {
         let readiness = gateway.readiness();
@@ -151,7 +163,7 @@ impl Node {
             database: DatabaseView {
                 state: database.status.as_str(),
                 since: format_time(database.since),
-                reason: database.reason.or_else(|| gateway.store.scarce_connections()),
+                reason: database.reason.or_else(|| trouble(gateway)),
                 plan: gateway.plan.get().map(|report| match report {
                     PlanReport::Indexed => "indexed".to_owned(),
                     PlanReport::Alarm(what) => what,

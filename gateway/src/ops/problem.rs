@@ -252,20 +252,19 @@ impl From<StoreError> for Problem {
                 "the database did not answer in time: whether the change was made is not known",
             ),
             StoreError::Unavailable { .. }
-            | StoreError::NoConnectionFree(_)
-            | StoreError::ReadOnlyServer
-            | StoreError::Denied(_)
             | StoreError::Busy
             | StoreError::Locked(_)
             | StoreError::DiskFull(_)
             | StoreError::ReadOnly(_)
             | StoreError::Unreadable(_)
             | StoreError::NotADatabase(_)
-            | StoreError::Damaged(_) => Self::new(Code::DatabaseUnavailable, error.to_string()),
-            StoreError::Open { .. }
-            | StoreError::Corrupt { .. }
-            | StoreError::Migration(..)
-            | StoreError::Unexpected(_) => {
+            | StoreError::Damaged(_)
+            | StoreError::Unusable(_)
+            | StoreError::FileChanged(_)
+            | StoreError::OnlyRead(_)
+            | StoreError::Undecodable(_)
+            | StoreError::Corrupt { .. } => Self::new(Code::DatabaseUnavailable, error.to_string()),
+            StoreError::Open { .. } | StoreError::Migration(..) | StoreError::Unexpected(_) => {
                 tracing::error!(error = %error, source = ?std::error::Error::source(&error), "an API request failed in the database");
                 Self::new(Code::Internal, error.to_string())
             }

@@ -14,6 +14,9 @@ use crate::{
 /// looked at again.
 pub const HANDSHAKE_MAX: Duration = Duration::from_secs(4);
 
+/// Pause before another look at a device whose row can't be read, or whose absence can't be believed.
+const UNCLEAR_PAUSE: Duration = Duration::from_secs(30);
+
 /// Looks at the changed devices that have a session here, and ends those that the registry does not want any more.
 ///
 /// # Errors
@@ -27,17 +30,23 @@ pub async fn end_unwanted_sessions(state: &State) -> Result<(), StoreError> {
         if due.is_empty() {
             return Ok(());
         }
-        let rows = match state.store.devices_among(&due).await {
-            Ok(rows) => rows,
+        let states = match state.store.device_states(&due).await {
+            Ok(states) => states,
             Err(error) => {
                 state.resume.note_changed(due, now);
                 return Err(error);
             }
         };
+        let mut unclear = Vec::new();
         for device in due {
-            let row = rows.iter().find(|row| row.record.id == device);
-            end_unwanted_session(state, device, row.map(|row| row.record.state));
+            match states.iter().find(|(known, _)| *known == device) {
+                Some((_, Some(registered))) => end_unwanted_session(state, device, Some(*registered)),
+                // Its change was recorded, and it is gone: it was deleted.
+                None if state.gate.believes_absence() => end_unwanted_session(state, device, None),
+                Some((_, None)) | None => unclear.push(device),
+            }
         }
+        state.resume.note_changed(unclear, now + UNCLEAR_PAUSE);
     }
 }
 

@@ -73,6 +73,12 @@ const UPDATE: Sql = Sql::both(
 /// Index: devices' primary key.
 const DELETE: Sql = Sql::both("DELETE FROM devices WHERE id = $1");
 
+/// Index: devices' primary key.
+const STATES_AMONG: Sql = Sql {
+    sqlite: "SELECT id, state FROM devices WHERE id IN (SELECT unhex(value) FROM json_each($1))",
+    postgres: "SELECT id, state FROM devices WHERE id = ANY($1)",
+};
+
 impl Store {
     /// One device.
     ///
@@ -133,6 +139,26 @@ impl Store {
             let rows = held.all(AMONG, &[Value::Keys(ids)]).await?;
             held.give_back();
             rows.iter().map(device_row).collect()
+        })
+        .await
+    }
+
+    /// What is to become of those of `ids` that are registered; `None` of one whose row can't be read.
+    ///
+    /// # Errors
+    /// The database is away, or does not even say whose a row is.
+    #[tracing::instrument(name = "db.devices.states", level = "debug", skip_all)]
+    pub async fn device_states(&self, ids: &[DeviceId]) -> Result<Vec<(DeviceId, Option<DeviceState>)>, StoreError> {
+        self.bounded(Operation::Read, async {
+            let mut held = self.reads().take().await?;
+            let rows = held.all(STATES_AMONG, &[Value::Keys(ids)]).await?;
+            held.give_back();
+            let state = |row: &Row| row.small("state").and_then(state_from_small);
+            let states = rows.iter().map(|row| {
+                let read = state(row).inspect_err(|error| self.failures().note_error(error)).ok();
+                Ok((DeviceId::from_uuid(row.uuid("id")?), read))
+            });
+            states.collect()
         })
         .await
     }

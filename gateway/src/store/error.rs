@@ -4,6 +4,8 @@ use std::error::Error as _;
 
 use sqlx::migrate::MigrateError;
 
+use super::failures::Trouble;
+
 /// A failed call to the store. The text says what to do where something can be done.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -13,12 +15,6 @@ pub enum StoreError {
     /// The database can't be reached, or refuses connections for now. The text is all that is known.
     #[error("the database is away: {0}")]
     Unavailable(String),
-    /// The server takes no more connections, of this role or of anybody.
-    #[error("the database has no connection to spare: {0}")]
-    NoConnectionFree(String),
-    /// A standby, or a server that takes no writes for another reason.
-    #[error("the database is read-only: point the gateway at the primary")]
-    ReadOnlyServer,
     /// No answer in the time the caller gave. Whether a write was done is not known.
     #[error("the database did not answer in time")]
     TimedOut,
@@ -40,12 +36,27 @@ pub enum StoreError {
     NotADatabase(#[source] sqlx::Error),
     #[error("the database file is damaged: restore it from a backup")]
     Damaged(#[source] sqlx::Error),
+    /// The database answers, and what it answers is that a statement of ours can't be run: rights, tables or columns are missing, or its
+    /// files are damaged. The text is all that is known.
+    #[error("the database can't be used: {0}")]
+    Unusable(String),
+    /// SQLite's file can be read, and could not be opened for writing at the start.
+    #[error("the database can only be read until its disk can be written: {0}")]
+    OnlyRead(String),
+    /// SQLite's file is no longer the one that was opened.
+    #[error(
+        "the database file was {0} while the gateway runs: nothing is written any more. Put the file back, or stop the gateway, restore a backup and start it again"
+    )]
+    FileChanged(&'static str),
     /// The database URL, or what a caller asked for, is not acceptable.
     #[error("{0}")]
     Invalid(String),
     /// What is to be made is already there, or has changed since it was read.
     #[error("{0}")]
     Conflict(String),
+    /// A value that is not of the type that the schema gives it.
+    #[error("a row can't be read: {0}")]
+    Undecodable(#[source] sqlx::Error),
     /// A row that this version does not understand.
     #[error("unexpected data in {table}.{column}: {detail}")]
     Corrupt {
@@ -55,9 +66,6 @@ pub enum StoreError {
     },
     #[error("migrating the schema failed: {0}")]
     Migration(String),
-    /// The role lacks a right.
-    #[error("the database refuses this role: {0}: grant it the right")]
-    Denied(String),
     /// A statement failed for a reason that no rule above names.
     #[error("the database refused a statement")]
     Unexpected(#[source] sqlx::Error),
@@ -69,22 +77,19 @@ impl StoreError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Open { error, .. } => error.is_retryable(),
-            Self::Unavailable(_)
-            | Self::NoConnectionFree(_)
-            | Self::ReadOnlyServer
-            | Self::TimedOut
-            | Self::Busy
-            | Self::Locked(_)
-            | Self::DiskFull(_) => true,
+            Self::Unavailable(_) | Self::TimedOut | Self::Busy | Self::Locked(_) | Self::DiskFull(_) => true,
             Self::Unreadable(_)
             | Self::ReadOnly(_)
             | Self::NotADatabase(_)
             | Self::Damaged(_)
             | Self::Invalid(_)
             | Self::Conflict(_)
+            | Self::Undecodable(_)
             | Self::Corrupt { .. }
+            | Self::Unusable(_)
+            | Self::FileChanged(_)
+            | Self::OnlyRead(_)
             | Self::Migration(_)
-            | Self::Denied(_)
             | Self::Unexpected(_) => false,
         }
     }
@@ -99,6 +104,39 @@ impl StoreError {
     #[must_use]
     pub fn is_away(&self) -> bool {
         matches!(self, Self::Unavailable(_) | Self::TimedOut)
+    }
+
+    /// SQLite's file, or its companions, could not be written: the same file may be readable.
+    pub(super) fn is_unwritable(&self) -> bool {
+        matches!(
+            self,
+            Self::DiskFull(_) | Self::ReadOnly(_) | Self::Unreadable(Some(_)) | Self::Unavailable(_)
+        )
+    }
+
+    /// What it is a sign of beside the failed call itself: something that lasts until somebody mends it.
+    pub(super) fn trouble(&self) -> Option<Trouble> {
+        match self {
+            Self::Open { error, .. } => error.trouble(),
+            Self::DiskFull(_) => Some(Trouble::DiskFull),
+            // Met by every write; the disk is looked at elsewhere.
+            Self::OnlyRead(_) => None,
+            Self::ReadOnly(_)
+            | Self::Unreadable(_)
+            | Self::NotADatabase(_)
+            | Self::Damaged(_)
+            | Self::Unusable(_)
+            | Self::Migration(_)
+            | Self::Unexpected(_) => Some(Trouble::Refuses),
+            Self::FileChanged(_) => Some(Trouble::FileChanged),
+            Self::Undecodable(_) | Self::Corrupt { .. } => Some(Trouble::Unreadable),
+            Self::Unavailable(_)
+            | Self::TimedOut
+            | Self::Busy
+            | Self::Locked(_)
+            | Self::Invalid(_)
+            | Self::Conflict(_) => None,
+        }
     }
 
     /// Somebody configured what can't work: not a matter of the database's state.
@@ -116,20 +154,21 @@ impl StoreError {
         match self {
             Self::Open { error, .. } => error.metric_label(),
             Self::Unavailable(_) => "unavailable",
-            Self::NoConnectionFree(_) => "no_connection_free",
             Self::TimedOut => "timed_out",
             Self::Busy => "busy",
             Self::Locked(_) => "locked",
             Self::DiskFull(_) => "disk_full",
             Self::Unreadable(_) => "unreadable",
-            Self::ReadOnly(_) | Self::ReadOnlyServer => "read_only",
+            Self::ReadOnly(_) => "read_only",
             Self::NotADatabase(_) => "not_a_database",
             Self::Damaged(_) => "damaged",
             Self::Invalid(_) => "invalid",
             Self::Conflict(_) => "conflict",
-            Self::Corrupt { .. } => "corrupt",
+            Self::Undecodable(_) | Self::Corrupt { .. } => "corrupt",
+            Self::Unusable(_) => "unusable",
+            Self::FileChanged(_) => "file_changed",
+            Self::OnlyRead(_) => "read_only",
             Self::Migration(_) => "migration",
-            Self::Denied(_) => "denied",
             Self::Unexpected(_) => "unexpected",
         }
     }
@@ -137,25 +176,8 @@ impl StoreError {
 
 /// The error with its causes.
 pub(super) fn in_one_line(error: &StoreError) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        if let Some(error) = error.downcast_ref::<sqlx::Error>() {
-            text.push_str(&said(error));
-            break;
-        }
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
-}
-
-/// A database's own words. The driver adds a line number of the server's source code, which helps nobody here.
-fn said(error: &sqlx::Error) -> String {
-    error
-        .as_database_error()
-        .map_or_else(|| error.to_string(), |error| error.message().to_owned())
+    let causes = std::iter::successors(error.source(), |cause| (*cause).source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 impl From<sqlx::Error> for StoreError {
@@ -180,6 +202,15 @@ impl From<sqlx::Error> for StoreError {
         ) {
             return Self::Unavailable(error.to_string());
         }
+        if matches!(
+            error,
+            sqlx::Error::ColumnDecode { .. }
+                | sqlx::Error::Decode(_)
+                | sqlx::Error::TypeNotFound { .. }
+                | sqlx::Error::ColumnNotFound(_)
+        ) {
+            return Self::Undecodable(error);
+        }
         Self::Unexpected(error)
     }
 }
@@ -188,10 +219,13 @@ impl From<MigrateError> for StoreError {
     fn from(error: MigrateError) -> Self {
         if let MigrateError::Execute(cause) | MigrateError::ExecuteMigration(cause, _) = error {
             let error = Self::from(cause);
-            let Self::Unexpected(cause) = error else {
-                return error;
-            };
-            return Self::Migration(said(&cause));
+            if let Self::Unexpected(cause) = error {
+                return Self::Migration(cause.to_string());
+            }
+            if let Self::Unusable(cause) = error {
+                return Self::Migration(cause);
+            }
+            return error;
         }
         Self::Migration(error.to_string())
     }
@@ -203,6 +237,8 @@ fn from_sqlite(extended: i32, error: sqlx::Error) -> StoreError {
     const CONSTRAINT_UNIQUE: i32 = 2067;
     match (extended, extended & 0xff) {
         (CONSTRAINT_PRIMARY_KEY | CONSTRAINT_UNIQUE, _) => StoreError::Conflict("it is already there".into()),
+        // Of statements that are fixed: a table or a column is not there.
+        (_, 1) => StoreError::Unusable(error.to_string()),
         (_, 5 | 6) => StoreError::Locked(error),
         (_, 3 | 14) => StoreError::Unreadable(Some(error)),
         (_, 8) => StoreError::ReadOnly(error),
@@ -222,15 +258,18 @@ fn from_postgres(code: &str, message: String, error: sqlx::Error) -> StoreError 
         "57014" => StoreError::TimedOut,
         "55P03" | "40001" | "40P01" => StoreError::Locked(error),
         "53100" => StoreError::DiskFull(error),
-        "25006" => StoreError::ReadOnlyServer,
-        "53300" => StoreError::NoConnectionFree(message),
-        "42501" => StoreError::Denied(message),
+        "25006" => StoreError::Unavailable("it is read-only: point the gateway at the primary".into()),
         "3D000" => StoreError::Unavailable(format!("{message}: create it")),
-        "42P01" | "42703" => StoreError::Unavailable(format!("{message}: the migrations have not run yet")),
+        "42P01" | "42703" => StoreError::Unusable(format!(
+            "{message}: the migrations have not run, or somebody changed the schema"
+        )),
+        "42501" => StoreError::Unusable(format!("{message}: grant it to the role that the gateway uses")),
         _ => match code.get(..2) {
             Some("28") => StoreError::Unavailable(format!("{message}: check user and password")),
             // Connection exceptions, insufficient resources, operator intervention.
             Some("08" | "53" | "57") => StoreError::Unavailable(message),
+            // Features, schema and rights, system errors, damage.
+            Some("0A" | "42" | "58" | "F0" | "XX") => StoreError::Unusable(message),
             Some(_) | None => StoreError::Unexpected(error),
         },
     }

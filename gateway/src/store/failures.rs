@@ -1,8 +1,17 @@
 //! Failed calls to the database, counted by what they were for. Start with [`Failures`].
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
-use super::error::StoreError;
+use super::error::{StoreError, in_one_line};
+
+/// How long a trouble is told after it was last met: calls that would meet it may be few.
+const TROUBLE_TOLD_FOR: Duration = Duration::from_secs(60);
 
 /// What a call to the database was for. Label `operation` of `seawall_database_errors_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,26 +56,97 @@ impl Operation {
     }
 }
 
-/// How many calls failed since the start, by operation.
+impl Operation {
+    /// Done in no time and polled all the time, with 2 s for it: where one times out, the database answers nobody, or as good as nobody.
+    /// Others may take long because of what was asked, or because another of their kind goes first.
+    #[must_use]
+    pub const fn is_quick(self) -> bool {
+        match self {
+            Self::Rules | Self::Revocations => true,
+            Self::Lookup | Self::Read | Self::Write | Self::Import | Self::Plan => false,
+        }
+    }
+}
+
+/// What failed calls are a sign of, as far as it does not end by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// A look-up failed, for whatever reason.
+    Lookups,
+    /// The database answers, and refuses statements of ours: rights, schema, damage.
+    Refuses,
+    /// Rows hold what can't be read.
+    Unreadable,
+    /// SQLite's file was deleted, emptied or replaced.
+    FileChanged,
+    /// The database's disk is full.
+    DiskFull,
+}
+
+const TROUBLES: usize = 5;
+
+/// How many calls failed since the start, by operation, and what they were a sign of.
 #[derive(Debug, Default)]
-pub(super) struct Failures([AtomicU64; Operation::ALL.len()]);
+pub(super) struct Failures {
+    counts: [AtomicU64; Operation::ALL.len()],
+    troubles: Mutex<[Option<(Instant, String)>; TROUBLES]>,
+}
 
 impl Failures {
     /// Takes note of a call's outcome. What the caller did wrong is no failure of the database's.
     pub fn observe<T>(&self, operation: Operation, outcome: &Result<T, StoreError>) {
-        if outcome.as_ref().is_err_and(StoreError::is_failure) {
-            self.0[operation as usize].fetch_add(1, Ordering::Relaxed);
+        let Err(error) = outcome else { return };
+        if !error.is_failure() {
+            return;
+        }
+        self.counts[operation as usize].fetch_add(1, Ordering::Relaxed);
+        if operation == Operation::Lookup {
+            self.note(Trouble::Lookups, in_one_line(error));
+        }
+        self.note_error(error);
+    }
+
+    /// What an error is a sign of that does not fail the whole call.
+    pub fn note_error(&self, error: &StoreError) {
+        if let Some(trouble) = error.trouble() {
+            self.note(trouble, in_one_line(error));
         }
     }
 
+    pub fn note(&self, trouble: Trouble, detail: String) {
+        let mut troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
+        troubles[trouble as usize] = Some((Instant::now(), detail));
+    }
+
+    /// The trouble as last met; `None` where that is a minute ago.
+    pub fn trouble(&self, trouble: Trouble) -> Option<String> {
+        let troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
+        let (at, detail) = troubles[trouble as usize].as_ref()?;
+        (at.elapsed() < TROUBLE_TOLD_FOR).then(|| detail.clone())
+    }
+
     pub fn of(&self, operation: Operation) -> u64 {
-        self.0[operation as usize].load(Ordering::Relaxed)
+        self.counts[operation as usize].load(Ordering::Relaxed)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn failure_that_lasts_is_told_with_its_cause_and_one_that_ends_by_itself_is_not() {
+        let failures = Failures::default();
+        let unusable = StoreError::Unusable("permission denied for table devices".into());
+
+        failures.observe(Operation::Lookup, &Err::<(), _>(unusable));
+        failures.observe(Operation::Read, &Err::<(), _>(StoreError::TimedOut));
+
+        let told = failures.trouble(Trouble::Refuses).unwrap();
+        assert!(told.contains("permission denied for table devices"), "{told}");
+        assert_eq!(failures.trouble(Trouble::Lookups), Some(told));
+        assert_eq!(failures.trouble(Trouble::Unreadable), None);
+    }
 
     #[test]
     fn failures_count_for_their_operation_and_refusals_for_none() {

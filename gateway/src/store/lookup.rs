@@ -10,11 +10,10 @@ use tokio::time::timeout;
 
 use super::{
     Store,
-    connection::{Row, Sql, Value},
+    connection::{Connection, Connector, Row, Sql, Value},
     devices::device_record,
-    error::StoreError,
-    failures::{Failures, Operation},
-    lane::Lane,
+    error::{StoreError, in_one_line},
+    failures::{Failures, Operation, Trouble},
 };
 
 /// Most keys in one look-up. More is [`StoreError::Invalid`].
@@ -39,93 +38,102 @@ const FIND: Sql = Sql {
     postgres: find!(postgres),
 };
 
-/// Looks devices up over connections that nothing else uses, made when they are first needed and shared with the other workers.
+/// What the registry says of some keys. One that is in neither list is not registered.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Answer {
+    /// The rows that could be read, in any order.
+    pub records: Vec<DeviceRecord>,
+    /// Devices that have a row which can't be read: nothing is known of them.
+    pub unreadable: Vec<DeviceId>,
+}
+
+/// Looks devices up over one connection of its own, made when it is first needed.
 ///
 /// A worker runs one look-up at a time; more at a time need more workers. A look-up that fails on the wire or takes too
-/// long closes its connection, and the next one makes a new one: that is why no failure lasts, and none leaks.
+/// long closes the connection, and the next one makes a new one: that is why no failure lasts, and none leaks.
 #[derive(Debug)]
 pub struct LookupWorker {
-    lane: Arc<Lane>,
+    connector: Arc<Connector>,
     failures: Arc<Failures>,
+    connection: Option<Connection>,
 }
 
 impl Store {
-    /// A worker. [`LOOKUP_CONNECTIONS_MAX`](super::LOOKUP_CONNECTIONS_MAX) of them may look up at the same time.
+    /// A worker with a connection of its own, not counted among the others.
     #[must_use]
     pub fn lookup_worker(&self) -> LookupWorker {
         LookupWorker {
-            lane: Arc::clone(self.lookups()),
+            connector: Arc::clone(self.lookups()),
             failures: Arc::clone(self.failures()),
+            connection: None,
         }
     }
 }
 
 impl LookupWorker {
-    /// The records of `keys` that are registered, in any order; a key that is missing from the answer is not registered.
-    /// Answers within `limit`, time to connect included.
+    /// What the registry has of `keys`. Answers within `limit`, time to connect included.
     ///
     /// # Errors
-    /// [`StoreError::TimedOut`] after `limit`; [`StoreError::Unavailable`] where the database is away. Neither says
+    /// [`StoreError::TimedOut`] after `limit`; [`StoreError::Unavailable`] where the database is away. No error says
     /// anything about the keys.
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection. A query that runs goes on in the server until its `statement_timeout`, 1 s.
-    pub async fn find(&mut self, keys: &[DeviceId], limit: Duration) -> Result<Vec<DeviceRecord>, StoreError> {
+    pub async fn find(&mut self, keys: &[DeviceId], limit: Duration) -> Result<Answer, StoreError> {
         if keys.len() > KEYS_MAX {
             return Err(StoreError::Invalid(format!("more than {KEYS_MAX} keys in one look-up")));
         }
         if keys.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Answer::default());
         }
         let deadline = Instant::now() + limit;
-        let mut is_reused = false;
-        let found = match self.attempt(keys, deadline, &mut is_reused).await {
-            // The server may have closed idle connections, by restarting: that is no reason to refuse anybody.
-            Err(StoreError::Unavailable(_)) if is_reused => {
-                self.lane.close_idle();
-                self.attempt(keys, deadline, &mut is_reused).await
+        let was_reused = self.connection.is_some();
+        let found = match self.attempt(keys, deadline).await {
+            // The server may have closed an idle connection, by restarting, or changed what its statements mean: that is no reason to
+            // refuse anybody.
+            Err(StoreError::Unavailable(_) | StoreError::Unusable(_) | StoreError::Unexpected(_)) if was_reused => {
+                self.attempt(keys, deadline).await
             }
             outcome => outcome,
         };
-        self.failures.observe(Operation::Lookup, &found);
-        found
+        let answer = found.and_then(|rows| self.read(&rows));
+        self.failures.observe(Operation::Lookup, &answer);
+        answer
     }
 
-    async fn attempt(
-        &self,
-        keys: &[DeviceId],
-        deadline: Instant,
-        is_reused: &mut bool,
-    ) -> Result<Vec<DeviceRecord>, StoreError> {
-        let begun = Instant::now();
-        let left = deadline.saturating_duration_since(begun);
+    async fn attempt(&mut self, keys: &[DeviceId], deadline: Instant) -> Result<Vec<Row>, StoreError> {
+        // Taken out while it works: whatever ends this future early drops it, and thereby closes it.
+        let idle = self.connection.take();
+        let left = deadline.saturating_duration_since(Instant::now());
+        let is_passing = self.connector.is_passing();
         let work = async {
-            let mut held = self.lane.take().await?;
-            *is_reused = held.is_reused();
-            // The server is far away, and the first statement takes nearly as many round trips as the connection did: it would be cut off,
-            // and the connection lost, each time. The next look-up has it from the start.
-            if !held.is_reused() && begun.elapsed() > left / 2 {
-                held.give_back();
-                return Err(StoreError::TimedOut);
-            }
-            let rows = held.all(FIND, &[Value::Keys(keys)]).await?;
-            held.give_back();
-            Ok(rows)
+            let mut connection = match idle {
+                Some(connection) => connection,
+                None => self.connector.connect().await?,
+            };
+            let rows = connection.all(FIND, &[Value::Keys(keys)]).await?;
+            Ok((connection, rows))
         };
-        let rows = timeout(left, work).await.unwrap_or(Err(StoreError::TimedOut))?;
-        Ok(rows.iter().filter_map(understood).collect())
+        let (connection, rows) = timeout(left, work).await.unwrap_or(Err(StoreError::TimedOut))?;
+        self.connection = (!is_passing).then_some(connection);
+        Ok(rows)
     }
-}
 
-/// A row that can't be understood must not take the other devices of its batch down. The schema's checks keep such rows out;
-/// one that is there all the same is a device that nobody can verify.
-fn understood(row: &Row) -> Option<DeviceRecord> {
-    match device_record(row) {
-        Ok(record) => Some(record),
-        Err(error) => {
-            let id = row.uuid("id").unwrap_or_default();
-            tracing::error!(device.id = %id, %error, "registry row can't be read, its device counts as unknown");
-            None
+    /// A row that can't be read must not take the other devices of its batch down, nor count as one that is not there. One that does not
+    /// even say whose it is could be anybody's.
+    fn read(&self, rows: &[Row]) -> Result<Answer, StoreError> {
+        let mut answer = Answer::default();
+        for row in rows {
+            match device_record(row) {
+                Ok(record) => answer.records.push(record),
+                Err(error) => {
+                    let device = DeviceId::from_uuid(row.uuid("id")?);
+                    let detail = format!("the row of device {device}: {}", in_one_line(&error));
+                    self.failures.note(Trouble::Unreadable, detail);
+                    answer.unreadable.push(device);
+                }
+            }
         }
+        Ok(answer)
     }
 }

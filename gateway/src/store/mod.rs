@@ -36,10 +36,10 @@ use tokio_util::task::AbortOnDropHandle;
 pub use self::{
     audit::Change,
     error::StoreError,
-    failures::Operation,
+    failures::{Operation, Trouble},
     health::{DatabaseState, DatabaseStatus},
     import::{BadLine, Import, ImportLine, ImportReport, ImportRow, LINES_MAX, OnOtherCredential},
-    lookup::{KEYS_MAX, LookupWorker},
+    lookup::{Answer, KEYS_MAX, LookupWorker},
     migrations::SCHEMA_VERSION,
     model::{
         Audit, AuditRecord, DEFAULT_TENANT, DeviceChange, DeviceFilter, DeviceRow, NewDevice, NewToken, PAGE_MAX, Page,
@@ -53,10 +53,10 @@ pub use self::{
 };
 use self::{
     connection::{Connector, Sql},
+    error::in_one_line,
     failures::Failures,
     health::Health,
-    lane::{Lane, Rank, Scarcity},
-    migrations::Caller,
+    lane::Lane,
     postgres::Purpose,
 };
 use crate::config::{DatabaseKind, DatabaseUrl};
@@ -69,27 +69,12 @@ const RULES_TIME_MAX: Duration = Duration::from_secs(2);
 const RULES_WRITE_TIME_MAX: Duration = Duration::from_millis(1_800);
 /// Longest that [`Store::ping`] takes.
 const PING_MAX: Duration = Duration::from_secs(1);
-/// Longest that [`Store::probe`] takes, a `connect_timeout` of the URL aside.
+/// Longest that [`Store::probe`] takes, connecting included.
 const PROBE_MAX: Duration = Duration::from_secs(5);
 /// Connections for the ops API: more callers wait, at most 2 s.
 const OPS_CONNECTIONS_MAX: usize = 4;
-/// Connections for look-ups: more than there are workers, so that none waits for another's. No more are made than are used at a time.
-const LOOKUP_CONNECTIONS_MAX: usize = 16;
 
 const PING: Sql = Sql::both("SELECT 1 AS one");
-const PROBE: Sql = Sql {
-    sqlite: "SELECT 'off' AS read_only",
-    postgres: "SELECT current_setting('transaction_read_only') AS read_only",
-};
-
-/// What [`Store::probe`] found of a database that answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Probe {
-    /// A pooler is between that does not pass start-up options on: each statement takes three round trips more.
-    pub is_pooled: bool,
-    /// It takes no writes.
-    pub is_read_only: bool,
-}
 
 /// A handle on the database; cloning it is cheap.
 #[derive(Clone, Debug)]
@@ -97,23 +82,19 @@ pub struct Store(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    lookups: Arc<Lane>,
-    imports: Arc<Lane>,
-    /// Connections like the look-ups' own, one at a time, never kept.
-    plans: Arc<Lane>,
+    lookups: Arc<Connector>,
+    imports: Connector,
     reads: Arc<Lane>,
     writes: Arc<Lane>,
-    /// Rules and revocations are written here, never behind anything else; in SQLite a write waits for the one other writer, at most 1.5 s.
+    /// Rules are read and written here, never behind anything else; in SQLite a write waits for the one other writer, at most 1.5 s.
     rules: Arc<Lane>,
-    /// Rules and revocations are polled here, never behind a write. It is the sign of life: only a poll or a ping that fails calls the
-    /// database away.
-    polls: Arc<Lane>,
-    scarcity: Arc<Scarcity>,
     /// One import at a time.
     import_permit: Arc<Semaphore>,
     health: Arc<Health>,
     failures: Arc<Failures>,
-    /// Waits for PostgreSQL; ends with the store.
+    /// SQLite's.
+    file: Option<Arc<sqlite::File>>,
+    /// Waits for PostgreSQL, or until SQLite's file can be written; ends with the store.
     _preparing: Option<AbortOnDropHandle<()>>,
 }
 
@@ -137,38 +118,28 @@ impl Store {
     /// The database can't be reached or used.
     pub async fn migrate(url: &DatabaseUrl) -> Result<(), StoreError> {
         let migrated = match url.sqlite_path() {
-            Some(path) => sqlite::prepare(&path).await,
+            Some(path) => sqlite::File::new(&path).prepare().await,
             None => match postgres::parse(url) {
-                Ok(options) => {
-                    let server = postgres::connector(&options, url.connect_timeout(), Purpose::Migrations);
-                    postgres::connect_and_migrate(&server, Caller::Migrate).await
-                }
+                Ok(options) => postgres::connect_and_migrate(&postgres::connector(&options, Purpose::Migrations)).await,
                 Err(error) => Err(error),
             },
         };
         migrated.map_err(|error| in_database(url, error))
     }
 
-    /// Connects and asks for a sign of life. Changes nothing, the schema included.
+    /// Connects and asks for a sign of life, for at most [`PROBE_MAX`]. Changes nothing, the schema included.
     ///
     /// # Errors
     /// The database can't be reached or used.
-    pub async fn probe(url: &DatabaseUrl) -> Result<Probe, StoreError> {
+    pub async fn probe(url: &DatabaseUrl) -> Result<(), StoreError> {
         let probe = async {
             let connector = match url.sqlite_path() {
-                Some(path) => sqlite::reader(&path),
-                None => postgres::connector(&postgres::parse(url)?, url.connect_timeout(), Purpose::Ops),
+                Some(path) => sqlite::File::new(&path).reader(),
+                None => postgres::connector(&postgres::parse(url)?, Purpose::Ops),
             };
-            let mut connection = connector.connect().await?;
-            let row = connection.first(PROBE, &[]).await?;
-            let read_only = row.map(|row| row.text("read_only")).transpose()?.flatten();
-            Ok(Probe {
-                is_pooled: connection.is_pooled(),
-                is_read_only: read_only.as_deref() == Some("on"),
-            })
+            connector.connect().await?.first(PING, &[]).await.map(drop)
         };
-        let limit = PROBE_MAX + url.connect_timeout().unwrap_or_default();
-        let probed = timeout(limit, probe).await.unwrap_or(Err(StoreError::TimedOut));
+        let probed = timeout(PROBE_MAX, probe).await.unwrap_or(Err(StoreError::TimedOut));
         probed.map_err(|error| in_database(url, error))
     }
 
@@ -182,57 +153,49 @@ impl Store {
     }
 
     async fn open_sqlite(path: &std::path::Path) -> Result<Self, StoreError> {
-        sqlite::prepare(path).await?;
+        let file = sqlite::File::new(path);
+        let preparing = match file.prepare().await {
+            Ok(()) => None,
+            Err(error) if error.is_unwritable() && file.open_to_read(&error).await.is_ok() => {
+                tracing::warn!(error = in_one_line(&error), "the database can only be read for now");
+                Some(AbortOnDropHandle::new(tokio::spawn(Arc::clone(&file).await_writable())))
+            }
+            Err(error) => return Err(error),
+        };
         let health = Health::new();
         health.set_ready();
-        let connectors = |purpose| match purpose {
-            Purpose::Lookups | Purpose::Polls => sqlite::reader(path),
-            Purpose::Ops | Purpose::Rules | Purpose::Import | Purpose::Migrations => sqlite::writer(path),
-        };
-        let reads = sqlite::reader(path);
-        Ok(Self::new(connectors, Some(reads), Arc::new(health), None))
+        Ok(Self(Arc::new(Inner {
+            lookups: Arc::new(file.reader()),
+            imports: file.writer(),
+            reads: Lane::new(file.reader(), OPS_CONNECTIONS_MAX),
+            writes: Lane::new(file.writer(), 1),
+            rules: Lane::new(file.writer(), 1),
+            import_permit: Arc::new(Semaphore::new(1)),
+            health: Arc::new(health),
+            failures: Arc::default(),
+            file: Some(file),
+            _preparing: preparing,
+        })))
     }
 
     fn open_postgres(url: &DatabaseUrl) -> Result<Self, StoreError> {
         let options = postgres::parse(url)?;
         let health = Arc::new(Health::new());
-        let connectors = |purpose| postgres::connector(&options, url.connect_timeout(), purpose);
-        let preparing = tokio::spawn(postgres::prepare(connectors(Purpose::Migrations), Arc::clone(&health)));
-        let preparing = AbortOnDropHandle::new(preparing);
-        Ok(Self::new(connectors, None, health, Some(preparing)))
-    }
-
-    /// `reads` is for a database with one writer: its reads have connections of their own.
-    fn new(
-        connectors: impl Fn(Purpose) -> Connector,
-        reads: Option<Connector>,
-        health: Arc<Health>,
-        preparing: Option<AbortOnDropHandle<()>>,
-    ) -> Self {
-        let scarcity = Arc::new(Scarcity::default());
-        let lane = |connector, rank, connections_max| Lane::new(connector, rank, connections_max, &scarcity);
-        let one = |purpose| lane(connectors(purpose), Rank::Others, 1);
-        let (reads, writes) = match reads {
-            Some(reads) => (lane(reads, Rank::Others, OPS_CONNECTIONS_MAX), one(Purpose::Ops)),
-            None => {
-                let ops = lane(connectors(Purpose::Ops), Rank::Others, OPS_CONNECTIONS_MAX);
-                (Arc::clone(&ops), ops)
-            }
-        };
-        Self(Arc::new(Inner {
-            lookups: lane(connectors(Purpose::Lookups), Rank::Lookups, LOOKUP_CONNECTIONS_MAX),
-            imports: one(Purpose::Import),
-            plans: one(Purpose::Lookups),
-            reads,
-            writes,
-            rules: one(Purpose::Rules),
-            polls: one(Purpose::Polls),
-            scarcity,
+        let migrations = postgres::connector(&options, Purpose::Migrations);
+        let preparing = tokio::spawn(postgres::prepare(migrations, Arc::clone(&health)));
+        let ops = Lane::new(postgres::connector(&options, Purpose::Ops), OPS_CONNECTIONS_MAX);
+        Ok(Self(Arc::new(Inner {
+            lookups: Arc::new(postgres::connector(&options, Purpose::Lookups)),
+            imports: postgres::connector(&options, Purpose::Import),
+            reads: Arc::clone(&ops),
+            writes: ops,
+            rules: Lane::new(postgres::connector(&options, Purpose::Rules), 1),
             import_permit: Arc::new(Semaphore::new(1)),
             health,
             failures: Arc::default(),
-            _preparing: preparing,
-        }))
+            file: None,
+            _preparing: Some(AbortOnDropHandle::new(preparing)),
+        })))
     }
 
     /// The schema was there at least once since the start.
@@ -261,16 +224,23 @@ impl Store {
         self.0.health.subscribe()
     }
 
-    /// Why the database refuses further connections, if it did lately.
-    #[must_use]
-    pub fn scarce_connections(&self) -> Option<String> {
-        self.0.scarcity.reason()
-    }
-
     /// Calls of this kind that failed since the start.
     #[must_use]
     pub fn failed(&self, operation: Operation) -> u64 {
         self.0.failures.of(operation)
+    }
+
+    /// What calls have met within the last minute, in one line; `None` where they have not.
+    #[must_use]
+    pub fn trouble(&self, trouble: Trouble) -> Option<String> {
+        self.0.failures.trouble(trouble)
+    }
+
+    /// Looks whether SQLite's file is still the one that was opened: [`Trouble::FileChanged`] where it is not.
+    pub fn look_at_file(&self) {
+        if let Some(Err(error)) = self.0.file.as_ref().map(|file| file.check()) {
+            self.0.failures.note_error(&error);
+        }
     }
 
     /// Asks the database for a sign of life, for at most 1 s.
@@ -280,12 +250,12 @@ impl Store {
     #[tracing::instrument(name = "db.ping", level = "debug", skip_all)]
     pub async fn ping(&self) -> Result<(), StoreError> {
         let ping = async {
-            let mut held = self.polls().take().await?;
+            let mut held = self.reads().take().await?;
             held.first(PING, &[]).await?;
             held.give_back();
             Ok(())
         };
-        self.polled(Operation::Read, PING_MAX, ping).await
+        self.observed(Operation::Read, PING_MAX, ping).await
     }
 
     /// Runs a call within [`CALL_MAX`].
@@ -297,19 +267,6 @@ impl Store {
         self.observed(operation, CALL_MAX, work).await
     }
 
-    /// Runs a poll: what comes of it says whether the database answers. Other calls say nothing about that: they may wait for a lock, or
-    /// for one another.
-    async fn polled<T>(
-        &self,
-        operation: Operation,
-        limit: Duration,
-        work: impl Future<Output = Result<T, StoreError>>,
-    ) -> Result<T, StoreError> {
-        let outcome = self.observed(operation, limit, work).await;
-        self.0.health.observe(&outcome);
-        outcome
-    }
-
     async fn observed<T>(
         &self,
         operation: Operation,
@@ -317,19 +274,16 @@ impl Store {
         work: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
         let outcome = timeout(limit, work).await.unwrap_or(Err(StoreError::TimedOut));
+        self.0.health.observe(operation, &outcome);
         self.0.failures.observe(operation, &outcome);
         outcome
-    }
-
-    fn health(&self) -> &Health {
-        &self.0.health
     }
 
     fn failures(&self) -> &Arc<Failures> {
         &self.0.failures
     }
 
-    fn lookups(&self) -> &Arc<Lane> {
+    fn lookups(&self) -> &Arc<Connector> {
         &self.0.lookups
     }
 
@@ -337,16 +291,8 @@ impl Store {
         &self.0.reads
     }
 
-    fn imports(&self) -> &Arc<Lane> {
+    fn imports(&self) -> &Connector {
         &self.0.imports
-    }
-
-    fn plans(&self) -> &Arc<Lane> {
-        &self.0.plans
-    }
-
-    fn polls(&self) -> &Arc<Lane> {
-        &self.0.polls
     }
 
     fn import_permit(&self) -> Result<OwnedSemaphorePermit, TryAcquireError> {

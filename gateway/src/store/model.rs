@@ -155,7 +155,25 @@ pub(super) fn to_ms(at: WallTime) -> i64 {
     i64::try_from(at.as_unix_ms()).unwrap_or(i64::MAX)
 }
 
-/// Wall time from how it is stored; times before 1970 become 1970.
+/// The end of the year 9999, the last that RFC 3339 can write.
+const LAST_MS: i64 = 253_402_300_799_999;
+
+/// Wall time from how it is stored; times before 1970 become 1970, and those after the year 9999 its end.
 pub(super) fn from_ms(ms: i64) -> WallTime {
-    WallTime::from_unix_ms(u64::try_from(ms).unwrap_or(0))
+    WallTime::from_unix_ms(u64::try_from(ms.min(LAST_MS)).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_that_no_calendar_has_are_clamped_when_they_are_read() {
+        assert_eq!(from_ms(i64::MIN).as_unix_ms(), 0);
+        assert_eq!(from_ms(1).as_unix_ms(), 1);
+        assert_eq!(
+            crate::events::format_time(from_ms(i64::MAX)),
+            "9999-12-31T23:59:59.999Z"
+        );
+    }
 }

@@ -1,49 +1,343 @@
 //! The embedded database: one file, write-ahead log, one writer beside readers.
 
-use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt, path::Path, time::Duration};
-
-use sqlx::{
-    ConnectOptions,
-    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
+use std::{
+    fs::{self, Metadata, OpenOptions},
+    io,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
-use super::{connection::Connector, error::StoreError, migrations};
+use sqlx::{
+    ConnectOptions, Connection as _, SqliteConnection,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
+};
+use tokio::time::sleep;
+
+use super::{
+    connection::{Connection, Connector, Sql},
+    error::{StoreError, in_one_line},
+    lane,
+    migrations::{self, SCHEMA_VERSION},
+};
 
 /// Longest wait for another process's lock, below the 2 s in which a rule write is answered.
 const BUSY_MAX: Duration = Duration::from_millis(1_500);
+/// Most connections at a time, each a thread. One whose call took too long lives on until the disk has answered it: a disk that hangs must
+/// not take a thread for every call that is tried.
+const CONNECTIONS_MAX: usize = 64;
+/// Time between two attempts to open for writing a file that could only be read at the start.
+const RETRY: Duration = Duration::from_secs(1);
+/// Between two calls of a handler that counts connections, in steps of SQLite's machine: as rarely as it goes.
+const COUNTING_STEPS: i32 = i32::MAX;
 
-/// Reads and writes. `synchronous = NORMAL` may lose the last commits when the machine (not the process) dies, never the file.
-pub(super) fn writer(path: &Path) -> Connector {
-    let options = base(path)
-        .journal_mode(SqliteJournalMode::Wal)
-        .synchronous(SqliteSynchronous::Normal)
-        .create_if_missing(true);
-    Connector::Sqlite(Box::new(options))
+const VERSION: Sql = Sql::both("SELECT max(version) AS number FROM _sqlx_migrations WHERE success");
+
+/// The file, as it was opened.
+#[derive(Debug)]
+pub(super) struct File {
+    path: PathBuf,
+    /// Device and inode; known once it is open.
+    identity: OnceLock<(u64, u64)>,
+    /// Why it can only be read, while that is so.
+    only_read: Mutex<Option<String>>,
+    connections: Arc<AtomicUsize>,
 }
 
-/// Reads only, beside the writer.
-pub(super) fn reader(path: &Path) -> Connector {
-    Connector::Sqlite(Box::new(base(path).read_only(true)))
+/// How to open it.
+#[derive(Clone, Debug)]
+pub(super) struct Opening {
+    file: Arc<File>,
+    is_reader: bool,
 }
 
-fn base(path: &Path) -> SqliteConnectOptions {
-    SqliteConnectOptions::new()
-        .filename(path)
-        .busy_timeout(BUSY_MAX)
-        .thread_name(|id| format!("sqlite-{id}"))
-        .disable_statement_logging()
-}
-
-/// Creates or opens the file, and migrates it.
-pub(super) async fn prepare(path: &Path) -> Result<(), StoreError> {
-    // SQLite answers "unable to open" to all of these; the file system knows better.
-    match std::fs::metadata(path) {
-        Ok(metadata) if !metadata.is_file() => return Err(StoreError::Unreadable(None)),
-        Ok(_) => {}
-        // Made here, so that nobody else can read the hashes in it; its companion files get the same mode. Where this fails,
-        // so does SQLite, and says why.
-        Err(_) => drop(OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)),
+impl File {
+    pub fn new(path: &Path) -> Arc<Self> {
+        Arc::new(Self {
+            path: path.to_owned(),
+            identity: OnceLock::new(),
+            only_read: Mutex::default(),
+            connections: Arc::default(),
+        })
     }
-    let mut connection = writer(path).connect().await?;
-    migrations::migrate(&mut connection, migrations::Caller::Serve).await
+
+    /// Reads and writes. A commit is on the disk before it is acknowledged: `synchronous = FULL` waits for the disk once a commit.
+    pub fn writer(self: &Arc<Self>) -> Connector {
+        let file = Arc::clone(self);
+        Connector::Sqlite(Opening { file, is_reader: false })
+    }
+
+    /// Reads only, beside the writer.
+    pub fn reader(self: &Arc<Self>) -> Connector {
+        let file = Arc::clone(self);
+        Connector::Sqlite(Opening { file, is_reader: true })
+    }
+
+    /// Creates or opens the file, and migrates it.
+    pub async fn prepare(self: &Arc<Self>) -> Result<(), StoreError> {
+        // SQLite answers "unable to open" to all of these; the file system knows better.
+        match fs::metadata(&self.path) {
+            Ok(metadata) if !metadata.is_file() => return Err(StoreError::Unreadable(None)),
+            Ok(_) => {}
+            // Made here, so that nobody else can read the hashes in it; its companion files get the same mode. Where this fails,
+            // so does SQLite, and says why.
+            Err(_) => drop(
+                OpenOptions::new()
+                    .write(true)
+                    .create_new(true)
+                    .mode(0o600)
+                    .open(&self.path),
+            ),
+        }
+        let mut connection = lane::connect(&self.writer()).await?;
+        migrations::migrate(&mut connection).await?;
+        self.remember();
+        Ok(())
+    }
+
+    /// Opens a file that can't be written now, by a full disk for one, to be read only. Whoever else may write it must not run.
+    ///
+    /// # Errors
+    /// It can't be read either, its schema is another version's, or what it holds is not all in it.
+    pub async fn open_to_read(self: &Arc<Self>, cause: &StoreError) -> Result<(), StoreError> {
+        let mut log = self.path.clone().into_os_string();
+        log.push("-wal");
+        if fs::metadata(log).is_ok_and(|log| log.len() > 0) {
+            return Err(StoreError::Unreadable(None));
+        }
+        self.set_only_read(Some(in_one_line(cause)));
+        let version = async {
+            let mut connection = self.reader().connect().await?;
+            let row = connection.first(VERSION, &[]).await?;
+            row.map(|row| row.int("number")).transpose()
+        };
+        match version.await {
+            Ok(Some(Some(SCHEMA_VERSION))) => {
+                self.remember();
+                Ok(())
+            }
+            other => {
+                self.set_only_read(None);
+                Err(other.err().unwrap_or(StoreError::Unreadable(None)))
+            }
+        }
+    }
+
+    /// Tries to open it for writing until that succeeds.
+    pub async fn await_writable(self: Arc<Self>) {
+        loop {
+            sleep(RETRY).await;
+            let opening = Opening {
+                file: Arc::clone(&self),
+                is_reader: false,
+            };
+            let opened = async {
+                let mut connection = Connection::Sqlite(opening.open(None).await?);
+                migrations::migrate(&mut connection).await
+            };
+            if opened.await.is_ok() {
+                self.set_only_read(None);
+                tracing::info!("the database can be written again");
+                return;
+            }
+        }
+    }
+
+    fn remember(&self) {
+        if let Ok(metadata) = fs::metadata(&self.path) {
+            let _ = self.identity.set(identity(&metadata));
+        }
+    }
+
+    /// Whether it is still the file that was opened.
+    pub fn check(&self) -> Result<(), StoreError> {
+        let Some(opened) = self.identity.get() else {
+            return Ok(());
+        };
+        match fs::metadata(&self.path) {
+            Ok(metadata) if identity(&metadata) != *opened => Err(StoreError::FileChanged("replaced")),
+            Ok(metadata) if metadata.len() == 0 => Err(StoreError::FileChanged("emptied")),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(StoreError::FileChanged("deleted")),
+            // What else is wrong is found out by whoever uses it.
+            Ok(_) | Err(_) => Ok(()),
+        }
+    }
+
+    fn check_writable(&self) -> Result<(), StoreError> {
+        self.check()?;
+        match self.only_read() {
+            Some(cause) => Err(StoreError::OnlyRead(cause)),
+            None => Ok(()),
+        }
+    }
+
+    fn only_read(&self) -> Option<String> {
+        self.only_read.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_only_read(&self, cause: Option<String>) {
+        *self.only_read.lock().unwrap_or_else(PoisonError::into_inner) = cause;
+    }
+}
+
+fn identity(metadata: &Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
+impl Opening {
+    pub async fn connect(&self) -> Result<SqliteConnection, StoreError> {
+        self.file.check()?;
+        self.open(self.file.only_read()).await
+    }
+
+    async fn open(&self, only_read: Option<String>) -> Result<SqliteConnection, StoreError> {
+        let count = Counted::new(&self.file.connections).ok_or(StoreError::Busy)?;
+        let options = SqliteConnectOptions::new()
+            .filename(&self.file.path)
+            .busy_timeout(BUSY_MAX)
+            .thread_name(|id| format!("sqlite-{id}"))
+            .disable_statement_logging();
+        let options = if only_read.is_some() {
+            // Without the companion files, for which there is no room.
+            options.read_only(true).immutable(true)
+        } else if self.is_reader {
+            options.read_only(true)
+        } else {
+            options
+                .journal_mode(SqliteJournalMode::Wal)
+                .synchronous(SqliteSynchronous::Full)
+        };
+        let mut connection = SqliteConnection::connect_with(&options).await?;
+        // The handler ends with the connection's thread, and the count with it.
+        connection
+            .lock_handle()
+            .await?
+            .set_progress_handler(COUNTING_STEPS, move || count.is_there());
+        Ok(connection)
+    }
+
+    /// A connection made now must not be kept: it does not see what is written later.
+    pub fn is_passing(&self) -> bool {
+        self.file.only_read().is_some()
+    }
+
+    /// Nothing is to be written to a file that is not the one that was opened.
+    pub fn check_writable(&self) -> Result<(), StoreError> {
+        self.file.check_writable()
+    }
+}
+
+/// One of the connections.
+struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    fn new(connections: &Arc<AtomicUsize>) -> Option<Self> {
+        let counted = Self(Arc::clone(connections));
+        let before = connections.fetch_add(1, Ordering::Relaxed);
+        (before < CONNECTIONS_MAX).then_some(counted)
+    }
+
+    const fn is_there(&self) -> bool {
+        true
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn file_that_can_only_be_read_is_read_without_companions_and_written_once_that_is_possible() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("seawall.db");
+        File::new(&path).prepare().await.unwrap();
+        let file = File::new(&path);
+        let full = StoreError::Unavailable("no room".into());
+        let companions = || fs::read_dir(home.path()).unwrap().count() - 1;
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while companions() > 0 {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "the last connection takes them away"
+            );
+            tokio::task::yield_now().await;
+        }
+
+        file.open_to_read(&full).await.unwrap();
+
+        let lane = lane::Lane::new(file.writer(), 1);
+        let mut held = lane.take().await.unwrap();
+        assert!(held.first(VERSION, &[]).await.unwrap().is_some());
+        let refused = held.begin().await.unwrap_err();
+        assert!(refused.to_string().contains("no room"), "{refused}");
+        held.give_back();
+        assert_eq!(companions(), 0);
+        Arc::clone(&file).await_writable().await;
+        let mut held = lane.take().await.unwrap();
+        held.begin().await.unwrap();
+        held.commit().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn file_whose_log_holds_more_than_the_file_is_not_read_without_it() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("seawall.db");
+        File::new(&path).prepare().await.unwrap();
+        fs::write(home.path().join("seawall.db-wal"), "commits").unwrap();
+
+        let opened = File::new(&path).open_to_read(&StoreError::Busy).await;
+
+        assert!(opened.is_err());
+    }
+
+    #[tokio::test]
+    async fn emptied_file_is_told_from_the_one_that_was_opened() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("seawall.db");
+        let file = File::new(&path);
+        file.prepare().await.unwrap();
+        assert!(file.check().is_ok());
+
+        fs::write(&path, "").unwrap();
+
+        assert!(matches!(file.check(), Err(StoreError::FileChanged("emptied"))));
+    }
+
+    #[tokio::test]
+    async fn connections_are_counted_until_their_threads_end_and_are_bounded() {
+        let home = tempfile::tempdir().unwrap();
+        let file = File::new(&home.path().join("seawall.db"));
+        file.prepare().await.unwrap();
+
+        let mut held = Vec::new();
+        let refused = loop {
+            match file.reader().connect().await {
+                Ok(connection) => held.push(connection),
+                Err(error) => break error,
+            }
+        };
+
+        assert!(matches!(refused, StoreError::Busy), "{refused}");
+        assert!(
+            (CONNECTIONS_MAX - 1..=CONNECTIONS_MAX).contains(&held.len()),
+            "{}",
+            held.len()
+        );
+        drop(held);
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while file.connections.load(Ordering::Relaxed) > 0 {
+            assert!(std::time::Instant::now() < deadline);
+            tokio::task::yield_now().await;
+        }
+    }
 }

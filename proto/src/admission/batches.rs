@@ -6,7 +6,7 @@ use super::{
     queue::{Ended, Ran},
     to_usize,
 };
-use crate::time::Instant;
+use crate::{id::DeviceId, time::Instant};
 
 impl Admission {
     /// The next statement to send, if one may be sent now. Call until `None`, after every other call.
@@ -114,8 +114,17 @@ impl Admission {
         shared_max.saturating_sub(self.queue.shared_in_flight())
     }
 
-    /// A statement ended.
+    /// A statement ended, and where it was answered, the answer says of every key whether it is registered.
     pub fn handle_batch_done(&mut self, id: BatchId, outcome: BatchOutcome, now: Instant) {
+        self.handle_ended(id, outcome, |_| true, now);
+    }
+
+    /// A statement was answered. A device that the answer does not tell of can't be verified now: it is refused, with a slot.
+    pub fn handle_batch_answered(&mut self, id: BatchId, is_told: impl Fn(DeviceId) -> bool, now: Instant) {
+        self.handle_ended(id, BatchOutcome::Answered, is_told, now);
+    }
+
+    fn handle_ended(&mut self, id: BatchId, outcome: BatchOutcome, is_told: impl Fn(DeviceId) -> bool, now: Instant) {
         let is_answered = outcome == BatchOutcome::Answered;
         let ended = match outcome {
             BatchOutcome::Answered => self.queue.handle_answered(id),
@@ -135,8 +144,16 @@ impl Admission {
             }
             Ended::Answered { statement, waiters } => {
                 for (ticket, device) in waiters {
-                    self.queue.finish(ticket);
-                    self.owed.push_back(Owed::Answer { ticket, device });
+                    let waiter = self.queue.finish(ticket);
+                    let owed = match waiter {
+                        Some(waiter) if !is_told(device) => Owed::Refuse {
+                            ticket,
+                            waiter,
+                            cause: Cause::LookupFailed,
+                        },
+                        Some(_) | None => Owed::Answer { ticket, device },
+                    };
+                    self.owed.push_back(owed);
                 }
                 self.breaker.handle_outcome(true, now);
                 statement

@@ -57,7 +57,7 @@ pub enum Cause {
     Deadline,
     /// The database is away, or was never there.
     Breaker,
-    /// The look-up failed twice.
+    /// The look-up failed twice, or its answer said nothing of this device.
     LookupFailed,
     /// The look-up was not answered in time.
     LookupTimedOut,

@@ -128,6 +128,38 @@ fn idle_registry_is_asked_at_once() {
 }
 
 #[test]
+fn answer_that_says_nothing_of_a_device_refuses_it_with_a_slot_and_no_other() {
+    let mut node = Node::new();
+    let told = node.queued(1, at(0));
+    let untold = node.queued(2, at(0));
+    let mut actions = Vec::new();
+
+    for batch in node.batches(at(0)) {
+        node.admission
+            .handle_batch_answered(batch.id, |key| key != device(2), at(5));
+        actions.extend(node.actions(at(5)));
+    }
+    for batch in node.batches(at(5)) {
+        node.admission
+            .handle_batch_answered(batch.id, |key| key != device(2), at(5));
+        actions.extend(node.actions(at(5)));
+    }
+
+    assert_eq!(actions.len(), 2);
+    for action in actions {
+        match action {
+            Action::Answer { ticket, device: key } => assert_eq!((ticket, key), (told, device(1))),
+            Action::Refuse { ticket, refused } => {
+                assert_eq!((ticket, refused.cause), (untold, Cause::LookupFailed));
+                assert!(refused.hint.slot.is_some());
+            }
+        }
+    }
+    let breaker = node.admission.state(at(5)).breaker;
+    assert_eq!(breaker, BreakerState::Closed, "the database did answer");
+}
+
+#[test]
 fn ten_thousand_that_ask_for_one_key_cost_one_key() {
     let mut node = Node::new();
     let tickets: BTreeSet<Ticket> = (0..10_000).map(|_| node.queued(1, at(0))).collect();

@@ -87,17 +87,20 @@ pub enum Finding {
     /// The credential is not the device's.
     OtherCredential,
     Disabled,
-    /// Revoked, or not registered.
+    /// Revoked.
     Gone,
+    /// Not registered. Nobody has recorded why: the registry may be at fault.
+    Absent,
 }
 
 impl Finding {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Confirmed,
         Self::Changed,
         Self::OtherCredential,
         Self::Disabled,
         Self::Gone,
+        Self::Absent,
     ];
 
     #[must_use]
@@ -108,6 +111,7 @@ impl Finding {
             Self::OtherCredential => "other_credential",
             Self::Disabled => "disabled",
             Self::Gone => "gone",
+            Self::Absent => "absent",
         }
     }
 
@@ -115,7 +119,7 @@ impl Finding {
     #[must_use]
     pub fn of(grant: &Grant, record: Option<&DeviceRecord>, wall: WallTime) -> Self {
         let Some(record) = record else {
-            return Self::Gone;
+            return Self::Absent;
         };
         match record.state {
             DeviceState::Revoked => Self::Gone,
@@ -130,8 +134,8 @@ impl Finding {
     pub fn close(self, rng: &mut impl Rng) -> Option<Close> {
         match self {
             Self::Confirmed | Self::Changed => None,
-            // It comes back, and is told as everybody whose credential is wrong.
-            Self::OtherCredential => Some(Close::disconnected(rng)),
+            // It comes back, and is told as everybody whose credential is wrong, or who is not registered.
+            Self::OtherCredential | Self::Absent => Some(Close::disconnected(rng)),
             Self::Disabled => Some(Close::disabled(rng)),
             Self::Gone => Some(Close::Revoked),
         }
@@ -202,6 +206,15 @@ mod tests {
     }
 
     #[test]
+    fn device_that_the_registry_does_not_have_is_never_told_to_stay_away() {
+        let finding = Finding::of(&grant(), None, WallTime::default());
+        let close = finding.close(&mut SmallRng::seed_from_u64(1));
+
+        assert_eq!(finding, Finding::Absent);
+        assert_eq!(close.map(|close| close.code()), Some(4003));
+    }
+
+    #[test]
     fn drill_finds_what_was_changed_behind_the_gateway_s_back() {
         let record = DeviceRecord {
             id: grant().device,
@@ -236,6 +249,5 @@ mod tests {
             finding(|record| record.tenant = label("other")),
             (Finding::Changed, None)
         );
-        assert_eq!(Finding::of(&grant(), None, WallTime::default()), Finding::Gone);
     }
 }

@@ -12,7 +12,7 @@ mod roster;
 mod tenants;
 mod token;
 
-pub use roster::{DamagedRoster, ROSTER_BYTES_MAX, ROSTER_MAX, Roster, RosterBuilder};
+pub use roster::{DamagedRoster, ROSTER_BYTES_MAX, ROSTER_MAX, Roster, RosterBuilder, believable_len};
 pub(crate) use tenants::{STRANGERS_SHARE, Tail, Weights};
 pub use token::{SlotKeys, TOKEN_TEXT_LEN, TenantTag};
 

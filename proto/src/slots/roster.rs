@@ -28,6 +28,19 @@ const DIGEST_LEN: usize = 32;
 /// Longest that [`Roster::to_bytes`] gives.
 pub const ROSTER_BYTES_MAX: u64 = (HEAD_LEN + (TENANTS_MAX + ROSTER_MAX) * 8 + DIGEST_LEN) as u64;
 
+/// A registry that has lost fewer devices is believed, whatever part of them it is.
+const LOST_MIN: usize = 20;
+
+/// How many devices a registry has at least that can be believed when it says that a device is not in it: half of those it had, or 19 fewer.
+/// `known` is how many it had, `changed` how many of them were changed since, and may have been deleted, as it has recorded.
+#[must_use]
+pub const fn believable_len(known: usize, changed: usize) -> usize {
+    let expected = known.saturating_sub(changed);
+    let half = expected.div_ceil(2);
+    let few_lost = expected.saturating_sub(LOST_MIN - 1);
+    if half < few_lost { half } else { few_lost }
+}
+
 /// The registered devices as of a moment.
 ///
 /// A device is 48 bits of its id's `SipHash` with a key that only this roster knows, so that nobody can choose ids that pass: of 16 million
@@ -248,6 +261,22 @@ mod tests {
             assert!(builder.add(device(n), &format!("t{}", n % tenants)));
         }
         builder.finish(AS_OF)
+    }
+
+    #[test]
+    fn registry_that_lost_half_of_its_devices_without_a_record_is_not_believed_unless_they_are_few() {
+        let is_believed = |known, changed, found: usize| found >= believable_len(known, changed);
+
+        assert!(is_believed(0, 0, 0));
+        assert!(is_believed(19, 0, 0));
+        assert!(!is_believed(20, 0, 0));
+        assert!(is_believed(30, 0, 11));
+        assert!(!is_believed(30, 0, 10));
+        assert!(is_believed(1_000, 0, 500));
+        assert!(!is_believed(1_000, 0, 499));
+        assert!(is_believed(1_000, 981, 0), "deleted one by one");
+        assert!(!is_believed(1_000, 500, 0));
+        assert!(is_believed(1_000, 5_000, 0));
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod limit;
 mod moving;
 mod outage;
 mod port;
+mod registry;
 mod resume;
 mod revoked;
 pub mod rig;

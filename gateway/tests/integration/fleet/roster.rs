@@ -16,7 +16,8 @@ use super::{
 };
 use crate::harness::pg::Cluster;
 
-const DEVICES: u32 = 20;
+/// So few that a registry which lost them all is believed.
+const DEVICES: u32 = 19;
 
 /// A gateway on a database of its own that has read all its devices.
 async fn on_postgres() -> (Cluster, DatabaseUrl, Gateway) {

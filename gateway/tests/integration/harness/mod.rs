@@ -3,5 +3,4 @@
 pub mod authority;
 pub mod group;
 pub mod pg;
-pub mod pooler;
 pub mod process;

@@ -27,7 +27,7 @@ async fn setup() -> (Cluster, Store) {
 async fn find_timed(worker: &mut LookupWorker) -> (Result<usize, StoreError>, Duration) {
     let started = Instant::now();
     let found = worker.find(&[device(1), device(2)], LIMIT).await;
-    (found.map(|found| found.len()), started.elapsed())
+    (found.map(|found| found.records.len()), started.elapsed())
 }
 
 /// Looks up again and again until it works.
@@ -110,7 +110,6 @@ async fn killed_database_is_answered_at_once_and_used_again_when_it_is_back() {
         assert!(took < Duration::from_millis(300), "{took:?}");
     }
     assert!(store.device(device(1)).await.unwrap_err().is_away());
-    assert!(store.ping().await.unwrap_err().is_away());
     assert_eq!(store.state().status, DatabaseStatus::Away);
     cluster.restart().unwrap();
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use seawall_gateway::store::{DeviceChange, KEYS_MAX, StoreError};
+use seawall_gateway::store::{Answer, DeviceChange, KEYS_MAX, StoreError};
 use seawall_proto::record::DeviceState;
 
 use super::{Fixture, audit, device, new_device, on_both};
@@ -27,7 +27,11 @@ async fn registered_keys_are_found_and_others_are_missing(fixture: &Fixture) {
     }
     let mut worker = fixture.store.lookup_worker();
 
-    let mut found = worker.find(&[1, 9, u128::MAX, 0].map(device), LIMIT).await.unwrap();
+    let mut found = worker
+        .find(&[1, 9, u128::MAX, 0].map(device), LIMIT)
+        .await
+        .unwrap()
+        .records;
 
     found.sort_by_key(|record| record.id);
     assert_eq!(
@@ -35,7 +39,7 @@ async fn registered_keys_are_found_and_others_are_missing(fixture: &Fixture) {
         [1, u128::MAX].map(device)
     );
     assert_eq!(found[0].secret, new_device(1).secret);
-    assert_eq!(worker.find(&[device(8)], LIMIT).await.unwrap(), []);
+    assert_eq!(worker.find(&[device(8)], LIMIT).await.unwrap(), Answer::default());
 }
 
 async fn one_look_up_takes_up_to_256_keys(fixture: &Fixture) {
@@ -44,7 +48,7 @@ async fn one_look_up_takes_up_to_256_keys(fixture: &Fixture) {
     let keys: Vec<_> = (1..=257).map(|number| device(number * 3)).collect();
 
     for count in [1, 64, 256] {
-        assert_eq!(worker.find(&keys[..count], LIMIT).await.unwrap().len(), count);
+        assert_eq!(worker.find(&keys[..count], LIMIT).await.unwrap().records.len(), count);
     }
     assert_eq!(KEYS_MAX, 256);
     assert!(matches!(worker.find(&keys, LIMIT).await, Err(StoreError::Invalid(_))));
@@ -52,14 +56,14 @@ async fn one_look_up_takes_up_to_256_keys(fixture: &Fixture) {
 
 async fn record_shows_what_the_registry_holds_now(fixture: &Fixture) {
     let mut worker = fixture.store.lookup_worker();
-    assert_eq!(worker.find(&[device(1)], LIMIT).await.unwrap(), []);
+    assert_eq!(worker.find(&[device(1)], LIMIT).await.unwrap(), Answer::default());
     fixture
         .store
         .device_insert(&new_device(1), &audit("device.create", 1))
         .await
         .unwrap();
     assert_eq!(
-        worker.find(&[device(1)], LIMIT).await.unwrap()[0].state,
+        worker.find(&[device(1)], LIMIT).await.unwrap().records[0].state,
         DeviceState::Enabled
     );
     let change = DeviceChange {
@@ -74,13 +78,19 @@ async fn record_shows_what_the_registry_holds_now(fixture: &Fixture) {
         .unwrap()
         .unwrap();
 
-    assert_eq!(worker.find(&[device(1)], LIMIT).await.unwrap(), [changed.record]);
+    assert_eq!(
+        worker.find(&[device(1)], LIMIT).await.unwrap().records,
+        [changed.record]
+    );
 }
 
 async fn no_keys_ask_nothing(fixture: &Fixture) {
     fixture.db_run("ALTER TABLE devices RENAME TO elsewhere").await;
 
-    assert_eq!(fixture.store.lookup_worker().find(&[], LIMIT).await.unwrap(), []);
+    assert_eq!(
+        fixture.store.lookup_worker().find(&[], LIMIT).await.unwrap(),
+        Answer::default()
+    );
 }
 
 async fn cancelled_look_up_does_not_harm_the_next(fixture: &Fixture) {
@@ -91,6 +101,6 @@ async fn cancelled_look_up_does_not_harm_the_next(fixture: &Fixture) {
         let keys = [device(1)];
         let cut_short = worker.find(&keys, LIMIT);
         let _ = tokio::time::timeout(Duration::from_micros(micros), cut_short).await;
-        assert_eq!(worker.find(&[device(2)], LIMIT).await.unwrap()[0].id, device(2));
+        assert_eq!(worker.find(&[device(2)], LIMIT).await.unwrap().records[0].id, device(2));
     }
 }

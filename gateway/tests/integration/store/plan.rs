@@ -79,7 +79,7 @@ mod views {
             .find(&[device(1), device(2)], Duration::from_secs(1))
             .await
             .unwrap();
-        assert_eq!(found.len(), 2);
+        assert_eq!(found.records.len(), 2);
 
         fixture
             .db_run("ALTER TABLE devices_stored DROP CONSTRAINT devices_pkey")

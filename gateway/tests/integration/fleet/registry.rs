@@ -1,0 +1,296 @@
+//! A registry that answers, and what it answers is wrong: unreadable, emptied, another file. Nobody is told that it is not registered, no
+//! session ends, and operators are told why.
+
+use std::{fs, path::PathBuf, sync::Arc};
+
+use seawall_gateway::{
+    config::DatabaseUrl,
+    faults::Fault,
+    registry::ACCEPT_FILE,
+    roster::FILE,
+    state::Shared,
+    store::{DatabaseStatus, OnOtherCredential, StoreError},
+};
+use seawall_proto::{id::RuleId, resume::Generation, slots::Roster};
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection, SqliteConnection};
+
+use super::{
+    resume::{assert_resumed, returning},
+    rig::{Gateway, add_rule, assert_alive, audit, block, device, devices, end_of, eventually, id},
+};
+use crate::harness::pg;
+
+/// More than a registry may lose and be believed.
+const DEVICES: u32 = 30;
+
+async fn behind_the_back(gateway: &Gateway, sql: &str) {
+    let url = gateway.shared.config.database_url();
+    let sql = sqlx::raw_sql(AssertSqlSafe(sql.to_owned()));
+    match url.sqlite_path() {
+        Some(path) => {
+            let url = format!("sqlite:{}", path.display());
+            let mut connection = SqliteConnection::connect(&url).await.unwrap();
+            sql.execute(&mut connection).await.map(drop).unwrap();
+        }
+        None => {
+            let mut connection = PgConnection::connect(url.expose()).await.unwrap();
+            sql.execute(&mut connection).await.map(drop).unwrap();
+        }
+    }
+}
+
+/// A gateway on this database whose roster has all its devices.
+async fn known(database: Option<&DatabaseUrl>) -> Gateway {
+    let gateway = Gateway::start_on(database, "").await;
+    eventually(|| gateway.shared.readiness().ready).await;
+    gateway.register(0..DEVICES).await;
+    gateway.shared.roster_wanted.ask();
+    eventually(|| roster_on_disk(&gateway.shared) == DEVICES as usize).await;
+    gateway
+}
+
+fn roster_on_disk(shared: &Shared) -> usize {
+    let file = shared.config.server.data_dir.join(FILE);
+    fs::read(file).map_or(0, |bytes| Roster::from_bytes(&bytes).unwrap().len())
+}
+
+fn has_reason(gateway: &Gateway, fault: Fault) -> bool {
+    gateway.shared.readiness().reasons.contains(&fault.as_str())
+}
+
+fn accept_file(gateway: &Gateway) -> PathBuf {
+    gateway.shared.config.server.data_dir.join(ACCEPT_FILE)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_that_cannot_be_read_is_registry_unavailable_and_ends_no_session() {
+    let gateway = Gateway::start("").await;
+    gateway.register(0..3).await;
+    let mut live = gateway.session(&device(0)).await;
+
+    behind_the_back(
+        &gateway,
+        &format!(
+            "PRAGMA ignore_check_constraints = ON; UPDATE devices SET state = 'enabled' WHERE id = X'{}'",
+            id(0).as_uuid().simple()
+        ),
+    )
+    .await;
+    let attempt = gateway.connect(&device(0)).await;
+
+    let refused = attempt.refused_with(503, "registry_unavailable");
+    assert!(refused.slot.is_some() && refused.retry_after_ms.is_some());
+    gateway.connect(&device(1)).await.admitted();
+    eventually(|| has_reason(&gateway, Fault::RegistryUnreadable)).await;
+    let detail = gateway.shared.faults.detail(Fault::RegistryUnreadable).unwrap();
+    assert!(
+        detail.contains(&id(0).to_string()) && detail.contains("state"),
+        "{detail}"
+    );
+    // A change on record has its session looked at.
+    let state = &gateway.shared;
+    state.store.revoke_tokens(id(0), state.clock.wall()).await.unwrap();
+    state.store.revoke_tokens(id(1), state.clock.wall()).await.unwrap();
+    eventually(|| state.resume.known() == Generation(2)).await;
+    assert_alive(&mut live).await;
+    assert!(state.readiness().ready);
+    assert!(matches!(
+        state.store.device(id(0)).await,
+        Err(StoreError::Undecodable(_))
+    ));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn column_of_another_type_is_registry_unavailable_for_everybody_and_nobody_s_session_ends() {
+    let url = pg::shared().database().await.unwrap();
+    let gateway = known(Some(&url)).await;
+    let mut live = gateway.session(&device(0)).await;
+
+    behind_the_back(&gateway, "ALTER TABLE devices ALTER COLUMN state TYPE int").await;
+
+    for attempt in gateway.connect_all(&devices(1..20)).await {
+        attempt.refused_with(503, "registry_unavailable");
+    }
+    eventually(|| has_reason(&gateway, Fault::RegistryUnreadable)).await;
+    assert_alive(&mut live).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dropped_column_is_a_reason_with_its_cause_and_never_calls_the_database_away() {
+    let url = pg::shared().database().await.unwrap();
+    let gateway = known(Some(&url)).await;
+    let mut told = gateway.shared.store.subscribe();
+    told.mark_unchanged();
+
+    behind_the_back(&gateway, "ALTER TABLE devices RENAME COLUMN model TO model_x").await;
+
+    eventually_refused(&gateway).await;
+    eventually(|| has_reason(&gateway, Fault::LookupsFail) && has_reason(&gateway, Fault::DatabaseRefuses)).await;
+    for fault in [Fault::LookupsFail, Fault::DatabaseRefuses] {
+        let detail = gateway.shared.faults.detail(fault).unwrap();
+        assert!(detail.contains("model"), "{detail}");
+    }
+    let error = gateway.shared.store.device(id(0)).await.unwrap_err();
+    assert!(matches!(error, StoreError::Unusable(_)), "{error}");
+    assert_eq!(gateway.shared.store.state().status, DatabaseStatus::Available);
+    assert!(!told.has_changed().unwrap());
+
+    behind_the_back(&gateway, "ALTER TABLE devices RENAME COLUMN model_x TO model").await;
+
+    eventually(|| !has_reason(&gateway, Fault::LookupsFail)).await;
+    gateway.connect(&device(1)).await.admitted();
+}
+
+/// Connects until a refusal has opened the breaker.
+async fn eventually_refused(gateway: &Gateway) {
+    for attempt in gateway.connect_all(&devices(0..10)).await {
+        attempt.refused_with(503, "registry_unavailable");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn emptied_registry_is_not_believed_until_a_person_says_so() {
+    let gateway = known(None).await;
+    let mut live = gateway.session(&device(0)).await;
+    let waiting = eventually_held(&gateway).await;
+
+    assert_alive(&mut live).await;
+    assert!(gateway.shared.readiness().ready, "a balancer must not move the fleet");
+    drop((live, waiting));
+    let gateway = gateway.restart_on(None).await;
+
+    let readiness = gateway.shared.readiness();
+    assert!(
+        !readiness.ready && readiness.reasons == ["registry_shrunken"],
+        "{readiness:?}"
+    );
+    gateway
+        .connect(&device(1))
+        .await
+        .refused_with(503, "registry_unavailable");
+    assert_eq!(roster_on_disk(&gateway.shared), DEVICES as usize);
+    fs::write(accept_file(&gateway), "").unwrap();
+
+    eventually(|| gateway.shared.readiness().ready && !accept_file(&gateway).exists()).await;
+    gateway.connect(&device(1)).await.refused_with(401, "unauthorized");
+    eventually(|| roster_on_disk(&gateway.shared) == 0).await;
+}
+
+/// Empties the registry, and connects until it is no longer believed.
+async fn eventually_held(gateway: &Gateway) {
+    behind_the_back(gateway, "DELETE FROM devices").await;
+    // One whose absence may be believed has the devices counted.
+    gateway.connect(&device(2)).await.refused();
+    eventually(|| has_reason(gateway, Fault::RegistryShrunken)).await;
+    gateway
+        .connect(&device(1))
+        .await
+        .refused_with(503, "registry_unavailable");
+    gateway
+        .connect(&device(2))
+        .await
+        .refused_with(503, "registry_unavailable");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn restored_registry_is_believed_by_itself() {
+    let gateway = known(None).await;
+    let path = gateway.shared.config.database_url().sqlite_path().unwrap();
+    behind_the_back(
+        &gateway,
+        &format!("VACUUM INTO '{}'", path.with_extension("backup").display()),
+    )
+    .await;
+    eventually_held(&gateway).await;
+
+    behind_the_back(
+        &gateway,
+        &format!(
+            "ATTACH '{}' AS backup; INSERT INTO devices SELECT * FROM backup.devices",
+            path.with_extension("backup").display()
+        ),
+    )
+    .await;
+
+    eventually(|| gateway.shared.readiness().reasons.is_empty()).await;
+    gateway.connect(&device(1)).await.admitted();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn most_of_a_fleet_can_be_deleted_through_the_api() {
+    let gateway = known(None).await;
+    let mut live = gateway.session(&device(1)).await;
+    let store = &gateway.shared.store;
+    let mut audit = audit("device.delete");
+    audit.at = gateway.shared.clock.wall();
+
+    for number in 1..DEVICES {
+        store.device_delete(id(number), &audit).await.unwrap().unwrap();
+    }
+    gateway.shared.roster_wanted.ask();
+
+    let (_, code, _) = end_of(&mut live, super::rig::PATIENCE).await;
+    assert_eq!(code, 4501, "on record");
+    eventually(|| roster_on_disk(&gateway.shared) == 1).await;
+    assert!(gateway.shared.readiness().reasons.is_empty());
+    gateway.connect(&device(1)).await.refused_with(401, "unauthorized");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn device_that_is_gone_without_a_record_is_not_told_to_stay_away() {
+    let gateway = Gateway::start("").await;
+    let returning = returning(&gateway, 0..1).await;
+    behind_the_back(&gateway, "DELETE FROM devices").await;
+
+    let close = loop {
+        let mut session = gateway.session(&returning[0]).await;
+        let drilled = || gateway.metric("seawall_resume_drills_total{outcome=\"absent\"}") > 0;
+        if drilled() {
+            break end_of(&mut session, super::rig::PATIENCE).await;
+        }
+        let looked = tokio::time::timeout(
+            std::time::Duration::from_millis(20),
+            end_of(&mut session, super::rig::PATIENCE),
+        );
+        if let Ok(end) = looked.await {
+            break end;
+        }
+    };
+
+    assert_eq!(close.1, 4003);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn database_file_that_is_deleted_or_replaced_is_an_alarm_and_takes_no_writes() {
+    let gateway = known(None).await;
+    let mut live = gateway.session(&device(0)).await;
+    let path = gateway.shared.config.database_url().sqlite_path().unwrap();
+    let kept = path.with_extension("kept");
+    fs::rename(&path, &kept).unwrap();
+
+    let (rule, by) = (RuleId(uuid::Uuid::new_v4()), audit("rule.create"));
+    let refused = gateway.shared.store.rule_insert(rule, block("=6.6.6"), &by).await;
+    assert!(matches!(refused, Err(StoreError::FileChanged("deleted"))));
+    assert!(!path.exists(), "no new registry in its place");
+    eventually(|| has_reason(&gateway, Fault::DatabaseFile)).await;
+    fs::write(&path, "another").unwrap();
+    let imported = gateway.shared.store.import(OnOtherCredential::Refuse).await;
+    assert!(matches!(imported.map(drop), Err(StoreError::FileChanged("replaced"))));
+    gateway.connect(&device(1)).await.admitted();
+    assert_alive(&mut live).await;
+
+    fs::rename(&kept, &path).unwrap();
+
+    add_rule(&gateway.shared.store, block("=6.6.6")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_count_while_the_registry_is_not_believed() {
+    let gateway = known(None).await;
+    let returning = returning(&gateway, DEVICES..DEVICES + 3).await;
+    eventually_held(&gateway).await;
+
+    assert_resumed(&gateway, &returning).await;
+    let state = Arc::clone(&gateway.shared);
+    assert!(!state.gate.believes_absence());
+}
