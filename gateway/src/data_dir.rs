@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
-    io::{self, Write},
+    io::{self, Read, Write},
     net::SocketAddr,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
@@ -10,8 +10,11 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-/// Name of the file that a running gateway holds locked.
+/// Name of the file that a running gateway holds locked, beside the directory itself: the file may be deleted, and there are file systems
+/// that lock no directories.
 const LOCK: &str = "lock";
+/// Longest `addresses.json` that is read, many times what is written.
+const ADDRESSES_BYTES_MAX: u64 = 4 << 10;
 /// Name of the file with the addresses in use.
 pub const ADDRESSES: &str = "addresses.json";
 
@@ -19,7 +22,8 @@ pub const ADDRESSES: &str = "addresses.json";
 #[derive(Debug)]
 pub struct DataDir {
     path: PathBuf,
-    _lock: File,
+    _folder: File,
+    _lock: Option<File>,
 }
 
 /// The addresses in use, as `addresses.json` tells them.
@@ -61,19 +65,34 @@ impl DataDir {
         if mode & 0o002 != 0 {
             tracing::warn!(path = %path.display(), "data directory can be written by everyone on this machine");
         }
-        let options = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .clone();
-        let lock = options.open(path.join(LOCK)).map_err(unusable)?;
+        let in_use = || DataDirError::InUse { path: path.to_owned() };
+        let folder = File::open(path).map_err(unusable)?;
+        let is_folder_held = match folder.try_lock() {
+            Ok(()) => true,
+            Err(TryLockError::WouldBlock) => return Err(in_use()),
+            Err(TryLockError::Error(_)) => false,
+        };
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false).mode(0o600);
+        let lock = match options.open(path.join(LOCK)) {
+            Ok(lock) => lock,
+            // A disk that is full or read-only: what is there can be served.
+            Err(error) if is_folder_held && is_unwritable(&error) => {
+                return Ok(Self {
+                    path: path.to_owned(),
+                    _folder: folder,
+                    _lock: None,
+                });
+            }
+            Err(error) => return Err(unusable(error)),
+        };
         match lock.try_lock() {
             Ok(()) => Ok(Self {
                 path: path.to_owned(),
-                _lock: lock,
+                _folder: folder,
+                _lock: Some(lock),
             }),
-            Err(TryLockError::WouldBlock) => Err(DataDirError::InUse { path: path.to_owned() }),
+            Err(TryLockError::WouldBlock) => Err(in_use()),
             Err(TryLockError::Error(source)) => Err(unusable(source)),
         }
     }
@@ -84,16 +103,6 @@ impl DataDir {
         &self.path
     }
 
-    /// Tells the addresses in use to whoever started this gateway.
-    ///
-    /// # Errors
-    /// The file can't be written.
-    pub fn write_addresses(&self, addresses: Addresses) -> io::Result<()> {
-        let mut text = serde_json::to_string(&addresses).map_err(io::Error::other)?;
-        text.push('\n');
-        write_atomically(&self.path.join(ADDRESSES), text.as_bytes(), 0o644)
-    }
-
     /// Takes the addresses away: nobody listens there any more.
     pub fn remove_addresses(&self) {
         // A file that is left behind is written anew by the next start.
@@ -101,11 +110,48 @@ impl DataDir {
     }
 }
 
+fn is_unwritable(error: &io::Error) -> bool {
+    use io::ErrorKind::{QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    matches!(error.kind(), QuotaExceeded | ReadOnlyFilesystem | StorageFull)
+}
+
+/// Tells the addresses in use to whoever started this gateway.
+///
+/// # Errors
+/// The file can't be written.
+pub fn write_addresses(path: &Path, addresses: Addresses) -> io::Result<()> {
+    let mut text = serde_json::to_string(&addresses).map_err(io::Error::other)?;
+    text.push('\n');
+    write_atomically(&path.join(ADDRESSES), text.as_bytes(), 0o644)
+}
+
+/// A file of the data directory, as a whole; one that is longer than any of ours is not read.
+///
+/// # Errors
+/// It can't be read, or is longer than `bytes_max`.
+pub fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?
+        .take(bytes_max.saturating_add(1))
+        .read_to_end(&mut bytes)?;
+    if u64::try_from(bytes.len()).is_ok_and(|len| len > bytes_max) {
+        return Err(io::Error::other(format!(
+            "it is longer than {bytes_max} bytes, and no such file is"
+        )));
+    }
+    Ok(bytes)
+}
+
 /// Whether a gateway holds the directory now.
 ///
 /// # Errors
 /// The lock file can't be opened.
 pub fn is_in_use(path: &Path) -> io::Result<bool> {
+    if let Ok(folder) = File::open(path)
+        && matches!(folder.try_lock_shared(), Err(TryLockError::WouldBlock))
+    {
+        return Ok(true);
+    }
     let lock = match File::open(path.join(LOCK)) {
         Ok(lock) => lock,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -123,7 +169,7 @@ pub fn is_in_use(path: &Path) -> io::Result<bool> {
 /// # Errors
 /// The file can't be read, or isn't ours.
 pub fn read_addresses(path: &Path) -> io::Result<Option<Addresses>> {
-    match fs::read(path.join(ADDRESSES)) {
+    match read_bounded(&path.join(ADDRESSES), ADDRESSES_BYTES_MAX) {
         Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(io::Error::other),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
@@ -177,6 +223,28 @@ mod tests {
     }
 
     #[test]
+    fn second_holder_is_refused_although_the_lock_file_was_deleted() {
+        let home = tempfile::tempdir().unwrap();
+        let _first = DataDir::open(home.path()).unwrap();
+
+        fs::remove_file(home.path().join(LOCK)).unwrap();
+
+        assert!(matches!(DataDir::open(home.path()), Err(DataDirError::InUse { .. })));
+        assert!(is_in_use(home.path()).unwrap());
+    }
+
+    #[test]
+    fn file_that_is_longer_than_its_bound_is_not_read() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("file");
+        fs::write(&path, "12345").unwrap();
+
+        assert_eq!(read_bounded(&path, 5).unwrap(), b"12345");
+        let error = read_bounded(&path, 4).unwrap_err();
+        assert!(error.to_string().contains("longer than 4 bytes"), "{error}");
+    }
+
+    #[test]
     fn file_in_the_way_makes_it_unusable() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("data");
@@ -194,7 +262,7 @@ mod tests {
             ops: "[::1]:2".parse().unwrap(),
         };
 
-        directory.write_addresses(addresses).unwrap();
+        write_addresses(home.path(), addresses).unwrap();
 
         assert_eq!(read_addresses(home.path()).unwrap(), Some(addresses));
         directory.remove_addresses();

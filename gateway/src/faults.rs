@@ -166,11 +166,11 @@ pub async fn follow(state: Shared, stop: CancellationToken) {
 fn look(state: &State) {
     let store = &state.store;
     let failing = match state.gate.state().breaker {
-        BreakerState::Open | BreakerState::HalfOpen => {
-            let cause = store.trouble(Trouble::Lookups).or_else(|| store.state().reason);
-            let cause = cause.unwrap_or_else(|| "no answer".to_owned());
-            Some(format!("devices are refused because look-ups fail: {cause}"))
-        }
+        // Without a cause it is being tried for the first time.
+        BreakerState::Open | BreakerState::HalfOpen => store
+            .trouble(Trouble::Lookups)
+            .or_else(|| store.state().reason)
+            .map(|cause| format!("devices are refused because look-ups fail: {cause}")),
         BreakerState::Closed | BreakerState::Absent => None,
     };
     take_note(state, Fault::LookupsFail, failing);

@@ -5,17 +5,19 @@
 //! secrets; those of resume tokens change every week by themselves. To change a secret, put a new one with another id before the
 //! old one and restart: tokens of the old one stay good for as long as it is in the file.
 
-use std::{fmt, fs, io, path::Path};
+use std::{fmt, io, path::Path};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use rand::{TryRngCore, rngs::OsRng};
 use seawall_proto::{resume::ResumeKeys, slots::SlotKeys};
 use serde::{Deserialize, Serialize};
 
-use crate::data_dir::write_atomically;
+use crate::data_dir::{read_bounded, write_atomically};
 
 /// The file, in the data directory.
 const FILE: &str = "keys.json";
+/// Longest file that is read: many times four keys.
+const BYTES_MAX: u64 = 64 << 10;
 /// Most keys in the file: the newest and three older ones.
 const KEYS_MAX: usize = 4;
 
@@ -55,7 +57,7 @@ pub struct KeysError {
 /// The file can't be read or made, or isn't a list of one to four keys with ids of their own.
 pub fn open(data_dir: &Path) -> Result<Keys, KeysError> {
     let path = data_dir.join(FILE);
-    let keys = match fs::read(&path) {
+    let keys = match read_bounded(&path, BYTES_MAX) {
         Ok(bytes) => parse(&bytes),
         Err(error) if error.kind() == io::ErrorKind::NotFound => make(&path),
         Err(error) => Err(error),
@@ -64,6 +66,12 @@ pub fn open(data_dir: &Path) -> Result<Keys, KeysError> {
         path: path.display().to_string(),
         source,
     })
+}
+
+/// Whether a gateway has started here before.
+#[must_use]
+pub fn are_in(data_dir: &Path) -> bool {
+    data_dir.join(FILE).exists()
 }
 
 impl Keys {
@@ -124,6 +132,7 @@ fn damaged(problem: impl fmt::Display) -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;

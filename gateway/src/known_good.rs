@@ -3,17 +3,22 @@
 //!
 //! Nothing depends on the file. One that is missing, damaged or can't be written costs devices an attempt more in the first storm.
 
-use std::{fs, io, path::Path, time::Duration};
+use std::{io, path::Path, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-use crate::{data_dir::write_atomically, state::Shared};
+use crate::{
+    data_dir::{read_bounded, write_atomically},
+    state::Shared,
+};
 
 /// The file, in the data directory.
 pub const FILE: &str = "known-good.json";
 /// How often what was measured is kept. overload.md section 1.
 const KEEP_INTERVAL: Duration = Duration::from_secs(60);
+/// Longest file that is read, many times what is written.
+const BYTES_MAX: u64 = 4 << 10;
 /// Greatest rate believed, in keys a second: the greatest that can be configured.
 const RATE_MAX: f64 = 1e6;
 
@@ -38,7 +43,7 @@ pub fn load(data_dir: &Path) -> Option<f64> {
 }
 
 fn read(path: &Path) -> io::Result<f64> {
-    let kept: KnownGood = serde_json::from_slice(&fs::read(path)?).map_err(io::Error::other)?;
+    let kept: KnownGood = serde_json::from_slice(&read_bounded(path, BYTES_MAX)?).map_err(io::Error::other)?;
     if kept.keys_per_second > 0.0 && kept.keys_per_second <= RATE_MAX {
         Ok(kept.keys_per_second)
     } else {
@@ -76,6 +81,8 @@ pub async fn keep(state: Shared, stop: CancellationToken) {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -6,7 +6,7 @@
 
 use std::{
     collections::VecDeque,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering},
@@ -22,27 +22,28 @@ use seawall_proto::{
     rules::RuleSet,
     time::Instant,
 };
-use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     clock::Clock,
-    data_dir::write_atomically,
     state::Shared,
     store::{Store, StoreError, StoredRevocations},
 };
 
 mod drill;
+mod journal;
 mod unwanted;
+
+use self::journal::{Journal, Line};
 
 pub use drill::drill;
 pub use unwanted::{HANDSHAKE_MAX, end_unwanted_session};
 
-/// File of the revocations in the data directory: at most [`REVOKED_MAX`] devices, 50 bytes each.
-const FILE: &str = "revoked.json";
 /// How often the revision of the revocations is read: a revocation counts on every node within a second.
 const POLL_INTERVAL: Duration = Duration::from_millis(400);
+/// How long after a change made here it is read. Until then the devices changed get no new token.
+const NEWS_PAUSE: Duration = Duration::from_millis(50);
 /// Most changed devices whose sessions are still to be looked at. Beyond it the oldest are not: their sessions stay.
 const CHANGED_MAX: usize = 2 * REVOKED_MAX;
 /// Polls between two prunings of the revocations in the database: an hour.
@@ -56,9 +57,11 @@ pub struct Resume {
     revoked: RwLock<Revoked>,
     /// When the database last confirmed them, in microseconds of the process clock; `u64::MAX` before the first time.
     confirmed_at: AtomicU64,
-    /// Who reads the database or writes the file.
+    /// Who reads the database.
     loading: tokio::sync::Mutex<()>,
-    file: PathBuf,
+    journal: Journal,
+    /// The database is to be read at once.
+    news: Notify,
     /// Changed devices, each with the time from which its session is to be looked at.
     changed: Mutex<VecDeque<(Instant, DeviceId)>>,
     drills: Mutex<Drills<Case>>,
@@ -71,22 +74,15 @@ struct Case {
     session: SessionId,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Saved {
-    known: u32,
-    floor: u32,
-    devices: Vec<(DeviceId, u32)>,
-}
-
 impl Resume {
     /// Starts from the revocations on disk. Without them no token counts until the database was asked.
     #[must_use]
     pub fn open(data_dir: &Path, keys: ResumeKeys, life: Duration) -> Self {
-        let file = data_dir.join(FILE);
-        let revoked = match read(&file) {
-            Ok(saved) => saved,
+        let journal = Journal::new(data_dir);
+        let revoked = match journal.read() {
+            Ok(kept) => kept,
             Err(error) => {
-                tracing::error!(%error, file = %file.display(), "ignoring unreadable file of revocations: no resume token counts until the database answers");
+                tracing::error!(%error, file = %journal.path().display(), "ignoring unreadable file of revocations: no resume token counts until the database answers");
                 None
             }
         };
@@ -96,7 +92,8 @@ impl Resume {
             revoked: RwLock::new(revoked.unwrap_or_else(Revoked::unknown)),
             confirmed_at: AtomicU64::new(u64::MAX),
             loading: tokio::sync::Mutex::default(),
-            file,
+            journal,
+            news: Notify::new(),
             changed: Mutex::default(),
             drills: Mutex::default(),
             drawn: Notify::new(),
@@ -169,13 +166,12 @@ impl Resume {
 
     /// A device was changed in the registry, or may have been: tokens of before no longer count, here and on disk, when this
     /// returns; on other nodes when they have polled.
-    pub async fn revoke(&self, device: DeviceId, store: &Store, clock: &Clock) {
-        self.change(|revoked| revoked.revoke_now(device));
-        if let Err(error) = self.poll(store, clock).await {
-            tracing::warn!(%error, "revocations can't be read: those known stay");
-            let _one_at_a_time = self.loading.lock().await;
-            self.save().await;
-        }
+    pub async fn revoke(&self, device: DeviceId) {
+        let at = self.change(|revoked| revoked.revoke_now(device));
+        self.journal.queue([Line::revoked(device, at)]);
+        self.persist().await;
+        // Until its revision is known, no token of the device is made.
+        self.news.notify_one();
     }
 
     /// Looks whether the database holds other revocations, and takes them.
@@ -202,7 +198,7 @@ impl Resume {
             let changed = || stored.devices.iter().map(|(device, _)| *device);
             self.note_changed(changed(), now);
             self.note_changed(changed(), now + HANDSHAKE_MAX);
-            self.save().await;
+            self.persist().await;
         }
         self.confirmed_at.store(clock.now().as_micros(), Ordering::Relaxed);
         Ok(())
@@ -223,6 +219,11 @@ impl Resume {
                 revoked.raise(oldest);
             }
             revoked.confirm(stored.revision);
+            let devices = stored.devices.iter().map(|(device, at)| Line::revoked(*device, *at));
+            self.journal.queue(devices.chain([Line::known(revoked)]));
+            if known.is_none() {
+                self.journal.queue_whole();
+            }
         });
         tracing::debug!(
             revision = stored.revision.0,
@@ -255,27 +256,8 @@ impl Resume {
         taken
     }
 
-    /// Whole or not at all. A file that can't be written is taken away: a start without a database must not use an older one.
-    async fn save(&self) {
-        let saved = {
-            let revoked = self.revoked();
-            Saved {
-                known: revoked.known().0,
-                floor: revoked.floor().0,
-                devices: revoked.devices().map(|(device, at)| (device, at.0)).collect(),
-            }
-        };
-        let file = self.file.clone();
-        let write = move || {
-            let text = serde_json::to_vec(&saved).map_err(std::io::Error::other)?;
-            write_atomically(&file, &text, 0o600).inspect_err(|_| drop(std::fs::remove_file(&file)))
-        };
-        let written = tokio::task::spawn_blocking(write)
-            .await
-            .unwrap_or_else(|error| Err(std::io::Error::other(error)));
-        if let Err(error) = written {
-            tracing::error!(%error, file = %self.file.display(), "revocations count but could not be written to disk: free space or repair the data directory, after a restart without the database no resume token would count");
-        }
+    async fn persist(&self) {
+        self.journal.persist(|| journal::whole(&self.revoked())).await;
     }
 
     /// Time since the database last confirmed the revocations; since the start where it never did.
@@ -308,8 +290,8 @@ impl Resume {
         self.revoked.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn change(&self, change: impl FnOnce(&mut Revoked)) {
-        change(&mut self.revoked.write().unwrap_or_else(PoisonError::into_inner));
+    fn change<T>(&self, change: impl FnOnce(&mut Revoked) -> T) -> T {
+        change(&mut self.revoked.write().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn drills(&self) -> MutexGuard<'_, Drills<Case>> {
@@ -338,21 +320,9 @@ pub async fn follow(state: Shared, stop: CancellationToken) {
         is_failing = outcome.is_err();
         tokio::select! {
             () = stop.cancelled() => return,
+            // Many that come together are read together.
+            () = state.resume.news.notified() => tokio::time::sleep(NEWS_PAUSE).await,
             () = tokio::time::sleep(POLL_INTERVAL) => {}
         }
     }
-}
-
-fn read(file: &Path) -> Result<Option<Revoked>, std::io::Error> {
-    let saved: Saved = match std::fs::read(file) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map_err(std::io::Error::other)?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    let devices = saved.devices.into_iter().map(|(device, at)| (device, Generation(at)));
-    Ok(Some(Revoked::of(
-        Generation(saved.known),
-        Generation(saved.floor),
-        devices,
-    )))
 }

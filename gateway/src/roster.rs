@@ -4,7 +4,7 @@
 //! Nothing depends on it but places in the queue. A file that is missing, damaged or old costs devices that this node has not seen their
 //! places until the registry is read, which never is in the way of look-ups. Start with [`follow`].
 
-use std::{fs, io, path::Path, sync::Arc, time::Duration};
+use std::{io, path::Path, sync::Arc, time::Duration};
 
 use rand::Rng as _;
 use seawall_proto::{
@@ -18,7 +18,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    data_dir::write_atomically,
+    data_dir::{read_bounded, write_atomically},
     registry,
     state::{Shared, State},
     store::DatabaseStatus,
@@ -77,10 +77,7 @@ pub fn load(data_dir: &Path) -> Roster {
 
 /// A file that is longer than any roster is not read.
 fn read_file(path: &Path, bytes_max: u64) -> io::Result<Roster> {
-    if fs::metadata(path)?.len() > bytes_max {
-        return Err(io::Error::other("longer than any roster"));
-    }
-    Roster::from_bytes(&fs::read(path)?).map_err(io::Error::other)
+    Roster::from_bytes(&read_bounded(path, bytes_max)?).map_err(io::Error::other)
 }
 
 /// Reads the registry at the start, when the roster has become old, and whenever asked, until `stop`.
@@ -216,6 +213,8 @@ fn is_blind(roster: &Roster, age: Duration) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use seawall_proto::{id::DeviceId, slots::TenantTag, time::WallTime};
 
     use super::*;

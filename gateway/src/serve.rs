@@ -3,17 +3,18 @@
 //! The order: data directory and its lock, database, tokens, keys, rules, tasks, listeners, `addresses.json`. A PostgreSQL that
 //! is away does not stop the start; everything else that can't be used does, with one line that says why.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use seawall_proto::{id::Label, session::SessionLimits, slots::believable_len};
 use tokio::{net::TcpListener, time::timeout};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     ageing, capacity,
     clock::Clock,
     cohorts::Cohorts,
     config::{Config, ConfigError},
-    data_dir::{Addresses, DataDir, DataDirError},
+    data_dir::{self, Addresses, DataDir, DataDirError},
     drain::{self, DrainState, Order},
     events::Events,
     faults::{self, Faults},
@@ -43,6 +44,8 @@ use crate::{
 
 /// Time that a database which answers has before the gateway listens without knowing its rules.
 const FIRST_CONTACT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time between two attempts to write `addresses.json`.
+const ADDRESSES_RETRY: Duration = Duration::from_secs(2);
 /// Time between two looks at whether all sessions have left.
 const LEFT_LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -71,7 +74,7 @@ pub enum StartError {
         address: SocketAddr,
         source: io::Error,
     },
-    /// `addresses.json` can't be written, or signals can't be listened to.
+    /// Signals can't be listened to, or an address can't be told.
     #[error("{what}: {source}")]
     System { what: &'static str, source: io::Error },
     /// A task ended that a gateway can't be without.
@@ -125,7 +128,11 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     // Those of a gateway that was killed: nobody listens there.
     data_dir.remove_addresses();
     let tls = Tls::open(&config)?;
-    let store = Store::open(&config.database_url()).await?;
+    let database = config.database_url();
+    if database.sqlite_path().is_some_and(|file| !file.exists()) && keys::are_in(data_dir.path()) {
+        tracing::warn!(%database, "the data directory was used before, and has no such database: a new one is made. Is it the right one?");
+    }
+    let store = Store::open(&database).await?;
     let clock = Clock::start();
     let tokens = Tokens::open(data_dir.path())?;
     let keys = keys::open(data_dir.path())?;
@@ -211,7 +218,11 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     let (shared, hard) = (Arc::clone(&state), life.hard().clone());
     life.spawn("listener", devices.run(shared, hard));
     life.spawn("api", ops::serve(api, Arc::clone(&state), life.hard().clone()));
-    data_dir.write_addresses(addresses).map_err(local("addresses.json"))?;
+    if let Err(error) = data_dir::write_addresses(data_dir.path(), addresses) {
+        tracing::warn!(%error, devices = %addresses.devices, ops = %addresses.ops, "addresses.json can't be written: trying again until it can");
+        let (folder, hard) = (data_dir.path().to_owned(), life.hard().clone());
+        life.spawn("addresses", write_addresses_later(folder, addresses, hard));
+    }
     tracing::info!(
         devices = %addresses.devices,
         ops = %addresses.ops,
@@ -224,6 +235,21 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         life: life.clone(),
         data_dir,
     })
+}
+
+/// Writes `addresses.json` as soon as that is possible, or until `stop`: a full disk must not keep devices out.
+async fn write_addresses_later(folder: PathBuf, addresses: Addresses, stop: CancellationToken) {
+    while stop
+        .run_until_cancelled(tokio::time::sleep(ADDRESSES_RETRY))
+        .await
+        .is_some()
+    {
+        let path = folder.clone();
+        let write = move || data_dir::write_addresses(&path, addresses);
+        if let Ok(Ok(())) = tokio::task::spawn_blocking(write).await {
+            return tracing::info!("addresses.json is written");
+        }
+    }
 }
 
 /// A database that answers at once makes the gateway ready before it listens; one that doesn't must not hold it up.

@@ -418,7 +418,7 @@ async fn carry_out(
             let changed = change.await;
             gateway.gate.forget(id);
             if !matches!(changed, Ok(None)) {
-                gateway.resume.revoke(id, &gateway.store, &gateway.clock).await;
+                gateway.resume.revoke(id).await;
             }
             if let Ok(Some(row)) = &changed {
                 let state = match leaves {

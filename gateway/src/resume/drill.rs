@@ -70,7 +70,7 @@ async fn look_up(state: &State, worker: &mut LookupWorker, case: &Case) {
     {
         tracing::warn!(device.id = %device, %error, "a resume token is revoked on this node only");
     }
-    state.resume.revoke(device, &state.store, &state.clock).await;
+    state.resume.revoke(device).await;
     let close = finding.close(&mut rand::rng());
     let session = state.sessions.get(device).filter(|session| session.id == case.session);
     if let (Some(close), Some(session)) = (close, session) {

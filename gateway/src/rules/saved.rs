@@ -10,7 +10,10 @@ use seawall_proto::{
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
 
-use crate::data_dir::write_atomically;
+use crate::data_dir::{read_bounded, write_atomically};
+
+/// Longest file that is read: [`RULES_MAX`](crate::store::RULES_MAX) rules take a fraction of it.
+const BYTES_MAX: u64 = 64 << 20;
 
 /// The file: what a start without the database uses. A later version may have written it, so unknown fields are ignored.
 #[derive(Serialize, Deserialize)]
@@ -79,7 +82,7 @@ impl Saved {
 }
 
 pub(super) fn read(file: &Path) -> Result<Option<Saved>, std::io::Error> {
-    match std::fs::read(file) {
+    match read_bounded(file, BYTES_MAX) {
         Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(std::io::Error::other),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),

@@ -28,7 +28,7 @@ const PAGE: Sql =
     Sql::both("SELECT tenant, id FROM devices WHERE (tenant, id) >= ($1, $2) ORDER BY tenant, id LIMIT $3");
 
 /// Index: any of devices.
-const COUNT: Sql = Sql::both("SELECT count(*) AS number FROM (SELECT 1 FROM devices LIMIT $1) AS some");
+const COUNT: Sql = Sql::both("SELECT count(*) AS number FROM (SELECT 1 FROM devices LIMIT $1) AS counted");
 
 /// Reads the table, which pruning keeps small.
 const CHANGED: Sql =

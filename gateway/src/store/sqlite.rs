@@ -301,6 +301,18 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn writer_waits_for_the_disk_at_each_commit() {
+        let home = tempfile::tempdir().unwrap();
+        let file = File::new(&home.path().join("seawall.db"));
+        file.prepare().await.unwrap();
+
+        let mut writer = file.writer().connect().await.unwrap();
+        let row = writer.first(Sql::both("PRAGMA synchronous"), &[]).await.unwrap();
+
+        assert_eq!(row.unwrap().int("synchronous").unwrap(), Some(2), "FULL");
+    }
+
+    #[tokio::test]
     async fn emptied_file_is_told_from_the_one_that_was_opened() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("seawall.db");

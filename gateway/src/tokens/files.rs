@@ -15,10 +15,15 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::Token;
-use crate::{data_dir::write_atomically, store::Role};
+use crate::{
+    data_dir::{read_bounded, write_atomically},
+    store::Role,
+};
 
 /// Greatest copy that is read: [`TOKENS_MAX`](crate::store::TOKENS_MAX) tokens with the longest names need a third of it.
 const COPY_BYTES_MAX: u64 = 1 << 20;
+/// Longest admin token that is read, many times the longest that is made.
+const ADMIN_TOKEN_BYTES_MAX: u64 = 4 << 10;
 /// Bytes of chance in a secret of ours: 256 bits.
 const SECRET_BYTES: usize = 32;
 /// Shortest admin token that is believed: a shorter one is a half-written file.
@@ -54,7 +59,7 @@ pub(super) fn make_admin_token(path: &Path) -> io::Result<()> {
 
 /// `Ok(None)`: there is no file, or no token in it.
 pub(super) fn read_admin_token(path: &Path) -> io::Result<Option<SecretHash>> {
-    match fs::read_to_string(path) {
+    match read_text(path, ADMIN_TOKEN_BYTES_MAX) {
         Ok(text) => {
             let token = text.trim();
             Ok((token.len() >= ADMIN_TOKEN_LEN_MIN).then(|| SecretHash::of(token.as_bytes())))
@@ -72,12 +77,14 @@ pub(super) fn warn_if_open_to_others(path: &Path) {
     }
 }
 
+fn read_text(path: &Path, bytes_max: u64) -> io::Result<String> {
+    String::from_utf8(read_bounded(path, bytes_max)?)
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
+}
+
 pub(super) fn read_copy(path: &Path) -> io::Result<Vec<Token>> {
-    let text = match fs::metadata(path) {
-        Ok(metadata) if metadata.len() > COPY_BYTES_MAX => {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is too large"));
-        }
-        Ok(_) => fs::read_to_string(path)?,
+    let text = match read_text(path, COPY_BYTES_MAX) {
+        Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };

@@ -77,9 +77,11 @@ impl Revoked {
     }
 
     /// Tokens of `device` that this node could have signed up to now no longer count. For a change whose revision is not known yet,
-    /// or that may not have been made: at worst the device is looked up once more.
-    pub fn revoke_now(&mut self, device: DeviceId) {
-        self.revoke(device, Generation(self.known.0.saturating_add(1)));
+    /// or that may not have been made: at worst the device is looked up once more. The revision that it counts as.
+    pub fn revoke_now(&mut self, device: DeviceId) -> Generation {
+        let at = Generation(self.known.0.saturating_add(1));
+        self.revoke(device, at);
+        at
     }
 
     /// Nobody's token counts that does not account for `floor`.

@@ -149,21 +149,29 @@ async fn eventually_refused(gateway: &Gateway) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn emptied_registry_is_not_believed_until_a_person_says_so() {
-    let gateway = known(None).await;
+async fn emptied_registry_is_not_believed_until_a_person_says_so_on_sqlite() {
+    assert_not_believed(None).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn emptied_registry_is_not_believed_until_a_person_says_so_on_postgresql() {
+    let url = pg::shared().database().await.unwrap();
+    assert_not_believed(Some(&url)).await;
+}
+
+async fn assert_not_believed(database: Option<&DatabaseUrl>) {
+    let gateway = known(database).await;
     let mut live = gateway.session(&device(0)).await;
     let waiting = eventually_held(&gateway).await;
 
     assert_alive(&mut live).await;
     assert!(gateway.shared.readiness().ready, "a balancer must not move the fleet");
     drop((live, waiting));
-    let gateway = gateway.restart_on(None).await;
+    let gateway = gateway.restart_on(database).await;
 
+    eventually(|| has_reason(&gateway, Fault::RegistryShrunken)).await;
     let readiness = gateway.shared.readiness();
-    assert!(
-        !readiness.ready && readiness.reasons == ["registry_shrunken"],
-        "{readiness:?}"
-    );
+    assert!(!readiness.ready, "{readiness:?}");
     gateway
         .connect(&device(1))
         .await
@@ -190,6 +198,19 @@ async fn eventually_held(gateway: &Gateway) {
         .connect(&device(2))
         .await
         .refused_with(503, "registry_unavailable");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whole_registry_is_believed_after_a_restart_on_postgresql() {
+    let url = pg::shared().database().await.unwrap();
+    let gateway = known(Some(&url)).await.restart_on(Some(&url)).await;
+
+    eventually(|| gateway.shared.readiness().ready).await;
+    gateway.connect(&device(1)).await.admitted();
+    gateway
+        .connect(&device(DEVICES))
+        .await
+        .refused_with(401, "unauthorized");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -293,4 +314,21 @@ async fn tokens_count_while_the_registry_is_not_believed() {
     assert_resumed(&gateway, &returning).await;
     let state = Arc::clone(&gateway.shared);
     assert!(!state.gate.believes_absence());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn disk_that_takes_no_addresses_does_not_keep_devices_out() {
+    let home = tempfile::tempdir().unwrap();
+    let data = home.path().join("data");
+    // In the way of the file that is renamed when it is whole.
+    let obstacle = data.join("addresses.json.new");
+    fs::create_dir_all(&obstacle).unwrap();
+
+    let gateway = Gateway::start_in(home, None, "").await;
+
+    gateway.register(0..1).await;
+    gateway.connect(&device(0)).await.admitted();
+    assert!(!data.join("addresses.json").exists());
+    fs::remove_dir(&obstacle).unwrap();
+    eventually(|| data.join("addresses.json").exists()).await;
 }

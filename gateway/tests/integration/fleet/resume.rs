@@ -211,7 +211,7 @@ async fn session_of_a_rotated_device_gets_no_token_for_its_old_secret() {
         .device_rotate(id(3), rotation, &audit("device.rotate"))
         .await
         .unwrap();
-    state.resume.revoke(id(3), &state.store, &state.clock).await;
+    state.resume.revoke(id(3)).await;
 
     assert!(session.next_json(Duration::from_secs(5)).await.is_err(), "no renewal");
 

@@ -128,7 +128,7 @@ async fn revoked_on_this_node_is_refused_at_once_even_if_the_database_dies_then(
     cluster.kill().unwrap();
 
     // As the API does behind each change, also behind one whose outcome is not known.
-    state.resume.revoke(id(0), &state.store, &state.clock).await;
+    state.resume.revoke(id(0)).await;
 
     let refused = |gateway: Gateway, device: DeviceConfig| async move {
         let status = gateway.connect(&device).await.refused().status;
@@ -147,7 +147,7 @@ async fn revoked_on_this_node_is_refused_at_once_even_if_the_database_dies_then(
 async fn without_its_file_of_revocations_a_node_counts_no_token_until_the_database_answers() {
     let (cluster, url, gateway) = on_postgres().await;
     let returning = returning(&gateway, 0..3).await;
-    let file = gateway.shared.config.server.data_dir.join("revoked.json");
+    let file = gateway.shared.config.server.data_dir.join("revoked.jsonl");
     cluster.kill().unwrap();
     fs::write(&file, "{").unwrap();
 
@@ -165,7 +165,8 @@ async fn without_its_file_of_revocations_a_node_counts_no_token_until_the_databa
 }
 
 fn file_is_good(file: &std::path::Path) -> bool {
-    serde_json::from_slice::<Value>(&fs::read(file).unwrap()).is_ok()
+    let text = fs::read_to_string(file).unwrap_or_default();
+    text.ends_with('\n') && text.lines().all(|line| serde_json::from_str::<Value>(line).is_ok())
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -199,11 +199,13 @@ fn try_files(kind: &str, name: &str, check: impl Fn(&Path) -> Result<(), TestCas
 
 #[test]
 fn files_of_revocations() {
-    try_files("revoked", "revoked.json", |home| {
-        let resume = Resume::open(home, ResumeKeys::new(1, [7; 32]), Duration::from_secs(60));
-        let _ = (resume.known(), resume.revision(), resume.revoked_len());
-        Ok(())
-    });
+    for (kind, name) in [("revoked", "revoked.json"), ("revoked_lines", "revoked.jsonl")] {
+        try_files(kind, name, |home| {
+            let resume = Resume::open(home, ResumeKeys::new(1, [7; 32]), Duration::from_secs(60));
+            let _ = (resume.known(), resume.revision(), resume.revoked_len());
+            Ok(())
+        });
+    }
 }
 
 #[test]
@@ -215,7 +217,10 @@ fn what_the_corpus_holds_is_taken() {
             fs::write(home.path().join(format!("{name}.json")), file).unwrap();
             let resume = Resume::open(home.path(), ResumeKeys::new(1, [7; 32]), Duration::from_secs(60));
             let is_taken = match kind {
-                "rules" => !Rules::open(home.path()).current().rules().is_empty(),
+                "rules" => {
+                    let set = Rules::open(home.path()).current();
+                    !set.rules().is_empty() || !set.unsupported().is_empty()
+                }
                 "revoked" => resume.revision().is_some(),
                 "known_good" => known_good::load(home.path()).is_some(),
                 "tokens" => !Tokens::open(home.path()).unwrap().is_empty(),
