@@ -1,33 +1,78 @@
-//! The devices of this node, counted by what firmware rules ask of them: model, firmware version, tenant.
+//! The devices of all nodes, counted by what firmware rules ask of them: model, firmware version, tenant.
+//!
+//! Each node counts its own and writes the counts to the database every few seconds, so that the check of a new rule sees the
+//! cluster. Nothing is written when a device connects.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use seawall_proto::rules::{RuleSpec, Seen, Subject};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    task::spawn_blocking,
+    time::{Instant, sleep},
+};
+use tokio_util::sync::CancellationToken;
 
-use crate::{cohorts::Cohort, state::State};
+use crate::{
+    cohorts::Cohort,
+    config::{DatabaseKind, DatabaseUrl},
+    state::{Shared, State},
+};
+
+/// Time between two writes, where there is something new.
+const WRITE_INTERVAL: Duration = Duration::from_secs(5);
+/// Time after which unchanged counts are written again: others take them for current for 30 s.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(10);
+/// The same for SQLite, which no other node reads: what is written is for a start after a crash.
+const EMBEDDED_WRITE_INTERVAL: Duration = Duration::from_secs(30);
+/// Time between two removals of old counts.
+const PRUNE_INTERVAL: Duration = Duration::from_mins(10);
+/// Counting takes at most one part in so many of the time.
+const COUNTING_SHARE: u32 = 100;
+/// Maximum number of groups that a node writes, those with most devices. The others are written as one sum.
+const GROUPS_MAX: usize = 2_000;
 
 /// Devices by cohort and tenant. Counting looks at each device: on a thread of its own.
 #[derive(Debug, Default)]
 pub struct Census {
     /// By the address of the cohort, which each entry keeps.
-    groups: HashMap<(usize, Arc<str>), Group>,
+    groups: HashMap<(usize, Arc<str>), (Arc<Cohort>, Counts)>,
+}
+
+/// How many devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Counts {
+    /// With a session on the node.
+    pub connected: u64,
+    /// Seen authenticated since the node started, and remembered; the connected ones are among them.
+    pub known: u64,
 }
 
 /// Devices that are alike to every rule.
-#[derive(Debug)]
-struct Group {
-    cohort: Arc<Cohort>,
-    connected: u64,
-    known: u64,
+#[derive(Clone, Copy, Debug)]
+pub struct Group<'a> {
+    pub subject: Subject<'a>,
+    pub counts: Counts,
 }
 
-/// Which devices are meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Which {
-    /// Those with a session on this node.
-    Connected,
-    /// Those that this node has seen authenticated since it started and remembers; the connected ones are among them.
-    Known,
+impl<'a> Group<'a> {
+    /// Those that are connected.
+    #[must_use]
+    pub const fn connected(self) -> Seen<'a> {
+        Seen {
+            subject: self.subject,
+            devices: self.counts.connected,
+        }
+    }
+
+    /// Those that are known.
+    #[must_use]
+    pub const fn known(self) -> Seen<'a> {
+        Seen {
+            subject: self.subject,
+            devices: self.counts.known,
+        }
+    }
 }
 
 impl Census {
@@ -35,7 +80,9 @@ impl Census {
     #[must_use]
     pub fn of_connected(state: &State) -> Self {
         let mut census = Self::default();
-        census.count_connected(state);
+        state
+            .sessions
+            .for_each(|session| census.counts(&session.info.cohort, &session.info.tenant).connected += 1);
         census
     }
 
@@ -45,44 +92,174 @@ impl Census {
         let mut census = Self::of_connected(state);
         state
             .history
-            .for_each_known(|_, identity| census.group(&identity.cohort, &identity.tenant).known += 1);
+            .for_each_known(|_, identity| census.counts(&identity.cohort, &identity.tenant).known += 1);
         census
     }
 
-    fn count_connected(&mut self, state: &State) {
-        state
-            .sessions
-            .for_each(|session| self.group(&session.info.cohort, &session.info.tenant).connected += 1);
-    }
-
-    fn group(&mut self, cohort: &Arc<Cohort>, tenant: &Arc<str>) -> &mut Group {
+    fn counts(&mut self, cohort: &Arc<Cohort>, tenant: &Arc<str>) -> &mut Counts {
         let key = (Arc::as_ptr(cohort).addr(), Arc::clone(tenant));
-        self.groups.entry(key).or_insert_with(|| Group {
-            cohort: Arc::clone(cohort),
-            connected: 0,
-            known: 0,
-        })
+        let (_, counts) = self
+            .groups
+            .entry(key)
+            .or_insert_with(|| (Arc::clone(cohort), Counts::default()));
+        counts
     }
 
-    /// The devices, by what rules ask of them.
-    pub fn seen(&self, which: Which) -> impl Iterator<Item = Seen<'_>> {
-        self.groups.iter().map(move |((_, tenant), group)| Seen {
+    /// The devices, by what rules ask of them, in no order.
+    pub fn groups(&self) -> impl Iterator<Item = Group<'_>> {
+        self.groups.iter().map(|((_, tenant), (cohort, counts))| Group {
             subject: Subject {
-                firmware: group.cohort.firmware.as_deref(),
-                model: group.cohort.model.as_deref(),
+                firmware: cohort.firmware.as_deref(),
+                model: cohort.model.as_deref(),
                 tenant: Some(tenant),
             },
-            devices: match which {
-                Which::Connected => group.connected,
-                Which::Known => group.known,
-            },
+            counts: *counts,
         })
     }
 
     /// Connected devices that the rule matches.
     #[must_use]
     pub fn matched(&self, spec: &RuleSpec) -> u64 {
-        let matched = self.seen(Which::Connected).filter(|seen| spec.is_for(&seen.subject));
-        matched.map(|seen| seen.devices).sum()
+        let matched = self.groups().filter(|group| spec.is_for(&group.subject));
+        matched.map(|group| group.counts.connected).sum()
+    }
+
+    /// What is written for other nodes.
+    #[must_use]
+    pub fn published(&self) -> Published {
+        let owned = |text: Option<&str>| text.map(str::to_owned);
+        let mut groups: Vec<PublishedGroup> = self
+            .groups()
+            .map(|group| PublishedGroup {
+                firmware: owned(group.subject.firmware),
+                model: owned(group.subject.model),
+                tenant: owned(group.subject.tenant),
+                counts: group.counts,
+            })
+            .collect();
+        groups.sort_unstable_by(|a, b| b.counts.known.cmp(&a.counts.known).then_with(|| a.cmp(b)));
+        let rest = groups.split_off(groups.len().min(GROUPS_MAX));
+        Published {
+            rest: Counts {
+                connected: rest.iter().map(|group| group.counts.connected).sum(),
+                known: rest.iter().map(|group| group.counts.known).sum(),
+            },
+            groups,
+        }
+    }
+}
+
+/// The devices of a node, as it writes them. A later version may have written it: unknown fields are ignored.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Published {
+    groups: Vec<PublishedGroup>,
+    /// Devices of groups that are not listed.
+    #[serde(default)]
+    pub rest: Counts,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+struct PublishedGroup {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    firmware: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    model: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tenant: Option<String>,
+    #[serde(flatten)]
+    counts: Counts,
+}
+
+impl Published {
+    /// The devices, by what rules ask of them.
+    pub fn groups(&self) -> impl Iterator<Item = Group<'_>> {
+        self.groups.iter().map(|group| Group {
+            subject: Subject {
+                firmware: group.firmware.as_deref(),
+                model: group.model.as_deref(),
+                tenant: group.tenant.as_deref(),
+            },
+            counts: group.counts,
+        })
+    }
+}
+
+/// Writes the counts of this node, until `stop`.
+pub async fn publish(state: Shared, stop: CancellationToken) {
+    let kind = state.config.database.url.as_ref().map(DatabaseUrl::kind);
+    let (write_interval, refresh_interval) = match kind {
+        None | Some(DatabaseKind::Sqlite) => (EMBEDDED_WRITE_INTERVAL, None),
+        Some(DatabaseKind::Postgres) => (WRITE_INTERVAL, Some(REFRESH_INTERVAL)),
+    };
+    let mut written: Option<(Published, Instant)> = None;
+    let mut pruned: Option<Instant> = None;
+    let mut pause = WRITE_INTERVAL.min(write_interval);
+    while stop.run_until_cancelled(sleep(pause)).await.is_some() {
+        let counting = Instant::now();
+        let shared = Arc::clone(&state);
+        let counted = spawn_blocking(move || {
+            let published = Census::of(&shared).published();
+            serde_json::to_string(&published).map(|text| (published, text))
+        });
+        let Ok(Ok((published, text))) = counted.await else {
+            continue;
+        };
+        pause = write_interval.max(counting.elapsed() * COUNTING_SHARE);
+        let is_due = match &written {
+            // A node without devices has nothing to tell.
+            None => published != Published::default(),
+            Some((before, at)) => {
+                published != *before || refresh_interval.is_some_and(|interval| at.elapsed() >= interval)
+            }
+        };
+        if !is_due {
+            continue;
+        }
+        match state.store.counts_write(state.run, &state.node, &text).await {
+            Ok(()) => written = Some((published, Instant::now())),
+            Err(error) => {
+                tracing::debug!(%error, "device counts could not be written");
+                continue;
+            }
+        }
+        if pruned.is_none_or(|at| at.elapsed() >= PRUNE_INTERVAL) && state.store.counts_prune().await.is_ok() {
+            pruned = Some(Instant::now());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_lists_the_greatest_groups_and_sums_up_the_others() {
+        let cohorts = crate::cohorts::Cohorts::new();
+        let mut census = Census::default();
+        let tenant: Arc<str> = "t".into();
+        for number in 0..=GROUPS_MAX {
+            let cohort = cohorts.intern(Some("m"), Some(&number.to_string()));
+            *census.counts(&cohort, &tenant) = Counts {
+                connected: 1,
+                known: if number == 7 { 2 } else { 3 },
+            };
+        }
+
+        let text = serde_json::to_string(&census.published()).unwrap();
+        let read: Published = serde_json::from_str(&text).unwrap();
+
+        assert_eq!(read, census.published());
+        assert_eq!(read.groups().count(), GROUPS_MAX);
+        assert_eq!(read.rest, Counts { connected: 1, known: 2 });
+        assert!(read.groups().all(|group| group.subject.firmware != Some("7")));
+    }
+
+    #[test]
+    fn counts_of_a_later_version_are_read() {
+        let text = r#"{"groups":[{"firmware":"1","site":"a","connected":2,"known":3}],"sites":1}"#;
+
+        let read: Published = serde_json::from_str(text).unwrap();
+
+        assert_eq!(read.groups().next().unwrap().counts, Counts { connected: 2, known: 3 });
     }
 }

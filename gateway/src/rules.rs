@@ -46,6 +46,7 @@ use self::{
 pub use self::{
     alarms::{LOST_ALARM, UNSUPPORTED_ALARM},
     evict::{evict, evict_newcomer},
+    saved::Lost,
 };
 
 /// File of the last good rules in the data directory.
@@ -60,7 +61,7 @@ pub struct Rules {
     /// Writes applied so far. Held while the rules in force are replaced: what was read before a write never undoes it.
     writes: Mutex<u64>,
     /// Rules in force that the database has lost.
-    lost: ArcSwap<Vec<Rule>>,
+    lost: ArcSwap<Vec<Lost>>,
     hits: ArcSwap<HitsByRule>,
     file: PathBuf,
 }
@@ -149,7 +150,7 @@ impl Rules {
 
     /// Rules in force that the database does not hold, although this node has seen them there.
     #[must_use]
-    pub fn lost(&self) -> Arc<Vec<Rule>> {
+    pub fn lost(&self) -> Arc<Vec<Lost>> {
         self.lost.load_full()
     }
 
@@ -197,7 +198,8 @@ impl Rules {
     /// Makes what the database holds the rules in force. Where a write through this node came meanwhile, nothing changes: what was read
     /// may be older, and the next poll finds out.
     ///
-    /// A database whose revision is lower than that in force has lost rules: those stay in force until they are deleted.
+    /// A database whose revision is lower than that in force has lost rules: those stay in force until they are deleted. So do rules that
+    /// it lacks at the very same revision.
     ///
     /// # Errors
     /// The database can't be read; the rules in force stay.
@@ -205,7 +207,6 @@ impl Rules {
         let writes = *self.writes();
         let stored = store.rules().await?;
         let (in_force, lost) = (self.current(), self.lost());
-        let is_older = stored.revision < in_force.revision();
         let base = Arc::clone(&in_force);
         let wall = clock.wall();
         let Ok((set, lost)) = spawn_blocking(move || with_lost(stored, &base, &lost, wall)).await else {
@@ -223,11 +224,6 @@ impl Rules {
                 self.put_in_force(set, clock, events);
             }
         }
-        if is_older {
-            // On disk first: behind the leap, a restart could no longer tell that the database is older.
-            self.keep(self.current()).await;
-            store.rules_leap(revision).await?;
-        }
         self.confirmed_at.store(clock.now().as_micros(), Ordering::Relaxed);
         Ok(())
     }
@@ -242,11 +238,15 @@ impl Rules {
     /// Takes a rule out of force that the database has lost. False where there is none of this id.
     pub async fn release(&self, id: RuleId, clock: &Clock, events: &Events) -> bool {
         let lost = self.lost();
-        if lost.iter().all(|rule| rule.id != id) {
+        if lost.iter().all(|lost| lost.rule.id != id) {
             return false;
         }
-        self.lost
-            .rcu(|lost| lost.iter().filter(|rule| rule.id != id).cloned().collect::<Vec<_>>());
+        self.lost.rcu(|lost| {
+            lost.iter()
+                .filter(|lost| lost.rule.id != id)
+                .cloned()
+                .collect::<Vec<_>>()
+        });
         self.replace(clock, events, move |base| {
             let rules = base.rules().iter().filter(|rule| rule.id != id).cloned().collect();
             Some(RuleSet::compile_stored(
@@ -368,9 +368,8 @@ pub async fn follow(state: Shared, stop: CancellationToken) {
     }
 }
 
-/// What is stored, with the rules that the database has lost: those in force that are later than its revision, and those that were
-/// lost before.
-fn with_lost(stored: StoredRules, in_force: &RuleSet, lost_before: &[Rule], wall: WallTime) -> (RuleSet, Vec<Rule>) {
+/// What is stored, and the rules that the database has lost.
+fn with_lost(stored: StoredRules, in_force: &RuleSet, before: &[Lost], wall: WallTime) -> (RuleSet, Vec<Lost>) {
     let StoredRules {
         revision,
         mut rules,
@@ -380,21 +379,28 @@ fn with_lost(stored: StoredRules, in_force: &RuleSet, lost_before: &[Rule], wall
     let known: BTreeMap<RuleId, u64> = known
         .chain(unsupported.iter().map(|rule| (rule.id, rule.revision)))
         .collect();
-    let later = in_force.rules().iter().filter(|rule| rule.revision > revision);
-    let lost: BTreeMap<RuleId, Rule> = lost_before
-        .iter()
-        .chain(later)
-        .filter(|rule| !rule.is_expired(wall) && known.get(&rule.id).is_none_or(|stored| *stored < rule.revision))
-        .map(|rule| (rule.id, rule.clone()))
+    let is_missing =
+        |rule: &&Rule| rule.revision > revision || (revision == in_force.revision() && !known.contains_key(&rule.id));
+    let found = in_force.rules().iter().filter(is_missing).map(|rule| Lost {
+        rule: rule.clone(),
+        since: revision,
+    });
+    // Those found before go last, so that they keep the revision at which they were found.
+    let lost: BTreeMap<RuleId, Lost> = found
+        .filter(|_| revision <= in_force.revision())
+        .chain(before.iter().cloned())
+        .map(|lost| (lost.rule.id, lost))
         .collect();
-    let lost: Vec<Rule> = lost.into_values().collect();
-    // Of a rule that was changed in a lost revision, the later form counts.
-    rules.retain(|rule| lost.binary_search_by_key(&rule.id, |lost| lost.id).is_err());
-    rules.extend(lost.iter().cloned());
-    (
-        RuleSet::compile_stored(revision.max(in_force.revision()), rules, unsupported),
-        lost,
-    )
+    let is_lost = |lost: &Lost| {
+        // A rule that was changed since is not lost any more.
+        let is_known = known.get(&lost.rule.id).is_some_and(|changed| *changed > lost.since);
+        !lost.rule.is_expired(wall) && !is_known
+    };
+    let lost: Vec<Lost> = lost.into_values().filter(is_lost).collect();
+    // Of a rule that was changed in a lost revision, the lost form counts.
+    rules.retain(|rule| lost.binary_search_by_key(&rule.id, |lost| lost.rule.id).is_err());
+    rules.extend(lost.iter().map(|lost| lost.rule.clone()));
+    (RuleSet::compile_stored(revision, rules, unsupported), lost)
 }
 
 #[cfg(test)]
@@ -485,13 +491,44 @@ mod tests {
 
         let restored = stored(6, vec![rule(1, 3, "old"), rule(2, 5, "before")]);
         let (set, lost) = with_lost(restored, &in_force, &[], wall);
-        let later = stored(10, vec![rule(1, 3, "old"), rule(2, 10, "again")]);
-        let (next, still_lost) = with_lost(later, &set, &lost, wall);
+        let next = stored(7, vec![rule(1, 3, "old"), rule(2, 7, "again")]);
+        let (next, still_lost) = with_lost(next, &set, &lost, wall);
+        let same = stored(7, vec![rule(1, 3, "old"), rule(2, 7, "again")]);
+        let (same, lost_then) = with_lost(same, &next, &still_lost, wall);
 
-        assert_eq!((set.revision(), reasons(&set)), (9, vec!["changed", "new", "old"]));
+        assert_eq!((set.revision(), reasons(&set)), (6, vec!["changed", "new", "old"]));
         assert_eq!(lost.len(), 2);
-        assert_eq!((next.revision(), reasons(&next)), (10, vec!["again", "new", "old"]));
-        assert_eq!(still_lost.len(), 1);
+        assert_eq!((next.revision(), reasons(&next)), (7, vec!["again", "new", "old"]));
+        assert_eq!((still_lost.len(), still_lost[0].since), (1, 6));
+        assert_eq!((same.digest(), lost_then), (next.digest(), still_lost));
+    }
+
+    #[test]
+    fn rules_that_the_database_lacks_at_the_same_revision_are_lost() {
+        let in_force = RuleSet::compile(2, vec![rule(1, 1, "old"), rule(2, 2, "lost")]);
+        let stored = StoredRules {
+            revision: 2,
+            rules: vec![rule(1, 1, "old"), rule(3, 2, "other")],
+            unsupported: Vec::new(),
+        };
+
+        let (set, lost) = with_lost(stored, &in_force, &[], WallTime::from_unix_ms(5));
+
+        assert_eq!((reasons(&set), lost.len()), (vec!["lost", "old", "other"], 1));
+    }
+
+    #[test]
+    fn rules_that_others_have_deleted_are_not_lost() {
+        let in_force = RuleSet::compile(2, vec![rule(1, 1, "old"), rule(2, 2, "deleted")]);
+        let stored = StoredRules {
+            revision: 3,
+            rules: vec![rule(1, 1, "old")],
+            unsupported: Vec::new(),
+        };
+
+        let (set, lost) = with_lost(stored, &in_force, &[], WallTime::from_unix_ms(5));
+
+        assert_eq!((reasons(&set), lost.len()), (vec!["old"], 0));
     }
 
     #[test]

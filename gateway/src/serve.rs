@@ -8,9 +8,10 @@ use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use seawall_proto::{id::Label, session::SessionLimits, slots::believable_len};
 use tokio::{net::TcpListener, time::timeout};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use crate::{
-    ageing, capacity,
+    ageing, capacity, census,
     clock::Clock,
     cohorts::Cohorts,
     config::{Config, ConfigError},
@@ -188,6 +189,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
     let proxies = Proxies::of(&config.proxy).unwrap_or_default();
     let state = Arc::new(State {
         node: node_name(&config),
+        run: Uuid::now_v7(),
         memory,
         session_limits: Arc::new(session_limits(&config)),
         socket_limits: Arc::new(SocketLimits::of(&config.limits)),
@@ -274,6 +276,7 @@ fn spawn_tasks(state: &Shared, life: &Lifecycle) {
     let shared = || Arc::clone(state);
     life.spawn("rules", rules::follow(shared(), hard()));
     life.spawn("evictor", rules::evict(shared(), hard()));
+    life.spawn("device counts", census::publish(shared(), hard()));
     life.spawn("revocations", resume::follow(shared(), hard()));
     life.spawn("roster", roster::follow(shared(), hard()));
     life.spawn("registry", registry::guard(shared(), hard()));

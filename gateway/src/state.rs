@@ -9,6 +9,7 @@ use seawall_proto::{
     time::{Instant, WallTime},
 };
 use serde::Serialize;
+use uuid::Uuid;
 
 use crate::{
     clock::Clock,
@@ -41,6 +42,8 @@ pub struct State {
     pub started: WallTime,
     /// This node's name in the API, logs and events.
     pub node: String,
+    /// This run of the node, where others tell it from those before.
+    pub run: Uuid,
     pub store: Store,
     pub gate: Gate,
     pub resume: Arc<Resume>,

@@ -152,10 +152,11 @@ impl Problem {
     /// 409 with what the rule would hit.
     #[must_use]
     pub fn needs_confirmation(preview: RulePreview) -> Self {
-        let detail = format!(
-            "the rule would refuse {} of {} connected devices: send it again with \"confirm\": true if that is meant",
-            preview.connected, preview.connected_total
-        );
+        let why = preview
+            .confirmation
+            .as_deref()
+            .unwrap_or("the rule would refuse many devices");
+        let detail = format!("{why}: send it again with \"confirm\": true if that is meant");
         let mut problem = Self::new(Code::NeedsConfirmation, detail);
         problem.0.preview = Some(preview);
         problem
@@ -246,6 +247,7 @@ impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::Conflict(detail) => Self::new(Code::Conflict, detail),
+            StoreError::Outdated => Self::new(Code::Conflict, error.to_string()),
             StoreError::Invalid(detail) => Self::invalid(detail),
             StoreError::TimedOut => Self::new(
                 Code::DatabaseUnavailable,

@@ -177,7 +177,7 @@ impl RuleView {
     pub fn of(rule: &Rule, rules: &Rules) -> Self {
         let hits = rules.hits();
         let hits = hits.of(rule.id);
-        let is_lost = rules.lost().iter().any(|lost| lost.id == rule.id);
+        let is_lost = rules.lost().iter().any(|lost| lost.rule.id == rule.id);
         Self {
             id: rule.id,
             spec: fields(&rule.spec_json()),

@@ -20,7 +20,7 @@ use super::{
     Api,
     auth::{Caller, Operator, Viewer},
     extract::{Body, Id, Page, PageParams, Params},
-    preview::RulePreview,
+    preview::{Checked, RulePreview},
     problem::{Code, Problem, ProblemBody},
     rule_form::{Asked, PatchDoc, RuleDoc, RuleView, RuleViewDoc},
     write_down,
@@ -30,12 +30,15 @@ use crate::{
     events::Body as Event,
     rules::Written,
     state::{Shared, State as Gateway},
-    store::{Change, StoreError},
+    store::{Change, Consent, StoreError},
 };
 
 /// Time for putting a written rule in force, on a thread of its own. A write has 2 s (contract section 6): 1.8 s of it are the store's,
 /// and ten thousand rules are compiled in a few hundredths of a second.
 const APPLY_MAX: Duration = Duration::from_millis(150);
+
+/// Maximum number of times that a rule is checked where others are written meanwhile.
+const CHECKS_MAX: usize = 3;
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
     OpenApiRouter::new()
@@ -120,21 +123,31 @@ async fn create_rule(
     Body(asked): Body<Asked>,
 ) -> Result<(StatusCode, [(HeaderName, String); 1], Json<RuleView>), Problem> {
     let (spec, is_confirmed) = asked.into_new(api.state.clock.wall())?;
-    if !is_confirmed {
-        ask_for_confirmation(&api, &spec).await?;
-    }
-    let audit = caller.audit(&api, "rule.create");
     let id = RuleId(Uuid::now_v7());
-    let gateway = Arc::clone(&api.state);
-    let rule = api
-        .carry_out(async move {
-            let rule = gateway.store.rule_insert(id, spec, &audit).await;
-            if let Ok(rule) = &rule {
-                take_effect(&gateway, Written::Rule(rule.clone()), &audit.actor, "created").await;
-            }
-            rule
-        })
-        .await??;
+    let mut checks = 0;
+    let rule = loop {
+        checks += 1;
+        let consent = if is_confirmed {
+            Consent::Given
+        } else {
+            check(&api, &spec, None).await?
+        };
+        let (audit, spec) = (caller.audit(&api, "rule.create"), spec.clone());
+        let gateway = Arc::clone(&api.state);
+        let written = api
+            .carry_out(async move {
+                let rule = gateway.store.rule_insert(id, spec, consent, &audit).await;
+                if let Ok(rule) = &rule {
+                    take_effect(&gateway, Written::Rule(rule.clone()), &audit.actor, "created").await;
+                }
+                rule
+            })
+            .await?;
+        match written {
+            Err(StoreError::Outdated) if checks < CHECKS_MAX => {}
+            written => break written?,
+        }
+    };
     let location = format!("/api/v1/rules/{}", rule.id);
     Ok((
         StatusCode::CREATED,
@@ -157,9 +170,8 @@ async fn preview_rule(
     Body(asked): Body<Asked>,
 ) -> Result<Json<RulePreview>, Problem> {
     let (spec, _) = asked.into_new(api.state.clock.wall())?;
-    api.survey(move |gateway| RulePreview::of(&spec, gateway))
-        .await
-        .map(Json)
+    let checked = Checked::of(&api, &spec, None, false).await?;
+    Ok(Json(checked.preview))
 }
 
 /// Change a rule; `match` is replaced as a whole
@@ -193,21 +205,31 @@ async fn change_rule(
         .find(|rule| rule.id == id)
         .ok_or_else(no_such_rule)?;
     let (spec, is_confirmed) = asked.into_change_of(&before.spec, api.state.clock.wall())?;
-    if !is_confirmed && hits_others(&before.spec, &spec) {
-        ask_for_confirmation(&api, &spec).await?;
-    }
-    let audit = caller.audit(&api, "rule.update");
-    let revision = before.revision;
-    let gateway = Arc::clone(&api.state);
-    let rule = api
-        .carry_out(async move {
-            let rule = gateway.store.rule_update(id, revision, spec, &audit).await;
-            if let Ok(Some(rule)) = &rule {
-                take_effect(&gateway, Written::Rule(rule.clone()), &audit.actor, "changed").await;
-            }
-            rule
-        })
-        .await??;
+    let (revision, hits_others) = (before.revision, hits_others(&before.spec, &spec));
+    let mut checks = 0;
+    let rule = loop {
+        checks += 1;
+        let consent = match (is_confirmed, hits_others) {
+            (true, _) => Consent::Given,
+            (false, false) => Consent::NotNeeded,
+            (false, true) => check(&api, &spec, Some(id)).await?,
+        };
+        let (audit, spec) = (caller.audit(&api, "rule.update"), spec.clone());
+        let gateway = Arc::clone(&api.state);
+        let written = api
+            .carry_out(async move {
+                let rule = gateway.store.rule_update(id, revision, spec, consent, &audit).await;
+                if let Ok(Some(rule)) = &rule {
+                    take_effect(&gateway, Written::Rule(rule.clone()), &audit.actor, "changed").await;
+                }
+                rule
+            })
+            .await?;
+        match written {
+            Err(StoreError::Outdated) if checks < CHECKS_MAX => {}
+            written => break written?,
+        }
+    };
     rule.map(|rule| Json(RuleView::of(&rule, &api.state.rules)))
         .ok_or_else(no_such_rule)
 }
@@ -291,13 +313,13 @@ async fn take_effect(gateway: &Shared, written: Written, actor: &str, change: &'
     );
 }
 
-async fn ask_for_confirmation(api: &Api, spec: &RuleSpec) -> Result<(), Problem> {
-    let spec = spec.clone();
-    let preview = api.survey(move |gateway| RulePreview::of(&spec, gateway)).await?;
-    if preview.needs_confirmation {
-        return Err(Problem::needs_confirmation(preview));
+/// Checks a rule that nobody has confirmed. `of` is the rule that it changes.
+async fn check(api: &Api, spec: &RuleSpec, of: Option<RuleId>) -> Result<Consent, Problem> {
+    let Checked { preview, revision } = Checked::of(api, spec, of, true).await?;
+    match revision {
+        Some(revision) if !preview.needs_confirmation => Ok(Consent::Checked { revision }),
+        _ => Err(Problem::needs_confirmation(preview)),
     }
-    Ok(())
 }
 
 /// Whether a change of a rule may hit other devices than before.

@@ -37,9 +37,9 @@ impl Alarms {
             self.unsupported = unsupported;
         }
         let rules = state.rules.lost();
-        let lost: Vec<RuleId> = rules.iter().map(|rule| rule.id).collect();
+        let lost: Vec<RuleId> = rules.iter().map(|lost| lost.rule.id).collect();
         if lost != self.lost {
-            let first = rules.first();
+            let first = rules.first().map(|lost| &lost.rule);
             let detail = first.map_or_else(
                 || "every rule in force is in the database".to_owned(),
                 |first| {

@@ -23,7 +23,21 @@ pub(super) struct Saved {
     rules: Vec<SavedRule>,
     /// Of `rules`, those that the database has lost.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    lost: Vec<RuleId>,
+    lost: Vec<SavedLoss>,
+}
+
+/// A rule in force that the database has lost.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lost {
+    pub rule: Rule,
+    /// Revision of the database when that was found. A later change of the rule there ends it.
+    pub since: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct SavedLoss {
+    id: RuleId,
+    since: u64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -36,7 +50,7 @@ struct SavedRule {
 }
 
 impl Saved {
-    fn of(set: &RuleSet, lost: &[Rule]) -> Result<Self, serde_json::Error> {
+    fn of(set: &RuleSet, lost: &[Lost]) -> Result<Self, serde_json::Error> {
         let rules = set.rules().iter().map(|rule| {
             Ok(SavedRule {
                 id: rule.id,
@@ -57,12 +71,18 @@ impl Saved {
         Ok(Self {
             revision: set.revision(),
             rules: rules.chain(unsupported).collect::<Result<_, serde_json::Error>>()?,
-            lost: lost.iter().map(|rule| rule.id).collect(),
+            lost: lost
+                .iter()
+                .map(|lost| SavedLoss {
+                    id: lost.rule.id,
+                    since: lost.since,
+                })
+                .collect(),
         })
     }
 
     /// The set, and the rules in it that the database has lost.
-    pub(super) fn into_set(self) -> (RuleSet, Vec<Rule>) {
+    pub(super) fn into_set(self) -> (RuleSet, Vec<Lost>) {
         let (mut rules, mut unsupported) = (Vec::new(), Vec::new());
         for saved in self.rules {
             let text = serde_json::from_str::<String>(saved.spec.get());
@@ -72,11 +92,12 @@ impl Saved {
                 Err(found) => unsupported.push(found),
             }
         }
-        let lost = rules
-            .iter()
-            .filter(|rule| self.lost.contains(&rule.id))
-            .cloned()
-            .collect();
+        let lost = self.lost.iter().filter_map(|lost| {
+            let rule = rules.iter().find(|rule| rule.id == lost.id)?.clone();
+            let since = lost.since;
+            Some(Lost { rule, since })
+        });
+        let lost = lost.collect();
         (RuleSet::compile_stored(self.revision, rules, unsupported), lost)
     }
 }
@@ -89,7 +110,7 @@ pub(super) fn read(file: &Path) -> Result<Option<Saved>, std::io::Error> {
     }
 }
 
-pub(super) fn save(file: &Path, set: &RuleSet, lost: &[Rule]) -> Result<(), std::io::Error> {
+pub(super) fn save(file: &Path, set: &RuleSet, lost: &[Lost]) -> Result<(), std::io::Error> {
     let saved = Saved::of(set, lost)?;
     write_atomically(file, &serde_json::to_vec(&saved)?, 0o644)
 }

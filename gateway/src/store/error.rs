@@ -57,6 +57,9 @@ pub enum StoreError {
     /// A value that is not of the type that the schema gives it.
     #[error("a row can't be read: {0}")]
     Undecodable(#[source] sqlx::Error),
+    /// Rules were written since what is to be written was checked.
+    #[error("other rules were written at this moment: try again")]
+    Outdated,
     /// A row that this version does not understand.
     #[error("unexpected data in {table}.{column}: {detail}")]
     Corrupt {
@@ -85,6 +88,7 @@ impl StoreError {
             | Self::Invalid(_)
             | Self::Conflict(_)
             | Self::Undecodable(_)
+            | Self::Outdated
             | Self::Corrupt { .. }
             | Self::Unusable(_)
             | Self::FileChanged(_)
@@ -97,7 +101,7 @@ impl StoreError {
     /// Something is wrong with the database, or with the way to it; not with what the caller asked for.
     #[must_use]
     pub fn is_failure(&self) -> bool {
-        !matches!(self, Self::Invalid(_) | Self::Conflict(_))
+        !matches!(self, Self::Invalid(_) | Self::Conflict(_) | Self::Outdated)
     }
 
     /// The database gave no answer at all: it is away, frozen or too slow.
@@ -135,7 +139,8 @@ impl StoreError {
             | Self::Busy
             | Self::Locked(_)
             | Self::Invalid(_)
-            | Self::Conflict(_) => None,
+            | Self::Conflict(_)
+            | Self::Outdated => None,
         }
     }
 
@@ -163,7 +168,7 @@ impl StoreError {
             Self::NotADatabase(_) => "not_a_database",
             Self::Damaged(_) => "damaged",
             Self::Invalid(_) => "invalid",
-            Self::Conflict(_) => "conflict",
+            Self::Conflict(_) | Self::Outdated => "conflict",
             Self::Undecodable(_) | Self::Corrupt { .. } => "corrupt",
             Self::Unusable(_) => "unusable",
             Self::FileChanged(_) => "file_changed",

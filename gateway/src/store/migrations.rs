@@ -27,6 +27,12 @@ const VERSIONS: &[Version] = &[
         sqlite: include_str!("../../../migrations/sqlite/0002_revocations.sql"),
         postgres: include_str!("../../../migrations/postgres/0002_revocations.sql"),
     },
+    Version {
+        number: 4,
+        name: "device_counts",
+        sqlite: include_str!("../../../migrations/sqlite/0004_device_counts.sql"),
+        postgres: include_str!("../../../migrations/postgres/0004_device_counts.sql"),
+    },
 ];
 
 /// The newest version of the schema that this binary knows.

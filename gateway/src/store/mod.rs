@@ -8,6 +8,7 @@
 
 mod audit;
 mod connection;
+mod counts;
 mod devices;
 mod error;
 mod failures;
@@ -35,6 +36,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 pub use self::{
     audit::Change,
+    counts::{CountedNode, RuleCheck},
     error::StoreError,
     failures::{Operation, Trouble},
     health::{DatabaseState, DatabaseStatus},
@@ -48,7 +50,7 @@ pub use self::{
     plan::PlanReport,
     revocations::StoredRevocations,
     roster::RosterRow,
-    rules::{RULES_MAX, StoredRules},
+    rules::{Consent, RULES_MAX, StoredRules},
     tokens::TOKENS_MAX,
 };
 use self::{

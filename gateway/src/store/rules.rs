@@ -18,6 +18,36 @@ use super::{
 /// Most rules. One more is a [`StoreError::Conflict`].
 pub const RULES_MAX: i64 = 10_000;
 
+/// Whether somebody has confirmed a rule that is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Consent {
+    /// It is confirmed, so that later rules are not added to it.
+    Given,
+    /// It needs no confirmation beside the rules of this revision. Later ones are added to it for an hour.
+    Checked { revision: u64 },
+    /// It hits no other devices than before.
+    NotNeeded,
+}
+
+impl Consent {
+    /// The time at which the rule counts as unconfirmed: now, never, or as before.
+    const fn code(self) -> i64 {
+        match self {
+            Self::Checked { .. } => 1,
+            Self::Given => 2,
+            Self::NotNeeded => 3,
+        }
+    }
+
+    /// Whether rules were written since the check. `next` is the revision of this write.
+    const fn is_outdated(self, next: i64) -> bool {
+        match self {
+            Self::Checked { revision } => next.unsigned_abs() != revision + 1,
+            Self::Given | Self::NotNeeded => false,
+        }
+    }
+}
+
 /// Every rule as of one revision.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredRules {
@@ -49,15 +79,20 @@ const COUNT: Sql = Sql::both("SELECT count(*) AS count FROM rules");
 /// Index: rules' primary key.
 const FIND: Sql = Sql::both("SELECT id, spec, created_at, revision AS changed_at FROM rules WHERE id = $1");
 
-const INSERT: Sql = Sql::both("INSERT INTO rules (id, spec, created_at, revision) VALUES ($1, $2, $3, $4)");
+const INSERT: Sql = Sql {
+    sqlite: "INSERT INTO rules (id, spec, created_at, revision, unconfirmed_at) \
+             VALUES ($1, $2, $3, $4, CASE WHEN $5 = 1 THEN CAST(unixepoch('subsec') * 1000 AS INTEGER) END)",
+    postgres: "INSERT INTO rules (id, spec, created_at, revision, unconfirmed_at) \
+               VALUES ($1, $2, $3, $4, CASE WHEN $5 = 1 THEN CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT) END)",
+};
 
 /// Index: rules' primary key.
-const UPDATE: Sql = Sql::both("UPDATE rules SET spec = $2, revision = $3 WHERE id = $1");
-
-/// Index: meta's primary key. For a node that knows later rules than the database, which came out of a backup then: no revision
-/// is given out twice.
-const LEAP: Sql =
-    Sql::both("UPDATE meta SET value = CAST($1 AS TEXT) WHERE key = 'rules_revision' AND CAST(value AS BIGINT) < $1");
+const UPDATE: Sql = Sql {
+    sqlite: "UPDATE rules SET spec = $2, revision = $3, unconfirmed_at = CASE WHEN $4 = 1 THEN \
+             CAST(unixepoch('subsec') * 1000 AS INTEGER) WHEN $4 = 3 THEN unconfirmed_at END WHERE id = $1",
+    postgres: "UPDATE rules SET spec = $2, revision = $3, unconfirmed_at = CASE WHEN $4 = 1 THEN \
+               CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT) WHEN $4 = 3 THEN unconfirmed_at END WHERE id = $1",
+};
 
 /// Index: rules' primary key.
 const DELETE: Sql = Sql::both("DELETE FROM rules WHERE id = $1");
@@ -107,32 +142,27 @@ impl Store {
         .await
     }
 
-    /// Makes the next revision of the rules greater than `known`, which this node has seen. Changes no rule.
-    ///
-    /// # Errors
-    /// The database did not answer within 2 s.
-    #[tracing::instrument(name = "db.rules.leap", level = "debug", skip_all)]
-    pub async fn rules_leap(&self, known: u64) -> Result<(), StoreError> {
-        let known = i64::try_from(known).map_err(|_| corrupt("meta", "value", "rules_revision is out of range"))?;
-        self.observed(Operation::Rules, RULES_TIME_MAX, async {
-            let mut held = self.rules_lane().take().await?;
-            held.run(LEAP, &[Value::from(known)]).await?;
-            held.give_back();
-            Ok(())
-        })
-        .await
-    }
-
     /// Adds a rule. Its revision is that of the rule set from now on.
     ///
     /// # Errors
-    /// [`StoreError::Conflict`]: the id is taken, or there are [`RULES_MAX`] rules. Not done within 1.8 s.
+    /// [`StoreError::Conflict`]: the id is taken, or there are [`RULES_MAX`] rules. [`StoreError::Outdated`]: rules were written since
+    /// it was checked. Not done within 1.8 s.
     #[tracing::instrument(name = "db.rules.insert", level = "debug", skip_all)]
-    pub async fn rule_insert(&self, id: RuleId, spec: RuleSpec, audit: &Audit) -> Result<Rule, StoreError> {
+    pub async fn rule_insert(
+        &self,
+        id: RuleId,
+        spec: RuleSpec,
+        consent: Consent,
+        audit: &Audit,
+    ) -> Result<Rule, StoreError> {
         self.observed(Operation::Rules, RULES_WRITE_TIME_MAX, async {
             let mut held = self.rules_lane().take().await?;
             held.begin().await?;
             let revision = next_revision(&mut held).await?;
+            if consent.is_outdated(revision) {
+                held.rollback().await?;
+                return Err(StoreError::Outdated);
+            }
             let count = held.first(COUNT, &[]).await?;
             if count
                 .map(|row| row.int("count"))
@@ -152,6 +182,7 @@ impl Store {
                 Value::from(text.as_str()),
                 Value::from(to_ms(audit.at)),
                 Value::from(revision),
+                Value::from(consent.code()),
             ];
             held.run(INSERT, &values).await?;
             record(&mut held, audit, id, None, Some(as_json(&spec)?)).await?;
@@ -169,19 +200,25 @@ impl Store {
     /// Replaces a rule's spec, if the rule is still as the caller saw it. `Ok(None)`: there is no such rule.
     ///
     /// # Errors
-    /// [`StoreError::Conflict`] where the rule is no longer at `seen_revision`. Not done within 1.8 s.
+    /// [`StoreError::Conflict`] where the rule is no longer at `seen_revision`, or is not one of this version. [`StoreError::Outdated`]:
+    /// rules were written since it was checked. Not done within 1.8 s.
     #[tracing::instrument(name = "db.rules.update", level = "debug", skip_all)]
     pub async fn rule_update(
         &self,
         id: RuleId,
         seen_revision: u64,
         spec: RuleSpec,
+        consent: Consent,
         audit: &Audit,
     ) -> Result<Option<Rule>, StoreError> {
         self.observed(Operation::Rules, RULES_WRITE_TIME_MAX, async {
             let mut held = self.rules_lane().take().await?;
             held.begin().await?;
             let revision = next_revision(&mut held).await?;
+            if consent.is_outdated(revision) {
+                held.rollback().await?;
+                return Err(StoreError::Outdated);
+            }
             let Some(row) = held.first(FIND, &[Value::Uuid(id.0)]).await? else {
                 held.rollback().await?;
                 return Ok(None);
@@ -199,7 +236,12 @@ impl Store {
                 ));
             }
             let text = as_text(&spec)?;
-            let values = [Value::Uuid(id.0), Value::from(text.as_str()), Value::from(revision)];
+            let values = [
+                Value::Uuid(id.0),
+                Value::from(text.as_str()),
+                Value::from(revision),
+                Value::from(consent.code()),
+            ];
             held.run(UPDATE, &values).await?;
             record(&mut held, audit, id, Some(as_json(&before.spec)?), Some(as_json(&spec)?)).await?;
             held.commit().await?;
@@ -261,7 +303,7 @@ async fn record(
 }
 
 /// The rule of a row, as far as this version knows it. Fails where the table is not one of rules.
-fn rule(row: &Row) -> Result<Result<Rule, Unsupported>, StoreError> {
+pub(super) fn rule(row: &Row) -> Result<Result<Rule, Unsupported>, StoreError> {
     let id = RuleId(row.uuid("id")?);
     // SQLite keeps whatever was written into a column, text or not.
     let created_at = from_ms(row.int("created_at").ok().flatten().unwrap_or_default());
@@ -276,7 +318,7 @@ fn as_written(spec: &str) -> Json {
 }
 
 /// Stored as text, as every value of `meta`.
-fn revision(row: Option<&Row>) -> Result<u64, StoreError> {
+pub(super) fn revision(row: Option<&Row>) -> Result<u64, StoreError> {
     let text = row.map(|row| row.text("revision")).transpose()?.flatten();
     text.and_then(|text| text.parse().ok())
         .ok_or_else(|| corrupt("meta", "value", "rules_revision is not a number"))

@@ -9,7 +9,7 @@ mod stored;
 mod text;
 
 pub use compiled::{OwnedSubject, RuleSet, Subject};
-pub use preview::{Preview, Seen, VersionHit};
+pub use preview::{Beside, Preview, Seen, VersionHit};
 pub use spec::{Effect, Match, Mode, Rule, RuleSpec, SpecError};
 pub use stored::Unsupported;
 

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{Effect, Match, Mode, Preview, Rule, RuleSet, RuleSpec, Seen, SpecError, Subject};
+use super::{Beside, Effect, Match, Mode, Preview, Rule, RuleSet, RuleSpec, Seen, SpecError, Subject};
 use crate::{
     id::{Label, RuleId},
     time::WallTime,
@@ -391,7 +391,7 @@ fn a_preview_counts_devices_by_version() {
         seen(Some("3.8.0-b10"), 1),
     ];
 
-    let preview = Preview::of(&blocks(">=3.8.0-b3"), rows);
+    let preview = Preview::of(&blocks(">=3.8.0-b3"), &Beside::default(), rows);
 
     assert_eq!((preview.total, preview.matched, preview.others), (20, 7, 0));
     let listed: Vec<_> = preview
@@ -401,9 +401,12 @@ fn a_preview_counts_devices_by_version() {
         .collect();
     assert_eq!(listed, [("3.8.0-b3", 2), ("3.8.0-b10", 5)]);
     assert!(preview.needs_confirmation());
-    assert!(!Preview::of(&blocks(">=3.8.0-b3"), rows[..3].iter().copied()).needs_confirmation());
-    assert!(!Preview::of(&blocks("=(none)"), rows).needs_confirmation());
-    assert_eq!(Preview::of(&blocks("=(none)"), rows).by_version[0].firmware, "(none)");
+    assert!(!Preview::of(&blocks(">=3.8.0-b3"), &Beside::default(), rows[..3].iter().copied()).needs_confirmation());
+    assert!(!Preview::of(&blocks("=(none)"), &Beside::default(), rows).needs_confirmation());
+    assert_eq!(
+        Preview::of(&blocks("=(none)"), &Beside::default(), rows).by_version[0].firmware,
+        "(none)"
+    );
 }
 
 #[test]
@@ -414,11 +417,56 @@ fn a_preview_lists_the_versions_with_most_devices() {
         devices,
     });
 
-    let preview = Preview::of(&blocks(">=1"), rows);
+    let preview = Preview::of(&blocks(">=1"), &Beside::default(), rows);
 
     assert_eq!(preview.by_version.len(), Preview::VERSIONS_MAX);
     assert_eq!(preview.by_version[0].firmware, "1.200");
     assert_eq!(preview.others, (1..=200).sum::<u64>());
+}
+
+#[test]
+fn rules_that_nobody_confirmed_are_added_up_with_a_new_one() {
+    let cohorts = ["1", "2", "3", "4"].map(|firmware| Seen {
+        subject: stating(firmware),
+        devices: 25,
+    });
+    let (first, second) = (blocks("=1"), blocks("=2"));
+    let of = |beside: &Beside<'_>, seen: &[Seen<'static>]| Preview::of(&second, beside, seen.iter().copied());
+    let beside = |rules, sent_away, unlisted| Beside {
+        rules,
+        sent_away,
+        unlisted,
+    };
+
+    assert!(!of(&Beside::default(), &cohorts).needs_confirmation());
+    let (firsts, seconds) = ([&first], [&second]);
+    let together = of(&beside(&firsts, 0, 0), &cohorts);
+    assert_eq!((together.matched, together.added, together.together), (25, 25, 50));
+    assert!(together.needs_confirmation());
+    // The first has closed its sessions already.
+    let gone = of(&beside(&firsts, 25, 0), &cohorts[1..]);
+    assert_eq!((gone.total, gone.together), (100, 50));
+    assert!(gone.needs_confirmation());
+    // It hits nobody that the first does not.
+    assert!(!of(&beside(&seconds, 0, 0), &cohorts).needs_confirmation());
+    // Whom nobody can tell apart counts as hit.
+    assert!(of(&beside(&[], 0, 20), &cohorts).needs_confirmation());
+}
+
+#[test]
+fn a_preview_of_a_tenth_of_the_registered_devices_stands_for_all() {
+    let of = |devices| {
+        let seen = Seen {
+            subject: stating("1"),
+            devices,
+        };
+        Preview::of(&blocks("=2"), &Beside::default(), [seen])
+    };
+
+    assert!(of(0).is_blind(20));
+    assert!(of(9).is_blind(100));
+    assert!(!of(10).is_blind(100));
+    assert!(!of(0).is_blind(19));
 }
 
 /// The rule that counts, found by looking at each.

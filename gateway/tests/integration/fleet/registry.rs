@@ -290,7 +290,11 @@ async fn database_file_that_is_deleted_or_replaced_is_an_alarm_and_takes_no_writ
     fs::rename(&path, &kept).unwrap();
 
     let (rule, by) = (RuleId(uuid::Uuid::new_v4()), audit("rule.create"));
-    let refused = gateway.shared.store.rule_insert(rule, block("=6.6.6"), &by).await;
+    let refused = gateway
+        .shared
+        .store
+        .rule_insert(rule, block("=6.6.6"), seawall_gateway::store::Consent::Given, &by)
+        .await;
     assert!(matches!(refused, Err(StoreError::FileChanged("deleted"))));
     assert!(!path.exists(), "no new registry in its place");
     eventually(|| has_reason(&gateway, Fault::DatabaseFile)).await;

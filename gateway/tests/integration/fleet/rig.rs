@@ -368,7 +368,10 @@ pub async fn register(store: &Store, numbers: Range<u32>) {
 pub async fn add_rule(store: &Store, spec: RuleSpec) -> RuleId {
     spec.validate().unwrap();
     let id = RuleId(uuid::Uuid::new_v4());
-    store.rule_insert(id, spec, &audit("rule.create")).await.unwrap();
+    store
+        .rule_insert(id, spec, seawall_gateway::store::Consent::Given, &audit("rule.create"))
+        .await
+        .unwrap();
     id
 }
 

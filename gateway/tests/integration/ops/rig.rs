@@ -3,7 +3,7 @@
 use std::{future::Future, net::SocketAddr, time::Duration};
 
 use seawall_gateway::{
-    config::Config,
+    config::{Config, DatabaseUrl},
     serve::{self, Running},
     state::State,
 };
@@ -62,11 +62,17 @@ impl Gateway {
 
     /// Starts with these settings over the defaults, as TOML.
     pub fn start_with(settings: &str) -> Self {
+        Self::start_on(None, settings)
+    }
+
+    /// Starts on a database that others use as well.
+    pub fn start_on(database: Option<&DatabaseUrl>, settings: &str) -> Self {
         let data_dir = tempfile::tempdir().unwrap();
         let mut config = Config::from_toml(settings).unwrap();
         config.server.data_dir = data_dir.path().to_owned();
         config.server.listen = SocketAddr::from(([127, 0, 0, 1], 0));
         config.ops.listen = SocketAddr::from(([127, 0, 0, 1], 0));
+        config.database.url = database.cloned();
         config.validate().unwrap();
         let runtime = Runtime::new().unwrap();
         let running = runtime.block_on(serve::start(config)).unwrap();

@@ -3,7 +3,10 @@
 use serde_json::{Value, json};
 
 use super::rig::{Gateway, V1, text};
-use crate::wire::raw::{ask, request};
+use crate::{
+    harness::pg,
+    wire::raw::{ask, request},
+};
 
 #[test]
 fn a_rule_is_made_changed_and_removed() {
@@ -229,7 +232,8 @@ fn rules_that_the_database_has_lost_stay_in_force_and_raise_an_alarm() {
     assert!(in_force(&kept) && in_force(&lost));
     assert_eq!(gateway.get(&format!("/api/v1/rules/{lost}")).json()["state"], "lost");
     let again = gateway.post("/api/v1/rules", rule("=9"));
-    assert_eq!((again.status, &again.json()["revision"]), (201, &json!(3)));
+    assert_eq!((again.status, &again.json()["revision"]), (201, &json!(2)));
+    assert!(in_force(&lost) && in_force(&text(&again.json()["id"])));
     assert_eq!(gateway.delete(&format!("/api/v1/rules/{lost}")).status, 204);
     gateway.eventually(|| gateway.state().readiness().reasons.is_empty());
     assert!(in_force(&kept) && in_force(&text(&again.json()["id"])) && !in_force(&lost));
@@ -346,6 +350,94 @@ fn a_rule_that_refuses_many_must_be_confirmed() {
         gateway.patch(&path, wider).problem(),
         (409, "needs_confirmation".into())
     );
+}
+
+#[test]
+fn the_check_of_a_rule_counts_the_devices_of_all_nodes() {
+    let outside = tokio::runtime::Runtime::new().unwrap();
+    let database = outside.block_on(pg::shared().database()).unwrap();
+    let (here, there) = (
+        Gateway::start_on(Some(&database), ""),
+        Gateway::start_on(Some(&database), ""),
+    );
+    here.eventually(|| here.state().readiness().ready && there.state().readiness().ready);
+    let _devices: Vec<_> = (0..20).map(|_| there.connected(&["Seawall-Firmware: 3.8"])).collect();
+    let rule = json!({"match": {"firmware": ">=3.8"}, "effect": "block", "evict": true});
+    let preview = || here.post("/api/v1/rules/preview", rule.clone()).json();
+
+    here.eventually(|| preview()["connected"] == 20);
+    let refused = here.post("/api/v1/rules", rule.clone());
+
+    let preview = preview();
+    assert_eq!(
+        (&preview["connected_total"], &preview["nodes"]),
+        (&json!(20), &json!(2))
+    );
+    assert_eq!(refused.problem(), (409, "needs_confirmation".into()));
+    let detail = refused.json()["detail"].clone();
+    assert!(text(&detail).contains("20 of 20 connected devices"), "{detail}");
+    assert_eq!(there.state().sessions.len(), 20);
+}
+
+#[test]
+fn rules_that_nobody_confirmed_are_added_up() {
+    let gateway = Gateway::start();
+    let _devices: Vec<_> = (0..20)
+        .map(|number| gateway.connected(&[&format!("Seawall-Firmware: {}", 1 + number / 5)]))
+        .collect();
+    let rule = |firmware: &str| json!({"match": {"firmware": firmware}, "effect": "block", "evict": true});
+
+    assert_eq!(gateway.post("/api/v1/rules", rule("=1")).status, 201);
+    gateway.eventually(|| gateway.state().sessions.len() == 15);
+    let second = gateway.post("/api/v1/rules", rule("=2"));
+    assert_eq!(second.problem(), (409, "needs_confirmation".into()));
+    let detail = second.json()["detail"].clone();
+    assert!(text(&detail).contains("together with 1 rules"), "{detail}");
+    let by_model = json!({"match": {"firmware": "=2", "tenant": "default"}, "effect": "block"});
+    assert_eq!(gateway.post("/api/v1/rules", by_model).problem().0, 409);
+
+    // One that hits nobody, and one that is confirmed.
+    assert_eq!(gateway.post("/api/v1/rules", rule("=9")).status, 201);
+    let mut confirmed = rule("=2");
+    confirmed["confirm"] = Value::Bool(true);
+    assert_eq!(gateway.post("/api/v1/rules", confirmed).status, 201);
+}
+
+#[test]
+fn a_rule_that_nobody_can_tell_the_effect_of_must_be_confirmed() {
+    let gateway = Gateway::start();
+    for _ in 0..20 {
+        gateway.register(json!({}));
+    }
+    let rule = json!({"match": {"firmware": ">=3.8"}, "effect": "block"});
+
+    let blind = gateway.post("/api/v1/rules", rule.clone());
+    assert_eq!(blind.problem(), (409, "needs_confirmation".into()));
+    let detail = blind.json()["detail"].clone();
+    assert!(text(&detail).contains("0 of 20 registered devices"), "{detail}");
+
+    let counts = |firmware: &str| format!(r#"{{"groups":[{{"firmware":"{firmware}","connected":30,"known":30}}]}}"#);
+    let write = |counts: &str| {
+        let (run, store) = (uuid::Uuid::from_u128(1), &gateway.state().store);
+        gateway.block_on(store.counts_write(run, "other", counts)).unwrap();
+    };
+    write("of no version at all");
+    assert_eq!(gateway.post("/api/v1/rules", rule.clone()).problem().0, 409);
+    write(&counts("3.8"));
+    let connected = gateway.post("/api/v1/rules", rule.clone());
+    assert_eq!(connected.json()["preview"]["connected"], 30, "{connected:?}");
+    // The other node is gone: what it had a minute ago still counts.
+    gateway.block_on(async {
+        let mut database = database(&gateway).await;
+        let sql = "UPDATE device_counts SET at = at - 60000";
+        sqlx::raw_sql(sql).execute(&mut database).await.unwrap();
+    });
+    let outage = gateway.post("/api/v1/rules", rule.clone());
+    assert_eq!(outage.problem(), (409, "needs_confirmation".into()));
+    let detail = outage.json()["detail"].clone();
+    assert!(text(&detail).contains("30 of 30 recently seen"), "{detail}");
+    write(&counts("3.7"));
+    assert_eq!(gateway.post("/api/v1/rules", rule).status, 201);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use seawall_gateway::store::{NewDevice, NewToken, Role, StoreError, StoredRules};
+use seawall_gateway::store::{Consent, NewDevice, NewToken, Role, StoreError, StoredRules};
 use seawall_proto::{
     id::{DeviceId, RuleId, SecretHash},
     rules::RuleSpec,
@@ -20,7 +20,9 @@ on_both!(
     failed_change_leaves_the_revision,
     rule_that_cannot_be_enforced_stops_no_other_and_can_be_deleted,
     older_version_works_beside_rows_and_columns_of_a_newer_one,
-    revision_leaps_forward_and_never_back,
+    unconfirmed_rules_are_known_until_somebody_confirms_them,
+    rule_that_was_checked_beside_older_ones_is_not_written,
+    counts_of_other_runs_are_read_with_their_age,
     changes_and_audit_stand_together,
     writes_side_by_side_each_have_a_revision,
     rule_is_written_while_every_ops_connection_is_busy,
@@ -55,7 +57,7 @@ async fn first_revision_is_zero_without_rules(fixture: &Fixture) {
 async fn rule_is_read_back_as_it_was_written(fixture: &Fixture) {
     let made = fixture
         .store
-        .rule_insert(id(1), spec(">=3.8.0-b3"), &audit("rule.create", 7))
+        .rule_insert(id(1), spec(">=3.8.0-b3"), Consent::Given, &audit("rule.create", 7))
         .await
         .unwrap();
 
@@ -68,16 +70,16 @@ async fn rule_is_read_back_as_it_was_written(fixture: &Fixture) {
 async fn every_change_moves_the_revision_by_one(fixture: &Fixture) {
     let store = &fixture.store;
     store
-        .rule_insert(id(1), spec("1.*"), &audit("rule.create", 1))
+        .rule_insert(id(1), spec("1.*"), Consent::Given, &audit("rule.create", 1))
         .await
         .unwrap();
     store
-        .rule_insert(id(2), spec("2.*"), &audit("rule.create", 2))
+        .rule_insert(id(2), spec("2.*"), Consent::Given, &audit("rule.create", 2))
         .await
         .unwrap();
 
     let updated = store
-        .rule_update(id(1), 1, spec("3.*"), &audit("rule.update", 3))
+        .rule_update(id(1), 1, spec("3.*"), Consent::Given, &audit("rule.update", 3))
         .await
         .unwrap()
         .unwrap();
@@ -95,15 +97,17 @@ async fn every_change_moves_the_revision_by_one(fixture: &Fixture) {
 async fn change_of_a_rule_seen_at_another_revision_is_a_conflict(fixture: &Fixture) {
     let store = &fixture.store;
     store
-        .rule_insert(id(1), spec("1.*"), &audit("rule.create", 1))
+        .rule_insert(id(1), spec("1.*"), Consent::Given, &audit("rule.create", 1))
         .await
         .unwrap();
     store
-        .rule_update(id(1), 1, spec("2.*"), &audit("rule.update", 2))
+        .rule_update(id(1), 1, spec("2.*"), Consent::Given, &audit("rule.update", 2))
         .await
         .unwrap();
 
-    let late = store.rule_update(id(1), 1, spec("3.*"), &audit("rule.update", 3)).await;
+    let late = store
+        .rule_update(id(1), 1, spec("3.*"), Consent::Given, &audit("rule.update", 3))
+        .await;
 
     assert!(matches!(late, Err(StoreError::Conflict(_))), "{late:?}");
     assert_eq!(store.rules().await.unwrap().rules[0].spec, spec("2.*"));
@@ -112,15 +116,17 @@ async fn change_of_a_rule_seen_at_another_revision_is_a_conflict(fixture: &Fixtu
 async fn failed_change_leaves_the_revision(fixture: &Fixture) {
     let store = &fixture.store;
     store
-        .rule_insert(id(1), spec("1.*"), &audit("rule.create", 1))
+        .rule_insert(id(1), spec("1.*"), Consent::Given, &audit("rule.create", 1))
         .await
         .unwrap();
 
-    let twice = store.rule_insert(id(1), spec("2.*"), &audit("rule.create", 2)).await;
+    let twice = store
+        .rule_insert(id(1), spec("2.*"), Consent::Given, &audit("rule.create", 2))
+        .await;
     assert!(matches!(twice, Err(StoreError::Conflict(_))), "{twice:?}");
     assert_eq!(
         store
-            .rule_update(id(9), 1, spec("2.*"), &audit("rule.update", 2))
+            .rule_update(id(9), 1, spec("2.*"), Consent::Given, &audit("rule.update", 2))
             .await
             .unwrap(),
         None
@@ -134,11 +140,11 @@ async fn failed_change_leaves_the_revision(fixture: &Fixture) {
 async fn rule_that_cannot_be_enforced_stops_no_other_and_can_be_deleted(fixture: &Fixture) {
     let store = &fixture.store;
     store
-        .rule_insert(id(1), spec("1.*"), &audit("rule.create", 1))
+        .rule_insert(id(1), spec("1.*"), Consent::Given, &audit("rule.create", 1))
         .await
         .unwrap();
     store
-        .rule_insert(id(2), spec("2.*"), &audit("rule.create", 2))
+        .rule_insert(id(2), spec("2.*"), Consent::Given, &audit("rule.create", 2))
         .await
         .unwrap();
     fixture
@@ -149,9 +155,13 @@ async fn rule_that_cannot_be_enforced_stops_no_other_and_can_be_deleted(fixture:
     assert_eq!((stored.revision, stored.rules.len()), (2, 1));
     assert_eq!(stored.unsupported.len(), 1);
     assert_eq!(&*stored.unsupported[0].spec, "{\"effect\":\"of a later release\"}");
-    let changed = store.rule_update(id(2), 2, spec("3.*"), &audit("rule.update", 3)).await;
+    let changed = store
+        .rule_update(id(2), 2, spec("3.*"), Consent::Given, &audit("rule.update", 3))
+        .await;
     assert!(matches!(changed, Err(StoreError::Conflict(_))), "{changed:?}");
-    let made = store.rule_insert(id(3), spec("3.*"), &audit("rule.create", 3)).await;
+    let made = store
+        .rule_insert(id(3), spec("3.*"), Consent::Given, &audit("rule.create", 3))
+        .await;
     assert_eq!(made.unwrap().revision, 3);
     assert_eq!(
         store.rule_delete(id(2), &audit("rule.delete", 4)).await.unwrap(),
@@ -184,7 +194,7 @@ async fn older_version_works_beside_rows_and_columns_of_a_newer_one(fixture: &Fi
     ];
     for (number, json) in (1..).zip(made) {
         store
-            .rule_insert(id(number), spec("1.*"), &audit("rule.create", 1))
+            .rule_insert(id(number), spec("1.*"), Consent::Given, &audit("rule.create", 1))
             .await
             .unwrap();
         fixture
@@ -210,11 +220,17 @@ async fn older_version_works_beside_rows_and_columns_of_a_newer_one(fixture: &Fi
     let kept: Vec<&str> = stored.unsupported.iter().map(|rule| &*rule.spec).collect();
     assert_eq!((kept, stored.rules), (made.to_vec(), Vec::new()));
     let ours = store
-        .rule_insert(id(9), spec("2.*"), &audit("rule.create", 2))
+        .rule_insert(id(9), spec("2.*"), Consent::Given, &audit("rule.create", 2))
         .await
         .unwrap();
     let ours = store
-        .rule_update(ours.id, ours.revision, spec("3.*"), &audit("rule.update", 3))
+        .rule_update(
+            ours.id,
+            ours.revision,
+            spec("3.*"),
+            Consent::Given,
+            &audit("rule.update", 3),
+        )
         .await
         .unwrap()
         .unwrap();
@@ -253,32 +269,97 @@ async fn older_version_works_beside_rows_and_columns_of_a_newer_one(fixture: &Fi
     );
 }
 
-async fn revision_leaps_forward_and_never_back(fixture: &Fixture) {
+async fn unconfirmed_rules_are_known_until_somebody_confirms_them(fixture: &Fixture) {
     let store = &fixture.store;
+    let unconfirmed = async || {
+        let check = store.rule_check(Uuid::nil()).await.unwrap();
+        check.unconfirmed.iter().map(|rule| rule.id).collect::<Vec<_>>()
+    };
+    let audit = audit("rule.create", 1);
+    let checked = |revision| Consent::Checked { revision };
+    store.rule_insert(id(1), spec("1.*"), checked(0), &audit).await.unwrap();
     store
-        .rule_insert(id(1), spec("1.*"), &audit("rule.create", 1))
+        .rule_insert(id(2), spec("2.*"), Consent::Given, &audit)
         .await
         .unwrap();
+    assert_eq!(unconfirmed().await, [id(1)]);
 
-    store.rules_leap(7).await.unwrap();
-    store.rules_leap(3).await.unwrap();
-
-    assert_eq!(store.rules_revision().await.unwrap(), 7);
-    let next = store
-        .rule_insert(id(2), spec("2.*"), &audit("rule.create", 2))
+    store
+        .rule_update(id(1), 1, spec("1.1.*"), Consent::NotNeeded, &audit)
         .await
         .unwrap();
-    assert_eq!(next.revision, 8);
+    assert_eq!(unconfirmed().await, [id(1)]);
+    store
+        .rule_update(id(1), 3, spec("1.2.*"), Consent::Given, &audit)
+        .await
+        .unwrap();
+    assert_eq!(unconfirmed().await, []);
+    store
+        .rule_update(id(2), 2, spec("2.2.*"), checked(4), &audit)
+        .await
+        .unwrap();
+    assert_eq!(unconfirmed().await, [id(2)]);
+
+    fixture
+        .db_run("UPDATE rules SET unconfirmed_at = unconfirmed_at - 3600000")
+        .await;
+    assert_eq!(unconfirmed().await, []);
+}
+
+async fn rule_that_was_checked_beside_older_ones_is_not_written(fixture: &Fixture) {
+    let store = &fixture.store;
+    let audit = audit("rule.create", 1);
+    let seen = store.rule_check(Uuid::nil()).await.unwrap().revision;
+    let checked = Consent::Checked { revision: seen };
+    store.rule_insert(id(1), spec("1.*"), checked, &audit).await.unwrap();
+
+    let late = store.rule_insert(id(2), spec("2.*"), checked, &audit).await;
+    let change = store.rule_update(id(1), 1, spec("2.*"), checked, &audit).await;
+
+    assert!(matches!(late, Err(StoreError::Outdated)), "{late:?}");
+    assert!(matches!(change, Err(StoreError::Outdated)), "{change:?}");
+    assert_eq!(store.rules_revision().await.unwrap(), 1);
+}
+
+async fn counts_of_other_runs_are_read_with_their_age(fixture: &Fixture) {
+    let store = &fixture.store;
+    let run = Uuid::from_u128;
+    for (number, counts) in [(1, "a"), (2, "b"), (3, "c"), (1, "d")] {
+        store.counts_write(run(number), "node", counts).await.unwrap();
+    }
+    let read = async || {
+        let mut nodes = store.rule_check(run(3)).await.unwrap().nodes;
+        nodes.sort_by(|a, b| a.counts.cmp(&b.counts));
+        nodes
+            .into_iter()
+            .map(|node| (node.counts, node.is_live))
+            .collect::<Vec<_>>()
+    };
+
+    assert_eq!(read().await, [("b".to_owned(), true), ("d".to_owned(), true)]);
+    fixture
+        .db_run("UPDATE device_counts SET at = at - 60000 WHERE counts = 'b'")
+        .await;
+    assert_eq!(read().await, [("b".to_owned(), false), ("d".to_owned(), true)]);
+    fixture
+        .db_run("UPDATE device_counts SET at = at - 86400000 WHERE counts = 'b'")
+        .await;
+    assert_eq!(read().await, [("d".to_owned(), true)]);
+    store.counts_prune().await.unwrap();
+    fixture
+        .db_run("UPDATE device_counts SET at = at + 86400000 WHERE counts = 'b'")
+        .await;
+    assert_eq!(read().await, [("d".to_owned(), true)]);
 }
 
 async fn changes_and_audit_stand_together(fixture: &Fixture) {
     let store = &fixture.store;
     store
-        .rule_insert(id(1), spec("1.*"), &audit("rule.create", 1))
+        .rule_insert(id(1), spec("1.*"), Consent::Given, &audit("rule.create", 1))
         .await
         .unwrap();
     store
-        .rule_update(id(1), 1, spec("2.*"), &audit("rule.update", 2))
+        .rule_update(id(1), 1, spec("2.*"), Consent::Given, &audit("rule.update", 2))
         .await
         .unwrap();
     store.rule_delete(id(1), &audit("rule.delete", 3)).await.unwrap();
@@ -306,7 +387,7 @@ async fn changes_and_audit_stand_together(fixture: &Fixture) {
     // Where the record can't be written, the change is not made either.
     fixture.db_run("ALTER TABLE audit RENAME TO elsewhere").await;
     store
-        .rule_insert(id(2), spec("2.*"), &audit("rule.create", 4))
+        .rule_insert(id(2), spec("2.*"), Consent::Given, &audit("rule.create", 4))
         .await
         .unwrap_err();
     assert_eq!(store.rules().await.unwrap().rules, []);
@@ -317,7 +398,7 @@ async fn writes_side_by_side_each_have_a_revision(fixture: &Fixture) {
         let store = fixture.store.clone();
         tokio::spawn(async move {
             store
-                .rule_insert(id(number), spec("1.*"), &audit("rule.create", 1))
+                .rule_insert(id(number), spec("1.*"), Consent::Given, &audit("rule.create", 1))
                 .await
                 .unwrap()
                 .revision
@@ -354,7 +435,7 @@ async fn rule_is_written_while_every_ops_connection_is_busy(fixture: &Fixture) {
     let started = Instant::now();
     fixture
         .store
-        .rule_insert(id(1), spec("1.*"), &audit("rule.create", 1))
+        .rule_insert(id(1), spec("1.*"), Consent::Given, &audit("rule.create", 1))
         .await
         .unwrap();
 

@@ -24,7 +24,16 @@ async fn both_schemas_have_the_same_tables_columns_and_keys() {
     let tables: std::collections::BTreeSet<_> = sqlite.keys().map(|(table, _)| table.as_str()).collect();
     assert_eq!(
         tables,
-        ["audit", "devices", "meta", "revocations", "rules", "tokens"].into()
+        [
+            "audit",
+            "device_counts",
+            "devices",
+            "meta",
+            "revocations",
+            "rules",
+            "tokens"
+        ]
+        .into()
     );
 }
 

@@ -96,6 +96,7 @@ impl Gateway {
         let shared = Arc::new(State {
             started: clock.wall(),
             node: "test".into(),
+            run: uuid::Uuid::nil(),
             store,
             gate,
             resume,
