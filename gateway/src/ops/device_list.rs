@@ -1,10 +1,11 @@
 //! `GET /devices`: the registry in the order of ids, filtered by what is stored and by what devices do now.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{sync::Arc, time::Duration};
 
 use axum::{Json, extract::State};
 use seawall_proto::{firmware::Range, id::DeviceId};
 use serde::Deserialize;
+use tokio::time::{Instant, sleep};
 use utoipa::IntoParams;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
@@ -25,6 +26,8 @@ use crate::{
 const SCANNED_MAX: usize = 5_000;
 /// Rows that are read from the database at once.
 const CHUNK: u32 = 500;
+/// Time for which one walk over all devices seen serves the further pages of a list.
+const SEEN_KEPT: Duration = Duration::from_secs(10);
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
     OpenApiRouter::new().routes(routes!(list_devices))
@@ -46,6 +49,15 @@ pub struct DeviceParams {
     limit: Option<u32>,
     /// Where to go on: `next_cursor` of the page before.
     cursor: Option<String>,
+}
+
+/// Devices that this node has seen with a wanted version, from one walk over all that it knows: 16 bytes a device.
+pub struct Seen {
+    /// The filter as it was written.
+    firmware: Option<String>,
+    taken: Instant,
+    /// Sorted.
+    ids: Arc<[DeviceId]>,
 }
 
 /// What a request asks for.
@@ -77,8 +89,9 @@ async fn list_devices(
     // Few devices are seen, compared with how many may be registered: where only seen ones can pass, those are looked up.
     let mut seen = match wanted.needs_sight() {
         true => {
-            let wanted = Arc::clone(&wanted);
-            Some(api.survey(move |gateway| seen_devices(gateway, &wanted, next)).await?)
+            let ids = seen_devices(&api, &wanted, params.firmware, next.is_some()).await?;
+            let start = next.map_or(0, |first| ids.partition_point(|id| *id < first));
+            Some((ids, start))
         }
         false => None,
     };
@@ -88,10 +101,12 @@ async fn list_devices(
     let mut scanned = 0;
     loop {
         let (rows, goes_on_at) = match &mut seen {
-            Some(ids) => {
-                let ids_read: Vec<DeviceId> = (0..CHUNK).map_while(|_| ids.pop_first()).collect();
-                scanned += ids_read.len();
-                (gateway.store.devices_among(&ids_read).await?, ids.first().copied())
+            Some((ids, start)) => {
+                let end = ids.len().min(*start + CHUNK as usize);
+                let rows = gateway.store.devices_among(&ids[*start..end]).await?;
+                scanned += end - *start;
+                *start = end;
+                (rows, ids.get(end).copied())
             }
             None => {
                 let page = gateway.store.devices_page(&wanted.stored, next, chunk).await?;
@@ -165,19 +180,45 @@ impl Wanted {
     }
 }
 
-/// The devices with a wanted version that this node knows, from `first` on: as many as one request reads, and one more.
-fn seen_devices(gateway: &Gateway, wanted: &Wanted, first: Option<DeviceId>) -> BTreeSet<DeviceId> {
-    let mut ids = BTreeSet::new();
-    let is_wanted = |id: DeviceId, firmware: Option<&str>| {
-        first.is_none_or(|first| id >= first) && wanted.firmware.as_ref().is_none_or(|range| range.matches(firmware))
-    };
+/// The devices with a wanted version that this node knows. A further page of a list takes those of the page before, so that a list
+/// of many pages does not walk over all devices for each.
+async fn seen_devices(
+    api: &Arc<Api>,
+    wanted: &Arc<Wanted>,
+    firmware: Option<String>,
+    is_further: bool,
+) -> Result<Arc<[DeviceId]>, Problem> {
+    // Held during the walk: a second list waits, and does not walk at the same time.
+    let mut kept = api.seen.lock().await;
+    if let Some(seen) = &*kept
+        && is_further
+        && seen.firmware == firmware
+        && seen.taken.elapsed() < SEEN_KEPT
+    {
+        return Ok(Arc::clone(&seen.ids));
+    }
+    let wanted = Arc::clone(wanted);
+    let ids: Arc<[DeviceId]> = api.survey(move |gateway| walk(gateway, &wanted)).await?.into();
+    let taken = Instant::now();
+    *kept = Some(Seen {
+        firmware,
+        taken,
+        ids: Arc::clone(&ids),
+    });
+    drop(kept);
+    let keeper = Arc::clone(api);
+    api.in_background(async move {
+        sleep(SEEN_KEPT).await;
+        keeper.seen.lock().await.take_if(|seen| seen.taken == taken);
+    });
+    Ok(ids)
+}
+
+fn walk(gateway: &Gateway, wanted: &Wanted) -> Vec<DeviceId> {
+    let mut ids = Vec::new();
     let mut take = |id: DeviceId, firmware: Option<&str>| {
-        if is_wanted(id, firmware) {
-            ids.insert(id);
-            // One more than is read tells where to go on.
-            if ids.len() > SCANNED_MAX + 1 {
-                ids.pop_last();
-            }
+        if wanted.firmware.as_ref().is_none_or(|range| range.matches(firmware)) {
+            ids.push(id);
         }
     };
     gateway
@@ -187,6 +228,8 @@ fn seen_devices(gateway: &Gateway, wanted: &Wanted, first: Option<DeviceId>) -> 
     gateway
         .sessions
         .for_each(|session| take(session.info.device, session.info.cohort.firmware.as_deref()));
+    ids.sort_unstable();
+    ids.dedup();
     ids
 }
 

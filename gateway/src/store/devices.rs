@@ -41,7 +41,19 @@ const PAGE: Sql = Sql::both(
 /// Index: devices_by_tenant.
 const PAGE_OF_TENANT: Sql = Sql::both(
     "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
-     FROM devices WHERE tenant = $4 AND id >= $1 AND ($2 IS NULL OR state = $2) AND ($5 IS NULL OR model = $5) \
+     FROM devices WHERE tenant = $4 AND id >= $1 AND ($2 IS NULL OR state = $2) ORDER BY id LIMIT $3",
+);
+
+/// Index: devices_by_tenant_and_model.
+const PAGE_OF_TENANT_AND_MODEL: Sql = Sql::both(
+    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+     FROM devices WHERE tenant = $4 AND model = $5 AND id >= $1 AND ($2 IS NULL OR state = $2) ORDER BY id LIMIT $3",
+);
+
+/// Index: devices_not_enabled, which holds few devices: whatever else is asked for, only they are read.
+const PAGE_OF_NOT_ENABLED: Sql = Sql::both(
+    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+     FROM devices WHERE state = $2 AND state <> 0 AND id >= $1 AND ($4 IS NULL OR tenant = $4) AND ($5 IS NULL OR model = $5) \
      ORDER BY id LIMIT $3",
 );
 
@@ -110,14 +122,16 @@ impl Store {
         let first = cursor.unwrap_or(DeviceId::from_uuid(uuid::Uuid::nil()));
         let state = Value::Small(filter.state.map(state_to_small));
         let common = [first.into(), state, Value::from(i64::from(limit) + 1)];
-        let (sql, values) = match (&filter.tenant, &filter.model) {
-            (Some(tenant), model) => (
-                PAGE_OF_TENANT,
-                [&common[..], &[Some(tenant).into(), model.as_ref().into()]].concat(),
-            ),
-            (None, Some(model)) => (PAGE_OF_MODEL, [&common[..], &[Some(model).into()]].concat()),
-            (None, None) => (PAGE, common.to_vec()),
+        let is_enabled = filter.state.is_none_or(|state| state == DeviceState::Enabled);
+        let (tenant, model) = (filter.tenant.as_ref(), filter.model.as_ref());
+        let (sql, more): (_, Vec<Value<'_>>) = match (is_enabled, tenant, model) {
+            (false, tenant, model) => (PAGE_OF_NOT_ENABLED, vec![tenant.into(), model.into()]),
+            (true, Some(_), Some(_)) => (PAGE_OF_TENANT_AND_MODEL, vec![tenant.into(), model.into()]),
+            (true, Some(_), None) => (PAGE_OF_TENANT, vec![tenant.into()]),
+            (true, None, Some(_)) => (PAGE_OF_MODEL, vec![model.into()]),
+            (true, None, None) => (PAGE, Vec::new()),
         };
+        let values = [&common[..], &more].concat();
         self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
             let rows = held.all(sql, &values).await?;
@@ -409,5 +423,42 @@ fn corrupt(column: &'static str, detail: &str) -> StoreError {
         table: "devices",
         column,
         detail: detail.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::{Connection as _, Row as _, SqliteConnection};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn each_page_of_a_list_is_read_through_its_index_in_order() {
+        let mut database = SqliteConnection::connect("sqlite::memory:").await.unwrap();
+        for schema in [
+            include_str!("../../../migrations/sqlite/0001_registry.sql"),
+            include_str!("../../../migrations/sqlite/0003_device_lists.sql"),
+        ] {
+            sqlx::raw_sql(schema).execute(&mut database).await.unwrap();
+        }
+
+        for (page, index) in [
+            (PAGE, "sqlite_autoindex_devices_1"),
+            (PAGE_OF_TENANT, "devices_by_tenant "),
+            (PAGE_OF_MODEL, "devices_by_model "),
+            (PAGE_OF_TENANT_AND_MODEL, "devices_by_tenant_and_model "),
+            (PAGE_OF_NOT_ENABLED, "devices_not_enabled "),
+        ] {
+            let explained = sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {}", page.sqlite));
+            let plan = sqlx::query(explained).fetch_all(&mut database).await.unwrap();
+            let steps: Vec<String> = plan.iter().map(|step| step.get("detail")).collect();
+
+            assert_eq!(steps.len(), 1, "sorted by itself: {steps:?}");
+            assert!(steps[0].starts_with("SEARCH devices USING "), "{steps:?}");
+            assert!(
+                steps[0].contains(index) || index.starts_with("sqlite_") && steps[0].contains("PRIMARY KEY"),
+                "{steps:?}"
+            );
+        }
     }
 }

@@ -28,6 +28,12 @@ const VERSIONS: &[Version] = &[
         postgres: include_str!("../../../migrations/postgres/0002_revocations.sql"),
     },
     Version {
+        number: 3,
+        name: "device_lists",
+        sqlite: include_str!("../../../migrations/sqlite/0003_device_lists.sql"),
+        postgres: include_str!("../../../migrations/postgres/0003_device_lists.sql"),
+    },
+    Version {
         number: 4,
         name: "device_counts",
         sqlite: include_str!("../../../migrations/sqlite/0004_device_counts.sql"),
