@@ -11,7 +11,7 @@ use std::{
     panic::AssertUnwindSafe,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -67,9 +67,6 @@ const GAUGES_INTERVAL: Duration = Duration::from_secs(1);
 /// How often addresses that stay away are forgotten, where handshakes by address are counted.
 const FORGET_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The alarm that operators see when a connection's task has panicked.
-const PANIC_ALARM: &str = "panic";
-
 /// What all connections share.
 pub struct Door {
     /// All places for handshakes.
@@ -87,7 +84,6 @@ pub struct Door {
     handshake_rate: Option<HandshakeRate>,
     pub(crate) lingering: Semaphore,
     pressure: Pressure,
-    has_panicked: AtomicBool,
     /// Every connection's task.
     pub(crate) tasks: TaskTracker,
     /// Cancelled when the process is about to end: whoever still waits for an answer gets one now.
@@ -168,7 +164,6 @@ impl Door {
             handshake_rate: rate.map(HandshakeRate::new),
             lingering: Semaphore::new(LINGERING_MAX),
             pressure: Pressure::new(),
-            has_panicked: AtomicBool::new(false),
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
         }
@@ -220,11 +215,11 @@ impl Door {
     /// Runs a connection's task, tracked. A panic in it ends that connection alone: what the connection holds is given back as
     /// it unwinds, the panic is counted, and the first one is an alarm.
     pub fn spawn(self: &Arc<Self>, shared: &Shared, life: impl Future<Output = ()> + Send + 'static) {
-        let (door, shared) = (Arc::clone(self), Arc::clone(shared));
+        let shared = Arc::clone(shared);
         // Not an `async` block, whose future would hold `life` twice: as it was passed, and as it is awaited.
         let life = AssertUnwindSafe(life).catch_unwind().map(move |ended| {
             if ended.is_err() {
-                door.note_panic(&shared);
+                shared.note_panic("the task of a device's connection");
             }
         });
         self.tasks.spawn(life);
@@ -255,14 +250,6 @@ impl Door {
     #[cfg(test)]
     pub fn connections_held(&self) -> usize {
         self.connection_shares.used()
-    }
-
-    fn note_panic(&self, shared: &Shared) {
-        shared.metrics.task_panics.increment(1);
-        if !self.has_panicked.swap(true, Ordering::Relaxed) {
-            let detail = "the task of a device's connection panicked: a bug, please report it with the log; the alarm stays until a restart";
-            shared.alarm(PANIC_ALARM, true, detail);
-        }
     }
 
     /// What a connection from `network` needs, or why it can't have it, and the place in which its head is read either way. `None`:

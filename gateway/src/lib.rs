@@ -37,6 +37,7 @@ pub mod sessions;
 pub mod socket;
 pub mod state;
 pub mod store;
+pub mod supervise;
 pub mod telemetry;
 pub mod tls;
 pub mod tokens;

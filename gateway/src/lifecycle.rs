@@ -1,8 +1,8 @@
 //! The life of the process: what asks it to stop, what must end before it does, and what it says when it ends.
 //!
 //! Two tokens: *soft* begins the drain, *hard* ends what is left at once. Every long task is spawned here, so that it has a
-//! name, is waited for, and a panic in it is noticed: it stops the gateway, because a gateway without one of its tasks
-//! would answer wrongly for as long as nobody looks. Start with [`Lifecycle`].
+//! name, is waited for, and a panic in it is noticed: it stops the gateway. Tasks that a gateway can do without for a while
+//! are started again instead, see [`crate::supervise`]. Start with [`Lifecycle`].
 
 use std::{
     any::Any,
@@ -81,7 +81,7 @@ impl Lifecycle {
     }
 }
 
-fn panic_text(panic: &(dyn Any + Send)) -> &str {
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> &str {
     panic
         .downcast_ref::<&str>()
         .copied()
@@ -128,9 +128,12 @@ impl Signals {
         }
     }
 
-    /// The next signal to leave; others are passed over.
+    /// The next signal to leave. Others wait for [`Self::next`].
     pub async fn leave(&mut self) {
-        while self.next().await != Asked::Leave {}
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
     }
 }
 

@@ -126,7 +126,7 @@ pub struct Metrics {
     pub dropped: Family,
     /// Slots given to ids for which the memory of slots had no room: they live in their tokens alone.
     pub slots_stateless: Counter,
-    /// Tasks of connections that panicked.
+    /// Tasks that panicked.
     pub task_panics: Counter,
     /// Memory, used and allowed.
     pub memory_bytes: GaugeFamily,
@@ -431,7 +431,7 @@ impl Metrics {
             ),
             task_panics: names.counter(
                 "seawall_task_panics_total",
-                "Tasks of device connections that panicked. Each is a bug, and ends one connection.",
+                "Tasks that panicked: of device connections, calls of the API and helpers. Each is a bug; it ends one connection or call, and a helper is started again.",
             ),
             memory_bytes: names.gauges(
                 "seawall_memory_bytes",

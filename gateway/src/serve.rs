@@ -37,6 +37,7 @@ use crate::{
     socket::SocketLimits,
     state::{Plan, Shared, SharedIds, State},
     store::{Store, StoreError},
+    supervise::{Panics, spawn_helper},
     telemetry,
     tls::{self, Tls, TlsError},
     tokens::{Tokens, TokensError},
@@ -213,6 +214,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         faults: Faults::default(),
         registry: Registry::default(),
         plan: Plan::default(),
+        panics: Panics::default(),
         shared_ids: SharedIds::default(),
     });
     await_first_contact(&state).await;
@@ -272,27 +274,40 @@ async fn await_first_contact(state: &Shared) {
 }
 
 fn spawn_tasks(state: &Shared, life: &Lifecycle) {
-    let hard = || life.hard().clone();
-    let shared = || Arc::clone(state);
-    life.spawn("rules", rules::follow(shared(), hard()));
-    life.spawn("evictor", rules::evict(shared(), hard()));
-    life.spawn("device counts", census::publish(shared(), hard()));
-    life.spawn("revocations", resume::follow(shared(), hard()));
-    life.spawn("roster", roster::follow(shared(), hard()));
-    life.spawn("registry", registry::guard(shared(), hard()));
-    life.spawn("faults", faults::follow(shared(), hard()));
-    life.spawn("drill", resume::drill(shared(), hard()));
-    life.spawn("drain", drain::run(shared(), hard()));
-    life.spawn("ageing", ageing::run(shared(), hard()));
-    life.spawn("tokens", state.tokens.clone().follow(state.store.clone(), hard()));
-    life.spawn("plan guard", upkeep::guard_plans(shared(), hard()));
-    life.spawn("known good", known_good::keep(shared(), hard()));
-    life.spawn("gauges", upkeep::publish(shared(), hard()));
-    life.spawn("memory", memory::follow(shared(), hard()));
-    life.spawn("session clock", upkeep::call_sessions(shared(), hard()));
-    life.spawn("certificates", tls::follow(shared(), hard()));
-    life.spawn("lag", upkeep::measure_lag(shared(), hard()));
-    life.spawn("attempts summary", upkeep::sum_up_attempts(shared(), hard()));
+    // Essential: without one of them the gateway ends.
+    life.spawn("drain", drain::run(Arc::clone(state), life.hard().clone()));
+    life.spawn(
+        "session clock",
+        upkeep::call_sessions(Arc::clone(state), life.hard().clone()),
+    );
+    // Helpers: started again after a panic.
+    macro_rules! helper {
+        ($name:literal, $run:path) => {{
+            let (shared, hard) = (Arc::clone(state), life.hard().clone());
+            spawn_helper(life, state, $name, move || $run(Arc::clone(&shared), hard.clone()));
+        }};
+    }
+    helper!("rules", rules::follow);
+    helper!("evictor", rules::evict);
+    helper!("device counts", census::publish);
+    helper!("revocations", resume::follow);
+    helper!("roster", roster::follow);
+    helper!("drill", resume::drill);
+    helper!("ageing", ageing::run);
+    helper!("tokens", follow_tokens);
+    helper!("plan guard", upkeep::guard_plans);
+    helper!("known good", known_good::keep);
+    helper!("gauges", upkeep::publish);
+    helper!("memory", memory::follow);
+    helper!("certificates", tls::follow);
+    helper!("lag", upkeep::measure_lag);
+    helper!("registry", registry::guard);
+    helper!("faults", faults::follow);
+    helper!("attempts summary", upkeep::sum_up_attempts);
+}
+
+async fn follow_tokens(state: Shared, stop: CancellationToken) {
+    state.tokens.clone().follow(state.store.clone(), stop).await;
 }
 
 fn session_limits(config: &Config) -> SessionLimits {
@@ -388,7 +403,11 @@ impl Running {
 ///
 /// # Errors
 /// The start failed, or a part of the gateway did.
-pub async fn until_signal(config: Config, reload: impl Fn() -> Result<String, ConfigError>) -> Result<(), StartError> {
+pub async fn until_signal(
+    config: Config,
+    reload: impl Fn() -> Result<String, ConfigError> + Send + Sync + 'static,
+) -> Result<(), StartError> {
+    let reload = Arc::new(reload);
     let mut signals = Signals::listen().map_err(|source| StartError::System {
         what: "listening to signals",
         source,
@@ -414,8 +433,12 @@ pub async fn until_signal(config: Config, reload: impl Fn() -> Result<String, Co
         match asked {
             Asked::Leave => break,
             Asked::Reload => {
-                apply_level(&reload);
-                tls::reload_now(&running.state).await;
+                // A file system that hangs must not keep the gateway from leaving.
+                tokio::select! {
+                    () = take_settings(&reload, &running.state) => {}
+                    () = signals.leave() => break,
+                    () = running.broken() => break,
+                }
             }
         }
     }
@@ -423,9 +446,22 @@ pub async fn until_signal(config: Config, reload: impl Fn() -> Result<String, Co
     running.leave(signals.leave()).await
 }
 
+/// Reads the files anew that SIGHUP is for, off the runtime's workers: the log level of the configuration, and certificates.
+async fn take_settings<R>(reload: &Arc<R>, state: &Shared)
+where
+    R: Fn() -> Result<String, ConfigError> + Send + Sync + 'static,
+{
+    let reload = Arc::clone(reload);
+    // Cancelled only where the runtime ends; a panic in it is in the log.
+    if let Ok(level) = tokio::task::spawn_blocking(move || reload()).await {
+        apply_level(level);
+    }
+    tls::reload_now(state).await;
+}
+
 /// Takes the log level of the configuration; a configuration that can't be used changes nothing.
-fn apply_level(reload: &impl Fn() -> Result<String, ConfigError>) {
-    match reload() {
+fn apply_level(level: Result<String, ConfigError>) {
+    match level {
         Ok(level) => match telemetry::set_level(&level) {
             // A change tells of itself.
             Ok(change) if change.is_change() => {}

@@ -30,6 +30,7 @@ use crate::{
     sessions::Sessions,
     socket::SocketLimits,
     store::{DatabaseStatus, PlanReport, Store},
+    supervise::Panics,
     tls::{EXPIRY_NOTICE, Tls},
     tokens::Tokens,
 };
@@ -65,6 +66,8 @@ pub struct State {
     pub registry: Registry,
     /// What the plan guard saw last.
     pub plan: Plan,
+    /// What has panicked.
+    pub panics: Panics,
     /// Ids that several devices seem to share.
     pub shared_ids: SharedIds,
     /// What all sessions have in common.
@@ -171,6 +174,12 @@ impl State {
         }
         if self.shared_ids.found().count > 0 {
             reasons.push("duplicate_id");
+        }
+        if self.panics.has_panicked() {
+            reasons.push("panic");
+        }
+        if self.panics.is_failing() {
+            reasons.push("task_failed");
         }
         if self.tls.problem().is_some() {
             reasons.push("tls_files");
