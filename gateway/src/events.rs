@@ -14,7 +14,7 @@ use base64::prelude::{BASE64_STANDARD, Engine as _};
 use seawall_proto::{
     id::{DeviceId, RuleId},
     session::{Payload, Received},
-    time::WallTime,
+    time::{Instant, WallTime},
 };
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -41,8 +41,19 @@ pub struct Event {
     pub id: u64,
     #[serde(serialize_with = "rfc3339")]
     pub at: WallTime,
+    /// Monotonic time at which a message was taken; zero for notices. Spans come from it: the wall clock may be set.
+    #[serde(skip)]
+    taken: Instant,
     #[serde(flatten)]
     pub body: Body,
+}
+
+impl Event {
+    /// Bytes of payload in it.
+    #[must_use]
+    pub fn payload_len(&self) -> usize {
+        self.body.payload_len()
+    }
 }
 
 /// What happened. The tag is the SSE event name.
@@ -170,18 +181,23 @@ impl Events {
         if rings.notices.len() == NOTICES_MAX {
             rings.notices.pop_front();
         }
-        rings.notices.push_back(Arc::new(Event { id, at, body }));
+        let taken = Instant::ZERO;
+        rings.notices.push_back(Arc::new(Event { id, at, taken, body }));
         drop(rings);
-        self.newest.send_replace(id);
+        self.publish(id);
     }
 
     /// Takes a message from a device.
     ///
     /// # Errors
-    /// The buffer is full of messages younger than [`MESSAGE_KEPT_AT_LEAST`], or the payload claims to be JSON and is not.
-    pub fn message(&self, at: WallTime, device: DeviceId, received: Received) -> Result<(), BufferFull> {
+    /// The buffer is full of messages younger than [`MESSAGE_KEPT_AT_LEAST`].
+    pub fn message(&self, at: WallTime, now: Instant, device: DeviceId, received: Received) -> Result<(), BufferFull> {
         let (payload, payload_base64) = match received.payload {
-            Payload::Json(json) => (RawValue::from_string(json.into()).ok(), None),
+            Payload::Json(json) => {
+                let json = RawValue::from_string(json.into());
+                debug_assert!(json.is_ok(), "the payload was valid JSON when its frame was read");
+                (json.ok(), None)
+            }
             Payload::Text(text) => (serde_json::value::to_raw_value(&text).ok(), None),
             Payload::Binary(bytes) => (None, Some(BASE64_STANDARD.encode(bytes).into_boxed_str())),
         };
@@ -196,32 +212,61 @@ impl Events {
         let mut rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
         while rings.messages.len() >= MESSAGES_MAX || rings.message_bytes + size > MESSAGE_BYTES_MAX {
             match rings.messages.front() {
-                Some(oldest) if at.saturating_since(oldest.at) >= MESSAGE_KEPT_AT_LEAST => rings.drop_message(),
+                Some(oldest) if now.saturating_since(oldest.taken) >= MESSAGE_KEPT_AT_LEAST => rings.drop_message(),
                 Some(_) | None => return Err(BufferFull),
             }
         }
         rings.last_id += 1;
         let id = rings.last_id;
         rings.message_bytes += size;
-        rings.messages.push_back(Arc::new(Event { id, at, body }));
+        let taken = now;
+        rings.messages.push_back(Arc::new(Event { id, at, taken, body }));
         drop(rings);
-        self.newest.send_replace(id);
+        self.publish(id);
         Ok(())
     }
 
-    /// Up to `len_max` events after number `after`, oldest first.
+    /// Wakes readers. Writers may come here in another order than their events have: the number never goes back.
+    fn publish(&self, id: u64) {
+        self.newest.send_if_modified(|newest| {
+            let is_newer = id > *newest;
+            if is_newer {
+                *newest = id;
+            }
+            is_newer
+        });
+    }
+
+    /// Up to `len_max` events after number `after`, oldest first, with payloads of at most `bytes_max` together: at least one event.
     #[must_use]
-    pub fn after(&self, after: u64, len_max: usize) -> Page {
+    pub fn after(&self, after: u64, len_max: usize, bytes_max: usize) -> Page {
         let rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
         let tail = |ring: &VecDeque<Arc<Event>>| -> Vec<Arc<Event>> {
             let start = ring.partition_point(|event| event.id <= after);
-            ring.iter().skip(start).take(len_max).cloned().collect()
+            let mut bytes = 0;
+            ring.iter()
+                .skip(start)
+                .take(len_max)
+                .take_while(|event| {
+                    let fits = bytes == 0 || bytes + event.payload_len() <= bytes_max;
+                    bytes += event.payload_len();
+                    fits
+                })
+                .cloned()
+                .collect()
         };
         let available = |ring: &VecDeque<Arc<Event>>| ring.len() - ring.partition_point(|event| event.id <= after);
         let present = available(&rings.notices) + available(&rings.messages);
         let missed = u64::try_from(present).unwrap_or(u64::MAX) < rings.last_id.saturating_sub(after);
         let mut events = tail(&rings.notices);
-        events.extend(tail(&rings.messages));
+        let messages = tail(&rings.messages);
+        // Notices behind the last message wait for the next page: a message that did not fit comes before them.
+        if messages.len() < available(&rings.messages)
+            && let Some(last) = messages.last()
+        {
+            events.retain(|event| event.id < last.id);
+        }
+        events.extend(messages);
         drop(rings);
         events.sort_unstable_by_key(|event| event.id);
         events.truncate(len_max);
@@ -243,10 +288,13 @@ impl Rings {
     }
 }
 
-/// A time as RFC 3339 with milliseconds, in UTC.
+/// Last millisecond that RFC 3339 can write: of the year 9999.
+const RFC3339_MAX_UNIX_MS: u64 = 253_402_300_799_999;
+
+/// A time as RFC 3339 with milliseconds, in UTC. A time after the year 9999, which RFC 3339 can't write, is its last millisecond.
 #[must_use]
 pub fn format_time(at: WallTime) -> String {
-    let time = std::time::UNIX_EPOCH + Duration::from_millis(at.as_unix_ms());
+    let time = std::time::UNIX_EPOCH + Duration::from_millis(at.as_unix_ms().min(RFC3339_MAX_UNIX_MS));
     humantime::format_rfc3339_millis(time).to_string()
 }
 
@@ -269,7 +317,7 @@ mod tests {
         message(&events, 2).unwrap();
         alarm(&events, 3);
 
-        let page = events.after(1, 10);
+        let page = events.after(1, 10, BYTES);
 
         assert_eq!(page.events.iter().map(|event| event.id).collect::<Vec<_>>(), [2, 3]);
         assert!(!page.missed);
@@ -282,8 +330,8 @@ mod tests {
             alarm(&events, n as u64);
         }
 
-        assert!(events.after(0, 10).missed);
-        assert!(!events.after(1, 10).missed);
+        assert!(events.after(0, 10, BYTES).missed);
+        assert!(!events.after(1, 10, BYTES).missed);
     }
 
     #[test]
@@ -303,11 +351,84 @@ mod tests {
         let events = Events::default();
         alarm(&events, 5);
 
-        let json = serde_json::to_value(&*events.after(0, 1).events[0]).unwrap();
+        let json = serde_json::to_value(&*events.after(0, 1, BYTES).events[0]).unwrap();
 
         assert_eq!(json["type"], "alarm");
         assert_eq!(json["at"], "1970-01-01T00:00:00.005Z");
     }
+
+    #[test]
+    fn a_wall_clock_that_is_set_back_stops_no_message() {
+        let events = Events::default();
+        let hour = 3_600_000;
+        for _ in 0..MESSAGES_MAX {
+            message_at(&events, WallTime::from_unix_ms(hour), 1_000).unwrap();
+        }
+
+        assert_eq!(message_at(&events, WallTime::from_unix_ms(0), 10_999), Err(BufferFull));
+        assert_eq!(message_at(&events, WallTime::from_unix_ms(0), 11_000), Ok(()));
+        // Nor does one that is set forward drop a message before its time.
+        let mut full = Ok(());
+        while full.is_ok() {
+            full = message_at(&events, WallTime::from_unix_ms(1_000 * hour), 12_000);
+        }
+        assert_eq!(events.rings.lock().unwrap().messages.len(), MESSAGES_MAX);
+    }
+
+    #[test]
+    fn a_page_is_bounded_in_bytes_and_leaves_no_event_out() {
+        let events = Events::default();
+        for n in 0..20 {
+            message(&events, n).unwrap();
+            alarm(&events, n);
+        }
+
+        let mut seen = Vec::new();
+        loop {
+            let page = events.after(seen.last().copied().unwrap_or(0), 10, 5);
+            let bytes: usize = page.events.iter().map(|event| event.payload_len()).sum();
+            assert!(bytes <= 5 && !page.missed);
+            if page.events.is_empty() {
+                break;
+            }
+            seen.extend(page.events.iter().map(|event| event.id));
+        }
+
+        assert_eq!(seen, (1..=40).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn one_message_over_the_bound_is_a_page_of_its_own() {
+        let events = Events::default();
+        message(&events, 1).unwrap();
+        message(&events, 2).unwrap();
+
+        assert_eq!(events.after(0, 10, 1).events.len(), 1);
+    }
+
+    #[test]
+    fn the_number_of_the_newest_event_never_goes_back() {
+        let events = Events::default();
+        let mut newest = events.subscribe();
+
+        events.publish(6);
+        newest.mark_unchanged();
+        events.publish(5);
+
+        assert_eq!(*newest.borrow(), 6);
+        assert!(!newest.has_changed().unwrap());
+    }
+
+    #[test]
+    fn a_time_after_the_year_9999_is_its_last_millisecond() {
+        assert_eq!(
+            format_time(WallTime::from_unix_ms(u64::MAX)),
+            "9999-12-31T23:59:59.999Z"
+        );
+    }
+
+    /// More than all payloads of a test together.
+    const BYTES: usize = 1 << 20;
 
     fn alarm(events: &Events, at: u64) {
         let body = Body::Alarm {
@@ -319,12 +440,17 @@ mod tests {
     }
 
     fn message(events: &Events, at: u64) -> Result<(), BufferFull> {
+        message_at(events, WallTime::from_unix_ms(at), at)
+    }
+
+    fn message_at(events: &Events, wall: WallTime, now_ms: u64) -> Result<(), BufferFull> {
         let device = DeviceId::from_uuid(uuid::Uuid::from_u128(1));
         let received = Received {
             id: Some("m".into()),
             topic: None,
             payload: Payload::Json("{}".into()),
         };
-        events.message(WallTime::from_unix_ms(at), device, received)
+        let now = Instant::ZERO + Duration::from_millis(now_ms);
+        events.message(wall, now, device, received)
     }
 }

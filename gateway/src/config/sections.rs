@@ -101,7 +101,7 @@ section! {
         pub request_timeout_ms: u64 = 30_000, "milliseconds", 1_000..=600_000;
         /// Greatest body of a request, imports apart; then 413.
         pub body_bytes_max: usize = 256 * 1024, "bytes", 16_384..=16_777_216;
-        /// API connections open at a time; more wait to be accepted.
+        /// API calls with a token carried out at a time, one a connection; one more gets 503. Idle connections make way for new ones.
         pub connections_max: usize = 256, "connections", 8..=10_000;
         /// Readers of the event stream at a time; one more gets 503.
         pub event_readers_max: usize = 32, "readers", 1..=1_000;

@@ -365,7 +365,10 @@ impl Live {
         let device = self.online.session().info.device;
         let id = received.id.clone();
         let shared = self.online.shared();
-        let outcome = match shared.events.message(shared.clock.wall(), device, received) {
+        let outcome = match shared
+            .events
+            .message(shared.clock.wall(), shared.clock.now(), device, received)
+        {
             Ok(()) => {
                 if let Some(id) = id {
                     self.machine.handle_stored(&id);

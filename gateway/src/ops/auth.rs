@@ -9,13 +9,16 @@ use axum::{
     http::{HeaderMap, header, request::Parts},
 };
 
+use seawall_proto::id::SecretHash;
+
 use super::{
     Api,
+    call::Call,
     problem::{Code, Problem},
 };
 use crate::{
     store::{Audit, Role},
-    tokens::Principal,
+    tokens::{Principal, Tokens},
 };
 
 /// The least role that a call asks for.
@@ -51,12 +54,26 @@ impl AtLeast for Admin {
 #[derive(Debug)]
 pub struct Caller<R> {
     principal: Principal,
+    token: SecretHash,
+    call: Option<Arc<Call>>,
     role: PhantomData<fn() -> R>,
+}
+
+impl<R: AtLeast> Caller<R> {
+    /// Whether the caller's token is still valid for this: what goes on for long asks again.
+    pub fn is_allowed(&self, tokens: &Tokens) -> bool {
+        tokens
+            .principal(&self.token)
+            .is_some_and(|principal| principal.role >= R::ROLE)
+    }
 }
 
 impl<R> Caller<R> {
     /// What the audit log will say of a change that this caller makes now.
     pub fn audit(&self, api: &Api, action: &'static str) -> Audit {
+        if let Some(call) = &self.call {
+            call.set_action(action);
+        }
         Audit {
             at: api.state.clock.wall(),
             actor: self.principal.name.as_ref().to_owned(),
@@ -69,10 +86,14 @@ impl<R: AtLeast> FromRequestParts<Arc<Api>> for Caller<R> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Self, Problem> {
-        let token = bearer(&parts.headers)?;
-        let Some(principal) = api.state.tokens.authenticate(token) else {
+        let token = SecretHash::of(bearer(&parts.headers)?.as_bytes());
+        let Some(principal) = api.state.tokens.principal(&token) else {
             return Err(Problem::new(Code::Unauthorized, "the token is not valid"));
         };
+        let call = parts.extensions.get::<Arc<Call>>().cloned();
+        if let Some(call) = &call {
+            call.authenticated(&principal.name)?;
+        }
         if principal.role < R::ROLE {
             return Err(Problem::new(
                 Code::Forbidden,
@@ -85,6 +106,8 @@ impl<R: AtLeast> FromRequestParts<Arc<Api>> for Caller<R> {
         }
         Ok(Self {
             principal,
+            token,
+            call,
             role: PhantomData,
         })
     }

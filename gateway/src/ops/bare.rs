@@ -2,7 +2,8 @@
 //!
 //! A head that is too large or malformed never reaches a handler: hyper writes a status line with no body (431, 414, 400) and
 //! closes. [`Dressed`] is the stream below hyper: it puts a problem in the place of that answer, and reads what the client still
-//! sends for a moment, because closing on unread bytes resets the connection and takes the answer with it.
+//! sends for a moment, because closing on unread bytes resets the connection and takes the answer with it. It also ends a
+//! connection whose peer does not read.
 
 use std::{
     future::Future,
@@ -26,10 +27,15 @@ const NO_BODY: &[u8] = b"content-length: 0\r\n";
 const LINGER_LEN_MAX: usize = 256 * 1024;
 const LINGER_TIME: Duration = Duration::from_millis(500);
 
+/// Maximum time for which a peer may take nothing of what is to be written to it. Then its connection is closed.
+const STALLED_MAX: Duration = Duration::from_secs(30);
+
 /// A connection whose bare answers are dressed.
 pub struct Dressed {
     stream: Transport,
     refusal: Option<Refusal>,
+    /// When the connection ends; only while the peer takes nothing.
+    stalled: Option<Pin<Box<Sleep>>>,
 }
 
 /// A problem on its way instead of a bare answer.
@@ -44,7 +50,25 @@ struct Refusal {
 
 impl Dressed {
     pub fn new(stream: Transport) -> Self {
-        Self { stream, refusal: None }
+        Self {
+            stream,
+            refusal: None,
+            stalled: None,
+        }
+    }
+
+    /// Writes, and fails where the peer has taken nothing for [`STALLED_MAX`].
+    fn poll_write_in_time(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match Pin::new(&mut self.stream).poll_write(cx, bytes) {
+            Poll::Ready(written) => {
+                self.stalled = None;
+                Poll::Ready(written)
+            }
+            Poll::Pending => {
+                let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep(STALLED_MAX)));
+                stalled.as_mut().poll(cx).map(|()| Err(io::ErrorKind::TimedOut.into()))
+            }
+        }
     }
 }
 
@@ -96,7 +120,7 @@ impl AsyncWrite for Dressed {
             });
         }
         let Some(refusal) = &mut this.refusal else {
-            return Pin::new(&mut this.stream).poll_write(cx, bytes);
+            return this.poll_write_in_time(cx, bytes);
         };
         while refusal.written < refusal.response.len() {
             let rest = &refusal.response[refusal.written..];

@@ -20,7 +20,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     Api,
     auth::{Admin, Caller, Operator, Viewer},
-    extract::{Body, Id, OptionalBody, Span, nullable},
+    extract::{Body, Id, OptionalBody, Span, SpanDoc, nullable},
     problem::{Code, Problem, ProblemBody},
     write_down,
 };
@@ -290,7 +290,7 @@ async fn delete_device(
 #[serde(deny_unknown_fields)]
 pub struct RotationBody {
     /// How long the old secret stays valid: text such as `24h`, or seconds; at most 30 days. Default: it ends at once.
-    #[schema(value_type = Option<String>)]
+    #[schema(value_type = Option<SpanDoc>)]
     overlap: Option<Span>,
 }
 

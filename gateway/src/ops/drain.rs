@@ -10,7 +10,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     Api,
     auth::{Caller, Operator, Viewer},
-    extract::{OptionalBody, Span},
+    extract::{OptionalBody, Span, SpanDoc},
     node::SUBJECT,
     problem::{Code, Problem, ProblemBody},
     write_down,
@@ -66,7 +66,7 @@ pub struct DrainBody {
     #[schema(exclusive_minimum = 0, maximum = 1_000_000)]
     rate_per_second: Option<f64>,
     /// When the last session has been told: text such as `10m`, or seconds; 1 second to 24 hours. Default: the setting.
-    #[schema(value_type = Option<String>)]
+    #[schema(value_type = Option<SpanDoc>)]
     deadline: Option<Span>,
 }
 

@@ -4,7 +4,7 @@ use std::{collections::VecDeque, convert::Infallible, sync::Arc, time::Duration}
 
 use axum::{
     extract::State,
-    http::HeaderMap,
+    http::{HeaderMap, HeaderName, header},
     response::sse::{self, KeepAlive, Sse},
 };
 use futures_util::{Stream, stream};
@@ -23,6 +23,8 @@ use crate::{events::Event, state::Shared};
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Events taken from the buffer at once.
 const PAGE_LEN: usize = 256;
+/// Maximum payload of a page, in bytes: what one reader holds, also when it does not read. One greater message is a page of its own.
+const PAGE_BYTES: usize = 64 * 1024;
 /// Tells a browser when to come back to a stream that broke.
 const RETRY: Duration = Duration::from_secs(2);
 /// Name of the event that stands for those that are no longer in the buffer.
@@ -36,7 +38,7 @@ pub fn routes() -> OpenApiRouter<Arc<Api>> {
 ///
 /// Names: `presence`, `rules`, `alarm`, `drain`, `message`, and `missed` where events went by that are no longer in the buffer. With
 /// `Last-Event-ID` the stream goes on behind that event, without it begins now. A comment is sent every 15 s. `ops.event_readers_max`
-/// readers at a time.
+/// readers at a time. The stream ends when its token is no longer valid, or when the reader takes nothing for 30 s.
 #[utoipa::path(
     get, path = "/api/v1/events", tag = "events",
     params(("Last-Event-ID" = Option<u64>, Header, description = "`id` of the last event that was read")),
@@ -47,10 +49,19 @@ pub fn routes() -> OpenApiRouter<Arc<Api>> {
     ),
 )]
 async fn follow_events(
-    _caller: Caller<Viewer>,
+    caller: Caller<Viewer>,
     State(api): State<Arc<Api>>,
     headers: HeaderMap,
-) -> Result<Sse<impl Stream<Item = Result<sse::Event, Infallible>>>, Problem> {
+) -> Result<
+    (
+        [(HeaderName, &'static str); 2],
+        Sse<impl Stream<Item = Result<sse::Event, Infallible>>>,
+    ),
+    Problem,
+> {
+    let mut tokens_changed = api.state.tokens.changes();
+    // The token may have ended since it was checked.
+    tokens_changed.mark_changed();
     let permit = Arc::clone(&api.event_readers).try_acquire_owned().map_err(|_| {
         Problem::new(
             Code::TooManyReaders,
@@ -71,55 +82,86 @@ async fn follow_events(
     let reader = Reader {
         gateway: Arc::clone(&api.state),
         stopping: api.stopping.clone(),
+        caller,
+        tokens_changed,
         newest,
         after,
-        ready: VecDeque::from([sse::Event::default().comment("seawall").retry(RETRY)]),
+        greeting: Some(sse::Event::default().comment("seawall").retry(RETRY)),
+        ready: VecDeque::new(),
         _permit: permit,
     };
     let events = stream::unfold(reader, |mut reader| async move {
         let event = reader.next().await?;
         Some((Ok(event), reader))
     });
-    Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
+    let stream = Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE));
+    // Proxies must hand each event on at once: the first is nginx's own word for it.
+    let unbuffered = [
+        (HeaderName::from_static("x-accel-buffering"), "no"),
+        (header::CACHE_CONTROL, "no-store, no-transform"),
+    ];
+    Ok((unbuffered, stream))
 }
 
 /// One open stream. Holds no more than a page: a slow reader falls behind in the buffer, not in memory.
 struct Reader {
     gateway: Shared,
     stopping: CancellationToken,
+    caller: Caller<Viewer>,
+    tokens_changed: watch::Receiver<()>,
     newest: watch::Receiver<u64>,
     /// Number of the last event that was taken.
     after: u64,
-    ready: VecDeque<sse::Event>,
+    greeting: Option<sse::Event>,
+    /// The rest of the page. An event gets its form when its turn comes.
+    ready: VecDeque<Arc<Event>>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Reader {
-    /// `None` when the gateway ends.
+    /// `None` when the gateway ends, or the reader's token is no longer valid.
     ///
     /// # Cancel safety
     /// What was taken from the buffer is in `ready`.
     async fn next(&mut self) -> Option<sse::Event> {
         loop {
+            // Fails only when the tokens are gone with the gateway.
+            if self.tokens_changed.has_changed().unwrap_or(true) {
+                self.tokens_changed.mark_unchanged();
+                if !self.caller.is_allowed(&self.gateway.tokens) {
+                    return None;
+                }
+            }
+            if let Some(greeting) = self.greeting.take() {
+                return Some(greeting);
+            }
             if let Some(event) = self.ready.pop_front() {
-                return Some(event);
+                match as_sse(&event) {
+                    Some(event) => return Some(event),
+                    None => continue,
+                }
             }
             // Seen before the buffer is read, so that an event in between wakes us.
             let newest_id = *self.newest.borrow_and_update();
-            let page = self.gateway.events.after(self.after, PAGE_LEN);
+            let page = self.gateway.events.after(self.after, PAGE_LEN, PAGE_BYTES);
+            // Never back: the buffer may hold an event whose number is not published yet.
+            self.after = page.events.last().map_or(newest_id, |last| last.id).max(self.after);
+            self.ready.extend(page.events);
             if page.missed {
                 self.gateway.metrics.dropped.increment("events");
-                let event = sse::Event::default().event(MISSED).data("{\"type\":\"missed\"}");
-                self.ready.push_back(event);
+                return Some(sse::Event::default().event(MISSED).data("{\"type\":\"missed\"}"));
             }
-            self.after = page.events.last().map_or(newest_id, |last| last.id);
-            self.ready.extend(page.events.iter().filter_map(|event| as_sse(event)));
             if !self.ready.is_empty() {
                 continue;
             }
             tokio::select! {
                 () = self.stopping.cancelled() => return None,
                 changed = self.newest.changed() => changed.ok()?,
+                changed = self.tokens_changed.changed() => {
+                    changed.ok()?;
+                    // Seen again at the top.
+                    self.tokens_changed.mark_changed();
+                }
             }
         }
     }

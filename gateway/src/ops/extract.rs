@@ -1,11 +1,12 @@
 //! What handlers take from a request, with errors in the API's form: bodies, queries, ids in paths, pages.
 
-use std::{borrow::Cow, str::FromStr, time::Duration};
+use std::{borrow::Cow, str::FromStr, sync::Arc, time::Duration};
 
 use axum::{
     Json,
+    body::HttpBody as _,
     extract::{FromRequest, FromRequestParts, Path, Query, Request},
-    http::request::Parts,
+    http::{StatusCode, header, request::Parts},
 };
 use bytes::Bytes;
 use seawall_proto::id::{DeviceId, InvalidLabel, Label, RuleId};
@@ -13,7 +14,11 @@ use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
-use super::problem::{Code, Problem};
+use super::{
+    Api,
+    call::Call,
+    problem::{Code, Problem},
+};
 
 /// Items of a page where the caller does not say.
 pub const PAGE_DEFAULT: u32 = 100;
@@ -24,12 +29,12 @@ pub const PAGE_MAX: u32 = crate::store::PAGE_MAX;
 #[derive(Debug)]
 pub struct Body<T>(pub T);
 
-impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+impl<T: DeserializeOwned> FromRequest<Arc<Api>> for Body<T> {
     type Rejection = Problem;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
-        let Json(body) = Json::<T>::from_request(request, state).await?;
-        Ok(Self(body))
+    async fn from_request(request: Request, api: &Arc<Api>) -> Result<Self, Problem> {
+        let (parts, bytes) = read(request, api).await?;
+        object(parts, bytes).await.map(Self)
     }
 }
 
@@ -37,18 +42,51 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
 #[derive(Debug)]
 pub struct OptionalBody<T>(pub T);
 
-impl<T: DeserializeOwned + Default, S: Send + Sync> FromRequest<S> for OptionalBody<T> {
+impl<T: DeserializeOwned + Default> FromRequest<Arc<Api>> for OptionalBody<T> {
     type Rejection = Problem;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
-        let (parts, body) = request.into_parts();
-        let bytes = Bytes::from_request(Request::from_parts(parts.clone(), body), state).await?;
+    async fn from_request(request: Request, api: &Arc<Api>) -> Result<Self, Problem> {
+        let (parts, bytes) = read(request, api).await?;
         if bytes.is_empty() {
             return Ok(Self(T::default()));
         }
-        let Body(body) = Body::<Option<T>>::from_request(Request::from_parts(parts, bytes.into()), state).await?;
+        let body: Option<T> = object(parts, bytes).await?;
         Ok(Self(body.unwrap_or_default()))
     }
+}
+
+/// Reads a body, once there is room for it among the bodies of all calls.
+async fn read(request: Request, api: &Api) -> Result<(Parts, Bytes), Problem> {
+    let (parts, body) = request.into_parts();
+    let announced = parts.headers.get(header::CONTENT_LENGTH);
+    let len = announced.and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
+    let len = len.unwrap_or(if body.is_end_stream() { 0 } else { api.body_bytes_max });
+    if len > api.body_bytes_max {
+        return Err(Problem::of_body(StatusCode::PAYLOAD_TOO_LARGE));
+    }
+    // No body is over 4 GiB: the settings have bounds.
+    let permits = u32::try_from(len).unwrap_or(u32::MAX);
+    let permit = Arc::clone(&api.bodies).try_acquire_many_owned(permits).map_err(|_| {
+        Problem::new(
+            Code::Busy,
+            "the bodies of other requests take all the memory for bodies: try again in a second",
+        )
+    })?;
+    if let Some(call) = parts.extensions.get::<Arc<Call>>() {
+        call.hold_body(permit);
+    }
+    let bytes = Bytes::from_request(Request::from_parts(parts.clone(), body), &()).await?;
+    Ok((parts, bytes))
+}
+
+/// A JSON object. Serde would also take an array of the values of its fields.
+async fn object<T: DeserializeOwned>(parts: Parts, bytes: Bytes) -> Result<T, Problem> {
+    let is_array = bytes.trim_ascii_start().first() == Some(&b'[');
+    let Json(value) = Json::<T>::from_request(Request::from_parts(parts, bytes.into()), &()).await?;
+    if is_array {
+        return Err(Problem::invalid("expected a JSON object, and the body is an array"));
+    }
+    Ok(value)
 }
 
 /// A query string. Unknown and repeated names are errors.
@@ -75,7 +113,7 @@ impl<T: FromPath, S: Send + Sync> FromRequestParts<S> for Id<T> {
         let Path(text) = Path::<String>::from_request_parts(parts, state).await?;
         T::from_path(&text)
             .map(Self)
-            .ok_or_else(|| Problem::new(Code::BadRequest, "the id in the path is no UUID"))
+            .ok_or_else(|| Problem::new(Code::BadRequest, "the id in the path is not a UUID"))
     }
 }
 
@@ -200,6 +238,16 @@ pub fn label(name: &'static str, text: Option<&str>) -> Result<Option<Label>, Pr
 /// A span of time in a body: text such as `15m` or `1h 30m`, or a number of seconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span(pub Duration);
+
+/// Text such as `15m` or `1h 30m`, or a number of seconds.
+#[derive(ToSchema)]
+#[schema(as = Span)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "describes `Span` for the OpenAPI document")]
+pub enum SpanDoc {
+    Text(String),
+    Seconds(u32),
+}
 
 impl<'de> Deserialize<'de> for Span {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

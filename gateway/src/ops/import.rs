@@ -91,6 +91,13 @@ async fn import_devices(
         taken: 0,
     };
     let import = take(&api, params, pieces).await?;
+    // A file may take minutes to arrive.
+    if !caller.is_allowed(&api.state.tokens) {
+        return Err(Problem::new(
+            Code::Unauthorized,
+            "the token has ended while the file arrived",
+        ));
+    }
     let audit = caller.audit(&api, "device.import");
     let state = Arc::clone(&api.state);
     let report = api

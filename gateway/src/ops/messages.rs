@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use axum::{Json, extract::State, http::StatusCode};
+use axum::{Extension, Json, extract::State, http::StatusCode};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use seawall_proto::id::DeviceId;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -14,6 +14,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     Api,
     auth::{Caller, Operator},
+    call::Call,
     devices::offline_or_unknown,
     extract::{Body, Id},
     problem::{Code, Problem, ProblemBody},
@@ -70,6 +71,7 @@ async fn send_message(
     _caller: Caller<Operator>,
     State(api): State<Arc<Api>>,
     Id(id): Id<DeviceId>,
+    Extension(call): Extension<Arc<Call>>,
     Body(body): Body<MessageBody>,
 ) -> Result<(StatusCode, Json<Sent>), Problem> {
     let Some(session) = api.state.sessions.get(id) else {
@@ -97,6 +99,8 @@ async fn send_message(
         };
         return Err(counted(&api, problem));
     }
+    // The message is in the device's mailbox, which has a bound of its own.
+    call.release_body();
     let patience = config
         .session
         .ack_timeout()

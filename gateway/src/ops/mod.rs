@@ -16,6 +16,7 @@
 mod audit;
 mod auth;
 mod bare;
+mod call;
 mod csv;
 mod device_list;
 mod devices;
@@ -28,6 +29,7 @@ mod import;
 mod log_level;
 mod messages;
 mod node;
+mod places;
 mod preview;
 mod problem;
 mod public;
@@ -45,7 +47,7 @@ use axum::{
     middleware::{self, Next},
     response::Response,
 };
-use tokio::sync::Semaphore;
+use tokio::sync::{Mutex, Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use utoipa::{
     Modify, OpenApi,
@@ -65,12 +67,21 @@ use crate::{
 
 /// Room for the JSON around a message's payload, and for its escapes.
 const MESSAGE_ENVELOPE_BYTES: usize = 16 * 1024;
+/// Maximum size of the bodies of all calls together, in bytes, imports apart; a greater single body that is allowed is allowed alone.
+/// A call over it gets 503 `busy`. JSON takes several times its size in memory.
+const BODIES_BYTES_MAX: usize = 8 * 1024 * 1024;
 
 /// What all handlers share.
 pub struct Api {
     state: Shared,
     /// One permit a reader of the event stream.
     event_readers: Arc<Semaphore>,
+    /// One permit a byte of a body.
+    bodies: Arc<Semaphore>,
+    /// Greatest body that any call but an import takes.
+    body_bytes_max: usize,
+    /// The last walk over all devices that this node knows, for the further pages of a list.
+    seen: Mutex<Option<device_list::Seen>>,
     /// Changes that go on when their caller has left. Each is bounded in time by the store.
     tasks: TaskTracker,
     /// The gateway ends: streams end, and nothing new is begun in the background.
@@ -80,7 +91,11 @@ pub struct Api {
 impl Api {
     #[must_use]
     pub fn new(state: Shared, stopping: CancellationToken) -> Arc<Self> {
+        let body_bytes_max = message_body_bytes_max(&state).max(state.config.ops.body_bytes_max);
         Arc::new(Self {
+            bodies: Arc::new(Semaphore::new(BODIES_BYTES_MAX.max(body_bytes_max))),
+            body_bytes_max,
+            seen: Mutex::default(),
             event_readers: Arc::new(Semaphore::new(state.config.ops.event_readers_max)),
             tasks: TaskTracker::new(),
             stopping,
@@ -95,8 +110,10 @@ impl Api {
 
     /// Does something to the end, also when the caller hangs up or has waited too long: a change that is in the database must take effect.
     async fn carry_out<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> Result<T, Problem> {
+        let work = call::on_behalf_of(call::current_id(), work);
         self.tasks.spawn(work).await.map_err(|error| {
-            tracing::error!(%error, "a change made through the API failed half way");
+            tracing::error!(%error, request.id = &*call::current_id(), "a change made through the API failed half way");
+            self.state.note_panic("a change made through the API");
             Problem::new(Code::Internal, "the gateway failed: see its log")
         })
     }
@@ -109,6 +126,7 @@ impl Api {
             .await
             .map_err(|error| {
                 tracing::error!(%error, "a look at all devices failed");
+                self.state.note_panic("a call of the API");
                 Problem::new(Code::Internal, "the gateway failed: see its log")
             })
     }
@@ -126,7 +144,8 @@ async fn write_down(gateway: &Gateway, audit: &Audit, change: Change) {
     if let Err(error) = gateway.store.audit_append(audit, change.clone()).await {
         let Change { subject, before, after } = change;
         let (before, after) = (before.unwrap_or_default(), after.unwrap_or_default());
-        tracing::warn!(%error, actor = audit.actor, action = audit.action, subject, %before, %after, "the audit log could not be written");
+        let id = call::current_id();
+        tracing::warn!(%error, request.id = &*id, actor = audit.actor, action = audit.action, subject, %before, %after, "the audit log could not be written");
     }
 }
 
@@ -192,9 +211,7 @@ pub fn openapi_json() -> String {
 /// Every call, ready for a listener.
 fn router(api: &Arc<Api>) -> Router {
     let ops = &api.state.config.ops;
-    // A string of control characters is six times as long in JSON.
-    let message_bytes_max = api.state.config.limits.message_bytes_max * 6 + MESSAGE_ENVELOPE_BYTES;
-    let (timed, streams) = documented(message_bytes_max.max(ops.body_bytes_max));
+    let (timed, streams) = documented(api.body_bytes_max);
     let (timed, _) = timed.split_for_parts();
     let (streams, _) = streams.split_for_parts();
     timed
@@ -212,6 +229,7 @@ fn router(api: &Arc<Api>) -> Router {
             Problem::new(Code::MethodNotAllowed, "this path has other methods: see Allow")
         })
         .layer(middleware::from_fn(discard::rest))
+        .layer(middleware::from_fn_with_state(Arc::clone(api), call::accompany))
         .layer(middleware::map_response(never_stored))
         .with_state(Arc::clone(api))
 }
@@ -228,10 +246,17 @@ async fn within_time(State(api): State<Arc<Api>>, request: Request, next: Next) 
         })
 }
 
+/// Greatest body with a message. A string of control characters is six times as long in JSON.
+fn message_body_bytes_max(state: &Gateway) -> usize {
+    state.config.limits.message_bytes_max * 6 + MESSAGE_ENVELOPE_BYTES
+}
+
 /// Answers hold secrets and states of the moment: no cache may keep them, and no browser guess what they are.
 async fn never_stored(mut response: Response) -> Response {
     let headers = response.headers_mut();
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers
+        .entry(header::CACHE_CONTROL)
+        .or_insert(HeaderValue::from_static("no-store"));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
 }

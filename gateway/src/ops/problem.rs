@@ -10,7 +10,7 @@ use axum::{
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{import::BadLine, preview::RulePreview};
+use super::{call, import::BadLine, preview::RulePreview};
 use crate::store::StoreError;
 
 /// Media type of every error.
@@ -39,6 +39,7 @@ pub enum Code {
     DatabaseUnavailable,
     TimedOut,
     TooManyReaders,
+    Busy,
 }
 
 impl Code {
@@ -58,7 +59,9 @@ impl Code {
             Self::Invalid => StatusCode::UNPROCESSABLE_ENTITY,
             Self::MailboxFull => StatusCode::TOO_MANY_REQUESTS,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
-            Self::DatabaseUnavailable | Self::TimedOut | Self::TooManyReaders => StatusCode::SERVICE_UNAVAILABLE,
+            Self::DatabaseUnavailable | Self::TimedOut | Self::TooManyReaders | Self::Busy => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
         }
     }
 
@@ -83,6 +86,7 @@ impl Code {
             Self::DatabaseUnavailable => "database_unavailable",
             Self::TimedOut => "timed_out",
             Self::TooManyReaders => "too_many_readers",
+            Self::Busy => "busy",
         }
     }
 
@@ -106,6 +110,7 @@ impl Code {
             Self::DatabaseUnavailable => "The database can't do this now",
             Self::TimedOut => "It took too long",
             Self::TooManyReaders => "Too many readers of the event stream",
+            Self::Busy => "Too many requests at once",
         }
     }
 }
@@ -186,6 +191,9 @@ pub struct ProblemBody {
     code: &'static str,
     /// What is wrong with this request, for people.
     detail: Cow<'static, str>,
+    /// `urn:seawall:request:` and the id of the request, as in `X-Request-Id` and in the log.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    instance: Option<String>,
     /// With `needs_confirmation`: what the rule would hit.
     #[serde(skip_serializing_if = "Option::is_none")]
     preview: Option<RulePreview>,
@@ -206,12 +214,14 @@ impl ProblemBody {
             bad_lines,
         } = *problem.0;
         let (bad, bad_lines) = bad_lines.unzip();
+        let id = call::current_id();
         Self {
             problem_type: format!("urn:seawall:problem:{}", code.as_str()),
             title: code.title(),
             status: code.status().as_u16(),
             code: code.as_str(),
             detail,
+            instance: (!id.is_empty()).then(|| format!("urn:seawall:request:{id}")),
             preview,
             bad,
             bad_lines,
@@ -238,6 +248,9 @@ impl IntoResponse for Problem {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
         if code == Code::Unauthorized {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        if code == Code::Busy {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response
     }
@@ -308,7 +321,7 @@ impl From<PathRejection> for Problem {
 
 impl Problem {
     /// A body that could not be read.
-    fn of_body(status: StatusCode) -> Self {
+    pub(super) fn of_body(status: StatusCode) -> Self {
         if status == StatusCode::PAYLOAD_TOO_LARGE {
             Self::new(Code::TooLarge, "the body is over ops.body_bytes_max")
         } else {

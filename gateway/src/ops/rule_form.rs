@@ -256,6 +256,10 @@ impl Asked {
 }
 
 fn spec(fields: Map<String, Value>, wall: WallTime) -> Result<RuleSpec, Problem> {
+    // Serde would also take an array of the values of its fields.
+    if matches!(fields.get("match"), Some(Value::Array(_))) {
+        return Err(Problem::invalid("match: expected an object"));
+    }
     let spec: RuleSpec = serde_json::from_value(Value::Object(fields))
         .map_err(|error| Problem::invalid(shortened(&error.to_string())))?;
     spec.validate()

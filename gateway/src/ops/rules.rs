@@ -19,6 +19,7 @@ use uuid::Uuid;
 use super::{
     Api,
     auth::{Caller, Operator, Viewer},
+    call,
     extract::{Body, Id, Page, PageParams, Params},
     preview::{Checked, RulePreview},
     problem::{Code, Problem, ProblemBody},
@@ -299,6 +300,7 @@ async fn take_effect(gateway: &Shared, written: Written, actor: &str, change: &'
     let field = |label: Option<&str>| label.unwrap_or("any").to_owned();
     let matches = spec.map(|spec| &spec.matches);
     tracing::info!(
+        request.id = &*call::current_id(),
         rule.id = %id,
         rule.firmware = field(matches.and_then(|matches| matches.firmware.as_ref()).map(Range::as_str)),
         rule.model = field(matches.and_then(|matches| matches.model.as_deref())),

@@ -1,8 +1,9 @@
 //! The listener of the API: HTTP/1.1 on hyper, with bounds on connections, heads and readers that stopped reading.
 
-use std::{sync::Arc, time::Duration};
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
-use hyper::server::conn::http1;
+use futures_util::FutureExt as _;
+use hyper::{Request, body::Incoming, server::conn::http1, service::Service as _};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
@@ -11,13 +12,14 @@ use socket2::SockRef;
 use tokio::{
     io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Api,
     bare::{self, Dressed},
+    call::Origin,
+    places::Places,
     problem::{Code, Problem},
     router,
 };
@@ -25,8 +27,11 @@ use crate::{socket::drain, state::Shared, tls::NoTls, transport::Transport};
 
 /// Time for the head of a request, and for the next request on a connection that is kept. Then the connection is closed.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
-/// A peer that acknowledges nothing for so long is gone: its event stream ends, and its connection is free.
+/// Maximum time for which a peer may acknowledge nothing. Then its connection is closed.
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(30);
+/// Send buffer of a connection in the kernel, in bytes; Linux takes twice as much. Without a bound a peer that does not read costs
+/// up to 4 MiB.
+const SEND_BUFFER_BYTES: usize = 64 * 1024;
 /// Greatest head of a request.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
 /// Time for answers and changes under way when the gateway ends: less than it has itself.
@@ -41,31 +46,46 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 ///
 /// All of that has [`END_MAX`]; what is left then ends with the process.
 pub async fn serve(listener: TcpListener, state: Shared, stop: CancellationToken) {
-    let permits = Arc::new(Semaphore::new(state.config.ops.connections_max));
+    let places = Places::new(state.config.ops.connections_max);
     let api = Api::new(state, stop.clone());
     let router = router(&api);
     let connections = TaskTracker::new();
     loop {
         let accepted = stop
             .run_until_cancelled(async {
-                // Taken first: connections over the bound wait in the backlog.
-                let permit = Arc::clone(&permits).acquire_owned().await;
-                (permit, listener.accept().await)
+                let (stream, _) = listener.accept().await?;
+                // While every place is taken, others wait in the backlog.
+                Ok::<_, std::io::Error>((stream, places.take().await))
             })
             .await;
         match accepted {
             None => break,
-            Some((permit, Ok((stream, _)))) => {
-                let service = TowerToHyperService::new(router.clone());
+            Some(Ok((stream, place))) => {
+                let router = TowerToHyperService::new(router.clone());
                 let (stop, api) = (stop.clone(), Arc::clone(&api));
                 connections.spawn(async move {
-                    if let Some(stream) = secured(&api.state, stream).await {
-                        connection(stream, service, stop).await;
+                    let place = Arc::new(place);
+                    let origin = Origin {
+                        place: Arc::clone(&place),
+                        is_loopback: stream
+                            .local_addr()
+                            .is_ok_and(|local| local.ip().to_canonical().is_loopback()),
+                    };
+                    let life = async {
+                        if let Some(stream) = secured(&api.state, stream).await {
+                            connection(stream, router, origin, stop).await;
+                        }
+                    };
+                    let life = AssertUnwindSafe(life).catch_unwind();
+                    tokio::select! {
+                        ended = life => if ended.is_err() {
+                            api.state.note_panic("the task of an API connection");
+                        },
+                        () = place.evicted() => tracing::debug!("an idle API connection made way"),
                     }
-                    drop(permit);
                 });
             }
-            Some((_, Err(error))) => {
+            Some(Err(error)) => {
                 api.state.metrics.accept_pauses.increment(1);
                 tracing::warn!(%error, "accepting an API connection failed");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -106,10 +126,20 @@ async fn secured(state: &Shared, tcp: TcpStream) -> Option<Transport> {
     }
 }
 
-async fn connection(stream: Transport, service: TowerToHyperService<axum::Router>, stop: CancellationToken) {
+async fn connection(
+    stream: Transport,
+    router: TowerToHyperService<axum::Router>,
+    origin: Origin,
+    stop: CancellationToken,
+) {
+    let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(origin.clone());
+        router.call(request)
+    });
     let socket = SockRef::from(stream.tcp());
     let tuned = socket
         .set_tcp_nodelay(true)
+        .and_then(|()| socket.set_send_buffer_size(SEND_BUFFER_BYTES))
         .and_then(|()| socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX)));
     if let Err(error) = tuned {
         tracing::debug!(%error, "an API connection could not be tuned");

@@ -13,6 +13,7 @@ use std::{
 
 use seawall_proto::id::SecretHash;
 use subtle::ConstantTimeEq as _;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -32,6 +33,7 @@ const COPY_FILE: &str = "tokens.json";
 const ADMIN_TOKEN_TRUSTED: Duration = Duration::from_secs(1);
 /// How often the tokens are read from the database: a token revoked on another node counts here for at most so long.
 const POLL: Duration = Duration::from_secs(5);
+
 /// Whose token a request carries.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Principal {
@@ -54,6 +56,8 @@ struct Inner {
     issued: Mutex<Issued>,
     /// Held while `tokens.json` is written, so that an older copy never replaces a newer.
     file: Mutex<()>,
+    /// Woken by every change of the tokens in force.
+    changes: watch::Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -112,6 +116,7 @@ impl Tokens {
                 admin: Mutex::new(hash),
                 issued: Mutex::new(Issued { tokens, generation: 0 }),
                 file: Mutex::default(),
+                changes: watch::Sender::new(()),
             }),
         })
     }
@@ -119,7 +124,12 @@ impl Tokens {
     /// Whose token this is. Takes as long for a wrong token as for a right one.
     #[must_use]
     pub fn authenticate(&self, presented: &str) -> Option<Principal> {
-        let presented = SecretHash::of(presented.as_bytes());
+        self.principal(&SecretHash::of(presented.as_bytes()))
+    }
+
+    /// Whose token has this hash. Takes as long for a wrong one as for a right one.
+    #[must_use]
+    pub fn principal(&self, presented: &SecretHash) -> Option<Principal> {
         let is_admin = self
             .admin_hash()
             .is_some_and(|hash| bool::from(hash.as_bytes().ct_eq(presented.as_bytes())));
@@ -136,6 +146,12 @@ impl Tokens {
             }
         }
         found
+    }
+
+    /// Wakes whenever the tokens in force may have changed: what goes on for long under one token asks again then.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.inner.changes.subscribe()
     }
 
     /// Tokens in force, the admin token apart.
@@ -173,8 +189,17 @@ impl Tokens {
 
     async fn follow_file(&self, stop: CancellationToken) {
         let pause = || tokio::time::sleep(ADMIN_TOKEN_TRUSTED);
+        let mut was_read = true;
         while stop.run_until_cancelled(pause()).await.is_some() {
-            self.reread_admin_token().await;
+            match self.reread_admin_token().await {
+                Ok(()) => was_read = true,
+                Err(error) => {
+                    if was_read {
+                        tracing::warn!(error = %error, "admin.token can't be read: the admin token stays as it was");
+                    }
+                    was_read = false;
+                }
+            }
         }
     }
 
@@ -218,6 +243,8 @@ impl Tokens {
         let mut issued = self.issued();
         issued.generation += 1;
         change(&mut issued.tokens);
+        drop(issued);
+        self.inner.changes.send_replace(());
     }
 
     async fn save(&self) {
@@ -233,6 +260,8 @@ impl Tokens {
             return false;
         }
         issued.tokens = tokens;
+        drop(issued);
+        self.inner.changes.send_replace(());
         true
     }
 
@@ -241,13 +270,21 @@ impl Tokens {
     }
 
     /// Reads `admin.token`, off the runtime's workers. A file that is gone or holds no token ends the admin token.
-    async fn reread_admin_token(&self) {
+    ///
+    /// # Errors
+    /// The file can't be read now (too many open files, a failing disk); the admin token stays as it was.
+    async fn reread_admin_token(&self) -> io::Result<()> {
         let path = self.inner.data_dir.join(ADMIN_TOKEN_FILE);
-        let reading = tokio::task::spawn_blocking(move || read_admin_token(&path).unwrap_or(None));
-        // Cancelled only where the runtime ends.
-        if let Ok(hash) = reading.await {
-            *self.inner.admin.lock().unwrap_or_else(PoisonError::into_inner) = hash;
+        let reading = tokio::task::spawn_blocking(move || read_admin_token(&path));
+        let hash = reading.await.unwrap_or_else(|stopped| Err(io::Error::other(stopped)))?;
+        let before = {
+            let mut admin = self.inner.admin.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *admin, hash)
+        };
+        if before != hash {
+            self.inner.changes.send_replace(());
         }
+        Ok(())
     }
 
     fn write_copy(&self) {
@@ -308,13 +345,47 @@ mod tests {
         let new = random_secret();
 
         fs::write(&path, &new).unwrap();
-        tokens.reread_admin_token().await;
+        tokens.reread_admin_token().await.unwrap();
 
         assert_eq!(tokens.authenticate(old.trim()), None);
         assert!(tokens.authenticate(&new).is_some());
         fs::remove_file(&path).unwrap();
-        tokens.reread_admin_token().await;
+        tokens.reread_admin_token().await.unwrap();
         assert_eq!(tokens.authenticate(&new), None);
+    }
+
+    #[tokio::test]
+    async fn an_admin_token_that_can_not_be_read_for_a_moment_stays_valid() {
+        let dir = tempfile::tempdir().unwrap();
+        let tokens = Tokens::open(dir.path()).unwrap();
+        let path = dir.path().join(ADMIN_TOKEN_FILE);
+        let token = fs::read_to_string(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+
+        assert!(tokens.reread_admin_token().await.is_err());
+
+        assert!(tokens.authenticate(token.trim()).is_some());
+    }
+
+    #[tokio::test]
+    async fn each_end_of_a_token_wakes_who_waits_for_changes() {
+        let dir = tempfile::tempdir().unwrap();
+        let tokens = Tokens::open(dir.path()).unwrap();
+        let mut changes = tokens.changes();
+        let row = row("ci", Role::Viewer, &random_secret());
+
+        tokens.insert(&row).await;
+        assert!(changes.has_changed().unwrap());
+        changes.mark_unchanged();
+        tokens.remove(row.id).await;
+        assert!(changes.has_changed().unwrap());
+        changes.mark_unchanged();
+        tokens.reread_admin_token().await.unwrap();
+        assert!(!changes.has_changed().unwrap(), "the same file changes nothing");
+        fs::write(dir.path().join(ADMIN_TOKEN_FILE), random_secret()).unwrap();
+        tokens.reread_admin_token().await.unwrap();
+        assert!(changes.has_changed().unwrap());
     }
 
     #[test]

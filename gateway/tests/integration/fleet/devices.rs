@@ -35,7 +35,7 @@ async fn second_session_replaces_the_first_and_stays() {
     assert_eq!(gateway.metric("seawall_session_replacements_total "), 1);
     assert_eq!(gateway.metric("seawall_sessions "), 1);
     let went_offline = |body: &Body| matches!(body, Body::Presence { state: "offline", .. });
-    let events = gateway.shared.events.after(0, usize::MAX).events;
+    let events = gateway.shared.events.after(0, usize::MAX, usize::MAX).events;
     assert!(!events.iter().any(|event| went_offline(&event.body)));
     second.close(1000, "").await.unwrap();
     eventually(|| gateway.shared.sessions.is_empty()).await;
@@ -209,7 +209,7 @@ async fn message_from_a_device_is_acknowledged_once_it_is_in_the_event_buffer() 
     silent.send_json(&json!({"any": "thing"})).await.unwrap();
 
     let messages = || -> Vec<Value> {
-        let events = gateway.shared.events.after(0, usize::MAX).events;
+        let events = gateway.shared.events.after(0, usize::MAX, usize::MAX).events;
         let all = events.iter().map(|event| serde_json::to_value(&**event).unwrap());
         all.filter(|event| event["type"] == "message").collect()
     };

@@ -22,10 +22,13 @@ struct Event {
 
 impl Stream {
     fn open(gateway: &Gateway, last_id: Option<&str>) -> Self {
+        Self::open_as(gateway, &gateway.admin, last_id)
+    }
+
+    fn open_as(gateway: &Gateway, bearer: &str, last_id: Option<&str>) -> Self {
         let mut stream = TcpStream::connect(gateway.ops()).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let last_id = last_id.map_or(String::new(), |id| format!("Last-Event-ID: {id}\r\n"));
-        let bearer = &gateway.admin;
         write!(
             stream,
             "GET /api/v1/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {bearer}\r\n{last_id}\r\n"
@@ -56,6 +59,18 @@ impl Stream {
                 let data = serde_json::from_str(text).unwrap();
                 return Event { id, name, data };
             }
+        }
+    }
+
+    /// Reads until the gateway ends the stream.
+    fn wait_for_end(&mut self) {
+        let mut line = String::new();
+        while self.0.read_line(&mut line).unwrap() != 0 {
+            // The last chunk of the body: the connection itself may stay.
+            if line.trim_end() == "0" {
+                return;
+            }
+            line.clear();
         }
     }
 
@@ -97,6 +112,49 @@ fn presence_messages_rules_and_drains_are_told_as_they_happen() {
     assert_eq!(drain.data["state"], "draining");
     assert!(online.id < message.id && message.id < rules.id && rules.id < drain.id);
     assert!(online.id.unwrap() < 1 << 53, "exact in every JSON reader");
+}
+
+#[test]
+fn a_stream_ends_with_its_token() {
+    let gateway = Gateway::start();
+    let created = gateway
+        .post("/api/v1/tokens", json!({"name": "spy", "role": "viewer"}))
+        .json();
+    let token = created["token"].as_str().unwrap();
+    let mut of_revoked = Stream::open_as(&gateway, token, None);
+    let mut of_admin = Stream::open(&gateway, None);
+
+    gateway.delete(&format!("/api/v1/tokens/{}", created["id"].as_str().unwrap()));
+    of_revoked.wait_for_end();
+    gateway.connected(&[]);
+    of_admin.of("presence");
+    std::fs::write(gateway.data_dir.path().join("admin.token"), "n".repeat(43)).unwrap();
+    of_admin.wait_for_end();
+}
+
+#[test]
+fn a_stream_tells_proxies_to_hand_each_event_on() {
+    let gateway = Gateway::start();
+    let mut stream = TcpStream::connect(gateway.ops()).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let bearer = &gateway.admin;
+    write!(
+        stream,
+        "GET /api/v1/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {bearer}\r\n\r\n"
+    )
+    .unwrap();
+
+    let head: Vec<String> = BufReader::new(stream)
+        .lines()
+        .map_while(Result::ok)
+        .take_while(|line| !line.is_empty())
+        .collect();
+
+    assert!(head.contains(&"x-accel-buffering: no".to_owned()), "{head:?}");
+    assert!(
+        head.contains(&"cache-control: no-store, no-transform".to_owned()),
+        "{head:?}"
+    );
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod duplicates;
 mod events;
 mod form;
 mod import;
+mod listener;
 mod messages;
 mod rig;
 mod rules;

@@ -228,7 +228,7 @@ async fn list_that_is_out_of_date_counts_on_and_is_told_until_it_is_replaced() {
     let (id, _) = gateway.device().await;
     let (kept, revoked) = (authority.client(&id, Vec::new()), authority.client(&id, Vec::new()));
     let alarms = || {
-        let text = format!("{:?}", gateway.shared.events.after(0, 1_000));
+        let text = format!("{:?}", gateway.shared.events.after(0, 1_000, usize::MAX));
         text.matches(REASON).count()
     };
     reload_now(&gateway.shared).await;

@@ -1,0 +1,323 @@
+//! What is around every request of the API: its id, who asks, its place among the connections, and its line in the log.
+//!
+//! Start with [`Call`]; [`accompany`] is the outermost layer of the router.
+
+use std::{
+    panic::AssertUnwindSafe,
+    pin::Pin,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    task::{Context, Poll},
+};
+
+use axum::{
+    body::{Body, HttpBody},
+    extract::{Request, State},
+    http::{HeaderMap, HeaderValue, Method, Version, header, uri::Authority},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use hyper::body::{Frame, SizeHint};
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::{
+    Api,
+    places::{Busy, Place},
+    problem::{Code, Problem},
+};
+
+/// Header with the id of a request, in both directions.
+const REQUEST_ID: &str = "x-request-id";
+/// Maximum length of an id that a caller gives, in bytes. A longer one is replaced by one of ours.
+const REQUEST_ID_LEN_MAX: usize = 64;
+/// Maximum length of a path in the log, in bytes.
+const LOGGED_PATH_LEN_MAX: usize = 200;
+
+tokio::task_local! {
+    static CURRENT: Arc<str>;
+}
+
+/// What the listener knows of a connection. An extension of each of its requests.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    pub place: Arc<Place>,
+    /// The connection came to an address that only this machine reaches.
+    pub is_loopback: bool,
+}
+
+/// One request. An extension of it, shared by its extractors.
+#[derive(Debug)]
+pub struct Call {
+    id: Arc<str>,
+    place: Option<Arc<Place>>,
+    busy: OnceLock<Busy>,
+    actor: OnceLock<Arc<str>>,
+    action: OnceLock<&'static str>,
+    body: Mutex<Option<OwnedSemaphorePermit>>,
+}
+
+impl Call {
+    /// Notes who asks. From now on the connection does not make way.
+    ///
+    /// # Errors
+    /// `busy`: as many calls as may be are carried out already.
+    pub fn authenticated(&self, actor: &Arc<str>) -> Result<(), Problem> {
+        if let Some(place) = &self.place {
+            let busy = place.occupy().ok_or_else(|| {
+                Problem::new(
+                    Code::Busy,
+                    "ops.connections_max calls are carried out already: try again in a second",
+                )
+            })?;
+            // A second extractor of the same request finds the first one's.
+            let _ = self.busy.set(busy);
+        }
+        let _ = self.actor.set(Arc::clone(actor));
+        Ok(())
+    }
+
+    /// Notes what is changed, as the audit log names it.
+    pub fn set_action(&self, action: &'static str) {
+        let _ = self.action.set(action);
+    }
+
+    /// Keeps the share of the memory for bodies until the answer is written, or until [`Self::release_body`].
+    pub fn hold_body(&self, permit: OwnedSemaphorePermit) {
+        *self.body.lock().unwrap_or_else(PoisonError::into_inner) = Some(permit);
+    }
+
+    /// Gives the share of the memory for bodies back: what was in the body is somewhere else now, with a bound of its own.
+    pub fn release_body(&self) {
+        *self.body.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// Id of the request that is handled now; empty outside one.
+#[must_use]
+pub fn current_id() -> Arc<str> {
+    CURRENT.try_with(Arc::clone).unwrap_or_default()
+}
+
+/// Runs something on behalf of the request with this id.
+pub async fn on_behalf_of<T>(id: Arc<str>, work: impl Future<Output = T>) -> T {
+    CURRENT.scope(id, work).await
+}
+
+/// Gives a request its id, answers 500 for a handler that panics, and writes the line for the log.
+pub async fn accompany(State(api): State<Arc<Api>>, mut request: Request, next: Next) -> Response {
+    let started = api.state.clock.now();
+    let origin = request.extensions_mut().remove::<Origin>();
+    let call = Arc::new(Call {
+        id: id_of(request.headers()),
+        place: origin.as_ref().map(|origin| Arc::clone(&origin.place)),
+        busy: OnceLock::new(),
+        actor: OnceLock::new(),
+        action: OnceLock::new(),
+        body: Mutex::new(None),
+    });
+    request.extensions_mut().insert(Arc::clone(&call));
+    let method = request.method().clone();
+    let path = logged(request.uri().path());
+    let is_loopback = origin.is_some_and(|origin| origin.is_loopback);
+    let handled = async {
+        match host_problem(&request, is_loopback, &api) {
+            Some(problem) => problem.into_response(),
+            None => match AssertUnwindSafe(next.run(request)).catch_unwind().await {
+                Ok(response) => response,
+                Err(_) => {
+                    api.state.note_panic("a call of the API");
+                    Problem::new(Code::Internal, "the gateway failed: see its log").into_response()
+                }
+            },
+        }
+    };
+    let mut response = on_behalf_of(Arc::clone(&call.id), handled).await;
+    if let Ok(id) = HeaderValue::from_str(&call.id) {
+        response.headers_mut().insert(REQUEST_ID, id);
+    }
+    let status = response.status().as_u16();
+    let actor = call.actor.get().map(|actor| &**actor);
+    let action = call.action.get().copied();
+    let duration_ms = api.state.clock.now().saturating_since(started).as_secs_f64() * 1e3;
+    // Strangers fill no log: without a valid token a call is no more than a connection.
+    if actor.is_some() && (action.is_some() || is_change(&method, &path)) {
+        tracing::info!(request.id = &*call.id, actor, action, %method, path, status, duration_ms, "API change");
+    } else {
+        tracing::debug!(request.id = &*call.id, actor, %method, path, status, duration_ms, "API call");
+    }
+    response.map(|body| Body::new(Held { body, _call: call }))
+}
+
+/// Whether a call may change something, or ask a device to.
+fn is_change(method: &Method, path: &str) -> bool {
+    !method.is_safe() && !path.ends_with("/preview")
+}
+
+fn logged(path: &str) -> String {
+    // A path is visible ASCII.
+    path.chars().take(LOGGED_PATH_LEN_MAX).collect()
+}
+
+/// The caller's id where it is short and harmless, else one of ours.
+fn id_of(headers: &HeaderMap) -> Arc<str> {
+    let given = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
+    let is_harmless = |text: &&str| {
+        (1..=REQUEST_ID_LEN_MAX).contains(&text.len())
+            && text
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte))
+    };
+    match given.filter(is_harmless) {
+        Some(id) => id.into(),
+        None => format!("{:016x}", rand::random::<u64>()).into(),
+    }
+}
+
+/// What is wrong with the host that a request names (RFC 9112 §3.2).
+///
+/// On loopback `/metrics` is for this machine alone. A page in a browser can reach it under a name of its own that leads to
+/// 127.0.0.1 (DNS rebinding), so the name must be one of this machine's.
+fn host_problem(request: &Request, is_loopback: bool, api: &Api) -> Option<Problem> {
+    let mut hosts = request.headers().get_all(header::HOST).iter();
+    let host = match (hosts.next(), hosts.next()) {
+        (Some(host), None) => host.to_str().ok(),
+        (None, _) if request.version() < Version::HTTP_11 => Some(""),
+        (None, _) | (_, Some(_)) => return Some(Problem::new(Code::BadRequest, "expected one Host header")),
+    };
+    let authority = host.and_then(|host| match host {
+        "" => Some(None),
+        host => host.parse::<Authority>().ok().map(Some),
+    });
+    let Some(authority) = authority else {
+        return Some(Problem::new(Code::BadRequest, "Host: expected the name of a host"));
+    };
+    // The target may be in absolute form: then its host is meant.
+    let authority = request.uri().authority().cloned().or(authority);
+    let name = authority.as_ref().map_or("", Authority::host);
+    if is_loopback && request.uri().path() == "/metrics" && !is_of_this_machine(name, &api.state.node) {
+        return Some(Problem::new(
+            Code::BadRequest,
+            "Host: on loopback /metrics is answered to localhost, to IP addresses and to this node's name",
+        ));
+    }
+    None
+}
+
+fn is_of_this_machine(name: &str, node: &str) -> bool {
+    let bare = name.trim_start_matches('[').trim_end_matches(']');
+    let is_local = |suffix: &str| name.eq_ignore_ascii_case(suffix);
+    // Only a client that is no browser leaves it out.
+    name.is_empty()
+        || bare.parse::<std::net::IpAddr>().is_ok()
+        || is_local("localhost")
+        || name.to_ascii_lowercase().ends_with(".localhost")
+        || is_local(node)
+        || rustix::system::uname().nodename().to_str().is_ok_and(is_local)
+}
+
+/// A body of an answer, with what its request holds until it is written.
+struct Held {
+    body: Body,
+    _call: Arc<Call>,
+}
+
+impl HttpBody for Held {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::{Router, http::StatusCode, middleware, routing::get};
+    use hyper::service::Service as _;
+    use hyper_util::service::TowerToHyperService;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::{config::Config, serve};
+
+    #[tokio::test]
+    async fn a_handler_that_panics_is_a_500_counted_and_an_alarm() {
+        let home = tempfile::tempdir().unwrap();
+        let mut config = Config::default();
+        config.server.data_dir = home.path().to_owned();
+        config.server.listen.set_port(0);
+        config.ops.listen.set_port(0);
+        let running = serve::start(config).await.unwrap();
+        let shared = Arc::clone(&running.state);
+        let api = Api::new(Arc::clone(&shared), CancellationToken::new());
+        let router: Router = Router::new()
+            .route("/panic", get(async || -> &'static str { panic!("a bug") }))
+            .layer(middleware::from_fn_with_state(api, accompany));
+        let request = Request::get("/panic").header("host", "x").header(REQUEST_ID, "r-1");
+
+        let answer = TowerToHyperService::new(router)
+            .call(request.body(Body::empty()).unwrap())
+            .await
+            .unwrap();
+
+        assert_eq!(answer.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        assert_eq!(answer.headers()["content-type"], "application/problem+json");
+        let body = axum::body::to_bytes(answer.into_body(), 10_000).await.unwrap();
+        let problem: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(problem["instance"], "urn:seawall:request:r-1");
+        assert!(shared.metrics.render().contains("seawall_task_panics_total 1\n"));
+        assert!(shared.readiness().ready && shared.readiness().reasons.contains(&"panic"));
+        running.stop().await.unwrap();
+    }
+
+    #[test]
+    fn an_id_that_could_break_a_log_or_an_address_is_replaced() {
+        let id = |text: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(REQUEST_ID, HeaderValue::from_static(text));
+            id_of(&headers)
+        };
+
+        assert_eq!(&*id("0198c0de-aa.B:c_1"), "0198c0de-aa.B:c_1");
+        for bad in ["", "a b", "a\"b", "a/b", "a%0a", "a\tb"] {
+            assert_eq!(id(bad).len(), 16, "{bad:?}");
+        }
+        assert_eq!(id_of(&HeaderMap::new()).len(), 16);
+        let mut long = HeaderMap::new();
+        long.insert(REQUEST_ID, HeaderValue::from_str(&"x".repeat(65)).unwrap());
+        assert_eq!(id_of(&long).len(), 16);
+    }
+
+    #[test]
+    fn names_of_this_machine_are_addresses_localhost_and_the_node() {
+        for name in [
+            "",
+            "localhost",
+            "LOCALHOST",
+            "a.localhost",
+            "127.0.0.1",
+            "[::1]",
+            "10.0.0.7",
+            "gw-1",
+        ] {
+            assert!(is_of_this_machine(name, "gw-1"), "{name}");
+        }
+        for name in [
+            "evil.example",
+            "localhost.evil.example",
+            "gw-10",
+            "127.0.0.1.evil.example",
+        ] {
+            assert!(!is_of_this_machine(name, "gw-1"), "{name}");
+        }
+    }
+}
