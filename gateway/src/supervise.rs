@@ -1,7 +1,7 @@
 //! Helper tasks, and what became of code that panicked.
 //!
 //! A gateway ends without one of its *essential* tasks, which [`Lifecycle::spawn`] runs: `listener`, `api`, `drain`,
-//! `session clock` and the deadline timer of look-ups. Without them it would accept, answer or close nobody. All others are
+//! `session clock` and those of the look-up service. Without them it would accept, answer or close nobody. All others are
 //! *helpers*, which [`spawn_helper`] runs: one that panics is started again, because all nodes read the same database, and a row
 //! that one helper can't take must not send every device of the fleet away at once.
 
