@@ -29,19 +29,10 @@ fn shown(answer: &Value) -> String {
             table::at(cohort, "repeats"),
             table::at(cohort, "lookup.keys"),
             table::at(cohort, "lookup.seconds"),
-            table::at(cohort, "breaker"),
         ]
     });
     table::table(
-        &[
-            "COHORT",
-            "CONNECTED",
-            "ATTEMPTS",
-            "REPEATS",
-            "LOOK-UPS",
-            "SECONDS",
-            "BREAKER",
-        ],
+        &["COHORT", "CONNECTED", "ATTEMPTS", "REPEATS", "LOOK-UPS", "SECONDS"],
         rows,
     )
 }

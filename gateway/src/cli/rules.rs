@@ -1,7 +1,7 @@
 //! `seawall rules`: see, preview, add, change and remove firmware rules.
 
 use std::{
-    io::{self, Read},
+    io::{self, IsTerminal, Read},
     path::PathBuf,
     time::{Duration, SystemTime},
 };
@@ -14,14 +14,17 @@ use super::{
     Context, Failure,
     client::{Answer, Method},
     note,
-    rule_view::{shown_match, shown_preview, shown_rules},
+    rule_view::{return_of, rule_effect, shown_match, shown_preview, shown_rules},
     table,
 };
 
 /// Rules on one node; more than this is not asked for.
 const RULES_MAX: usize = 10_000;
-/// Shortest beginning of a rule id that is taken for it.
-const PREFIX_LEN_MIN: usize = 4;
+/// Shortest beginning or end of a rule id that is taken for it.
+const PART_LEN_MIN: usize = 4;
+/// Shortest time before a device comes back that a rule with `--evict` refuses, where none is named: a rule that was a mistake is
+/// undone within minutes.
+const EVICT_RETRY_AFTER: &str = "2m";
 /// Greatest file for `rules add --file`.
 const FILE_BYTES_MAX: u64 = 64 * 1024;
 
@@ -29,31 +32,29 @@ const FILE_BYTES_MAX: u64 = 64 * 1024;
 pub enum Rules {
     /// Every rule
     List,
-    /// Add a rule of any effect
+    /// Add a rule, also one from a JSON file
     Add {
         #[command(flatten)]
         rule: RuleArgs,
-        /// What matched devices get: block, restrict or throttle
-        #[arg(long, default_value = "block", value_name = "EFFECT")]
+        // This version has one effect, one mode and one share: the API says so to whoever asks for another.
+        #[arg(long, default_value = "block", hide = true)]
         effect: String,
-        /// enforce, or dry_run to count only
-        #[arg(long, default_value = "enforce", value_name = "MODE")]
+        #[arg(long, default_value = "enforce", hide = true)]
         mode: String,
-        /// Share of the matched devices that is let in all the same
-        #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=100), value_name = "PERCENT")]
+        #[arg(long, default_value_t = 0, hide = true)]
         admit_percent: u8,
         /// The rule as JSON (`-`: standard input) instead of arguments
-        #[arg(long, value_name = "FILE", conflicts_with_all = ["firmware", "model", "tenant", "reason", "effect", "mode", "admit_percent", "retry_after", "expires", "evict"])]
+        #[arg(long, value_name = "FILE", conflicts_with_all = ["firmware", "from", "below", "all_versions", "model", "tenant", "reason", "effect", "mode", "admit_percent", "retry_after", "expires", "evict"])]
         file: Option<PathBuf>,
     },
-    /// Refuse a range of firmware versions: seawall rules block '>=3.8.0-b3' --reason 'storms'
+    /// Refuse a range of firmware versions: seawall rules block --from 3.8.0-b3 --reason 'storms'
     Block {
         #[command(flatten)]
         rule: RuleArgs,
     },
-    /// Remove a rule, named by its id, the beginning of it, or its range
+    /// Remove a rule, named by its id, the beginning or the end of it, or its range
     Unblock {
-        /// Id, its beginning, or the range as it was given
+        /// Id, its beginning or end, or the range as it was given
         #[arg(value_name = "ID|RANGE")]
         rule: String,
         /// Of several rules with that range, the one for this model
@@ -70,7 +71,7 @@ pub enum Rules {
     },
     /// Change a rule; what isn't given stays
     Edit {
-        /// Id of the rule, or its beginning
+        /// Id of the rule, or its beginning or end
         #[arg(value_name = "ID")]
         rule: String,
         /// New range of versions
@@ -94,8 +95,7 @@ pub enum Rules {
         /// Close matching sessions too, at a pace
         #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
         evict: Option<bool>,
-        /// New share of the matched devices that is let in all the same
-        #[arg(long, value_parser = clap::value_parser!(u8).range(0..=100), value_name = "PERCENT")]
+        #[arg(long, hide = true)]
         admit_percent: Option<u8>,
         /// Do it even if it refuses over 30 % of the connected devices
         #[arg(long)]
@@ -106,9 +106,18 @@ pub enum Rules {
 /// What a rule matches, and what matched devices are told.
 #[derive(Debug, Args)]
 pub struct RuleArgs {
-    /// Range of versions, as in '>=3.8.0-b3', '3.8.*', '>=3.8,<3.9' or '=(none)'
+    /// Range of versions, in quotes, as in '>=3.8.0-b3', '3.8.*', '>=3.8,<3.9' or '=(none)'
     #[arg(value_name = "RANGE", value_parser = range)]
     firmware: Option<String>,
+    /// This version and later ones; needs no quotes
+    #[arg(long, value_name = "VERSION", value_parser = from, conflicts_with = "firmware")]
+    from: Option<String>,
+    /// Versions before this one; needs no quotes
+    #[arg(long, value_name = "VERSION", value_parser = below, conflicts_with = "firmware")]
+    below: Option<String>,
+    /// Every version, also devices that state none
+    #[arg(long, conflicts_with_all = ["firmware", "from", "below"])]
+    all_versions: bool,
     /// Only devices of this model
     #[arg(long)]
     model: Option<String>,
@@ -118,7 +127,7 @@ pub struct RuleArgs {
     /// Why; refused devices, and whoever looks after them, can read it
     #[arg(long)]
     reason: Option<String>,
-    /// Shortest time before a refused device comes back, as in 15m; it is told up to twice that [default: 15m]
+    /// Shortest time before a refused device comes back, as in 15m; it is told up to twice that [default: 15m, with --evict 2m]
     #[arg(long, value_name = "SPAN", value_parser = span)]
     retry_after: Option<String>,
     /// When the rule ends by itself: RFC 3339, or a span from now as in 2h
@@ -152,12 +161,12 @@ pub fn run(ctx: &Context, verb: Rules) -> Result<(), Failure> {
                     body
                 }
             };
-            add(ctx, body)
+            block(ctx, body)
         }
         Rules::Block { rule } => {
             let mut body = rule.body()?;
             body.insert("effect".into(), "block".into());
-            add(ctx, body)
+            block(ctx, body)
         }
         Rules::Unblock { rule, model, tenant } => unblock(ctx, &rule, model.as_deref(), tenant.as_deref()),
         Rules::Preview { rule } => {
@@ -219,20 +228,31 @@ pub fn run(ctx: &Context, verb: Rules) -> Result<(), Failure> {
 }
 
 impl RuleArgs {
+    /// The range that was named, in the API's form.
+    fn range(&self) -> Option<String> {
+        if self.firmware.is_some() {
+            return self.firmware.clone();
+        }
+        let parts: Vec<&str> = self.from.iter().chain(&self.below).map(String::as_str).collect();
+        (!parts.is_empty()).then(|| parts.join(","))
+    }
+
     fn body(self) -> Result<Map<String, Value>, Failure> {
-        if self.firmware.is_none() && self.model.is_none() && self.tenant.is_none() {
+        let firmware = self.range();
+        if firmware.is_none() && !self.all_versions {
             return Err(Failure::WrongUse(
-                "name what the rule matches: a RANGE such as '>=3.8.0-b3', --model or --tenant".into(),
+                "name the versions: a RANGE in quotes such as '>=3.8.0-b3', --from and --below, or --all-versions. A > without quotes is the shell's, and what stands behind it a file".into(),
             ));
         }
         let mut matches = Map::new();
-        insert(&mut matches, "firmware", self.firmware);
+        insert(&mut matches, "firmware", firmware);
         insert(&mut matches, "model", self.model);
         insert(&mut matches, "tenant", self.tenant);
         let mut body = Map::new();
         body.insert("match".into(), matches.into());
         insert(&mut body, "reason", self.reason);
-        insert(&mut body, "retry_after", self.retry_after);
+        let evicting = || self.evict.then(|| EVICT_RETRY_AFTER.to_owned());
+        insert(&mut body, "retry_after", self.retry_after.or_else(evicting));
         insert(&mut body, "expires_at", self.expires.as_deref().map(point).transpose()?);
         body.insert("evict".into(), self.evict.into());
         Ok(with_confirm(body, self.confirm))
@@ -263,14 +283,26 @@ fn from_file(path: &PathBuf) -> Result<Map<String, Value>, Failure> {
     serde_json::from_str(&text).map_err(|error| Failure::WrongUse(format!("{}: {error}", path.display())))
 }
 
-fn add(ctx: &Context, body: Map<String, Value>) -> Result<(), Failure> {
+/// Makes a rule, and says whom it hits and what they are told.
+fn block(ctx: &Context, body: Map<String, Value>) -> Result<(), Failure> {
+    // Only for what is said afterwards: a block must not wait for it, nor fail where it does.
+    let mut asked = body.clone();
+    asked.remove("confirm");
+    let preview = ctx
+        .client
+        .send(Method::Post, "/api/v1/rules/preview", Some(&asked.into()))
+        .unwrap_or_default();
     let answer = ctx.client.send_any(Method::Post, "/api/v1/rules", Some(&body.into()))?;
-    ctx.show(&confirmed(answer)?, |rule| {
-        format!(
-            "{}undo with: seawall rules unblock {}\n",
-            shown_rules(&json!([rule])),
-            table::at(rule, "id")
-        )
+    let rule = confirmed(answer)?;
+    let mut lines = rule_effect(&rule, &preview);
+    lines.push(format!("undo with: seawall rules unblock {}", table::at(&rule, "id")));
+    // Where the output goes to a file, perhaps one that the shell made of half a range, the terminal says it.
+    if !io::stdout().is_terminal() {
+        lines.iter().for_each(|line| note(line));
+    }
+    ctx.show(&rule, |rule| {
+        let lines: String = lines.iter().map(|line| format!("{line}\n")).collect();
+        format!("{}{lines}", shown_rules(&json!([rule])))
     })
 }
 
@@ -297,7 +329,11 @@ fn unblock(ctx: &Context, named: &str, model: Option<&str>, tenant: Option<&str>
     let id = id_of(&rule)?;
     ctx.client.send(Method::Delete, &format!("/api/v1/rules/{id}"), None)?;
     ctx.show(&rule, |rule| {
-        format!("removed {id}, which matched {}\n", shown_match(rule))
+        format!(
+            "removed {id}, which matched {}\n{}\n",
+            shown_match(rule),
+            return_of(rule)
+        )
     })
 }
 
@@ -305,12 +341,13 @@ fn unblock(ctx: &Context, named: &str, model: Option<&str>, tenant: Option<&str>
 fn find(ctx: &Context, named: &str, model: Option<&str>, tenant: Option<&str>) -> Result<Value, Failure> {
     let rules = ctx.client.list("/api/v1/rules", &[], RULES_MAX)?;
     let lower = named.to_ascii_lowercase();
-    let is_beginning = |rule: &Value| {
-        lower.len() >= PREFIX_LEN_MIN
+    // Rules that were made together begin alike, and end as chance has it.
+    let is_part = |rule: &Value| {
+        lower.len() >= PART_LEN_MIN
             && rule
                 .get("id")
                 .and_then(Value::as_str)
-                .is_some_and(|id| id.starts_with(&lower))
+                .is_some_and(|id| id.starts_with(&lower) || id.ends_with(&lower))
     };
     let has = |rule: &Value, key: &str, wanted: Option<&str>| {
         wanted.is_none_or(|wanted| rule.pointer(&format!("/match/{key}")).and_then(Value::as_str) == Some(wanted))
@@ -324,7 +361,7 @@ fn find(ctx: &Context, named: &str, model: Option<&str>, tenant: Option<&str>) -
     };
     let found: Vec<&Value> = table::list(&rules)
         .iter()
-        .filter(|rule| is_beginning(rule) || has_range(rule))
+        .filter(|rule| is_part(rule) || has_range(rule))
         .collect();
     match found.as_slice() {
         [rule] => Ok((*rule).clone()),
@@ -334,7 +371,7 @@ fn find(ctx: &Context, named: &str, model: Option<&str>, tenant: Option<&str>) -
                 several.iter().map(|rule| (*rule).clone()).collect(),
             )));
             Err(Failure::failed(format!(
-                "{} rules go by {named}: name one by its id",
+                "{} rules go by {named}: name one by its id, or by the end of it",
                 several.len()
             )))
         }
@@ -356,6 +393,16 @@ fn id_of(rule: &Value) -> Result<uuid::Uuid, Failure> {
 /// Text of a range that the API takes: a wrong one is found before anything is sent.
 fn range(text: &str) -> Result<String, RangeError> {
     text.parse::<Range>().map(|_| text.to_owned())
+}
+
+/// The range of this version and later ones.
+fn from(version: &str) -> Result<String, RangeError> {
+    range(&format!(">={version}"))
+}
+
+/// The range of the versions before this one.
+fn below(version: &str) -> Result<String, RangeError> {
+    range(&format!("<{version}"))
 }
 
 /// Text of a span that the API takes, as in `15m`.

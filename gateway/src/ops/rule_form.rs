@@ -34,13 +34,13 @@ pub struct Asked(Map<String, Value>);
 )]
 pub struct RuleDoc {
     r#match: MatchDoc,
-    /// `block`; `restrict` and `throttle` are not available yet.
-    #[schema(pattern = "^(block|restrict|throttle)$")]
+    /// What happens to the devices: `block`.
+    #[schema(pattern = "^block$")]
     effect: String,
-    /// Share of the matched devices that is let through, in percent. Only 0 is available yet.
-    #[schema(nullable = false, default = 0, maximum = 100)]
+    /// Share of the matched devices that is let through, in percent: 0.
+    #[schema(nullable = false, default = 0, maximum = 0)]
     admit_percent: Option<u8>,
-    /// `enforce`; `dry_run` is not available yet.
+    /// Whether the rule acts: `enforce`.
     #[schema(nullable = false, default = "enforce")]
     mode: Option<String>,
     /// Told to the devices that are refused: public. At most 256 bytes, no control characters.

@@ -114,7 +114,7 @@ async fn show_rule(
     post, path = "/api/v1/rules", tag = "rules", request_body = RuleDoc,
     responses(
         (status = 201, description = "In force on this node; on others within a second", body = RuleViewDoc),
-        (status = 409, description = "`needs_confirmation`, with the preview", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 409, description = "`needs_confirmation`, with the preview; `conflict` where another rule says this already", body = ProblemBody, content_type = "application/problem+json"),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
@@ -124,6 +124,12 @@ async fn create_rule(
     Body(asked): Body<Asked>,
 ) -> Result<(StatusCode, [(HeaderName, String); 1], Json<RuleView>), Problem> {
     let (spec, is_confirmed) = asked.into_new(api.state.clock.wall())?;
+    if let Some(other) = same_rule(&api.state, &spec) {
+        return Err(Problem::new(
+            Code::Conflict,
+            format!("rule {other} says this already: change or delete that one"),
+        ));
+    }
     let id = RuleId(Uuid::now_v7());
     let mut checks = 0;
     let rule = loop {
@@ -322,6 +328,26 @@ async fn check(api: &Api, spec: &RuleSpec, of: Option<RuleId>) -> Result<Consent
         Some(revision) if !preview.needs_confirmation => Ok(Consent::Checked { revision }),
         _ => Err(Problem::needs_confirmation(preview)),
     }
+}
+
+/// A rule in force that does the same as `spec`, whatever its reason says.
+fn same_rule(gateway: &Gateway, spec: &RuleSpec) -> Option<RuleId> {
+    let rules = gateway.rules.current();
+    let (lost, wall) = (gateway.rules.lost(), gateway.clock.wall());
+    let is_same = |other: &RuleSpec| {
+        let reason = spec.reason.clone();
+        RuleSpec {
+            reason,
+            ..other.clone()
+        } == *spec
+    };
+    let mut stored = rules
+        .rules()
+        .iter()
+        .filter(|rule| !rule.is_expired(wall) && lost.iter().all(|lost| lost.rule.id != rule.id));
+    stored
+        .find(|rule| rule.spec.matches == spec.matches && is_same(&rule.spec))
+        .map(|rule| rule.id)
 }
 
 /// Whether a change of a rule may hit other devices than before.

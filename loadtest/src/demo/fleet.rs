@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Versions of the fleet, and the parts of it that run them, in percent.
-const FIRMWARE_MIX: &str = "3.7.4=15%,3.8.0-b2=50%,3.8.0-b3=25%,3.8.0=10%";
+const FIRMWARE_MIX: &str = "3.7.4=20%,3.8.0-b2=52%,3.8.0-b3=20%,3.8.0=8%";
 /// Devices of one process of the simulator.
 const DEVICES_PER_PROCESS: usize = 5_000;
 /// Processes at least, so that a fleet is never one program only.

@@ -139,7 +139,7 @@ fn invitation(devices: usize, server: &Server, seawall: &Cli) -> String {
         ops = seawall.url,
         token = seawall.token.display(),
         block = seawall.line(&format!(
-            "rules block '{BLOCKED_RANGE}' --reason 'scans the device table at every connect' --evict --confirm"
+            "rules block '{BLOCKED_RANGE}' --reason 'scans the device table at every connect' --evict"
         )),
         firmware = seawall.line("firmware"),
     )

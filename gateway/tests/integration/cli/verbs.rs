@@ -98,6 +98,77 @@ fn range_is_all_that_a_block_needs() {
 }
 
 #[test]
+fn block_without_a_range_needs_to_say_that_it_means_every_version() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+
+    // What a shell makes of `--model m1 >=3.8.0-b3`.
+    let refused = run(&mut gateway.operator(&["rules", "block", "--model", "m1"])).unwrap();
+    assert_refused(&refused, 2, &["--all-versions", "quotes"]);
+    done(&mut gateway.operator(&["rules", "block", "--model", "m1", "--all-versions"]));
+    done(&mut gateway.operator(&["rules", "block", "--from", "3.8.0-b3", "--below", "3.9"]));
+
+    let listed = json(&run(&mut gateway.operator(&["rules", "list", "--json"])).unwrap());
+    let matches: Vec<_> = listed["items"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|rule| &rule["match"])
+        .collect();
+    assert_eq!(
+        matches,
+        [
+            &serde_json::json!({"model": "m1"}),
+            &serde_json::json!({"firmware": ">=3.8.0-b3,<3.9"})
+        ]
+    );
+}
+
+#[test]
+fn block_says_whom_it_hits_and_what_they_are_told_and_unblock_when_they_are_back() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+
+    let blocked = run(&mut gateway.operator(&["rules", "block", "=9", "--evict"])).unwrap();
+    let (out, err) = (
+        String::from_utf8(blocked.stdout).unwrap(),
+        String::from_utf8(blocked.stderr).unwrap(),
+    );
+    let id = first_rule(&gateway);
+    // Rules that are made together begin alike.
+    let removed = done(&mut gateway.operator(&["rules", "unblock", &id[id.len() - 6..]]));
+
+    for said in [
+        "blocked 0 of 0 connected devices",
+        "stay away for 2m to 4m",
+        "undo with: seawall rules unblock",
+    ] {
+        assert!(out.contains(said), "{out}");
+        // Standard output is not a terminal here.
+        assert!(err.contains(said), "{err}");
+    }
+    assert!(removed.contains("back within 4m"), "{removed}");
+    assert!(
+        removed.contains("evicted and have not tried again within 1m"),
+        "{removed}"
+    );
+}
+
+#[test]
+fn effects_that_do_not_exist_are_not_offered() {
+    for verb in ["add", "edit", "block"] {
+        let help = done(&mut seawall_with(&["rules", verb, "--help"]));
+        for word in ["throttle", "restrict", "dry_run", "admit-percent"] {
+            assert!(!help.contains(word), "{help}");
+        }
+    }
+}
+
+fn seawall_with(arguments: &[&str]) -> std::process::Command {
+    let mut command = seawall();
+    command.args(arguments);
+    command
+}
+
+#[test]
 fn rule_that_is_over_already_is_refused_in_words() {
     let gateway = GatewayProcess::start(&[]).unwrap();
     let over = |arguments: &[&str]| {

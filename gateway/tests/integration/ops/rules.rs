@@ -461,6 +461,21 @@ fn a_preview_counts_those_who_left_as_known() {
 }
 
 #[test]
+fn a_rule_that_says_what_another_says_is_refused_with_its_id() {
+    let gateway = Gateway::start();
+    let rule = |reason: &str| json!({"match": {"firmware": "=9"}, "effect": "block", "reason": reason});
+    let first = text(&gateway.post("/api/v1/rules", rule("a")).json()["id"]);
+
+    let again = gateway.post("/api/v1/rules", rule("b"));
+
+    assert_eq!(again.problem(), (409, "conflict".into()));
+    assert!(text(&again.json()["detail"]).contains(&first), "{again:?}");
+    let mut evicting = rule("b");
+    evicting["evict"] = Value::Bool(true);
+    assert_eq!(gateway.post("/api/v1/rules", evicting).status, 201);
+}
+
+#[test]
 fn rules_are_listed_in_pages() {
     let gateway = Gateway::start();
     for n in 0..7 {
