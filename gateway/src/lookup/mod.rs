@@ -332,7 +332,8 @@ impl Gate {
     /// To be called once a minute: the figure for [`set_last_known_good`](Self::set_last_known_good) in the next life, if there is news.
     #[must_use]
     pub fn take_last_known_good(&self) -> Option<f64> {
-        self.0.lock().admission.take_last_known_good()
+        let now = self.0.clock.now();
+        self.0.lock().admission.take_last_known_good(now)
     }
 
     /// Devices a second that can be taken back, on what is known.

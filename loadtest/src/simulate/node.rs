@@ -273,7 +273,7 @@ impl Node {
     pub fn check_second(&mut self, now: Instant) -> Result<(), Violation> {
         if self.kept_at + KEEP_EVERY <= now {
             self.kept_at = now;
-            self.known_good = self.admission.take_last_known_good().unwrap_or(self.known_good);
+            self.known_good = self.admission.take_last_known_good(now).unwrap_or(self.known_good);
         }
         if let Some((_, oldest)) = self.waiting.first_key_value() {
             checks::answer(oldest.arrived, now)?;

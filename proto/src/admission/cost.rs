@@ -26,8 +26,11 @@ const SLOW_RUN: u8 = 3;
 const USUAL_STATEMENTS: u32 = 32;
 /// Fewer statements than this tell nothing of what is usual: one of them may be a lucky one.
 const USUAL_MIN: u32 = 4;
-/// Slow statements are not averaged; with them what is usual rises with this time constant: a morning of them must not become usual.
+/// Time constant with which the usual time rises while statements are slow. Slow statements are not averaged: a morning of them must
+/// not become usual at once.
 const USUAL_RISES: Duration = Duration::from_secs(600);
+/// Longest time between two slow statements that counts as slow time. A calm night says nothing about what is usual.
+const SLOW_GAP_MAX: Duration = Duration::from_secs(1);
 /// Statements that a trial is decided by, of either side.
 const TRIAL_STATEMENTS: u32 = 2;
 /// Keys of a cohort on trial in one statement.
@@ -107,7 +110,8 @@ pub(super) struct Costs {
     apart: BTreeMap<CohortTag, Apart>,
     /// What statements usually take, by bucket.
     usual: [Usual; BUCKETS],
-    usual_at: Instant,
+    /// When the latest slow statement ended.
+    slow_at: Instant,
     trial: Option<Trial>,
     /// Statements of all who are not apart, lately.
     others: Option<Sample>,
@@ -126,6 +130,15 @@ impl Usual {
     fn learn(&mut self, seconds: f64) {
         self.statements = (self.statements + 1).min(USUAL_STATEMENTS);
         self.seconds += (seconds - self.seconds) / f64::from(self.statements);
+        debug_assert!(self.seconds.is_finite());
+    }
+
+    /// Rises by this factor, at most to the time that a slow statement took.
+    fn rise(&mut self, factor: f64, took_seconds: f64) {
+        if self.seconds < took_seconds {
+            self.seconds = (self.seconds * factor).min(took_seconds);
+        }
+        debug_assert!(self.seconds.is_finite());
     }
 }
 
@@ -174,7 +187,7 @@ impl Sample {
         });
         so_far.seconds += (seconds - so_far.seconds) / 4.0;
         so_far.keys += (keys - so_far.keys) / 4.0;
-        so_far.statements += 1;
+        so_far.statements = so_far.statements.saturating_add(1);
         so_far.at = now;
     }
 
@@ -344,12 +357,6 @@ impl Costs {
     fn is_slow(&mut self, statement: &Statement<'_>, now: Instant) -> bool {
         let keys = statement.keys().max(1);
         let seconds = statement.took.as_secs_f64();
-        let age = now.saturating_since(self.usual_at).as_secs_f64();
-        self.usual_at = now;
-        let rise = (age / USUAL_RISES.as_secs_f64()).exp();
-        for usual in &mut self.usual {
-            usual.seconds *= rise;
-        }
         let bucket =
             usize::try_from(keys.next_power_of_two().trailing_zeros()).map_or(0, |bucket| bucket.min(BUCKETS - 1));
         // Smaller ones tell an upper bound, as many times as long as they have fewer keys.
@@ -358,7 +365,14 @@ impl Costs {
             .map(|smaller| self.usual[smaller].seconds * f64::from(1_u32 << (bucket - smaller)))
             .reduce(f64::min);
         let is_slow = statement.took >= SLOW_MIN && usual.is_some_and(|usual| seconds >= SLOW_FACTOR * usual);
-        if !is_slow {
+        if is_slow {
+            let slow_time = now.saturating_since(self.slow_at).min(SLOW_GAP_MAX);
+            self.slow_at = now;
+            let factor = (slow_time.as_secs_f64() / USUAL_RISES.as_secs_f64()).exp();
+            for usual in &mut self.usual[..=bucket] {
+                usual.rise(factor, seconds);
+            }
+        } else {
             self.usual[bucket].learn(seconds);
         }
         is_slow

@@ -388,8 +388,8 @@ impl Admission {
 
     /// To be called once a minute: the best rate measured lately becomes the last known good. The figure to keep for
     /// [`set_last_known_good`](Self::set_last_known_good) in the next life, if there is news.
-    pub fn take_last_known_good(&mut self) -> Option<f64> {
-        self.reference.take_last_known_good()
+    pub fn take_last_known_good(&mut self, now: Instant) -> Option<f64> {
+        self.reference.take_last_known_good(now)
     }
 
     /// Time has passed: devices whose deadline is over are refused.

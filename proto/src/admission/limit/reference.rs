@@ -4,8 +4,11 @@ use std::time::Duration;
 
 use crate::time::Instant;
 
-/// The best rate measured fades with this time constant.
+/// Time constant with which the best rate measured fades, and with it the last known good.
 const PEAK_FADES: Duration = Duration::from_secs(600);
+/// Longest time that the last known good fades by at once: the interval at which it is kept. Time without measurements says nothing
+/// about the database, so an idle night changes nothing.
+const FADE_STEP_MAX: Duration = Duration::from_secs(60);
 /// Slots are given out a quarter faster than the best measured: unused ones cost nothing, idle time does.
 pub(in crate::admission) const OVERBOOKING: f64 = 1.25;
 /// The reference never falls below this part of the ceiling, or an outage seen first would be taken for the capacity.
@@ -22,6 +25,8 @@ const RECENT_GAP: Duration = Duration::from_secs(10);
 pub(in crate::admission) struct Reference {
     ceiling: f64,
     last_known_good: f64,
+    /// When the last known good faded last.
+    faded_at: Instant,
     peak: f64,
     peak_at: Instant,
     recent: Recent,
@@ -57,6 +62,7 @@ impl Reference {
         Self {
             ceiling: f64::from(ceiling.max(1)),
             last_known_good: 0.0,
+            faded_at: now,
             peak: 0.0,
             peak_at: now,
             recent: Recent::default(),
@@ -78,13 +84,17 @@ impl Reference {
         self.last_known_good
     }
 
-    /// The best rate measured lately becomes the last known good. A time without measurements changes nothing: an idle night says
-    /// nothing of the database.
-    pub fn take_last_known_good(&mut self) -> Option<f64> {
+    /// The last known good where there is news. It fades towards the best rate measured lately, and is never replaced by it at
+    /// once: the first minute after a restart may be a slow one. A time without measurements changes nothing.
+    pub fn take_last_known_good(&mut self, now: Instant) -> Option<f64> {
         let is_news = std::mem::take(&mut self.is_news);
         is_news.then(|| {
-            self.last_known_good = self.peak;
-            self.peak
+            let span = now.saturating_since(self.faded_at).min(FADE_STEP_MAX);
+            self.faded_at = now;
+            let faded = self.last_known_good * (-span.as_secs_f64() / PEAK_FADES.as_secs_f64()).exp();
+            self.last_known_good = faded.max(self.peak(now));
+            debug_assert!(self.last_known_good.is_finite());
+            self.last_known_good
         })
     }
 
@@ -102,7 +112,9 @@ impl Reference {
             return;
         }
         self.peak_at = now;
-        self.is_news |= self.peak > 0.0;
+        debug_assert!(self.peak.is_finite());
+        // The first second alone is not worth keeping.
+        self.is_news |= self.peak > 0.0 && !self.is_provisional;
     }
 
     /// The best rate measured, faded.
@@ -181,14 +193,36 @@ mod tests {
         let (night, day) = (at(36_000_000), at(72_000_000));
         let mut reference = Reference::new(10_000, at(0));
         measure(&mut reference, &[4_000.0; 4], at(10_000));
-        assert_eq!(reference.take_last_known_good(), Some(4_000.0));
+        assert_eq!(reference.take_last_known_good(at(10_000)), Some(4_000.0));
 
-        assert_eq!(reference.take_last_known_good(), None, "nothing new");
+        assert_eq!(reference.take_last_known_good(night), None, "nothing new");
         assert_is(&reference, night, 5_000.0);
 
-        measure(&mut reference, &[2_400.0; 4], day);
-        assert_eq!(reference.take_last_known_good(), Some(2_400.0));
-        assert_is(&reference, day, 3_000.0);
+        for minute in 0..60 {
+            let now = day + Duration::from_secs(60 * minute);
+            measure(&mut reference, &[2_400.0; 4], now);
+            assert!(reference.take_last_known_good(now).is_some());
+        }
+        let evening = day + Duration::from_secs(60 * 59);
+        assert_is(&reference, evening, 3_000.0);
+    }
+
+    #[test]
+    fn last_known_good_survives_a_slow_minute_after_a_restart() {
+        let mut reference = Reference::new(10_000, at(0));
+        reference.set_last_known_good(8_000.0);
+
+        measure(&mut reference, &[500.0], at(1_000));
+        assert_eq!(
+            reference.take_last_known_good(at(1_000)),
+            None,
+            "one second is not news"
+        );
+        measure(&mut reference, &[500.0; 50], at(60_000));
+        let kept = reference.take_last_known_good(at(60_000)).unwrap();
+
+        assert!((kept - 8_000.0 * (-0.1_f64).exp()).abs() < 1e-6, "{kept}");
+        assert_is(&reference, at(60_000), 1.25 * kept);
     }
 
     #[test]

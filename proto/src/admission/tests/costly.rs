@@ -63,8 +63,12 @@ impl World {
 
     /// `per_second` devices come for `span`; each `marked_of`-th is marked (0: none).
     fn arrivals(&mut self, per_second: u64, marked_of: u64, span: Duration) {
+        self.arrivals_every(Duration::from_micros(1_000_000 / per_second), marked_of, span);
+    }
+
+    /// The same with one device in each `gap`.
+    fn arrivals_every(&mut self, gap: Duration, marked_of: u64, span: Duration) {
         let end = self.now + span;
-        let gap = Duration::from_micros(1_000_000 / per_second);
         let mut next = self.now;
         while next < end {
             self.run_until(next);
@@ -225,6 +229,29 @@ fn database_has_no_time_to_spare_while_a_cohort_is_costly() {
     );
     let idle = AdmissionState { queue: 0, ..costly };
     assert!(!idle.has_time_to_spare(), "however short the queue is");
+}
+
+/// Time until a cohort that a fifth of all devices are of is isolated, in a storm of ten seconds.
+fn found_in_a_storm(world: &mut World) -> Duration {
+    let begun = world.now;
+    world.arrivals(400, 5, secs(10));
+    let found = world.moves.iter().find(|(at, apart)| *at >= begun && *apart == 1);
+    let (found, _) = found.unwrap_or_else(|| panic!("not isolated: {:?}", world.moves));
+    found.saturating_since(begun)
+}
+
+#[test]
+fn node_that_was_calm_for_a_week_isolates_a_costly_cohort_as_fast_as_a_fresh_one() {
+    let mut fresh = World::new();
+    fresh.arrivals(100, 0, secs(2));
+    let mut calm = World::new();
+    // A storm, so that statements of all sizes are known, then a look-up a minute.
+    calm.arrivals(2_000, 0, secs(5));
+    calm.arrivals_every(secs(60), 0, secs(7 * 24 * 3_600));
+
+    let (fresh, calm) = (found_in_a_storm(&mut fresh), found_in_a_storm(&mut calm));
+
+    assert!(calm <= fresh + secs(1), "{calm:?}, on a fresh node {fresh:?}");
 }
 
 #[test]
