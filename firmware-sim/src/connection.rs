@@ -32,6 +32,8 @@ pub const OPEN_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub struct DeviceConfig {
     pub id: DeviceId,
+    /// Sent in place of the id: what a device calls itself that has no UUID. Default: none.
+    pub external_id: Option<String>,
     pub credential: Credential,
     pub firmware: Option<String>,
     pub model: Option<String>,
@@ -56,6 +58,7 @@ impl DeviceConfig {
     pub fn new(id: DeviceId, secret: &str) -> Self {
         Self {
             id,
+            external_id: None,
             credential: Credential::Bearer(secret.into()),
             firmware: None,
             model: None,
@@ -114,6 +117,7 @@ impl Connection {
         let target = Target::resolve_trusting(url, &config.trust).await?;
         let hello = Hello {
             device: config.id,
+            external_id: config.external_id.as_deref(),
             credential: &config.credential,
             firmware: config.firmware.as_deref(),
             model: config.model.as_deref(),

@@ -2,7 +2,10 @@
 
 use std::{collections::HashSet, fmt, io, sync::Arc};
 
-use seawall_proto::id::{DeviceId, Label};
+use seawall_proto::{
+    hello::IdentityNames,
+    id::{DeviceId, Label},
+};
 
 /// Shortest and longest secret, in bytes of visible ASCII. Contract section 7.
 const SECRET_LEN: std::ops::RangeInclusive<usize> = 16..=128;
@@ -11,6 +14,8 @@ const SECRET_LEN: std::ops::RangeInclusive<usize> = 16..=128;
 #[derive(Clone, PartialEq, Eq)]
 pub struct Identity {
     pub id: DeviceId,
+    /// What it calls itself, where that is not a UUID: the gateway needs `identity.namespace` then.
+    pub external_id: Option<Arc<str>>,
     pub secret: Box<str>,
     /// Claimed at each attempt.
     pub tenant: Option<Arc<str>>,
@@ -119,8 +124,15 @@ impl Columns {
             let label = Label::parse(text).map_err(|_| BadLine::Label(name))?;
             Ok(label.map(|label| shared(&label, texts)))
         };
+        // Which UUID the gateway makes of a name depends on its namespace. Here one is as good as another.
+        let names = IdentityNames {
+            namespace: Some(Default::default()),
+            ..IdentityNames::default()
+        };
+        let named = names.device(id).ok_or(BadLine::Id)?;
         Ok(Identity {
-            id: id.parse().map_err(|_| BadLine::Id)?,
+            id: named.id,
+            external_id: named.external_id.map(|name| Arc::clone(name.as_arc())),
             secret: secret.into(),
             tenant: label(self.tenant, "tenant")?,
             model: label(self.model, "model")?,
@@ -176,7 +188,7 @@ impl DevicesError {
 /// What is wrong with a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadLine {
-    #[error("the id is no UUID")]
+    #[error("the id is neither a UUID nor 1 to 64 bytes of printable ASCII")]
     Id,
     #[error("the id {0} has come before")]
     DoubledId(DeviceId),
@@ -211,6 +223,14 @@ mod tests {
     }
 
     #[test]
+    fn id_that_is_not_a_uuid_is_kept_as_it_is_written() {
+        let devices = read(&format!("id,secret\nCP 01,{SECRET}\n{A},{SECRET}\n")).unwrap();
+
+        assert_eq!(devices[0].external_id.as_deref(), Some("CP 01"));
+        assert_eq!((devices[1].id, &devices[1].external_id), (A.parse().unwrap(), &None));
+    }
+
+    #[test]
     fn offset_and_limit_pick_lines() {
         let text = format!("id,secret\n{A},{SECRET}\n{B},{SECRET}\nbad,line\n");
 
@@ -225,7 +245,8 @@ mod tests {
             (format!("{A},short"), "line 3: the secret"),
             (format!("{A},0123456789abcde\u{e9}"), "line 3: the secret"),
             (A.to_owned(), "line 3: the secret"),
-            (format!("x,{SECRET}"), "line 3: the id is no UUID"),
+            (format!("\u{e9},{SECRET}"), "line 3: the id is neither"),
+            (format!(",{SECRET}"), "line 3: the id is neither"),
             (
                 format!("{B},{SECRET}"),
                 "line 3: the id 9b0c2e4a-11d2-7f00-8000-0000000000bb has come before",

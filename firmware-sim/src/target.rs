@@ -5,8 +5,9 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
 };
 
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use rustls::pki_types::ServerName;
-use tokio_tungstenite::tungstenite::http::Uri;
+use tokio_tungstenite::tungstenite::http::{Uri, uri::InvalidUri};
 
 use crate::tls::{Tls, Trust, TrustError};
 
@@ -25,6 +26,9 @@ pub const DEVICES_PER_SOURCE: usize = 4_000;
 
 /// Addresses of 127.0.0.0/24 that a fleet uses, from 127.0.0.1 up.
 const SOURCES_MAX: usize = 250;
+
+/// What stands for a device's id in the path of a URL.
+const DEVICE: &str = "{device}";
 
 /// A gateway's address and what to ask it for.
 #[derive(Clone)]
@@ -50,7 +54,8 @@ impl Target {
         Self::resolve_trusting(url, &Trust::System).await
     }
 
-    /// Reads `ws://host:port[/path][?query]`, `wss://…`, or `host:port` alone, and looks up the host's address. The path defaults to
+    /// Reads `ws://host:port[/path][?query]`, `wss://…`, or `host:port` alone, and looks up the host's address. `{device}` in the path
+    /// stands for the id of each device. The path defaults to
     /// `/v1/connect`, the port to 80, with TLS to 443. The gateway itself need not be there.
     ///
     /// # Errors
@@ -89,6 +94,20 @@ impl Target {
     #[must_use]
     pub const fn uri(&self) -> &Uri {
         &self.uri
+    }
+
+    /// Whether the path says which device connects.
+    pub(crate) fn names_device(&self) -> bool {
+        self.uri.path().contains(DEVICE)
+    }
+
+    /// What a device of this name asks for.
+    pub(crate) fn uri_of(&self, name: &str) -> Result<Uri, InvalidUri> {
+        if !self.names_device() {
+            return Ok(self.uri.clone());
+        }
+        let name = utf8_percent_encode(name, NON_ALPHANUMERIC).to_string();
+        self.uri.to_string().replacen(DEVICE, &name, 1).parse()
     }
 }
 
@@ -184,6 +203,17 @@ mod tests {
         ] {
             assert_eq!(Target::resolve(url).await.unwrap().uri().to_string(), uri);
         }
+    }
+
+    #[tokio::test]
+    async fn device_in_the_path_is_replaced_by_each_device_s_name() {
+        let target = Target::resolve("ws://127.0.0.1:8080/ocpp/{device}?x=1").await.unwrap();
+
+        assert!(target.names_device());
+        assert_eq!(
+            target.uri_of("CP/01").unwrap().to_string(),
+            "ws://127.0.0.1:8080/ocpp/CP%2F01?x=1"
+        );
     }
 
     #[tokio::test]

@@ -12,7 +12,7 @@ use std::{
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use seawall_proto::{
-    id::{DeviceId, RuleId},
+    id::{DeviceId, Label, RuleId},
     session::{Payload, Received},
     time::{Instant, WallTime},
 };
@@ -63,6 +63,8 @@ pub enum Body {
     /// A device came online or went offline on this node.
     Presence {
         device: DeviceId,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        external_id: Option<Label>,
         state: &'static str,
         reason: &'static str,
         /// Written as its name: formatted for readers, not once for each device that comes or goes.
@@ -86,6 +88,8 @@ pub enum Body {
     /// A message from a device. A plain session's text is a JSON string in `payload`, its binary data stands in `payload_base64`.
     Message {
         device: DeviceId,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        external_id: Option<Label>,
         #[serde(skip_serializing_if = "Option::is_none")]
         message: Option<Box<str>>,
         #[serde(skip_serializing_if = "Option::is_none")]
@@ -191,7 +195,14 @@ impl Events {
     ///
     /// # Errors
     /// The buffer is full of messages younger than [`MESSAGE_KEPT_AT_LEAST`].
-    pub fn message(&self, at: WallTime, now: Instant, device: DeviceId, received: Received) -> Result<(), BufferFull> {
+    pub fn message(
+        &self,
+        at: WallTime,
+        now: Instant,
+        device: DeviceId,
+        external_id: Option<&Label>,
+        received: Received,
+    ) -> Result<(), BufferFull> {
         let (payload, payload_base64) = match received.payload {
             Payload::Json(json) => {
                 let json = RawValue::from_string(json.into());
@@ -203,6 +214,7 @@ impl Events {
         };
         let body = Body::Message {
             device,
+            external_id: external_id.cloned(),
             message: received.id,
             topic: received.topic,
             payload: payload.map(Arc::from),
@@ -451,6 +463,6 @@ mod tests {
             payload: Payload::Json("{}".into()),
         };
         let now = Instant::ZERO + Duration::from_millis(now_ms);
-        events.message(wall, now, device, received)
+        events.message(wall, now, device, None, received)
     }
 }

@@ -4,10 +4,10 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
 };
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use ppp::{v1, v2};
 use tokio::{io::Interest, net::TcpStream};
 
@@ -24,6 +24,9 @@ const V1_LEN_MAX: usize = 107;
 const V2_BEGINNING: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 const V2_LEN_AT: usize = 14;
 const V2_HEAD_LEN: usize = 16;
+
+/// Bits in front of an IPv4 address that is written as IPv6 (RFC 4291 §2.5.5.2).
+const MAPPED_PREFIX_LEN: u8 = 96;
 
 /// The balancers that are believed, and what they say.
 #[derive(Clone, Debug, Default)]
@@ -51,6 +54,7 @@ impl Proxies {
         let network = |text: &String| {
             text.parse::<IpNet>()
                 .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
+                .map(canonical)
                 .map_err(|_| format!("{text:?} is neither an address nor a network such as 10.0.0.0/8"))
         };
         Ok(Self {
@@ -83,6 +87,16 @@ impl Proxies {
         let address = address.to_canonical();
         self.trusted.iter().any(|network| network.contains(&address))
     }
+}
+
+/// A network of IPv4 addresses that was written as IPv6 (`::ffff:10.0.0.0/104`), as IPv4: so connections are compared.
+fn canonical(network: IpNet) -> IpNet {
+    let IpNet::V6(mapped) = network else { return network };
+    let network_of = |address: Ipv4Addr| {
+        let len = mapped.prefix_len().checked_sub(MAPPED_PREFIX_LEN)?;
+        Ipv4Net::new(address, len).ok().map(IpNet::V4)
+    };
+    mapped.addr().to_ipv4_mapped().and_then(network_of).unwrap_or(network)
 }
 
 /// Reads a PROXY header, version 1 or 2, and not a byte of what follows. `None`: the balancer speaks for itself, as its
@@ -182,6 +196,33 @@ mod tests {
     };
 
     use super::*;
+
+    #[test]
+    fn ipv4_balancer_may_be_written_as_ipv6() {
+        for (trusted, address, is_trusted) in [
+            ("::ffff:10.0.0.1", "10.0.0.1", true),
+            ("::ffff:10.0.0.1", "::ffff:10.0.0.1", true),
+            ("::ffff:10.0.0.1", "10.0.0.2", false),
+            ("::ffff:10.0.0.0/104", "10.9.8.7", true),
+            ("::ffff:10.0.0.0/104", "11.0.0.1", false),
+            ("::ffff:0:0/96", "192.0.2.1", true),
+            ("::ffff:0:0/96", "2001:db8::1", false),
+            ("2001:db8::/32", "2001:db8::1", true),
+            ("10.0.0.0/8", "::ffff:10.0.0.1", true),
+        ] {
+            let proxies = Proxies::of(&ProxySettings {
+                trusted: vec![trusted.to_owned()],
+                ..ProxySettings::default()
+            })
+            .unwrap();
+
+            assert_eq!(
+                proxies.is_trusted(address.parse().unwrap()),
+                is_trusted,
+                "{trusted} {address}"
+            );
+        }
+    }
 
     fn proxies(trusted: &[&str]) -> Proxies {
         Proxies::of(&ProxySettings {

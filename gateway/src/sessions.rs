@@ -19,7 +19,7 @@ use std::{
 use bytes::Bytes;
 use seawall_proto::{
     close::Close,
-    id::{DeviceId, SessionId},
+    id::{DeviceId, Label, SessionId},
     time::{Instant, WallTime},
 };
 use tokio::sync::oneshot;
@@ -36,6 +36,8 @@ const SHARDS: usize = 64;
 #[derive(Debug)]
 pub struct SessionInfo {
     pub device: DeviceId,
+    /// What the device calls itself, where that is not a UUID.
+    pub external_id: Option<Label>,
     pub tenant: Arc<str>,
     /// Model and firmware version, interned: every session of a cohort shares one.
     pub cohort: Arc<Cohort>,
@@ -531,6 +533,7 @@ mod tests {
 
     fn info(cohorts: &Cohorts, n: u128) -> SessionInfo {
         SessionInfo {
+            external_id: None,
             device: device(n),
             tenant: "default".into(),
             cohort: cohorts.intern(None, Some("1.0")),

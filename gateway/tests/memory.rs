@@ -201,6 +201,7 @@ async fn register(running: &Running, count: u128) {
     };
     for n in 0..count {
         let new = NewDevice {
+            external_id: None,
             id: DeviceId::from_uuid(id(n)),
             tenant: None,
             model: Label::parse("display").unwrap(),

@@ -45,6 +45,7 @@ impl Fleet {
                 driver.spawn(DeviceSpec {
                     number,
                     identity: Identity {
+                        external_id: None,
                         id: DeviceId::from_uuid(device.id),
                         secret: device.secret.as_str().into(),
                         tenant: device.tenant.as_deref().map(Arc::from),

@@ -280,7 +280,7 @@ impl Refusal {
     /// 404.
     #[must_use]
     pub const fn not_found() -> Self {
-        Self::plain(Code::NotFound, "devices connect at /v1/connect")
+        Self::plain(Code::NotFound, "no device connects at this path")
     }
 
     /// 405.
@@ -368,6 +368,16 @@ impl Refusal {
     /// Appends the whole HTTP/1.1 answer: status line, headers, body. The connection is to be closed behind it.
     pub fn write_response(&self, out: &mut Vec<u8>) {
         let body = self.body();
+        self.write_head(&body, out);
+        out.extend_from_slice(&body);
+    }
+
+    /// Appends the answer to a HEAD request: that to GET without its body (RFC 9110 §9.3.2).
+    pub fn write_response_to_head(&self, out: &mut Vec<u8>) {
+        self.write_head(&self.body(), out);
+    }
+
+    fn write_head(&self, body: &[u8], out: &mut Vec<u8>) {
         let hint_lines = self.hint.as_ref().map(hint_lines).unwrap_or_default();
         out.reserve(HEAD_LEN_TYPICAL + hint_lines.len() + body.len());
         out.extend_from_slice(
@@ -381,7 +391,6 @@ impl Refusal {
             )
             .as_bytes(),
         );
-        out.extend_from_slice(&body);
     }
 
     fn body(&self) -> Vec<u8> {

@@ -147,6 +147,7 @@ impl Driver {
             rng: SmallRng::seed_from_u64(spec.seed),
             number: spec.number,
             id: spec.identity.id,
+            external_id: spec.identity.external_id,
             credential: Credential::Bearer(spec.identity.secret),
             tenant: spec.identity.tenant,
             model: spec.identity.model,

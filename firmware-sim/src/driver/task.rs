@@ -20,6 +20,7 @@ pub(super) struct DeviceTask {
     pub(super) rng: SmallRng,
     pub(super) number: usize,
     pub(super) id: DeviceId,
+    pub(super) external_id: Option<Arc<str>>,
     pub(super) credential: Credential,
     pub(super) tenant: Option<Arc<str>>,
     pub(super) model: Option<Arc<str>>,
@@ -107,6 +108,7 @@ impl DeviceTask {
     fn hello(&self) -> Hello<'_> {
         Hello {
             device: self.id,
+            external_id: self.external_id.as_deref(),
             credential: &self.credential,
             firmware: self.firmware.as_deref(),
             model: self.model.as_deref(),

@@ -25,6 +25,8 @@ pub enum Credential {
 #[derive(Clone, Debug)]
 pub(crate) struct Hello<'a> {
     pub(crate) device: DeviceId,
+    /// What the device calls itself instead of its id.
+    pub(crate) external_id: Option<&'a str>,
     pub(crate) credential: &'a Credential,
     pub(crate) firmware: Option<&'a str>,
     pub(crate) model: Option<&'a str>,
@@ -37,7 +39,8 @@ pub(crate) struct Hello<'a> {
 impl Hello<'_> {
     pub(crate) fn request(&self, target: &Target) -> Result<Request, OpenError> {
         let mut request = Request::new(());
-        *request.uri_mut() = target.uri().clone();
+        let name = self.name();
+        *request.uri_mut() = target.uri_of(&name).map_err(|_| OpenError::BadHello)?;
         let authority = target.uri().authority().map_or("", |authority| authority.as_str());
         let headers = request.headers_mut();
         for (name, value) in [
@@ -49,7 +52,7 @@ impl Hello<'_> {
         ] {
             headers.insert(name, value_of(value)?);
         }
-        self.credentials(headers)?;
+        self.credentials(&name, target, headers)?;
         for (name, value) in [
             ("seawall-firmware", self.firmware),
             ("seawall-model", self.model),
@@ -65,11 +68,16 @@ impl Hello<'_> {
         Ok(request)
     }
 
-    fn credentials(&self, headers: &mut HeaderMap) -> Result<(), OpenError> {
+    /// What the device calls itself.
+    fn name(&self) -> String {
+        self.external_id.map_or_else(|| self.device.to_string(), str::to_owned)
+    }
+
+    fn credentials(&self, name: &str, target: &Target, headers: &mut HeaderMap) -> Result<(), OpenError> {
         let authorization = match self.credential {
             Credential::Bearer(secret) => Some(format!("Bearer {secret}")),
             Credential::Basic(secret) => {
-                let pair = BASE64_STANDARD.encode(format!("{}:{secret}", self.device));
+                let pair = BASE64_STANDARD.encode(format!("{name}:{secret}"));
                 Some(format!("Basic {pair}"))
             }
             Credential::Missing => None,
@@ -77,9 +85,9 @@ impl Hello<'_> {
         if let Some(authorization) = authorization {
             headers.insert(header::AUTHORIZATION, value_of(&authorization)?);
         }
-        if !matches!(self.credential, Credential::Basic(_)) {
+        if !matches!(self.credential, Credential::Basic(_)) && !target.names_device() {
             let id = HeaderName::from_static("seawall-device");
-            headers.insert(id, value_of(&self.device.to_string())?);
+            headers.insert(id, value_of(name)?);
         }
         Ok(())
     }

@@ -12,7 +12,8 @@ use firmware_sim::{identity::Lines, messages::PER_MINUTE_MAX, mix::Mix, profile:
 #[derive(Debug, Parser)]
 #[command(version)]
 pub struct Options {
-    /// The gateway's device listener, ws://host:port or wss://host:port; the path defaults to /v1/connect
+    /// The gateway's device listener, ws://host:port or wss://host:port; the path defaults to /v1/connect, and `{device}` in it stands
+    /// for the device's id
     #[arg(long, value_name = "URL")]
     pub url: String,
 

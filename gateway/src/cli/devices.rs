@@ -1,14 +1,17 @@
 //! `seawall devices`: the registry, and what its devices do now.
 
 use std::{
+    fmt,
     fs::File,
     io::{self, Read},
     path::{Path, PathBuf},
+    str::FromStr,
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use clap::Subcommand;
-use seawall_proto::id::DeviceId;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use seawall_proto::id::{DeviceId, Label};
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -22,7 +25,10 @@ const LIST_MAX: usize = 1_000_000;
 /// Bad lines of an import that are shown; the API reports no more.
 const BAD_LINES_SHOWN: usize = 100;
 
-const COLUMNS: [(&str, &str); 7] = [
+/// What stands for itself in a segment of a path.
+const NON_ALPHANUMERIC_BUT_DASH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+
+const COLUMNS: [(&str, &str); 8] = [
     ("ID", "id"),
     ("TENANT", "tenant"),
     ("MODEL", "model"),
@@ -30,7 +36,32 @@ const COLUMNS: [(&str, &str); 7] = [
     ("STATE", "state"),
     ("PRESENCE", "presence.state"),
     ("SINCE", "presence.since"),
+    ("EXTERNAL ID", "external_id"),
 ];
+
+/// What a device is called: its UUID, or with `identity.namespace` any name of at most 64 bytes of printable ASCII.
+#[derive(Clone, Debug)]
+pub struct Name(String);
+
+impl FromStr for Name {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, &'static str> {
+        if let Ok(id) = text.parse::<DeviceId>() {
+            return Ok(Self(id.to_string()));
+        }
+        match Label::parse(text) {
+            Ok(Some(name)) => Ok(Self(name.to_string())),
+            Ok(None) | Err(_) => Err("expected a UUID, or a name of 1 to 64 bytes of printable ASCII"),
+        }
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
 
 #[derive(Debug, Subcommand)]
 pub enum Devices {
@@ -54,11 +85,11 @@ pub enum Devices {
         cursor: Option<String>,
     },
     /// One device, with its last connection attempts
-    Show { id: DeviceId },
+    Show { id: Name },
     /// Register a device; its secret is shown this once
     Add {
         /// Its id; not given: a random one
-        id: Option<DeviceId>,
+        id: Option<Name>,
         #[arg(long)]
         tenant: Option<String>,
         #[arg(long)]
@@ -75,23 +106,23 @@ pub enum Devices {
     /// Make devices with random secrets: written to a file for `devices import` and firmware-sim, and registered where a gateway answers
     Seed(seed::Seed),
     /// Let a disabled device connect again
-    Enable { id: DeviceId },
+    Enable { id: Name },
     /// Refuse a device from now on, and close its session
-    Disable { id: DeviceId },
+    Disable { id: Name },
     /// Give a device a new secret, which is shown this once
     Rotate {
-        id: DeviceId,
+        id: Name,
         /// How long the old secret stays valid, as in 24h
         #[arg(long, value_name = "SPAN", value_parser = rules::span)]
         overlap: Option<String>,
     },
     /// Remove a device from the registry
-    Delete { id: DeviceId },
+    Delete { id: Name },
     /// Close a device's session; it comes back
-    Disconnect { id: DeviceId },
+    Disconnect { id: Name },
     /// Send a device a message
     Send {
-        id: DeviceId,
+        id: Name,
         /// JSON; what is no JSON is sent as a text
         #[arg(required_unless_present = "binary")]
         payload: Option<String>,
@@ -125,35 +156,38 @@ pub fn run(common: &Common, verb: Devices) -> Result<(), Failure> {
                 .collect();
             list(&ctx, &query, limit)
         }
-        Devices::Show { id } => ctx.show(&ctx.client.get(&path(id), &[])?, shown),
-        Devices::Add { id, tenant, model } => add(&ctx, id, tenant, model),
+        Devices::Show { id } => ctx.show(&ctx.client.get(&path(&id), &[])?, shown),
+        Devices::Add { id, tenant, model } => add(&ctx, id.as_ref(), tenant, model),
         Devices::Import { file, update } => import(&ctx, &file, update),
         Devices::Seed(args) => seed::run(&ctx, &args),
-        Devices::Enable { id } => change(&ctx, id, "enabled"),
-        Devices::Disable { id } => change(&ctx, id, "disabled"),
+        Devices::Enable { id } => change(&ctx, &id, "enabled"),
+        Devices::Disable { id } => change(&ctx, &id, "disabled"),
         Devices::Rotate { id, overlap } => {
             let body = overlap.map_or_else(|| json!({}), |overlap| json!({"overlap": overlap}));
             let answer = ctx
                 .client
-                .send(Method::Post, &format!("{}/secret", path(id)), Some(&body))?;
+                .send(Method::Post, &format!("{}/secret", path(&id)), Some(&body))?;
             ctx.show(&answer, |answer| shown_secret(&id.to_string(), answer))
         }
         Devices::Delete { id } => {
-            ctx.client.send(Method::Delete, &path(id), None)?;
-            ctx.show(&json!({ "deleted": id }), |_| format!("deleted {id}\n"))
+            ctx.client.send(Method::Delete, &path(&id), None)?;
+            ctx.show(&json!({ "deleted": id.to_string() }), |_| format!("deleted {id}\n"))
         }
         Devices::Disconnect { id } => {
             let answer = ctx
                 .client
-                .send(Method::Post, &format!("{}/disconnect", path(id)), None)?;
+                .send(Method::Post, &format!("{}/disconnect", path(&id)), None)?;
             ctx.show(&answer, |_| format!("disconnected {id}\n"))
         }
-        Devices::Send { id, payload, binary } => send(&ctx, id, payload, binary.as_deref()),
+        Devices::Send { id, payload, binary } => send(&ctx, &id, payload, binary.as_deref()),
     }
 }
 
-fn path(id: DeviceId) -> String {
-    format!("/api/v1/devices/{id}")
+fn path(id: &Name) -> String {
+    format!(
+        "/api/v1/devices/{}",
+        utf8_percent_encode(&id.0, NON_ALPHANUMERIC_BUT_DASH)
+    )
 }
 
 fn rows(text: &str) -> Result<usize, String> {
@@ -175,6 +209,7 @@ fn list(ctx: &Context, query: &[(&str, String)], limit: usize) -> Result<(), Fai
 fn shown(device: &Value) -> String {
     let mut lines = table::facts(&[
         ("id", table::at(device, "id")),
+        ("external id", table::at(device, "external_id")),
         ("tenant", table::at(device, "tenant")),
         ("model", table::at(device, "model")),
         ("firmware", table::at(device, "firmware")),
@@ -193,24 +228,24 @@ fn shown(device: &Value) -> String {
     lines
 }
 
-fn add(ctx: &Context, id: Option<DeviceId>, tenant: Option<String>, model: Option<String>) -> Result<(), Failure> {
-    let id = id.unwrap_or_else(|| DeviceId::from_uuid(uuid::Uuid::new_v4()));
+fn add(ctx: &Context, id: Option<&Name>, tenant: Option<String>, model: Option<String>) -> Result<(), Failure> {
+    let id = id.map_or_else(|| uuid::Uuid::new_v4().to_string(), Name::to_string);
     let mut body = Map::new();
-    body.insert("id".into(), id.to_string().into());
+    body.insert("id".into(), id.clone().into());
     for (key, value) in [("tenant", tenant), ("model", model)] {
         if let Some(value) = value {
             body.insert(key.into(), value.into());
         }
     }
     let answer = ctx.client.send(Method::Post, "/api/v1/devices", Some(&body.into()))?;
-    ctx.show(&answer, |answer| shown_secret(&id.to_string(), answer))
+    ctx.show(&answer, |answer| shown_secret(&id, answer))
 }
 
 fn shown_secret(id: &str, answer: &Value) -> String {
     table::facts(&[("id", id.to_owned()), ("secret", table::at(answer, "secret"))])
 }
 
-fn change(ctx: &Context, id: DeviceId, state: &str) -> Result<(), Failure> {
+fn change(ctx: &Context, id: &Name, state: &str) -> Result<(), Failure> {
     let answer = ctx
         .client
         .send(Method::Patch, &path(id), Some(&json!({"state": state})))?;
@@ -257,7 +292,7 @@ pub fn shown_import(report: &Value) -> String {
     format!("{}\n", counts.join(", "))
 }
 
-fn send(ctx: &Context, id: DeviceId, payload: Option<String>, binary: Option<&Path>) -> Result<(), Failure> {
+fn send(ctx: &Context, id: &Name, payload: Option<String>, binary: Option<&Path>) -> Result<(), Failure> {
     let body = match (payload, binary) {
         (Some(text), _) => {
             json!({"payload": serde_json::from_str(&text).unwrap_or(Value::String(text))})

@@ -81,6 +81,9 @@ pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
         }
         Err(error) => findings.wrong(format!("configuration: {error}")),
     }
+    for name in super::unknown_variables() {
+        findings.notice(format!("environment: no setting is called {name}"));
+    }
     gateway(common, &mut findings)?;
     report(common, &findings)
 }

@@ -4,7 +4,7 @@
 
 use std::{ffi::OsString, fmt, io, path::PathBuf, process::ExitCode};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 mod audit;
 mod client;
@@ -197,6 +197,31 @@ impl From<io::Error> for Failure {
     }
 }
 
+/// Names of environment variables that look like a setting and are none, in order.
+///
+/// Kubernetes adds variables of its own for each service, such as `SEAWALL_PORT` and `SEAWALL_SERVICE_HOST`: so these are no error.
+fn unknown_variables() -> Vec<String> {
+    let mut known = vec!["SEAWALL_TOKEN".to_owned()];
+    let mut commands = vec![Cli::command()];
+    while let Some(command) = commands.pop() {
+        let names = command.get_arguments().filter_map(|argument| argument.get_env());
+        known.extend(names.map(|name| name.to_string_lossy().into_owned()));
+        commands.extend(command.get_subcommands().cloned());
+    }
+    let mut names: Vec<_> = std::env::vars_os()
+        .map(|(name, _)| name.to_string_lossy().into_owned())
+        .filter(|name| is_unknown(name, &known))
+        .collect();
+    names.sort();
+    names
+}
+
+fn is_unknown(name: &str, known: &[String]) -> bool {
+    let is_for_others = name.starts_with("SEAWALL_LOADTEST_") || name == "SEAWALL_PG_BIN";
+    let is_of_kubernetes = name.ends_with("_PORT") || name.contains("_PORT_") || name.contains("_SERVICE_");
+    name.starts_with("SEAWALL_") && !is_for_others && !is_of_kubernetes && !known.iter().any(|one| one == name)
+}
+
 /// One line on standard error; control characters escaped.
 fn complain(problem: &str, status: u8) -> ExitCode {
     let line = problem
@@ -260,8 +285,6 @@ fn mistake(rendered: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
@@ -289,6 +312,23 @@ mod tests {
             Cli::try_parse_from(["seawall", "rule", "list"]).is_ok(),
             "the singular is understood"
         );
+    }
+
+    #[test]
+    fn variable_that_no_setting_is_called_is_unknown_unless_kubernetes_makes_it() {
+        let known = ["SEAWALL_LISTEN".to_owned()];
+        for (name, expected) in [
+            ("SEAWALL_HEARTBEAT", true),
+            ("SEAWALL_LISTENN", true),
+            ("SEAWALL_LISTEN", false),
+            ("SEAWALL_LOADTEST_DATABASE", false),
+            ("SEAWALL_PORT", false),
+            ("SEAWALL_PORT_8080_TCP_ADDR", false),
+            ("SEAWALL_OPS_SERVICE_HOST", false),
+            ("HOME", false),
+        ] {
+            assert_eq!(is_unknown(name, &known), expected, "{name}");
+        }
     }
 
     #[test]

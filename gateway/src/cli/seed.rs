@@ -1,9 +1,9 @@
 //! `seawall devices seed`: devices with random ids and secrets, for trials and load tests.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{File, OpenOptions, Permissions},
     io::{self, BufWriter, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -66,12 +66,17 @@ fn write(args: &Seed) -> io::Result<()> {
         .truncate(false)
         .mode(0o600)
         .open(&args.out)?;
+    let metadata = file.metadata()?;
     // A device, as in /dev/stdout, has no length.
-    if file.metadata()?.len() > 0 {
+    if metadata.len() > 0 {
         return Err(io::Error::new(
             io::ErrorKind::AlreadyExists,
             "there are secrets in it already, perhaps: choose another file",
         ));
+    }
+    // An empty file may have been there, with a mode of its own.
+    if metadata.is_file() {
+        file.set_permissions(Permissions::from_mode(0o600))?;
     }
     let mut lines = csv::Writer::from_writer(BufWriter::new(file));
     let with = |first: &str, second: &str, tenant: Option<&str>, model: Option<&str>| {

@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::{Common, Failure};
 use crate::{
-    config::{Config, ConfigError, DatabaseUrl, LogFormat, SettingError},
+    config::{Config, ConfigError, DatabaseUrl, LogFormat, SettingError, listen},
     serve::{self, StartError},
     telemetry,
 };
@@ -24,10 +24,10 @@ pub struct ServeArgs {
     #[arg(long, env = "SEAWALL_DATABASE", value_name = "URL", hide_env_values = true)]
     database: Option<String>,
     /// Address for devices [default: 127.0.0.1:8080]
-    #[arg(long, env = "SEAWALL_LISTEN", value_name = "ADDR")]
+    #[arg(long, env = "SEAWALL_LISTEN", value_name = "ADDR", value_parser = listen::parse)]
     listen: Option<SocketAddr>,
     /// Address for the API, metrics and health checks [default: 127.0.0.1:8081]
-    #[arg(long, env = "SEAWALL_OPS_LISTEN", value_name = "ADDR")]
+    #[arg(long, env = "SEAWALL_OPS_LISTEN", value_name = "ADDR", value_parser = listen::parse)]
     ops_listen: Option<SocketAddr>,
     /// Certificate for devices (PEM, its chain behind it) [default: plain TCP]
     #[arg(long, env = "SEAWALL_TLS_CERT", value_name = "FILE")]
@@ -38,8 +38,8 @@ pub struct ServeArgs {
     /// Allow an API address outside loopback without TLS, although tokens then cross the network in clear text
     #[arg(long)]
     insecure_ops: bool,
-    /// Memory to plan with, in bytes [default: what the cgroup allows, else what the machine has]
-    #[arg(long, env = "SEAWALL_MAX_MEMORY", value_name = "BYTES")]
+    /// Memory to plan with: bytes, or 512M, 2G [default: what the cgroup allows, else what the machine has]
+    #[arg(long, env = "SEAWALL_MAX_MEMORY", value_name = "BYTES", value_parser = bytes)]
     max_memory: Option<u64>,
     /// How log lines are written
     #[arg(long, env = "SEAWALL_LOG_FORMAT", value_name = "FORMAT")]
@@ -96,6 +96,24 @@ impl ServeArgs {
     }
 }
 
+/// A number of bytes, or one of KiB, MiB, GiB or TiB: `1073741824`, `1048576K`, `1024M`, `1G`, `1GiB`.
+fn bytes(text: &str) -> Result<u64, &'static str> {
+    let wrong = "expected a number of bytes, or one with K, M, G or T, as in 512M";
+    let text = text.trim();
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim_start().to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
+        _ => return Err(wrong),
+    };
+    let number: u64 = number.parse().map_err(|_| wrong)?;
+    number.checked_mul(1 << shift).ok_or(wrong)
+}
+
 fn replace<T>(setting: &mut T, given: Option<T>) {
     if let Some(given) = given {
         *setting = given;
@@ -121,6 +139,9 @@ impl From<StartError> for Failure {
 pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
     let config = args.load(common.data_dir.as_ref())?;
     let log = telemetry::start(&config.logging, &serve::node_name(&config))?;
+    for name in super::unknown_variables() {
+        tracing::warn!(name, "unknown environment variable: no setting is called so");
+    }
     if args.shows_password() {
         tracing::warn!(
             "database password in the list of processes: give the address in SEAWALL_DATABASE or in the configuration file"
@@ -143,4 +164,27 @@ pub fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
         .enable_all()
         .thread_name("seawall")
         .build()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_bytes_or_a_number_with_a_unit() {
+        for (text, value) in [
+            ("0", 0),
+            ("1073741824", 1 << 30),
+            ("1048576k", 1 << 30),
+            ("1024 MiB", 1 << 30),
+            ("1G", 1 << 30),
+            ("1GB", 1 << 30),
+            ("2t", 2 << 40),
+        ] {
+            assert_eq!(bytes(text), Ok(value), "{text}");
+        }
+        for text in ["", "G", "lots", "1.5G", "-1", "1X", "99999999999999T"] {
+            assert!(bytes(text).is_err(), "{text}");
+        }
+    }
 }

@@ -123,6 +123,11 @@ fn identity() -> Section {
             field("tenant_query", "Query parameter with the tenant that the device claims."),
             field("resume_header", "Header with the resume token."),
             field("slot_header", "Header with the reconnect slot, in requests and refusals."),
+            field(
+                "namespace",
+                "UUID. Accepts device ids that are not UUIDs: 1 to 64 bytes of printable ASCII. The device is the UUIDv5 of the \
+                 text in this namespace, and the API shows both. The same on every node, and never changed later. Not given: every id is a UUID.",
+            ),
         ],
     }
 }
@@ -187,6 +192,7 @@ mod tests {
         ] {
             *file = Some("x.pem".into());
         }
+        config.identity.namespace = Some(uuid::Uuid::nil());
         config.limits.connections_per_address_max = Some(1);
         config.limits.handshakes_per_second_per_address_max = Some(1);
 

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::proxy::Proxies;
 
 pub mod docs;
+pub mod listen;
 pub mod section;
 mod sections;
 mod url;

@@ -110,6 +110,7 @@ macro_rules! section {
         pub struct $name:ident = $key:literal {
             $(
                 $(#[doc = $help:literal])+
+                $(#[serde($($serde:tt)+)])?
                 pub $field:ident: $kind:ty = $default:expr $(, $unit:literal, $bounds:expr)?;
             )+
         }
@@ -120,6 +121,7 @@ macro_rules! section {
         pub struct $name {
             $(
                 $(#[doc = $help])+
+                $(#[serde($($serde)+)])?
                 pub $field: $kind,
             )+
         }

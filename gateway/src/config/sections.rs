@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use seawall_proto::resume::LIFE_MAX;
+use seawall_proto::{hello::Paths, resume::LIFE_MAX};
 use serde::{Deserialize, Serialize};
 
 use super::{section::section, url::DatabaseUrl};
@@ -16,15 +16,18 @@ use super::{section::section, url::DatabaseUrl};
 section! {
     /// Where devices connect, and where the gateway keeps its files.
     pub struct Server = "server" {
-        /// Address for devices, as `IP:PORT`. Port 0 takes a free one, written to `addresses.json` in the data directory. Flag `--listen`, environment `SEAWALL_LISTEN`.
+        /// Address for devices: `IP:PORT`; `HOST:PORT`, of which the first address is taken, IPv4 before IPv6; or `:PORT`, which is every IPv4 address. Port 0 takes a free one, written to `addresses.json` in the data directory. Flag `--listen`, environment `SEAWALL_LISTEN`.
+        #[serde(deserialize_with = "super::listen::deserialize")]
         pub listen: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 8080));
+        /// Paths at which devices connect, 1 to 16. A segment `{device}` is one more source of the device id, behind headers and the Basic user name and before the query; it is percent-decoded. Repeated slashes count as one.
+        pub paths: Paths = Paths::default();
         /// Several gateways of this user listen on the same address (SO_REUSEPORT), each with a data directory and an `ops.listen` of its own, and the kernel spreads devices over them. One that is full leaves the address until it has room again.
         pub share_port: bool = false;
         /// Directory for the database (SQLite), keys, the admin token and `addresses.json`; made where it is missing, used by one gateway at a time. Flag `--data-dir`, environment `SEAWALL_DATA_DIR`.
         pub data_dir: PathBuf = PathBuf::from("./seawall-data");
         /// Name of this node in the API, logs and events: 1 to 64 bytes of printable ASCII. Not given: the name of the host.
         pub node: Option<String> = None;
-        /// Memory that the gateway may use, at least 64 MiB, sockets in the kernel included (about 5 KiB a device). 0: what the cgroup allows, else what the machine has. Near it (10 % are left, at least 24 MiB, at most 512 MiB) new devices are answered 503 `overloaded` with a slot until 5 % more are free; live sessions stay. `/readyz` (`memory_short`), an alarm and `seawall_memory_bytes` say so. A cgroup's own limit counts as well, whatever stands here. Flag `--max-memory`, environment `SEAWALL_MAX_MEMORY`.
+        /// Memory that the gateway may use, at least 64 MiB, sockets in the kernel included (about 5 KiB a device). 0: what the cgroup allows, else what the machine has. Near it (10 % are left, at least 24 MiB, at most 512 MiB) new devices are answered 503 `overloaded` with a slot until 5 % more are free; live sessions stay. `/readyz` (`memory_short`), an alarm and `seawall_memory_bytes` say so. A cgroup's own limit counts as well, whatever stands here. Flag `--max-memory`, environment `SEAWALL_MAX_MEMORY`; these also take `512M` or `2G` (powers of 1,024).
         pub max_memory_bytes: u64 = 0, "bytes", 0..=1 << 50;
     }
 }
@@ -77,7 +80,7 @@ impl TlsSettings {
 section! {
     /// Balancers in front of the device listener: how limits by address see devices and not the balancer.
     pub struct ProxySettings = "proxy" {
-        /// Addresses and networks of balancers, such as `10.0.0.0/8`. What any other address says of where it comes from is not believed.
+        /// Addresses and networks of balancers, such as `10.0.0.0/8`; an IPv4 one may be written as IPv6 (`::ffff:10.0.0.0/104`). What any other address says of where it comes from is not believed.
         pub trusted: Vec<String> = Vec::new();
         /// Every connection from a trusted address begins with a header of the PROXY protocol, version 1 or 2, before TLS; one without is closed.
         pub protocol: bool = false;
@@ -89,7 +92,8 @@ section! {
 section! {
     /// The API, metrics and health checks.
     pub struct Ops = "ops" {
-        /// Address of the API, as `IP:PORT`. Port 0 takes a free one. Flag `--ops-listen`, environment `SEAWALL_OPS_LISTEN`.
+        /// Address of the API: `IP:PORT`, `HOST:PORT` or `:PORT`, as `server.listen`. Port 0 takes a free one. Flag `--ops-listen`, environment `SEAWALL_OPS_LISTEN`.
+        #[serde(deserialize_with = "super::listen::deserialize")]
         pub listen: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 8081));
         /// PEM file with the certificate of the API and those between it and its root. Not given: plain HTTP.
         pub tls_certificate: Option<PathBuf> = None;

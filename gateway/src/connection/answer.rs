@@ -34,10 +34,21 @@ impl Linger {
 }
 
 /// Writes a refusal and ends the connection such that the peer can read it.
-pub(super) async fn refuse(shared: &Shared, door: &Door, mut stream: Transport, refusal: &Refusal, linger: Linger) {
+pub(super) async fn refuse(shared: &Shared, door: &Door, stream: Transport, refusal: &Refusal, linger: Linger) {
     let mut response = Vec::new();
     refusal.write_response(&mut response);
-    if write(shared, &mut stream, &response).await.is_err() {
+    end_with(shared, door, stream, &response, linger).await;
+}
+
+/// The same for a HEAD request, whose answer has no body.
+pub(super) async fn refuse_head(shared: &Shared, door: &Door, stream: Transport, refusal: &Refusal, linger: Linger) {
+    let mut response = Vec::new();
+    refusal.write_response_to_head(&mut response);
+    end_with(shared, door, stream, &response, linger).await;
+}
+
+async fn end_with(shared: &Shared, door: &Door, mut stream: Transport, response: &[u8], linger: Linger) {
+    if write(shared, &mut stream, response).await.is_err() {
         return;
     }
     if linger == Linger::AllRead {
@@ -48,14 +59,10 @@ pub(super) async fn refuse(shared: &Shared, door: &Door, mut stream: Transport, 
     }
 }
 
-/// `GET /readyz`: a status, for balancers.
-pub(super) async fn readiness(shared: &Shared, mut stream: Transport) {
+/// `GET` or `HEAD` of `/readyz` or `/healthz`: a status, for balancers.
+pub(super) async fn probe(shared: &Shared, mut stream: Transport, is_ready: bool) {
     shared.metrics.connections.increment("probe");
-    let status = if shared.readiness().ready {
-        "200 OK"
-    } else {
-        "503 Service Unavailable"
-    };
+    let status = if is_ready { "200 OK" } else { "503 Service Unavailable" };
     let response =
         format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\nCache-Control: no-store\r\n\r\n");
     if write(shared, &mut stream, response.as_bytes()).await.is_ok() {

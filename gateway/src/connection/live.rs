@@ -362,21 +362,23 @@ impl Live {
     /// Into the event buffer; a full one means no acknowledgement, so that the device keeps its message.
     fn store(&mut self, received: Received) {
         self.messages_in = self.messages_in.saturating_add(1);
-        let device = self.online.session().info.device;
+        let info = &self.online.session().info;
+        let (device, external_id) = (info.device, info.external_id.as_ref());
         let id = received.id.clone();
         let shared = self.online.shared();
-        let outcome = match shared
-            .events
-            .message(shared.clock.wall(), shared.clock.now(), device, received)
-        {
-            Ok(()) => {
-                if let Some(id) = id {
-                    self.machine.handle_stored(&id);
+        let outcome =
+            match shared
+                .events
+                .message(shared.clock.wall(), shared.clock.now(), device, external_id, received)
+            {
+                Ok(()) => {
+                    if let Some(id) = id {
+                        self.machine.handle_stored(&id);
+                    }
+                    "accepted"
                 }
-                "accepted"
-            }
-            Err(_) => "buffer_full",
-        };
+                Err(_) => "buffer_full",
+            };
         shared.metrics.messages_in.increment(outcome);
     }
 

@@ -110,7 +110,11 @@ pub async fn serve(
             return answer::refuse(&shared, &door, stream, &refusal, Linger::Unread).await;
         }
     };
-    let (forwarded_for, request) = parsed;
+    let Parsed {
+        forwarded_for,
+        is_head,
+        request,
+    } = parsed;
     if let Ok(Request::Connect(_)) = &request {
         if let Some(origin) = forwarded_for {
             attempt.comes_from(SocketAddr::new(origin, 0));
@@ -123,13 +127,21 @@ pub async fn serve(
     }
     let hello = match request {
         Ok(Request::Connect(hello)) => hello,
-        Ok(Request::Ready) => return answer::readiness(&shared, stream).await,
+        Ok(Request::Ready) => {
+            let is_ready = shared.readiness().ready;
+            return answer::probe(&shared, stream, is_ready).await;
+        }
+        Ok(Request::Health) => return answer::probe(&shared, stream, true).await,
         Err(refusal) => {
             let linger = Linger::behind(&refusal, &leftover);
             // Bounds come before the form (contract section 2): what is wrong with a request has no hint, which would slow its sender down.
             let refusal = limit.map_or(refusal, throttled);
             attempt.refused(&refusal);
-            return answer::refuse(&shared, &door, stream, &refusal, linger).await;
+            return if is_head {
+                answer::refuse_head(&shared, &door, stream, &refusal, linger).await
+            } else {
+                answer::refuse(&shared, &door, stream, &refusal, linger).await
+            };
         }
     };
     let mut attempt = attempt.by(&hello);
@@ -221,8 +233,14 @@ struct Reading {
     limit: Option<Limit>,
 }
 
-/// A request, and whom a balancer says it comes from.
-type Parsed = (Option<IpAddr>, Result<Request, Refusal>);
+/// What a head says.
+struct Parsed {
+    /// Whom a balancer says it comes from.
+    forwarded_for: Option<IpAddr>,
+    /// The answer to HEAD has no body.
+    is_head: bool,
+    request: Result<Request, Refusal>,
+}
 
 /// Reads one head.
 async fn read_head(
@@ -242,7 +260,12 @@ async fn read_head(
         let origin = proxies
             .forwards(peer)
             .then(|| hello::forwarded_for(head.headers, |address| proxies.is_trusted(address)));
-        (origin.flatten(), hello::parse(head, &shared.config.identity, certified))
+        let config = &shared.config;
+        Parsed {
+            forwarded_for: origin.flatten(),
+            is_head: head.method == "HEAD",
+            request: hello::parse(head, &config.server.paths, &config.identity, certified),
+        }
     };
     let reading = async {
         loop {
@@ -381,6 +404,7 @@ async fn upgrade(
         &shared,
         SessionInfo {
             device: hello.device,
+            external_id: hello.external_id.clone(),
             tenant: Arc::clone(&tenant),
             cohort: Arc::clone(&cohort),
             speaks_v1: kind == SessionKind::V1,
@@ -480,6 +504,7 @@ mod tests {
     fn session_of(shared: &Shared, peer: SocketAddr) -> SessionInfo {
         SessionInfo {
             device: DeviceId::from_uuid(uuid::Uuid::from_u128(1)),
+            external_id: None,
             tenant: "default".into(),
             cohort: shared.cohorts.intern(None, Some("1.0")),
             speaks_v1: true,

@@ -95,6 +95,7 @@ impl Drop for Online {
 fn presence(session: &Session, state: &'static str, reason: &'static str) -> Body {
     Body::Presence {
         device: session.info.device,
+        external_id: session.info.external_id.clone(),
         state,
         reason,
         cohort: Arc::clone(&session.info.cohort),

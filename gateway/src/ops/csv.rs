@@ -1,25 +1,39 @@
 //! Lines of a device import, cut out of a stream of bytes as they arrive. Start with [`DeviceLines`].
 //!
+//! Files are taken as programs export them: UTF-8 or UTF-16 with a byte order mark; commas, semicolons or tabs, found in the header or
+//! named by a first line `sep=;`; line ends of every system; column names in any letter case.
+//!
 //! No line is ever held whole beyond [`RECORD_BYTES_MAX`], whatever the file says: an unclosed quote is one bad line, not a full memory.
 
-use std::ops::Range;
+use std::{borrow::Cow, ops::Range};
 
-use csv_core::{ReadRecordResult, Reader};
-use seawall_proto::id::{InvalidLabel, Label, SecretHash};
+use csv_core::{ReadRecordResult, Reader, ReaderBuilder};
+use seawall_proto::{
+    hello::IdentityNames,
+    id::{DeviceId, InvalidLabel, Label, SecretHash},
+};
 
+use super::{csv_text::Decoder, devices::not_a_device};
 use crate::store::{ImportLine, ImportRow};
 
 /// Greatest line, in bytes: the longest values that are allowed take a tenth of it. A longer one is a bad line.
 const RECORD_BYTES_MAX: usize = 4_096;
 /// Most fields of a line.
 const FIELDS_MAX: usize = 16;
-/// What some editors put before the first character of a file.
-const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+/// Separators of fields, the default first.
+const SEPARATORS: [u8; 3] = [b',', b';', b'\t'];
+/// How a first line begins that names the separator, as spreadsheets write it.
+const SEPARATOR_LINE: &[u8] = b"sep=";
 /// Lengths of a device's secret, in bytes (contract section 7).
 const SECRET_LEN: std::ops::RangeInclusive<usize> = 16..=128;
 
 /// Reads the file piece by piece.
 pub struct DeviceLines {
+    names: IdentityNames,
+    decoder: Decoder,
+    /// The beginning of the file, until it has shown which separator it uses. At most [`RECORD_BYTES_MAX`] and one piece.
+    beginning: Option<Vec<u8>>,
+    separator: u8,
     reader: Reader,
     record: Box<[u8; RECORD_BYTES_MAX]>,
     record_len: usize,
@@ -27,7 +41,10 @@ pub struct DeviceLines {
     ends_len: usize,
     /// The record was longer than there is room for.
     is_too_long: bool,
-    newlines: u64,
+    /// Line ends so far: LF, CR, or CR and LF together.
+    lines_ended: u64,
+    /// The last byte was a CR: a LF behind it ends the same line.
+    is_after_cr: bool,
     columns: Option<Columns>,
 }
 
@@ -44,34 +61,86 @@ struct Columns {
 
 /// The header is not one of a device import.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("line 1, the header: {0}")]
-pub struct BadHeader(String);
+#[error("line {number}, the header: {problem}")]
+pub struct BadHeader {
+    number: u64,
+    problem: String,
+}
 
-impl Default for DeviceLines {
-    fn default() -> Self {
+impl DeviceLines {
+    /// `names`: which device an id names.
+    pub fn new(names: IdentityNames) -> Self {
         Self {
+            names,
+            decoder: Decoder::default(),
+            beginning: Some(Vec::new()),
+            separator: SEPARATORS[0],
             reader: Reader::new(),
             record: Box::new([0; RECORD_BYTES_MAX]),
             record_len: 0,
             ends: [0; FIELDS_MAX],
             ends_len: 0,
             is_too_long: false,
-            newlines: 0,
+            lines_ended: 0,
+            is_after_cr: false,
             columns: None,
         }
     }
-}
 
-impl DeviceLines {
     /// Takes the next piece of the file and appends the lines that it completes.
     ///
     /// # Errors
     /// The header is wrong; nothing that follows could be understood.
-    pub fn feed(&mut self, mut piece: &[u8], lines: &mut Vec<ImportLine>) -> Result<(), BadHeader> {
-        while !piece.is_empty() {
-            piece = self.step(piece, lines)?;
+    pub fn feed(&mut self, piece: &[u8], lines: &mut Vec<ImportLine>) -> Result<(), BadHeader> {
+        let text = self.decoder.feed(piece);
+        self.take_text(text, lines)
+    }
+
+    fn take_text(&mut self, text: Cow<'_, [u8]>, lines: &mut Vec<ImportLine>) -> Result<(), BadHeader> {
+        let text = match &mut self.beginning {
+            None => text,
+            Some(beginning) => {
+                beginning.extend_from_slice(&text);
+                if beginning.len() < RECORD_BYTES_MAX && !shows_separator(beginning) {
+                    return Ok(());
+                }
+                Cow::Owned(self.begin())
+            }
+        };
+        let mut rest = &text[..];
+        while !rest.is_empty() {
+            rest = self.step(rest, lines)?;
         }
         Ok(())
+    }
+
+    /// Finds the separator, and returns what there is to read.
+    fn begin(&mut self) -> Vec<u8> {
+        let mut text = self.beginning.take().unwrap_or_default();
+        let first = first_line(&text);
+        let named = first
+            .get(..SEPARATOR_LINE.len())
+            .filter(|start| start.eq_ignore_ascii_case(SEPARATOR_LINE))
+            .and_then(|_| first.get(SEPARATOR_LINE.len()).copied())
+            .filter(|separator| separator.is_ascii_punctuation() || *separator == b'\t');
+        if let Some(separator) = named {
+            self.separator = separator;
+            let line_len = first.len();
+            let end_len = match text.get(line_len..) {
+                Some([b'\r', b'\n', ..]) => 2,
+                Some([_, ..]) => 1,
+                Some([]) | None => 0,
+            };
+            self.is_after_cr = end_len == 1 && text.get(line_len) == Some(&b'\r');
+            text.drain(..line_len + end_len);
+            self.lines_ended = 1;
+        } else {
+            let header = text.trim_ascii_start();
+            let found = first_line(header).iter().find(|byte| SEPARATORS.contains(byte));
+            self.separator = found.copied().unwrap_or(SEPARATORS[0]);
+        }
+        self.reader = ReaderBuilder::new().delimiter(self.separator).build();
+        text
     }
 
     /// The file is over: appends the line that had no end, if there is one.
@@ -79,11 +148,17 @@ impl DeviceLines {
     /// # Errors
     /// There was no header, or a wrong one.
     pub fn finish(mut self, lines: &mut Vec<ImportLine>) -> Result<(), BadHeader> {
+        let text = self.decoder.finish();
+        self.take_text(Cow::Owned(text), lines)?;
+        if self.beginning.is_some() {
+            let text = self.begin();
+            self.take_text(Cow::Owned(text), lines)?;
+        }
         // Reading nothing means the end: one call for a last line, one that finds none.
         self.step(&[], lines)?;
         match self.columns {
             Some(_) => Ok(()),
-            None => Err(BadHeader("the file is empty".into())),
+            None => Err(self.bad_header(1, "the file is empty")),
         }
     }
 
@@ -95,13 +170,13 @@ impl DeviceLines {
             &mut self.ends[self.ends_len..],
         );
         let (consumed, rest) = piece.split_at(read);
-        self.newlines += consumed.iter().filter(|byte| **byte == b'\n').count() as u64;
+        self.count_line_ends(consumed);
         self.record_len += written;
         self.ends_len += ended;
         match result {
             ReadRecordResult::Record => {
-                // Of "\r\n", the record ends at the first.
-                let number = self.newlines + u64::from(consumed.last() != Some(&b'\n'));
+                let is_ended = matches!(consumed.last(), Some(b'\r' | b'\n'));
+                let number = self.lines_ended + u64::from(!is_ended);
                 self.take_record(number, lines)?;
                 self.clear();
             }
@@ -114,12 +189,28 @@ impl DeviceLines {
         Ok(rest)
     }
 
+    fn count_line_ends(&mut self, consumed: &[u8]) {
+        for byte in consumed {
+            let ends = *byte == b'\r' || (*byte == b'\n' && !self.is_after_cr);
+            self.lines_ended += u64::from(ends);
+            self.is_after_cr = *byte == b'\r';
+        }
+    }
+
+    fn bad_header(&self, number: u64, problem: impl Into<String>) -> BadHeader {
+        BadHeader {
+            number,
+            problem: problem.into(),
+        }
+    }
+
     fn take_record(&mut self, number: u64, lines: &mut Vec<ImportLine>) -> Result<(), BadHeader> {
         let Some(columns) = &self.columns else {
             if self.is_too_long {
-                return Err(BadHeader("it is too long".into()));
+                return Err(self.bad_header(number, "it is too long"));
             }
-            self.columns = Some(Columns::read(&self.fields())?);
+            let read = Columns::read(&self.fields(), self.separator);
+            self.columns = Some(read.map_err(|problem| self.bad_header(number, problem))?);
             return Ok(());
         };
         let row = if self.is_too_long {
@@ -127,7 +218,7 @@ impl DeviceLines {
                 "it is longer than {RECORD_BYTES_MAX} bytes, or a quote is not closed"
             ))
         } else {
-            columns.row(&self.fields())
+            columns.row(&self.fields(), &self.names)
         };
         lines.push(ImportLine { number, row });
         Ok(())
@@ -151,41 +242,48 @@ impl DeviceLines {
 }
 
 impl Columns {
-    fn read(header: &[&[u8]]) -> Result<Self, BadHeader> {
+    fn read(header: &[&[u8]], separator: u8) -> Result<Self, String> {
+        if header.iter().any(|name| name.contains(&0)) {
+            return Err("it has zero bytes: save the file as UTF-8, or as UTF-16 with a byte order mark".into());
+        }
+        let is_id = |field: &&[u8]| std::str::from_utf8(field).is_ok_and(|text| text.parse::<DeviceId>().is_ok());
+        if header.iter().any(is_id) {
+            return Err("it is missing: the first line has to name the columns".into());
+        }
         let mut columns = Self {
             count: header.len(),
             ..Self::default()
         };
         let mut id = None;
         for (index, name) in header.iter().enumerate() {
-            // The reader takes a byte order mark away only where it comes in one piece.
-            let name = name.strip_prefix(BYTE_ORDER_MARK).unwrap_or(name);
-            let column = match name {
+            let column = match name.to_ascii_lowercase().as_slice() {
                 b"id" => &mut id,
                 b"secret" => &mut columns.secret,
                 b"secret_sha256" => &mut columns.secret_sha256,
                 b"tenant" => &mut columns.tenant,
                 b"model" => &mut columns.model,
                 _ => {
-                    return Err(BadHeader(format!(
-                        "column {} is none of id, secret, secret_sha256, tenant, model",
-                        index + 1
-                    )));
+                    return Err(format!(
+                        "column {} of {}, separated by {}, is none of id, secret, secret_sha256, tenant, model",
+                        index + 1,
+                        header.len(),
+                        separator_name(separator)
+                    ));
                 }
             };
             if column.replace(index).is_some() {
-                return Err(BadHeader(format!("column {} is there twice", index + 1)));
+                return Err(format!("column {} is there twice", index + 1));
             }
         }
-        columns.id = id.ok_or_else(|| BadHeader("the column id is missing".into()))?;
+        columns.id = id.ok_or("the column id is missing")?;
         if columns.secret.is_none() && columns.secret_sha256.is_none() {
-            return Err(BadHeader("a column secret or secret_sha256 is missing".into()));
+            return Err("a column secret or secret_sha256 is missing".into());
         }
         Ok(columns)
     }
 
     /// The row, or what is wrong with it, in words that repeat nothing of it.
-    fn row(&self, fields: &[&[u8]]) -> Result<ImportRow, String> {
+    fn row(&self, fields: &[&[u8]], names: &IdentityNames) -> Result<ImportRow, String> {
         if fields.len() != self.count {
             return Err(format!("it has {} fields, the header has {}", fields.len(), self.count));
         }
@@ -195,10 +293,10 @@ impl Columns {
                 .filter(|field| !field.is_empty())
         };
         let id = field(Some(self.id)).ok_or("id is missing")?;
-        let id = std::str::from_utf8(id)
+        let named = std::str::from_utf8(id)
             .ok()
-            .and_then(|text| text.parse().ok())
-            .ok_or("id is no UUID")?;
+            .and_then(|text| names.device(text))
+            .ok_or_else(|| not_a_device(names))?;
         let secret = match (field(self.secret), field(self.secret_sha256)) {
             (Some(secret), None) => hash_of(secret)?,
             (None, Some(digits)) => hash_from(digits).ok_or("secret_sha256 is not 64 hexadecimal digits")?,
@@ -206,11 +304,35 @@ impl Columns {
             (None, None) => return Err("it has neither a secret nor a secret_sha256".into()),
         };
         Ok(ImportRow {
-            id,
+            id: named.id,
+            external_id: named.external_id,
             secret,
             tenant: label("tenant", field(self.tenant))?,
             model: label("model", field(self.model))?,
         })
+    }
+}
+
+/// Whether the beginning of a file has the line of its header whole.
+fn shows_separator(beginning: &[u8]) -> bool {
+    let text = beginning.trim_ascii_start();
+    let first = first_line(text);
+    let rest = &text[first.len()..];
+    // Behind a line that names the separator the header may still be missing: it is not needed.
+    !rest.is_empty()
+}
+
+fn first_line(text: &[u8]) -> &[u8] {
+    let end = text.iter().position(|byte| matches!(byte, b'\r' | b'\n'));
+    &text[..end.unwrap_or(text.len())]
+}
+
+fn separator_name(separator: u8) -> String {
+    match separator {
+        b',' => "commas".into(),
+        b';' => "semicolons".into(),
+        b'\t' => "tabs".into(),
+        other => format!("{:?}", char::from(other)),
     }
 }
 
@@ -260,7 +382,7 @@ mod tests {
     /// Read in pieces of every length, which must not matter.
     fn read(file: &[u8]) -> Result<Vec<ImportLine>, BadHeader> {
         let in_pieces = |len: usize| {
-            let (mut reader, mut lines) = (DeviceLines::default(), Vec::new());
+            let (mut reader, mut lines) = (DeviceLines::new(IdentityNames::default()), Vec::new());
             for piece in file.chunks(len) {
                 reader.feed(piece, &mut lines)?;
             }
@@ -350,10 +472,108 @@ mod tests {
             "secret,tenant\n",
             "id,secret,id\n",
             "id,secret,colour\n",
-            "id;secret\n",
-            "Id,Secret\n",
+            "id|secret\n",
+            "i\0d\0,\0s\0\n",
         ] {
             assert!(read(header.as_bytes()).is_err(), "{header:?}");
         }
+    }
+
+    #[test]
+    fn files_are_read_with_whatever_separator_and_letter_case_they_have() {
+        for file in [
+            format!("id;secret;tenant\n{ID};{SECRET};t\n"),
+            format!("ID\tSecret\tTENANT\r\n{ID}\t{SECRET}\tt\r\n"),
+            format!("sep=,\nId,Secret,Tenant\n{ID},{SECRET},t\n"),
+            format!("SEP=;\r\nid;secret;tenant\r\n{ID};{SECRET};t\r\n"),
+            format!("sep=|\nid|secret|tenant\n{ID}|{SECRET}|t"),
+            format!("\u{feff}sep=\t\nid\tsecret\ttenant\n{ID}\t{SECRET}\tt"),
+            format!("\n\nid;secret;tenant\n{ID};{SECRET};t"),
+            format!("id,secret,tenant\r{ID},{SECRET},t\r"),
+        ] {
+            let lines = read(file.as_bytes()).unwrap();
+
+            assert_eq!(lines.len(), 1, "{file:?}");
+            let row = lines[0].row.as_ref().unwrap();
+            assert_eq!(row.id.to_string(), ID, "{file:?}");
+            assert_eq!(row.tenant.as_deref(), Some("t"), "{file:?}");
+        }
+    }
+
+    #[test]
+    fn utf_16_is_read_in_either_byte_order() {
+        let file = format!("\u{feff}id;secret\r\n{ID};{SECRET}\r\nnope;{SECRET}\r\n{ID};\u{1f4a5}\r\n");
+        let units = || file.encode_utf16();
+        for bytes in [
+            units().flat_map(u16::to_le_bytes).collect::<Vec<_>>(),
+            units().flat_map(u16::to_be_bytes).collect::<Vec<_>>(),
+        ] {
+            let lines = read(&bytes).unwrap();
+
+            let good: Vec<_> = lines.iter().map(|line| (line.number, line.row.is_ok())).collect();
+            assert_eq!(good, [(2, true), (3, false), (4, false)]);
+        }
+    }
+
+    #[test]
+    fn lines_are_counted_whatever_ends_them() {
+        for end in ["\n", "\r", "\r\n"] {
+            let file = [
+                "id,secret",
+                "",
+                &format!("{ID},{SECRET}"),
+                "nope,x",
+                &format!("{ID},{SECRET}"),
+                "nope,y",
+            ]
+            .join(end);
+
+            let numbers: Vec<_> = bad(&file).into_iter().map(|(number, _)| number).collect();
+
+            assert_eq!(numbers, [4, 6], "{end:?}");
+        }
+        let file = format!("sep=;\r\nid;secret\r\n{ID};{SECRET}\r\nnope;x\r\n");
+        assert_eq!(bad(&file)[0].0, 4);
+    }
+
+    #[test]
+    fn bad_header_is_named_with_its_line_and_what_separates_its_columns() {
+        for (file, words) in [
+            (
+                "id;secret;colour\n",
+                "line 1, the header: column 3 of 3, separated by semicolons,",
+            ),
+            (
+                "sep=;\nid,secret\n",
+                "line 2, the header: column 1 of 1, separated by semicolons,",
+            ),
+            ("\n\nid,x\n", "line 3, the header: column 2 of 2, separated by commas,"),
+            (&format!("{ID},{SECRET}\n"), "line 1, the header: it is missing"),
+        ] {
+            let message = read(file.as_bytes()).unwrap_err().to_string();
+
+            assert!(message.starts_with(words), "{message}");
+            assert!(!message.contains(SECRET), "{message}");
+        }
+        let utf_16_without_mark: Vec<u8> = "id,secret\n".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        assert!(read(&utf_16_without_mark).unwrap_err().to_string().contains("UTF-16"));
+    }
+
+    #[test]
+    fn ids_that_are_not_uuids_are_taken_where_there_is_a_namespace() {
+        let names = IdentityNames {
+            namespace: Some(uuid::Uuid::NAMESPACE_DNS),
+            ..IdentityNames::default()
+        };
+        let (mut reader, mut lines) = (DeviceLines::new(names), Vec::new());
+        let file = format!("id,secret\nwww.example.com,{SECRET}\n{ID},{SECRET}\n");
+
+        reader.feed(file.as_bytes(), &mut lines).unwrap();
+        reader.finish(&mut lines).unwrap();
+
+        let rows: Vec<_> = lines.iter().map(|line| line.row.as_ref().unwrap()).collect();
+        assert_eq!(rows[0].id.to_string(), "2ed6657d-e927-568b-95e1-2665a8aea6a2");
+        assert_eq!(rows[0].external_id.as_deref(), Some("www.example.com"));
+        assert_eq!((rows[1].id.to_string().as_str(), &rows[1].external_id), (ID, &None));
     }
 }

@@ -10,6 +10,7 @@ use axum::{
 use rand::{SeedableRng as _, rngs::SmallRng};
 use seawall_proto::{
     close::Close,
+    hello::{IdentityNames, NamedDevice},
     id::{DeviceId, Label, SecretHash},
     record::DeviceState,
 };
@@ -49,6 +50,9 @@ pub fn routes() -> OpenApiRouter<Arc<Api>> {
 pub struct Device {
     #[schema(value_type = uuid::Uuid)]
     id: DeviceId,
+    /// What the device is called, where that is not a UUID (`identity.namespace`).
+    #[schema(value_type = Option<String>)]
+    external_id: Option<Label>,
     #[schema(value_type = String)]
     tenant: Label,
     /// The registry's model.
@@ -73,10 +77,14 @@ impl Device {
         let wall = gateway.clock.wall();
         let DeviceRow {
             record,
+            external_id,
             created_at,
             updated_at,
         } = row;
-        let firmware = match gateway.sessions.get(record.id) {
+        let session = gateway.sessions.get(record.id);
+        // Registered by its UUID alone, the device itself says what it is called.
+        let stated = session.as_ref().and_then(|session| session.info.external_id.clone());
+        let firmware = match session {
             Some(session) => session.info.cohort.firmware.clone(),
             None => gateway
                 .history
@@ -87,6 +95,7 @@ impl Device {
         Self {
             presence: Presence::of(record.id, &gateway.sessions, &gateway.history, &gateway.node, wall),
             id: record.id,
+            external_id: external_id.or(stated),
             tenant: record.tenant,
             model: record.model,
             firmware,
@@ -153,9 +162,8 @@ async fn show_device(
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewDeviceBody {
-    /// Not given: a random one.
-    #[schema(value_type = Option<uuid::Uuid>)]
-    id: Option<DeviceId>,
+    /// A UUID, or with `identity.namespace` what the device is called. Not given: a random UUID.
+    id: Option<String>,
     /// 1 to 64 bytes of printable ASCII. Default `default`.
     #[schema(value_type = Option<String>)]
     tenant: Option<Label>,
@@ -187,8 +195,21 @@ async fn register_device(
     OptionalBody(body): OptionalBody<NewDeviceBody>,
 ) -> Result<(StatusCode, [(HeaderName, String); 1], Json<RegisteredDevice>), Problem> {
     let secret = random_secret();
+    let named = match &body.id {
+        Some(text) => api
+            .state
+            .config
+            .identity
+            .device(text)
+            .ok_or_else(|| Problem::invalid(not_a_device(&api.state.config.identity)))?,
+        None => NamedDevice {
+            id: DeviceId::from_uuid(uuid::Uuid::new_v4()),
+            external_id: None,
+        },
+    };
     let new = NewDevice {
-        id: body.id.unwrap_or_else(|| DeviceId::from_uuid(uuid::Uuid::new_v4())),
+        id: named.id,
+        external_id: named.external_id,
         tenant: body.tenant,
         model: body.model,
         secret: SecretHash::of(secret.as_bytes()),
@@ -383,6 +404,14 @@ async fn disconnect_device(
         id,
         session: session.id.to_string(),
     }))
+}
+
+/// What an id has to be.
+pub fn not_a_device(names: &IdentityNames) -> &'static str {
+    match names.namespace {
+        Some(_) => "id: expected a UUID, or 1 to 64 bytes of printable ASCII",
+        None => "id: not a UUID; `identity.namespace` allows other ids",
+    }
 }
 
 /// 404 for a device that is not registered, else 409. While the registry can't be asked, offline is all that is known.

@@ -9,7 +9,10 @@ use axum::{
     http::{StatusCode, header, request::Parts},
 };
 use bytes::Bytes;
-use seawall_proto::id::{DeviceId, InvalidLabel, Label, RuleId};
+use seawall_proto::{
+    hello::IdentityNames,
+    id::{DeviceId, InvalidLabel, Label, RuleId},
+};
 use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
@@ -106,38 +109,38 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Params<T> {
 #[derive(Debug)]
 pub struct Id<T>(pub T);
 
-impl<T: FromPath, S: Send + Sync> FromRequestParts<S> for Id<T> {
+impl<T: FromPath> FromRequestParts<Arc<Api>> for Id<T> {
     type Rejection = Problem;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
-        let Path(text) = Path::<String>::from_request_parts(parts, state).await?;
-        T::from_path(&text)
+    async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Self, Problem> {
+        let Path(text) = Path::<String>::from_request_parts(parts, api).await?;
+        T::from_path(&text, &api.state.config.identity)
             .map(Self)
             .ok_or_else(|| Problem::new(Code::BadRequest, "the id in the path is not a UUID"))
     }
 }
 
-/// What stands in a path as a UUID.
+/// What stands in a path as a UUID, or for a device as what it is called.
 pub trait FromPath: Sized {
-    fn from_path(text: &str) -> Option<Self>;
+    fn from_path(text: &str, names: &IdentityNames) -> Option<Self>;
 }
 
 impl FromPath for DeviceId {
-    fn from_path(text: &str) -> Option<Self> {
-        text.parse().ok()
+    fn from_path(text: &str, names: &IdentityNames) -> Option<Self> {
+        names.device(text).map(|named| named.id)
     }
 }
 
 impl FromPath for Uuid {
-    fn from_path(text: &str) -> Option<Self> {
+    fn from_path(text: &str, _names: &IdentityNames) -> Option<Self> {
         // Our own ids are written in one way.
         DeviceId::from_str(text).ok().map(DeviceId::as_uuid)
     }
 }
 
 impl FromPath for RuleId {
-    fn from_path(text: &str) -> Option<Self> {
-        Uuid::from_path(text).map(Self)
+    fn from_path(text: &str, names: &IdentityNames) -> Option<Self> {
+        Uuid::from_path(text, names).map(Self)
     }
 }
 

@@ -64,7 +64,9 @@ pub struct BadLine {
 /// Register the devices of a CSV file, all of them or none
 ///
 /// The first line is the header: `id` and `secret` (16 to 128 bytes of visible ASCII) or `secret_sha256` (64 hexadecimal digits), and
-/// optionally `tenant` and `model`. At most 1,000,000 lines. With any bad line nothing is taken; the first 100 are named.
+/// optionally `tenant` and `model`, in any letter case. `id` is a UUID, or with `identity.namespace` what the device is called. Fields are
+/// separated by commas, semicolons or tabs; the text is UTF-8, or UTF-16 with a byte order mark. At most 1,000,000 lines. With any bad line
+/// nothing is taken; the first 100 are named.
 #[utoipa::path(
     post, path = "/api/v1/devices/import", tag = "devices", params(ImportParams),
     request_body(content = String, content_type = "text/csv"),
@@ -146,7 +148,7 @@ async fn take(api: &Api, params: ImportParams, mut pieces: Pieces) -> Result<Imp
         OnOtherCredential::Refuse
     };
     let mut import = api.state.store.import(on_other_credential).await?;
-    let mut reader = DeviceLines::default();
+    let mut reader = DeviceLines::new(api.state.config.identity.clone());
     let mut lines: Vec<ImportLine> = Vec::new();
     let bad_header = |error: super::csv::BadHeader| Problem::invalid(error.to_string());
     while let Some(piece) = pieces.next().await? {

@@ -18,6 +18,7 @@ mod auth;
 mod bare;
 mod call;
 mod csv;
+mod csv_text;
 mod device_list;
 mod devices;
 mod discard;

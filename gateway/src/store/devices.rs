@@ -21,59 +21,59 @@ use super::{
 
 /// Index: devices' primary key.
 const FIND: Sql = Sql::both(
-    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at, external_id \
      FROM devices WHERE id = $1",
 );
 
 /// Index: devices' primary key. The row stays as it is until the transaction ends; SQLite has but one writer.
 const FIND_FOR_UPDATE: Sql = Sql {
     sqlite: FIND.sqlite,
-    postgres: "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+    postgres: "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at, external_id \
                FROM devices WHERE id = $1 FOR UPDATE",
 };
 
 /// Index: devices' primary key.
 const PAGE: Sql = Sql::both(
-    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at, external_id \
      FROM devices WHERE id >= $1 AND ($2 IS NULL OR state = $2) ORDER BY id LIMIT $3",
 );
 
 /// Index: devices_by_tenant.
 const PAGE_OF_TENANT: Sql = Sql::both(
-    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at, external_id \
      FROM devices WHERE tenant = $4 AND id >= $1 AND ($2 IS NULL OR state = $2) ORDER BY id LIMIT $3",
 );
 
 /// Index: devices_by_tenant_and_model.
 const PAGE_OF_TENANT_AND_MODEL: Sql = Sql::both(
-    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at, external_id \
      FROM devices WHERE tenant = $4 AND model = $5 AND id >= $1 AND ($2 IS NULL OR state = $2) ORDER BY id LIMIT $3",
 );
 
 /// Index: devices_not_enabled, which holds few devices: whatever else is asked for, only they are read.
 const PAGE_OF_NOT_ENABLED: Sql = Sql::both(
-    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at, external_id \
      FROM devices WHERE state = $2 AND state <> 0 AND id >= $1 AND ($4 IS NULL OR tenant = $4) AND ($5 IS NULL OR model = $5) \
      ORDER BY id LIMIT $3",
 );
 
 /// Index: devices_by_model.
 const PAGE_OF_MODEL: Sql = Sql::both(
-    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+    "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at, external_id \
      FROM devices WHERE model = $4 AND id >= $1 AND ($2 IS NULL OR state = $2) ORDER BY id LIMIT $3",
 );
 
 /// Index: devices' primary key.
 const AMONG: Sql = Sql {
-    sqlite: "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+    sqlite: "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at, external_id \
              FROM devices WHERE id IN (SELECT unhex(value) FROM json_each($1)) ORDER BY id",
-    postgres: "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at \
+    postgres: "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at, external_id \
                FROM devices WHERE id = ANY($1) ORDER BY id",
 };
 
 const INSERT: Sql = Sql::both(
-    "INSERT INTO devices (id, tenant, model, secret_sha256, state, created_at, updated_at) \
-     VALUES ($1, $2, $3, $4, 0, $5, $5)",
+    "INSERT INTO devices (id, tenant, model, secret_sha256, state, created_at, updated_at, external_id) \
+     VALUES ($1, $2, $3, $4, 0, $5, $5, $6)",
 );
 
 /// Index: devices' primary key.
@@ -192,6 +192,7 @@ impl Store {
                 previous_secret: None,
                 state: DeviceState::Enabled,
             },
+            external_id: new.external_id.clone(),
             created_at: audit.at,
             updated_at: audit.at,
         };
@@ -205,6 +206,7 @@ impl Store {
                 device.model.as_ref().into(),
                 (&device.secret).into(),
                 Value::from(to_ms(audit.at)),
+                row.external_id.as_ref().into(),
             ];
             match held.run(INSERT, &values).await {
                 Ok(_) => {}
@@ -217,10 +219,14 @@ impl Store {
                 }
                 Err(error) => return Err(error),
             }
+            let mut after = describe(device);
+            if let Some(external_id) = &row.external_id {
+                after["external_id"] = json!(external_id);
+            }
             let change = Change {
                 subject: device.id.to_string(),
                 before: None,
-                after: Some(describe(device)),
+                after: Some(after),
             };
             audit::record(&mut held, audit, change).await?;
             held.commit().await?;
@@ -360,6 +366,7 @@ pub(super) fn describe(device: &DeviceRecord) -> Json {
 fn device_row(row: &Row) -> Result<DeviceRow, StoreError> {
     Ok(DeviceRow {
         record: device_record(row)?,
+        external_id: label(row, "external_id")?,
         created_at: from_ms(row.int("created_at")?.unwrap_or_default()),
         updated_at: from_ms(row.int("updated_at")?.unwrap_or_default()),
     })

@@ -41,6 +41,8 @@ pub struct ImportLine {
 #[derive(Clone, Debug)]
 pub struct ImportRow {
     pub id: DeviceId,
+    /// What the device is called outside, where that is not a UUID.
+    pub external_id: Option<Label>,
     pub secret: SecretHash,
     /// `None`: `default` for a new device, left as it is for one that is updated.
     pub tenant: Option<Label>,
@@ -77,18 +79,19 @@ pub enum OnOtherCredential {
 
 const CREATE: Sql = Sql {
     sqlite: "CREATE TEMP TABLE import_rows (id BLOB NOT NULL PRIMARY KEY, line INTEGER NOT NULL, tenant TEXT, model TEXT, \
-             secret_sha256 BLOB NOT NULL) WITHOUT ROWID",
+             secret_sha256 BLOB NOT NULL, external_id TEXT) WITHOUT ROWID",
     postgres: "CREATE TEMP TABLE import_rows (id UUID NOT NULL PRIMARY KEY, line BIGINT NOT NULL, tenant TEXT, model TEXT, \
-               secret_sha256 BYTEA NOT NULL)",
+               secret_sha256 BYTEA NOT NULL, external_id TEXT)",
 };
 
 /// Rows as one JSON array of arrays: one statement a batch, in both databases.
 const COLLECT: Sql = Sql {
-    sqlite: "INSERT INTO import_rows (id, line, tenant, model, secret_sha256) \
-             SELECT unhex(value->>0), value->>1, value->>2, value->>3, unhex(value->>4) FROM json_each($1) WHERE true \
+    sqlite: "INSERT INTO import_rows (id, line, tenant, model, secret_sha256, external_id) \
+             SELECT unhex(value->>0), value->>1, value->>2, value->>3, unhex(value->>4), value->>5 \
+             FROM json_each($1) WHERE true \
              ON CONFLICT (id) DO NOTHING",
-    postgres: "INSERT INTO import_rows (id, line, tenant, model, secret_sha256) \
-               SELECT (value->>0)::uuid, (value->>1)::bigint, value->>2, value->>3, decode(value->>4, 'hex') \
+    postgres: "INSERT INTO import_rows (id, line, tenant, model, secret_sha256, external_id) \
+               SELECT (value->>0)::uuid, (value->>1)::bigint, value->>2, value->>3, decode(value->>4, 'hex'), value->>5 \
                FROM json_array_elements($1::json) AS item(value) ON CONFLICT (id) DO NOTHING",
 };
 
@@ -106,8 +109,8 @@ const ANALYZE: Sql = Sql {
 
 /// Index: devices' primary key. Waits for whoever is registering the same id at this moment.
 const ADD: Sql = Sql::both(
-    "INSERT INTO devices (id, tenant, model, secret_sha256, state, created_at, updated_at) \
-     SELECT id, COALESCE(tenant, $2), model, secret_sha256, 0, $1, $1 FROM import_rows WHERE true \
+    "INSERT INTO devices (id, tenant, model, secret_sha256, state, created_at, updated_at, external_id) \
+     SELECT id, COALESCE(tenant, $2), model, secret_sha256, 0, $1, $1, external_id FROM import_rows WHERE true \
      ON CONFLICT (id) DO NOTHING",
 );
 
@@ -143,7 +146,8 @@ const AUDIT_OTHERS: Sql = Sql {
 /// Index: devices' primary key.
 const UPDATE_OTHERS: Sql = Sql::both(
     "UPDATE devices SET secret_sha256 = s.secret_sha256, previous_secret_sha256 = NULL, previous_valid_until = NULL, \
-     tenant = COALESCE(s.tenant, devices.tenant), model = COALESCE(s.model, devices.model), updated_at = $1 \
+     tenant = COALESCE(s.tenant, devices.tenant), model = COALESCE(s.model, devices.model), \
+     external_id = COALESCE(s.external_id, devices.external_id), updated_at = $1 \
      FROM import_rows AS s WHERE s.id = devices.id AND s.secret_sha256 <> devices.secret_sha256",
 );
 
@@ -396,7 +400,8 @@ fn as_json(rows: &[(u64, ImportRow)]) -> String {
             number,
             row.tenant,
             row.model,
-            hex(&row.secret)
+            hex(&row.secret),
+            row.external_id
         ])
     });
     serde_json::Value::Array(rows.collect()).to_string()

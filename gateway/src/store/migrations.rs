@@ -39,6 +39,12 @@ const VERSIONS: &[Version] = &[
         sqlite: include_str!("../../../migrations/sqlite/0004_device_counts.sql"),
         postgres: include_str!("../../../migrations/postgres/0004_device_counts.sql"),
     },
+    Version {
+        number: 5,
+        name: "external_ids",
+        sqlite: include_str!("../../../migrations/sqlite/0005_external_ids.sql"),
+        postgres: include_str!("../../../migrations/postgres/0005_external_ids.sql"),
+    },
 ];
 
 /// The newest version of the schema that this binary knows.

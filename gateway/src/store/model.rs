@@ -64,6 +64,8 @@ pub struct AuditRecord {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceRow {
     pub record: DeviceRecord,
+    /// What the device is called outside, where that is not a UUID.
+    pub external_id: Option<Label>,
     pub created_at: WallTime,
     pub updated_at: WallTime,
 }
@@ -71,6 +73,8 @@ pub struct DeviceRow {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewDevice {
     pub id: DeviceId,
+    /// What the device is called outside, where that is not a UUID.
+    pub external_id: Option<Label>,
     /// `default` where `None`.
     pub tenant: Option<Label>,
     pub model: Option<Label>,

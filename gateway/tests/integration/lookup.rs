@@ -103,6 +103,7 @@ impl Fixture {
 
     async fn register(&self, number: u128) {
         let device = NewDevice {
+            external_id: None,
             id: device(number),
             tenant: None,
             model: None,

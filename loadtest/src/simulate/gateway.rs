@@ -164,6 +164,7 @@ impl World<'_> {
     fn hello(&self, device: usize) -> Hello {
         let cohort = self.devices.cohort(device);
         Hello {
+            external_id: None,
             device: self.devices.id(device),
             credential: Some(CREDENTIAL.into()),
             firmware: label(self.devices.version_name(cohort.version)),

@@ -9,7 +9,7 @@ use seawall_proto::{
     firmware::Range,
     frame::{DeviceFrame, ServerFrame},
     handshake::{self, Admitted, Next, Policy},
-    hello::{self, Head, Hello, IdentityNames, Request},
+    hello::{self, Head, Hello, IdentityNames, Paths, Request},
     id::{DeviceId, Label, Proof, RuleId, SecretHash, SessionId},
     record::{DeviceRecord, DeviceState},
     refusal::Refusal,
@@ -97,6 +97,7 @@ pub const VERSIONS: [(&str, &str); 4] = [
 /// A gateway's knowledge, and a device at its door.
 pub struct Door {
     rules: RuleSet,
+    paths: Paths,
     names: IdentityNames,
     record: DeviceRecord,
     keys: ResumeKeys,
@@ -125,6 +126,7 @@ impl Door {
         let token = grant.mint(&keys, SessionId(1), LIFE, WALL).expect("a token").text;
         Self {
             rules: rules(RULES),
+            paths: Paths::default(),
             names: IdentityNames::default(),
             record: DeviceRecord {
                 id,
@@ -154,9 +156,9 @@ impl Door {
             http_minor: 1,
             headers,
         };
-        match hello::parse(black_box(&head), &self.names, None) {
+        match hello::parse(black_box(&head), &self.paths, &self.names, None) {
             Ok(Request::Connect(hello)) => hello,
-            Ok(Request::Ready) | Err(_) => unreachable!("a device's request"),
+            Ok(Request::Ready | Request::Health) | Err(_) => unreachable!("a device's request"),
         }
     }
 

@@ -23,6 +23,7 @@ fn label(text: &str) -> Label {
 
 fn hello(firmware: &str) -> Hello {
     Hello {
+        external_id: None,
         device: "9b0c2e4a-11d2-7f00-8000-0000000000aa".parse().unwrap(),
         credential: Some(SecretHash::of(b"right").into()),
         firmware: Some(label(firmware)),

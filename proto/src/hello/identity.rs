@@ -6,7 +6,7 @@ use base64::{
 };
 use percent_encoding::percent_decode_str;
 
-use super::{Certified, IdentityNames, single};
+use super::{Certified, IdentityNames, NamedDevice, single};
 use crate::{
     id::{Credential, DeviceId, Label, SecretHash},
     refusal::Refusal,
@@ -21,9 +21,11 @@ const DOUBLED_QUERY: &str = "an identity parameter is given twice";
 const OTHER_DEVICE: &str = "the device id is not the one that the client certificate names";
 const AMBIGUOUS: &str = "the client certificate names several devices";
 const BAD_DEVICE: &str = "the device id is not a UUID";
+const BAD_EXTERNAL: &str = "the device id is not 1 to 64 bytes of printable ASCII";
 
 pub(super) struct Identity {
     pub(super) device: DeviceId,
+    pub(super) external_id: Option<Label>,
     pub(super) credential: Option<Credential>,
     pub(super) firmware: Option<Label>,
     pub(super) model: Option<Label>,
@@ -34,24 +36,39 @@ pub(super) struct Identity {
 
 type Headers<'a> = &'a [(&'a str, &'a [u8])];
 
+/// Where a device may say who it is.
+#[derive(Clone, Copy)]
+pub(super) struct Places<'a> {
+    pub(super) headers: Headers<'a>,
+    /// The device segment of the path, percent-encoded.
+    pub(super) path: Option<&'a str>,
+    pub(super) query: &'a str,
+}
+
 pub(super) fn parse(
-    headers: Headers<'_>,
-    query: &str,
+    places: Places<'_>,
     names: &IdentityNames,
     certified: Option<Certified>,
 ) -> Result<Identity, Refusal> {
+    let Places { headers, query, .. } = places;
     let device_header = single(headers, &names.device_header, DOUBLED)?;
     let authorization = Authorization::parse(single(headers, "Authorization", "Authorization is given twice")?);
     let label = |header, parameter, detail| label(headers, query, header, parameter, detail);
-    let claimed = device(device_header, &authorization, query, names)?;
-    let (device, credential) = match (certified, claimed) {
+    let claimed = device(device_header, &authorization, places, names)?;
+    let (named, credential) = match (certified, claimed) {
         (Some(Certified::Ambiguous), _) => return Err(Refusal::bad_request(AMBIGUOUS)),
-        (Some(Certified::Device { device, .. }), Some(claimed)) if claimed != device => {
+        (Some(Certified::Device { device, .. }), Some(claimed)) if claimed.id != device => {
             return Err(Refusal::bad_request(OTHER_DEVICE));
         }
-        (Some(Certified::Device { device, credential }), _) => (device, Some(credential)),
-        (None, Some(device)) => (
-            device,
+        (Some(Certified::Device { device, credential }), claimed) => {
+            let named = claimed.unwrap_or(NamedDevice {
+                id: device,
+                external_id: None,
+            });
+            (named, Some(credential))
+        }
+        (None, Some(named)) => (
+            named,
             authorization
                 .secret()
                 .map(|secret| Credential::Secret(SecretHash::of(secret))),
@@ -59,7 +76,8 @@ pub(super) fn parse(
         (None, None) => return Err(Refusal::bad_request("the device id is missing")),
     };
     Ok(Identity {
-        device,
+        device: named.id,
+        external_id: named.external_id,
         credential,
         firmware: label(
             &names.firmware_header,
@@ -81,31 +99,36 @@ pub(super) fn parse(
     })
 }
 
-/// Header, then Basic user name, then query; `None` where there is none of them.
+/// Header, then Basic user name, then path, then query; `None` where there is none of them.
 fn device(
     header: Option<&[u8]>,
     authorization: &Authorization,
-    query: &str,
+    places: Places<'_>,
     names: &IdentityNames,
-) -> Result<Option<DeviceId>, Refusal> {
+) -> Result<Option<NamedDevice>, Refusal> {
     if let Some(value) = header {
-        return device_from(value.trim_ascii()).map(Some);
+        return device_from(value.trim_ascii(), names).map(Some);
     }
     match authorization {
-        Authorization::Basic { user, .. } => return device_from(user).map(Some),
+        Authorization::Basic { user, .. } => return device_from(user, names).map(Some),
         Authorization::BrokenBasic => return Err(Refusal::bad_request("the Basic credentials are malformed")),
         Authorization::None | Authorization::Bearer(_) | Authorization::BasicWithoutUser { .. } => {}
     }
-    parameter(query, &names.device_query)?
-        .map(|value| device_from(&value))
+    if let Some(segment) = places.path {
+        let decoded: Vec<u8> = percent_decode_str(segment).collect();
+        return device_from(&decoded, names).map(Some);
+    }
+    parameter(places.query, &names.device_query)?
+        .map(|value| device_from(&value, names))
         .transpose()
 }
 
-fn device_from(bytes: &[u8]) -> Result<DeviceId, Refusal> {
+fn device_from(bytes: &[u8], names: &IdentityNames) -> Result<NamedDevice, Refusal> {
+    let problem = names.namespace.map_or(BAD_DEVICE, |_| BAD_EXTERNAL);
     std::str::from_utf8(bytes)
         .ok()
-        .and_then(|text| text.parse().ok())
-        .ok_or(Refusal::bad_request(BAD_DEVICE))
+        .and_then(|text| names.device(text))
+        .ok_or(Refusal::bad_request(problem))
 }
 
 /// Header, then query. Present but empty means that the device names none.

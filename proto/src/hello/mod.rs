@@ -6,10 +6,12 @@
 mod forwarded;
 mod identity;
 mod names;
+mod paths;
 mod upgrade;
 
 pub use forwarded::forwarded_for;
-pub use names::{IdentityNames, InvalidName};
+pub use names::{IdentityNames, InvalidName, NamedDevice};
+pub use paths::{InvalidPath, Paths};
 
 use crate::{
     id::{Credential, DeviceId, Label},
@@ -38,14 +40,18 @@ pub struct Head<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
     Connect(Hello),
-    /// `GET /readyz`, from a balancer: answered with a status only.
+    /// `GET` or `HEAD` of `/readyz`, from a balancer: answered with a status only.
     Ready,
+    /// `GET` or `HEAD` of `/healthz`, likewise.
+    Health,
 }
 
 /// A device's own claims. Nothing in it is proven.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
     pub device: DeviceId,
+    /// What the device calls itself, where that is not a UUID.
+    pub external_id: Option<Label>,
     /// Its certificate where that names the device, else the secret shown; neither itself is kept.
     pub credential: Option<Credential>,
     pub firmware: Option<Label>,
@@ -114,26 +120,47 @@ impl SessionKind {
     }
 }
 
-/// Reads the form of a request: which resource, whether it is a WebSocket upgrade, and who says to be there. `certified`: what
-/// the client's certificate says, where TLS has verified one that names a device.
+/// Reads the form of a request: which resource, whether it is a WebSocket upgrade, and who says to be there. `paths`: where devices
+/// connect. `certified`: what the client's certificate says, where TLS has verified one that names a device.
+///
+/// `Host` is not looked at. RFC 9112 §3.2 asks for 400 where it is missing or given twice; devices in the field leave it out, and
+/// nothing here depends on it: there is one host, and one request on a connection.
 ///
 /// # Errors
 /// The refusal to answer with: `not_found`, `method_not_allowed`, `bad_request` or `upgrade_required`.
-pub fn parse(head: &Head<'_>, names: &IdentityNames, certified: Option<Certified>) -> Result<Request, Refusal> {
+pub fn parse(
+    head: &Head<'_>,
+    paths: &Paths,
+    names: &IdentityNames,
+    certified: Option<Certified>,
+) -> Result<Request, Refusal> {
     let (path, query) = split_target(head.target);
-    match path {
-        "/v1/connect" => {}
-        "/readyz" if head.method == "GET" => return Ok(Request::Ready),
-        "/readyz" => return Err(Refusal::method_not_allowed()),
-        _ => return Err(Refusal::not_found()),
+    let probe = match path {
+        "/readyz" => Some(Request::Ready),
+        "/healthz" => Some(Request::Health),
+        _ => None,
+    };
+    if let Some(probe) = probe {
+        return if matches!(head.method, "GET" | "HEAD") {
+            Ok(probe)
+        } else {
+            Err(Refusal::method_not_allowed())
+        };
     }
+    let in_path = paths.find(path).ok_or(Refusal::not_found())?;
     if head.method != "GET" {
         return Err(Refusal::method_not_allowed());
     }
     let upgrade = upgrade::parse(head)?;
-    let identity = identity::parse(head.headers, query, names, certified)?;
+    let places = identity::Places {
+        headers: head.headers,
+        path: in_path,
+        query,
+    };
+    let identity = identity::parse(places, names, certified)?;
     Ok(Request::Connect(Hello {
         device: identity.device,
+        external_id: identity.external_id,
         credential: identity.credential,
         firmware: identity.firmware,
         model: identity.model,

@@ -1,6 +1,10 @@
 //! `[identity]`: where this fleet puts its identity. Firmware in the field can't be changed, so the names can.
 
 use serde::{Deserialize, Serialize};
+use sha1::{Digest as _, Sha1};
+use uuid::Uuid;
+
+use crate::id::{DeviceId, Label};
 
 /// Names of headers (any letter case) and of query parameters (exact). Each setting replaces the default name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +30,17 @@ pub struct IdentityNames {
     pub resume_header: String,
     /// Reconnect slot. Default `Seawall-Slot`.
     pub slot_header: String,
+    /// Accepts device ids that are not UUIDs: the device is then the UUIDv5 (RFC 9562 §5.5) of the text in this namespace.
+    /// Default: none, so that every id is a UUID.
+    pub namespace: Option<Uuid>,
+}
+
+/// A device as it was named.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedDevice {
+    pub id: DeviceId,
+    /// The name, where it is not a UUID.
+    pub external_id: Option<Label>,
 }
 
 impl Default for IdentityNames {
@@ -41,6 +56,7 @@ impl Default for IdentityNames {
             tenant_query: "tenant".into(),
             resume_header: "Seawall-Resume".into(),
             slot_header: "Seawall-Slot".into(),
+            namespace: None,
         }
     }
 }
@@ -48,6 +64,25 @@ impl Default for IdentityNames {
 impl IdentityNames {
     /// Longest name, in bytes.
     pub const NAME_LEN_MAX: usize = 64;
+
+    /// The device that a text names: a UUID in any of its forms, or with a namespace 1 to 64 bytes of printable ASCII, in which
+    /// letter case counts.
+    #[must_use]
+    pub fn device(&self, text: &str) -> Option<NamedDevice> {
+        if let Ok(id) = text.parse() {
+            return Some(NamedDevice { id, external_id: None });
+        }
+        let external_id = Label::parse(text).ok()??;
+        let hash = Sha1::new()
+            .chain_update(self.namespace?.as_bytes())
+            .chain_update(external_id.as_bytes())
+            .finalize();
+        let (bytes, _) = hash.split_first_chunk()?;
+        Some(NamedDevice {
+            id: DeviceId::from_uuid(uuid::Builder::from_sha1_bytes(*bytes).into_uuid()),
+            external_id: Some(external_id),
+        })
+    }
 
     /// Says whether every name can be sent, and means one thing only.
     ///
@@ -138,6 +173,30 @@ mod tests {
     #[test]
     fn default_names_are_valid() {
         assert_eq!(IdentityNames::default().validate(), Ok(()));
+    }
+
+    #[test]
+    fn text_that_is_not_a_uuid_names_the_uuid_v5_of_it_where_there_is_a_namespace() {
+        let names = IdentityNames {
+            namespace: Some(Uuid::NAMESPACE_DNS),
+            ..IdentityNames::default()
+        };
+        let id = |text: &str| names.device(text).map(|named| named.id.to_string());
+
+        // The example of RFC 9562, appendix A.4.
+        assert_eq!(
+            id("www.example.com").as_deref(),
+            Some("2ed6657d-e927-568b-95e1-2665a8aea6a2")
+        );
+        assert_eq!(id(" www.example.com "), id("www.example.com"));
+        assert_ne!(id("WWW.example.com"), id("www.example.com"));
+        let named = names.device("9B0C2E4A11D27F0080000000000000AA").unwrap();
+        assert_eq!(named.id.to_string(), "9b0c2e4a-11d2-7f00-8000-0000000000aa");
+        assert_eq!(named.external_id, None);
+        for bad in ["", "  ", "a\u{e9}", "a\nb", &"x".repeat(65)] {
+            assert_eq!(names.device(bad), None, "{bad:?}");
+        }
+        assert_eq!(IdentityNames::default().device("www.example.com"), None);
     }
 
     #[test]

@@ -21,7 +21,7 @@ fn parse_with(method: &str, target: &str, http_minor: u8, headers: &[(&str, &str
         http_minor,
         headers: &headers,
     };
-    parse(&head, &IdentityNames::default(), None)
+    parse(&head, &Paths::default(), &IdentityNames::default(), None)
 }
 
 /// An upgrade with these headers besides.
@@ -29,7 +29,7 @@ fn hello(target: &str, extra: &[(&str, &str)]) -> Result<Hello, Refusal> {
     let headers: Vec<_> = UPGRADE.into_iter().chain(extra.iter().copied()).collect();
     match parse_with("GET", target, 1, &headers)? {
         Request::Connect(hello) => Ok(hello),
-        Request::Ready => panic!("not a device's request"),
+        Request::Ready | Request::Health => panic!("not a device's request"),
     }
 }
 
@@ -65,9 +65,9 @@ fn certified_hello(certified: Certified, extra: &[(&str, &str)]) -> Result<Hello
         http_minor: 1,
         headers: &headers,
     };
-    match parse(&head, &IdentityNames::default(), Some(certified))? {
+    match parse(&head, &Paths::default(), &IdentityNames::default(), Some(certified))? {
         Request::Connect(hello) => Ok(hello),
-        Request::Ready => panic!("not a device's request"),
+        Request::Ready | Request::Health => panic!("not a device's request"),
     }
 }
 
@@ -297,7 +297,7 @@ fn renamed_headers_and_parameters_replace_the_defaults() {
         headers: &headers,
     };
 
-    let Ok(Request::Connect(hello)) = parse(&head, &names, None) else {
+    let Ok(Request::Connect(hello)) = parse(&head, &Paths::default(), &names, None) else {
         panic!("refused");
     };
 
@@ -311,7 +311,11 @@ fn resources_and_methods() {
     assert_eq!(code(parse_with("GET", "/v1/connect/", 1, &[])), Code::NotFound);
     assert_eq!(code(parse_with("POST", "/nothing", 1, &[])), Code::NotFound);
     assert_eq!(code(parse_with("POST", "/v1/connect", 1, &[])), Code::MethodNotAllowed);
-    assert_eq!(code(parse_with("HEAD", "/readyz", 1, &[])), Code::MethodNotAllowed);
+    assert_eq!(code(parse_with("POST", "/readyz", 1, &[])), Code::MethodNotAllowed);
+    assert_eq!(code(parse_with("OPTIONS", "/healthz", 1, &[])), Code::MethodNotAllowed);
+    assert_eq!(parse_with("HEAD", "/readyz", 1, &[]), Ok(Request::Ready));
+    assert_eq!(parse_with("GET", "/healthz", 0, &[]), Ok(Request::Health));
+    assert_eq!(parse_with("HEAD", "/healthz", 0, &[]), Ok(Request::Health));
     assert_eq!(parse_with("GET", "/readyz?full", 0, &[]), Ok(Request::Ready));
 }
 
@@ -488,7 +492,7 @@ proptest! {
         let headers: Vec<(&str, &[u8])> =
             upgrade.chain(headers.iter().map(|(name, value)| (name.as_str(), value.as_slice()))).collect();
 
-        let _ = parse(&Head { method, target: &target, http_minor, headers: &headers }, &IdentityNames::default(), None);
+        let _ = parse(&Head { method, target: &target, http_minor, headers: &headers }, &Paths::default(), &IdentityNames::default(), None);
     }
 
     #[test]
@@ -498,10 +502,85 @@ proptest! {
         headers.push(("Seawall-Device", ID.as_bytes()));
         headers.push(("Seawall-Firmware", &value));
 
-        match parse(&Head { method: "GET", target: "/v1/connect", http_minor: 1, headers: &headers }, &IdentityNames::default(), None) {
+        match parse(&Head { method: "GET", target: "/v1/connect", http_minor: 1, headers: &headers }, &Paths::default(), &IdentityNames::default(), None) {
             Ok(Request::Connect(hello)) => prop_assert!(hello.firmware.is_none_or(|firmware| firmware.len() <= Label::LEN_MAX)),
-            Ok(Request::Ready) => prop_assert!(false),
+            Ok(Request::Ready | Request::Health) => prop_assert!(false),
             Err(refusal) => prop_assert_eq!(refusal.code, Code::BadRequest),
         }
+    }
+}
+
+#[test]
+fn id_in_the_path_comes_behind_headers_and_basic_and_before_the_query() {
+    let paths = Paths::try_from(vec!["/ocpp/{device}".to_owned(), "/v1/connect".to_owned()]).unwrap();
+    let device = |target: &str, extra: &[(&str, &str)]| {
+        let headers: Vec<(&str, &[u8])> = UPGRADE
+            .into_iter()
+            .chain(extra.iter().copied())
+            .map(|(name, value)| (name, value.as_bytes()))
+            .collect();
+        let head = Head {
+            method: "GET",
+            target,
+            http_minor: 1,
+            headers: &headers,
+        };
+        match parse(&head, &paths, &IdentityNames::default(), None) {
+            Ok(Request::Connect(hello)) => Ok(hello.device.to_string()),
+            Ok(Request::Ready | Request::Health) => panic!("not a device's request"),
+            Err(refusal) => Err(refusal.code),
+        }
+    };
+    let in_path = format!("//ocpp//{ID}?device={OTHER_ID}");
+
+    assert_eq!(device(&in_path, &[]), Ok(ID.into()));
+    assert_eq!(device(&in_path, &[("Seawall-Device", OTHER_ID)]), Ok(OTHER_ID.into()));
+    let basic = basic(&format!("{OTHER_ID}:secret"));
+    assert_eq!(device(&in_path, &[("Authorization", &basic)]), Ok(OTHER_ID.into()));
+    assert_eq!(device(&format!("/v1/connect?device={ID}"), &[]), Ok(ID.into()));
+    assert_eq!(device(&format!("/ocpp/x?device={ID}"), &[]), Err(Code::BadRequest));
+    assert_eq!(device("/ocpp", &[]), Err(Code::NotFound));
+}
+
+#[test]
+fn id_that_is_not_a_uuid_is_taken_from_every_source_where_there_is_a_namespace() {
+    let paths = Paths::try_from(vec!["/ocpp/{device}".to_owned()]).unwrap();
+    let names = IdentityNames {
+        namespace: Some(uuid::Uuid::NAMESPACE_DNS),
+        ..IdentityNames::default()
+    };
+    let basic = basic("CP 01:secret");
+    for (target, extra) in [
+        ("/ocpp/CP%2001", None),
+        ("/ocpp/x", Some(("Seawall-Device", " CP 01 "))),
+        ("/ocpp/x", Some(("Authorization", basic.as_str()))),
+    ] {
+        let headers: Vec<(&str, &[u8])> = UPGRADE
+            .into_iter()
+            .chain(extra)
+            .map(|(name, value)| (name, value.as_bytes()))
+            .collect();
+        let head = Head {
+            method: "GET",
+            target,
+            http_minor: 1,
+            headers: &headers,
+        };
+        let Ok(Request::Connect(hello)) = parse(&head, &paths, &names, None) else {
+            panic!("a device's request")
+        };
+
+        assert_eq!(hello.external_id.as_deref(), Some("CP 01"), "{target}");
+        assert_eq!(Some(hello.device), names.device("CP 01").map(|named| named.id));
+    }
+}
+
+#[test]
+fn host_is_not_looked_at() {
+    for hosts in [&[][..], &[("Host", "a"), ("Host", "b")]] {
+        let device = [("Seawall-Device", ID)];
+        let headers: Vec<_> = hosts.iter().copied().chain(device).collect();
+
+        assert!(hello("/v1/connect", &headers).is_ok(), "{hosts:?}");
     }
 }

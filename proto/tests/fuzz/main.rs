@@ -19,7 +19,7 @@ use seawall_proto::{
     admission::{Admission, AdmissionConfig, Arrival, CohortTag, Decision},
     firmware::{Range, Version, compare},
     frame::{DeviceFrame, ServerFrame},
-    hello::{self, Head, Hello, IdentityNames, Request},
+    hello::{self, Head, Hello, IdentityNames, Paths, Request},
     id::{Credential, DeviceId, Label, Proof, SecretHash, SessionId},
     resume::{Generation, Grant, Judge, ResumeKeys, Revoked},
     rules::{Rule, RuleSet, RuleSpec, Subject},
@@ -79,12 +79,14 @@ fn heads() {
             http_minor: 1,
             headers,
         };
-        let Ok(Request::Connect(hello)) = hello::parse(&head(method, target, &headers), &names, None) else {
+        let Ok(Request::Connect(hello)) =
+            hello::parse(&head(method, target, &headers), &Paths::default(), &names, None)
+        else {
             return Ok(());
         };
         let lines = said_again(&hello);
         let headers: Vec<_> = lines.iter().map(|(name, value)| (*name, value.as_bytes())).collect();
-        let again = hello::parse(&head("GET", "/v1/connect", &headers), &names, None);
+        let again = hello::parse(&head("GET", "/v1/connect", &headers), &Paths::default(), &names, None);
         let expected = Hello {
             // Only its hash is kept, so that it can't be said again.
             credential: None,

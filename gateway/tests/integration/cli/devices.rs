@@ -80,6 +80,45 @@ fn seed_that_registers_nothing_fails_and_says_how_to_register_later() {
 }
 
 #[test]
+fn seed_into_an_empty_file_of_everybody_s_makes_it_the_owner_s() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("fleet.csv");
+    fs::write(&file, "").unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o666)).unwrap();
+
+    done(
+        seawall()
+            .current_dir(home.path())
+            .args(["devices", "seed", "--count", "1", "--offline", "--out"])
+            .arg(&file),
+    );
+
+    assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn device_with_a_name_is_added_shown_and_deleted_by_it() {
+    let home = tempfile::tempdir().unwrap();
+    let config = home.path().join("seawall.toml");
+    fs::write(
+        &config,
+        "[identity]\nnamespace = \"6ba7b810-9dad-11d1-80b4-00c04fd430c8\"\n",
+    )
+    .unwrap();
+    let gateway = GatewayProcess::start(&["--config", config.to_str().unwrap()]).unwrap();
+
+    done(&mut gateway.operator(&["devices", "add", "CP/01 a"]));
+    let shown = json(&run(&mut gateway.operator(&["devices", "show", "CP/01 a", "--json"])).unwrap());
+    let listed = done(&mut gateway.operator(&["devices", "list"]));
+    done(&mut gateway.operator(&["devices", "delete", "CP/01 a"]));
+
+    assert_eq!(shown["external_id"], "CP/01 a");
+    assert!(listed.contains("EXTERNAL ID") && listed.contains("CP/01 a"), "{listed}");
+    let gone = run(&mut gateway.operator(&["devices", "show", "CP/01 a"])).unwrap();
+    assert_refused(&gone, 1, &["404"]);
+}
+
+#[test]
 fn seed_registers_where_a_gateway_answers() {
     let gateway = GatewayProcess::start(&[]).unwrap();
     let home = tempfile::tempdir().unwrap();

@@ -113,6 +113,42 @@ fn no_part_of_a_password_that_is_not_encoded_is_shown_by_any_verb() {
 }
 
 #[test]
+fn host_names_ports_alone_and_units_of_memory_are_taken() {
+    let home = tempfile::tempdir().unwrap();
+    let config = home.path().join("seawall.toml");
+    fs::write(&config, "[server]\nlisten = \"localhost:0\"\n").unwrap();
+    let config = config.to_str().unwrap();
+    let start = |flags: &[&str]| run(seawall().current_dir(home.path()).arg("serve").args(flags)).unwrap();
+
+    drop(GatewayProcess::start(&["--max-memory", "1G"]).unwrap());
+    assert_refused(&start(&["--listen", ":x"]), 2, &["--listen", ":x", "HOST:PORT"]);
+    assert_refused(&start(&["--listen", "no-such-host.invalid:0"]), 2, &["no address"]);
+    assert_refused(&start(&["--max-memory", "1X"]), 2, &["--max-memory", "512M"]);
+    assert_refused(
+        &start(&["--config", config, "--ops-listen", ":0"]),
+        2,
+        &["ops.listen", "0.0.0.0:0", "--insecure-ops"],
+    );
+}
+
+#[test]
+fn variable_that_names_no_setting_is_warned_of() {
+    let home = tempfile::tempdir().unwrap();
+    let variables = [
+        ("SEAWALL_HEARTBEAT", "secret-value"),
+        ("SEAWALL_PORT_8080_TCP", "tcp://10.0.0.1"),
+    ];
+    let gateway = GatewayProcess::start_with(&home.path().join("data"), &variables).unwrap();
+
+    let log = gateway.log().unwrap();
+    assert!(
+        log.contains("SEAWALL_HEARTBEAT") && !log.contains("SEAWALL_PORT"),
+        "{log}"
+    );
+    assert!(!log.contains("secret-value"), "{log}");
+}
+
+#[test]
 fn ops_address_outside_loopback_stops_the_start() {
     let mut command = seawall();
     let home = tempfile::tempdir().unwrap();

@@ -348,6 +348,7 @@ pub fn plain(mut device: DeviceConfig) -> DeviceConfig {
 
 pub fn new_device(number: u32) -> NewDevice {
     NewDevice {
+        external_id: None,
         id: id(number),
         tenant: None,
         model: None,

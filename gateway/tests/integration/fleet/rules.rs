@@ -208,6 +208,7 @@ async fn rule_by_what_the_registry_knows_refuses_after_the_look_up() {
     let registered = [(0, None, Some("m1")), (1, Some("acme"), None), (2, None, None)];
     for (number, tenant, model) in registered {
         let device = NewDevice {
+            external_id: None,
             tenant: tenant.map(label),
             model: model.map(label),
             ..new_device(number)

@@ -10,5 +10,6 @@ mod form;
 mod import;
 mod listener;
 mod messages;
+mod names;
 mod rig;
 mod rules;

@@ -22,6 +22,7 @@ on_both!(
 
 async fn device_is_found_as_it_was_registered(fixture: &Fixture) {
     let new = NewDevice {
+        external_id: Some(label("CP 01")),
         tenant: Some(label("acme")),
         model: Some(label("Model 3")),
         ..new_device(0)
@@ -224,6 +225,7 @@ async fn pages_obey_each_filter(fixture: &Fixture) {
     let store = &fixture.store;
     for (number, tenant, model) in [(1, "a", "x"), (2, "a", "y"), (3, "b", "x"), (4, "B", "x")] {
         let new = NewDevice {
+            external_id: None,
             tenant: Some(label(tenant)),
             model: Some(label(model)),
             ..new_device(number)

@@ -23,6 +23,7 @@ on_both!(
 
 fn line(number: u64, id: u128, secret: &str) -> ImportLine {
     let row = ImportRow {
+        external_id: None,
         id: device(id),
         secret: SecretHash::of(secret.as_bytes()),
         tenant: None,
@@ -56,6 +57,7 @@ async fn count(fixture: &Fixture) -> usize {
 
 async fn good_file_is_taken_whole(fixture: &Fixture) {
     let row = ImportRow {
+        external_id: None,
         id: device(1),
         secret: SecretHash::of(b"one"),
         tenant: Some(label("t\"'\\")),

@@ -139,6 +139,7 @@ fn audit(action: &'static str, at_ms: u64) -> Audit {
 
 fn new_device(number: u128) -> NewDevice {
     NewDevice {
+        external_id: None,
         id: device(number),
         tenant: None,
         model: None,

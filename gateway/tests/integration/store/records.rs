@@ -182,6 +182,7 @@ async fn audit_log_holds_no_secret_and_no_hash(fixture: &Fixture) {
     for secret in [hashes[2], hashes[4]] {
         let mut import = store.import(OnOtherCredential::Update).await.unwrap();
         let row = ImportRow {
+            external_id: None,
             id: device(1),
             secret,
             tenant: None,

@@ -72,6 +72,7 @@ async fn import_revokes_the_devices_that_got_another_credential(fixture: &Fixtur
         let lines = secrets.into_iter().zip(2_u64..).map(|(secret, number)| ImportLine {
             number,
             row: Ok(ImportRow {
+                external_id: None,
                 id: device(u128::from(number)),
                 secret: SecretHash::of(secret),
                 tenant: None,

@@ -15,6 +15,7 @@ async fn pages_show_every_device_once_with_its_tenant(fixture: &Fixture) {
     fixture.db_fill(4_500).await;
     for (number, tenant) in [(9_001, "acme"), (9_002, "zeta"), (9_003, "acme")] {
         let new = NewDevice {
+            external_id: None,
             tenant: Some(label(tenant)),
             ..new_device(number)
         };

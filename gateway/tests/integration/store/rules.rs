@@ -252,6 +252,7 @@ async fn older_version_works_beside_rows_and_columns_of_a_newer_one(fixture: &Fi
             .is_some()
     );
     let device = NewDevice {
+        external_id: None,
         id: DeviceId::from_uuid(Uuid::from_u128(1)),
         tenant: None,
         model: None,

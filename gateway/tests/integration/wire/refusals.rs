@@ -1,8 +1,12 @@
 //! Every refusal that needs no load: status, code, headers.
 
-use tokio::{io::AsyncWriteExt, net::TcpStream};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
 
-use super::raw::{ask, request, response};
+use super::raw::{PATIENCE, ask, request, response};
 use super::rig::Gateway;
 
 const ID: &str = "9b0c2e4a-11d2-7f00-8000-0000000000aa";
@@ -74,6 +78,41 @@ async fn other_resources_and_methods_are_told_apart() {
     assert_eq!((post.status, post.code().as_str()), (405, "method_not_allowed"));
     assert_eq!(post.header("Allow"), Some("GET"));
     assert_eq!((ready.status, ready.body.as_str()), (200, ""));
+}
+
+#[tokio::test]
+async fn probes_are_answered_on_the_device_listener_and_head_has_no_body() {
+    let gateway = Gateway::start("").await;
+    for request in [
+        "GET /readyz HTTP/1.1\r\n\r\n",
+        "HEAD /readyz HTTP/1.0\r\n\r\n",
+        "GET /healthz HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        "HEAD /healthz HTTP/1.1\r\nHost: a\r\n\r\n",
+    ] {
+        let answer = ask(gateway.devices, request.as_bytes()).await;
+
+        assert_eq!((answer.status, answer.body.as_str()), (200, ""), "{request}");
+    }
+    assert_eq!(gateway.metric("seawall_connections_total{outcome=\"probe\"}"), 4.0);
+
+    for (request, status) in [
+        ("HEAD /v1/connect HTTP/1.1\r\nHost: a\r\n\r\n", "405"),
+        ("HEAD /elsewhere HTTP/1.1\r\nHost: a\r\n\r\n", "404"),
+    ] {
+        let mut stream = TcpStream::connect(gateway.devices).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        timeout(PATIENCE, stream.read_to_string(&mut answer))
+            .await
+            .unwrap()
+            .unwrap();
+
+        assert_eq!(answer.split(' ').nth(1), Some(status), "{answer}");
+        assert!(
+            answer.contains("Content-Length: ") && answer.ends_with("\r\n\r\n"),
+            "{answer}"
+        );
+    }
 }
 
 #[tokio::test]

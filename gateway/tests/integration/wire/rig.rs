@@ -149,6 +149,7 @@ impl Gateway {
         let id = uuid::Uuid::new_v4();
         let secret = format!("secret-of-{id}");
         let new = NewDevice {
+            external_id: None,
             id: DeviceId::from_uuid(id),
             tenant: None,
             model: None,
