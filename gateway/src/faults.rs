@@ -195,7 +195,9 @@ fn look_at_disks(state: &State) -> (Option<String>, Option<String>) {
         .as_deref()
         .and_then(Path::parent)
         .filter(|folder| !folder.as_os_str().is_empty());
-    let (mut full, mut read_only) = (state.store.trouble(Trouble::DiskFull), None);
+    // A disk that can be looked at says by itself when there is room again.
+    let told = file.is_none().then(|| state.store.trouble(Trouble::DiskFull)).flatten();
+    let (mut full, mut read_only) = (told, None);
     for folder in [Some(data_dir), folder].into_iter().flatten() {
         let Ok(disk) = rustix::fs::statvfs(folder) else {
             continue;

@@ -26,8 +26,10 @@ pub const ACCEPT_FILE: &str = "accept-registry";
 
 /// How often the devices are counted while all is well. A device that is missed is looked into at once.
 const CHECK_INTERVAL: Duration = Duration::from_secs(30);
-/// Time between two counts at least, while something is wrong or doubted.
-const DOUBT_INTERVAL: Duration = Duration::from_secs(1);
+/// Time between two counts at least, while devices are missed that were deleted since the roster was read.
+const DOUBT_INTERVAL: Duration = Duration::from_secs(5);
+/// Time between two counts while the registry is not believed.
+const HELD_INTERVAL: Duration = Duration::from_secs(1);
 /// Most devices that are counted. A larger registry that has lost some, and still has as many, is found out when the roster is read.
 const COUNT_MAX: usize = 50_000;
 /// How much clocks of nodes may differ in what is on record.
@@ -135,10 +137,12 @@ pub async fn guard(state: Shared, stop: CancellationToken) {
             if is_believed && !was_believed {
                 state.roster_wanted.ask();
             }
-            sleep(DOUBT_INTERVAL).await;
             if is_believed {
+                sleep(DOUBT_INTERVAL).await;
                 // Due, or a device is missed.
                 let _ = timeout(CHECK_INTERVAL, state.gate.doubted()).await;
+            } else {
+                sleep(HELD_INTERVAL).await;
             }
         }
     };

@@ -179,10 +179,17 @@ impl StoreError {
     }
 }
 
-/// The error with its causes.
+/// The error with its causes, each said once.
 pub(super) fn in_one_line(error: &StoreError) -> String {
     let causes = std::iter::successors(error.source(), |cause| (*cause).source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+    causes.fold(error.to_string(), |text, cause| {
+        let cause = cause.to_string();
+        if text.contains(&cause) {
+            text
+        } else {
+            format!("{text}: {cause}")
+        }
+    })
 }
 
 impl From<sqlx::Error> for StoreError {

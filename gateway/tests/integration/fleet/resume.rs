@@ -9,7 +9,7 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use firmware_sim::connection::{Connection, DeviceConfig};
 use seawall_gateway::{config::DatabaseUrl, drain::Order, store::Rotation};
-use seawall_proto::{id::SecretHash, resume::Generation, rules::Match};
+use seawall_proto::{admission::BreakerState, id::SecretHash, resume::Generation, rules::Match};
 use serde_json::{Value, json};
 use sqlx::{Connection as _, SqliteConnection};
 
@@ -64,6 +64,8 @@ pub async fn on_postgres() -> (Cluster, DatabaseUrl, Gateway) {
     let url = cluster.database().await.unwrap();
     let gateway = Gateway::start_on(Some(&url), "").await;
     eventually(|| gateway.shared.readiness().ready).await;
+    // Its first probes are statements, too.
+    eventually(|| gateway.shared.gate.state().breaker == BreakerState::Closed).await;
     (cluster, url, gateway)
 }
 

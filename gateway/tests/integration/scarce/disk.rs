@@ -51,8 +51,13 @@ async fn full_disk_stops_rule_writes_only_and_needs_no_restart() {
             >= 1
     })
     .await;
+    let is_told = || gateway.metric("seawall_faults{fault=\"disk_full\"}").unwrap() == 1;
+    eventually(is_told).await;
+    let alarms = gateway.log().unwrap().matches("\"alarm\":\"disk_full\"").count();
+    assert_eq!(alarms, 1, "one line");
 
     fs::remove_file(&filler).unwrap();
+    eventually(|| !is_told()).await;
     let made = run(&mut gateway.operator(&["rules", "block", "=6.6.6", "--reason", "bad", "--confirm"])).unwrap();
 
     assert!(made.status.success(), "{made:?}");
