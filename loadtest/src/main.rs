@@ -98,6 +98,9 @@ struct RunArguments {
         conflicts_with = "gateway"
     )]
     database: Option<String>,
+    /// Leave out the naive server of the scenario, which halves the time; thresholds on it are not judged.
+    #[arg(long)]
+    without_naive: bool,
 }
 
 #[derive(Args)]
@@ -185,12 +188,17 @@ fn run_scenario(arguments: RunArguments) -> Result<ExitCode> {
             .with_context(|| arguments.what.scenario.display().to_string())?;
         Ok((with, scenario))
     });
-    let (with, scenario) = match asked {
+    let (with, mut scenario) = match asked {
         Ok(asked) => asked,
         Err(error) => {
             eprintln!("error: {error:#}");
             return Ok(ExitCode::from(2));
         }
+    };
+    let left_out = if arguments.without_naive {
+        scenario.leave_out_naive()
+    } else {
+        Vec::new()
     };
     guard::start().context("starting the guard that cleans up")?;
     let job = Job {
@@ -198,10 +206,11 @@ fn run_scenario(arguments: RunArguments) -> Result<ExitCode> {
         with,
         interrupted: CancellationToken::new(),
     };
-    let report = runtime()?.block_on(async {
+    let mut report = runtime()?.block_on(async {
         tokio::spawn(signals::cancel(job.interrupted.clone()));
         run(&job, &Progress::new()).await
     })?;
+    report.not_judged.extend(left_out);
     publish(&report, &arguments.what)
 }
 

@@ -340,6 +340,17 @@ impl Scenario {
         }
     }
 
+    /// Takes the naive server out of the scenario, and returns the thresholds that name its figures.
+    pub fn leave_out_naive(&mut self) -> Vec<String> {
+        self.naive = None;
+        let thresholds = std::mem::take(&mut self.thresholds);
+        let (left_out, kept) = thresholds
+            .into_iter()
+            .partition(|threshold| threshold.contains("naive."));
+        self.thresholds = kept;
+        left_out
+    }
+
     /// Time that all phases together can take, at most.
     #[must_use]
     pub fn time_max(&self) -> Duration {

@@ -32,6 +32,18 @@ const GOOD: &str = r#"
 "#;
 
 #[test]
+fn thresholds_on_the_naive_server_leave_with_it() {
+    let mut scenario =
+        parse(&GOOD.replace("lost_sessions == 0", "lost_sessions == 0\", \"naive.t99_seconds > 1")).unwrap();
+    scenario.naive = Some(Naive { pool: 10 });
+
+    let left_out = scenario.leave_out_naive();
+
+    assert_eq!(left_out, ["naive.t99_seconds > 1"]);
+    assert_eq!((scenario.run_names(), scenario.thresholds.len()), (vec!["seawall"], 1));
+}
+
+#[test]
 fn a_scenario_is_read() {
     let scenario = parse(GOOD).unwrap();
 
