@@ -1,8 +1,13 @@
 //! Slot tokens: a slot that the device carries itself, so that any node with the keys knows it, after a restart too.
 //!
 //! A token gives priority at a time, to one device. It is never authentication. 39 bytes, 52 characters of base64url:
-//! `version and flags 1 | key id 1 | slot, unix ms 6 | first refusal, unix s 4 | bounces 1 | tenant 6 | issued, unix s 4 | MAC 16`.
-//! The MAC (HMAC-SHA-256, cut) covers the device's id too, which is not in the token.
+//! `version 1 | key id 1 | slot, unix ms 6 | issued, unix s 4 | sealed 11 | MAC 16`. Sealed are
+//! `first refusal, unix s 4 | bounces 1 | tenant 6`; the tenant of an unknown device is zero.
+//! The MAC (HMAC-SHA-256, cut) covers the plain text and the device's id, which is not in the token. It is also the nonce of
+//! the seal (a synthetic nonce, as in RFC 5297): anybody can have a token made for any id, and must not learn from it whether the
+//! id is registered, or whose it is.
+//!
+//! Version 1 had all fields in clear, and a flag for a known device. Its tokens are read, and no longer issued.
 
 use std::{fmt, num::NonZeroU64};
 
@@ -12,16 +17,25 @@ use sha2::{Digest, Sha256};
 
 use crate::{id::DeviceId, time::WallTime};
 
-const VERSION: u8 = 1;
-/// The device had been seen authenticated when the token was issued.
+/// Version of the tokens that are issued, in the high half of the first byte.
+const VERSION: u8 = 2;
+/// Version that is still read: a token of the previous release is good until its slot is past.
+const VERSION_CLEAR: u8 = 1;
+/// Flag of version 1: the device had been seen authenticated when the token was issued.
 const FLAG_KNOWN: u8 = 1;
 const BODY_LEN: usize = 23;
+/// The sealed part of the body.
+const SEALED: std::ops::Range<usize> = 12..BODY_LEN;
 const MAC_LEN: usize = 16;
 const TOKEN_LEN: usize = BODY_LEN + MAC_LEN;
 /// Length of every slot token, in characters.
 pub const TOKEN_TEXT_LEN: usize = 52;
 /// Keeps this MAC apart from others made with keys of the same root.
-const MAC_DOMAIN: &[u8] = b"seawall slot 1";
+const MAC_DOMAIN: &[u8] = b"seawall slot 2";
+/// The MAC of version 1.
+const CLEAR_MAC_DOMAIN: &[u8] = b"seawall slot 1";
+/// Keeps the seal apart from all MACs.
+const SEAL_DOMAIN: &[u8] = b"seawall seal 2";
 /// Sets the key of [`SlotKeys::memory_key`] apart from all MACs.
 const MEMORY_DOMAIN: &[u8] = b"seawall memory 1";
 /// Most keys that are accepted beside the newest.
@@ -75,42 +89,73 @@ impl SlotKeys {
     pub(super) fn sign(&self, device: DeviceId, claims: &Claims) -> Box<str> {
         let (key_id, secret) = &self.newest;
         let mut token = [0; TOKEN_LEN];
-        token[0] = VERSION << 4 | if claims.tenant.is_some() { FLAG_KNOWN } else { 0 };
+        token[0] = VERSION << 4;
         token[1] = *key_id;
         token[2..8].copy_from_slice(&low_bytes(claims.slot.as_unix_ms()));
-        token[8..12].copy_from_slice(&claims.first_unix_s.to_be_bytes());
-        token[12] = claims.bounces;
-        token[13..19].copy_from_slice(&low_bytes(claims.tenant.map_or(0, TenantTag::as_u64)));
-        token[19..23].copy_from_slice(&claims.issued_unix_s.to_be_bytes());
-        let mac = mac(secret, device, &token[..BODY_LEN]).finalize().into_bytes();
+        token[8..12].copy_from_slice(&claims.issued_unix_s.to_be_bytes());
+        token[12..16].copy_from_slice(&claims.first_unix_s.to_be_bytes());
+        token[16] = claims.bounces;
+        token[17..23].copy_from_slice(&low_bytes(claims.tenant.map_or(0, TenantTag::as_u64)));
+        let mac = mac(secret, MAC_DOMAIN, device, &token[..BODY_LEN])
+            .finalize()
+            .into_bytes();
         token[BODY_LEN..].copy_from_slice(&mac[..MAC_LEN]);
+        apply_seal(secret, &mut token);
         URL_SAFE_NO_PAD.encode(token).into()
     }
 
-    /// What the token says, if one of our keys signed it for this device. Whether it is still good is the caller's to judge.
+    /// What the token says, if one of our keys signed it for this device. The caller decides whether its time is past.
     pub(super) fn verify(&self, device: DeviceId, text: &str) -> Option<Claims> {
         if text.len() != TOKEN_TEXT_LEN {
             return None;
         }
         let mut token = [0; TOKEN_LEN];
         let len = URL_SAFE_NO_PAD.decode_slice(text, &mut token).ok()?;
-        if len != TOKEN_LEN || token[0] >> 4 != VERSION {
+        if len != TOKEN_LEN {
             return None;
         }
         let (_, secret) = std::iter::once(&self.newest)
             .chain(&self.older)
             .find(|(key_id, _)| *key_id == token[1])?;
-        mac(secret, device, &token[..BODY_LEN])
+        let domain = match token[0] >> 4 {
+            VERSION => {
+                apply_seal(secret, &mut token);
+                MAC_DOMAIN
+            }
+            VERSION_CLEAR => CLEAR_MAC_DOMAIN,
+            _ => return None,
+        };
+        mac(secret, domain, device, &token[..BODY_LEN])
             .verify_truncated_left(&token[BODY_LEN..])
             .ok()?;
-        let known = token[0] & FLAG_KNOWN != 0;
-        Some(Claims {
-            slot: WallTime::from_unix_ms(number(&token[2..8])),
-            first_unix_s: u32::from_be_bytes([token[8], token[9], token[10], token[11]]),
-            bounces: token[12],
-            tenant: known.then(|| TenantTag::from_u64(number(&token[13..19]))).flatten(),
-            issued_unix_s: u32::from_be_bytes([token[19], token[20], token[21], token[22]]),
+        Some(if domain == MAC_DOMAIN {
+            Claims {
+                slot: WallTime::from_unix_ms(number(&token[2..8])),
+                issued_unix_s: u32::from_be_bytes([token[8], token[9], token[10], token[11]]),
+                first_unix_s: u32::from_be_bytes([token[12], token[13], token[14], token[15]]),
+                bounces: token[16],
+                tenant: TenantTag::from_u64(number(&token[17..23])),
+            }
+        } else {
+            let known = token[0] & FLAG_KNOWN != 0;
+            Claims {
+                slot: WallTime::from_unix_ms(number(&token[2..8])),
+                first_unix_s: u32::from_be_bytes([token[8], token[9], token[10], token[11]]),
+                bounces: token[12],
+                tenant: known.then(|| TenantTag::from_u64(number(&token[13..19]))).flatten(),
+                issued_unix_s: u32::from_be_bytes([token[19], token[20], token[21], token[22]]),
+            }
         })
+    }
+}
+
+/// Seals the plain text of a token that has its MAC, or opens a sealed one.
+fn apply_seal(secret: &[u8; 32], token: &mut [u8; TOKEN_LEN]) {
+    let mut pad = keyed(secret);
+    pad.update(SEAL_DOMAIN);
+    pad.update(&token[BODY_LEN..]);
+    for (byte, pad) in token[SEALED].iter_mut().zip(pad.finalize().into_bytes()) {
+        *byte ^= pad;
     }
 }
 
@@ -149,9 +194,9 @@ fn keyed(secret: &[u8; 32]) -> Hmac<Sha256> {
     Hmac::<Sha256>::new_from_slice(secret).expect("HMAC takes keys of any length")
 }
 
-fn mac(secret: &[u8; 32], device: DeviceId, body: &[u8]) -> Hmac<Sha256> {
+fn mac(secret: &[u8; 32], domain: &[u8], device: DeviceId, body: &[u8]) -> Hmac<Sha256> {
     let mut mac = keyed(secret);
-    mac.update(MAC_DOMAIN);
+    mac.update(domain);
     mac.update(device.as_bytes());
     mac.update(body);
     mac
@@ -195,6 +240,60 @@ mod tests {
 
         assert_eq!(token.len(), TOKEN_TEXT_LEN);
         assert_eq!(keys.verify(device(1), &token), Some(claims()));
+    }
+
+    #[test]
+    fn bearer_cannot_tell_an_unknown_device_from_a_registered_one_nor_one_tenant_from_another() {
+        let keys = SlotKeys::new(7, [1; 32]);
+        let decoded = |n: u128, tenant: Option<&str>| {
+            let claims = Claims {
+                tenant: tenant.map(TenantTag::of),
+                ..claims()
+            };
+            URL_SAFE_NO_PAD.decode(&*keys.sign(device(n), &claims)).unwrap()
+        };
+
+        // Over many devices each bit of the sealed part is as often set as not, whatever the token says.
+        for tenant in [None, Some("acme"), Some("default")] {
+            for at in SEALED {
+                for bit in 0..8 {
+                    let set = (0..256).filter(|n| decoded(*n, tenant)[at] >> bit & 1 == 1).count();
+                    assert!((64..192).contains(&set), "{tenant:?} {at} {bit}: {set}");
+                }
+            }
+        }
+        // The rest is the same for all of them.
+        assert_eq!(decoded(1, None)[..SEALED.start], decoded(1, Some("acme"))[..SEALED.start]);
+        assert_eq!(decoded(1, Some("a"))[..SEALED.start], decoded(2, Some("b"))[..SEALED.start]);
+        // Two tokens that differ in the tenant alone share no pad, which would show the difference.
+        let (one, other) = (decoded(1, None), decoded(1, Some("acme")));
+        assert_ne!(one[SEALED.start..SEALED.start + 5], other[SEALED.start..SEALED.start + 5]);
+    }
+
+    #[test]
+    fn token_of_the_previous_release_is_read() {
+        let keys = SlotKeys::new(7, [1; 32]);
+        let claims = claims();
+        for tenant in [claims.tenant, None] {
+            let mut token = [0; TOKEN_LEN];
+            token[0] = VERSION_CLEAR << 4 | u8::from(tenant.is_some());
+            token[1] = 7;
+            token[2..8].copy_from_slice(&low_bytes(claims.slot.as_unix_ms()));
+            token[8..12].copy_from_slice(&claims.first_unix_s.to_be_bytes());
+            token[12] = claims.bounces;
+            token[13..19].copy_from_slice(&low_bytes(tenant.map_or(0, TenantTag::as_u64)));
+            token[19..23].copy_from_slice(&claims.issued_unix_s.to_be_bytes());
+            let mac = mac(&[1; 32], CLEAR_MAC_DOMAIN, device(1), &token[..BODY_LEN])
+                .finalize()
+                .into_bytes();
+            token[BODY_LEN..].copy_from_slice(&mac[..MAC_LEN]);
+
+            let read = keys.verify(device(1), &URL_SAFE_NO_PAD.encode(token));
+
+            assert_eq!(read, Some(Claims { tenant, ..claims }));
+            token[0] = VERSION << 4;
+            assert_eq!(keys.verify(device(1), &URL_SAFE_NO_PAD.encode(token)), None);
+        }
     }
 
     #[test]
