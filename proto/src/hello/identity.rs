@@ -107,7 +107,7 @@ fn device(
     names: &IdentityNames,
 ) -> Result<Option<NamedDevice>, Refusal> {
     if let Some(value) = header {
-        return device_from(value.trim_ascii(), names).map(Some);
+        return device_from(value, names).map(Some);
     }
     match authorization {
         Authorization::Basic { user, .. } => return device_from(user, names).map(Some),
@@ -123,9 +123,10 @@ fn device(
         .transpose()
 }
 
+/// White space around an id means nothing, wherever the id stands.
 fn device_from(bytes: &[u8], names: &IdentityNames) -> Result<NamedDevice, Refusal> {
     let problem = names.namespace.map_or(BAD_DEVICE, |_| BAD_EXTERNAL);
-    std::str::from_utf8(bytes)
+    std::str::from_utf8(bytes.trim_ascii())
         .ok()
         .and_then(|text| names.device(text))
         .ok_or(Refusal::bad_request(problem))

@@ -139,6 +139,21 @@ fn basic_names_the_device_and_its_credential() {
 }
 
 #[test]
+fn white_space_around_an_id_means_nothing_wherever_it_stands() {
+    let bearer = ("Authorization", "Bearer x");
+    let pair = basic(&format!(" {ID} :x"));
+    let ids = [
+        hello("/v1/connect", &[("Seawall-Device", &format!(" {ID} ")), bearer]),
+        hello(&format!("/v1/connect?device=%20{ID}%20"), &[bearer]),
+        hello("/v1/connect", &[("Authorization", &pair)]),
+    ];
+
+    for hello in ids {
+        assert_eq!(hello.unwrap().device, ID.parse().unwrap());
+    }
+}
+
+#[test]
 fn query_is_percent_decoded_and_a_plus_stays() {
     let hello = hello(
         &format!("/v1/connect?device={ID}&firmware=3.8.0%2Db3+x%20y&m%6Fdel=cam&tenant="),
