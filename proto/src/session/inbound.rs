@@ -11,15 +11,29 @@ use crate::{
 impl Session {
     /// A text frame came in, already checked to be UTF-8.
     pub fn handle_text(&mut self, text: &str, now: Instant) {
-        if !self.heard(now) {
+        if self.is_closing {
             return;
         }
         match self.kind {
-            SessionKind::V1 => match DeviceFrame::parse(text) {
-                Ok(frame) => self.handle_frame(frame),
-                Err(bad) => self.handle_bad_frame(bad, now),
-            },
-            SessionKind::Plain => self.receive_opaque(Payload::Text(text.into())),
+            SessionKind::V1 => {
+                let frame = DeviceFrame::parse(text);
+                if self.acks_expected > 0 && matches!(frame, Ok(DeviceFrame::Ack { .. })) {
+                    // The device did not choose how many messages an operator sends it.
+                    self.acks_expected -= 1;
+                    self.note_alive(now);
+                } else if !self.heard(now) {
+                    return;
+                }
+                match frame {
+                    Ok(frame) => self.handle_frame(frame),
+                    Err(bad) => self.handle_bad_frame(bad, now),
+                }
+            }
+            SessionKind::Plain => {
+                if self.heard(now) {
+                    self.receive_opaque(Payload::Text(text.into()));
+                }
+            }
         }
     }
 
@@ -40,7 +54,7 @@ impl Session {
         if self.is_closing {
             return false;
         }
-        self.last_heard = now;
+        self.note_alive(now);
         if self.rate.allows(&self.limits, now) {
             return true;
         }
@@ -53,6 +67,12 @@ impl Session {
         }
         self.handle_close(Close::Policy);
         false
+    }
+
+    /// A frame came: the device lives, and has answered what it was sent.
+    const fn note_alive(&mut self, now: Instant) {
+        self.last_heard = now;
+        self.pings_unanswered = 0;
     }
 
     fn handle_frame(&mut self, frame: DeviceFrame<'_>) {

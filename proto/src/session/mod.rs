@@ -24,6 +24,10 @@ use limit::{BadFrames, MessageRate};
 /// A session is given up after this many heartbeats without a frame from the device.
 const HEARTBEATS_MISSED_MAX: u32 = 3;
 
+/// Pings that a device must have left unanswered before its session is given up, the last of them for a heartbeat. The clock alone does
+/// not prove silence: a process that was stopped for minutes, or a machine that slept, sent no pings meanwhile.
+const PINGS_UNANSWERED_MIN: u8 = 2;
+
 /// But never sooner than this: phones and modems sleep.
 const SILENCE_MIN: Duration = Duration::from_secs(60);
 
@@ -52,7 +56,7 @@ impl Default for SessionLimits {
 }
 
 impl SessionLimits {
-    /// How long nothing may be heard from a device before it counts as gone.
+    /// Time without a frame from a device after which its session is given up, if it left pings unanswered.
     #[must_use]
     pub fn silence_max(&self) -> Duration {
         self.heartbeat.saturating_mul(HEARTBEATS_MISSED_MAX).max(SILENCE_MIN)
@@ -125,9 +129,15 @@ pub enum Unsendable {
 pub struct Session {
     kind: SessionKind,
     is_closing: bool,
+    /// Pings since the last frame from the device; stops at [`PINGS_UNANSWERED_MIN`].
+    pings_unanswered: u8,
+    /// Messages to the device that it has not acknowledged: so many acknowledgements are free. Stops at 65,535.
+    acks_expected: u16,
     limits: Arc<SessionLimits>,
     last_heard: Instant,
     next_ping: Instant,
+    /// When the last ping that [`pings_unanswered`](Self::pings_unanswered) counts was sent.
+    unanswered_since: Instant,
     /// [`Instant::FAR_FUTURE`] where there is nothing to renew.
     renew_at: Instant,
     rate: MessageRate,
@@ -155,9 +165,12 @@ impl Session {
         let mut session = Self {
             kind,
             is_closing: false,
+            pings_unanswered: 0,
+            acks_expected: 0,
             limits,
             last_heard: now,
             next_ping,
+            unanswered_since: now,
             renew_at: Instant::FAR_FUTURE,
             rate: MessageRate::new(now),
             bad_frames: None,
@@ -220,6 +233,7 @@ impl Session {
             (SessionKind::V1, OutBody::Json(json)) => {
                 let payload: &RawValue = serde_json::from_str(json).map_err(|_| Unsendable::NotJson)?;
                 self.say(&ServerFrame::Message { id: id.into(), payload });
+                self.acks_expected = self.acks_expected.saturating_add(1);
             }
             (SessionKind::V1, OutBody::Binary(_)) => return Err(Unsendable::BinaryInV1),
             (SessionKind::Plain, OutBody::Json(text)) => self.actions.push_back(Action::Text(text.to_owned())),
@@ -249,11 +263,19 @@ impl Session {
         if self.is_closing {
             return;
         }
+        if now >= self.next_ping + self.limits.heartbeat {
+            // A whole ping was missed: this process stood still. What the device sent meanwhile may not be read yet.
+            self.pings_unanswered = 0;
+        }
         if now >= self.silent_until() {
             return self.handle_close(Close::heartbeat_missed(rng));
         }
         if now >= self.next_ping {
             self.actions.push_back(Action::Ping);
+            if self.pings_unanswered < PINGS_UNANSWERED_MIN {
+                self.pings_unanswered += 1;
+                self.unanswered_since = now;
+            }
             self.next_ping += self.limits.heartbeat;
             if self.next_ping <= now {
                 self.next_ping = now + self.limits.heartbeat;
@@ -315,8 +337,13 @@ impl Session {
             .map_or(Instant::FAR_FUTURE, |after| now + after);
     }
 
+    /// When the session is given up, if nothing is heard until then.
     fn silent_until(&self) -> Instant {
-        self.last_heard + self.limits.silence_max()
+        if self.pings_unanswered < PINGS_UNANSWERED_MIN {
+            return Instant::FAR_FUTURE;
+        }
+        let answerable_until = self.unanswered_since + self.limits.heartbeat;
+        answerable_until.max(self.last_heard + self.limits.silence_max())
     }
 
     fn say(&mut self, frame: &ServerFrame<'_>) {

@@ -215,25 +215,99 @@ fn both_kinds_are_pinged_each_heartbeat() {
     }
 }
 
+/// Lets time pass as a caller does that keeps to every timeout, until the session ends. Returns the end.
+fn silent_from(session: &mut Session, rng: &mut SmallRng) -> Instant {
+    loop {
+        let now = session.poll_timeout();
+        session.handle_timeout(now, rng);
+        if session.is_closing() {
+            return now;
+        }
+    }
+}
+
 #[test]
 fn silence_of_three_heartbeats_but_at_least_a_minute_ends_a_session() {
-    for (heartbeat, silence_ms) in [(30, 90_000), (5, 60_000)] {
-        let mut session = open(
-            SessionKind::Plain,
-            SessionLimits {
+    for (heartbeat, silence_ms) in [(30, 90_000), (5, 60_000), (60, 180_000)] {
+        for seed in 0..50 {
+            let mut rng = SmallRng::seed_from_u64(seed);
+            let limits = SessionLimits {
                 heartbeat: Duration::from_secs(heartbeat),
                 ..SessionLimits::default()
-            },
-        );
-        session.handle_control(at(1_000));
+            };
+            let (limits, id) = (Arc::new(limits), SessionId(1));
+            let mut session =
+                Session::open(SessionKind::Plain, id, None, limits, at(0), WallTime::default(), &mut rng);
+            session.handle_control(at(1_000));
 
-        let mut rng = rng();
-        session.handle_timeout(at(1_000 + silence_ms - 1), &mut rng);
-        assert!(!session.is_closing());
-        session.handle_timeout(at(1_000 + silence_ms), &mut rng);
+            let end = silent_from(&mut session, &mut rng);
 
-        assert!(matches!(closed_with(&mut session), Some(Close::HeartbeatMissed { .. })));
+            // The first ping may come a heartbeat after the last frame.
+            assert_eq!(end, at(1_000 + silence_ms), "{heartbeat} {seed}");
+            assert!(matches!(closed_with(&mut session), Some(Close::HeartbeatMissed { .. })));
+        }
     }
+}
+
+#[test]
+fn stall_of_the_process_or_a_jump_of_the_clock_closes_no_session_that_answers() {
+    let day = 86_400_000;
+    for stall_ms in [60_000, 120_000, 3_600_000, day] {
+        for stalled_at in [1_000, 31_000, 62_000, 89_000] {
+            let (mut session, mut rng) = (plain(), rng());
+            // Nothing is heard before the stall either: the worst case.
+            while session.poll_timeout() <= at(stalled_at) {
+                let now = session.poll_timeout();
+                session.handle_timeout(now, &mut rng);
+                assert!(!session.is_closing());
+            }
+
+            let woken_at = at(stalled_at + stall_ms);
+            session.handle_timeout(woken_at, &mut rng);
+            assert!(!session.is_closing(), "{stall_ms} {stalled_at}");
+            assert_eq!(drain(&mut session).last(), Some(&Action::Ping));
+            session.handle_control(woken_at + Duration::from_secs(20));
+
+            let end = silent_from(&mut session, &mut rng);
+            assert_eq!(end, woken_at + Duration::from_secs(20 + 90), "the stall is forgotten");
+        }
+    }
+}
+
+#[test]
+fn device_that_is_gone_when_a_stall_ends_is_given_up_after_two_more_pings() {
+    let (mut session, mut rng) = (plain(), rng());
+    let woken_at = at(120_000);
+
+    session.handle_timeout(woken_at, &mut rng);
+    let end = silent_from(&mut session, &mut rng);
+
+    assert_eq!(end, woken_at + Duration::from_secs(60));
+}
+
+#[test]
+fn acknowledgements_of_messages_to_the_device_are_free_and_no_others() {
+    let limits = SessionLimits {
+        messages_burst: 3,
+        ..SessionLimits::default()
+    };
+    let mut session = open(SessionKind::V1, limits);
+    drain(&mut session);
+    for n in 0..2_000 {
+        session.handle_message_out(&n.to_string(), OutBody::Json("1")).unwrap();
+    }
+
+    for n in 0..2_000 {
+        session.handle_text(&format!(r#"{{"type":"ack","id":"{n}"}}"#), at(1));
+    }
+    let acked = drain(&mut session).into_iter().filter(|action| matches!(action, Action::Acked(_)));
+    assert_eq!(acked.count(), 2_000);
+    assert!(!session.is_closing());
+
+    for _ in 0..4 {
+        session.handle_text(r#"{"type":"ack","id":"1"}"#, at(1));
+    }
+    assert_eq!(closed_with(&mut session), Some(Close::Policy));
 }
 
 #[test]
