@@ -7,34 +7,15 @@
 use std::{
     collections::HashMap,
     hash::{BuildHasher, RandomState},
-    net::IpAddr,
     num::NonZeroU32,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+pub use seawall_proto::id::Network;
 
 /// With 8, one address alone levels off at eight ninths of a bound, and the last ninth stays open to the others.
 const ALPHA: usize = 8;
-
-/// An address as limits see it: IPv4, or the upper half of IPv6. IPv4 in IPv6 is IPv4.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Network {
-    V4(u32),
-    V6(u64),
-}
-
-impl From<IpAddr> for Network {
-    fn from(address: IpAddr) -> Self {
-        match address.to_canonical() {
-            IpAddr::V4(address) => Self::V4(address.to_bits()),
-            IpAddr::V6(address) => {
-                let [a, b, c, d, e, f, g, h, ..] = address.octets();
-                Self::V6(u64::from_be_bytes([a, b, c, d, e, f, g, h]))
-            }
-        }
-    }
-}
 
 /// Which addresses a bound holds to their share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -256,7 +237,7 @@ impl HandshakeRate {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv6Addr;
+    use std::net::{IpAddr, Ipv6Addr};
 
     use super::*;
 

@@ -1,6 +1,6 @@
 //! Names of things that the outside hands us: devices, rules, sessions, tenants, texts. Parsed once, at the edge.
 
-use std::{fmt, str::FromStr, sync::Arc};
+use std::{fmt, net::IpAddr, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -153,6 +153,25 @@ impl Credential {
     pub const fn hash(&self) -> &SecretHash {
         match self {
             Self::Secret(hash) | Self::Certificate(hash) => hash,
+        }
+    }
+}
+
+/// An address as limits see it: IPv4, or the upper half of IPv6. IPv4 in IPv6 is IPv4.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Network {
+    V4(u32),
+    V6(u64),
+}
+
+impl From<IpAddr> for Network {
+    fn from(address: IpAddr) -> Self {
+        match address.to_canonical() {
+            IpAddr::V4(address) => Self::V4(address.to_bits()),
+            IpAddr::V6(address) => {
+                let [a, b, c, d, e, f, g, h, ..] = address.octets();
+                Self::V6(u64::from_be_bytes([a, b, c, d, e, f, g, h]))
+            }
         }
     }
 }

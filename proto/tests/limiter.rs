@@ -12,7 +12,7 @@ use seawall_proto::{
         Action, Admission, AdmissionConfig, AdmissionState, Arrival, BatchId, BatchOutcome, BreakerState, CohortTag,
         Decision, LOOKUP_MAX, LimitReason, Ticket,
     },
-    id::{DeviceId, Proof},
+    id::{DeviceId, Network, Proof},
     slots::SlotKeys,
     time::{Instant, WallTime},
 };
@@ -54,6 +54,7 @@ fn arrival(number: u128, arrived: Instant) -> Arrival<'static> {
         arrived,
         is_known_absent: false,
         proof: Proof::Secret,
+        network: Network::V4(1),
     }
 }
 
@@ -220,7 +221,7 @@ fn million_abandoned_devices_leak_no_permit() {
         if let Some(batch) = admission.poll_batch(now) {
             running.insert(batch.id, batch.keys.len());
         }
-        admission.abandon(ticket);
+        admission.abandon(ticket, now);
         if number.is_multiple_of(3)
             && let Some((id, _)) = running.pop_first()
         {

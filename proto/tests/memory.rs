@@ -8,7 +8,7 @@ use std::{
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use seawall_proto::{
     admission::{Admission, AdmissionConfig, Arrival, CohortTag, Decision},
-    id::{DeviceId, Proof},
+    id::{DeviceId, Network, Proof},
     slots::SlotKeys,
     time::{Instant, WallTime},
 };
@@ -74,6 +74,7 @@ impl Node {
             arrived: now,
             is_known_absent: false,
             proof: Proof::Secret,
+            network: Network::V4(1),
         };
         let wall = WallTime::from_unix_ms(1_800_000_000_000 + now.as_micros() / 1_000);
         let decision = self.admission.attempt(&arrival, now, wall, &mut self.rng);

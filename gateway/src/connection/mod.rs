@@ -167,7 +167,7 @@ pub async fn serve(
     };
     let decided = tokio::select! {
         biased;
-        decision = Box::pin(decide(&shared, hello)) => decision,
+        decision = Box::pin(decide(&shared, hello, Network::from(attempt.peer().ip()))) => decision,
         // Dropping the decision takes the device out of the queue: it never reaches the database.
         () = peer_gone(stream.tcp()) => return attempt.count(Outcome::Abandoned),
         () = door.closing.cancelled() => concluded(Err(leaving(&shared))),
@@ -295,7 +295,7 @@ async fn read_head(
 }
 
 /// The order of `seawall_proto::handshake`, with resume token and look-up in their places.
-async fn decide(shared: &Shared, hello: Hello) -> Concluded {
+async fn decide(shared: &Shared, hello: Hello, network: Network) -> Concluded {
     let arrived = shared.clock.now();
     let screened = {
         let rules = shared.rules.current();
@@ -322,7 +322,7 @@ async fn decide(shared: &Shared, hello: Hello) -> Concluded {
         }
         Next::Refused(refusal) => return concluded(Err(refusal)),
     };
-    let mut concluded = shared.gate.admit(unproven, arrived).await;
+    let mut concluded = shared.gate.admit(unproven, network, arrived).await;
     // A drain may have begun meanwhile.
     if let (Ok(_), Some(peers)) = (&concluded.result, shared.drain.peers()) {
         concluded.result = Err(Refusal::draining(peers, &mut rand::rng()));

@@ -86,10 +86,37 @@ pub(super) enum Entered {
     Waiting(Waiting, oneshot::Receiver<LookUp>),
 }
 
-/// A device that waits. Dropped before its answer came, it has gone.
+/// A device that waits, or was answered and whose credential is not judged yet. Dropped before that, it has gone.
 pub(super) struct Waiting {
     gate: Arc<Inner>,
-    pub(super) ticket: Option<Ticket>,
+    ticket: Option<Ticket>,
+}
+
+impl Waiting {
+    /// The device was answered, and let in as a device of this tenant.
+    pub(super) fn handle_admitted(mut self, device: DeviceId, tenant: &str) {
+        self.judge(|admission, ticket, now| {
+            admission.handle_right_credential(ticket, now);
+            admission.handle_admitted(device, tenant);
+        });
+    }
+
+    /// The device was answered. Its credential was right, but it is refused for another reason.
+    pub(super) fn handle_right_credential(mut self) {
+        self.judge(Admission::handle_right_credential);
+    }
+
+    /// The device was answered, and not authenticated: wrong credential, or no such device.
+    pub(super) fn handle_wrong_credential(mut self) {
+        self.judge(Admission::handle_wrong_credential);
+    }
+
+    fn judge(&mut self, say: impl FnOnce(&mut Admission, Ticket, Instant)) {
+        if let Some(ticket) = self.ticket.take() {
+            let now = self.gate.clock.now();
+            say(&mut self.gate.lock().admission, ticket, now);
+        }
+    }
 }
 
 impl Drop for Waiting {
@@ -97,7 +124,7 @@ impl Drop for Waiting {
         if let Some(ticket) = self.ticket {
             let mut core = self.gate.lock();
             core.waiting.remove(&ticket);
-            core.admission.abandon(ticket);
+            core.admission.abandon(ticket, self.gate.clock.now());
         }
     }
 }
@@ -238,7 +265,7 @@ impl Inner {
             .collect();
         core.screened_by = rules;
         for (ticket, refusal) in refused {
-            core.admission.abandon(ticket);
+            core.admission.abandon(ticket, self.clock.now());
             if let Some(waiter) = core.waiting.remove(&ticket) {
                 // A device that went at this very moment needs no answer.
                 let _ = waiter.answer.send(LookUp::Blocked(refusal));

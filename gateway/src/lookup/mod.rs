@@ -22,7 +22,7 @@ use seawall_proto::{
         STATEMENTS_IN_FLIGHT_MAX,
     },
     handshake::{self, Admitted, Unproven},
-    id::{DeviceId, Proof},
+    id::{DeviceId, Network},
     record::DeviceRecord,
     refusal::{Code, Hint, Refusal},
     resume::Generation,
@@ -38,7 +38,7 @@ mod worker;
 
 use self::{
     absent::Absent,
-    inner::{Core, Entered, Inner},
+    inner::{Core, Entered, Inner, Waiting},
 };
 use crate::{clock::Clock, lifecycle::Lifecycle, metrics::Metrics, resume::Resume, rules::Rules, store::Store};
 
@@ -159,23 +159,22 @@ impl Gate {
     ///
     /// # Cancel safety
     /// As for [`look_up`](Self::look_up).
-    pub async fn admit(&self, unproven: Unproven, arrived: Instant) -> Concluded {
+    pub async fn admit(&self, unproven: Unproven, network: Network, arrived: Instant) -> Concluded {
         let device = unproven.device();
         let hello = unproven.hello();
-        let cohort = CohortTag::of(hello.model.as_deref(), hello.firmware.as_deref());
-        let proof = unproven.proof();
         if let Some(tenant) = unproven.vouched() {
             self.0.lock().admission.handle_vouched(device, tenant);
         }
         let arrival = Arrival {
             device,
-            cohort,
+            cohort: CohortTag::of(hello.model.as_deref(), hello.firmware.as_deref()),
             slot_token: hello.slot.as_deref(),
             arrived,
             is_known_absent: false,
-            proof,
+            proof: unproven.proof(),
+            network,
         };
-        let answer = self.look_up(arrival, hello.owned_claims()).await;
+        let (waiting, answer) = self.ask(arrival, hello.owned_claims()).await;
         let found = match answer {
             LookUp::Found(found) => Some(found),
             LookUp::Absent => None,
@@ -186,10 +185,13 @@ impl Gate {
         let as_of = found.as_ref().map(|found| found.as_of).unwrap_or_default();
         let rules = self.0.rules.current();
         let result = handshake::conclude(unproven, record, as_of, &rules, self.0.clock.wall(), &mut rand::rng());
-        match &result {
-            Ok(admitted) => self.handle_admitted(device, admitted.tenant()),
-            Err(refusal) if refusal.code == Code::Unauthorized => self.handle_wrong_credential(device, proof),
-            Err(_) => {}
+        // Whose absence was known has been counted already.
+        if let Some(waiting) = waiting {
+            match &result {
+                Ok(admitted) => waiting.handle_admitted(device, admitted.tenant()),
+                Err(refusal) if refusal.code == Code::Unauthorized => waiting.handle_wrong_credential(),
+                Err(_) => waiting.handle_right_credential(),
+            }
         }
         Concluded {
             result,
@@ -197,39 +199,36 @@ impl Gate {
         }
     }
 
-    /// Looks a device up, if admission lets it: the answer comes in under 3 s from its arrival. `claims` are screened again when
-    /// other rules come into force while it waits. Whether the device is known to be absent is filled in here.
+    /// Looks a device up, if admission lets it, and says nothing of its credential. The answer comes in under 3 s from the arrival.
+    /// `claims` are screened again when other rules come into force while it waits. Whether the device is known to be absent is
+    /// filled in here.
     ///
     /// # Cancel safety
     /// Dropping the future takes the device out of the queue; its key is not sent, unless others wait for it or it is under way.
-    pub async fn look_up(&self, mut arrival: Arrival<'_>, claims: OwnedSubject) -> LookUp {
+    pub async fn look_up(&self, arrival: Arrival<'_>, claims: OwnedSubject) -> LookUp {
+        self.ask(arrival, claims).await.1
+    }
+
+    /// The answer, with what keeps the attempt open until its credential is judged. There is none where nothing was asked.
+    async fn ask(&self, mut arrival: Arrival<'_>, claims: OwnedSubject) -> (Option<Waiting>, LookUp) {
         arrival.is_known_absent = self.0.absent.contains(arrival.device);
-        let (mut waiting, answer) = match self.0.enter(&arrival, claims) {
-            Entered::Answered(answer) => return answer,
+        let (waiting, answer) = match self.0.enter(&arrival, claims) {
+            Entered::Answered(answer) => return (None, answer),
             Entered::Waiting(waiting, answer) => (waiting, answer),
         };
-        match answer.await {
-            Ok(answer) => {
-                waiting.ticket = None;
-                answer
-            }
+        let answer = answer.await.unwrap_or_else(|_| {
             // The sender goes without a word only when the gate itself ends.
-            Err(_) => LookUp::Refused(Refused {
+            LookUp::Refused(Refused {
                 cause: Cause::Breaker,
                 hint: self.slot_for_close(arrival.device, Duration::ZERO),
-            }),
-        }
+            })
+        });
+        (Some(waiting), answer)
     }
 
     /// The device was authenticated, and is let in. `tenant` is the registry's.
     pub fn handle_admitted(&self, device: DeviceId, tenant: &str) {
         self.0.lock().admission.handle_admitted(device, tenant);
-    }
-
-    /// The device was not authenticated: wrong credential, or no such device.
-    pub fn handle_wrong_credential(&self, device: DeviceId, proof: Proof) {
-        let now = self.0.clock.now();
-        self.0.lock().admission.handle_wrong_credential(device, proof, now);
     }
 
     /// A slot for a device whose session is closed, not before `at_least` from now.

@@ -12,7 +12,7 @@ use seawall_proto::{
     },
     handshake::{self, Next, Policy},
     hello::{Hello, SessionKind},
-    id::{DeviceId, Label, Proof, SecretHash, SessionId},
+    id::{DeviceId, Label, Network, Proof, SecretHash, SessionId},
     record::{DeviceRecord, DeviceState},
     refusal::{Code, Hint, Peers, Refusal},
     resume::{self, Generation, Grant, Judge, Revoked},
@@ -30,6 +30,8 @@ use super::{
 
 /// The credential of every simulated device: what it hashes to makes no difference to any decision.
 const CREDENTIAL: SecretHash = SecretHash::from_bytes([7; 32]);
+/// Nobody guesses at credentials in a simulation: where a device comes from makes no difference to any decision.
+const NETWORK: Network = Network::V4(0);
 /// No device is revoked in a simulation.
 const GENERATION: Generation = Generation(1);
 
@@ -77,6 +79,7 @@ impl World<'_> {
             arrived: now,
             is_known_absent: false,
             proof: Proof::Secret,
+            network: NETWORK,
         };
         match at.admission.attempt(&arrival, now, wall, &mut self.rng) {
             Decision::Queued(ticket) => {
@@ -223,7 +226,7 @@ impl World<'_> {
             if let Some(refusal) = handshake::screen_claims(&hello.claims(), &self.rules, wall, &mut self.rng) {
                 let at = &mut self.nodes[usize::from(node)];
                 at.end_waiting(ticket, self.now)?;
-                at.admission.abandon(ticket);
+                at.admission.abandon(ticket, self.now);
                 self.refuse(waiting.device, waiting.attempt, node, refusal.code, refusal.hint);
             }
         }
@@ -232,7 +235,7 @@ impl World<'_> {
 
     /// The node learns that a device has gone.
     pub(super) fn hang_up(&mut self, device: u32, attempt: u16, node: u8) -> Result<(), Violation> {
-        self.nodes[usize::from(node)].abandon(device, attempt);
+        self.nodes[usize::from(node)].abandon(device, attempt, self.now);
         self.settle(node)
     }
 
@@ -263,6 +266,7 @@ impl World<'_> {
             arrived: now,
             is_known_absent: false,
             proof: Proof::Secret,
+            network: NETWORK,
         };
         match at.admission.attempt(&arrival, now, wall, &mut self.rng) {
             Decision::Queued(ticket) => {
@@ -326,7 +330,7 @@ impl World<'_> {
 
     fn owed(&mut self, node: u8, action: Action) -> Result<(), Violation> {
         match action {
-            Action::Answer { ticket, device } => self.answer(node, ticket, device),
+            Action::Answer { ticket, .. } => self.answer(node, ticket),
             Action::Refuse { ticket, refused } => {
                 let waiting = self.nodes[usize::from(node)].end_waiting(ticket, self.now)?;
                 self.refuse_with_slot(waiting.device, waiting.attempt, node, refused)
@@ -334,14 +338,15 @@ impl World<'_> {
         }
     }
 
-    fn answer(&mut self, node: u8, ticket: Ticket, id: DeviceId) -> Result<(), Violation> {
+    fn answer(&mut self, node: u8, ticket: Ticket) -> Result<(), Violation> {
         let at = &mut self.nodes[usize::from(node)];
         let Waiting { device, attempt, .. } = at.end_waiting(ticket, self.now)?;
         if device == STRANGER {
             at.ledger.refused += 1;
-            at.admission.handle_wrong_credential(id, Proof::Secret, self.now);
+            at.admission.handle_wrong_credential(ticket, self.now);
             return Ok(());
         }
+        at.admission.handle_right_credential(ticket, self.now);
         let index = device as usize;
         if let Err(refusal) = self.conclude(index, node) {
             self.refuse(device, attempt, node, refusal.code, refusal.hint);

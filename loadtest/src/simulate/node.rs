@@ -211,12 +211,12 @@ impl Node {
     }
 
     /// The device has hung up, if it still waits.
-    pub fn abandon(&mut self, device: u32, attempt: u16) {
+    pub fn abandon(&mut self, device: u32, attempt: u16, now: Instant) {
         let Some(ticket) = self.tickets.remove(&(device, attempt)) else {
             return;
         };
         if self.waiting.remove(&ticket).is_some() {
-            self.admission.abandon(ticket);
+            self.admission.abandon(ticket, now);
             self.ledger.abandoned += 1;
         }
     }

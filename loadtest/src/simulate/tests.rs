@@ -2,7 +2,7 @@ use std::{path::Path, time::Duration};
 
 use seawall_proto::{
     admission::{Admission, AdmissionConfig, AdmissionState, Arrival, Batch, BreakerState, CohortTag},
-    id::{DeviceId, Proof},
+    id::{DeviceId, Network, Proof},
     slots::SlotKeys,
     time::{Instant, WallTime},
 };
@@ -344,6 +344,7 @@ fn each_claim_on_a_statement_can_fail() {
         arrived: Instant::ZERO,
         is_known_absent: false,
         proof: Proof::Secret,
+        network: Network::V4(1),
     };
     admission.attempt(&arrival, Instant::ZERO, WallTime::from_unix_ms(0), &mut rng);
     let before = admission.state(Instant::ZERO);

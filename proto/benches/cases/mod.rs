@@ -10,7 +10,7 @@ use seawall_proto::{
     frame::{DeviceFrame, ServerFrame},
     handshake::{self, Admitted, Next, Policy},
     hello::{self, Head, Hello, IdentityNames, Paths, Request},
-    id::{DeviceId, Label, Proof, RuleId, SecretHash, SessionId},
+    id::{DeviceId, Label, Network, Proof, RuleId, SecretHash, SessionId},
     record::{DeviceRecord, DeviceState},
     refusal::Refusal,
     resume::{Counted, Generation, Grant, Judge, LIFE, Minted, ResumeKeys, Revoked},
@@ -263,6 +263,7 @@ impl Node {
             device: device(number),
             cohort: CohortTag::of(Some("camera"), Some("3.8.0-b2")),
             proof: Proof::Secret,
+            network: Network::V4(1),
             slot_token,
             arrived: self.now,
             is_known_absent: false,
@@ -285,9 +286,10 @@ impl Node {
                 self.admission.handle_batch_done(id, BatchOutcome::Answered, self.now);
             }
             while let Some(action) = self.admission.poll_action(self.now, wall(self.now), &mut self.rng) {
-                let Action::Answer { device, .. } = action else {
+                let Action::Answer { ticket, device } = action else {
                     unreachable!("nobody waits for long: {action:?}");
                 };
+                self.admission.handle_right_credential(ticket, self.now);
                 self.admission.handle_admitted(device, "acme");
                 admitted += 1;
             }
@@ -313,7 +315,7 @@ impl Node {
     }
 
     fn leave(&mut self, ticket: Ticket) {
-        self.admission.abandon(ticket);
+        self.admission.abandon(ticket, self.now);
     }
 }
 

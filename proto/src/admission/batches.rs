@@ -144,14 +144,14 @@ impl Admission {
             }
             Ended::Answered { statement, waiters } => {
                 for (ticket, device) in waiters {
-                    let waiter = self.queue.finish(ticket);
-                    let owed = match waiter {
-                        Some(waiter) if !is_told(device) => Owed::Refuse {
-                            ticket,
-                            waiter,
-                            cause: Cause::LookupFailed,
-                        },
-                        Some(_) | None => Owed::Answer { ticket, device },
+                    let Some(waiter) = self.queue.finish(ticket) else {
+                        continue;
+                    };
+                    let owed = if is_told(device) {
+                        Owed::Answer { ticket, waiter }
+                    } else {
+                        let cause = Cause::LookupFailed;
+                        Owed::Refuse { ticket, waiter, cause }
                     };
                     self.owed.push_back(owed);
                 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{BreakerState, CohortTag, LimitReason, Ticket};
 use crate::{
-    id::{DeviceId, Proof},
+    id::{DeviceId, Network, Proof},
     refusal::{Code, Hint, Limit, Refusal},
     time::Instant,
 };
@@ -22,6 +22,8 @@ pub struct Arrival<'a> {
     pub is_known_absent: bool,
     /// What its claim rests on. What strangers try with the id of a device never counts against its certificate.
     pub proof: Proof,
+    /// Where it comes from. What is tried from one network with the id of a device counts little against it elsewhere.
+    pub network: Network,
 }
 
 /// More devices than one part in this many of the limit: then look-ups need the database's time.
@@ -99,7 +101,10 @@ impl From<Refused> for Refusal {
 /// What the caller owes a waiting device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Tell it what the statement just ended said of `device`: its record, or that there is none.
+    /// Tell it what the statement just ended said of `device`: its record, or that there is none. Then say with
+    /// [`handle_right_credential`](super::Admission::handle_right_credential),
+    /// [`handle_wrong_credential`](super::Admission::handle_wrong_credential) or [`abandon`](super::Admission::abandon) what
+    /// came of its credential.
     Answer { ticket: Ticket, device: DeviceId },
     /// Refuse it.
     Refuse { ticket: Ticket, refused: Refused },

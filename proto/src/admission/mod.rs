@@ -7,7 +7,11 @@
 //! Start with [`Admission`]. It runs no query: the caller sends each [`Batch`] that [`Admission::poll_batch`] gives, and
 //! carries out each [`Action`]. It authenticates nobody, and knows neither rules nor connections.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
 use rand::Rng;
 
@@ -36,10 +40,10 @@ use self::{
     gather::Gather,
     limit::{Limit, Meter, OVERBOOKING, Reference},
     queue::{Class, Late, Queue, Waiter},
-    throttle::Throttle,
+    throttle::{Throttle, Verdict},
 };
 use crate::{
-    id::{DeviceId, Proof},
+    id::DeviceId,
     refusal::{Hint, draw},
     slots::{HINT_MIN, Pace, Roster, SlotKeys, Slots, Standing, Weights},
     time::{Instant, WallTime},
@@ -74,7 +78,7 @@ const THROTTLED_FOR: std::ops::RangeInclusive<Duration> = Duration::from_secs(5)
 enum Owed {
     Answer {
         ticket: Ticket,
-        device: DeviceId,
+        waiter: Waiter,
     },
     Refuse {
         ticket: Ticket,
@@ -99,6 +103,8 @@ pub struct Admission {
     gather: Gather,
     /// Bounded by the devices that wait.
     owed: VecDeque<Owed>,
+    /// Devices that were answered, and whose credential was not judged yet. Bounded by the caller's connections.
+    unjudged: BTreeMap<Ticket, Waiter>,
 }
 
 impl Admission {
@@ -118,6 +124,7 @@ impl Admission {
             costs: Costs::default(),
             gather: Gather::new(now),
             owed: VecDeque::new(),
+            unjudged: BTreeMap::new(),
             config,
         }
     }
@@ -127,11 +134,14 @@ impl Admission {
         self.limit.seed(rng);
         let device = arrival.device;
         let standing = self.slots.standing(device, arrival.slot_token, now, wall);
-        if !standing.is_due && self.throttle.is_throttled((device, arrival.proof), now) {
+        let claim = (device, arrival.proof);
+        if self.throttle.is_throttled(claim, arrival.network, standing.is_due, now) {
             let at_least = draw(THROTTLED_FOR, rng);
             return self.refuse(arrival, &standing, Cause::Throttle, at_least, (now, wall), rng);
         }
         if arrival.is_known_absent {
+            self.throttle.begin(claim, arrival.network);
+            self.throttle.end(claim, arrival.network, Verdict::Wrong, now);
             return Decision::KnownAbsent;
         }
         if !self.breaker.is_closed() {
@@ -139,7 +149,10 @@ impl Admission {
             return self.refuse(arrival, &standing, Cause::Breaker, at_least, (now, wall), rng);
         }
         match self.admit_to_queue(arrival, &standing, now) {
-            Some(ticket) => Decision::Queued(ticket),
+            Some(ticket) => {
+                self.throttle.begin(claim, arrival.network);
+                Decision::Queued(ticket)
+            }
             None => self.refuse(arrival, &standing, Cause::QueueFull, HINT_MIN, (now, wall), rng),
         }
     }
@@ -153,6 +166,8 @@ impl Admission {
         let class = self.class_with_room(arrival, standing, now);
         let waiter = Waiter {
             device,
+            proof: arrival.proof,
+            network: arrival.network,
             cohort: arrival.cohort,
             standing: *standing,
             send_by: arrival.arrived + SEND_WITHIN,
@@ -180,7 +195,12 @@ impl Admission {
     }
 
     fn is_trusted(&self, arrival: &Arrival<'_>, standing: &Standing, now: Instant) -> bool {
-        standing.tenant.is_some() && !self.throttle.is_disputed((arrival.device, arrival.proof), now)
+        standing.tenant.is_some() && !self.is_disputed(arrival, now)
+    }
+
+    fn is_disputed(&self, arrival: &Arrival<'_>, now: Instant) -> bool {
+        let claim = (arrival.device, arrival.proof);
+        self.throttle.is_disputed(claim, arrival.network, now)
     }
 
     /// The best class that the device may wait in, if any has room.
@@ -247,9 +267,24 @@ impl Admission {
         Decision::Refused(Refused { cause, hint })
     }
 
-    /// The device has gone. Unless its key is under way already, or others wait for it, it never reaches the database.
-    pub fn abandon(&mut self, ticket: Ticket) {
-        self.queue.leave(ticket);
+    /// The device has gone. Unless its key is under way already, or others wait for it, it never reaches the database. Harmless where the
+    /// device was refused, or its credential was judged.
+    pub fn abandon(&mut self, ticket: Ticket, now: Instant) {
+        match self.queue.leave(ticket) {
+            Some(waiter) => self.end_attempt(&waiter, Verdict::Open, now),
+            None => self.judge(ticket, Verdict::Open, now),
+        }
+    }
+
+    fn judge(&mut self, ticket: Ticket, verdict: Verdict, now: Instant) {
+        if let Some(waiter) = self.unjudged.remove(&ticket) {
+            self.end_attempt(&waiter, verdict, now);
+        }
+    }
+
+    fn end_attempt(&mut self, waiter: &Waiter, verdict: Verdict, now: Instant) {
+        let claim = (waiter.device, waiter.proof);
+        self.throttle.end(claim, waiter.network, verdict, now);
     }
 
     fn refuse_all_waiting(&mut self) {
@@ -314,10 +349,15 @@ impl Admission {
         self.slots.set_roster(roster)
     }
 
-    /// The device was not authenticated: wrong credential, or no such device. What was wrong with one kind of proof counts against
-    /// that kind alone.
-    pub fn handle_wrong_credential(&mut self, device: DeviceId, proof: Proof, now: Instant) {
-        self.throttle.handle_wrong((device, proof), now);
+    /// The credential of an answered device was right, whether or not it is let in.
+    pub fn handle_right_credential(&mut self, ticket: Ticket, now: Instant) {
+        self.judge(ticket, Verdict::Right, now);
+    }
+
+    /// An answered device was not authenticated: wrong credential, or no such device. What was wrong with one kind of proof counts
+    /// against that kind alone.
+    pub fn handle_wrong_credential(&mut self, ticket: Ticket, now: Instant) {
+        self.judge(ticket, Verdict::Wrong, now);
     }
 
     /// The device was registered, or given another credential: it must not wait for its attempts before that.
@@ -426,8 +466,13 @@ impl Admission {
     /// The next thing owed to a device. Call until `None`, after every other call.
     pub fn poll_action(&mut self, now: Instant, wall: WallTime, rng: &mut impl Rng) -> Option<Action> {
         match self.owed.pop_front()? {
-            Owed::Answer { ticket, device } => Some(Action::Answer { ticket, device }),
+            Owed::Answer { ticket, waiter } => {
+                let device = waiter.device;
+                self.unjudged.insert(ticket, waiter);
+                Some(Action::Answer { ticket, device })
+            }
             Owed::Refuse { ticket, waiter, cause } => {
+                self.end_attempt(&waiter, Verdict::Open, now);
                 let at_least = self.breaker.floor(now, rng).max(HINT_MIN);
                 let rate = self.reference.keys_per_second(now);
                 let pace = self.costs.pace(waiter.cohort, rate, OVERBOOKING, now);

@@ -4,7 +4,10 @@ use rand::{SeedableRng as _, rngs::SmallRng};
 use uuid::Uuid;
 
 use super::*;
-use crate::refusal::Code;
+use crate::{
+    id::{Network, Proof},
+    refusal::Code,
+};
 
 mod any_order;
 mod costly;
@@ -22,6 +25,21 @@ fn at(ms: u64) -> Instant {
 
 fn wall(now: Instant) -> WallTime {
     WallTime::from_unix_ms(1_800_000_000_000 + now.as_micros() / 1_000)
+}
+
+const HERE: Network = Network::V4(1);
+const ELSEWHERE: Network = Network::V4(2);
+
+fn arrival(n: u128, now: Instant) -> Arrival<'static> {
+    Arrival {
+        device: device(n),
+        cohort: CohortTag::of(None, None),
+        slot_token: None,
+        arrived: now,
+        is_known_absent: false,
+        proof: Proof::Secret,
+        network: HERE,
+    }
 }
 
 /// Admission of one node, with what a caller keeps.
@@ -44,12 +62,8 @@ impl Node {
 
     fn attempt(&mut self, n: u128, token: Option<&str>, now: Instant) -> Decision {
         let arrival = Arrival {
-            device: device(n),
-            cohort: CohortTag::of(None, None),
             slot_token: token,
-            arrived: now,
-            is_known_absent: false,
-            proof: Proof::Secret,
+            ..arrival(n, now)
         };
         self.admission.attempt(&arrival, now, wall(now), &mut self.rng)
     }
@@ -66,6 +80,25 @@ impl Node {
             Decision::Refused(refused) => refused,
             other @ (Decision::KnownAbsent | Decision::Queued(_)) => panic!("{other:?}"),
         }
+    }
+
+    /// So many attempts with a wrong credential, each looked up and judged before the next. Returns how many were compared.
+    fn guess(&mut self, n: u128, times: usize, now: Instant) -> usize {
+        let mut compared = 0;
+        for _ in 0..times {
+            let Decision::Queued(_) = self.attempt(n, None, now) else {
+                continue;
+            };
+            for batch in self.batches(now) {
+                for action in self.done(&batch, BatchOutcome::Answered, now) {
+                    if let Action::Answer { ticket, .. } = action {
+                        self.admission.handle_wrong_credential(ticket, now);
+                        compared += 1;
+                    }
+                }
+            }
+        }
+        compared
     }
 
     fn batches(&mut self, now: Instant) -> Vec<Batch> {
@@ -162,7 +195,13 @@ fn answer_that_says_nothing_of_a_device_refuses_it_with_a_slot_and_no_other() {
 #[test]
 fn ten_thousand_that_ask_for_one_key_cost_one_key() {
     let mut node = Node::new();
-    let tickets: BTreeSet<Ticket> = (0..10_000).map(|_| node.queued(1, at(0))).collect();
+    let tickets: BTreeSet<Ticket> = (0..10_000)
+        .filter_map(|_| match node.attempt(1, None, at(0)) {
+            Decision::Queued(ticket) => Some(ticket),
+            Decision::KnownAbsent | Decision::Refused(_) => None,
+        })
+        .collect();
+    assert!(tickets.len() > 1);
 
     let batches = node.batches(at(0));
 
@@ -260,7 +299,7 @@ fn abandoned_devices_never_reach_the_database() {
     let tickets: Vec<Ticket> = (0..100).map(|n| node.queued(n, at(0))).collect();
     let twice = node.queued(7, at(0));
     for ticket in tickets {
-        node.admission.abandon(ticket);
+        node.admission.abandon(ticket, at(0));
     }
 
     node.done(&blocking[0], BatchOutcome::Answered, at(5));

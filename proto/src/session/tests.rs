@@ -236,8 +236,15 @@ fn silence_of_three_heartbeats_but_at_least_a_minute_ends_a_session() {
                 ..SessionLimits::default()
             };
             let (limits, id) = (Arc::new(limits), SessionId(1));
-            let mut session =
-                Session::open(SessionKind::Plain, id, None, limits, at(0), WallTime::default(), &mut rng);
+            let mut session = Session::open(
+                SessionKind::Plain,
+                id,
+                None,
+                limits,
+                at(0),
+                WallTime::default(),
+                &mut rng,
+            );
             session.handle_control(at(1_000));
 
             let end = silent_from(&mut session, &mut rng);
@@ -300,7 +307,9 @@ fn acknowledgements_of_messages_to_the_device_are_free_and_no_others() {
     for n in 0..2_000 {
         session.handle_text(&format!(r#"{{"type":"ack","id":"{n}"}}"#), at(1));
     }
-    let acked = drain(&mut session).into_iter().filter(|action| matches!(action, Action::Acked(_)));
+    let acked = drain(&mut session)
+        .into_iter()
+        .filter(|action| matches!(action, Action::Acked(_)));
     assert_eq!(acked.count(), 2_000);
     assert!(!session.is_closing());
 

@@ -263,11 +263,20 @@ mod tests {
             }
         }
         // The rest is the same for all of them.
-        assert_eq!(decoded(1, None)[..SEALED.start], decoded(1, Some("acme"))[..SEALED.start]);
-        assert_eq!(decoded(1, Some("a"))[..SEALED.start], decoded(2, Some("b"))[..SEALED.start]);
+        assert_eq!(
+            decoded(1, None)[..SEALED.start],
+            decoded(1, Some("acme"))[..SEALED.start]
+        );
+        assert_eq!(
+            decoded(1, Some("a"))[..SEALED.start],
+            decoded(2, Some("b"))[..SEALED.start]
+        );
         // Two tokens that differ in the tenant alone share no pad, which would show the difference.
         let (one, other) = (decoded(1, None), decoded(1, Some("acme")));
-        assert_ne!(one[SEALED.start..SEALED.start + 5], other[SEALED.start..SEALED.start + 5]);
+        assert_ne!(
+            one[SEALED.start..SEALED.start + 5],
+            other[SEALED.start..SEALED.start + 5]
+        );
     }
 
     #[test]

@@ -20,7 +20,7 @@ use seawall_proto::{
     firmware::{Range, Version, compare},
     frame::{DeviceFrame, ServerFrame},
     hello::{self, Head, Hello, IdentityNames, Paths, Request},
-    id::{Credential, DeviceId, Label, Proof, SecretHash, SessionId},
+    id::{Credential, DeviceId, Label, Network, Proof, SecretHash, SessionId},
     resume::{Generation, Grant, Judge, ResumeKeys, Revoked},
     rules::{Rule, RuleSet, RuleSpec, Subject},
     slots::SlotKeys,
@@ -271,6 +271,7 @@ fn slot_tokens_of_nobody_change_nothing() {
             arrived: now,
             is_known_absent: false,
             proof: Proof::Secret,
+            network: Network::V4(1),
         };
         let decision = admission.attempt(&arrival, now, WALL, rng);
         assert!(matches!(decision, Decision::Refused(refused) if refused.hint.slot.is_some()));

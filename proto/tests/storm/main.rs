@@ -8,7 +8,7 @@ use std::time::Duration;
 use rand::{SeedableRng, rngs::SmallRng};
 use seawall_proto::{
     admission::{Admission, AdmissionConfig, Arrival, BatchOutcome, BreakerState, CohortTag},
-    id::Proof,
+    id::{Network, Proof},
     slots::SlotKeys,
     time::Instant,
 };
@@ -138,6 +138,7 @@ fn waiting_devices_are_answered_at_once_when_the_breaker_opens() {
             arrived: now,
             is_known_absent: false,
             proof: Proof::Secret,
+            network: Network::V4(1),
         };
         admission.attempt(&arrival, now, wall(now), &mut rng);
         batches.extend(admission.poll_batch(now));

@@ -9,7 +9,7 @@ use std::{
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use seawall_proto::{
     admission::{Action, Admission, AdmissionConfig, Arrival, BatchId, BatchOutcome, CohortTag, Decision, Ticket},
-    id::{DeviceId, Proof},
+    id::{DeviceId, Network, Proof},
     refusal::Hint,
     slots::SlotKeys,
     time::{Instant, WallTime},
@@ -263,6 +263,7 @@ impl World {
             arrived: now,
             is_known_absent: false,
             proof: Proof::Secret,
+            network: Network::V4(1),
         };
         match self.admission.attempt(&arrival, now, wall(now), &mut self.rng) {
             Decision::Queued(ticket) => drop(self.waiting.insert(ticket, index)),
@@ -296,6 +297,7 @@ impl World {
             arrived: now,
             is_known_absent: false,
             proof: Proof::Secret,
+            network: Network::V4(1),
         };
         if let Decision::Queued(ticket) = self.admission.attempt(&arrival, now, wall(now), &mut self.rng) {
             self.strangers.insert(ticket, now);
@@ -332,8 +334,10 @@ impl World {
             match action {
                 Action::Answer { ticket, .. } => {
                     if let Some(index) = self.waiting.remove(&ticket) {
+                        self.admission.handle_right_credential(ticket, now);
                         self.admit(index, now);
                     } else {
+                        self.admission.handle_wrong_credential(ticket, now);
                         self.strangers.remove(&ticket).expect("answered once");
                     }
                 }

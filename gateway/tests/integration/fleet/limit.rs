@@ -8,7 +8,7 @@ use std::{
 use seawall_gateway::{config::DatabaseUrl, lookup::LookUp};
 use seawall_proto::{
     admission::{AdmissionState, Arrival, CohortTag},
-    id::Proof,
+    id::{Network, Proof},
     rules::OwnedSubject,
 };
 use tokio::task::JoinSet;
@@ -30,15 +30,14 @@ async fn storm(gateway: &Gateway) -> (AdmissionState, f64) {
             let (mut number, mut found) = (first, 0_u32);
             while Instant::now() < end {
                 number = (number + WAITING) % DEVICES;
-                let now = shared.clock.now();
-                let cohort = CohortTag::of(None, None);
                 let arrival = Arrival {
                     device: id(number),
-                    cohort,
+                    cohort: CohortTag::of(None, None),
                     slot_token: None,
-                    arrived: now,
+                    arrived: shared.clock.now(),
                     is_known_absent: false,
                     proof: Proof::Secret,
+                    network: Network::V4(1),
                 };
                 match shared.gate.look_up(arrival, OwnedSubject::default()).await {
                     LookUp::Found(_) => found += 1,

@@ -20,7 +20,7 @@ use sending::{Retry, Sent};
 
 use super::cost::CohortTag;
 use crate::{
-    id::DeviceId,
+    id::{DeviceId, Network, Proof},
     slots::{Standing, TenantTag, Weights},
     time::Instant,
 };
@@ -67,6 +67,8 @@ impl Class {
 #[derive(Clone, Debug)]
 pub(super) struct Waiter {
     pub device: DeviceId,
+    pub proof: Proof,
+    pub network: Network,
     pub cohort: CohortTag,
     pub standing: Standing,
     /// Not sent after this.

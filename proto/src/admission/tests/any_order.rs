@@ -28,7 +28,7 @@ enum Step {
         device: u8,
     },
     Wrong {
-        device: u8,
+        nth: usize,
     },
     Cut(bool),
     Registry {
@@ -52,7 +52,7 @@ fn step() -> impl Strategy<Value = Step> {
         5 => (any::<usize>(), outcome).prop_map(|(nth, outcome)| Step::Done { nth, outcome }),
         4 => (0..1_500_u16).prop_map(|ms| Step::Wait { ms }),
         1 => any::<u8>().prop_map(|device| Step::Admit { device }),
-        1 => any::<u8>().prop_map(|device| Step::Wrong { device }),
+        1 => any::<usize>().prop_map(|nth| Step::Wrong { nth }),
         1 => any::<bool>().prop_map(Step::Cut),
         1 => prop::bool::weighted(0.8).prop_map(|is_there| Step::Registry { is_there }),
         1 => any::<bool>().prop_map(|is_there| Step::Said { is_there }),
@@ -70,6 +70,7 @@ proptest! {
         let mut now = at(1_000);
         let mut waiting: BTreeMap<Ticket, (DeviceId, Instant)> = BTreeMap::new();
         let mut flying: Vec<Batch> = Vec::new();
+        let mut answered: Vec<Ticket> = Vec::new();
         let mut tokens: BTreeMap<u8, Box<str>> = BTreeMap::new();
         let mut in_order = steps.into_iter();
         // Afterwards time passes until nobody waits and nothing is under way.
@@ -89,7 +90,7 @@ proptest! {
                 Step::Attempt { device: n, arrived_ms_ago, with_token } => {
                     let arrived = now - Duration::from_millis(arrived_ms_ago.into());
                     let token = tokens.get(&n).filter(|_| with_token).cloned();
-                    let arrival = Arrival { device: device(n.into()), cohort: CohortTag::of(None, None), slot_token: token.as_deref(), arrived, is_known_absent: false, proof: Proof::Secret };
+                    let arrival = Arrival { device: device(n.into()), cohort: CohortTag::of(None, None), slot_token: token.as_deref(), arrived, is_known_absent: false, proof: Proof::Secret, network: Network::V4(1) };
                     match node.admission.attempt(&arrival, now, wall(now), &mut node.rng) {
                         Decision::Queued(ticket) => prop_assert!(waiting.insert(ticket, (arrival.device, arrived)).is_none()),
                         Decision::Refused(refused) => {
@@ -102,7 +103,7 @@ proptest! {
                 Step::Abandon { nth } => {
                     if let Some(ticket) = waiting.keys().nth(nth % waiting.len().max(1)).copied() {
                         waiting.remove(&ticket);
-                        node.admission.abandon(ticket);
+                        node.admission.abandon(ticket, now);
                     }
                 }
                 Step::Done { nth, outcome } => {
@@ -114,7 +115,11 @@ proptest! {
                 }
                 Step::Wait { ms } => now += Duration::from_millis(ms.into()),
                 Step::Admit { device: n } => node.admission.handle_admitted(device(n.into()), "default"),
-                Step::Wrong { device: n } => node.admission.handle_wrong_credential(device(n.into()), Proof::Secret, now),
+                Step::Wrong { nth } => {
+                    if !answered.is_empty() {
+                        node.admission.handle_wrong_credential(answered.remove(nth % answered.len()), now);
+                    }
+                }
                 Step::Cut(is_cut) => node.admission.set_limit_cut(is_cut, now),
                 Step::Registry { is_there: true } => node.admission.handle_registry_present(now),
                 Step::Registry { is_there: false } => node.admission.handle_registry_absent(now),
@@ -140,6 +145,7 @@ proptest! {
                 let ticket = match action {
                     Action::Answer { ticket, device } => {
                         prop_assert_eq!(waiting.get(&ticket).map(|(of, _)| *of), Some(device));
+                        answered.push(ticket);
                         ticket
                     }
                     Action::Refuse { ticket, .. } => ticket,
@@ -153,5 +159,10 @@ proptest! {
                 prop_assert!(due > now || !flying.is_empty() || !waiting.is_empty());
             }
         }
+        for ticket in answered {
+            node.admission.abandon(ticket, now);
+        }
+        prop_assert!(node.admission.unjudged.is_empty());
+        prop_assert!(node.admission.throttle.has_none_open());
     }
 }

@@ -96,6 +96,7 @@ impl World {
             arrived: self.now,
             is_known_absent: false,
             proof: Proof::Secret,
+            network: Network::V4(1),
         };
         let now = self.now;
         match self
@@ -390,6 +391,7 @@ fn slots_of_a_cohort_apart_are_as_far_apart_as_its_look_ups() {
             arrived: now,
             is_known_absent: false,
             proof: Proof::Secret,
+            network: Network::V4(1),
         };
         let node = &mut world.node;
         match node.admission.attempt(&arrival, now, wall(now), &mut node.rng) {

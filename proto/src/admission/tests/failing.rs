@@ -133,9 +133,7 @@ fn registry_that_was_never_there_lets_nobody_wait_until_it_comes() {
 fn guessed_credentials_are_throttled_but_lock_nobody_out() {
     let mut node = Node::new();
     node.admission.handle_admitted(device(1), "default");
-    for _ in 0..20 {
-        node.admission.handle_wrong_credential(device(1), Proof::Secret, at(0));
-    }
+    assert_eq!(node.guess(1, 20, at(0)), 10);
 
     let refused = node.refused(1, None, at(0));
     assert_eq!(refused.cause, Cause::Throttle);
@@ -144,27 +142,83 @@ fn guessed_credentials_are_throttled_but_lock_nobody_out() {
     node.queued(2, at(0));
 
     let back = at(refused.hint.after_ms());
-    assert!(matches!(
-        node.attempt(1, refused.hint.slot.as_deref(), back),
-        Decision::Queued(_)
-    ));
+    let arrival = Arrival {
+        slot_token: refused.hint.slot.as_deref(),
+        network: ELSEWHERE,
+        ..arrival(1, back)
+    };
+    let decision = node.admission.attempt(&arrival, back, wall(back), &mut node.rng);
+    assert!(matches!(decision, Decision::Queued(_)));
+    assert_eq!(node.guess(1, 20, back), 0, "its slot is nothing to whoever guesses");
+}
+
+#[test]
+fn guesses_that_join_one_look_up_count_each() {
+    let mut node = Node::new();
+    let tickets: Vec<Ticket> = (0..1_000)
+        .filter_map(|_| match node.attempt(1, None, at(0)) {
+            Decision::Queued(ticket) => Some(ticket),
+            Decision::KnownAbsent | Decision::Refused(_) => None,
+        })
+        .collect();
+    assert!(tickets.len() <= 10, "{}", tickets.len());
+    let batch = node.batches(at(0)).remove(0);
+    node.done(&batch, BatchOutcome::Answered, at(1));
+    for ticket in &tickets {
+        node.admission.handle_wrong_credential(*ticket, at(1));
+    }
+
+    assert_eq!(tickets.len() + node.guess(1, 1_000, at(1)), 10);
+}
+
+#[test]
+fn devices_that_are_never_judged_are_not_throttled() {
+    let mut node = Node::new();
+    for round in 0..100 {
+        let now = at(round * 10);
+        let ticket = node.queued(1, now);
+        if round % 2 == 0 {
+            let batch = node.batches(now).remove(0);
+            node.done(&batch, BatchOutcome::Answered, now);
+        }
+        // It leaves while it waits, or at the very moment of its answer.
+        node.admission.abandon(ticket, now);
+    }
+    assert!(node.admission.throttle.has_none_open());
+
+    node.queued(1, at(2_000));
+}
+
+#[test]
+fn list_of_ids_demotes_no_known_device() {
+    let from = |network| Arrival {
+        network,
+        ..arrival(1, at(1))
+    };
+
+    let lines = [ELSEWHERE, HERE].map(|network| {
+        let mut node = Node::new();
+        node.admission.handle_admitted(device(1), "default");
+        node.guess(1, 5, at(0));
+        let decision = node
+            .admission
+            .attempt(&from(network), at(1), wall(at(1)), &mut node.rng);
+        assert!(matches!(decision, Decision::Queued(_)));
+        [Class::WalkIn, Class::StrangerWalkIn].map(|class| node.admission.queue.line_len(&[class]))
+    });
+
+    assert_eq!(lines, [[1, 0], [0, 1]], "the device itself, and whoever guesses");
 }
 
 #[test]
 fn device_that_its_certificate_proves_is_neither_throttled_nor_disputed_by_guesses() {
     let mut node = Node::new();
     node.admission.handle_admitted(device(1), "default");
-    for _ in 0..20 {
-        node.admission.handle_wrong_credential(device(1), Proof::Secret, at(0));
-    }
+    node.guess(1, 20, at(0));
     assert_eq!(node.refused(1, None, at(0)).cause, Cause::Throttle);
     let arrival = Arrival {
-        device: device(1),
-        cohort: CohortTag::of(None, None),
-        slot_token: None,
-        arrived: at(0),
-        is_known_absent: false,
         proof: Proof::Certificate,
+        ..arrival(1, at(0))
     };
 
     let decision = node.admission.attempt(&arrival, at(0), wall(at(0)), &mut node.rng);
@@ -178,18 +232,12 @@ fn device_that_its_certificate_proves_is_neither_throttled_nor_disputed_by_guess
 fn known_absent_id_costs_nothing_but_is_throttled_like_any_other() {
     let mut node = Node::new();
     let arrival = Arrival {
-        device: device(1),
-        cohort: CohortTag::of(None, None),
-        slot_token: None,
-        arrived: at(0),
         is_known_absent: true,
-        proof: Proof::Secret,
+        ..arrival(1, at(0))
     };
-    let mut outcomes = Vec::new();
-    for _ in 0..11 {
-        outcomes.push(node.admission.attempt(&arrival, at(0), wall(at(0)), &mut node.rng));
-        node.admission.handle_wrong_credential(device(1), Proof::Secret, at(0));
-    }
+    let outcomes: Vec<Decision> = (0..11)
+        .map(|_| node.admission.attempt(&arrival, at(0), wall(at(0)), &mut node.rng))
+        .collect();
 
     assert!(outcomes[..10].iter().all(|decision| *decision == Decision::KnownAbsent));
     assert!(matches!(&outcomes[10], Decision::Refused(refused) if refused.cause == Cause::Throttle));
@@ -197,16 +245,17 @@ fn known_absent_id_costs_nothing_but_is_throttled_like_any_other() {
 }
 
 #[test]
-fn devices_waiting_are_bounded_even_for_one_key() {
+fn devices_waiting_are_bounded_whatever_they_ask_for() {
     let mut node = Node::with(AdmissionConfig {
         waiting_max: 100,
         ..AdmissionConfig::default()
     });
-    for _ in 0..100 {
-        node.queued(1, at(0));
+    for n in 0..100 {
+        // Ten each, or the throttle of credentials would refuse them.
+        node.queued(n / 10, at(0));
     }
 
-    assert_eq!(node.refused(1, None, at(0)).cause, Cause::QueueFull);
+    assert_eq!(node.refused(100, None, at(0)).cause, Cause::QueueFull);
 }
 
 #[test]
