@@ -4,7 +4,7 @@
 
 use std::{
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -13,14 +13,20 @@ use std::{
 use rand::{Rng, SeedableRng as _, rngs::SmallRng};
 use seawall_proto::{
     close::{Close, Restart},
-    drain::Pacing,
+    drain::{Homecoming, Pacing},
     refusal::{Hint, Peers},
 };
 use serde::Serialize;
-use tokio::sync::Notify;
+use tokio::{
+    sync::Notify,
+    task::{spawn_blocking, yield_now},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{events::Body, sessions::Session, state::Shared};
+
+/// Sessions that are told to leave before others have their turn on this worker.
+const CLOSED_AT_ONCE_MAX: usize = 500;
 
 /// How a drain shall go.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -76,6 +82,8 @@ struct Inner {
     order: Option<Order>,
     is_hurried: bool,
     rate: f64,
+    /// `None`: no session was told to leave yet.
+    homecoming: Option<Homecoming>,
 }
 
 impl Default for Drain {
@@ -85,6 +93,7 @@ impl Default for Drain {
             order: None,
             is_hurried: false,
             rate: 0.0,
+            homecoming: None,
         };
         Self {
             inner: Mutex::new(inner),
@@ -115,6 +124,7 @@ impl Drain {
             order: Some(order),
             is_hurried: false,
             rate: 0.0,
+            homecoming: None,
         };
         self.is_draining.store(!is_announced, Ordering::Relaxed);
         drop(inner);
@@ -131,6 +141,7 @@ impl Drain {
             order: None,
             is_hurried: false,
             rate: 0.0,
+            homecoming: None,
         };
         self.is_draining.store(false, Ordering::Relaxed);
         drop(inner);
@@ -202,6 +213,10 @@ pub async fn run(state: Shared, stop: CancellationToken) {
         let order = state.drain.inner().order.take();
         if let Some(order) = order {
             drain_once(&state, order, &stop).await;
+            if !stop.is_cancelled() {
+                // The next order may have come meanwhile, and its wake-up gone to this one.
+                continue;
+            }
         }
         tokio::select! {
             () = stop.cancelled() => return,
@@ -212,7 +227,12 @@ pub async fn run(state: Shared, stop: CancellationToken) {
 
 /// Orders one session to leave, and tells it when to come back.
 pub fn send_away(state: &Shared, session: &Session, rng: &mut impl Rng) {
-    let back = Hint::draw(Peers::None.hint_range(), rng).after;
+    let homecoming = state.drain.inner().homecoming;
+    let between = homecoming.map_or_else(
+        || Peers::None.hint_range(),
+        |homecoming| homecoming.range(state.clock.now()),
+    );
+    let back = Hint::draw(between, rng).after;
     let hint = state.gate.slot_for_close(session.info.device, back);
     session.close(Close::Restart {
         why: Restart::Draining,
@@ -259,15 +279,18 @@ async fn drain_once(state: &Shared, order: Order, stop: &CancellationToken) {
     }
     let mut rng = SmallRng::from_os_rng();
     let now = state.clock.now();
-    let rate = order.rate_per_second.unwrap_or_else(|| state.gate.k_ref());
+    let (sessions, capacity) = (state.sessions.len(), state.gate.k_ref());
+    let rate = order.rate_per_second.unwrap_or(capacity);
     let time = order.deadline.saturating_sub(order.announce);
-    let mut pacing = Pacing::drain(rate, state.sessions.len(), time, now);
+    let mut pacing = Pacing::drain(rate, sessions, time, now);
     {
         let mut inner = state.drain.inner();
-        inner.rate = pacing.rate_per_second();
-        if inner.is_hurried {
-            pacing.hurry(now);
+        if inner.has_ended(DrainState::Draining) {
+            drop(inner);
+            return note_cancelled(state);
         }
+        inner.rate = pacing.rate_per_second();
+        inner.homecoming = Some(pacing.homecoming(sessions, capacity, now));
     }
     state
         .events
@@ -282,28 +305,35 @@ async fn drain_once(state: &Shared, order: Order, stop: &CancellationToken) {
     loop {
         // Handshakes that had passed the question for draining may still add a session: look again until there is none.
         if batch.is_empty() {
-            batch = state.sessions.matching(|session| !session.is_closing());
+            batch = still_here(state).await;
+        }
+        let now = state.clock.now();
+        {
+            let mut inner = state.drain.inner();
+            if inner.has_ended(DrainState::Draining) {
+                drop(inner);
+                return note_cancelled(state);
+            }
+            if inner.is_hurried {
+                pacing.hurry(now);
+                inner.homecoming.iter_mut().for_each(|homecoming| homecoming.hurry(now));
+            }
         }
         if batch.is_empty() && state.sessions.is_empty() {
             break;
         }
-        let now = state.clock.now();
-        for session in batch.drain(..pacing.take_due(batch.len(), now)) {
+        let due = pacing.take_due(batch.len(), now);
+        for (number, session) in (1..).zip(batch.drain(..due)) {
             send_away(state, &session, &mut rng);
+            if number % CLOSED_AT_ONCE_MAX == 0 {
+                yield_now().await;
+            }
         }
         let next = pacing.poll_timeout().max(now + Duration::from_millis(10));
         tokio::select! {
             () = stop.cancelled() => return,
             () = state.drain.wake.notified() => {}
             () = tokio::time::sleep_until(state.clock.deadline(next)) => {}
-        }
-        let inner = state.drain.inner();
-        if inner.has_ended(DrainState::Draining) {
-            drop(inner);
-            return note_cancelled(state);
-        }
-        if inner.is_hurried {
-            pacing.hurry(state.clock.now());
         }
     }
     let mut inner = state.drain.inner();
@@ -314,6 +344,14 @@ async fn drain_once(state: &Shared, order: Order, stop: &CancellationToken) {
             .notice(state.clock.wall(), Body::Drain { state: "drained" });
         tracing::info!("drain ended: no session is left");
     }
+}
+
+/// Sessions that were not told to leave yet. Looks at every session: off the runtime's workers.
+async fn still_here(state: &Shared) -> Vec<Arc<Session>> {
+    let looked_at = Arc::clone(state);
+    let look = move || looked_at.sessions.matching(|session| !session.is_closing());
+    // Cancelled only where the runtime ends.
+    spawn_blocking(look).await.unwrap_or_default()
 }
 
 fn note_cancelled(state: &Shared) {

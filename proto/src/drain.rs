@@ -3,9 +3,9 @@
 //! [`Pacing`] is used for draining a node and for evicting a blocked version. It says how many sessions may close now; which ones, and
 //! what each is told, is the caller's.
 
-use std::time::Duration;
+use std::{ops::RangeInclusive, time::Duration};
 
-use crate::time::Instant;
+use crate::{refusal::Peers, time::Instant};
 
 /// Closes that were due but not asked for don't pile up beyond this span: a caller that was late must not close in one burst.
 const BURST_MAX: Duration = Duration::from_millis(250);
@@ -17,6 +17,14 @@ const EVICTION_SPAN: Duration = Duration::from_secs(60);
 const EVICTION_RATE_MIN: f64 = 20.0;
 /// At the end of a drain this much of its time is left for the last closes to be written.
 const DRAIN_RESERVE: Duration = Duration::from_secs(2);
+/// From the last close of a drain to the next process that listens, with some reserve.
+const RESTART_TIME: Duration = Duration::from_millis(2_500);
+/// Devices of the smallest fleet come back within this span.
+const RETURN_SPREAD_MIN: Duration = Duration::from_secs(1);
+/// Devices of the largest fleet come back within this span, as far as their slots allow.
+const RETURN_SPREAD_MAX: Duration = Duration::from_secs(20);
+/// A drain that takes longer is no restart: devices do not wait for its end.
+const RESTART_DRAIN_MAX: Duration = Duration::from_secs(30);
 
 /// Says how many sessions may be closed.
 #[derive(Clone, Debug, PartialEq)]
@@ -71,6 +79,20 @@ impl Pacing {
         self.deadline = Some(now);
     }
 
+    /// When the devices of a drain that begins now come back. `capacity`: how many a second can be taken back.
+    #[must_use]
+    pub fn homecoming(&self, sessions: usize, capacity: f64, now: Instant) -> Homecoming {
+        let span = Duration::try_from_secs_f64(sessions as f64 / self.rate_per_second).unwrap_or(Duration::MAX);
+        let left = self
+            .deadline
+            .map_or(span, |deadline| span.min(deadline.saturating_since(now)));
+        let spread = Duration::try_from_secs_f64(sessions as f64 / capacity).unwrap_or(Duration::MAX);
+        Homecoming {
+            drained_at: (left <= RESTART_DRAIN_MAX).then(|| now + left),
+            spread: spread.clamp(RETURN_SPREAD_MIN, RETURN_SPREAD_MAX),
+        }
+    }
+
     /// How many of the `left` sessions may close now; they count as closed.
     pub fn take_due(&mut self, left: usize, now: Instant) -> usize {
         if self.deadline.is_some_and(|deadline| now >= deadline) {
@@ -94,9 +116,85 @@ impl Pacing {
     }
 }
 
+/// When the devices of a drained node come back: behind its restart, spread by their number and by what can be taken.
+///
+/// Their slots come on top, which are never closer than what the registry is known to answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Homecoming {
+    /// When the last session is closed. `None`: too far ahead to be waited for.
+    drained_at: Option<Instant>,
+    spread: Duration,
+}
+
+impl Homecoming {
+    /// Between which times from now a device comes back whose session is closed now.
+    #[must_use]
+    pub fn range(&self, now: Instant) -> RangeInclusive<Duration> {
+        let Some(drained_at) = self.drained_at else {
+            return Peers::None.hint_range();
+        };
+        let from = drained_at.saturating_since(now) + RESTART_TIME;
+        from..=from + self.spread
+    }
+
+    /// Everything that is left is closed now.
+    pub const fn hurry(&mut self, now: Instant) {
+        self.drained_at = Some(now);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn homecoming(sessions: usize, capacity: f64, deadline_s: u64) -> RangeInclusive<Duration> {
+        let pacing = Pacing::drain(capacity, sessions, Duration::from_secs(deadline_s), Instant::ZERO);
+        pacing
+            .homecoming(sessions, capacity, Instant::ZERO)
+            .range(Instant::ZERO)
+    }
+
+    #[test]
+    fn a_small_fleet_is_back_within_four_seconds_of_a_restart() {
+        let range = homecoming(200, 2_000.0, 25);
+
+        assert!(*range.start() >= Duration::from_millis(2_500), "{range:?}");
+        assert!(*range.end() <= Duration::from_millis(3_700), "{range:?}");
+    }
+
+    #[test]
+    fn the_return_of_a_large_fleet_is_spread_by_its_size_and_the_capacity() {
+        let range = homecoming(10_000, 1_000.0, 25);
+
+        assert_eq!(*range.end() - *range.start(), Duration::from_secs(10));
+    }
+
+    #[test]
+    fn no_device_comes_back_before_the_drain_has_ended() {
+        let pacing = Pacing::drain(1_000.0, 10_000, Duration::from_secs(25), Instant::ZERO);
+        let homecoming = pacing.homecoming(10_000, 1_000.0, Instant::ZERO);
+        let last = Instant::ZERO + Duration::from_secs(10);
+
+        for ms in [0, 5_000, 10_000] {
+            let now = Instant::ZERO + Duration::from_millis(ms);
+            assert!(now + *homecoming.range(now).start() > last, "{ms}");
+        }
+    }
+
+    #[test]
+    fn nobody_waits_for_the_end_of_a_long_drain() {
+        assert_eq!(homecoming(100_000, 10.0, 3_600), Peers::None.hint_range());
+    }
+
+    #[test]
+    fn a_hurried_drain_ends_at_once() {
+        let pacing = Pacing::drain(1.0, 20, Duration::from_secs(25), Instant::ZERO);
+        let mut homecoming = pacing.homecoming(20, 100.0, Instant::ZERO);
+
+        homecoming.hurry(Instant::ZERO);
+
+        assert_eq!(*homecoming.range(Instant::ZERO).start(), RESTART_TIME);
+    }
 
     #[test]
     fn closes_at_its_rate_and_never_in_a_burst() {

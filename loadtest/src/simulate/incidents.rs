@@ -81,7 +81,9 @@ impl World<'_> {
     fn drain(&mut self, node: u8, within: Duration) {
         let left = self.sessions_of(node);
         let at = &mut self.nodes[usize::from(node)];
-        let pacing = Pacing::drain(at.state(self.now).k_ref, left.len(), within, self.now);
+        let k_ref = at.state(self.now).k_ref;
+        let pacing = Pacing::drain(k_ref, left.len(), within, self.now);
+        at.homecoming = Some(pacing.homecoming(left.len(), k_ref, self.now));
         (at.is_out, at.drain) = (
             true,
             Some(Eviction {
@@ -108,7 +110,10 @@ impl World<'_> {
             if !self.books.is_connected(index) || self.devices.home(index) != node {
                 continue;
             }
-            let back = Hint::draw(Peers::None.hint_range(), &mut self.rng).after;
+            let between = self.nodes[place]
+                .homecoming
+                .map_or_else(|| Peers::None.hint_range(), |homecoming| homecoming.range(self.now));
+            let back = Hint::draw(between, &mut self.rng).after;
             let (id, wall) = (self.devices.id(index), self.wall_at(node));
             let admission = &mut self.nodes[place].admission;
             let hint = admission.slot_for_close(id, back, self.now, wall, &mut self.rng);

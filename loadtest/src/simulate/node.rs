@@ -8,7 +8,7 @@ use std::{
 
 use seawall_proto::{
     admission::{Admission, AdmissionConfig, AdmissionState, Batch, BatchId, Ticket},
-    drain::Pacing,
+    drain::{Homecoming, Pacing},
     id::DeviceId,
     slots::{Roster, SlotKeys},
     time::{Instant, WallTime},
@@ -78,6 +78,8 @@ pub struct Node {
     pub ledger: Ledger,
     pub eviction: Option<Eviction>,
     pub drain: Option<Eviction>,
+    /// When those come back that the drain sends away.
+    pub homecoming: Option<Homecoming>,
     /// No new connection comes here: it is dead, or drains.
     pub is_out: bool,
     /// What its wall clock is wrong by, in milliseconds.
@@ -130,6 +132,7 @@ impl Node {
             ledger: Ledger::default(),
             eviction: None,
             drain: None,
+            homecoming: None,
             is_out: false,
             clock_error_ms: 0,
             load: Load::default(),

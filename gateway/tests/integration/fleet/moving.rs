@@ -51,6 +51,21 @@ async fn drain_cancelled_while_it_is_announced_closes_nobody() {
     assert_eq!(end_of(&mut session, PATIENCE).await.1, 1012);
 }
 
+/// One thread, so that nothing runs between the cancellation and the next order.
+#[tokio::test]
+async fn drain_ordered_right_after_another_was_cancelled_is_carried_out() {
+    let gateway = Gateway::start("").await;
+    let newest = gateway.shared.events.subscribe();
+    let before = *newest.borrow();
+    gateway.shared.drain.start(order(Duration::from_secs(60))).unwrap();
+    eventually(|| *newest.borrow() > before).await;
+
+    assert!(gateway.shared.drain.cancel());
+    gateway.shared.drain.start(order(Duration::ZERO)).unwrap();
+
+    eventually(|| gateway.shared.drain.status(0).state == DrainState::Drained).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn hurried_drain_waits_for_no_balancer_and_skips_no_hint() {
     let gateway = Gateway::start("").await;
