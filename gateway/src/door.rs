@@ -17,7 +17,7 @@ use std::{
 };
 
 use futures_util::FutureExt;
-use seawall_proto::refusal::Limit;
+use seawall_proto::refusal::{Crush, Limit};
 use tokio::{
     sync::{AcquireError, OwnedSemaphorePermit, Semaphore},
     time::sleep,
@@ -236,6 +236,22 @@ impl Door {
         self.connection_shares.used() <= connections_max && self.memory.has_room()
     }
 
+    /// A head is complete.
+    pub(crate) fn note_head(&self) {
+        self.pressure.completed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// What a handshake is up against that is given up.
+    pub(crate) fn crush(&self) -> Crush {
+        let (places, aside) = self.under_way();
+        let (lasted, completed) = self.pressure.so_far();
+        Crush {
+            lasted,
+            under_way: places + aside,
+            completed,
+        }
+    }
+
     /// Handshakes that hold a place, and those that stand aside.
     fn under_way(&self) -> (usize, usize) {
         // By shares, not by permits: the listener holds a permit while nobody comes.
@@ -333,6 +349,11 @@ struct Pressure {
     since: Instant,
     /// When they last were, in milliseconds since `since`, plus one; 0: never.
     noted_at: AtomicU64,
+    /// When they first were, without a pause of [`PRESSURE_SPAN`] since, in milliseconds since `since`.
+    began_at: AtomicU64,
+    /// Complete heads, ever and when it began.
+    completed: AtomicU64,
+    completed_before: AtomicU64,
 }
 
 impl Pressure {
@@ -340,11 +361,27 @@ impl Pressure {
         Self {
             since: Instant::now(),
             noted_at: AtomicU64::new(0),
+            began_at: AtomicU64::new(0),
+            completed: AtomicU64::new(0),
+            completed_before: AtomicU64::new(0),
         }
     }
 
     fn note(&self) {
+        if !self.was_on_lately() {
+            self.began_at.store(self.now(), Ordering::Relaxed);
+            let completed = self.completed.load(Ordering::Relaxed);
+            self.completed_before.store(completed, Ordering::Relaxed);
+        }
         self.noted_at.store(self.now() + 1, Ordering::Relaxed);
+    }
+
+    /// How long it has lasted, and how many heads were complete since.
+    fn so_far(&self) -> (Duration, u64) {
+        let lasted = self.now().saturating_sub(self.began_at.load(Ordering::Relaxed));
+        let before = self.completed_before.load(Ordering::Relaxed);
+        let completed = self.completed.load(Ordering::Relaxed).saturating_sub(before);
+        (Duration::from_millis(lasted), completed)
     }
 
     fn was_on_lately(&self) -> bool {

@@ -247,7 +247,7 @@ impl Metrics {
             ),
             throttled: names.family(
                 "seawall_throttled_total",
-                "Connect attempts refused with `throttled`, by the limit that refused.",
+                "Connections refused with `throttled`, by the limit that refused; those that had sent nothing, too, which are no attempts.",
                 &[],
                 "limit",
                 &Limit::ALL.map(Limit::as_str),
@@ -334,7 +334,7 @@ impl Metrics {
                 "1 while devices wait because admission.keys_in_flight_max is too low.",
             ),
             admission_queue: names.gauge("seawall_admission_queue", "Devices waiting for a look-up."),
-            retry_hint_seconds: names.histogram("seawall_retry_hint_seconds", "Hints given to refused devices."),
+            retry_hint_seconds: names.histogram("seawall_retry_hint_seconds", "Hints given to refused devices, also to those that had sent nothing."),
             closes: names.family(
                 "seawall_closes_total",
                 "Sessions ended, by reason.",

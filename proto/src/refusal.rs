@@ -11,7 +11,10 @@ mod limit;
 use rand::Rng;
 use serde::Serialize;
 
-pub use self::{hints::Peers, limit::Limit};
+pub use self::{
+    hints::{Crush, Peers},
+    limit::Limit,
+};
 use crate::id::RuleId;
 
 /// Why a device is refused. Closed: clients, metrics and the API know these words.
@@ -322,6 +325,11 @@ impl Refusal {
     /// 503 by a limit on this address. Without a slot: priority is for devices that kept to the rules.
     pub fn throttled(limit: Limit, rng: &mut impl Rng) -> Self {
         Self::throttled_until(limit, Hint::draw(hints::THROTTLED, rng))
+    }
+
+    /// 503: its address holds too many handshakes while others wait.
+    pub fn crowded_out(crush: &Crush, rng: &mut impl Rng) -> Self {
+        Self::throttled_until(Limit::AddressHandshakes, Hint::draw(crush.hint_range(), rng))
     }
 
     /// 503 by a limit on this tenant, address, cohort or id.

@@ -102,6 +102,12 @@ impl Attempt {
         self.shared.metrics.connections.increment(outcome);
     }
 
+    /// It sent nothing, and is about to be told when to come back. No attempt, but its limit and its hint count.
+    pub(super) fn refused_silent(self, outcome: &'static str, refusal: &Refusal) {
+        self.note_refusal(refusal);
+        self.never_began(outcome);
+    }
+
     /// The device is upgraded. `cohort` is that of the authenticated device, which may be new.
     pub(super) fn admitted(mut self, cohort: Arc<Cohort>) {
         if let Some(claims) = &mut self.claims {
@@ -112,16 +118,20 @@ impl Attempt {
 
     /// The device is about to be told no.
     pub(super) fn refused(self, refusal: &Refusal) {
+        self.note_refusal(refusal);
+        if let Some(rule) = refusal.rule {
+            self.shared.rules.count_refused(rule);
+        }
+        self.count(Outcome::Refused(refusal.code));
+    }
+
+    fn note_refusal(&self, refusal: &Refusal) {
         if let Some(hint) = &refusal.hint {
             self.shared.metrics.retry_hint_seconds.record(hint.after.as_secs_f64());
         }
         if let Some(limit) = refusal.limit {
             self.shared.metrics.throttled.increment(limit.as_str());
         }
-        if let Some(rule) = refusal.rule {
-            self.shared.rules.count_refused(rule);
-        }
-        self.count(Outcome::Refused(refusal.code));
     }
 
     /// Counts the outcome in metrics, cohort and history, and logs it where somebody asked for that.

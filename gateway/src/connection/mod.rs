@@ -101,11 +101,11 @@ pub async fn serve(
         Err(NoHead::PeerGone { has_begun: true }) => return attempt.count(Outcome::Abandoned),
         Err(NoHead::PeerGone { has_begun: false }) => return attempt.never_began(silent(limit)),
         Err(NoHead::Silent(refusal)) => {
-            attempt.never_began(silent(limit));
+            attempt.refused_silent(silent(limit), &refusal);
             return answer::refuse(&shared, &door, stream, &refusal, Linger::Unread).await;
         }
         Err(NoHead::Refused(refusal)) => {
-            let refusal = limit.map_or(refusal, throttled);
+            let refusal = limit.map_or(refusal, |limit| throttled(&door, limit));
             attempt.refused(&refusal);
             return answer::refuse(&shared, &door, stream, &refusal, Linger::Unread).await;
         }
@@ -135,7 +135,7 @@ pub async fn serve(
         Err(refusal) => {
             let linger = Linger::behind(&refusal, &leftover);
             // Bounds come before the form (contract section 2): what is wrong with a request has no hint, which would slow its sender down.
-            let refusal = limit.map_or(refusal, throttled);
+            let refusal = limit.map_or(refusal, |limit| throttled(&door, limit));
             attempt.refused(&refusal);
             return if is_head {
                 answer::refuse_head(&shared, &door, stream, &refusal, linger).await
@@ -159,7 +159,7 @@ pub async fn serve(
             };
             let refusal = match turned {
                 Turned::NodeFull => Refusal::overloaded(slot()),
-                Turned::Address(limit) => throttled(limit),
+                Turned::Address(limit) => throttled(&door, limit),
             };
             attempt.refused(&refusal);
             return answer::refuse(&shared, &door, stream, &refusal, Linger::behind(&refusal, &leftover)).await;
@@ -215,8 +215,13 @@ fn leaving(shared: &Shared) -> Refusal {
 }
 
 /// What a device is told that a limit on its address refuses.
-fn throttled(limit: Limit) -> Refusal {
-    Refusal::throttled(limit, &mut rand::rng())
+fn throttled(door: &Door, limit: Limit) -> Refusal {
+    match limit {
+        Limit::AddressHandshakes => Refusal::crowded_out(&door.crush(), &mut rand::rng()),
+        Limit::AddressConnections | Limit::AddressRate | Limit::Credential => {
+            Refusal::throttled(limit, &mut rand::rng())
+        }
+    }
 }
 
 /// A connection that never sent a byte is no attempt.
@@ -274,8 +279,10 @@ async fn read_head(
             }
             match patience.look(|| stream.has_unread()) {
                 Ok(()) => {}
-                Err(Hurry::TimedOut) => break Err(limit.map_or_else(Refusal::request_timeout, throttled)),
-                Err(Hurry::MakeWay) => break Err(throttled(limit.unwrap_or(Limit::AddressHandshakes))),
+                Err(Hurry::TimedOut) => {
+                    break Err(limit.map_or_else(Refusal::request_timeout, |limit| throttled(door, limit)));
+                }
+                Err(Hurry::MakeWay) => break Err(throttled(door, limit.unwrap_or(Limit::AddressHandshakes))),
             }
         }
     };
@@ -284,7 +291,10 @@ async fn read_head(
         () = door.closing.cancelled() => return Err(NoHead::closing(shared, reader.has_begun())),
     };
     match read {
-        Ok(Ok(complete)) => Ok(complete),
+        Ok(Ok(complete)) => {
+            door.note_head();
+            Ok(complete)
+        }
         Ok(Err(HeadError::PeerGone)) => Err(NoHead::PeerGone {
             has_begun: reader.has_begun(),
         }),
