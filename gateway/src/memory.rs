@@ -463,7 +463,7 @@ mod tests {
             &root.path().join("mine"),
             &[
                 ("memory.max", "max"),
-                ("memory.current", "52428800"),
+                ("memory.current", "3145728"),
                 ("memory.stat", ""),
                 ("cgroup.procs", &me),
             ],
@@ -472,13 +472,14 @@ mod tests {
 
         let alone = Sources::of(groups.clone(), 100 * MIB, MACHINE);
         let own = |sources: &Sources, sessions| sources.measure(sessions).last().copied().flatten().unwrap();
-        assert_eq!((own(&alone, 0).used / MIB, own(&alone, 0).limit / MIB), (50, 100));
+        assert_eq!((own(&alone, 0).used / MIB, own(&alone, 0).limit / MIB), (3, 100));
         write(&root.path().join("mine"), &[("cgroup.procs", &format!("1\n{me}\n"))]);
-        assert_eq!(own(&alone, 0).used / MIB, 50, "one who comes later changes nothing");
+        assert_eq!(own(&alone, 0).used / MIB, 3, "one who comes later changes nothing");
 
         let among_others = Sources::of(groups, 100 * MIB, MACHINE);
         let usage = own(&among_others, 0);
-        assert_ne!(usage.used / MIB, 50, "others' memory is not this process's");
+        // No process that runs these tests is as small as the group says.
+        assert_ne!(usage.used / MIB, 3, "others' memory is not this process's");
         let with_devices = own(&among_others, 10_000);
         assert!(with_devices.used >= usage.used + 10_000 * SOCKET_BYTES - 10 * MIB);
     }

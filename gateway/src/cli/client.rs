@@ -44,6 +44,8 @@ pub struct Client {
     agent: Agent,
     base: String,
     token: Token,
+    /// Whether a gateway of this machine that does not listen yet is waited for.
+    awaits_start: bool,
 }
 
 /// The access token, or why there is none.
@@ -105,12 +107,22 @@ impl Client {
             token: token(common.data_dir.as_deref(), &base)?,
             agent: config.into(),
             base,
+            awaits_start: true,
         })
+    }
+
+    /// The same client for a check of what is there now: it waits for nobody.
+    #[must_use]
+    pub fn without_waiting(self) -> Self {
+        Self {
+            awaits_start: false,
+            ..self
+        }
     }
 
     /// Waits until a gateway on this machine listens, for at most 3 s. Elsewhere a refused connection is final.
     fn await_start(&self) {
-        let Some(address) = loopback_address(&self.base) else {
+        let Some(address) = loopback_address(&self.base).filter(|_| self.awaits_start) else {
             return;
         };
         let end = Instant::now() + START_WAIT_MAX;
@@ -499,6 +511,7 @@ mod tests {
             agent: Agent::new_with_defaults(),
             base: format!("http://{address}"),
             token: Token::Missing(String::new()),
+            awaits_start: true,
         };
 
         let starts_late = std::thread::spawn(move || {

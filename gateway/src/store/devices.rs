@@ -445,6 +445,7 @@ mod tests {
         for schema in [
             include_str!("../../../migrations/sqlite/0001_registry.sql"),
             include_str!("../../../migrations/sqlite/0003_device_lists.sql"),
+            include_str!("../../../migrations/sqlite/0005_external_ids.sql"),
         ] {
             sqlx::raw_sql(schema).execute(&mut database).await.unwrap();
         }
