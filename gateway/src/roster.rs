@@ -21,7 +21,6 @@ use crate::{
     data_dir::{read_bounded, write_atomically},
     registry,
     state::{Shared, State},
-    store::DatabaseStatus,
 };
 
 /// The file, in the data directory: eight bytes a device. It is good for any node of the same registry.
@@ -196,8 +195,7 @@ async fn quiet(state: &State) {
     let begun = Instant::now();
     loop {
         let admission = state.gate.state();
-        let is_there =
-            admission.breaker == BreakerState::Closed && state.store.state().status == DatabaseStatus::Available;
+        let is_there = admission.breaker == BreakerState::Closed && state.store.state().status.is_answering();
         let is_turn_of_blind = begun.elapsed() >= BLIND_PAGE_INTERVAL && is_blind(&state.gate.roster(), age(state));
         if is_there && (admission.has_time_to_spare() || is_turn_of_blind) {
             return;

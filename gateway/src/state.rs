@@ -151,8 +151,13 @@ impl State {
             reasons.push("draining");
         }
         let ready = reasons.is_empty();
-        if had_contact && self.store.state().status == DatabaseStatus::Away {
-            reasons.push("database_unavailable");
+        match self.store.state().status {
+            DatabaseStatus::Away if had_contact => reasons.push("database_unavailable"),
+            DatabaseStatus::ReadOnly => reasons.push("database_read_only"),
+            DatabaseStatus::Starting | DatabaseStatus::Available | DatabaseStatus::Away => {}
+        }
+        if self.store.scarce_connections().is_some() {
+            reasons.push("database_connections_scarce");
         }
         let lasting = Fault::ALL.into_iter().filter(|fault| self.faults.is_on(*fault));
         reasons.extend(

@@ -215,7 +215,18 @@ fn database(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
         ));
     }
     match serve::runtime()?.block_on(Store::probe(&url)) {
-        Ok(()) => findings.fine(format!("database: {url} answers")),
+        Ok(probe) => {
+            findings.fine(format!("database: {url} answers"));
+            if probe.is_read_only {
+                findings.wrong("database: it is read-only: point the gateway at the primary");
+            }
+            if probe.is_pooled {
+                findings.notice(
+                    "database: a pooler in between does not pass start-up options on: each statement runs in a transaction \
+                     of its own, which takes three round trips more. Connect past it, or let `options` through in session mode",
+                );
+            }
+        }
         Err(error) => findings.wrong(error.to_string()),
     }
     Ok(())
@@ -283,10 +294,15 @@ fn token_holder(node: &Value, findings: &mut Findings) {
         ));
     }
     let state = table::at(node, "database.state");
+    let reason = table::at(node, "database.reason");
     if !matches!(state.as_str(), "available" | "-") {
         findings.wrong(format!(
-            "database: the gateway says it is {state} since {}",
+            "database: the gateway says it is {state} since {}: {reason}",
             table::at(node, "database.since")
+        ));
+    } else if reason != "-" {
+        findings.wrong(format!(
+            "database: {reason}: raise the limit, look-ups go first until then"
         ));
     }
     let plan = table::at(node, "database.plan");

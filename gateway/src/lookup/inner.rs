@@ -314,7 +314,9 @@ impl Inner {
         loop {
             match found.borrow_and_update().status {
                 DatabaseStatus::Starting => {}
-                DatabaseStatus::Available => self.tell(|admission, _| admission.handle_registry_said_there()),
+                DatabaseStatus::Available | DatabaseStatus::ReadOnly => {
+                    self.tell(|admission, _| admission.handle_registry_said_there())
+                }
                 DatabaseStatus::Away => self.tell(Admission::handle_registry_said_away),
             }
             if found.changed().await.is_err() {

@@ -82,11 +82,11 @@ pub struct AdmissionView {
 /// The database.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct DatabaseView {
-    /// `starting`, `available` or `away`.
+    /// `starting`, `available`, `read_only` (look-ups are answered, nothing can be changed) or `away`.
     state: &'static str,
     /// RFC 3339.
     since: String,
-    /// Why it is away, or what is wrong with it while it answers.
+    /// Why it is not available, or what is wrong with it while it answers.
     reason: Option<String>,
     /// `indexed`, what is wrong with the plan of a statement of the connect path, or null before the first look at it.
     plan: Option<String>,
@@ -163,7 +163,10 @@ impl Node {
             database: DatabaseView {
                 state: database.status.as_str(),
                 since: format_time(database.since),
-                reason: database.reason.or_else(|| trouble(gateway)),
+                reason: database
+                    .reason
+                    .or_else(|| trouble(gateway))
+                    .or_else(|| gateway.store.scarce_connections()),
                 plan: gateway.plan.get().map(|report| match report {
                     PlanReport::Indexed => "indexed".to_owned(),
                     PlanReport::Alarm(what) => what,

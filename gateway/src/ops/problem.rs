@@ -267,6 +267,8 @@ impl From<StoreError> for Problem {
                 "the database did not answer in time: whether the change was made is not known",
             ),
             StoreError::Unavailable { .. }
+            | StoreError::NoConnectionFree(_)
+            | StoreError::ReadOnlyServer
             | StoreError::Busy
             | StoreError::Locked(_)
             | StoreError::DiskFull(_)

@@ -10,7 +10,7 @@ use super::Case;
 use crate::{
     registry,
     state::{Shared, State},
-    store::{DatabaseStatus, LookupWorker},
+    store::LookupWorker,
 };
 
 /// Looks them up, one at a time, until `stop`. At most one key is in flight beside those of admission, and only while nobody waits
@@ -38,9 +38,7 @@ pub async fn drill(state: Shared, stop: CancellationToken) {
 
 fn is_idle(state: &State) -> bool {
     let admission = state.gate.state();
-    admission.queue == 0
-        && admission.breaker == BreakerState::Closed
-        && state.store.state().status == DatabaseStatus::Available
+    admission.queue == 0 && admission.breaker == BreakerState::Closed && state.store.state().status.is_answering()
 }
 
 async fn look_up(state: &State, worker: &mut LookupWorker, case: &Case) {

@@ -3,15 +3,17 @@
 //! A [`Connection`] is owned by whoever uses it. Dropping it closes it: that is what happens to a call that is
 //! cancelled or takes too long, so that no half-done query or transaction can ever be handed to the next caller.
 
+use std::sync::Arc;
+
 use seawall_proto::id::{DeviceId, Label, SecretHash};
 use sqlx::{
-    Arguments, Connection as _, Executor, PgConnection, Row as _, SqliteConnection,
-    postgres::{PgArguments, PgConnectOptions, PgRow},
+    Arguments, AssertSqlSafe, Connection as _, Executor, PgConnection, Row as _, SqliteConnection,
+    postgres::{PgArguments, PgRow},
     sqlite::{SqliteArguments, SqliteRow},
 };
 use uuid::Uuid;
 
-use super::{error::StoreError, sqlite::Opening};
+use super::{error::StoreError, postgres::Server, sqlite::Opening};
 
 /// A statement in the words of each database. Both take `$1`, `$2`, ….
 #[derive(Clone, Copy, Debug)]
@@ -72,20 +74,31 @@ impl From<i64> for Value<'_> {
     }
 }
 
+/// In SQLite, a transaction takes the write lock at once: one that reads first could otherwise fail half way.
+const BEGIN: Sql = Sql {
+    sqlite: "BEGIN IMMEDIATE",
+    postgres: "BEGIN",
+};
+const COMMIT: Sql = Sql::both("COMMIT");
+const ROLLBACK: Sql = Sql::both("ROLLBACK");
+
 /// How to make a connection.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) enum Connector {
     Sqlite(Opening),
-    Postgres(Box<PgConnectOptions>),
+    Postgres(Box<Server>),
 }
 
 impl Connector {
+    /// A new connection, or an error within the time that one may take: in PostgreSQL. SQLite waits for locks, as long as its busy timeout
+    /// says.
+    ///
     /// # Errors
-    /// The database can't be reached or opened. The caller bounds the time.
+    /// The database can't be reached or opened.
     pub async fn connect(&self) -> Result<Connection, StoreError> {
         Ok(match self {
             Self::Sqlite(opening) => Connection::Sqlite(opening.connect().await?),
-            Self::Postgres(options) => Connection::Postgres(PgConnection::connect_with(options).await?),
+            Self::Postgres(server) => Connection::Postgres(server.connect().await?),
         })
     }
 }
@@ -114,7 +127,61 @@ impl Connector {
 #[derive(Debug)]
 pub(super) enum Connection {
     Sqlite(SqliteConnection),
-    Postgres(PgConnection),
+    Postgres(Postgres),
+}
+
+/// A connection to PostgreSQL.
+#[derive(Debug)]
+pub(super) struct Postgres {
+    pub connection: PgConnection,
+    /// What begins a transaction behind a pooler: there every statement needs one. A pooler may hand each transaction to another
+    /// connection of its own, with other settings and with prepared statements of other clients. `None`: the server was reached itself.
+    pub pooled: Option<Arc<str>>,
+    is_in_transaction: bool,
+}
+
+impl Postgres {
+    pub const fn new(connection: PgConnection, pooled: Option<Arc<str>>) -> Self {
+        Self {
+            connection,
+            pooled,
+            is_in_transaction: false,
+        }
+    }
+
+    /// Begins a transaction for one statement, if it needs one. Whether it did.
+    async fn enter(&mut self) -> Result<bool, sqlx::Error> {
+        let Some(begin) = self.pooled.as_ref().filter(|_| !self.is_in_transaction) else {
+            return Ok(false);
+        };
+        // The settings of the purpose, and no value of anybody's.
+        let begin = sqlx::raw_sql(AssertSqlSafe(Arc::clone(begin)));
+        self.connection.execute(begin).await?;
+        Ok(true)
+    }
+
+    async fn leave(&mut self, was_entered: bool) -> Result<(), sqlx::Error> {
+        if was_entered {
+            self.connection.execute(sqlx::raw_sql(COMMIT.postgres)).await?;
+        }
+        Ok(())
+    }
+
+    async fn all(&mut self, sql: &'static str, arguments: PgArguments) -> Result<Vec<PgRow>, sqlx::Error> {
+        let was_entered = self.enter().await?;
+        let query = sqlx::query_with(sql, arguments).persistent(self.pooled.is_none());
+        let rows = query.fetch_all(&mut self.connection).await?;
+        self.leave(was_entered).await?;
+        Ok(rows)
+    }
+
+    async fn run(&mut self, sql: &'static str, arguments: PgArguments) -> Result<u64, sqlx::Error> {
+        let was_entered = self.enter().await?;
+        let query = sqlx::query_with(sql, arguments).persistent(self.pooled.is_none());
+        let done = query.execute(&mut self.connection).await?;
+        self.leave(was_entered).await?;
+        Ok(done.rows_affected())
+    }
 }
 
 impl Connection {
@@ -125,9 +192,9 @@ impl Connection {
                 let rows = sqlx::query_with(sql.sqlite, sqlite_arguments(values)?).fetch_all(connection);
                 rows.await?.into_iter().map(Row::Sqlite).collect()
             }
-            Self::Postgres(connection) => {
-                let rows = sqlx::query_with(sql.postgres, postgres_arguments(values)?).fetch_all(connection);
-                rows.await?.into_iter().map(Row::Postgres).collect()
+            Self::Postgres(postgres) => {
+                let rows = postgres.all(sql.postgres, postgres_arguments(values)?).await?;
+                rows.into_iter().map(Row::Postgres).collect()
             }
         })
     }
@@ -144,20 +211,61 @@ impl Connection {
                 let done = sqlx::query_with(sql.sqlite, sqlite_arguments(values)?).execute(connection);
                 done.await?.rows_affected()
             }
-            Self::Postgres(connection) => {
-                let done = sqlx::query_with(sql.postgres, postgres_arguments(values)?).execute(connection);
-                done.await?.rows_affected()
-            }
+            Self::Postgres(postgres) => postgres.run(sql.postgres, postgres_arguments(values)?).await?,
         })
     }
 
-    /// Runs text without arguments, unprepared: `BEGIN`, `COMMIT`, set-up.
+    /// Runs text without arguments, unprepared. Behind a pooler only in a transaction.
     pub async fn control(&mut self, sql: Sql) -> Result<(), StoreError> {
         match self {
             Self::Sqlite(connection) => connection.execute(sqlx::raw_sql(sql.sqlite)).await.map(drop)?,
-            Self::Postgres(connection) => connection.execute(sqlx::raw_sql(sql.postgres)).await.map(drop)?,
+            Self::Postgres(postgres) => {
+                let sql = sqlx::raw_sql(sql.postgres);
+                postgres.connection.execute(sql).await.map(drop)?;
+            }
         }
         Ok(())
+    }
+
+    /// Begins a transaction, unless one is open.
+    pub async fn begin(&mut self) -> Result<(), StoreError> {
+        if let Self::Postgres(postgres) = self {
+            if postgres.is_in_transaction {
+                return Ok(());
+            }
+            if !postgres.enter().await? {
+                self.control(BEGIN).await?;
+            }
+            self.set_in_transaction(true);
+            return Ok(());
+        }
+        self.control(BEGIN).await
+    }
+
+    pub async fn commit(&mut self) -> Result<(), StoreError> {
+        self.control(COMMIT).await?;
+        self.set_in_transaction(false);
+        Ok(())
+    }
+
+    pub async fn rollback(&mut self) -> Result<(), StoreError> {
+        self.control(ROLLBACK).await?;
+        self.set_in_transaction(false);
+        Ok(())
+    }
+
+    const fn set_in_transaction(&mut self, is: bool) {
+        if let Self::Postgres(postgres) = self {
+            postgres.is_in_transaction = is;
+        }
+    }
+
+    /// Whether what one statement leaves behind (a temporary table) may be missing in the next one, outside a transaction.
+    pub const fn is_pooled(&self) -> bool {
+        match self {
+            Self::Sqlite(_) => false,
+            Self::Postgres(postgres) => postgres.pooled.is_some(),
+        }
     }
 
     /// # Errors
@@ -165,7 +273,7 @@ impl Connection {
     pub async fn ping(&mut self) -> Result<(), StoreError> {
         match self {
             Self::Sqlite(connection) => connection.ping().await?,
-            Self::Postgres(connection) => connection.ping().await?,
+            Self::Postgres(postgres) => postgres.connection.ping().await?,
         }
         Ok(())
     }

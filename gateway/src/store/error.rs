@@ -15,6 +15,12 @@ pub enum StoreError {
     /// The database can't be reached, or refuses connections for now. The text is all that is known.
     #[error("the database is away: {0}")]
     Unavailable(String),
+    /// The server takes no more connections, of this role or of anybody.
+    #[error("the database has no connection to spare: {0}")]
+    NoConnectionFree(String),
+    /// A standby, or a server that takes no writes for another reason.
+    #[error("the database is read-only: point the gateway at the primary")]
+    ReadOnlyServer,
     /// No answer in the time the caller gave. Whether a write was done is not known.
     #[error("the database did not answer in time")]
     TimedOut,
@@ -80,7 +86,13 @@ impl StoreError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Open { error, .. } => error.is_retryable(),
-            Self::Unavailable(_) | Self::TimedOut | Self::Busy | Self::Locked(_) | Self::DiskFull(_) => true,
+            Self::Unavailable(_)
+            | Self::NoConnectionFree(_)
+            | Self::ReadOnlyServer
+            | Self::TimedOut
+            | Self::Busy
+            | Self::Locked(_)
+            | Self::DiskFull(_) => true,
             Self::Unreadable(_)
             | Self::ReadOnly(_)
             | Self::NotADatabase(_)
@@ -134,6 +146,8 @@ impl StoreError {
             | Self::Unexpected(_) => Some(Trouble::Refuses),
             Self::FileChanged(_) => Some(Trouble::FileChanged),
             Self::Undecodable(_) | Self::Corrupt { .. } => Some(Trouble::Unreadable),
+            // Both have reasons of their own.
+            Self::NoConnectionFree(_) | Self::ReadOnlyServer => None,
             Self::Unavailable(_)
             | Self::TimedOut
             | Self::Busy
@@ -159,12 +173,13 @@ impl StoreError {
         match self {
             Self::Open { error, .. } => error.metric_label(),
             Self::Unavailable(_) => "unavailable",
+            Self::NoConnectionFree(_) => "no_connection_free",
             Self::TimedOut => "timed_out",
             Self::Busy => "busy",
             Self::Locked(_) => "locked",
             Self::DiskFull(_) => "disk_full",
             Self::Unreadable(_) => "unreadable",
-            Self::ReadOnly(_) => "read_only",
+            Self::ReadOnly(_) | Self::ReadOnlyServer => "read_only",
             Self::NotADatabase(_) => "not_a_database",
             Self::Damaged(_) => "damaged",
             Self::Invalid(_) => "invalid",
@@ -181,15 +196,25 @@ impl StoreError {
 
 /// The error with its causes, each said once.
 pub(super) fn in_one_line(error: &StoreError) -> String {
-    let causes = std::iter::successors(error.source(), |cause| (*cause).source());
-    causes.fold(error.to_string(), |text, cause| {
-        let cause = cause.to_string();
-        if text.contains(&cause) {
-            text
-        } else {
-            format!("{text}: {cause}")
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let driver = error.downcast_ref::<sqlx::Error>();
+        let words = driver.map_or_else(|| error.to_string(), said);
+        if !text.contains(&words) {
+            text = format!("{text}: {words}");
         }
-    })
+        // What the driver's error rests on repeats its words.
+        cause = error.source().filter(|_| driver.is_none());
+    }
+    text
+}
+
+/// A database's own words. The driver adds a line number of the server's source code, which helps nobody here.
+fn said(error: &sqlx::Error) -> String {
+    error
+        .as_database_error()
+        .map_or_else(|| error.to_string(), |error| error.message().to_owned())
 }
 
 impl From<sqlx::Error> for StoreError {
@@ -232,7 +257,7 @@ impl From<MigrateError> for StoreError {
         if let MigrateError::Execute(cause) | MigrateError::ExecuteMigration(cause, _) = error {
             let error = Self::from(cause);
             if let Self::Unexpected(cause) = error {
-                return Self::Migration(cause.to_string());
+                return Self::Migration(said(&cause));
             }
             if let Self::Unusable(cause) = error {
                 return Self::Migration(cause);
@@ -270,7 +295,8 @@ fn from_postgres(code: &str, message: String, error: sqlx::Error) -> StoreError 
         "57014" => StoreError::TimedOut,
         "55P03" | "40001" | "40P01" => StoreError::Locked(error),
         "53100" => StoreError::DiskFull(error),
-        "25006" => StoreError::Unavailable("it is read-only: point the gateway at the primary".into()),
+        "25006" => StoreError::ReadOnlyServer,
+        "53300" => StoreError::NoConnectionFree(message),
         "3D000" => StoreError::Unavailable(format!("{message}: create it")),
         "42P01" | "42703" => StoreError::Unusable(format!(
             "{message}: the migrations have not run, or somebody changed the schema"

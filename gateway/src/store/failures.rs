@@ -56,18 +56,6 @@ impl Operation {
     }
 }
 
-impl Operation {
-    /// Done in no time and polled all the time, with 2 s for it: where one times out, the database answers nobody, or as good as nobody.
-    /// Others may take long because of what was asked, or because another of their kind goes first.
-    #[must_use]
-    pub const fn is_quick(self) -> bool {
-        match self {
-            Self::Rules | Self::Revocations => true,
-            Self::Lookup | Self::Read | Self::Write | Self::Import | Self::Plan => false,
-        }
-    }
-}
-
 /// What failed calls are a sign of, as far as it does not end by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {

@@ -1,22 +1,22 @@
 //! Whether the database answers, since when, and whether it was ever ready.
 
-use std::time::SystemTime;
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::SystemTime,
+};
 
 use seawall_proto::time::WallTime;
 use tokio::sync::watch;
 
-use super::{
-    error::{StoreError, in_one_line},
-    failures::Operation,
-};
+use super::error::{StoreError, in_one_line};
 
-/// What is known of the database, from the calls made to it (look-ups aside: those have their breaker, which heeds this).
+/// What is known of the database, from the polls (look-ups have their breaker, which follows this).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DatabaseState {
     pub status: DatabaseStatus,
     /// When `status` was reached.
     pub since: WallTime,
-    /// Why it is away: for operators, without a password.
+    /// Why it is not available: for operators, without a password.
     pub reason: Option<String>,
 }
 
@@ -25,6 +25,8 @@ pub enum DatabaseStatus {
     /// Not reached yet since the start.
     Starting,
     Available,
+    /// It answers, and takes no writes: a standby, most likely.
+    ReadOnly,
     Away,
 }
 
@@ -34,7 +36,17 @@ impl DatabaseStatus {
         match self {
             Self::Starting => "starting",
             Self::Available => "available",
+            Self::ReadOnly => "read_only",
             Self::Away => "away",
+        }
+    }
+
+    /// Whether reads are answered.
+    #[must_use]
+    pub const fn is_answering(self) -> bool {
+        match self {
+            Self::Available | Self::ReadOnly => true,
+            Self::Starting | Self::Away => false,
         }
     }
 }
@@ -43,6 +55,8 @@ impl DatabaseStatus {
 pub(super) struct Health {
     ready: watch::Sender<bool>,
     state: watch::Sender<DatabaseState>,
+    /// As the last answered poll said.
+    is_read_only: AtomicBool,
 }
 
 impl Health {
@@ -54,6 +68,7 @@ impl Health {
                 since: now(),
                 reason: None,
             }),
+            is_read_only: AtomicBool::new(false),
         }
     }
 
@@ -81,27 +96,46 @@ impl Health {
         self.ready.send_replace(true);
     }
 
-    /// Takes note of a call's outcome. Only an answer that never came counts against the database, and one that took too long only
-    /// where it never does while all is well: devices are refused by this.
-    pub fn observe<T>(&self, operation: Operation, outcome: &Result<T, StoreError>) {
+    /// Takes note of a poll's outcome. Only an answer that never came counts against the database: devices are refused by this. Until it
+    /// is ready, what is still missing at the start says more.
+    pub fn observe<T>(&self, outcome: &Result<T, StoreError>) {
         match outcome {
-            Ok(_) if self.is_ready() => self.set_available(),
-            Err(StoreError::TimedOut) if !operation.is_quick() => {}
+            _ if !self.is_ready() => {}
+            Ok(_) => self.set_available(),
             Err(error) if error.is_away() => self.set_away(error),
-            Ok(_) | Err(_) => {}
+            Err(_) => {}
+        }
+    }
+
+    /// Takes note of whether the server takes writes.
+    pub fn set_read_only(&self, is_read_only: bool) {
+        let was = self.is_read_only.swap(is_read_only, Ordering::Relaxed);
+        if was != is_read_only && self.is_ready() {
+            self.set_available();
         }
     }
 
     fn set_available(&self) {
+        let is_read_only = self.is_read_only.load(Ordering::Relaxed);
+        let status = if is_read_only {
+            DatabaseStatus::ReadOnly
+        } else {
+            DatabaseStatus::Available
+        };
+        let reason = is_read_only.then(|| StoreError::ReadOnlyServer.to_string());
         self.state.send_if_modified(|state| {
-            if state.status == DatabaseStatus::Available {
+            if state.status == status {
                 return false;
             }
-            tracing::info!(from = state.status.as_str(), "database is available");
+            let from = state.status.as_str();
+            match &reason {
+                Some(reason) => tracing::warn!(from, reason, "database is read-only"),
+                None => tracing::info!(from, "database is available"),
+            }
             *state = DatabaseState {
-                status: DatabaseStatus::Available,
+                status,
                 since: now(),
-                reason: None,
+                reason: reason.clone(),
             };
             true
         });
@@ -113,7 +147,7 @@ impl Health {
         self.state.send_modify(|state| {
             let status = match state.status {
                 DatabaseStatus::Starting => DatabaseStatus::Starting,
-                DatabaseStatus::Available | DatabaseStatus::Away => DatabaseStatus::Away,
+                DatabaseStatus::Available | DatabaseStatus::ReadOnly | DatabaseStatus::Away => DatabaseStatus::Away,
             };
             if state.status != status {
                 state.since = now();
@@ -148,21 +182,52 @@ mod tests {
     }
 
     #[test]
-    fn calls_that_may_take_long_do_not_call_a_slow_database_away() {
+    fn read_only_server_answers_and_its_state_outlasts_an_outage() {
         let health = available();
 
-        for operation in Operation::ALL {
-            health.observe(operation, &TIMED_OUT);
-            let is_away = health.state().status == DatabaseStatus::Away;
-            assert_eq!(is_away, operation.is_quick(), "{operation:?}");
-            health.observe(operation, &Ok(()));
+        health.set_read_only(true);
+        health.observe(&Ok(()));
+        assert_eq!(health.state().status, DatabaseStatus::ReadOnly);
+        assert!(health.state().reason.is_some_and(|reason| reason.contains("read-only")));
+        health.observe(&TIMED_OUT);
+        assert_eq!(health.state().status, DatabaseStatus::Away);
+        health.observe(&Ok(()));
+        assert_eq!(health.state().status, DatabaseStatus::ReadOnly);
+        health.set_read_only(false);
+
+        assert_eq!(health.state().status, DatabaseStatus::Available);
+    }
+
+    #[test]
+    fn shortage_of_connections_and_a_refused_write_do_not_call_the_database_away() {
+        let health = available();
+
+        for error in [
+            StoreError::NoConnectionFree("too many".into()),
+            StoreError::ReadOnlyServer,
+            StoreError::Unusable("no".into()),
+        ] {
+            health.observe(&Err::<(), _>(error));
         }
 
-        health.observe(
-            Operation::Read,
-            &Err::<(), _>(StoreError::Unavailable("refused".into())),
+        assert_eq!(health.state().status, DatabaseStatus::Available);
+    }
+
+    #[test]
+    fn polls_before_the_schema_is_there_do_not_hide_what_is_missing() {
+        let health = Health::new();
+        health.set_away(&StoreError::Unusable("permission denied for schema public".into()));
+
+        health.observe(&Err::<(), _>(StoreError::Unavailable(
+            "the migrations have not run yet".into(),
+        )));
+
+        assert!(
+            health
+                .state()
+                .reason
+                .is_some_and(|reason| reason.contains("schema public"))
         );
-        assert_eq!(health.state().status, DatabaseStatus::Away);
     }
 
     #[test]
@@ -172,14 +237,14 @@ mod tests {
         told.mark_unchanged();
 
         for _ in 0..2 {
-            health.observe(Operation::Rules, &TIMED_OUT);
+            health.observe(&TIMED_OUT);
             assert!(told.has_changed().unwrap());
             told.mark_unchanged();
         }
-        health.observe(Operation::Rules, &Ok(()));
+        health.observe(&Ok(()));
         assert!(told.has_changed().unwrap());
         told.mark_unchanged();
-        health.observe(Operation::Rules, &Ok(()));
+        health.observe(&Ok(()));
 
         assert!(!told.has_changed().unwrap());
     }

@@ -12,10 +12,10 @@ use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 use super::{
     Store,
     audit::{self, Change},
-    connection::{Connection, Connector, Sql, Value},
+    connection::{Connection, Sql, Value},
     error::StoreError,
     failures::{Failures, Operation},
-    lane,
+    lane::{Held, Lane},
     model::{Audit, DEFAULT_TENANT, to_ms},
     revocations,
 };
@@ -157,22 +157,19 @@ const KEEP_OTHERS: Sql = Sql::both(
      (SELECT 1 FROM devices AS d WHERE d.id = import_rows.id AND d.secret_sha256 <> import_rows.secret_sha256)",
 );
 
-const BEGIN: Sql = Sql {
-    sqlite: "BEGIN IMMEDIATE",
-    postgres: "BEGIN",
-};
-const COMMIT: Sql = Sql::both("COMMIT");
+/// A pooler would keep the table.
+const DROP: Sql = Sql::both("DROP TABLE import_rows");
 
 /// An import under way. Push every line, then finish; dropping it takes nothing.
 #[derive(Debug)]
 pub struct Import {
     /// Absent after an error: an import that has failed can't go on.
-    connection: Option<Connection>,
+    connection: Option<Held>,
     on_other_credential: OnOtherCredential,
     lines: u64,
     collected: u64,
     report: ImportReport,
-    connector: Connector,
+    lane: Arc<Lane>,
     failures: Arc<Failures>,
     _permit: OwnedSemaphorePermit,
 }
@@ -189,14 +186,18 @@ impl Store {
         let connection = self
             .bounded(Operation::Import, async {
                 self.imports().check_writable()?;
-                let mut connection = lane::connect(self.imports()).await?;
-                connection.control(CREATE).await?;
-                Ok(connection)
+                let mut held = self.imports().take().await?;
+                if held.is_pooled() {
+                    // The temporary table is there only in one server connection: one transaction keeps it.
+                    held.begin().await?;
+                }
+                held.control(CREATE).await?;
+                Ok(held)
             })
             .await?;
         Ok(Import {
             connection: Some(connection),
-            connector: self.imports().clone(),
+            lane: Arc::clone(self.imports()),
             on_other_credential,
             lines: 0,
             collected: 0,
@@ -261,7 +262,7 @@ impl Import {
     async fn move_rows(&mut self, connection: &mut Connection, audit: &Audit) -> Result<(), StoreError> {
         let at = Value::from(to_ms(audit.at));
         connection.control(ANALYZE).await?;
-        connection.control(BEGIN).await?;
+        connection.begin().await?;
         // Added first: then every id of the file is there, and nobody can add one with another credential before the comparison.
         if self.report.bad == 0 {
             self.report.added = connection.run(ADD, &[at, Value::from(DEFAULT_TENANT)]).await?;
@@ -295,8 +296,11 @@ impl Import {
         if self.report.updated > 0 {
             revocations::revoke_imported(connection, self.report.updated, audit.at).await?;
         }
-        self.connector.check_writable()?;
-        connection.control(COMMIT).await
+        self.lane.check_writable()?;
+        if connection.is_pooled() {
+            connection.control(DROP).await?;
+        }
+        connection.commit().await
     }
 
     async fn refuse_others(&mut self, connection: &mut Connection) -> Result<(), StoreError> {

@@ -1,85 +1,158 @@
 //! A lane: a few connections for one purpose, so that no purpose can starve another.
 //!
-//! This is not a general pool. A caller takes a connection out, owns it, and gives it back only when its work went
-//! well; whatever is dropped on the way (an error, a cancelled request, a deadline) is closed: at most `connections_max`
+//! This is not a general pool (ADR 0009 says why). A caller takes a connection out, owns it, and gives it back only when its work went
+//! well; whatever is dropped on the way (an error, a cancelled request, a deadline) is closed. At most `connections_max`
 //! connections are in use, at most as many are idle. SQLite's work goes on after that until the disk has answered; how many such
-//! connections there can be is bounded where they are opened.
+//! connections there can be is bounded where they are opened. Start with [`Lane::take`].
 
 use std::{
+    future::Future,
     ops::{Deref, DerefMut},
-    sync::{Arc, Mutex, PoisonError},
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::timeout,
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    time::{sleep, timeout},
 };
+use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    connection::{Connection, Connector, Sql},
+    connection::{Connection, Connector},
     error::StoreError,
 };
 
-/// Longest wait for a free connection of a lane. Then the caller gets [`StoreError::Busy`].
+/// Maximum wait for a free connection of a lane. Then the caller gets [`StoreError::Busy`].
 const TAKE_MAX: Duration = Duration::from_secs(2);
-/// Longest wait for a new connection to answer.
-pub(super) const CONNECT_MAX: Duration = Duration::from_secs(1);
 /// A connection that was idle for longer is asked whether it is alive before it is used: the server may have restarted.
 const IDLE_TRUSTED: Duration = Duration::from_secs(1);
-/// Longest wait for that answer. Then the connection is closed and a new one is made.
+/// Maximum wait for that answer. Then the connection is closed and a new one is made.
 const PING_MAX: Duration = Duration::from_millis(500);
 
-/// In SQLite, a transaction takes the write lock at once: one that reads first could otherwise fail half way.
-const BEGIN: Sql = Sql {
-    sqlite: "BEGIN IMMEDIATE",
-    postgres: "BEGIN",
-};
-const COMMIT: Sql = Sql::both("COMMIT");
-const ROLLBACK: Sql = Sql::both("ROLLBACK");
+/// Time after the server's last refusal for want of connections during which they count as scarce.
+const SCARCE_FOR: Duration = Duration::from_secs(10);
+/// Minimum time between two connections that busy look-ups leave to the other lanes while connections are scarce.
+const CONCESSION_INTERVAL: Duration = Duration::from_secs(1);
+/// Time for the server to notice that an idle connection was closed to make room.
+const ROOM_WAIT: Duration = Duration::from_millis(50);
+/// Time between two attempts to connect where nothing could be closed to make room.
+const SCARCE_RETRY: Duration = Duration::from_millis(200);
+
+/// What a lane is for: decides who goes first while connections are scarce.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rank {
+    /// Looks devices up: keeps what it has.
+    Lookups,
+    /// Everything else: keeps nothing idle while connections are scarce.
+    Others,
+}
+
+impl Rank {
+    /// Maximum wait for a connection that the server refuses for want of them. A look-up has a second in all.
+    const fn scarce_wait_max(self) -> Duration {
+        match self {
+            Self::Lookups => Duration::from_millis(500),
+            Self::Others => Duration::from_millis(1_500),
+        }
+    }
+}
 
 #[derive(Debug)]
 pub(super) struct Lane {
-    connector: Connector,
+    connector: Arc<Connector>,
+    rank: Rank,
     slots: Arc<Semaphore>,
     idle: Mutex<Vec<(Connection, Instant)>>,
+    /// Connections that are still being made although their callers could wait no longer: the next ones get them. So a server that is
+    /// far away is reached in the end.
+    dials: Mutex<Vec<Dial>>,
+    /// One connection was given back.
+    returned: Notify,
+    scarcity: Arc<Scarcity>,
 }
 
+type Dial = AbortOnDropHandle<(Result<Connection, StoreError>, Instant)>;
+
 impl Lane {
-    pub fn new(connector: Connector, connections_max: usize) -> Arc<Self> {
-        Arc::new(Self {
-            connector,
+    pub fn new(
+        connector: impl Into<Arc<Connector>>,
+        rank: Rank,
+        connections_max: usize,
+        scarcity: &Arc<Scarcity>,
+    ) -> Arc<Self> {
+        let lane = Arc::new(Self {
+            connector: connector.into(),
+            rank,
             slots: Arc::new(Semaphore::new(connections_max)),
             idle: Mutex::new(Vec::with_capacity(connections_max)),
-        })
+            dials: Mutex::default(),
+            returned: Notify::new(),
+            scarcity: Arc::clone(scarcity),
+        });
+        scarcity.join(&lane);
+        lane
     }
 
-    /// A connection that is alive, as far as can be known.
+    /// A connection that is alive, as far as can be known; one for look-ups is not asked for a sign of life, which would cost as much as a
+    /// look-up: see [`Held::is_reused`].
     ///
     /// # Cancel safety
-    /// A connection being tried when the future is dropped is closed.
+    /// A connection that is being made when the future is dropped is there for the next caller.
     pub async fn take(self: &Arc<Self>) -> Result<Held, StoreError> {
         let permit = match timeout(TAKE_MAX, Arc::clone(&self.slots).acquire_owned()).await {
             Ok(Ok(permit)) => permit,
             Ok(Err(_)) | Err(_) => return Err(StoreError::Busy),
         };
         let is_passing = self.connector.is_passing();
-        let connection = match self.take_idle().await {
-            Some(connection) => connection,
-            None => connect(&self.connector).await?,
-        };
+        let (connection, is_reused) = self.connection().await?;
         Ok(Held {
             connection,
             is_passing,
+            is_reused,
             lane: Arc::clone(self),
             _permit: permit,
         })
     }
 
+    /// The flag says that the connection was used before.
+    async fn connection(&self) -> Result<(Connection, bool), StoreError> {
+        let give_up_at = Instant::now() + self.rank.scarce_wait_max();
+        loop {
+            if let Some(connection) = self.take_idle().await {
+                return Ok((connection, true));
+            }
+            let detail = match self.dial().await {
+                Ok(connection) => return Ok((connection, false)),
+                Err(StoreError::NoConnectionFree(detail)) => detail,
+                Err(error) => return Err(error),
+            };
+            let made_room = self.scarcity.make_room(self, &detail);
+            let wait = if made_room { ROOM_WAIT } else { SCARCE_RETRY };
+            if Instant::now() + wait > give_up_at {
+                return Err(StoreError::NoConnectionFree(detail));
+            }
+            let _waiting = self.scarcity.waiting(self.rank);
+            tokio::select! {
+                () = self.returned.notified() => {}
+                () = sleep(wait) => {}
+            }
+        }
+    }
+
     async fn take_idle(&self) -> Option<Connection> {
         loop {
-            let (mut connection, since) = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
-            if matches!(connection, Connection::Sqlite(_)) || since.elapsed() < IDLE_TRUSTED {
+            let (mut connection, since) = match self.take_late_dial() {
+                Some(found) => found,
+                None => self.idle().pop()?,
+            };
+            let is_trusted = match self.rank {
+                Rank::Lookups => true,
+                Rank::Others => matches!(connection, Connection::Sqlite(_)) || since.elapsed() < IDLE_TRUSTED,
+            };
+            if is_trusted {
                 return Some(connection);
             }
             if let Ok(Ok(())) = timeout(PING_MAX, connection.ping()).await {
@@ -87,20 +160,164 @@ impl Lane {
             }
         }
     }
+
+    /// A connection whose caller could not wait for it. Attempts that failed meanwhile say nothing about now.
+    fn take_late_dial(&self) -> Option<(Connection, Instant)> {
+        let mut dials = self.dials();
+        while let Some(at) = dials.iter().position(|dial| dial.is_finished()) {
+            let mut dial = dials.swap_remove(at);
+            let finished = Pin::new(&mut dial).poll(&mut Context::from_waker(std::task::Waker::noop()));
+            if let Poll::Ready(Ok((Ok(connection), since))) = finished {
+                return Some((connection, since));
+            }
+        }
+        None
+    }
+
+    /// A new connection, or an error within the time that one may take.
+    async fn dial(&self) -> Result<Connection, StoreError> {
+        if matches!(*self.connector, Connector::Sqlite(_)) {
+            return self.connector.connect().await;
+        }
+        let under_way = self.dials().pop();
+        let dial = under_way.unwrap_or_else(|| {
+            let connector = Arc::clone(&self.connector);
+            AbortOnDropHandle::new(tokio::spawn(async move { (connector.connect().await, Instant::now()) }))
+        });
+        let mut dialing = Dialing {
+            lane: self,
+            dial: Some(dial),
+        };
+        let dialled = match &mut dialing.dial {
+            Some(dial) => dial.await,
+            None => return Err(StoreError::TimedOut),
+        };
+        dialing.dial = None;
+        match dialled {
+            Ok((outcome, _)) => outcome,
+            // It does not panic, and is aborted only with the lane.
+            Err(error) => Err(StoreError::Unavailable(format!(
+                "connecting to it ended early: {error}"
+            ))),
+        }
+    }
+
+    /// To be asked before a transaction begins, and before it is committed.
+    pub fn check_writable(&self) -> Result<(), StoreError> {
+        self.connector.check_writable()
+    }
+
+    /// Closes every connection that nobody uses, and counts them.
+    pub fn close_idle(&self) -> usize {
+        let idle = std::mem::take(&mut *self.idle());
+        let late_dials = std::iter::from_fn(|| self.take_late_dial());
+        idle.len() + late_dials.count()
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<(Connection, Instant)>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn dials(&self) -> MutexGuard<'_, Vec<Dial>> {
+        self.dials.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-/// A new connection, or an error within [`CONNECT_MAX`].
-pub(super) async fn connect(connector: &Connector) -> Result<Connection, StoreError> {
-    match connector {
-        // SQLite waits for locks itself, as long as its busy timeout says.
-        Connector::Sqlite(_) => connector.connect().await,
-        Connector::Postgres(_) => {
-            timeout(CONNECT_MAX, connector.connect())
-                .await
-                .unwrap_or(Err(StoreError::Unavailable(
-                    "it accepts no connection within 1 s".into(),
-                )))
+/// Leaves an attempt to connect to the next caller, where this one is dropped first.
+struct Dialing<'a> {
+    lane: &'a Lane,
+    dial: Option<Dial>,
+}
+
+impl Drop for Dialing<'_> {
+    fn drop(&mut self) {
+        self.lane.dials().extend(self.dial.take());
+    }
+}
+
+/// Whether the server refuses connections for want of them, shared by the lanes of one store.
+#[derive(Debug, Default)]
+pub(super) struct Scarcity(Mutex<Shortage>);
+
+#[derive(Debug, Default)]
+struct Shortage {
+    lanes: Vec<Weak<Lane>>,
+    /// The last refusal, and the server's words.
+    last: Option<(Instant, String)>,
+    /// Callers of other lanes than the look-ups' that wait for a connection.
+    others_waiting: usize,
+    conceded: Option<Instant>,
+}
+
+impl Scarcity {
+    fn join(&self, lane: &Arc<Lane>) {
+        self.lock().lanes.push(Arc::downgrade(lane));
+    }
+
+    /// Why connections are scarce, if they are.
+    pub fn reason(&self) -> Option<String> {
+        let shortage = self.lock();
+        let (at, detail) = shortage.last.as_ref()?;
+        (at.elapsed() < SCARCE_FOR).then(|| detail.clone())
+    }
+
+    fn is_on(&self) -> bool {
+        self.lock()
+            .last
+            .as_ref()
+            .is_some_and(|(at, _)| at.elapsed() < SCARCE_FOR)
+    }
+
+    /// The server has refused `lane` a connection: closes those of the other lanes that nobody uses. Whether there was any.
+    fn make_room(&self, lane: &Lane, detail: &str) -> bool {
+        let lanes = {
+            let mut shortage = self.lock();
+            let is_news = shortage.last.as_ref().is_none_or(|(at, _)| at.elapsed() >= SCARCE_FOR);
+            if is_news {
+                tracing::warn!(reason = detail, "database connections are scarce: look-ups go first");
+            }
+            shortage.last = Some((Instant::now(), detail.to_owned()));
+            shortage.lanes.clone()
+        };
+        let others = lanes.iter().filter_map(Weak::upgrade);
+        let others = others.filter(|other| !std::ptr::eq(Arc::as_ptr(other), lane));
+        others.map(|other| other.close_idle()).sum::<usize>() > 0
+    }
+
+    /// Counts a caller that waits, for as long as the answer lives.
+    fn waiting(&self, rank: Rank) -> Option<Waiting<'_>> {
+        (rank == Rank::Others).then(|| {
+            self.lock().others_waiting += 1;
+            Waiting(self)
+        })
+    }
+
+    /// Whether a lane is to close a connection that it could keep.
+    fn is_wanted(&self, rank: Rank) -> bool {
+        match rank {
+            Rank::Others => self.is_on(),
+            Rank::Lookups => {
+                let mut shortage = self.lock();
+                let is_due = shortage.conceded.is_none_or(|at| at.elapsed() >= CONCESSION_INTERVAL);
+                let is_wanted = shortage.others_waiting > 0 && is_due;
+                if is_wanted {
+                    shortage.conceded = Some(Instant::now());
+                }
+                is_wanted
+            }
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shortage> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Waiting<'a>(&'a Scarcity);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.lock().others_waiting -= 1;
     }
 }
 
@@ -110,38 +327,44 @@ pub(super) struct Held {
     connection: Connection,
     /// Closed rather than given back.
     is_passing: bool,
+    is_reused: bool,
     lane: Arc<Lane>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Held {
     pub async fn begin(&mut self) -> Result<(), StoreError> {
-        self.lane.connector.check_writable()?;
-        self.connection.control(BEGIN).await
+        self.lane.check_writable()?;
+        self.connection.begin().await
+    }
+
+    /// Whether it was used before: then the server may have closed it meanwhile, by restarting.
+    pub const fn is_reused(&self) -> bool {
+        self.is_reused
     }
 
     /// Commits, and gives the connection back.
     pub async fn commit(mut self) -> Result<(), StoreError> {
-        self.lane.connector.check_writable()?;
-        self.connection.control(COMMIT).await?;
+        self.lane.check_writable()?;
+        self.connection.commit().await?;
         self.give_back();
         Ok(())
     }
 
     /// Undoes the transaction, and gives the connection back. For transactions that found nothing to do.
     pub async fn rollback(mut self) -> Result<(), StoreError> {
-        self.connection.control(ROLLBACK).await?;
+        self.connection.rollback().await?;
         self.give_back();
         Ok(())
     }
 
     /// Gives the connection back. Only with no transaction open and every answer read.
     pub fn give_back(self) {
-        if self.is_passing {
+        if self.is_passing || self.lane.scarcity.is_wanted(self.lane.rank) {
             return;
         }
-        let mut idle = self.lane.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        idle.push((self.connection, Instant::now()));
+        self.lane.idle().push((self.connection, Instant::now()));
+        self.lane.returned.notify_one();
     }
 }
 

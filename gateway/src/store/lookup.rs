@@ -10,10 +10,11 @@ use tokio::time::timeout;
 
 use super::{
     Store,
-    connection::{Connection, Connector, Row, Sql, Value},
+    connection::{Row, Sql, Value},
     devices::device_record,
     error::{StoreError, in_one_line},
     failures::{Failures, Operation, Trouble},
+    lane::Lane,
 };
 
 /// Most keys in one look-up. More is [`StoreError::Invalid`].
@@ -47,25 +48,23 @@ pub struct Answer {
     pub unreadable: Vec<DeviceId>,
 }
 
-/// Looks devices up over one connection of its own, made when it is first needed.
+/// Looks devices up over connections that nothing else uses, made when they are first needed and shared with the other workers.
 ///
 /// A worker runs one look-up at a time; more at a time need more workers. A look-up that fails on the wire or takes too
-/// long closes the connection, and the next one makes a new one: that is why no failure lasts, and none leaks.
+/// long closes its connection, and the next one makes a new one: that is why no failure lasts, and none leaks.
 #[derive(Debug)]
 pub struct LookupWorker {
-    connector: Arc<Connector>,
+    lane: Arc<Lane>,
     failures: Arc<Failures>,
-    connection: Option<Connection>,
 }
 
 impl Store {
-    /// A worker with a connection of its own, not counted among the others.
+    /// A worker. [`LOOKUP_CONNECTIONS_MAX`](super::LOOKUP_CONNECTIONS_MAX) of them may look up at the same time.
     #[must_use]
     pub fn lookup_worker(&self) -> LookupWorker {
         LookupWorker {
-            connector: Arc::clone(self.lookups()),
+            lane: Arc::clone(self.lookups()),
             failures: Arc::clone(self.failures()),
-            connection: None,
         }
     }
 }
@@ -87,12 +86,13 @@ impl LookupWorker {
             return Ok(Answer::default());
         }
         let deadline = Instant::now() + limit;
-        let was_reused = self.connection.is_some();
-        let found = match self.attempt(keys, deadline).await {
-            // The server may have closed an idle connection, by restarting, or changed what its statements mean: that is no reason to
+        let mut is_reused = false;
+        let found = match self.attempt(keys, deadline, &mut is_reused).await {
+            // The server may have closed idle connections, by restarting, or changed what their statements mean: that is no reason to
             // refuse anybody.
-            Err(StoreError::Unavailable(_) | StoreError::Unusable(_) | StoreError::Unexpected(_)) if was_reused => {
-                self.attempt(keys, deadline).await
+            Err(StoreError::Unavailable(_) | StoreError::Unusable(_) | StoreError::Unexpected(_)) if is_reused => {
+                self.lane.close_idle();
+                self.attempt(keys, deadline, &mut is_reused).await
             }
             outcome => outcome,
         };
@@ -101,22 +101,28 @@ impl LookupWorker {
         answer
     }
 
-    async fn attempt(&mut self, keys: &[DeviceId], deadline: Instant) -> Result<Vec<Row>, StoreError> {
-        // Taken out while it works: whatever ends this future early drops it, and thereby closes it.
-        let idle = self.connection.take();
-        let left = deadline.saturating_duration_since(Instant::now());
-        let is_passing = self.connector.is_passing();
+    async fn attempt(
+        &self,
+        keys: &[DeviceId],
+        deadline: Instant,
+        is_reused: &mut bool,
+    ) -> Result<Vec<Row>, StoreError> {
+        let begun = Instant::now();
+        let left = deadline.saturating_duration_since(begun);
         let work = async {
-            let mut connection = match idle {
-                Some(connection) => connection,
-                None => self.connector.connect().await?,
-            };
-            let rows = connection.all(FIND, &[Value::Keys(keys)]).await?;
-            Ok((connection, rows))
+            let mut held = self.lane.take().await?;
+            *is_reused = held.is_reused();
+            // The server is far away, and the first statement takes nearly as many round trips as the connection did: it would be cut off,
+            // and the connection lost, each time. The next look-up has it from the start.
+            if !held.is_reused() && begun.elapsed() > left / 2 {
+                held.give_back();
+                return Err(StoreError::TimedOut);
+            }
+            let rows = held.all(FIND, &[Value::Keys(keys)]).await?;
+            held.give_back();
+            Ok(rows)
         };
-        let (connection, rows) = timeout(left, work).await.unwrap_or(Err(StoreError::TimedOut))?;
-        self.connection = (!is_passing).then_some(connection);
-        Ok(rows)
+        timeout(left, work).await.unwrap_or(Err(StoreError::TimedOut))
     }
 
     /// A row that can't be read must not take the other devices of its batch down, nor count as one that is not there. One that does not

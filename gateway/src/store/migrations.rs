@@ -1,17 +1,26 @@
 //! The schema, embedded in the binary: one set of files a database, with equal versions. See migrations/README.md.
 
-use sqlx::{
-    SqlSafeStr,
-    migrate::{Migration, MigrationType, Migrator},
-};
+use std::{collections::BTreeMap, time::Duration};
 
-use super::{connection::Connection, error::StoreError};
+use sqlx::{
+    AssertSqlSafe, Connection as _, Executor as _, PgConnection, Row as _, SqlSafeStr,
+    migrate::{Migrate as _, MigrateError, Migration, MigrationType, Migrator},
+};
+use tokio::time::sleep;
+
+use super::{
+    connection::{Connection, Postgres},
+    error::StoreError,
+};
 
 struct Version {
     number: i64,
     name: &'static str,
     sqlite: &'static str,
     postgres: &'static str,
+    /// PostgreSQL's statements run one by one, outside a transaction, as `CREATE INDEX CONCURRENTLY` must. A failure half way runs all of
+    /// them again: so each must bear it, `DROP INDEX CONCURRENTLY IF EXISTS` first.
+    is_outside_transaction: bool,
 }
 
 const VERSIONS: &[Version] = &[
@@ -20,51 +29,205 @@ const VERSIONS: &[Version] = &[
         name: "registry",
         sqlite: include_str!("../../../migrations/sqlite/0001_registry.sql"),
         postgres: include_str!("../../../migrations/postgres/0001_registry.sql"),
+        is_outside_transaction: false,
     },
     Version {
         number: 2,
         name: "revocations",
         sqlite: include_str!("../../../migrations/sqlite/0002_revocations.sql"),
         postgres: include_str!("../../../migrations/postgres/0002_revocations.sql"),
+        is_outside_transaction: false,
     },
     Version {
         number: 3,
         name: "device_lists",
         sqlite: include_str!("../../../migrations/sqlite/0003_device_lists.sql"),
         postgres: include_str!("../../../migrations/postgres/0003_device_lists.sql"),
+        is_outside_transaction: false,
     },
     Version {
         number: 4,
         name: "device_counts",
         sqlite: include_str!("../../../migrations/sqlite/0004_device_counts.sql"),
         postgres: include_str!("../../../migrations/postgres/0004_device_counts.sql"),
+        is_outside_transaction: false,
     },
     Version {
         number: 5,
         name: "external_ids",
         sqlite: include_str!("../../../migrations/sqlite/0005_external_ids.sql"),
         postgres: include_str!("../../../migrations/postgres/0005_external_ids.sql"),
+        is_outside_transaction: false,
     },
 ];
 
 /// The newest version of the schema that this binary knows.
 pub const SCHEMA_VERSION: i64 = VERSIONS[VERSIONS.len() - 1].number;
 
+/// A table above this size, in bytes, takes long to be indexed: `seawall serve` leaves that to `seawall migrate`.
+const LARGE_TABLE_BYTES: i64 = 256 * 1024 * 1024;
+/// Where sqlx notes what was done.
+const TABLE: &str = "_sqlx_migrations";
+const APPLIED: &str = "SELECT version, success, encode(checksum, 'hex') AS checksum FROM _sqlx_migrations";
+const TABLE_SIZE: &str = "SELECT coalesce(pg_total_relation_size(to_regclass('devices')), 0)::bigint";
+/// Time between two attempts to get the lock that another process holds.
+const LOCK_RETRY: Duration = Duration::from_millis(200);
+
+/// Who wants the schema brought up to date.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Caller {
+    /// A gateway that starts: what takes long, or is being done by another process, is an error to try again after.
+    Serve,
+    /// `seawall migrate`: waits as long as it takes.
+    Migrate,
+}
+
 /// Brings the schema up to [`SCHEMA_VERSION`]. A newer schema is left alone. PostgreSQL's runs under an advisory lock.
-pub(super) async fn migrate(connection: &mut Connection) -> Result<(), StoreError> {
+pub(super) async fn migrate(connection: &mut Connection, caller: Caller) -> Result<(), StoreError> {
     match connection {
         Connection::Sqlite(connection) => {
-            migrator(|version| version.sqlite)
-                .run_direct(None, connection, false)
-                .await?
+            let migrator = migrator(|version| version.sqlite);
+            migrator.run_direct(None, connection, false).await?;
+            Ok(())
         }
-        Connection::Postgres(connection) => {
-            migrator(|version| version.postgres)
-                .run_direct(None, connection, false)
-                .await?;
+        Connection::Postgres(postgres) => migrate_postgres(postgres, caller).await,
+    }
+}
+
+async fn migrate_postgres(postgres: &mut Postgres, caller: Caller) -> Result<(), StoreError> {
+    let migrator = migrator(|version| version.postgres);
+    let pending = pending(&mut postgres.connection, &migrator).await?;
+    if pending.is_empty() {
+        return Ok(());
+    }
+    if let Some(version) = pending.iter().find(|version| version.is_outside_transaction) {
+        let number = version.number;
+        if postgres.pooled.is_some() {
+            return Err(StoreError::Migration(format!(
+                "version {number} of the schema can't be made through a pooler: run `seawall migrate` with the server's own address"
+            )));
+        }
+        if caller == Caller::Serve && devices_bytes(&mut postgres.connection).await? > LARGE_TABLE_BYTES {
+            return Err(StoreError::Migration(format!(
+                "version {number} of the schema takes long with this many devices: run `seawall migrate`; this gateway waits for it"
+            )));
         }
     }
+    if postgres.pooled.is_some() {
+        return migrate_pooled(&mut postgres.connection, &migrator, caller).await;
+    }
+    let connection = &mut postgres.connection;
+    let lock = lock(connection, "pg_try_advisory_lock", caller).await?;
+    // Another process may have been faster.
+    for version in self::pending(connection, &migrator).await? {
+        if version.is_outside_transaction {
+            run_outside_transaction(connection, &migrator, version).await?;
+        } else {
+            migrator.run_direct(Some(version.number), connection, false).await?;
+        }
+    }
+    let unlock = format!("SELECT pg_advisory_unlock({lock})");
+    connection.execute(sqlx::raw_sql(AssertSqlSafe(unlock))).await?;
     Ok(())
+}
+
+/// All in one transaction: what is prepared and locked before its end is so in one and the same server connection.
+async fn migrate_pooled(connection: &mut PgConnection, migrator: &Migrator, caller: Caller) -> Result<(), StoreError> {
+    let mut transaction = connection.begin().await?;
+    lock(&mut transaction, "pg_try_advisory_xact_lock", caller).await?;
+    // Prepared statements of other clients have the same names as those that the migrator is about to prepare.
+    transaction.execute(sqlx::raw_sql("DEALLOCATE ALL")).await?;
+    migrator.run_direct(None, &mut *transaction, false).await?;
+    transaction.execute(sqlx::raw_sql("DEALLOCATE ALL")).await?;
+    transaction.commit().await?;
+    Ok(())
+}
+
+/// The versions that are not there. All of them where one is there in part, or is another one: sqlx then says which.
+async fn pending(connection: &mut PgConnection, migrator: &Migrator) -> Result<Vec<&'static Version>, StoreError> {
+    let rows = match connection.fetch_all(sqlx::raw_sql(APPLIED)).await {
+        Ok(rows) => rows,
+        Err(sqlx::Error::Database(error)) if error.code().is_some_and(|code| code == "42P01") => Vec::new(),
+        Err(error) => return Err(error.into()),
+    };
+    let mut applied = BTreeMap::new();
+    for row in rows {
+        let (is_done, checksum): (bool, String) = (row.try_get("success")?, row.try_get("checksum")?);
+        applied.insert(row.try_get::<i64, _>("version")?, is_done.then_some(checksum));
+    }
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let is_strange = migrator.iter().any(|migration| {
+        let found = applied.get(&migration.version);
+        found.is_some_and(|found| found.as_ref() != Some(&hex(&migration.checksum)))
+    });
+    let pending = VERSIONS
+        .iter()
+        .filter(|version| is_strange || !applied.contains_key(&version.number));
+    Ok(pending.collect())
+}
+
+async fn devices_bytes(connection: &mut PgConnection) -> Result<i64, StoreError> {
+    let row = connection.fetch_one(sqlx::raw_sql(TABLE_SIZE)).await?;
+    Ok(row.try_get(0)?)
+}
+
+/// Takes the lock that sqlx takes too, and returns its key. It is asked for again and again instead of waited for: a statement that waits
+/// would hold up `CREATE INDEX CONCURRENTLY` of the process that has the lock, which waits for every statement.
+async fn lock(connection: &mut PgConnection, function: &str, caller: Caller) -> Result<i64, StoreError> {
+    let row = connection
+        .fetch_one(sqlx::raw_sql("SELECT current_database()::text"))
+        .await?;
+    let key = lock_key(&row.try_get::<String, _>(0)?);
+    loop {
+        let attempt = sqlx::raw_sql(AssertSqlSafe(format!("SELECT {function}({key})")));
+        if connection.fetch_one(attempt).await?.try_get(0)? {
+            return Ok(key);
+        }
+        if caller == Caller::Serve {
+            return Err(StoreError::Migration(
+                "another process changes the schema: this gateway waits for it".into(),
+            ));
+        }
+        sleep(LOCK_RETRY).await;
+    }
+}
+
+/// As in sqlx, so that older versions of this program keep out as well.
+fn lock_key(database: &str) -> i64 {
+    let mut crc = u32::MAX;
+    for byte in database.bytes() {
+        crc ^= u32::from(byte);
+        for _ in 0..8 {
+            crc = if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 };
+        }
+    }
+    0x3d32_ad9e * i64::from(!crc)
+}
+
+async fn run_outside_transaction(
+    connection: &mut PgConnection,
+    migrator: &Migrator,
+    version: &Version,
+) -> Result<(), StoreError> {
+    // It waits for every transaction that began before: however long those take, nobody waits for it.
+    connection.execute(sqlx::raw_sql("SET lock_timeout = 0")).await?;
+    for statement in statements(version.postgres) {
+        let done = connection.execute(sqlx::raw_sql(statement)).await;
+        done.map_err(|error| MigrateError::ExecuteMigration(error, version.number))?;
+    }
+    connection.execute(sqlx::raw_sql("RESET lock_timeout")).await?;
+    if let Some(migration) = migrator.iter().find(|migration| migration.version == version.number) {
+        // Notes that it is there.
+        connection.skip(TABLE, migration).await?;
+    }
+    Ok(())
+}
+
+/// Of a file whose statements end with a line.
+fn statements(sql: &'static str) -> impl Iterator<Item = &'static str> {
+    sql.split(";\n")
+        .map(str::trim)
+        .filter(|statement| !statement.is_empty())
 }
 
 fn migrator(sql: fn(&Version) -> &'static str) -> Migrator {
@@ -75,6 +238,8 @@ fn migrator(sql: fn(&Version) -> &'static str) -> Migrator {
     let mut migrator = Migrator::with_migrations(migrations.collect());
     // The old binary may start again on the new schema during a deploy.
     migrator.set_ignore_missing(true);
+    // PostgreSQL's lock is taken here; SQLite has none.
+    migrator.set_locking(false);
     migrator
 }
 
@@ -99,5 +264,26 @@ mod tests {
             assert_eq!(files.collect::<BTreeSet<_>>(), embedded, "{folder}");
         }
         assert!(VERSIONS.is_sorted_by(|a, b| a.number < b.number));
+    }
+
+    #[test]
+    fn statements_outside_a_transaction_are_run_one_by_one() {
+        let found: Vec<_> =
+            statements("-- Why.\nDROP INDEX CONCURRENTLY IF EXISTS a;\nCREATE INDEX CONCURRENTLY a ON b (c);\n")
+                .collect();
+
+        assert_eq!(
+            found,
+            [
+                "-- Why.\nDROP INDEX CONCURRENTLY IF EXISTS a",
+                "CREATE INDEX CONCURRENTLY a ON b (c)"
+            ]
+        );
+    }
+
+    #[test]
+    fn lock_is_the_one_that_sqlx_takes() {
+        // CRC-32 of "123456789" is 0xcbf43926.
+        assert_eq!(lock_key("123456789"), 0x3d32_ad9e * 0xcbf4_3926);
     }
 }

@@ -58,7 +58,8 @@ use self::{
     error::in_one_line,
     failures::Failures,
     health::Health,
-    lane::Lane,
+    lane::{Lane, Rank, Scarcity},
+    migrations::Caller,
     postgres::Purpose,
 };
 use crate::config::{DatabaseKind, DatabaseUrl};
@@ -71,12 +72,27 @@ const RULES_TIME_MAX: Duration = Duration::from_secs(2);
 const RULES_WRITE_TIME_MAX: Duration = Duration::from_millis(1_800);
 /// Longest that [`Store::ping`] takes.
 const PING_MAX: Duration = Duration::from_secs(1);
-/// Longest that [`Store::probe`] takes, connecting included.
+/// Longest that [`Store::probe`] takes, a `connect_timeout` of the URL aside.
 const PROBE_MAX: Duration = Duration::from_secs(5);
 /// Connections for the ops API: more callers wait, at most 2 s.
 const OPS_CONNECTIONS_MAX: usize = 4;
+/// Connections for look-ups: more than there are workers, so that none waits for another's. No more are made than are used at a time.
+const LOOKUP_CONNECTIONS_MAX: usize = 16;
 
 const PING: Sql = Sql::both("SELECT 1 AS one");
+const PROBE: Sql = Sql {
+    sqlite: "SELECT 'off' AS read_only",
+    postgres: "SELECT current_setting('transaction_read_only') AS read_only",
+};
+
+/// What [`Store::probe`] found of a database that answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// A pooler is between that does not pass start-up options on: each statement takes three round trips more.
+    pub is_pooled: bool,
+    /// It takes no writes.
+    pub is_read_only: bool,
+}
 
 /// A handle on the database; cloning it is cheap.
 #[derive(Clone, Debug)]
@@ -84,12 +100,18 @@ pub struct Store(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    lookups: Arc<Connector>,
-    imports: Connector,
+    lookups: Arc<Lane>,
+    imports: Arc<Lane>,
+    /// Connections like the look-ups' own, one at a time, never kept.
+    plans: Arc<Lane>,
     reads: Arc<Lane>,
     writes: Arc<Lane>,
-    /// Rules are read and written here, never behind anything else; in SQLite a write waits for the one other writer, at most 1.5 s.
+    /// Rules and revocations are written here, never behind anything else; in SQLite a write waits for the one other writer, at most 1.5 s.
     rules: Arc<Lane>,
+    /// Rules and revocations are polled here, never behind a write. It is the sign of life: only a poll or a ping that fails calls the
+    /// database away.
+    polls: Arc<Lane>,
+    scarcity: Arc<Scarcity>,
     /// One import at a time.
     import_permit: Arc<Semaphore>,
     health: Arc<Health>,
@@ -122,26 +144,36 @@ impl Store {
         let migrated = match url.sqlite_path() {
             Some(path) => sqlite::File::new(&path).prepare().await,
             None => match postgres::parse(url) {
-                Ok(options) => postgres::connect_and_migrate(&postgres::connector(&options, Purpose::Migrations)).await,
+                Ok(options) => {
+                    let server = postgres::connector(&options, url.connect_timeout(), Purpose::Migrations);
+                    postgres::connect_and_migrate(&server, Caller::Migrate).await
+                }
                 Err(error) => Err(error),
             },
         };
         migrated.map_err(|error| in_database(url, error))
     }
 
-    /// Connects and asks for a sign of life, for at most [`PROBE_MAX`]. Changes nothing, the schema included.
+    /// Connects and asks for a sign of life. Changes nothing, the schema included.
     ///
     /// # Errors
     /// The database can't be reached or used.
-    pub async fn probe(url: &DatabaseUrl) -> Result<(), StoreError> {
+    pub async fn probe(url: &DatabaseUrl) -> Result<Probe, StoreError> {
         let probe = async {
             let connector = match url.sqlite_path() {
                 Some(path) => sqlite::File::new(&path).reader(),
-                None => postgres::connector(&postgres::parse(url)?, Purpose::Ops),
+                None => postgres::connector(&postgres::parse(url)?, url.connect_timeout(), Purpose::Ops),
             };
-            connector.connect().await?.first(PING, &[]).await.map(drop)
+            let mut connection = connector.connect().await?;
+            let row = connection.first(PROBE, &[]).await?;
+            let read_only = row.map(|row| row.text("read_only")).transpose()?.flatten();
+            Ok(Probe {
+                is_pooled: connection.is_pooled(),
+                is_read_only: read_only.as_deref() == Some("on"),
+            })
         };
-        let probed = timeout(PROBE_MAX, probe).await.unwrap_or(Err(StoreError::TimedOut));
+        let limit = PROBE_MAX + url.connect_timeout().unwrap_or_default();
+        let probed = timeout(limit, probe).await.unwrap_or(Err(StoreError::TimedOut));
         probed.map_err(|error| in_database(url, error))
     }
 
@@ -166,38 +198,57 @@ impl Store {
         };
         let health = Health::new();
         health.set_ready();
-        Ok(Self(Arc::new(Inner {
-            lookups: Arc::new(file.reader()),
-            imports: file.writer(),
-            reads: Lane::new(file.reader(), OPS_CONNECTIONS_MAX),
-            writes: Lane::new(file.writer(), 1),
-            rules: Lane::new(file.writer(), 1),
-            import_permit: Arc::new(Semaphore::new(1)),
-            health: Arc::new(health),
-            failures: Arc::default(),
-            file: Some(file),
-            _preparing: preparing,
-        })))
+        let connectors = |purpose| match purpose {
+            Purpose::Lookups | Purpose::Polls => file.reader(),
+            Purpose::Ops | Purpose::Rules | Purpose::Import | Purpose::Migrations => file.writer(),
+        };
+        Ok(Self::new(connectors, Some(&file), Arc::new(health), preparing))
     }
 
     fn open_postgres(url: &DatabaseUrl) -> Result<Self, StoreError> {
         let options = postgres::parse(url)?;
         let health = Arc::new(Health::new());
-        let migrations = postgres::connector(&options, Purpose::Migrations);
-        let preparing = tokio::spawn(postgres::prepare(migrations, Arc::clone(&health)));
-        let ops = Lane::new(postgres::connector(&options, Purpose::Ops), OPS_CONNECTIONS_MAX);
-        Ok(Self(Arc::new(Inner {
-            lookups: Arc::new(postgres::connector(&options, Purpose::Lookups)),
-            imports: postgres::connector(&options, Purpose::Import),
-            reads: Arc::clone(&ops),
-            writes: ops,
-            rules: Lane::new(postgres::connector(&options, Purpose::Rules), 1),
+        let connectors = |purpose| postgres::connector(&options, url.connect_timeout(), purpose);
+        let preparing = tokio::spawn(postgres::prepare(connectors(Purpose::Migrations), Arc::clone(&health)));
+        let preparing = AbortOnDropHandle::new(preparing);
+        Ok(Self::new(connectors, None, health, Some(preparing)))
+    }
+
+    /// `file` is SQLite's, which has one writer: its reads have connections of their own.
+    fn new(
+        connectors: impl Fn(Purpose) -> Connector,
+        file: Option<&Arc<sqlite::File>>,
+        health: Arc<Health>,
+        preparing: Option<AbortOnDropHandle<()>>,
+    ) -> Self {
+        let scarcity = Arc::new(Scarcity::default());
+        let lane = |connector, rank, connections_max| Lane::new(connector, rank, connections_max, &scarcity);
+        let one = |purpose| lane(connectors(purpose), Rank::Others, 1);
+        let (reads, writes) = match file {
+            Some(file) => {
+                let reads = lane(file.reader(), Rank::Others, OPS_CONNECTIONS_MAX);
+                (reads, one(Purpose::Ops))
+            }
+            None => {
+                let ops = lane(connectors(Purpose::Ops), Rank::Others, OPS_CONNECTIONS_MAX);
+                (Arc::clone(&ops), ops)
+            }
+        };
+        Self(Arc::new(Inner {
+            lookups: lane(connectors(Purpose::Lookups), Rank::Lookups, LOOKUP_CONNECTIONS_MAX),
+            imports: one(Purpose::Import),
+            plans: one(Purpose::Lookups),
+            reads,
+            writes,
+            rules: one(Purpose::Rules),
+            polls: one(Purpose::Polls),
+            scarcity,
             import_permit: Arc::new(Semaphore::new(1)),
             health,
             failures: Arc::default(),
-            file: None,
-            _preparing: Some(AbortOnDropHandle::new(preparing)),
-        })))
+            file: file.cloned(),
+            _preparing: preparing,
+        }))
     }
 
     /// The schema was there at least once since the start.
@@ -226,6 +277,12 @@ impl Store {
         self.0.health.subscribe()
     }
 
+    /// Why the database refuses further connections, if it did lately.
+    #[must_use]
+    pub fn scarce_connections(&self) -> Option<String> {
+        self.0.scarcity.reason()
+    }
+
     /// Calls of this kind that failed since the start.
     #[must_use]
     pub fn failed(&self, operation: Operation) -> u64 {
@@ -252,12 +309,12 @@ impl Store {
     #[tracing::instrument(name = "db.ping", level = "debug", skip_all)]
     pub async fn ping(&self) -> Result<(), StoreError> {
         let ping = async {
-            let mut held = self.reads().take().await?;
+            let mut held = self.polls().take().await?;
             held.first(PING, &[]).await?;
             held.give_back();
             Ok(())
         };
-        self.observed(Operation::Read, PING_MAX, ping).await
+        self.polled(Operation::Read, PING_MAX, ping).await
     }
 
     /// Runs a call within [`CALL_MAX`].
@@ -269,6 +326,19 @@ impl Store {
         self.observed(operation, CALL_MAX, work).await
     }
 
+    /// Runs a poll: what comes of it says whether the database answers. Other calls say nothing about that: they may wait for a lock, or
+    /// for one another.
+    async fn polled<T>(
+        &self,
+        operation: Operation,
+        limit: Duration,
+        work: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        let outcome = self.observed(operation, limit, work).await;
+        self.0.health.observe(&outcome);
+        outcome
+    }
+
     async fn observed<T>(
         &self,
         operation: Operation,
@@ -276,16 +346,19 @@ impl Store {
         work: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
         let outcome = timeout(limit, work).await.unwrap_or(Err(StoreError::TimedOut));
-        self.0.health.observe(operation, &outcome);
         self.0.failures.observe(operation, &outcome);
         outcome
+    }
+
+    fn health(&self) -> &Health {
+        &self.0.health
     }
 
     fn failures(&self) -> &Arc<Failures> {
         &self.0.failures
     }
 
-    fn lookups(&self) -> &Arc<Connector> {
+    fn lookups(&self) -> &Arc<Lane> {
         &self.0.lookups
     }
 
@@ -293,8 +366,16 @@ impl Store {
         &self.0.reads
     }
 
-    fn imports(&self) -> &Connector {
+    fn imports(&self) -> &Arc<Lane> {
         &self.0.imports
+    }
+
+    fn plans(&self) -> &Arc<Lane> {
+        &self.0.plans
+    }
+
+    fn polls(&self) -> &Arc<Lane> {
+        &self.0.polls
     }
 
     fn import_permit(&self) -> Result<OwnedSemaphorePermit, TryAcquireError> {

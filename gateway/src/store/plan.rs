@@ -10,7 +10,7 @@ use serde_json::Value as Json;
 use sqlx::{PgConnection, Row as _, SqliteConnection};
 use tokio::time::timeout;
 
-use super::{Store, connection::Connection, error::StoreError, failures::Operation, lane, lookup::find};
+use super::{Store, connection::Connection, error::StoreError, failures::Operation, lookup::find};
 
 /// A PostgreSQL table below this size, in bytes, holds about a thousand devices or fewer: reading all of it is cheap.
 const SMALL_TABLE_BYTES: i64 = 128 * 1024;
@@ -63,10 +63,20 @@ impl Store {
     #[tracing::instrument(name = "db.devices.explain", level = "debug", skip_all)]
     pub async fn plan_check(&self) -> Result<PlanReport, StoreError> {
         let check = async {
-            match lane::connect(self.lookups()).await? {
-                Connection::Sqlite(mut connection) => check_sqlite(&mut connection).await,
-                Connection::Postgres(mut connection) => check_postgres(&mut connection).await,
+            // Closed at the end, not given back.
+            let mut held = self.plans().take().await?;
+            if held.is_pooled() {
+                // What is prepared outside a transaction may be missing in the next statement.
+                held.begin().await?;
             }
+            let report = match &mut *held {
+                Connection::Sqlite(connection) => check_sqlite(connection).await?,
+                Connection::Postgres(postgres) => check_postgres(&mut postgres.connection).await?,
+            };
+            if held.is_pooled() {
+                Connection::commit(&mut held).await?;
+            }
+            Ok(report)
         };
         let checked = timeout(CHECK_MAX, check).await.unwrap_or(Err(StoreError::TimedOut));
         self.failures().observe(Operation::Plan, &checked);
@@ -76,12 +86,25 @@ impl Store {
 
 async fn check_postgres(connection: &mut PgConnection) -> Result<PlanReport, StoreError> {
     sqlx::raw_sql(PREPARE).execute(&mut *connection).await?;
+    let report = report_postgres(connection).await?;
+    // A pooler may keep the server's connection for others.
+    sqlx::raw_sql("DEALLOCATE seawall_plan")
+        .execute(&mut *connection)
+        .await?;
+    Ok(report)
+}
+
+async fn report_postgres(connection: &mut PgConnection) -> Result<PlanReport, StoreError> {
     for explain in EXPLAIN {
         let row = sqlx::raw_sql(explain).fetch_one(&mut *connection).await?;
         let scans = scans(&row.try_get::<Json, _>(0)?);
         let names: BTreeSet<_> = scans.iter().map(|scan| scan.relation.clone()).collect();
         let names = names.into_iter().collect::<Vec<_>>();
-        let rows = sqlx::query(RELATIONS).bind(names).fetch_all(&mut *connection).await?;
+        let rows = sqlx::query(RELATIONS)
+            .persistent(false)
+            .bind(names)
+            .fetch_all(&mut *connection)
+            .await?;
         let relations = rows.iter().map(|row| {
             Ok(Relation {
                 name: row.try_get("name")?,

@@ -1,14 +1,27 @@
 //! PostgreSQL: settings of each kind of connection, and the wait until it is there.
 
-use std::{net::IpAddr, str::FromStr, sync::Arc, time::Duration};
+use std::{
+    net::IpAddr,
+    str::FromStr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use sqlx::{
-    ConnectOptions,
+    ConnectOptions, Connection as _, Executor as _, PgConnection, Row as _,
     postgres::{PgConnectOptions, PgSslMode},
 };
 use tokio::time::{sleep, timeout};
 
-use super::{connection::Connector, error::StoreError, health::Health, lane, migrations};
+use super::{
+    connection::{Connector, Postgres},
+    error::StoreError,
+    health::Health,
+    migrations::{self, Caller},
+};
 use crate::config::{DatabaseUrl, InvalidDatabaseUrl};
 
 /// Time between two attempts to reach a PostgreSQL that was away at start.
@@ -16,12 +29,21 @@ const RETRY: Duration = Duration::from_millis(500);
 /// Longest that the migrations at start may take before they are tried again on a new connection.
 const MIGRATE_MAX: Duration = Duration::from_mins(5);
 
+/// Maximum time for a connection to be made, unless `connect_timeout` in the URL says otherwise: enough for a server 300 ms away, which takes
+/// eight round trips with TLS and SCRAM.
+const CONNECT_MAX: Duration = Duration::from_secs(3);
+
+/// A setting of ours, unknown to every server and pooler.
+const MARK: &str = "seawall.connection";
+const READ_MARK: &str = "SELECT current_setting('seawall.connection', true)";
+
 /// What a connection is for. Each has settings that fit, and a name in `pg_stat_activity`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Purpose {
     Lookups,
     Ops,
     Rules,
+    Polls,
     Import,
     Migrations,
 }
@@ -32,6 +54,7 @@ impl Purpose {
             Self::Lookups => "seawall look-ups",
             Self::Ops => "seawall ops",
             Self::Rules => "seawall rules",
+            Self::Polls => "seawall polls",
             Self::Import => "seawall import",
             Self::Migrations => "seawall migrations",
         }
@@ -59,7 +82,7 @@ impl Purpose {
                 ("plan_cache_mode", "force_custom_plan"),
                 ("jit", "off"),
             ],
-            Self::Rules => &[
+            Self::Rules | Self::Polls => &[
                 ("statement_timeout", "1500"),
                 ("lock_timeout", "1000"),
                 ("idle_in_transaction_session_timeout", "2000"),
@@ -107,18 +130,85 @@ pub(super) fn unverified_server(options: &PgConnectOptions) -> Option<&'static s
     }
 }
 
-pub(super) fn connector(options: &PgConnectOptions, purpose: Purpose) -> Connector {
-    let options = options
-        .clone()
-        .application_name(purpose.application_name())
-        .options(purpose.settings().iter().copied());
-    Connector::Postgres(Box::new(options))
+pub(super) fn connector(options: &PgConnectOptions, connect_timeout: Option<Duration>, purpose: Purpose) -> Connector {
+    let settings = purpose.settings().iter();
+    let begin: String = settings
+        .map(|(name, value)| format!("; SET LOCAL {name} = '{value}'"))
+        .collect();
+    Connector::Postgres(Box::new(Server {
+        plain: options
+            .clone()
+            .application_name(purpose.application_name())
+            .extra_float_digits(None),
+        settings: purpose.settings(),
+        begin: format!("BEGIN{begin}").into(),
+        connect_max: connect_timeout.unwrap_or(CONNECT_MAX),
+        refuses_options: AtomicBool::new(false),
+    }))
+}
+
+/// How to reach PostgreSQL for one purpose, directly or through a pooler.
+#[derive(Debug)]
+pub(super) struct Server {
+    /// Without settings: what every pooler lets through.
+    plain: PgConnectOptions,
+    settings: &'static [(&'static str, &'static str)],
+    /// Begins a transaction with the same settings.
+    begin: Arc<str>,
+    connect_max: Duration,
+    /// A pooler has refused start-up options once.
+    refuses_options: AtomicBool,
+}
+
+impl Server {
+    /// A new connection, or an error within the time that one may take.
+    pub async fn connect(&self) -> Result<Postgres, StoreError> {
+        let seconds = self.connect_max.as_secs();
+        timeout(self.connect_max, self.attempt()).await.unwrap_or_else(|_| {
+            Err(StoreError::Unavailable(format!(
+                "it accepts no connection within {seconds} s (connect_timeout in its URL)"
+            )))
+        })
+    }
+
+    /// Settings are given as start-up options, together with a mark. A server process that knows the mark was started for this very
+    /// connection: its settings are in force, and prepared statements stay. Otherwise a pooler is between, which drops or refuses the options.
+    async fn attempt(&self) -> Result<Postgres, StoreError> {
+        if self.refuses_options.load(Ordering::Relaxed) {
+            return self.pooled().await;
+        }
+        let mark = format!("{:016x}", rand::random::<u64>());
+        let options = self.plain.clone().options(self.settings.iter().copied());
+        let options = options.options([(MARK, mark.as_str())]);
+        let mut connection = match PgConnection::connect_with(&options).await {
+            Ok(connection) => connection,
+            Err(error) if is_refused_option(&error) => {
+                self.refuses_options.store(true, Ordering::Relaxed);
+                return self.pooled().await;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let row = connection.fetch_one(sqlx::raw_sql(READ_MARK)).await?;
+        let is_direct = row.try_get::<Option<String>, _>(0)?.is_some_and(|found| found == mark);
+        let pooled = (!is_direct).then(|| Arc::clone(&self.begin));
+        Ok(Postgres::new(connection, pooled))
+    }
+
+    async fn pooled(&self) -> Result<Postgres, StoreError> {
+        let connection = PgConnection::connect_with(&self.plain).await?;
+        Ok(Postgres::new(connection, Some(Arc::clone(&self.begin))))
+    }
+}
+
+/// The words of PgBouncer, with SQLSTATE 08P01 or none.
+fn is_refused_option(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::Database(error) if error.message().contains("startup parameter"))
 }
 
 /// Connects and migrates, until it has succeeded once.
 pub(super) async fn prepare(connector: Connector, health: Arc<Health>) {
     loop {
-        let outcome = timeout(MIGRATE_MAX, connect_and_migrate(&connector))
+        let outcome = timeout(MIGRATE_MAX, connect_and_migrate(&connector, Caller::Serve))
             .await
             .unwrap_or(Err(StoreError::TimedOut));
         match outcome {
@@ -129,9 +219,14 @@ pub(super) async fn prepare(connector: Connector, health: Arc<Health>) {
     }
 }
 
-pub(super) async fn connect_and_migrate(connector: &Connector) -> Result<(), StoreError> {
-    let mut connection = lane::connect(connector).await?;
-    migrations::migrate(&mut connection).await
+pub(super) async fn connect_and_migrate(connector: &Connector, caller: Caller) -> Result<(), StoreError> {
+    let mut connection = connector.connect().await?;
+    if connection.is_pooled() && caller == Caller::Serve {
+        tracing::info!(
+            "PostgreSQL is reached through a pooler that drops start-up options: each statement runs in a transaction of its own"
+        );
+    }
+    migrations::migrate(&mut connection, caller).await
 }
 
 #[cfg(test)]

@@ -81,8 +81,8 @@ impl Store {
     /// The database did not answer within 2 s.
     #[tracing::instrument(name = "db.revocations.since", level = "debug", skip_all)]
     pub async fn revocations_since(&self, known: Option<Generation>) -> Result<StoredRevocations, StoreError> {
-        self.observed(Operation::Revocations, RULES_TIME_MAX, async {
-            let mut held = self.rules_lane().take().await?;
+        self.polled(Operation::Revocations, RULES_TIME_MAX, async {
+            let mut held = self.polls().take().await?;
             let row = held.first(REVISION, &[]).await?;
             let revision = generation(row.as_ref(), "revision")?;
             let floor = generation(row.as_ref(), "floor")?;

@@ -59,8 +59,12 @@ pub struct StoredRules {
     pub unsupported: Vec<Unsupported>,
 }
 
-/// Index: meta's primary key.
-const REVISION: Sql = Sql::both("SELECT value AS revision FROM meta WHERE key = 'rules_revision'");
+/// Index: meta's primary key. It is polled all the time, and so says too whether the server takes writes.
+const REVISION: Sql = Sql {
+    sqlite: "SELECT value AS revision, 'off' AS read_only FROM meta WHERE key = 'rules_revision'",
+    postgres: "SELECT value AS revision, current_setting('transaction_read_only') AS read_only FROM meta \
+               WHERE key = 'rules_revision'",
+};
 
 /// Reads the whole table, see [`RULES_MAX`]. One statement, so that rules and revision belong together.
 const ALL: Sql = Sql::both(
@@ -104,10 +108,12 @@ impl Store {
     /// The database did not answer within 2 s.
     #[tracing::instrument(name = "db.meta.find", level = "debug", skip_all)]
     pub async fn rules_revision(&self) -> Result<u64, StoreError> {
-        self.observed(Operation::Rules, RULES_TIME_MAX, async {
-            let mut held = self.rules_lane().take().await?;
+        self.polled(Operation::Rules, RULES_TIME_MAX, async {
+            let mut held = self.polls().take().await?;
             let row = held.first(REVISION, &[]).await?;
             held.give_back();
+            let read_only = row.as_ref().map(|row| row.text("read_only")).transpose()?.flatten();
+            self.health().set_read_only(read_only.as_deref() == Some("on"));
             revision(row.as_ref())
         })
         .await
@@ -119,8 +125,8 @@ impl Store {
     /// The database did not answer within 2 s.
     #[tracing::instrument(name = "db.rules.all", level = "debug", skip_all)]
     pub async fn rules(&self) -> Result<StoredRules, StoreError> {
-        self.observed(Operation::Rules, RULES_TIME_MAX, async {
-            let mut held = self.rules_lane().take().await?;
+        self.polled(Operation::Rules, RULES_TIME_MAX, async {
+            let mut held = self.polls().take().await?;
             let rows = held.all(ALL, &[]).await?;
             held.give_back();
             let revision = revision(rows.first())?;

@@ -21,8 +21,7 @@ use tokio::time::sleep;
 use super::{
     connection::{Connection, Connector, Sql},
     error::{StoreError, in_one_line},
-    lane,
-    migrations::{self, SCHEMA_VERSION},
+    migrations::{self, Caller, SCHEMA_VERSION},
 };
 
 /// Longest wait for another process's lock, below the 2 s in which a rule write is answered.
@@ -93,8 +92,8 @@ impl File {
                     .open(&self.path),
             ),
         }
-        let mut connection = lane::connect(&self.writer()).await?;
-        migrations::migrate(&mut connection).await?;
+        let mut connection = self.writer().connect().await?;
+        migrations::migrate(&mut connection, Caller::Serve).await?;
         self.remember();
         Ok(())
     }
@@ -137,7 +136,7 @@ impl File {
             };
             let opened = async {
                 let mut connection = Connection::Sqlite(opening.open(None).await?);
-                migrations::migrate(&mut connection).await
+                migrations::migrate(&mut connection, Caller::Serve).await
             };
             if opened.await.is_ok() {
                 self.set_only_read(None);
@@ -254,7 +253,10 @@ impl Drop for Counted {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::lane::{Lane, Rank},
+        *,
+    };
 
     #[tokio::test]
     async fn file_that_can_only_be_read_is_read_without_companions_and_written_once_that_is_possible() {
@@ -275,7 +277,7 @@ mod tests {
 
         file.open_to_read(&full).await.unwrap();
 
-        let lane = lane::Lane::new(file.writer(), 1);
+        let lane = Lane::new(file.writer(), Rank::Others, 1, &Arc::default());
         let mut held = lane.take().await.unwrap();
         assert!(held.first(VERSION, &[]).await.unwrap().is_some());
         let refused = held.begin().await.unwrap_err();

@@ -121,7 +121,7 @@ async fn call_that_failed_on_a_connection_of_its_own_refuses_nobody() {
     for round in 1..=3 {
         sqlx::raw_sql(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
-             WHERE datname = current_database() AND application_name = 'seawall rules'",
+             WHERE datname = current_database() AND application_name = 'seawall polls'",
         )
         .execute(&mut operator)
         .await
@@ -142,9 +142,31 @@ async fn call_that_failed_on_a_connection_of_its_own_refuses_nobody() {
     );
 }
 
+/// Connections of one node: three for look-ups, one each for their revalidation, the polls and the rules, four for the API.
+const BACKENDS_MAX: i64 = 10;
+
 /// As operators are told by `/readyz`.
 fn is_said_to_be_away(gateway: &Gateway) -> bool {
     gateway.shared.readiness().reasons.contains(&"database_unavailable")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn plan_alarm_ends_soon_after_the_repair() {
+    let database = pg::shared().database().await.unwrap();
+    Store::migrate(&database).await.unwrap();
+    let mut operator = PgConnection::connect(database.expose()).await.unwrap();
+    let break_it = "INSERT INTO devices (id, secret_sha256, created_at, updated_at) \
+        SELECT gen_random_uuid(), decode(repeat('00', 32), 'hex'), 1, 1 FROM generate_series(1, 20000); \
+        ANALYZE devices; ALTER TABLE devices DROP CONSTRAINT devices_pkey";
+    sqlx::raw_sql(break_it).execute(&mut operator).await.unwrap();
+    let gateway = Gateway::start_on(Some(&database), "").await;
+    let is_alarm = || gateway.shared.readiness().reasons.contains(&"plan_alarm");
+    eventually(is_alarm).await;
+
+    let repair = sqlx::raw_sql("CREATE UNIQUE INDEX devices_repaired ON devices (id)");
+    repair.execute(&mut operator).await.unwrap();
+
+    eventually(|| !is_alarm()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -326,10 +348,10 @@ async fn survive(hurt: fn(&Cluster), heal: fn(&Cluster)) {
     assert_eq!(gateway.shared.sessions.len(), LIVE.len() + ARRIVING.len());
     assert_eq!(gateway.metric("seawall_handshakes_total{") as usize, attempts_made);
     eventually(|| gateway.shared.readiness().reasons.is_empty()).await;
-    assert_eq!(
-        backends_in_use(&gateway, &cluster, &url, STRANGERS + 2 * AT_ONCE).await,
-        backends_before,
-        "as many connections to the database as before"
+    let backends = backends_in_use(&gateway, &cluster, &url, STRANGERS + 2 * AT_ONCE).await;
+    assert!(
+        backends <= backends_before.max(BACKENDS_MAX),
+        "{backends} connections to the database, {backends_before} before"
     );
 }
 

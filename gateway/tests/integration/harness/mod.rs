@@ -3,4 +3,5 @@
 pub mod authority;
 pub mod group;
 pub mod pg;
+pub mod pooler;
 pub mod process;

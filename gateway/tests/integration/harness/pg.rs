@@ -161,6 +161,10 @@ impl Cluster {
             .expect("it has the form of one")
     }
 
+    pub const fn port(&self) -> u16 {
+        self.port
+    }
+
     /// Server processes that serve clients of `database`, this very question aside.
     pub async fn backends(&self, database: &str) -> Result<i64> {
         let mut connection = self.connect("postgres").await?;
@@ -325,12 +329,12 @@ fn binaries() -> Result<PathBuf> {
         .context("no PostgreSQL found: install it (Debian: apt-get install postgresql), or set SEAWALL_TEST_PG_BIN")
 }
 
-fn is_program(path: &Path) -> bool {
+pub(super) fn is_program(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
 }
 
 /// PostgreSQL refuses to run as root; root's tests run it as `postgres`.
-fn server_user() -> Option<&'static str> {
+pub(super) fn server_user() -> Option<&'static str> {
     rustix::process::geteuid().is_root().then_some("postgres")
 }
 

@@ -110,6 +110,7 @@ async fn killed_database_is_answered_at_once_and_used_again_when_it_is_back() {
         assert!(took < Duration::from_millis(300), "{took:?}");
     }
     assert!(store.device(device(1)).await.unwrap_err().is_away());
+    assert!(store.ping().await.unwrap_err().is_away());
     assert_eq!(store.state().status, DatabaseStatus::Away);
     cluster.restart().unwrap();
 

@@ -6,11 +6,13 @@ mod files;
 mod import;
 mod lookup;
 mod plan;
+mod pooler;
 mod records;
 mod revocations;
 mod roster;
 mod rules;
 mod schema;
+mod server;
 
 use std::{future::Future, time::Duration};
 
