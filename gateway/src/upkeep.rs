@@ -13,14 +13,18 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     roster,
     state::Shared,
-    store::{DatabaseStatus, Operation, PlanReport},
+    store::{Operation, PlanReport},
     telemetry,
 };
 
-/// How often the plans of the connect path are read.
+/// Maximum time between two checks of the plans of the connect path.
 const PLAN_INTERVAL: Duration = Duration::from_secs(600);
-/// How soon a reading that failed is tried again.
-const PLAN_RETRY_INTERVAL: Duration = Duration::from_secs(5);
+/// Time between two checks while an alarm is on, a check failed, or look-ups became slower.
+const PLAN_EXPEDITED_INTERVAL: Duration = Duration::from_secs(5);
+/// Look-ups that take this many times longer than usual are a reason to check the plans.
+const PLAN_SLOWER_FACTOR: u32 = 2;
+/// Look-ups that take no longer are fast, whatever is usual.
+const PLAN_FAST_ENOUGH: Duration = Duration::from_millis(3);
 /// How often gauges are published.
 const GAUGES_INTERVAL: Duration = Duration::from_secs(1);
 /// How often raw samples of histograms are put into buckets: until then each takes 16 bytes.
@@ -53,8 +57,10 @@ pub async fn guard_plans(state: Shared, stop: CancellationToken) {
     let guard = async {
         state.store.ready().await;
         let mut is_failing = false;
+        let mut usual = Usual::default();
         loop {
             let checked = state.store.plan_check().await;
+            let checked_at = Instant::now();
             match &checked {
                 Ok(report) => take_report(&state, report),
                 Err(error) if !is_failing => {
@@ -63,11 +69,37 @@ pub async fn guard_plans(state: Shared, stop: CancellationToken) {
                 Err(_) => {}
             }
             is_failing = checked.is_err();
-            tokio::time::sleep(if is_failing { PLAN_RETRY_INTERVAL } else { PLAN_INTERVAL }).await;
+            let is_urgent = !matches!(checked, Ok(PlanReport::Indexed));
+            usual.set(state.gate.state().took_p90);
+            loop {
+                tokio::time::sleep(PLAN_EXPEDITED_INTERVAL).await;
+                let is_slower = usual.is_exceeded(state.gate.state().took_p90);
+                if is_urgent || is_slower || checked_at.elapsed() >= PLAN_INTERVAL {
+                    break;
+                }
+            }
         }
     };
     // The endless guard is dropped with the gateway.
     let _: Option<std::convert::Infallible> = stop.run_until_cancelled(guard).await;
+}
+
+/// How long look-ups took when their plans were checked, or less if they became faster since.
+#[derive(Debug, Default)]
+struct Usual(Duration);
+
+impl Usual {
+    const fn set(&mut self, took: Duration) {
+        self.0 = took;
+    }
+
+    fn is_exceeded(&mut self, took: Duration) -> bool {
+        // Nothing was looked up yet.
+        if !took.is_zero() {
+            self.0 = self.0.min(took);
+        }
+        took > PLAN_FAST_ENOUGH && took > self.0 * PLAN_SLOWER_FACTOR
+    }
 }
 
 fn take_report(state: &Shared, report: &PlanReport) {
@@ -129,7 +161,7 @@ fn publish_gauges(state: &Shared) {
     let flag = |holds: bool| if holds { 1.0 } else { 0.0 };
     metrics.ready.set(flag(state.readiness().ready));
     metrics.draining.set(flag(state.drain.is_on()));
-    let is_up = state.store.state().status == DatabaseStatus::Available;
+    let is_up = state.store.state().status.is_answering();
     metrics.database_up.set(flag(is_up));
     let rules = state.rules.current();
     metrics.rules_revision.set(rules.revision() as f64);
@@ -329,5 +361,28 @@ mod tests {
             (1_200, 300, "overloaded 250, unauthorized 50".to_owned())
         );
         assert_eq!(difference(&counted, &counted), (0, 0, String::new()));
+    }
+
+    #[test]
+    fn look_ups_that_became_twice_as_slow_are_noticed_once() {
+        let mut usual = Usual::default();
+        let ms = Duration::from_millis;
+        usual.set(ms(10));
+
+        assert!(!usual.is_exceeded(ms(19)));
+        assert!(usual.is_exceeded(ms(23)));
+        usual.set(ms(23));
+        assert!(!usual.is_exceeded(ms(23)));
+        assert!(!usual.is_exceeded(ms(4)), "faster");
+        assert!(usual.is_exceeded(ms(23)), "and slow again");
+    }
+
+    #[test]
+    fn fast_look_ups_are_not_slow_however_fast_they_were() {
+        let mut usual = Usual::default();
+        usual.set(Duration::from_micros(300));
+
+        assert!(!usual.is_exceeded(Duration::from_millis(2)));
+        assert!(usual.is_exceeded(Duration::from_millis(23)));
     }
 }
