@@ -99,12 +99,15 @@ async fn gateway() -> Gateway {
 
 #[tokio::test]
 async fn bad_line_is_told_by_number() {
-    let file = File::new("bad-line", &(csv(2) + "nonsense,secret-of-device-x\n"));
+    let file = File::new("bad-line", &(csv(2) + "non\u{1}sense,secret-of-device-x\n"));
 
     let (code, error) = run(&["--url", "ws://127.0.0.1:1", "--devices", file.0.to_str().unwrap()]).await;
 
     assert_eq!(code, 1);
-    assert!(error.contains("line 4: the id is no UUID"), "{error}");
+    assert!(
+        error.contains("line 4: the id is neither a UUID nor 1 to 64 bytes of printable ASCII"),
+        "{error}"
+    );
 }
 
 #[tokio::test]
