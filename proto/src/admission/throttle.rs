@@ -73,14 +73,17 @@ impl Wrong {
 #[derive(Clone, Copy, Debug)]
 struct FromNetwork {
     network: Network,
+    /// All of them: the id is disputed for this network by these.
     wrong: Wrong,
+    /// Those since the budget of all is used up: the budget at due slots.
+    wrong_due: Wrong,
     /// Attempts that are not judged yet.
     open: u32,
 }
 
 impl FromNetwork {
     fn is_clean(&self, now: Instant) -> bool {
-        self.open == 0 && self.wrong.clean_at <= now
+        self.open == 0 && self.wrong.clean_at.max(self.wrong_due.clean_at) <= now
     }
 }
 
@@ -115,6 +118,7 @@ impl Account {
         self.networks[at].get_or_insert(FromNetwork {
             network,
             wrong: Wrong::default(),
+            wrong_due: Wrong::default(),
             open: 0,
         })
     }
@@ -127,9 +131,9 @@ impl Account {
         // Open attempts count against the budget of all first.
         let left = BURST.saturating_sub(self.wrong.len(FORGIVEN_EVERY, now));
         let open = self.open.saturating_sub(left);
-        let from_network = self
-            .of(network)
-            .map_or(0, |from| from.wrong.len(FORGIVEN_EVERY, now).saturating_add(from.open));
+        let from_network = self.of(network).map_or(0, |from| {
+            from.wrong_due.len(FORGIVEN_EVERY, now).saturating_add(from.open)
+        });
         from_network < DUE_BURST && self.wrong_due.len(DUE_FORGIVEN_EVERY, now).saturating_add(open) < DUE_BURST_ALL
     }
 
@@ -172,11 +176,15 @@ impl Throttle {
         from.open = from.open.saturating_sub(1);
         if verdict == Verdict::Wrong {
             from.wrong.add(FORGIVEN_EVERY, BURST, now);
-            if account.wrong.len(FORGIVEN_EVERY, now) < BURST {
-                account.wrong.add(FORGIVEN_EVERY, BURST, now);
-            } else {
+            // Each fills both budgets, so that with and without a slot there is one more each 30 s, and not two.
+            let has_filled = account.wrong.len(FORGIVEN_EVERY, now) + 1 >= BURST;
+            if has_filled {
+                account.of_mut(network).wrong_due.add(FORGIVEN_EVERY, DUE_BURST, now);
+            }
+            if account.wrong.len(FORGIVEN_EVERY, now) >= BURST {
                 account.wrong_due.add(DUE_FORGIVEN_EVERY, DUE_BURST_ALL, now);
             }
+            account.wrong.add(FORGIVEN_EVERY, BURST, now);
         } else if account.is_clean(now) {
             let entered = account.entered;
             self.accounts.remove(&claim);
@@ -356,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn guessing_from_one_network_gets_ten_and_one_each_30_s_whatever_slots_it_has() {
+    fn guessing_from_one_network_gets_twelve_and_one_each_30_s_whatever_slots_it_has() {
         let mut throttle = Throttle::default();
 
         let mut compared = 0;
@@ -370,7 +378,20 @@ mod tests {
             compared += begun;
         }
 
-        assert_eq!(compared, 10 + 9);
+        assert_eq!(compared, 10 + 2 + 9);
+    }
+
+    #[test]
+    fn device_behind_one_address_with_who_guesses_comes_in_at_its_slot() {
+        let mut throttle = Throttle::default();
+        for _ in 0..50 {
+            if throttle.try_begin(device(1), HERE, false, at(0)) {
+                throttle.end(device(1), HERE, Verdict::Wrong, at(0));
+            }
+        }
+
+        assert!(!throttle.try_begin(device(1), HERE, false, at(10)));
+        assert!(throttle.try_begin(device(1), HERE, true, at(10)));
     }
 
     #[test]
