@@ -10,7 +10,7 @@ use seawall_proto::{
     ageing::Ageing,
     close::{Close, Restart},
     refusal::{Hint, Peers},
-    time::WallTime,
+    time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -47,18 +47,18 @@ fn is_calm(state: &Shared) -> bool {
 
 /// Those that have lived their time, the oldest first. Looks at every session: off the runtime's workers.
 async fn old_sessions(state: &Shared, ageing: &Ageing) -> Vec<Arc<Session>> {
-    let (looked_at, ageing, now) = (Arc::clone(state), ageing.clone(), state.clock.wall());
+    let (looked_at, ageing, now) = (Arc::clone(state), ageing.clone(), state.clock.now());
     let look = move || {
         let mut old = looked_at.sessions.matching(|session| is_old(session, &ageing, now));
-        old.sort_by_key(|session| session.info.since);
+        old.sort_by_key(|session| session.info.opened_at);
         old
     };
     // Cancelled only where the runtime ends.
     tokio::task::spawn_blocking(look).await.unwrap_or_default()
 }
 
-fn is_old(session: &Session, ageing: &Ageing, now: WallTime) -> bool {
-    now.saturating_since(session.info.since) >= ageing.life_of(session.id) && !session.is_closing()
+fn is_old(session: &Session, ageing: &Ageing, now: Instant) -> bool {
+    now.saturating_since(session.info.opened_at) >= ageing.life_of(session.id) && !session.is_closing()
 }
 
 /// This node takes the device back: it may come soon.

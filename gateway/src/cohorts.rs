@@ -26,6 +26,8 @@ pub const TENANTS_MAX: usize = 10_000;
 const TENANT_MISSES_PER_LOOK: usize = 1_000;
 /// Most cohorts with metric series of their own (contract section 9).
 pub const SERIES_MAX: usize = 50;
+/// A cohort that was named within so many namings is not dropped: whoever named it is about to count there.
+const INTERNED_LATELY: u64 = 1_000;
 /// The row of everything without a row of its own.
 pub const OTHER: &str = "other";
 /// Written where a device names no firmware version or no model.
@@ -54,6 +56,8 @@ pub struct Cohort {
     /// Its look-ups cost far more than the others', and are sent apart.
     is_costly: AtomicBool,
     shown: Mutex<Shown>,
+    /// When it was named last, in [`Rows::interned`].
+    interned: AtomicU64,
 }
 
 /// How far a cohort's attempts were shown in metrics. Counters never fall, whichever cohorts have series of their own: what was counted
@@ -124,6 +128,7 @@ impl Cohort {
             lookup_micros: AtomicU64::new(0),
             is_costly: AtomicBool::new(false),
             shown: Mutex::default(),
+            interned: AtomicU64::new(0),
         }
     }
 
@@ -255,6 +260,8 @@ type Name = (Option<Box<str>>, Option<Box<str>>);
 struct Rows {
     by_name: HashMap<Name, Arc<Cohort>>,
     series: Vec<Arc<Cohort>>,
+    /// How often authenticated devices named a cohort.
+    interned: u64,
     /// Attempts shown under `other`.
     other: [u64; OUTCOMES],
 }
@@ -290,13 +297,16 @@ impl Cohorts {
     pub fn intern(&self, model: Option<&str>, firmware: Option<&str>) -> Arc<Cohort> {
         let name: Name = (model.map(Into::into), firmware.map(Into::into));
         let mut rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
+        rows.interned += 1;
         if let Some(cohort) = rows.by_name.get(&name) {
+            cohort.interned.store(rows.interned, Ordering::Relaxed);
             return Arc::clone(cohort);
         }
         if rows.by_name.len() >= COHORTS_MAX && !rows.forget_idle() {
             return Arc::new(Cohort::new(model, firmware, Some(Arc::clone(&self.other))));
         }
         let cohort = Arc::new(Cohort::new(model, firmware, None));
+        cohort.interned.store(rows.interned, Ordering::Relaxed);
         rows.by_name.insert(name, Arc::clone(&cohort));
         cohort
     }
@@ -426,12 +436,14 @@ impl Tenants {
 }
 
 impl Rows {
-    /// Makes room by dropping a cohort that nobody is connected with. False if there is none.
+    /// Makes room by dropping the cohort that was not named for longest, of those that nobody is connected with. False if there is none.
     fn forget_idle(&mut self) -> bool {
+        let named = |cohort: &Cohort| cohort.interned.load(Ordering::Relaxed);
         let idle = self
             .by_name
             .iter()
-            .find(|(_, cohort)| cohort.sessions() == 0)
+            .filter(|(_, cohort)| cohort.sessions() == 0 && named(cohort) + INTERNED_LATELY < self.interned)
+            .min_by_key(|(_, cohort)| named(cohort))
             .map(|(name, _)| name.clone());
         let Some(forgotten) = idle.and_then(|name| self.by_name.remove(&name)) else {
             return false;

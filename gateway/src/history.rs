@@ -10,7 +10,10 @@ use std::{
     time::Duration,
 };
 
-use seawall_proto::{id::DeviceId, time::WallTime};
+use seawall_proto::{
+    id::DeviceId,
+    time::{Instant, WallTime},
+};
 
 use crate::cohorts::{Cohort, Outcome};
 
@@ -35,7 +38,9 @@ pub struct Attempt {
 /// The end of a device's last session here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Offline {
+    /// For people. Spans are reckoned from [`at`](Self::at): the wall clock may be set.
     pub since: WallTime,
+    pub at: Instant,
     /// A label of `seawall_closes_total`.
     pub reason: &'static str,
 }
@@ -151,12 +156,12 @@ impl History {
     }
 
     /// A device has a session. True if it had another one until a short time ago: see [`REPEAT_WITHIN`].
-    pub fn came_online(&self, device: DeviceId, identity: Identity, at: WallTime) -> bool {
+    pub fn came_online(&self, device: DeviceId, identity: Identity, at: Instant) -> bool {
         let mut shard = self.shard(device);
         let record = shard.known.entry(device);
         let had_session = record.identity.replace(identity).is_some();
         let left = record.offline.take();
-        had_session && left.is_none_or(|left| at.saturating_since(left.since) < REPEAT_WITHIN)
+        had_session && left.is_none_or(|left| at.saturating_since(left.at) < REPEAT_WITHIN)
     }
 
     /// Shows every remembered device that had a session, shard by shard, in no order. Nothing else is remembered in that shard
@@ -173,9 +178,9 @@ impl History {
     }
 
     /// A device's newest session ended.
-    pub fn went_offline(&self, device: DeviceId, since: WallTime, reason: &'static str) {
+    pub fn went_offline(&self, device: DeviceId, (at, since): (Instant, WallTime), reason: &'static str) {
         let mut shard = self.shard(device);
-        shard.known.entry(device).offline = Some(Box::new(Offline { since, reason }));
+        shard.known.entry(device).offline = Some(Box::new(Offline { since, at, reason }));
     }
 
     #[must_use]
@@ -263,7 +268,7 @@ mod tests {
     use std::{
         sync::atomic::{AtomicBool, Ordering},
         thread,
-        time::{Duration, Instant},
+        time::Duration,
     };
 
     use seawall_proto::refusal::Code;
@@ -333,9 +338,9 @@ mod tests {
                 cohort: Arc::clone(&cohort),
                 tenant: "default".into(),
             };
-            history.came_online(spread(n), identity, WallTime::from_unix_ms(1));
+            history.came_online(spread(n), identity, Instant::ZERO);
         }
-        let (mut seen, begun) = (0, Instant::now());
+        let (mut seen, begun) = (0, std::time::Instant::now());
         history.for_each_known(|_, _| seen += 1);
         let walk = begun.elapsed();
 
@@ -348,7 +353,7 @@ mod tests {
                 }
             });
             let waits = (0..20_000).map(|n| {
-                let begun = Instant::now();
+                let begun = std::time::Instant::now();
                 history.admitted(spread(n), WallTime::from_unix_ms(1));
                 begun.elapsed()
             });
@@ -369,19 +374,24 @@ mod tests {
     fn session_soon_after_another_of_the_device_is_a_repeat() {
         let history = History::default();
         let cohort = Cohorts::new().intern(None, Some("1.0"));
+        let at = |ms: u64| Instant::from_micros(ms * 1_000);
+        // The wall clock is set back by an hour, and then forward by a day: it makes no difference.
+        let went_offline = |ms, wall_ms| {
+            history.went_offline(device(1), (at(ms), WallTime::from_unix_ms(wall_ms)), "client_gone");
+        };
         let online = |ms| {
             let identity = Identity {
                 cohort: Arc::clone(&cohort),
                 tenant: "default".into(),
             };
-            history.came_online(device(1), identity, WallTime::from_unix_ms(ms))
+            history.came_online(device(1), identity, at(ms))
         };
 
         assert!(!online(0), "the first");
         assert!(online(1), "it replaced one");
-        history.went_offline(device(1), WallTime::from_unix_ms(1_000), "client_gone");
+        went_offline(1_000, 90_000_000);
         assert!(online(600_000));
-        history.went_offline(device(1), WallTime::from_unix_ms(600_000), "client_gone");
+        went_offline(600_000, 86_400_000_000);
         assert!(!online(1_200_000), "ten minutes later");
     }
 

@@ -44,6 +44,10 @@ const ABORT_ON_OVERFLOW: &str = "/proc/sys/net/ipv4/tcp_abort_on_overflow";
 /// The kernel's default since Linux 5.4, where it can't be asked.
 const SOMAXCONN_DEFAULT: usize = 4_096;
 
+/// What the kernel may hold for a device that does not read, in bytes; it takes twice as much for its own book-keeping. Without it a
+/// buffer grows to 4 MiB and more. Enough for the largest message by default (64 KiB) in one go.
+const SEND_BUFFER_BYTES: usize = 64 * 1024;
+
 /// Files kept free for databases, the API, logs and refusals. Handshakes have their own: a full node still reads who is there.
 const FILES_RESERVED: usize = 256;
 
@@ -170,6 +174,7 @@ fn listen(address: SocketAddr, sharing: Sharing, backlog: i32) -> io::Result<Tcp
     socket.set_nonblocking(true)?;
     // Accepted sockets inherit these on Linux: no system call for each of them.
     socket.set_tcp_nodelay(true)?;
+    socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
     socket.set_keepalive(true)?;
     socket.set_tcp_keepalive(
         &TcpKeepalive::new()
@@ -376,9 +381,10 @@ impl Pause {
 
 /// The options that accepted sockets inherit, read back by a test.
 #[cfg(test)]
-fn options_of(stream: &TcpStream) -> io::Result<(bool, bool)> {
-    let socket = socket2::SockRef::from(stream);
-    Ok((socket.tcp_nodelay()?, socket.keepalive()?))
+fn options_of(stream: &TcpStream) -> io::Result<(bool, bool, bool)> {
+    let socket = SockRef::from(stream);
+    let is_bounded = socket.send_buffer_size()? <= 2 * SEND_BUFFER_BYTES;
+    Ok((socket.tcp_nodelay()?, socket.keepalive()?, is_bounded))
 }
 
 #[cfg(test)]
@@ -406,7 +412,31 @@ mod tests {
 
         let (stream, ..) = listener.accept(&Metrics::new()).await.unwrap();
 
-        assert_eq!(options_of(&stream).unwrap(), (true, true));
+        assert_eq!(options_of(&stream).unwrap(), (true, true, true));
+    }
+
+    #[tokio::test]
+    async fn kernel_holds_little_for_a_peer_that_never_reads() {
+        let bounds = Bounds {
+            connections: 4,
+            handshakes: 2,
+        };
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut listener = Listener::bind(address, Sharing::Alone, bounds, &limits(), Arc::default()).unwrap();
+        let client = tokio::net::TcpSocket::new_v4().unwrap();
+        client.set_recv_buffer_size(2_048).unwrap();
+        let _client = client.connect(listener.local_addr()).await.unwrap();
+        let (stream, ..) = listener.accept(&Metrics::new()).await.unwrap();
+
+        let (mut taken, chunk) = (0, [0; 16 * 1024]);
+        while timeout(Duration::from_millis(500), stream.writable()).await.is_ok() {
+            match stream.try_write(&chunk) {
+                Ok(len) => taken += len,
+                Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+            }
+        }
+
+        assert!((16 * 1024..=256 * 1024).contains(&taken), "{taken}");
     }
 
     #[test]

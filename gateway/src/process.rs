@@ -16,7 +16,7 @@ const fn series(name: &'static str, kind: &'static str, help: &'static str) -> D
     }
 }
 
-/// What [`render`] writes, in the order of [`Figures`].
+/// What [`render`] writes, in the order of [`figures`].
 pub static SERIES: [Definition; 5] = [
     series(
         "process_cpu_seconds_total",

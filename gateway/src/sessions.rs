@@ -46,7 +46,9 @@ pub struct SessionInfo {
     /// Where it comes from, with [`port`](Self::port): 20 bytes, where a [`SocketAddr`] has 32.
     pub address: IpAddr,
     pub port: u16,
+    /// For people. Spans are reckoned from [`opened_at`](Self::opened_at): the wall clock may be set.
     pub since: WallTime,
+    pub opened_at: Instant,
 }
 
 impl SessionInfo {
@@ -73,6 +75,8 @@ struct Inbox {
     closed: bool,
     /// The time of [`Sessions::call_at`] has come.
     is_due: bool,
+    /// The device was deleted: nothing of it is to be remembered.
+    is_deleted: bool,
     /// Of the session's task, where it waits.
     waker: Option<Waker>,
 }
@@ -152,6 +156,17 @@ impl Session {
         inbox.mail.get_or_insert_default().close = Some(order);
         wake(inbox);
         true
+    }
+
+    /// Notes that the device was deleted from the registry.
+    pub fn mark_deleted(&self) {
+        self.inbox().is_deleted = true;
+    }
+
+    /// The device was deleted from the registry while it had this session.
+    #[must_use]
+    pub fn is_deleted(&self) -> bool {
+        self.inbox().is_deleted
     }
 
     /// The session has been told to end.
@@ -541,6 +556,7 @@ mod tests {
             address: IpAddr::from([127, 0, 0, 1]),
             port: 1,
             since: WallTime::from_unix_ms(1),
+            opened_at: Instant::ZERO,
         }
     }
 }

@@ -25,7 +25,7 @@ use tokio_tungstenite::tungstenite::{
     protocol::{CloseFrame, Role, WebSocketConfig, WebSocketContext, frame::coding::CloseCode},
 };
 
-use self::aligned::{Aligned, Unread};
+use self::aligned::{Aligned, Overlong, Unread};
 
 use crate::{config::Limits, transport::Transport};
 
@@ -42,6 +42,9 @@ const ENVELOPE_LEN: usize = 1024;
 /// Time for the peer to answer our close frame. One that does not is dropped. Less than the 2 s that a process has for its end.
 pub const CLOSE_TIMEOUT: Duration = Duration::from_millis(1500);
 
+/// Longest time from the first to the last frame of one message: 64 KiB at half a kilobyte a second.
+const MESSAGE_TIME_MAX: Duration = Duration::from_secs(120);
+
 /// What is still read from a peer after its connection was given up, so that a reset does not destroy the close frame.
 const DRAIN_LEN_MAX: usize = 64 * 1024;
 
@@ -54,6 +57,8 @@ pub struct SocketLimits {
     pub message_len_max: usize,
     /// Longest time a write may take; then the peer does not read, and is dropped.
     pub write_timeout: Duration,
+    /// Longest time from the first to the last frame of a message; then 1008.
+    pub message_time_max: Duration,
 }
 
 impl SocketLimits {
@@ -64,6 +69,7 @@ impl SocketLimits {
             frame_len_max: limits.frame_bytes_max,
             message_len_max: limits.message_bytes_max,
             write_timeout: limits.write_timeout(),
+            message_time_max: MESSAGE_TIME_MAX,
         }
     }
 }
@@ -260,9 +266,16 @@ impl Socket {
 
     /// Sends a close frame, and waits a moment for the peer's.
     pub async fn close(mut self, close: &Close) {
-        if self.send_close(close).await.is_ok() {
-            self.finish().await;
+        match self.send_close(close).await {
+            Ok(()) => self.finish().await,
+            Err(SendError::Slow) => self.abort(),
+            Err(SendError::Gone) => {}
         }
+    }
+
+    /// Ends the connection to a peer that does not read. What the kernel still holds for it is dropped at once.
+    pub fn abort(self) {
+        self.transport.abort();
     }
 
     /// Answers the peer's close frame, which the library does while it reads, and ends the connection.
@@ -373,7 +386,13 @@ impl Socket {
             .get_or_insert_with(|| Busy::new(&self.limits, Unread::default()));
         let Busy { context, unread, .. } = &mut **busy;
         let transport = &mut self.transport;
-        match act(context, &mut Aligned { transport, unread, cx }) {
+        let mut aligned = Aligned {
+            transport,
+            unread,
+            cx,
+            message_time_max: self.limits.message_time_max,
+        };
+        match act(context, &mut aligned) {
             Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => Poll::Pending,
             done => Poll::Ready(done),
         }
@@ -405,6 +424,7 @@ fn broken_by(error: &Error) -> Option<Close> {
         Error::Utf8(_) => Some(Close::NotUtf8),
         Error::Protocol(error) if !is_loss(error) => Some(Close::Protocol),
         Error::WriteBufferFull(_) | Error::AttackAttempt => Some(Close::Policy),
+        Error::Io(error) if error.get_ref().is_some_and(|cause| cause.is::<Overlong>()) => Some(Close::Policy),
         Error::Protocol(_)
         | Error::ConnectionClosed
         | Error::AlreadyClosed
@@ -461,6 +481,7 @@ mod tests {
         frame_len_max: 1000,
         message_len_max: 1000,
         write_timeout: Duration::from_millis(300),
+        message_time_max: Duration::from_millis(200),
     };
 
     async fn pair() -> (TcpStream, Socket) {
@@ -518,6 +539,67 @@ mod tests {
             assert_eq!(answer[0], 0x88, "{close:?}");
             assert_eq!(answer[2..4], close.code().to_be_bytes());
         }
+    }
+
+    #[tokio::test]
+    async fn message_in_fragments_without_end_is_ended() {
+        let (mut client, mut socket) = pair().await;
+        let flood = tokio::spawn(async move {
+            let empty = frame(0x00, b"").repeat(1_000);
+            let mut sent = 0;
+            client.write_all(&frame(0x01, b"x")).await.unwrap();
+            while client.write_all(&empty).await.is_ok() {
+                sent += 1_000;
+            }
+            sent
+        });
+
+        let inbound = timeout(Duration::from_secs(20), socket.next()).await.unwrap();
+
+        assert!(matches!(inbound, Inbound::Broken(Close::Policy)), "{inbound:?}");
+        socket.fail(&Close::Policy).await;
+        assert!(flood.await.unwrap() > 0);
+    }
+
+    #[tokio::test]
+    async fn message_in_many_fragments_arrives() {
+        let (mut client, mut socket) = pair().await;
+        client.write_all(&frame(0x01, b"x")).await.unwrap();
+        client.write_all(&frame(0x00, b"x").repeat(900)).await.unwrap();
+        client.write_all(&frame(0x80, b"")).await.unwrap();
+
+        let inbound = socket.next().await;
+
+        assert!(
+            matches!(&inbound, Inbound::Text(text) if text.len() == 901),
+            "{inbound:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn message_that_takes_too_long_is_ended_whatever_comes_between() {
+        let (mut client, mut socket) = pair().await;
+        let slow = tokio::spawn(async move {
+            client.write_all(&frame(0x01, b"x")).await.unwrap();
+            // Pongs show that the peer lives, and do not help.
+            while client.write_all(&frame(0x8a, b"")).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        });
+
+        let ended = async {
+            loop {
+                let inbound = socket.next().await;
+                if !matches!(inbound, Inbound::Control) {
+                    break inbound;
+                }
+            }
+        };
+        let inbound = timeout(Duration::from_secs(20), ended).await.unwrap();
+
+        assert!(matches!(inbound, Inbound::Broken(Close::Policy)), "{inbound:?}");
+        drop(socket);
+        slow.await.unwrap();
     }
 
     #[tokio::test]

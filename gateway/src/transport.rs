@@ -8,8 +8,10 @@ use std::{
     mem::MaybeUninit,
     pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
+use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::TcpStream,
@@ -41,6 +43,24 @@ impl Transport {
         has_unread(self.tcp())
     }
 
+    /// Has the kernel give the connection up once the peer has not taken what was sent for this long.
+    pub fn set_unread_time_max(&self, span: Duration) {
+        // Elsewhere than on Linux the kernel decides.
+        #[cfg(target_os = "linux")]
+        {
+            // Without it the kernel's own time holds, which is some minutes longer.
+            let _ = SockRef::from(self.tcp()).set_tcp_user_timeout(Some(span));
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = span;
+    }
+
+    /// Ends the connection with a reset. What the kernel holds for a peer that does not read is freed at once.
+    pub fn abort(self) {
+        // A connection that is gone has nothing to free.
+        let _ = SockRef::from(self.tcp()).set_linger(Some(Duration::ZERO));
+    }
+
     /// Says goodbye where the transport has a word for it: TLS does (RFC 8446 §6.1), and a peer that does not hear it must take
     /// what came before for cut off. Closing ends plain TCP by itself.
     pub async fn say_goodbye(&mut self) {
@@ -55,7 +75,7 @@ impl Transport {
 /// socket yet.
 #[must_use]
 pub fn has_unread(tcp: &TcpStream) -> bool {
-    let peeked = socket2::SockRef::from(tcp).peek(&mut [MaybeUninit::uninit()]);
+    let peeked = SockRef::from(tcp).peek(&mut [MaybeUninit::uninit()]);
     peeked.is_ok_and(|len| len > 0)
 }
 

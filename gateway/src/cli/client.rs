@@ -77,6 +77,18 @@ impl Client {
     /// # Errors
     /// The URL is not that of an API, or the token file or the file of authorities can't be read.
     pub fn new(common: &Common) -> Result<Self, Failure> {
+        Self::with(common, true)
+    }
+
+    /// The same for a check of what is there now: it waits for no gateway to start.
+    ///
+    /// # Errors
+    /// As for [`Self::new`].
+    pub fn for_check(common: &Common) -> Result<Self, Failure> {
+        Self::with(common, false)
+    }
+
+    fn with(common: &Common, awaits_start: bool) -> Result<Self, Failure> {
         let base = common.url.trim_end_matches('/').to_owned();
         // It would stand in messages, and in the list of processes.
         if base.contains('@') {
@@ -104,32 +116,17 @@ impl Client {
             config.build()
         };
         Ok(Self {
-            token: token(common.data_dir.as_deref(), &base)?,
+            token: token(common.data_dir.as_deref(), &base, awaits_start)?,
             agent: config.into(),
             base,
-            awaits_start: true,
+            awaits_start,
         })
     }
 
-    /// The same client for a check of what is there now: it waits for nobody.
-    #[must_use]
-    pub fn without_waiting(self) -> Self {
-        Self {
-            awaits_start: false,
-            ..self
-        }
-    }
-
-    /// Waits until a gateway on this machine listens, for at most 3 s. Elsewhere a refused connection is final.
+    /// Waits for the gateway, where that was asked for.
     fn await_start(&self) {
-        let Some(address) = loopback_address(&self.base).filter(|_| self.awaits_start) else {
-            return;
-        };
-        let end = Instant::now() + START_WAIT_MAX;
-        while TcpStream::connect(address).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
-            && Instant::now() < end
-        {
-            std::thread::sleep(START_WAIT_STEP);
+        if self.awaits_start {
+            await_start(&self.base);
         }
     }
 
@@ -320,6 +317,19 @@ impl Client {
     }
 }
 
+/// Waits until a gateway on this machine listens, for at most 3 s. Elsewhere a refused connection is final.
+fn await_start(base: &str) {
+    let Some(address) = loopback_address(base) else {
+        return;
+    };
+    let end = Instant::now() + START_WAIT_MAX;
+    while TcpStream::connect(address).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+        && Instant::now() < end
+    {
+        std::thread::sleep(START_WAIT_STEP);
+    }
+}
+
 /// What went wrong, in the words of who typed the address.
 fn unreachable(error: &ureq::Error) -> String {
     let text = error.to_string();
@@ -393,7 +403,7 @@ fn trust(ca: Option<&Path>) -> Result<TlsConfig, Failure> {
         .build())
 }
 
-fn token(data_dir: Option<&Path>, base: &str) -> Result<Token, Failure> {
+fn token(data_dir: Option<&Path>, base: &str, awaits_start: bool) -> Result<Token, Failure> {
     if let Ok(token) = std::env::var("SEAWALL_TOKEN")
         && !token.trim().is_empty()
     {
@@ -411,6 +421,10 @@ fn token(data_dir: Option<&Path>, base: &str) -> Result<Token, Failure> {
             "no token for {base}: set SEAWALL_TOKEN. The token in {} is only sent to the gateway of that directory",
             path.display()
         )));
+    }
+    if awaits_start && !path.exists() {
+        // The first start makes the file before it listens.
+        await_start(base);
     }
     match fs::read_to_string(&path) {
         Ok(token) => checked(token.trim(), &path.display().to_string()).map(Token::Known),
@@ -481,7 +495,7 @@ mod tests {
             r#"{"devices":"0.0.0.0:1","ops":"192.0.2.7:8081"}"#,
         )
         .unwrap();
-        let is_sent_to = |base: &str| matches!(token(Some(home.path()), base).unwrap(), Token::Known(_));
+        let is_sent_to = |base: &str| matches!(token(Some(home.path()), base, false).unwrap(), Token::Known(_));
 
         for own in [
             "http://127.0.0.1:8081",
@@ -531,7 +545,7 @@ mod tests {
     fn missing_token_is_said_with_the_place_where_it_was_looked_for() {
         let home = tempfile::tempdir().unwrap();
 
-        let Token::Missing(reason) = token(Some(home.path()), DEFAULT_URL).unwrap() else {
+        let Token::Missing(reason) = token(Some(home.path()), DEFAULT_URL, false).unwrap() else {
             panic!("there is no file");
         };
 

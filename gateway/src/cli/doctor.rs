@@ -233,7 +233,7 @@ fn database(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
 }
 
 fn gateway(common: &Common, findings: &mut Findings) -> Result<(), Failure> {
-    let client = match Client::new(common).map(Client::without_waiting) {
+    let client = match Client::for_check(common) {
         Ok(client) => client,
         Err(Failure::Failed(error)) => {
             findings.wrong(format!("token: {error}"));

@@ -142,6 +142,7 @@ impl Live {
     ) -> Self {
         let shared = online.shared();
         shared.sessions.call_at(online.session(), machine.poll_timeout());
+        stream.set_unread_time_max(shared.session_limits.silence_max());
         Self {
             socket: Socket::new(stream, leftover, Arc::clone(&shared.socket_limits)),
             online,
@@ -397,7 +398,7 @@ impl Live {
     async fn farewell(self, end: End) {
         let reason = end.reason();
         let session = Arc::clone(self.online.session());
-        let wall = self.online.shared().clock.wall();
+        let now = self.online.shared().clock.now();
         self.online.end(reason);
         drop(self.waiting);
         tracing::debug!(
@@ -406,7 +407,7 @@ impl Live {
             session.id = %session.id,
             firmware.version = session.info.cohort.firmware.as_deref(),
             peer.addr = %session.info.peer(),
-            duration_ms = wall.saturating_since(session.info.since).as_millis(),
+            duration_ms = now.saturating_since(session.info.opened_at).as_millis(),
             messages_in = self.messages_in,
             messages_out = self.messages_out,
             "session ended"
@@ -415,7 +416,8 @@ impl Live {
             End::Closed(close) => self.socket.close(&close).await,
             End::Failed(close) => self.socket.fail(&close).await,
             End::Goodbye | End::BadGoodbye => self.socket.finish().await,
-            End::Gone | End::Slow | End::Unheard(_) => {}
+            End::Slow | End::Unheard(_) => self.socket.abort(),
+            End::Gone => {}
         }
     }
 }

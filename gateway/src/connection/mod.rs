@@ -421,6 +421,7 @@ async fn upgrade(
             address: attempt.peer().ip(),
             port: attempt.peer().port(),
             since: shared.clock.wall(),
+            opened_at: shared.clock.now(),
         },
     );
     obey_orders_given_meanwhile(&shared, online.session());
@@ -456,7 +457,10 @@ async fn upgrade(
 
 #[cfg(test)]
 mod tests {
-    use seawall_proto::{id::DeviceId, time::WallTime};
+    use seawall_proto::{
+        id::DeviceId,
+        time::{Instant, WallTime},
+    };
 
     use super::*;
     use crate::{
@@ -521,6 +525,7 @@ mod tests {
             address: peer.ip(),
             port: peer.port(),
             since: WallTime::from_unix_ms(1),
+            opened_at: Instant::ZERO,
         }
     }
 }

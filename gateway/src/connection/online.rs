@@ -22,14 +22,14 @@ pub(super) struct Online {
 impl Online {
     /// Makes this the one session of its device; an older one is told to close.
     pub(super) fn begin(shared: &Shared, info: SessionInfo) -> Self {
-        let since = info.since;
+        let (since, opened_at) = (info.since, info.opened_at);
         let registered = shared.sessions.register(info, |registered| {
             let session = &registered.session;
             let identity = Identity {
                 cohort: Arc::clone(&session.info.cohort),
                 tenant: Arc::clone(&session.info.tenant),
             };
-            if shared.history.came_online(session.info.device, identity, since) {
+            if shared.history.came_online(session.info.device, identity, opened_at) {
                 session.info.cohort.repeated();
             }
             if registered.replaced.is_none() {
@@ -82,11 +82,16 @@ impl Drop for Online {
         }
         // A session that was replaced says nothing about its device, which is online in the newer one.
         shared.sessions.unregister(&self.session, || {
-            let now = shared.clock.wall();
-            shared.history.went_offline(self.session.info.device, now, self.reason);
+            let (now, wall) = (shared.clock.now(), shared.clock.wall());
+            let device = self.session.info.device;
+            if self.session.is_deleted() {
+                shared.history.forget(device);
+            } else {
+                shared.history.went_offline(device, (now, wall), self.reason);
+            }
             shared
                 .events
-                .notice(now, presence(&self.session, "offline", self.reason));
+                .notice(wall, presence(&self.session, "offline", self.reason));
         });
         shared.metrics.sessions.set(len_of(shared));
     }

@@ -296,11 +296,9 @@ async fn delete_device(
     Id(id): Id<DeviceId>,
 ) -> Result<StatusCode, Problem> {
     let audit = caller.audit(&api, "device.delete");
-    let gateway = Arc::clone(&api.state);
+    let store = api.state.store.clone();
     carry_out(&api, id, Leaves::Nothing, async move {
-        let deleted = gateway.store.device_delete(id, &audit).await;
-        gateway.history.forget(id);
-        deleted
+        store.device_delete(id, &audit).await
     })
     .await?;
     Ok(StatusCode::NO_CONTENT)
@@ -310,7 +308,8 @@ async fn delete_device(
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RotationBody {
-    /// How long the old secret stays valid: text such as `24h`, or seconds; at most 30 days. Default: it ends at once.
+    /// How long the old secret stays valid: text such as `24h`, or seconds; at most 30 days. Default: it ends at once, and so does the
+    /// device's session (4003).
     #[schema(value_type = Option<SpanDoc>)]
     overlap: Option<Span>,
 }
@@ -351,7 +350,12 @@ async fn rotate_secret(
     };
     let audit = caller.audit(&api, "device.rotate");
     let store = api.state.store.clone();
-    let row = carry_out(&api, id, Leaves::Row, async move {
+    let leaves = if overlap.is_zero() {
+        Leaves::NewSecret
+    } else {
+        Leaves::Row
+    };
+    let row = carry_out(&api, id, leaves, async move {
         store.device_rotate(id, rotation, &audit).await
     })
     .await?;
@@ -430,6 +434,8 @@ fn no_such_device() -> Problem {
 #[derive(Clone, Copy)]
 enum Leaves {
     Row,
+    /// A row whose old secret is valid no longer: whoever is connected may have it from a thief.
+    NewSecret,
     Nothing,
 }
 
@@ -451,13 +457,24 @@ async fn carry_out(
             }
             if let Ok(Some(row)) = &changed {
                 let state = match leaves {
-                    Leaves::Row => {
+                    Leaves::Row | Leaves::NewSecret => {
                         gateway.gate.learn(id, &row.record.tenant);
                         Some(row.record.state)
                     }
                     Leaves::Nothing => None,
                 };
+                let session = gateway.sessions.get(id);
+                if let (Leaves::Nothing, Some(session)) = (leaves, &session) {
+                    // Its end would be remembered, otherwise.
+                    session.mark_deleted();
+                }
+                if let Leaves::Nothing = leaves {
+                    gateway.history.forget(id);
+                }
                 end_unwanted_session(&gateway, id, state);
+                if let (Leaves::NewSecret, Some(session)) = (leaves, session) {
+                    session.close(Close::disconnected(&mut SmallRng::from_os_rng()));
+                }
             }
             changed
         })

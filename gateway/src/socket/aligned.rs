@@ -9,10 +9,14 @@ use std::{
     mem::MaybeUninit,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::{Buf, BytesMut};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::Instant,
+};
 use tokio_tungstenite::tungstenite::protocol::frame::{FrameHeader, coding::OpCode};
 
 use crate::transport::Transport;
@@ -20,15 +24,31 @@ use crate::transport::Transport;
 /// Bytes that are read at once.
 const READ_LEN: usize = 8 * 1024;
 
+/// Maximum number of empty fragments of one message. The library joins fragments without coming back, so that empty ones without end
+/// would keep a core busy. The others are bounded by the size of a message.
+pub(super) const EMPTY_FRAGMENTS_MAX: u32 = 4_096;
+
 /// What was read and not handed on yet, and where in the stream of frames that is.
 #[derive(Debug, Default)]
 pub(super) struct Unread {
     bytes: BytesMut,
     /// Bytes of the frame under way that were not handed on yet.
     left: u64,
-    /// The last data frame was not the end of its message.
-    is_within_message: bool,
+    /// Of the message under way: its last data frame was not its end.
+    message: Option<Fragments>,
 }
+
+/// What came of a message that is not complete.
+#[derive(Debug, Clone, Copy)]
+struct Fragments {
+    empty_len: u32,
+    began_at: Instant,
+}
+
+/// A message has too many frames, or takes too long.
+#[derive(Debug, thiserror::Error)]
+#[error("a message in too many frames, or for too long")]
+pub(super) struct Overlong;
 
 impl Unread {
     /// `leftover` is what the peer has sent already.
@@ -41,7 +61,7 @@ impl Unread {
 
     /// Everything that came was handed on, and is whole messages.
     pub(super) fn is_between_messages(&self) -> bool {
-        self.bytes.is_empty() && self.left == 0 && !self.is_within_message
+        self.bytes.is_empty() && self.left == 0 && self.message.is_none()
     }
 
     /// Reads what is there: how many bytes, 0 at the end of the stream.
@@ -54,37 +74,63 @@ impl Unread {
     }
 
     /// Hands on what is there, and belongs to one frame. `None`: the next frame's header is not complete.
-    fn hand_on(&mut self, buf: &mut [u8]) -> Option<usize> {
+    fn hand_on(&mut self, buf: &mut [u8], message_time_max: Duration) -> Result<Option<usize>, Overlong> {
         if self.left == 0 {
-            self.left = self.frame_len()?;
+            let Some(len) = self.frame_len(message_time_max)? else {
+                return Ok(None);
+            };
+            self.left = len;
         }
         let left = usize::try_from(self.left).unwrap_or(usize::MAX);
         let len = self.bytes.len().min(left).min(buf.len());
         if len == 0 {
-            return None;
+            return Ok(None);
         }
         self.bytes.copy_to_slice(&mut buf[..len]);
         self.left -= len as u64;
         if self.bytes.is_empty() {
             self.bytes = BytesMut::new();
         }
-        Some(len)
+        Ok(Some(len))
     }
 
     /// Length of the frame at the beginning of what is unread, header included.
-    fn frame_len(&mut self) -> Option<u64> {
+    fn frame_len(&mut self, message_time_max: Duration) -> Result<Option<u64>, Overlong> {
         let mut cursor = Cursor::new(&self.bytes[..]);
         match FrameHeader::parse(&mut cursor) {
             Ok(Some((header, payload_len))) => {
+                let len = cursor.position().saturating_add(payload_len);
                 if matches!(header.opcode, OpCode::Data(_)) {
-                    self.is_within_message = !header.is_final;
+                    self.note_fragment(payload_len == 0, header.is_final);
                 }
-                Some(cursor.position().saturating_add(payload_len))
+                self.check_message(message_time_max)?;
+                Ok(Some(len))
             }
-            Ok(None) => None,
+            Ok(None) => Ok(None),
             // What is wrong with it is the library's to say.
-            Err(_) => Some(u64::MAX),
+            Err(_) => Ok(Some(u64::MAX)),
         }
+    }
+
+    /// A data frame begins: a whole message, or a fragment of one.
+    fn note_fragment(&mut self, is_empty: bool, is_final: bool) {
+        if is_final {
+            self.message = None;
+            return;
+        }
+        let message = self.message.get_or_insert_with(|| Fragments {
+            empty_len: 0,
+            began_at: Instant::now(),
+        });
+        message.empty_len += u32::from(is_empty);
+    }
+
+    /// Whether the message under way keeps its bounds, at each frame: pings and pongs may come between its fragments.
+    fn check_message(&self, message_time_max: Duration) -> Result<(), Overlong> {
+        let is_overlong = self.message.is_some_and(|message| {
+            message.empty_len > EMPTY_FRAGMENTS_MAX || message.began_at.elapsed() > message_time_max
+        });
+        if is_overlong { Err(Overlong) } else { Ok(()) }
     }
 }
 
@@ -93,13 +139,17 @@ pub(super) struct Aligned<'a, 'w> {
     pub(super) transport: &'a mut Transport,
     pub(super) unread: &'a mut Unread,
     pub(super) cx: &'a mut Context<'w>,
+    /// Longest time from the first to the last frame of a message.
+    pub(super) message_time_max: Duration,
 }
 
 impl Read for Aligned<'_, '_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         loop {
-            if let Some(len) = self.unread.hand_on(buf) {
-                return Ok(len);
+            match self.unread.hand_on(buf, self.message_time_max) {
+                Ok(Some(len)) => return Ok(len),
+                Ok(None) => {}
+                Err(overlong) => return Err(io::Error::new(io::ErrorKind::InvalidData, overlong)),
             }
             if unblocked(self.unread.poll_fill(self.transport, self.cx))? == 0 {
                 // The peer has ended within a header.

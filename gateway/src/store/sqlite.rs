@@ -321,6 +321,13 @@ mod tests {
         let file = File::new(&path);
         file.prepare().await.unwrap();
         assert!(file.check().is_ok());
+        // The last connection to close writes what is in the log into the file, and removes the log.
+        let log = home.path().join("seawall.db-wal");
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while log.exists() {
+            assert!(std::time::Instant::now() < deadline);
+            tokio::task::yield_now().await;
+        }
 
         fs::write(&path, "").unwrap();
 

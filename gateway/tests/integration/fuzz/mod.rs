@@ -128,6 +128,7 @@ fn frames_off_a_socket() {
                 frame_len_max: LEN_MAX,
                 message_len_max: LEN_MAX,
                 write_timeout: TIME_MAX,
+                message_time_max: TIME_MAX,
             };
             let mut socket = Socket::new(server.into(), &[], Arc::new(limits));
             let reading = async {

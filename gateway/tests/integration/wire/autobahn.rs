@@ -32,6 +32,7 @@ const LIMITS: SocketLimits = SocketLimits {
     frame_len_max: 1 << 20,
     message_len_max: 1 << 20,
     write_timeout: Duration::from_secs(10),
+    message_time_max: Duration::from_secs(60),
 };
 
 /// What the report says of one case.
