@@ -43,57 +43,57 @@ fn node() -> &'static mut Node {
     node
 }
 
-#[library_benchmark(config = at_most(12_100))]
+#[library_benchmark(config = at_most(15_100))]
 #[bench::headers(door())]
 fn parse(door: &'static mut Door) -> usize {
     black_box(door.parse()).websocket_key.len()
 }
 
-#[library_benchmark(config = at_most(32_200))]
+#[library_benchmark(config = at_most(52_800))]
 #[bench::by_look_up(used_door())]
 fn admit(door: &'static mut Door) {
     drop(black_box(door.admit()));
 }
 
-#[library_benchmark(config = at_most(72_100))]
+#[library_benchmark(config = at_most(92_500))]
 #[bench::by_token(used_door())]
 fn resume(door: &'static mut Door) {
     drop(black_box(door.resume()));
 }
 
-#[library_benchmark(config = at_most(33_300))]
+#[library_benchmark(config = at_most(46_900))]
 #[bench::by_rule(used_door())]
 fn refuse(door: &'static mut Door) {
     drop(black_box(door.refuse()));
 }
 
-#[library_benchmark(config = at_most(12_100))]
+#[library_benchmark(config = at_most(23_100))]
 #[bench::hit(kept(cases::rules(cases::RULES)), "v3.500.0-b10")]
 #[bench::miss(kept(cases::rules(cases::RULES)), "v3.7.9-b10+build5")]
 fn evaluate(rules: &'static mut RuleSet, firmware: &str) -> bool {
     black_box(cases::evaluate(rules, black_box(firmware))).is_some()
 }
 
-#[library_benchmark(config = at_most(3_400))]
+#[library_benchmark(config = at_most(6_400))]
 #[bench::three_conditions(kept(cases::range()))]
 fn range(range: &'static mut Range) -> bool {
     black_box(range.matches(black_box(Some("3.8.0-b10"))))
 }
 
-#[library_benchmark(config = at_most(11_000))]
+#[library_benchmark(config = at_most(22_100))]
 fn compare_four_pairs() {
     for (left, right) in cases::VERSIONS {
         black_box(compare(black_box(left), black_box(right)));
     }
 }
 
-#[library_benchmark(config = at_most(19_500))]
+#[library_benchmark(config = at_most(36_700))]
 #[bench::sign(node())]
 fn give_slot(node: &'static mut Node) {
     drop(black_box(node.give_slot()));
 }
 
-#[library_benchmark(config = at_most(21_500))]
+#[library_benchmark(config = at_most(39_300))]
 #[bench::verify(node(), Node::new().give_slot())]
 fn show_slot(node: &'static mut Node, token: Box<str>) {
     node.show_slot(black_box(&token));
@@ -111,7 +111,7 @@ fn weigh(door: &'static mut Door) {
     drop(black_box(door.weigh()));
 }
 
-#[library_benchmark(config = at_most(729_300))]
+#[library_benchmark(config = at_most(1_007_000))]
 #[bench::sixty_four_devices(node())]
 fn look_up(node: &'static mut Node) {
     node.look_up();
