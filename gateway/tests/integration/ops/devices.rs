@@ -136,6 +136,35 @@ fn a_session_ends_when_its_device_is_disabled_revoked_removed_or_disconnected() 
 }
 
 #[test]
+fn secret_that_ends_at_once_ends_the_session_that_it_opened() {
+    let gateway = Gateway::start();
+    let (id, mut device) = gateway.connected(&[V1]);
+    gateway.block_on(device.frame());
+    let path = format!("/api/v1/devices/{id}/secret");
+
+    let later = gateway.post(&path, json!({"overlap": "1h"}));
+    assert_eq!(later.status, 201);
+    assert_eq!(gateway.state().sessions.len(), 1, "the old secret is still valid");
+    assert_eq!(gateway.post(&path, json!({})).status, 201);
+
+    let frame = gateway.block_on(device.frame());
+    assert_eq!(frame.close().0, 4003);
+}
+
+#[test]
+fn deleted_device_is_remembered_no_longer_when_its_session_has_ended() {
+    let gateway = Gateway::start();
+    let (id, mut device) = gateway.connected(&[V1]);
+    gateway.block_on(device.frame());
+
+    assert_eq!(gateway.delete(&format!("/api/v1/devices/{id}")).status, 204);
+    assert_eq!(gateway.block_on(device.frame()).close().0, 4501);
+    gateway.eventually(|| gateway.state().sessions.is_empty());
+
+    assert_eq!(gateway.state().history.known_len(), 0);
+}
+
+#[test]
 fn disconnecting_somebody_who_is_not_here_says_so() {
     let gateway = Gateway::start();
     let (id, _) = gateway.register(json!({}));
