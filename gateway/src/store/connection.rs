@@ -7,13 +7,17 @@ use std::sync::Arc;
 
 use seawall_proto::id::{DeviceId, Label, SecretHash};
 use sqlx::{
-    Arguments, AssertSqlSafe, Connection as _, Executor, PgConnection, Row as _, SqliteConnection,
+    Arguments, AssertSqlSafe, Connection as _, Executor, PgConnection, Row as _,
     postgres::{PgArguments, PgRow},
     sqlite::{SqliteArguments, SqliteRow},
 };
 use uuid::Uuid;
 
-use super::{error::StoreError, postgres::Server, sqlite::Opening};
+use super::{
+    error::StoreError,
+    postgres::Server,
+    sqlite::{Opening, Sqlite},
+};
 
 /// A statement in the words of each database. Both take `$1`, `$2`, ….
 #[derive(Clone, Copy, Debug)]
@@ -126,7 +130,7 @@ impl Connector {
 
 #[derive(Debug)]
 pub(super) enum Connection {
-    Sqlite(SqliteConnection),
+    Sqlite(Sqlite),
     Postgres(Postgres),
 }
 
@@ -189,7 +193,7 @@ impl Connection {
     pub async fn all(&mut self, sql: Sql, values: &[Value<'_>]) -> Result<Vec<Row>, StoreError> {
         Ok(match self {
             Self::Sqlite(connection) => {
-                let rows = sqlx::query_with(sql.sqlite, sqlite_arguments(values)?).fetch_all(connection);
+                let rows = sqlx::query_with(sql.sqlite, sqlite_arguments(values)?).fetch_all(&mut **connection);
                 rows.await?.into_iter().map(Row::Sqlite).collect()
             }
             Self::Postgres(postgres) => {
@@ -208,7 +212,7 @@ impl Connection {
     pub async fn run(&mut self, sql: Sql, values: &[Value<'_>]) -> Result<u64, StoreError> {
         Ok(match self {
             Self::Sqlite(connection) => {
-                let done = sqlx::query_with(sql.sqlite, sqlite_arguments(values)?).execute(connection);
+                let done = sqlx::query_with(sql.sqlite, sqlite_arguments(values)?).execute(&mut **connection);
                 done.await?.rows_affected()
             }
             Self::Postgres(postgres) => postgres.run(sql.postgres, postgres_arguments(values)?).await?,

@@ -2,8 +2,8 @@
 //!
 //! This is not a general pool (ADR 0009 says why). A caller takes a connection out, owns it, and gives it back only when its work went
 //! well; whatever is dropped on the way (an error, a cancelled request, a deadline) is closed. At most `connections_max`
-//! connections are in use, at most as many are idle. SQLite's work goes on after that until the disk has answered; how many such
-//! connections there can be is bounded where they are opened. Start with [`Lane::take`].
+//! connections are in use, at most as many are idle. Closing a connection of SQLite interrupts its statement. A statement that waits for the
+//! disk runs on in its thread: the number of threads is bounded where they are started. Start with [`Lane::take`].
 
 use std::{
     future::Future,

@@ -87,7 +87,7 @@ pub(super) async fn migrate(connection: &mut Connection, caller: Caller) -> Resu
     match connection {
         Connection::Sqlite(connection) => {
             let migrator = migrator(|version| version.sqlite);
-            migrator.run_direct(None, connection, false).await?;
+            migrator.run_direct(None, &mut **connection, false).await?;
             Ok(())
         }
         Connection::Postgres(postgres) => migrate_postgres(postgres, caller).await,

@@ -3,6 +3,7 @@
 use std::{
     fs::{self, Metadata, OpenOptions},
     io,
+    ops::{Deref, DerefMut},
     os::unix::fs::{MetadataExt as _, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
@@ -26,13 +27,13 @@ use super::{
 
 /// Longest wait for another process's lock, below the 2 s in which a rule write is answered.
 const BUSY_MAX: Duration = Duration::from_millis(1_500);
-/// Most connections at a time, each a thread. One whose call took too long lives on until the disk has answered it: a disk that hangs must
-/// not take a thread for every call that is tried.
+/// Maximum number of connections, each a thread, above the number that the lanes keep. A thread that waits for the disk can't be interrupted
+/// when its caller has gone. While the disk hangs, further calls must not take further threads.
 const CONNECTIONS_MAX: usize = 64;
 /// Time between two attempts to open for writing a file that could only be read at the start.
 const RETRY: Duration = Duration::from_secs(1);
-/// Between two calls of a handler that counts connections, in steps of SQLite's machine: as rarely as it goes.
-const COUNTING_STEPS: i32 = i32::MAX;
+/// Instructions of SQLite's virtual machine between two checks whether a statement still has a caller: a millisecond at most.
+const CHECK_STEPS: i32 = 10_000;
 
 const VERSION: Sql = Sql::both("SELECT max(version) AS number FROM _sqlx_migrations WHERE success");
 
@@ -187,14 +188,40 @@ fn identity(metadata: &Metadata) -> (u64, u64) {
     (metadata.dev(), metadata.ino())
 }
 
+/// A connection with a thread of its own. Dropping it interrupts the statement that the thread runs, unless that waits for the disk.
+#[derive(Debug)]
+pub(super) struct Sqlite {
+    connection: SqliteConnection,
+    /// The thread holds a weak reference.
+    _caller: Arc<()>,
+}
+
+impl Deref for Sqlite {
+    type Target = SqliteConnection;
+
+    fn deref(&self) -> &SqliteConnection {
+        &self.connection
+    }
+}
+
+impl DerefMut for Sqlite {
+    fn deref_mut(&mut self) -> &mut SqliteConnection {
+        &mut self.connection
+    }
+}
+
 impl Opening {
-    pub async fn connect(&self) -> Result<SqliteConnection, StoreError> {
+    pub async fn connect(&self) -> Result<Sqlite, StoreError> {
         self.file.check()?;
         self.open(self.file.only_read()).await
     }
 
-    async fn open(&self, only_read: Option<String>) -> Result<SqliteConnection, StoreError> {
-        let count = Counted::new(&self.file.connections).ok_or(StoreError::Busy)?;
+    async fn open(&self, only_read: Option<String>) -> Result<Sqlite, StoreError> {
+        let count = Counted::new(&self.file.connections).ok_or_else(|| {
+            StoreError::Unavailable(format!(
+                "{CONNECTIONS_MAX} connections wait for its disk: check the disk"
+            ))
+        })?;
         let options = SqliteConnectOptions::new()
             .filename(&self.file.path)
             .busy_timeout(BUSY_MAX)
@@ -211,12 +238,17 @@ impl Opening {
                 .synchronous(SqliteSynchronous::Full)
         };
         let mut connection = SqliteConnection::connect_with(&options).await?;
-        // The handler ends with the connection's thread, and the count with it.
+        let caller = Arc::new(());
+        let waiting = Arc::downgrade(&caller);
+        // The handler is dropped when the connection's thread ends, and the count with it. A statement ends where it returns false.
         connection
             .lock_handle()
             .await?
-            .set_progress_handler(COUNTING_STEPS, move || count.is_there());
-        Ok(connection)
+            .set_progress_handler(CHECK_STEPS, move || count.is_there() && waiting.strong_count() > 0);
+        Ok(Sqlite {
+            connection,
+            _caller: caller,
+        })
     }
 
     /// A connection made now must not be kept: it does not see what is written later.
@@ -348,16 +380,40 @@ mod tests {
             }
         };
 
-        assert!(matches!(refused, StoreError::Busy), "{refused}");
+        assert!(refused.is_away() && refused.to_string().contains("disk"), "{refused}");
         assert!(
             (CONNECTIONS_MAX - 1..=CONNECTIONS_MAX).contains(&held.len()),
             "{}",
             held.len()
         );
         drop(held);
+        all_threads_end(&file).await;
+    }
+
+    #[tokio::test]
+    async fn statement_whose_caller_has_gone_is_interrupted_and_its_thread_ends() {
+        const ENDLESS: Sql =
+            Sql::both("WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n) SELECT count(*) FROM n");
+        let home = tempfile::tempdir().unwrap();
+        let file = File::new(&home.path().join("seawall.db"));
+        file.prepare().await.unwrap();
+        all_threads_end(&file).await;
+        let lane = Lane::new(file.reader(), Rank::Others, 1, &Arc::default());
+
+        for _ in 0..3 {
+            let mut held = lane.take().await.unwrap();
+            let call = async move { held.first(ENDLESS, &[]).await.map(|_| held) };
+            let ended = tokio::time::timeout(Duration::from_millis(50), call).await;
+            assert!(ended.is_err(), "it has no end");
+        }
+
+        all_threads_end(&file).await;
+    }
+
+    async fn all_threads_end(file: &File) {
         let deadline = std::time::Instant::now() + Duration::from_secs(10);
         while file.connections.load(Ordering::Relaxed) > 0 {
-            assert!(std::time::Instant::now() < deadline);
+            assert!(std::time::Instant::now() < deadline, "a thread does not end");
             tokio::task::yield_now().await;
         }
     }
