@@ -18,10 +18,17 @@ struct Version {
     name: &'static str,
     sqlite: &'static str,
     postgres: &'static str,
-    /// PostgreSQL's statements run one by one, outside a transaction, as `CREATE INDEX CONCURRENTLY` must. A failure half way runs all of
-    /// them again: so each must bear it, `DROP INDEX CONCURRENTLY IF EXISTS` first.
-    is_outside_transaction: bool,
 }
+
+impl Version {
+    /// Whether it makes PostgreSQL's indexes concurrently. Such statements run one by one, outside a transaction. A failure half way
+    /// runs all of them again, so each index is dropped first if it exists.
+    fn is_concurrent(&self) -> bool {
+        self.postgres.contains(CONCURRENTLY)
+    }
+}
+
+const CONCURRENTLY: &str = " CONCURRENTLY";
 
 const VERSIONS: &[Version] = &[
     Version {
@@ -29,42 +36,38 @@ const VERSIONS: &[Version] = &[
         name: "registry",
         sqlite: include_str!("../../../migrations/sqlite/0001_registry.sql"),
         postgres: include_str!("../../../migrations/postgres/0001_registry.sql"),
-        is_outside_transaction: false,
     },
     Version {
         number: 2,
         name: "revocations",
         sqlite: include_str!("../../../migrations/sqlite/0002_revocations.sql"),
         postgres: include_str!("../../../migrations/postgres/0002_revocations.sql"),
-        is_outside_transaction: false,
     },
     Version {
         number: 3,
         name: "device_lists",
         sqlite: include_str!("../../../migrations/sqlite/0003_device_lists.sql"),
         postgres: include_str!("../../../migrations/postgres/0003_device_lists.sql"),
-        is_outside_transaction: false,
     },
     Version {
         number: 4,
         name: "device_counts",
         sqlite: include_str!("../../../migrations/sqlite/0004_device_counts.sql"),
         postgres: include_str!("../../../migrations/postgres/0004_device_counts.sql"),
-        is_outside_transaction: false,
     },
     Version {
         number: 5,
         name: "external_ids",
         sqlite: include_str!("../../../migrations/sqlite/0005_external_ids.sql"),
         postgres: include_str!("../../../migrations/postgres/0005_external_ids.sql"),
-        is_outside_transaction: false,
     },
 ];
 
 /// The newest version of the schema that this binary knows.
 pub const SCHEMA_VERSION: i64 = VERSIONS[VERSIONS.len() - 1].number;
 
-/// A table above this size, in bytes, takes long to be indexed: `seawall serve` leaves that to `seawall migrate`.
+/// Size in bytes above which `seawall serve` leaves an index on `devices` to `seawall migrate`: making it takes long, and in a transaction
+/// it blocks writes.
 const LARGE_TABLE_BYTES: i64 = 256 * 1024 * 1024;
 /// Where sqlx notes what was done.
 const TABLE: &str = "_sqlx_migrations";
@@ -100,27 +103,30 @@ async fn migrate_postgres(postgres: &mut Postgres, caller: Caller) -> Result<(),
     if pending.is_empty() {
         return Ok(());
     }
-    if let Some(version) = pending.iter().find(|version| version.is_outside_transaction) {
+    let is_outside_transaction = caller == Caller::Migrate && postgres.pooled.is_none();
+    if let Some(version) = pending.iter().find(|version| version.is_concurrent())
+        && !is_outside_transaction
+        && devices_bytes(&mut postgres.connection).await? > LARGE_TABLE_BYTES
+    {
         let number = version.number;
-        if postgres.pooled.is_some() {
-            return Err(StoreError::Migration(format!(
-                "version {number} of the schema can't be made through a pooler: run `seawall migrate` with the server's own address"
-            )));
-        }
-        if caller == Caller::Serve && devices_bytes(&mut postgres.connection).await? > LARGE_TABLE_BYTES {
-            return Err(StoreError::Migration(format!(
+        return Err(StoreError::Migration(match caller {
+            Caller::Serve => format!(
                 "version {number} of the schema takes long with this many devices: run `seawall migrate`; this gateway waits for it"
-            )));
-        }
+            ),
+            Caller::Migrate => format!(
+                "version {number} of the schema can't be made through a pooler with this many devices: run `seawall migrate` with the \
+                 server's own address"
+            ),
+        }));
     }
-    if postgres.pooled.is_some() {
-        return migrate_pooled(&mut postgres.connection, &migrator, caller).await;
+    if let Some(begin) = postgres.pooled.clone() {
+        return migrate_pooled(&mut postgres.connection, &begin, &migrator, caller).await;
     }
     let connection = &mut postgres.connection;
     let lock = lock(connection, "pg_try_advisory_lock", caller).await?;
     // Another process may have been faster.
     for version in self::pending(connection, &migrator).await? {
-        if version.is_outside_transaction {
+        if version.is_concurrent() && is_outside_transaction {
             run_outside_transaction(connection, &migrator, version).await?;
         } else {
             migrator.run_direct(Some(version.number), connection, false).await?;
@@ -132,8 +138,13 @@ async fn migrate_postgres(postgres: &mut Postgres, caller: Caller) -> Result<(),
 }
 
 /// All in one transaction: what is prepared and locked before its end is so in one and the same server connection.
-async fn migrate_pooled(connection: &mut PgConnection, migrator: &Migrator, caller: Caller) -> Result<(), StoreError> {
-    let mut transaction = connection.begin().await?;
+async fn migrate_pooled(
+    connection: &mut PgConnection,
+    begin: &str,
+    migrator: &Migrator,
+    caller: Caller,
+) -> Result<(), StoreError> {
+    let mut transaction = connection.begin_with(AssertSqlSafe(begin.to_owned())).await?;
     lock(&mut transaction, "pg_try_advisory_xact_lock", caller).await?;
     // Prepared statements of other clients have the same names as those that the migrator is about to prepare.
     transaction.execute(sqlx::raw_sql("DEALLOCATE ALL")).await?;
@@ -223,17 +234,31 @@ async fn run_outside_transaction(
     Ok(())
 }
 
-/// Of a file whose statements end with a line.
+/// The statements of a file in which each ends with `;` at the end of a line.
 fn statements(sql: &'static str) -> impl Iterator<Item = &'static str> {
     sql.split(";\n")
         .map(str::trim)
         .filter(|statement| !statement.is_empty())
 }
 
+/// The same statements as a transaction allows them.
+fn in_transaction(sql: &str) -> String {
+    sql.replace(CONCURRENTLY, "")
+}
+
 fn migrator(sql: fn(&Version) -> &'static str) -> Migrator {
     let migrations = VERSIONS.iter().map(|version| {
-        let sql = sql(version).into_sql_str();
-        Migration::new(version.number, version.name.into(), MigrationType::Simple, sql, false)
+        let file = sql(version);
+        let mut migration = Migration::new(
+            version.number,
+            version.name.into(),
+            MigrationType::Simple,
+            file.into_sql_str(),
+            false,
+        );
+        // The checksum stays the file's: what is run outside a transaction is noted with the same one.
+        migration.sql = AssertSqlSafe(in_transaction(file)).into_sql_str();
+        migration
     });
     let mut migrator = Migrator::with_migrations(migrations.collect());
     // The old binary may start again on the new schema during a deploy.
@@ -279,6 +304,32 @@ mod tests {
                 "CREATE INDEX CONCURRENTLY a ON b (c)"
             ]
         );
+    }
+
+    #[test]
+    fn index_on_an_older_postgresql_table_is_dropped_and_made_concurrently_in_a_version_of_its_own() {
+        for version in VERSIONS {
+            let number = version.number;
+            let lines: Vec<_> = version
+                .postgres
+                .lines()
+                .filter(|line| !line.starts_with("--"))
+                .collect();
+            for line in lines.iter().filter(|line| line.contains(" INDEX ")) {
+                let table = line.split(" ON ").nth(1).and_then(|rest| rest.split(' ').next());
+                let is_new = table.is_some_and(|table| version.postgres.contains(&format!("CREATE TABLE {table} (")));
+                assert!(is_new || line.contains(" INDEX CONCURRENTLY "), "{number}: {line}");
+            }
+            if version.is_concurrent() {
+                let statements: Vec<_> = lines.into_iter().filter(|line| !line.is_empty()).collect();
+                for pair in statements.chunks(2) {
+                    let drop = "DROP INDEX CONCURRENTLY IF EXISTS ";
+                    let name = pair[0].strip_prefix(drop).and_then(|name| name.strip_suffix(';'));
+                    let create = format!(" INDEX CONCURRENTLY {} ON ", name.expect(pair[0]));
+                    assert!(pair[1].starts_with("CREATE ") && pair[1].contains(&create), "{pair:?}");
+                }
+            }
+        }
     }
 
     #[test]

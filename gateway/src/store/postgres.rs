@@ -95,6 +95,8 @@ impl Purpose {
                 ("jit", "off"),
             ],
             Self::Migrations => &[
+                // Whatever the role or the database has: an index takes its time.
+                ("statement_timeout", "0"),
                 ("lock_timeout", "10000"),
                 ("idle_in_transaction_session_timeout", "60000"),
                 // Without the notices that a table is there already.

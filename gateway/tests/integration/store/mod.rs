@@ -4,6 +4,7 @@ mod away;
 mod devices;
 mod files;
 mod import;
+mod indexes;
 mod lookup;
 mod plan;
 mod pooler;
