@@ -16,7 +16,7 @@ use seawall_proto::{
 use crate::{
     faults::Fault,
     process,
-    series::{self, Definition, Family, GaugeFamily, Names},
+    series::{self, Definition, Family, GaugeFamily, HistogramFamily, Names},
     store::Operation,
 };
 
@@ -27,6 +27,11 @@ const WAIT_BUCKETS_SECONDS: [f64; 14] = [
 /// Upper bounds, in seconds, of hints: from the shortest slot to the longest hint for a blocked device.
 const HINT_BUCKETS_SECONDS: [f64; 12] = [
     0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1_800.0, 3_600.0,
+];
+
+/// Upper bounds, in seconds, of session lengths: from a connection that breaks at once to a session that is closed for its age.
+const SESSION_BUCKETS_SECONDS: [f64; 11] = [
+    1.0, 10.0, 60.0, 300.0, 900.0, 3_600.0, 10_800.0, 28_800.0, 64_800.0, 86_400.0, 108_000.0,
 ];
 
 /// Handles of all metrics with a fixed label set.
@@ -90,6 +95,12 @@ pub struct Metrics {
     pub retry_hint_seconds: Histogram,
     /// Sessions ended, by reason.
     pub closes: Family,
+    /// Time from the upgrade of a session to its end.
+    pub session_duration_seconds: Histogram,
+    /// Payload bytes of data frames.
+    pub session_bytes: Family,
+    /// Time from the head of an API request to the head of its answer, by [`API_CALLS`] and [`API_STATUSES`].
+    pub api_request_duration_seconds: HistogramFamily,
     /// Revision of the firmware rules in force on this node.
     pub rules_revision: Gauge,
     /// Stored rules that this version can't enforce.
@@ -186,6 +197,10 @@ pub const MESSAGE_IN_OUTCOMES: [&str; 4] = ["accepted", "buffer_full", "bad_fram
 pub const MESSAGE_OUT_OUTCOMES: [&str; 5] = ["acked", "sent", "device_offline", "mailbox_full", "refused"];
 /// Label `occasion` of `seawall_resume_tokens_total`.
 pub const TOKEN_OCCASIONS: [&str; 3] = ["welcome", "renewal", "drain"];
+/// Label `call` of `seawall_api_request_duration_seconds`.
+pub const API_CALLS: [&str; 4] = ["read", "change", "import", "public"];
+/// Label `status` of `seawall_api_request_duration_seconds`.
+pub const API_STATUSES: [&str; 3] = ["success", "client_error", "server_error"];
 /// Label `buffer` of `seawall_dropped_total`.
 pub const BUFFERS: [&str; 2] = ["events", "log"];
 
@@ -201,6 +216,12 @@ impl Metrics {
                 Matcher::Full("seawall_retry_hint_seconds".into()),
                 &HINT_BUCKETS_SECONDS,
             )
+            .and_then(|builder| {
+                builder.set_buckets_for_metric(
+                    Matcher::Full("seawall_session_duration_seconds".into()),
+                    &SESSION_BUCKETS_SECONDS,
+                )
+            })
             .and_then(|builder| builder.set_buckets(&WAIT_BUCKETS_SECONDS))
             .expect("bucket lists are constant and not empty")
             .build_recorder();
@@ -247,7 +268,7 @@ impl Metrics {
             ),
             throttled: names.family(
                 "seawall_throttled_total",
-                "Connections refused with `throttled`, by the limit that refused; those that had sent nothing, too, which are no attempts.",
+                "Connections refused with `throttled`, by the limit that refused; also those that had sent nothing, which are not attempts.",
                 &[],
                 "limit",
                 &Limit::ALL.map(Limit::as_str),
@@ -341,6 +362,22 @@ impl Metrics {
                 &[],
                 "reason",
                 &CLOSE_REASONS,
+            ),
+            session_duration_seconds: names.histogram(
+                "seawall_session_duration_seconds",
+                "Length of the sessions that ended.",
+            ),
+            session_bytes: names.family(
+                "seawall_session_bytes_total",
+                "Payload bytes of the text and binary frames that devices sent (`in`) and were sent (`out`, without each session's first frame).",
+                &[],
+                "direction",
+                &["in", "out"],
+            ),
+            api_request_duration_seconds: names.histograms(
+                "seawall_api_request_duration_seconds",
+                "Time from the head of a request on the ops listener to the head of its answer. `read` and `change` are calls below `/api/v1`, `import` is the import of devices, `public` is everything else, such as `/metrics` and `/readyz`.",
+                [("call", &API_CALLS), ("status", &API_STATUSES)],
             ),
             rules_revision: names.gauge("seawall_rules_revision", "Revision of the rules in force on this node."),
             rules_unsupported: names.gauge(

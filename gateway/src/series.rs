@@ -1,7 +1,7 @@
 //! What metrics are made of: counters, gauges and histograms on one recorder, families of them by a closed label, and the table
 //! of all that were made. Which metrics there are is said in [`crate::metrics`].
 
-use std::cell::RefCell;
+use std::{cell::RefCell, time::Duration};
 
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder, SharedString, Unit};
 use metrics_exporter_prometheus::PrometheusRecorder;
@@ -84,6 +84,20 @@ impl GaugeFamily {
     }
 }
 
+/// One histogram for each pair of values of two closed labels.
+pub struct HistogramFamily(Box<[([&'static str; 2], Histogram)]>);
+
+impl HistogramFamily {
+    /// Notes one duration. A pair outside the closed sets is a bug of the caller's, and notes nothing.
+    pub fn record(&self, values: [&'static str; 2], duration: Duration) {
+        let found = self.0.iter().find(|(labels, _)| *labels == values);
+        debug_assert!(found.is_some(), "{values:?} is not in the closed sets");
+        if let Some((_, histogram)) = found {
+            histogram.record(duration);
+        }
+    }
+}
+
 /// Makes series and remembers what was made.
 pub struct Names<'a> {
     recorder: &'a PrometheusRecorder,
@@ -150,6 +164,28 @@ impl<'a> Names<'a> {
         );
         self.recorder
             .register_histogram(&Key::from_static_name(name), &METADATA)
+    }
+
+    pub fn histograms(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        labels: [(&'static str, &[&'static str]); 2],
+    ) -> HistogramFamily {
+        self.define(name, "histogram", help, &labels);
+        self.recorder.describe_histogram(
+            KeyName::from_const_str(name),
+            Some(Unit::Seconds),
+            SharedString::const_str(help),
+        );
+        let [(first, firsts), (second, seconds)] = labels;
+        let pairs = firsts.iter().flat_map(|one| seconds.iter().map(|other| [*one, *other]));
+        let handles = pairs.map(|values| {
+            let labels = vec![Label::new(first, values[0]), Label::new(second, values[1])];
+            let key = Key::from_parts(name, labels);
+            (values, self.recorder.register_histogram(&key, &METADATA))
+        });
+        HistogramFamily(handles.collect())
     }
 
     pub fn family(

@@ -102,6 +102,17 @@ pub enum Outbound {
     Ping,
 }
 
+impl Outbound {
+    /// Length of the payload of a data frame, in bytes; 0 for a ping.
+    pub fn payload_len(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Binary(bytes) => bytes.len(),
+            Self::Ping => 0,
+        }
+    }
+}
+
 impl From<Outbound> for Message {
     fn from(outbound: Outbound) -> Self {
         match outbound {

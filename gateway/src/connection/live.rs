@@ -280,6 +280,7 @@ impl Live {
                 }
                 Action::Close(close) => return Poll::Ready(Err(End::Closed(close))),
             };
+            self.count_bytes("out", outbound.payload_len());
             self.socket.feed(outbound, cx)?;
             self.has_fed = true;
         }
@@ -341,8 +342,14 @@ impl Live {
     fn hear(&mut self, inbound: Inbound) -> Option<End> {
         let now = self.online.shared().clock.now();
         match inbound {
-            Inbound::Text(text) => self.machine.handle_text(&text, now),
-            Inbound::Binary(bytes) => self.machine.handle_binary(&bytes, now),
+            Inbound::Text(text) => {
+                self.count_bytes("in", text.len());
+                self.machine.handle_text(&text, now);
+            }
+            Inbound::Binary(bytes) => {
+                self.count_bytes("in", bytes.len());
+                self.machine.handle_binary(&bytes, now);
+            }
             Inbound::Control => self.machine.handle_control(now),
             Inbound::Goodbye => return Some(End::Goodbye),
             Inbound::BadGoodbye => return Some(End::BadGoodbye),
@@ -350,6 +357,11 @@ impl Live {
             Inbound::Gone => return Some(End::Gone),
         }
         None
+    }
+
+    fn count_bytes(&self, direction: &'static str, len: usize) {
+        let len = u64::try_from(len).unwrap_or(u64::MAX);
+        self.online.shared().metrics.session_bytes.add(direction, len);
     }
 
     fn tick(&mut self) {

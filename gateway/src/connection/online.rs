@@ -78,7 +78,9 @@ impl Drop for Online {
             self.reason = "failed";
         }
         if self.is_session {
+            let duration = shared.clock.now().saturating_since(self.session.info.opened_at);
             shared.metrics.closes.increment(self.reason);
+            shared.metrics.session_duration_seconds.record(duration);
         }
         // A session that was replaced says nothing about its device, which is online in the newer one.
         shared.sessions.unregister(&self.session, || {

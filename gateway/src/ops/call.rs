@@ -12,7 +12,7 @@ use std::{
 use axum::{
     body::{Body, HttpBody},
     extract::{Request, State},
-    http::{HeaderMap, HeaderValue, Method, Version, header, uri::Authority},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header, uri::Authority},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -139,7 +139,10 @@ pub async fn accompany(State(api): State<Arc<Api>>, mut request: Request, next: 
     let status = response.status().as_u16();
     let actor = call.actor.get().map(|actor| &**actor);
     let action = call.action.get().copied();
-    let duration_ms = api.state.clock.now().saturating_since(started).as_secs_f64() * 1e3;
+    let duration = api.state.clock.now().saturating_since(started);
+    let labels = [call_label(&method, &path), status_label(response.status())];
+    api.state.metrics.api_request_duration_seconds.record(labels, duration);
+    let duration_ms = duration.as_secs_f64() * 1e3;
     // Strangers fill no log: without a valid token a call is no more than a connection.
     if actor.is_some() && (action.is_some() || is_change(&method, &path)) {
         tracing::info!(request.id = &*call.id, actor, action, %method, path, status, duration_ms, "API change");
@@ -147,6 +150,30 @@ pub async fn accompany(State(api): State<Arc<Api>>, mut request: Request, next: 
         tracing::debug!(request.id = &*call.id, actor, %method, path, status, duration_ms, "API call");
     }
     response.map(|body| Body::new(Held { body, _call: call }))
+}
+
+/// The label `call` of `seawall_api_request_duration_seconds`.
+fn call_label(method: &Method, path: &str) -> &'static str {
+    if !path.starts_with("/api/v1/") {
+        "public"
+    } else if path == "/api/v1/devices/import" {
+        "import"
+    } else if is_change(method, path) {
+        "change"
+    } else {
+        "read"
+    }
+}
+
+/// The label `status` of the same metric.
+fn status_label(status: StatusCode) -> &'static str {
+    if status.is_server_error() {
+        "server_error"
+    } else if status.is_client_error() {
+        "client_error"
+    } else {
+        "success"
+    }
 }
 
 /// Whether a call may change something, or ask a device to.
@@ -241,7 +268,7 @@ impl HttpBody for Held {
 
 #[cfg(test)]
 mod tests {
-    use axum::{Router, http::StatusCode, middleware, routing::get};
+    use axum::{Router, middleware, routing::get};
     use hyper::service::Service as _;
     use hyper_util::service::TowerToHyperService;
     use tokio_util::sync::CancellationToken;
@@ -295,6 +322,29 @@ mod tests {
         let mut long = HeaderMap::new();
         long.insert(REQUEST_ID, HeaderValue::from_str(&"x".repeat(65)).unwrap());
         assert_eq!(id_of(&long).len(), 16);
+    }
+
+    #[test]
+    fn every_request_has_labels_of_the_closed_sets() {
+        use crate::metrics::{API_CALLS, API_STATUSES};
+
+        let calls = [
+            (Method::GET, "/api/v1/devices", "read"),
+            (Method::POST, "/api/v1/rules/preview", "read"),
+            (Method::POST, "/api/v1/devices/import", "import"),
+            (Method::DELETE, "/api/v1/devices/9b0c", "change"),
+            (Method::GET, "/readyz", "public"),
+            (Method::PUT, "/x", "public"),
+        ];
+        for (method, path, label) in calls {
+            assert_eq!(call_label(&method, path), label, "{method} {path}");
+            assert!(API_CALLS.contains(&label));
+        }
+        for status in (100..1_000).filter_map(|code| StatusCode::from_u16(code).ok()) {
+            assert!(API_STATUSES.contains(&status_label(status)));
+        }
+        assert_eq!(status_label(StatusCode::SERVICE_UNAVAILABLE), "server_error");
+        assert_eq!(status_label(StatusCode::CONFLICT), "client_error");
     }
 
     #[test]

@@ -225,3 +225,26 @@ fn exchange(gateway: &Gateway, request: &str) -> String {
     stream.read_to_string(&mut answer).unwrap();
     answer
 }
+
+#[test]
+fn requests_are_timed_by_kind_of_call_and_status() {
+    let gateway = Gateway::start();
+    let metrics = || gateway.raw("GET", "/metrics", &[], "").text;
+
+    gateway.get("/api/v1/rules");
+    gateway.get("/api/v1/rules");
+    gateway.post("/api/v1/rules", json!({}));
+    gateway.register(json!({}));
+
+    let text = metrics();
+    for (call, status, count) in [
+        ("read", "success", 2),
+        ("change", "client_error", 1),
+        ("change", "success", 1),
+    ] {
+        let line =
+            format!("seawall_api_request_duration_seconds_count{{call=\"{call}\",status=\"{status}\"}} {count}\n");
+        assert!(text.contains(&line), "{line}{text}");
+    }
+    assert!(metrics().contains("_count{call=\"public\",status=\"success\"} 1\n"));
+}

@@ -28,7 +28,11 @@ async fn message_is_acknowledged() {
         .text(r#"{"type":"message","id":"7","topic":"t","payload":{"a":1},"later":true}"#)
         .await;
 
-    assert_eq!(device.frame().await.text(), r#"{"type":"ack","id":"7"}"#);
+    let ack = r#"{"type":"ack","id":"7"}"#;
+    assert_eq!(device.frame().await.text(), ack);
+    #[expect(clippy::cast_precision_loss, reason = "it is short")]
+    let sent = ack.len() as f64;
+    eventually(|| gateway.metric("seawall_session_bytes_total{direction=\"out\"}") == sent).await;
 }
 
 #[tokio::test]
@@ -112,6 +116,7 @@ async fn plain_session_takes_anything_and_says_nothing() {
         gateway.metric("seawall_messages_total{direction=\"in\",outcome=\"accepted\"}"),
         2.0
     );
+    assert_eq!(gateway.metric("seawall_session_bytes_total{direction=\"in\"}"), 17.0);
 }
 
 #[tokio::test]
@@ -136,6 +141,7 @@ async fn goodbye_is_answered_and_the_device_offline() {
     assert_eq!(device.until_end().await, b"");
     eventually(|| gateway.metric("seawall_sessions") == 0.0).await;
     assert_eq!(gateway.metric("seawall_closes_total{reason=\"normal\"}"), 1.0);
+    assert_eq!(gateway.metric("seawall_session_duration_seconds_count"), 1.0);
 }
 
 #[tokio::test]
