@@ -112,6 +112,31 @@ pub enum OutgoingBody {
     Binary(Bytes),
 }
 
+impl OutgoingBody {
+    /// `json` or `binary`.
+    #[must_use]
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Json(_) => "json",
+            Self::Binary(_) => "binary",
+        }
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Json(text) => text.len(),
+            Self::Binary(bytes) => bytes.len(),
+        }
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 /// How far a message came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Delivery {

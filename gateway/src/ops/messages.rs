@@ -1,10 +1,13 @@
 //! `POST /devices/{id}/messages`: one message to one device, and how far it came.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
 
 use axum::{Extension, Json, extract::State, http::StatusCode};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use seawall_proto::id::DeviceId;
+use seawall_proto::{id::DeviceId, time::Instant};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 use tokio::{sync::oneshot, time::timeout};
@@ -14,15 +17,24 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     Api,
     auth::{Caller, Operator},
-    call::Call,
+    call::{self, Call},
     devices::offline_or_unknown,
     extract::{Body, Id},
     problem::{Code, Problem, ProblemBody},
+    write_down,
 };
-use crate::sessions::{Delivery, Outgoing, OutgoingBody, PostError, Session};
+use crate::{
+    sessions::{Delivery, Outgoing, OutgoingBody, PostError, Session},
+    store::{Audit, Change},
+};
 
 /// Left of a request's time for its answer, where the acknowledgement does not come.
 const ANSWER_RESERVE: Duration = Duration::from_millis(500);
+
+/// Minimum mean time between two messages that the audit log records: a backend may send thousands a second.
+const RECORD_INTERVAL: Duration = Duration::from_millis(100);
+/// Number of messages that the audit log records at once.
+const RECORD_BURST: u32 = 20;
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
     OpenApiRouter::new().routes(routes!(send_message))
@@ -40,7 +52,7 @@ pub struct MessageBody {
     payload_base64: Option<String>,
 }
 
-/// `null` is a payload, too.
+/// `null` is a payload as well.
 fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Box<RawValue>>, D::Error> {
     Box::<RawValue>::deserialize(deserializer).map(Some)
 }
@@ -68,7 +80,7 @@ pub struct Sent {
     ),
 )]
 async fn send_message(
-    _caller: Caller<Operator>,
+    caller: Caller<Operator>,
     State(api): State<Arc<Api>>,
     Id(id): Id<DeviceId>,
     Extension(call): Extension<Arc<Call>>,
@@ -83,6 +95,13 @@ async fn send_message(
     let message = uuid::Builder::from_unix_timestamp_millis(api.state.clock.wall().as_unix_ms(), &rand::random())
         .into_uuid()
         .to_string();
+    let audit = caller.audit(&api, "device.message");
+    let details = serde_json::json!({
+        "session": session.id.to_string(),
+        "message": message,
+        "kind": body.kind(),
+        "bytes": body.len(),
+    });
     let (done, delivery) = oneshot::channel();
     let posted = session.post(Outgoing {
         id: message.as_str().into(),
@@ -99,6 +118,7 @@ async fn send_message(
         };
         return Err(counted(&api, problem));
     }
+    record(&api, audit, id, details);
     // The message is in the device's mailbox, which has a bound of its own.
     call.release_body();
     let patience = config
@@ -118,6 +138,52 @@ async fn send_message(
     };
     api.state.metrics.messages_out.increment(state);
     Ok((status, Json(Sent { id: message, state })))
+}
+
+/// Writes the message to the audit log, unless too many were written lately. Its sender does not wait for that.
+fn record(api: &Arc<Api>, audit: Audit, device: DeviceId, mut details: serde_json::Value) {
+    let now = api.state.clock.now();
+    let taken = api
+        .message_records
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take(now);
+    let Some(unrecorded) = taken else { return };
+    if unrecorded > 0 {
+        details["unrecorded_before"] = unrecorded.into();
+    }
+    let gateway = Arc::clone(&api.state);
+    let work = async move { write_down(&gateway, &audit, Change::to(&device.to_string(), details)).await };
+    api.tasks.spawn(call::on_behalf_of(call::current_id(), work));
+}
+
+/// Bound on the messages that the audit log records: [`RECORD_BURST`] at once, then one each [`RECORD_INTERVAL`].
+#[derive(Debug)]
+pub struct MessageRecords {
+    /// When nothing of the burst will be used up.
+    settled_at: Instant,
+    /// Messages since the last record that have none.
+    unrecorded: u64,
+}
+
+impl MessageRecords {
+    pub const fn new(now: Instant) -> Self {
+        Self {
+            settled_at: now,
+            unrecorded: 0,
+        }
+    }
+
+    /// Whether a message of `now` is recorded: then the number of messages since the last record that are not.
+    fn take(&mut self, now: Instant) -> Option<u64> {
+        let settled_at = self.settled_at.max(now);
+        if settled_at.saturating_since(now) > RECORD_INTERVAL * (RECORD_BURST - 1) {
+            self.unrecorded += 1;
+            return None;
+        }
+        self.settled_at = settled_at + RECORD_INTERVAL;
+        Some(std::mem::take(&mut self.unrecorded))
+    }
 }
 
 /// Counts a message that was not sent: each call has one outcome.
@@ -162,5 +228,26 @@ fn outgoing(body: MessageBody, session: &Session, bytes_max: usize) -> Result<Ou
             too_large(bytes.len()).map_or(Ok(OutgoingBody::Binary(bytes.into())), Err)
         }
         (Some(_), Some(_)) | (None, None) => Err(Problem::invalid("expected payload or payload_base64, one of them")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_of_messages_are_bounded_and_say_how_many_have_none() {
+        let at = |ms| Instant::ZERO + Duration::from_millis(ms);
+        let mut records = MessageRecords::new(at(0));
+
+        let taken: Vec<_> = (0..1_000).filter_map(|_| records.take(at(0))).collect();
+
+        assert_eq!(taken, [0; RECORD_BURST as usize]);
+        assert_eq!(records.take(at(99)), None);
+        assert_eq!(records.take(at(100)), Some(981));
+        assert_eq!(records.take(at(100)), None);
+        assert_eq!(records.take(at(200)), Some(1));
+        let later = (201..10_000).filter(|ms| records.take(at(*ms)).is_some());
+        assert_eq!(later.count(), 97, "one each interval");
     }
 }

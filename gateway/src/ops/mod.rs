@@ -83,6 +83,8 @@ pub struct Api {
     body_bytes_max: usize,
     /// The last walk over all devices that this node knows, for the further pages of a list.
     seen: Mutex<Option<device_list::Seen>>,
+    /// Which messages to devices the audit log records.
+    message_records: std::sync::Mutex<messages::MessageRecords>,
     /// Changes that go on when their caller has left. Each is bounded in time by the store.
     tasks: TaskTracker,
     /// The gateway ends: streams end, and nothing new is begun in the background.
@@ -97,6 +99,7 @@ impl Api {
             bodies: Arc::new(Semaphore::new(BODIES_BYTES_MAX.max(body_bytes_max))),
             body_bytes_max,
             seen: Mutex::default(),
+            message_records: std::sync::Mutex::new(messages::MessageRecords::new(state.clock.now())),
             event_readers: Arc::new(Semaphore::new(state.config.ops.event_readers_max)),
             tasks: TaskTracker::new(),
             stopping,

@@ -1,6 +1,7 @@
 //! The audit log: written beside each change, in its transaction; read newest first.
 
-use serde_json::Value as Json;
+use seawall_proto::time::WallTime;
+use serde_json::{Value as Json, json};
 
 use super::{
     Store,
@@ -17,6 +18,13 @@ const INSERT: Sql =
 const PAGE: Sql = Sql::both(
     "SELECT seq, at, actor, action, subject, before, after FROM audit WHERE seq <= $1 ORDER BY seq DESC LIMIT $2",
 );
+
+/// The oldest records, as far as they are older. Index: audit's primary key.
+const PRUNE: Sql =
+    Sql::both("DELETE FROM audit WHERE at < $1 AND seq IN (SELECT seq FROM audit ORDER BY seq LIMIT $2)");
+
+/// Maximum number of records that one call of [`Store::audit_prune`] deletes.
+pub const AUDIT_PRUNE_MAX: u32 = 10_000;
 
 /// What a change was, in words that hold no secret.
 #[derive(Clone, Debug)]
@@ -79,6 +87,29 @@ impl Store {
         .await
     }
 
+    /// Deletes the oldest records of before `before`, at most [`AUDIT_PRUNE_MAX`], and records that. Returns the number of deleted records.
+    ///
+    /// # Errors
+    /// The database is away or full.
+    #[tracing::instrument(name = "db.audit.prune", level = "debug", skip_all)]
+    pub async fn audit_prune(&self, before: WallTime, audit: &Audit) -> Result<u64, StoreError> {
+        self.bounded(Operation::Write, async {
+            let mut held = self.writes().take().await?;
+            held.begin().await?;
+            let values = [Value::from(to_ms(before)), Value::from(i64::from(AUDIT_PRUNE_MAX))];
+            let deleted = held.run(PRUNE, &values).await?;
+            if deleted == 0 {
+                held.rollback().await?;
+                return Ok(0);
+            }
+            let details = json!({ "before_ms": before.as_unix_ms(), "deleted": deleted });
+            record(&mut held, audit, Change::to("audit", details)).await?;
+            held.commit().await?;
+            Ok(deleted)
+        })
+        .await
+    }
+
     /// The audit log, newest first, from `cursor` on; at most [`PAGE_MAX`] records.
     ///
     /// # Errors
@@ -108,12 +139,12 @@ fn from_row(row: &Row) -> Result<AuditRecord, StoreError> {
         actor: row.text("actor")?.unwrap_or_default(),
         action: row.text("action")?.unwrap_or_default(),
         subject: row.text("subject")?.unwrap_or_default(),
-        before: json(row.text("before")?, "before")?,
-        after: json(row.text("after")?, "after")?,
+        before: parsed(row.text("before")?, "before")?,
+        after: parsed(row.text("after")?, "after")?,
     })
 }
 
-fn json(text: Option<String>, column: &'static str) -> Result<Option<Json>, StoreError> {
+fn parsed(text: Option<String>, column: &'static str) -> Result<Option<Json>, StoreError> {
     text.map(|text| serde_json::from_str(&text))
         .transpose()
         .map_err(|error| StoreError::Corrupt {

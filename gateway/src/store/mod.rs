@@ -35,7 +35,7 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 
 pub use self::{
-    audit::Change,
+    audit::{AUDIT_PRUNE_MAX, Change},
     counts::{CountedNode, RuleCheck},
     error::StoreError,
     failures::{Operation, Trouble},

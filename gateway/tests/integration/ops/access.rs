@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::rig::{Gateway, text};
 
 /// Calls with the least role that each needs. Bodies are such that nothing is changed.
-const CALLS: [(&str, &str, &str); 23] = [
+const CALLS: [(&str, &str, &str); 24] = [
     ("GET", "/api/v1/devices", "viewer"),
     ("GET", "/api/v1/devices/{id}", "viewer"),
     ("POST", "/api/v1/devices", "admin"),
@@ -27,6 +27,7 @@ const CALLS: [(&str, &str, &str); 23] = [
     ("GET", "/api/v1/nodes", "viewer"),
     ("GET", "/api/v1/drain", "viewer"),
     ("GET", "/api/v1/audit", "viewer"),
+    ("POST", "/api/v1/audit/prune", "admin"),
     ("GET", "/api/v1/tokens", "viewer"),
     ("POST", "/api/v1/tokens", "admin"),
 ];
@@ -180,4 +181,19 @@ fn every_change_is_in_the_audit_log_with_its_author_and_without_secrets() {
         assert!(!log.contains(hidden.as_str()));
     }
     assert!(!log.contains("sha256"));
+}
+
+#[test]
+fn young_records_of_the_audit_log_stay() {
+    let gateway = Gateway::start();
+    gateway.register(json!({}));
+    let prune = |age: &str| gateway.post("/api/v1/audit/prune", json!({ "older_than": age }));
+
+    assert_eq!(prune("23h").problem(), (422, "invalid".into()));
+    assert_eq!(prune("1d").json(), json!({"deleted": 0, "more": false}));
+    assert_eq!(
+        gateway.all("/api/v1/audit?", 10).len(),
+        1,
+        "what deletes nothing is no record"
+    );
 }

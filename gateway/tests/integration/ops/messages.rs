@@ -182,3 +182,41 @@ fn messages_beyond_those_waited_for_count_as_sent_while_the_device_is_online() {
     assert!(!statuses.contains(&409), "{statuses:?}");
     assert!(statuses.contains(&202), "{statuses:?}");
 }
+
+#[test]
+fn a_message_is_in_the_audit_log_without_its_payload() {
+    let gateway = Gateway::start_with("[session]\nack_timeout_ms = 100\n");
+    let operator = gateway.token("operator");
+    let (v1, _first) = gateway.connected(&[V1]);
+    let (plain, _second) = gateway.connected(&[]);
+    let (offline, _) = gateway.register(json!({}));
+    let send = |id: &str, body: Value| {
+        let path = format!("/api/v1/devices/{id}/messages");
+        gateway.call_as(&operator, "POST", &path, Some(&body))
+    };
+
+    let sent = send(&v1, json!({"payload": {"open": "sesame"}})).json();
+    send(&plain, json!({"payload_base64": "AAH/"}));
+    send(&offline, json!({"payload": "lost"}));
+
+    let messages = || {
+        let log = gateway.all("/api/v1/audit?", 100);
+        log.into_iter()
+            .filter(|line| line["action"] == "device.message")
+            .collect::<Vec<_>>()
+    };
+    gateway.eventually(|| messages().len() == 2);
+    for (id, kind, bytes) in [(&v1, "json", 17), (&plain, "binary", 3)] {
+        let log = messages();
+        let line = log.iter().find(|line| line["subject"] == **id).unwrap();
+        assert_eq!(line["actor"], "test operator");
+        assert_eq!(
+            (&line["after"]["kind"], &line["after"]["bytes"]),
+            (&json!(kind), &json!(bytes))
+        );
+        assert!(!line.to_string().contains("sesame"), "{line}");
+        if kind == "json" {
+            assert_eq!(line["after"]["message"], sent["id"]);
+        }
+    }
+}

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use seawall_gateway::store::{
-    AuditRecord, Change, DeviceChange, ImportLine, ImportRow, NewToken, OnOtherCredential, Role, Rotation, StoreError,
-    TOKENS_MAX,
+    AUDIT_PRUNE_MAX, AuditRecord, Change, DeviceChange, ImportLine, ImportRow, NewToken, OnOtherCredential, Role,
+    Rotation, StoreError, TOKENS_MAX,
 };
 use seawall_proto::{id::SecretHash, record::DeviceState, time::WallTime};
 use serde_json::json;
@@ -19,6 +19,7 @@ on_both!(
     every_change_is_in_the_audit_log,
     audit_log_holds_no_secret_and_no_hash,
     audit_pages_are_newest_first,
+    old_audit_records_are_deleted_from_the_oldest_on_and_that_is_recorded,
 );
 
 fn token(number: u128) -> NewToken {
@@ -243,4 +244,41 @@ async fn audit_pages_are_newest_first(fixture: &Fixture) {
     });
     assert_eq!(times, [vec![5, 4], vec![3, 2], vec![1]]);
     assert_eq!(third.next_cursor, None);
+}
+
+async fn old_audit_records_are_deleted_from_the_oldest_on_and_that_is_recorded(fixture: &Fixture) {
+    let rows = AUDIT_PRUNE_MAX + 5;
+    let numbers = if fixture.url.sqlite_path().is_some() {
+        format!("WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < {rows}) SELECT n FROM n")
+    } else {
+        format!("SELECT n FROM generate_series(1, {rows}) n")
+    };
+    let insert =
+        format!("INSERT INTO audit (at, actor, action, subject) SELECT n, 'a', 'test', 's' FROM ({numbers}) t");
+    fixture.db_run(insert).await;
+    let prune = async |before, at| {
+        let audit = audit("audit.prune", at);
+        let pruned = fixture.store.audit_prune(WallTime::from_unix_ms(before), &audit);
+        pruned.await.unwrap()
+    };
+
+    assert_eq!(prune(1, 1_000_000).await, 0);
+    assert_eq!(prune(u64::from(rows), 1_000_000).await, u64::from(AUDIT_PRUNE_MAX));
+    assert_eq!(prune(u64::from(rows), 1_000_001).await, 4);
+    assert_eq!(prune(u64::from(rows), 1_000_002).await, 0);
+
+    let left = records(fixture).await;
+    let left: Vec<_> = left
+        .iter()
+        .map(|record| (record.action.as_str(), &record.after))
+        .collect();
+    let pruned = |deleted| Some(json!({ "before_ms": rows, "deleted": deleted }));
+    assert_eq!(
+        left,
+        [
+            ("audit.prune", &pruned(4)),
+            ("audit.prune", &pruned(AUDIT_PRUNE_MAX)),
+            ("test", &None)
+        ]
+    );
 }
