@@ -65,7 +65,7 @@ fn write(report: &Report, out: &mut String) -> std::fmt::Result {
 }
 
 fn thresholds(report: &Report, out: &mut String) -> std::fmt::Result {
-    out.push_str("<h2>Thresholds</h2><table><tr><th>threshold<th>left<th>right<th>holds</tr>");
+    out.push_str("<h2>Thresholds</h2><table><tr><th>threshold<th>measured<th>bound<th>holds</tr>");
     for outcome in &report.thresholds {
         let (class, word) = if outcome.passed { ("ok", "yes") } else { ("bad", "no") };
         write!(

@@ -76,8 +76,8 @@ pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
             findings.fine("configuration: every setting is known and within its bounds");
             machine(&config, &mut findings);
             certificates(&config, &mut findings);
-            directory(&config.server.data_dir, &mut findings);
-            database(&config, &mut findings)?;
+            let is_running = directory(&config.server.data_dir, &mut findings);
+            database(&config, is_running, &mut findings)?;
         }
         Err(error) => findings.wrong(format!("configuration: {error}")),
     }
@@ -127,7 +127,20 @@ fn machine(config: &Config, findings: &mut Findings) {
             "open files: this process may have {files} at most, and each device takes one: raise the hard limit (ulimit -Hn, LimitNOFILE=)"
         ));
     } else {
-        findings.fine(format!("open files: up to {files}"));
+        findings.fine(format!(
+            "open files: this process may have {files} at most, and each device takes one"
+        ));
+    }
+    let cores = rustix::process::getrlimit(rustix::process::Resource::Core);
+    if cores.current != Some(0) {
+        findings.notice("core dumps are on, and hold secrets: turn them off (ulimit -c 0, LimitCORE=0)");
+    }
+    let setting = |name| {
+        let text = std::fs::read_to_string(Path::new("/proc/sys/net").join(name)).ok()?;
+        text.trim().parse().ok()
+    };
+    for text in kernel(setting, config.server.share_port) {
+        findings.notice(text);
     }
     if !config.ops.listen.ip().is_loopback() && config.ops.tls_certificate.is_none() {
         findings.notice(format!(
@@ -135,6 +148,20 @@ fn machine(config: &Config, findings: &mut Findings) {
             config.ops.listen
         ));
     }
+}
+
+/// What the kernel's settings should not be. A setting that can't be read is not judged.
+fn kernel(setting: impl Fn(&'static str) -> Option<u64>, shares_port: bool) -> Vec<&'static str> {
+    let mut found = Vec::new();
+    if setting("ipv4/tcp_abort_on_overflow").is_some_and(|value| value != 0) {
+        found.push("net.ipv4.tcp_abort_on_overflow is on: devices that should wait are reset: set it to 0");
+    }
+    if shares_port && setting("ipv4/tcp_migrate_req") == Some(0) {
+        found.push(
+            "net.ipv4.tcp_migrate_req is 0: half-open connections are lost when one of the gateways that share a port leaves: set it to 1",
+        );
+    }
+    found
 }
 
 fn certificates(config: &Config, findings: &mut Findings) {
@@ -157,24 +184,25 @@ fn certificates(config: &Config, findings: &mut Findings) {
     }
 }
 
-fn directory(path: &Path, findings: &mut Findings) {
+/// Whether a gateway runs on it.
+fn directory(path: &Path, findings: &mut Findings) -> bool {
     let shown = path.display();
     match std::fs::metadata(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             findings.notice(format!(
                 "data directory: {shown} is not there yet; the first start makes it"
             ));
-            return;
+            return false;
         }
         Err(error) => {
             findings.wrong(format!("data directory: {shown}: {error}"));
-            return;
+            return false;
         }
         Ok(metadata) if !metadata.is_dir() => {
             findings.wrong(format!(
                 "data directory: {shown} is a file: move it away, or name another directory"
             ));
-            return;
+            return false;
         }
         Ok(_) => {}
     }
@@ -187,7 +215,7 @@ fn directory(path: &Path, findings: &mut Findings) {
         Ok(is_running) => is_running,
         Err(error) => {
             findings.wrong(format!("data directory: {shown}: {error}"));
-            return;
+            return false;
         }
     };
     match (is_running, data_dir::read_addresses(path)) {
@@ -201,12 +229,19 @@ fn directory(path: &Path, findings: &mut Findings) {
         (true, Err(error)) => findings.wrong(format!("data directory: {shown}/{}: {error}", data_dir::ADDRESSES)),
         (false, _) => findings.fine(format!("data directory: {shown} is free; no gateway runs on it")),
     }
+    is_running
 }
 
-fn database(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
+fn database(config: &Config, is_running: bool, findings: &mut Findings) -> Result<(), Failure> {
     let url = config.database_url();
     if url.kind() == DatabaseKind::Sqlite && !url.sqlite_path().is_some_and(|path| path.exists()) {
-        findings.notice(format!("database: {url} is not there yet; the first start makes it"));
+        findings.notice(if is_running {
+            format!(
+                "database: {url} is not there: the gateway that runs uses another one; give its --config, or its --database"
+            )
+        } else {
+            format!("database: {url} is not there yet; the first start makes it")
+        });
         return Ok(());
     }
     if let Some(what) = Store::unverified_server(&url) {
@@ -314,5 +349,26 @@ fn token_holder(node: &Value, findings: &mut Findings) {
     let drain = table::at(node, "drain.state");
     if matches!(drain.as_str(), "announced" | "draining" | "drained") {
         findings.notice("drain: devices are sent away; `seawall drain cancel` ends that");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_settings_that_harm_are_named_and_others_are_not() {
+        let with = |abort, migrate| {
+            move |name| match name {
+                "ipv4/tcp_abort_on_overflow" => abort,
+                _ => migrate,
+            }
+        };
+
+        assert!(kernel(with(Some(0), Some(0)), false).is_empty());
+        assert!(kernel(with(Some(0), Some(1)), true).is_empty());
+        assert!(kernel(with(None, None), true).is_empty());
+        assert!(kernel(with(Some(1), Some(1)), true)[0].contains("tcp_abort_on_overflow"));
+        assert!(kernel(with(Some(0), Some(0)), true)[0].contains("tcp_migrate_req"));
     }
 }

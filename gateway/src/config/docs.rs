@@ -21,7 +21,7 @@ A setting that is unknown, of the wrong kind or out of its bounds stops the star
 `seawall doctor` looks at a configuration without starting anything.
 
 SIGHUP makes a running gateway read `logging.level` and the files of certificates and keys again; every other setting needs a restart. A flag or a variable
-that was given at the start wins over the file then, too.
+that was given at the start also wins over the file then.
 
 ```toml
 [server]

@@ -33,7 +33,7 @@ section! {
 }
 
 section! {
-    /// TLS for devices, versions 1.2 and 1.3. Files are read again at SIGHUP, and by themselves within ten seconds of a change; sessions stay, and files that can't be used change nothing but the log, `seawall_tls_reloads_total`, `/readyz` (`tls_files`) and an alarm.
+    /// TLS for devices, versions 1.2 and 1.3. Files are read again at SIGHUP, and on their own within ten seconds of a change; sessions stay, and files that can't be used change nothing but the log, `seawall_tls_reloads_total`, `/readyz` (`tls_files`) and an alarm.
     pub struct TlsSettings = "tls" {
         /// PEM file with the certificate and those between it and its root, in this order; ECDSA P-256 costs least. Not given: plain TCP. Flag `--tls-cert`, environment `SEAWALL_TLS_CERT`.
         pub certificate: Option<PathBuf> = None;
@@ -268,9 +268,9 @@ impl Drain {
 section! {
     /// Logs, on standard error.
     pub struct Logging = "logging" {
-        /// `json`: one object a line, for machines. `human`: text for people. `auto`: `human` where standard error is a terminal, else `json`.
+        /// `json`: one object a line, for machines. `human`: text for people. `auto`: `human` where standard error is a terminal, else `json`. Flag `--log-format`, environment `SEAWALL_LOG_FORMAT`.
         pub format: LogFormat = LogFormat::Auto;
-        /// `error`, `warn`, `info`, `debug` or `trace` (a release build has nothing below `debug`), or directives such as `info,seawall_gateway::lookup=debug`. SIGHUP makes a running gateway read it again; `seawall log-level` changes it until then.
+        /// `error`, `warn`, `info`, `debug` or `trace` (a release build has nothing below `debug`), or directives such as `info,seawall_gateway::lookup=debug`. SIGHUP makes a running gateway read it again; `seawall log-level` changes it until then. Flag `--log-level`, environment `SEAWALL_LOG_LEVEL`. Flag `--log-level`, environment `SEAWALL_LOG_LEVEL`.
         pub level: String = "info".to_owned();
     }
 }
