@@ -1,12 +1,21 @@
 //! Documents that name files name files that are there, and the client that PROTOCOL.md shows survives what networks do.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     io::{BufRead as _, BufReader, Write as _},
     net::{TcpListener, TcpStream},
     path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
+
+use seawall_gateway::metrics::CLOSE_REASONS;
+use seawall_proto::{
+    close::{Close, Restart},
+    frame::{DeviceFrame, ErrorCode, ServerFrame},
+    refusal::{Code, Hint},
+};
+use serde_json::{Value, value::RawValue};
 
 /// Longest that the documented client may take to connect, and to come back: its longest wait here is 5 s.
 const CLIENT_TIME_MAX: Duration = Duration::from_secs(30);
@@ -36,6 +45,154 @@ fn architecture_names_files_that_exist() {
     assert!(named.len() > 30, "{named:?}");
     for path in named {
         assert!(path.contains('/') && root.join(path).exists(), "{path}");
+    }
+}
+
+/// The table of PROTOCOL.md below `heading`, as the cells of its rows.
+fn protocol_table(heading: &str) -> Vec<Vec<String>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let text = std::fs::read_to_string(root.join("docs/PROTOCOL.md")).unwrap();
+    let (_, rest) = text.split_once(&format!("\n## {heading}\n")).unwrap();
+    let rows = rest.lines().skip_while(|line| !line.starts_with("|---"));
+    let rows = rows.skip(1).take_while(|line| line.starts_with('|'));
+    rows.map(|row| row.split('|').skip(1).map(|cell| cell.trim().to_owned()).collect())
+        .collect()
+}
+
+#[test]
+fn protocol_lists_the_code_and_reason_of_every_close() {
+    let after = Duration::from_secs(1);
+    let restart = |why| Close::Restart {
+        why,
+        hint: Hint { after, slot: None },
+    };
+    let closes = [
+        Close::Normal,
+        Close::Protocol,
+        Close::WrongKind,
+        Close::NotUtf8,
+        Close::Policy,
+        Close::TooBig,
+        restart(Restart::Draining),
+        restart(Restart::Ageing),
+        Close::Evicted { after },
+        Close::HeartbeatMissed { after },
+        Close::Disabled { after },
+        Close::Disconnected { after },
+        Close::Replaced,
+        Close::Revoked,
+    ];
+    let without_frame = ["client_gone", "slow_reader", "shutdown", "failed"];
+    let sent: BTreeSet<_> = closes.iter().map(Close::as_str).collect();
+    let counted = CLOSE_REASONS
+        .into_iter()
+        .filter(|reason| !without_frame.contains(reason));
+    assert_eq!(counted.collect::<BTreeSet<_>>(), sent, "a close is missing here");
+
+    let listed: BTreeMap<String, String> = protocol_table("Close codes")
+        .into_iter()
+        .filter(|row| row[0].parse::<u16>().is_ok())
+        .map(|row| (row[1].clone(), row[0].clone()))
+        .collect();
+
+    let expected = closes.iter().map(|close| {
+        let reason = close.reason();
+        let text = match (close, reason.starts_with('{')) {
+            (Close::Normal, _) => "none".to_owned(),
+            (
+                Close::Restart {
+                    why: Restart::Draining, ..
+                },
+                _,
+            ) => "`draining` with a hint and `\"slot\":\"…\"` if it fits".to_owned(),
+            (
+                Close::Restart {
+                    why: Restart::Ageing, ..
+                },
+                _,
+            ) => "`ageing` with the same".to_owned(),
+            (_, true) => format!("`{}` with a hint", close.as_str()),
+            (_, false) => format!("`{reason}`"),
+        };
+        (text, close.code().to_string())
+    });
+    assert_eq!(listed, expected.collect());
+}
+
+#[test]
+fn protocol_lists_the_status_and_code_of_every_refusal() {
+    let listed = protocol_table("Being refused").into_iter().flat_map(|row| {
+        let codes = row[1].split(", ").map(|code| code.trim_matches('`').to_owned());
+        let statuses = row[0].split(", ").map(|status| status.parse().unwrap());
+        codes.zip(statuses).collect::<Vec<(String, u16)>>()
+    });
+
+    let expected = Code::ALL.map(|code| (code.as_str().to_owned(), code.status()));
+    assert_eq!(listed.collect::<BTreeSet<_>>(), expected.into());
+}
+
+#[test]
+fn schema_of_frames_has_the_fields_of_every_frame() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let text = std::fs::read_to_string(root.join("docs/frames.schema.json")).unwrap();
+    let schema: Value = serde_json::from_str(&text).unwrap();
+    let payload = RawValue::from_string("{}".to_owned()).unwrap();
+    let gateway = [
+        ServerFrame::Welcome {
+            session: "s".into(),
+            heartbeat_ms: 1,
+            backoff_cap_ms: 1,
+            resume: Some("r".into()),
+            server_time: "t".into(),
+        },
+        ServerFrame::Resume { token: "t".into() },
+        ServerFrame::Message {
+            id: "i".into(),
+            payload: &payload,
+        },
+        ServerFrame::Ack { id: "i".into() },
+        ServerFrame::Reconnect {
+            after_ms: 1,
+            slot: Some("s".into()),
+            reason: "r".into(),
+        },
+        ServerFrame::Error {
+            code: ErrorCode::BadFrame,
+            detail: "d".into(),
+        },
+    ];
+    let device = [
+        DeviceFrame::Heartbeat,
+        DeviceFrame::Message {
+            id: "i".into(),
+            topic: Some("t".into()),
+            payload: Some(&payload),
+        },
+        DeviceFrame::Ack { id: "i".into() },
+    ];
+
+    let sides = [
+        ("gateway", gateway.iter().map(ServerFrame::to_json).collect::<Vec<_>>()),
+        ("device", device.iter().map(DeviceFrame::to_json).collect()),
+    ];
+    for (side, frames) in sides {
+        let described = schema["$defs"][side]["oneOf"].as_array().unwrap();
+        let fields = |object: &Value| object.as_object().unwrap().keys().cloned().collect::<BTreeSet<_>>();
+        let described: Vec<_> = described
+            .iter()
+            .map(|frame| {
+                let properties = &frame["properties"];
+                (properties["type"]["const"].clone(), fields(properties))
+            })
+            .collect();
+        let sent: Vec<_> = frames
+            .iter()
+            .map(|frame| {
+                let frame: Value = serde_json::from_str(frame).unwrap();
+                (frame["type"].clone(), fields(&frame))
+            })
+            .collect();
+        assert_eq!(described, sent);
     }
 }
 

@@ -34,8 +34,8 @@ const DUE_BURST_ALL: u32 = 10;
 const DUE_FORGIVEN_EVERY: Duration = Duration::from_secs(1);
 /// Networks watched for one id. Then the one with the fewest wrong credentials is forgotten.
 const NETWORKS_MAX: usize = 4;
-/// Ids watched, about 200 bytes each. Then the one watched longest is forgotten: an attacker with more ids than that is slowed
-/// by the strangers' small queue instead.
+/// Maximum number of ids that are watched, about 250 bytes each. Then the one watched longest is forgotten: an attacker with more ids
+/// is slowed by the small queue of unknown devices instead.
 const IDS_MAX: usize = 65_536;
 
 /// An id, and what the claim to be it rests on.
@@ -244,6 +244,13 @@ mod tests {
 
     const HERE: Network = Network::V4(1);
     const ELSEWHERE: Network = Network::V4(2);
+
+    #[test]
+    fn watched_id_takes_about_250_bytes() {
+        let watched = size_of::<(Claim, Account)>() + size_of::<(u64, Claim)>();
+
+        assert!((220..=260).contains(&watched), "{watched}");
+    }
 
     fn device(n: u128) -> Claim {
         (DeviceId::from_uuid(uuid::Uuid::from_u128(n)), Proof::Secret)

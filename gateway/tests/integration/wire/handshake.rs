@@ -76,6 +76,7 @@ async fn sub_protocol_is_chosen_or_confirmed() {
     for (offer, chosen) in [
         ("mqtt, seawall.v1", "seawall.v1"),
         ("arduino", "arduino"),
+        ("mqtt", "mqtt"),
         ("b, a", "b"),
     ] {
         let bytes = request(&[&lines, &format!("Sec-WebSocket-Protocol: {offer}")]);
