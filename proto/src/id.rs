@@ -158,7 +158,7 @@ impl Credential {
 }
 
 /// An address as limits see it: IPv4, or the upper half of IPv6. IPv4 in IPv6 is IPv4.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Network {
     V4(u32),
     V6(u64),

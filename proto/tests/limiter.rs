@@ -9,8 +9,8 @@ use std::{
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use seawall_proto::{
     admission::{
-        Action, Admission, AdmissionConfig, AdmissionState, Arrival, BatchId, BatchOutcome, BreakerState, CohortTag,
-        Decision, LOOKUP_MAX, LimitReason, Ticket,
+        Action, Admission, AdmissionConfig, AdmissionState, Arrival, BatchFailure, BatchId, BreakerState, CohortTag,
+        Decision, LOOKUP_MAX, LimitReason, Ticket, Told,
     },
     id::{DeviceId, Network, Proof},
     slots::SlotKeys,
@@ -32,10 +32,10 @@ const TICK: Duration = Duration::from_millis(1);
 const CEILING: u32 = 512;
 
 struct World {
-    admission: Admission,
+    admission: Admission<()>,
     rng: SmallRng,
     now: Instant,
-    running: BTreeMap<BatchId, (Instant, BatchOutcome, usize)>,
+    running: BTreeMap<BatchId, (Instant, Result<(), BatchFailure>, usize)>,
     devices: u128,
     is_dead: bool,
     slowness: f64,
@@ -58,7 +58,7 @@ fn arrival(number: u128, arrived: Instant) -> Arrival<'static> {
     }
 }
 
-fn admission(keys_in_flight_max: u32) -> Admission {
+fn admission(keys_in_flight_max: u32) -> Admission<()> {
     let config = AdmissionConfig {
         lookups_per_second_max: 100_000,
         keys_in_flight_max,
@@ -125,8 +125,9 @@ impl World {
             .collect();
         for id in due {
             let (_, outcome, keys) = self.running.remove(&id).expect("it was found there");
-            self.answered += if outcome == BatchOutcome::Answered { keys } else { 0 };
-            self.admission.handle_batch_done(id, outcome, now);
+            self.answered += if outcome.is_ok() { keys } else { 0 };
+            self.admission
+                .handle_batch_done(id, outcome.map(|()| |_| Told::Found(())), now);
         }
         while let Some(batch) = self.admission.poll_batch(now) {
             let state = self.state();
@@ -136,9 +137,9 @@ impl World {
             let noise = self.rng.random_range(0.8..1.2);
             let took = KEY.mul_f64((busy / KNEE).max(1.0) * contention * self.slowness * noise);
             let (took, outcome) = if self.is_dead || took > LOOKUP_MAX {
-                (LOOKUP_MAX, BatchOutcome::TimedOut)
+                (LOOKUP_MAX, Err(BatchFailure::TimedOut))
             } else {
-                (took, BatchOutcome::Answered)
+                (took, Ok(()))
             };
             self.running.insert(batch.id, (now + took, outcome, batch.keys.len()));
         }
@@ -225,7 +226,7 @@ fn million_abandoned_devices_leak_no_permit() {
         if number.is_multiple_of(3)
             && let Some((id, _)) = running.pop_first()
         {
-            admission.handle_batch_done(id, BatchOutcome::Answered, now);
+            admission.handle_batch_done(id, Ok(|_| Told::Found(())), now);
         }
         while let Some(action) = admission.poll_action(now, wall(now), &mut rng) {
             let (Action::Answer { ticket, .. } | Action::Refuse { ticket, .. }) = action;
@@ -235,7 +236,7 @@ fn million_abandoned_devices_leak_no_permit() {
     }
 
     for id in running.into_keys() {
-        admission.handle_batch_done(id, BatchOutcome::Answered, now);
+        admission.handle_batch_done(id, Ok(|_| Told::Found(())), now);
     }
     let state = admission.state(now);
 

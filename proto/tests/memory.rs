@@ -46,7 +46,7 @@ static ALLOCATOR: Counting = Counting;
 
 /// An admission whose registry is away: everybody gets a slot.
 struct Node {
-    admission: Admission,
+    admission: Admission<()>,
     rng: SmallRng,
     refused: u64,
 }
@@ -54,7 +54,7 @@ struct Node {
 impl Node {
     fn new() -> Self {
         let keys = SlotKeys::new(1, [7; 32]);
-        let mut admission = Admission::new(AdmissionConfig::default(), keys, Instant::ZERO);
+        let mut admission = Admission::<()>::new(AdmissionConfig::default(), keys, Instant::ZERO);
         admission.handle_registry_absent(Instant::ZERO);
         Self {
             admission,

@@ -145,7 +145,9 @@ pub async fn serve(
         }
     };
     let mut attempt = attempt.by(&hello);
-    if place.as_ref().err().is_some_and(|turned| turned.is_by_pace()) && is_awaited(&shared, &hello) {
+    if place.as_ref().err().is_some_and(|turned| turned.is_by_pace())
+        && is_awaited(&shared, &hello, Network::from(attempt.peer().ip()))
+    {
         place = door.readmit(Network::from(attempt.peer().ip()));
     }
     let fitting = place.and_then(|connection| Ok((connection, fit(&shared, &hello)?)));
@@ -361,8 +363,8 @@ struct Holds {
 
 /// Whether a device shows by a token of ours that it comes as it was told, or comes back to its session: it is never throttled
 /// (contract section 3). That its credential is right is for the decision to find out.
-fn is_awaited(shared: &Shared, hello: &Hello) -> bool {
-    let is_at_its_slot = |token: &str| shared.gate.is_at_its_slot(hello.device, token);
+fn is_awaited(shared: &Shared, hello: &Hello, network: Network) -> bool {
+    let is_at_its_slot = |token: &str| shared.gate.is_at_its_slot(hello.device, token, network);
     shared.resume.is_shown_by(hello, &shared.clock) || hello.slot.as_deref().is_some_and(is_at_its_slot)
 }
 

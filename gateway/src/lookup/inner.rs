@@ -1,7 +1,7 @@
 //! Behind the gate's lock: admission, those who wait, and the keeper that minds their deadlines.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -11,10 +11,9 @@ use std::{
 
 use rand::rngs::SmallRng;
 use seawall_proto::{
-    admission::{Action, Admission, Arrival, Batch, BatchOutcome, Cause, Decision, Ticket},
+    admission::{Action, Arrival, Batch, BatchFailure, Cause, Decision, Ticket, Told},
     handshake,
     id::DeviceId,
-    record::DeviceRecord,
     refusal::Refusal,
     resume::Generation,
     rules::{OwnedSubject, RuleSet},
@@ -56,6 +55,12 @@ pub(super) struct Inner {
     pub(super) resume: Arc<Resume>,
     pub(super) rules: Arc<Rules>,
 }
+
+/// Most devices answered while the lock is held. The deadline timer answers the rest, one such part after another.
+const ANSWERS_AT_A_TIME: usize = 512;
+
+/// Admission whose look-ups find records.
+pub(super) type Admission = seawall_proto::admission::Admission<Found>;
 
 /// Behind the mutex.
 pub(super) struct Core {
@@ -144,26 +149,28 @@ impl Inner {
         if let Some(refusal) = handshake::screen_claims(&claimed, &guard.screened_by, wall, &mut guard.rng) {
             return Entered::Answered(LookUp::Blocked(refusal));
         }
-        let decision = guard.admission.attempt(arrival, now, wall, &mut guard.rng);
-        let ticket = match decision {
-            Decision::Queued(ticket) => ticket,
-            Decision::Refused(refused) => return Entered::Answered(LookUp::Refused(refused)),
+        let entered = match guard.admission.attempt(arrival, now, wall, &mut guard.rng) {
+            Decision::Queued(ticket) => {
+                let (sender, answer) = oneshot::channel();
+                guard.waiting.insert(ticket, Waiter { answer: sender, claims });
+                self.work.notify_one();
+                let waiting = Waiting {
+                    gate: Arc::clone(self),
+                    ticket: Some(ticket),
+                };
+                Entered::Waiting(waiting, answer)
+            }
+            Decision::Refused(refused) => Entered::Answered(LookUp::Refused(refused)),
             Decision::KnownAbsent => {
                 self.metrics.lookups.increment("cached");
-                return Entered::Answered(LookUp::Absent);
+                Entered::Answered(LookUp::Absent)
             }
         };
-        let (sender, answer) = oneshot::channel();
-        let waiter = Waiter { answer: sender, claims };
-        guard.waiting.insert(ticket, waiter);
+        // It may have displaced others.
+        self.answer_all(guard, now, wall);
         self.publish(guard, now);
-        self.work.notify_one();
         self.rearm_keeper(guard, now);
-        let waiting = Waiting {
-            gate: Arc::clone(self),
-            ticket: Some(ticket),
-        };
-        Entered::Waiting(waiting, answer)
+        entered
     }
 
     /// The next statement to send.
@@ -172,7 +179,7 @@ impl Inner {
         let core = &mut *self.lock();
         self.screen_waiting(core, wall);
         let batch = core.admission.poll_batch(now);
-        self.answer_all(core, now, wall, |_| None);
+        self.answer_all(core, now, wall);
         self.publish(core, now);
         self.rearm_keeper(core, now);
         let batch = batch?;
@@ -184,43 +191,41 @@ impl Inner {
     }
 
     /// A statement ended.
-    pub(super) fn handle_done(&self, sent: &Sent, found: Result<store::Answer, BatchOutcome>, took: Duration) {
+    pub(super) fn handle_done(&self, sent: &Sent, found: Result<store::Answer, BatchFailure>, took: Duration) {
         let (now, wall) = (self.clock.now(), self.clock.wall());
         let core = &mut *self.lock();
         let id = sent.batch.id;
-        let records = match found {
+        match found {
             Ok(answer) => {
-                let records: BTreeMap<DeviceId, Arc<DeviceRecord>> = answer
-                    .records
-                    .into_iter()
-                    .map(|record| (record.id, Arc::new(record)))
-                    .collect();
-                let unreadable = answer.unreadable;
-                let is_absent = |device: &DeviceId| !records.contains_key(device) && !unreadable.contains(device);
+                let mut records = BTreeMap::new();
+                for record in answer.records {
+                    records.insert(record.id, Arc::new(record));
+                }
+                let is_absent = |device| !records.contains_key(&device) && !answer.unreadable.contains(&device);
                 let believes_absence = self.believes_absence();
-                let absent = sent.batch.keys.iter().zip(&sent.epochs);
-                for (device, epoch) in absent.filter(|(device, _)| !sent.batch.is_probe && is_absent(device)) {
-                    if core.admission.roster().tenant_of(*device).is_some() {
-                        self.doubted.notify_one();
-                    }
-                    if believes_absence {
-                        self.absent.learn(*device, *epoch, &mut core.rng);
+                if !sent.batch.is_probe {
+                    for (device, epoch) in sent.batch.keys.iter().zip(&sent.epochs) {
+                        if is_absent(*device) {
+                            self.handle_absent(*device, *epoch, believes_absence, core);
+                        }
                     }
                 }
-                let is_told = |device| records.contains_key(&device) || (believes_absence && is_absent(&device));
-                core.admission.handle_batch_answered(id, is_told, now);
-                records
+                let told = |device| match records.get(&device) {
+                    Some(record) => Told::Found(Found {
+                        record: Arc::clone(record),
+                        took,
+                        as_of: sent.as_of,
+                    }),
+                    None if believes_absence && is_absent(device) => Told::Absent,
+                    None => Told::Nothing,
+                };
+                core.admission.handle_batch_done(id, Ok(told), now);
             }
-            Err(outcome) => {
-                core.admission.handle_batch_done(id, outcome, now);
-                BTreeMap::new()
+            Err(failure) => {
+                core.admission.handle_batch_done(id, Err::<fn(_) -> _, _>(failure), now);
             }
-        };
-        self.answer_all(core, now, wall, |device| {
-            let record = Arc::clone(records.get(&device)?);
-            let as_of = sent.as_of;
-            Some(Found { record, took, as_of })
-        });
+        }
+        self.answer_all(core, now, wall);
         self.publish(core, now);
         self.rearm_keeper(core, now);
         self.work.notify_one();
@@ -231,19 +236,33 @@ impl Inner {
         self.believes_absence.load(Ordering::Acquire)
     }
 
-    /// Tells the devices what admission owes them; `find` has the records of the statement just ended.
-    fn answer_all(&self, core: &mut Core, now: Instant, wall: WallTime, find: impl Fn(DeviceId) -> Option<Found>) {
-        while let Some(action) = core.admission.poll_action(now, wall, &mut core.rng) {
+    /// The registry answered, and does not have the device.
+    fn handle_absent(&self, device: DeviceId, epoch: Epoch, believes_absence: bool, core: &mut Core) {
+        if core.admission.roster().tenant_of(device).is_some() {
+            self.doubted.notify_one();
+        }
+        if believes_absence {
+            self.absent.learn(device, epoch, &mut core.rng);
+        }
+    }
+
+    /// Answers the devices as admission says, at most [`ANSWERS_AT_A_TIME`]. What is left makes admission's next time-out due at once.
+    fn answer_all(&self, core: &mut Core, now: Instant, wall: WallTime) {
+        for _ in 0..ANSWERS_AT_A_TIME {
+            let Some(action) = core.admission.poll_action(now, wall, &mut core.rng) else {
+                return;
+            };
             let (ticket, answer) = match action {
-                Action::Answer { ticket, device } => (ticket, find(device).map_or(LookUp::Absent, LookUp::Found)),
+                Action::Answer { ticket, record, .. } => (ticket, record.map_or(LookUp::Absent, LookUp::Found)),
                 Action::Refuse { ticket, refused } => (ticket, LookUp::Refused(refused)),
             };
             if let Some(outcome) = outcome_label(&answer) {
                 self.metrics.lookups.increment(outcome);
             }
-            if let Some(waiter) = core.waiting.remove(&ticket) {
+            match core.waiting.remove(&ticket) {
                 // A device that went at this very moment needs no answer.
-                let _ = waiter.answer.send(answer);
+                Some(waiter) => drop(waiter.answer.send(answer)),
+                None => core.admission.abandon(ticket, now),
             }
         }
     }
@@ -256,13 +275,19 @@ impl Inner {
             return;
         }
         let Core { waiting, rng, .. } = core;
-        let refused: Vec<(Ticket, Refusal)> = waiting
-            .iter()
-            .filter_map(|(ticket, waiter)| {
-                let refusal = handshake::screen_claims(&waiter.claims.as_subject(), &rules, wall, rng)?;
-                Some((*ticket, refusal))
-            })
-            .collect();
+        // Many devices wait, and few versions: each is evaluated once, and hints are drawn for the refused alone.
+        let mut is_refused: BTreeMap<&OwnedSubject, bool> = BTreeMap::new();
+        let mut refused: Vec<(Ticket, Refusal)> = Vec::new();
+        for (ticket, waiter) in &*waiting {
+            let mut screen = || handshake::screen_claims(&waiter.claims.as_subject(), &rules, wall, rng);
+            let may_be_refused = match is_refused.entry(&waiter.claims) {
+                Entry::Occupied(known) => *known.get(),
+                Entry::Vacant(new) => *new.insert(screen().is_some()),
+            };
+            if may_be_refused && let Some(refusal) = screen() {
+                refused.push((*ticket, refusal));
+            }
+        }
         core.screened_by = rules;
         for (ticket, refusal) in refused {
             core.admission.abandon(ticket, self.clock.now());
@@ -282,7 +307,7 @@ impl Inner {
                 let core = &mut *self.lock();
                 self.screen_waiting(core, wall);
                 core.admission.handle_timeout(now);
-                self.answer_all(core, now, wall, |_| None);
+                self.answer_all(core, now, wall);
                 self.publish(core, now);
                 let (earliest, latest) = (now + KEEPER_SLEEP_MIN, now + KEEPER_SLEEP_MAX);
                 let due = core.admission.poll_timeout(now).unwrap_or(latest);
@@ -329,7 +354,7 @@ impl Inner {
         let (now, wall) = (self.clock.now(), self.clock.wall());
         let core = &mut *self.lock();
         news(&mut core.admission, now);
-        self.answer_all(core, now, wall, |_| None);
+        self.answer_all(core, now, wall);
         self.publish(core, now);
         self.rearm_keeper(core, now);
         self.work.notify_one();
@@ -352,7 +377,7 @@ fn outcome_label(answer: &LookUp) -> Option<&'static str> {
         LookUp::Absent => Some("not_found"),
         LookUp::Blocked(_) => None,
         LookUp::Refused(refused) => match refused.cause {
-            Cause::LookupFailed => Some("failed"),
+            Cause::LookupFailed | Cause::LookupUntold => Some("failed"),
             Cause::LookupTimedOut => Some("timed_out"),
             Cause::Throttle | Cause::QueueFull | Cause::Deadline | Cause::Breaker => None,
         },

@@ -18,8 +18,7 @@ use std::{
 use rand::{SeedableRng as _, rngs::SmallRng};
 use seawall_proto::{
     admission::{
-        Admission, AdmissionConfig, AdmissionState, Arrival, Cause, CohortTag, Costly, Refused,
-        STATEMENTS_IN_FLIGHT_MAX,
+        AdmissionConfig, AdmissionState, Arrival, Cause, CohortTag, Costly, Refused, STATEMENTS_IN_FLIGHT_MAX,
     },
     handshake::{self, Admitted, Unproven},
     id::{DeviceId, Network},
@@ -38,9 +37,12 @@ mod worker;
 
 use self::{
     absent::Absent,
-    inner::{Core, Entered, Inner, Waiting},
+    inner::{Admission, Core, Entered, Inner, Waiting},
 };
 use crate::{clock::Clock, lifecycle::Lifecycle, metrics::Metrics, resume::Resume, rules::Rules, store::Store};
+
+/// A device whose credential is wrong comes back not before this, while nobody is told that a device is not registered.
+const UNBELIEVED_FOR: Duration = Duration::from_secs(10);
 
 /// What a look-up came to.
 #[derive(Clone, Debug)]
@@ -193,6 +195,14 @@ impl Gate {
                 Err(_) => waiting.handle_right_credential(),
             }
         }
+        let is_wrong = |refusal: &Refusal| refusal.code == Code::Unauthorized;
+        let result = match result {
+            // Who is not registered is told this now, and must not be told apart from who is.
+            Err(refusal) if is_wrong(&refusal) && found.is_some() && !self.believes_absence() => Err(
+                Refusal::registry_unavailable(self.slot_for_close(device, UNBELIEVED_FOR)),
+            ),
+            result => result,
+        };
         Concluded {
             result,
             took: found.map(|found| found.took),
@@ -258,9 +268,12 @@ impl Gate {
 
     /// Whether a device shows by a token of ours that it comes at its slot.
     #[must_use]
-    pub fn is_at_its_slot(&self, device: DeviceId, slot_token: &str) -> bool {
+    pub fn is_at_its_slot(&self, device: DeviceId, slot_token: &str, network: Network) -> bool {
         let (now, wall) = (self.0.clock.now(), self.0.clock.wall());
-        self.0.lock().admission.is_at_its_slot(device, slot_token, now, wall)
+        self.0
+            .lock()
+            .admission
+            .is_at_its_slot(device, slot_token, network, now, wall)
     }
 
     /// A device was registered, or changed: whatever is remembered of its absence and of its attempts no longer counts.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use seawall_proto::admission::{BatchOutcome, LOOKUP_MAX};
+use seawall_proto::admission::{BatchFailure, LOOKUP_MAX};
 use tokio_util::sync::CancellationToken;
 
 use super::inner::{Inner, Sent};
@@ -34,7 +34,7 @@ pub(super) async fn run(gate: Arc<Inner>, mut worker: LookupWorker, hard: Cancel
 }
 
 /// Logged at most once a statement: the breaker opens soon, and what fails then are probes, one a second, for as long as it takes.
-fn outcome(sent: &Sent, found: Result<store::Answer, StoreError>) -> Result<store::Answer, BatchOutcome> {
+fn outcome(sent: &Sent, found: Result<store::Answer, StoreError>) -> Result<store::Answer, BatchFailure> {
     found.map_err(|error| {
         if sent.batch.is_probe {
             tracing::debug!(%error, "probe failed");
@@ -42,9 +42,9 @@ fn outcome(sent: &Sent, found: Result<store::Answer, StoreError>) -> Result<stor
             tracing::warn!(keys = sent.batch.keys.len(), %error, "look-up failed");
         }
         if matches!(error, StoreError::TimedOut) {
-            BatchOutcome::TimedOut
+            BatchFailure::TimedOut
         } else {
-            BatchOutcome::Failed
+            BatchFailure::Failed
         }
     })
 }

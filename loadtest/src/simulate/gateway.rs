@@ -8,7 +8,7 @@ use std::time::Duration;
 use rand::Rng;
 use seawall_proto::{
     admission::{
-        Action, AdmissionState, Arrival, Batch, BatchOutcome, CohortTag, Decision, LOOKUP_MAX, Refused, Ticket,
+        Action, AdmissionState, Arrival, Batch, BatchFailure, CohortTag, Decision, LOOKUP_MAX, Refused, Ticket, Told,
     },
     handshake::{self, Next, Policy},
     hello::{Hello, SessionKind},
@@ -328,7 +328,7 @@ impl World<'_> {
         });
     }
 
-    fn owed(&mut self, node: u8, action: Action) -> Result<(), Violation> {
+    fn owed(&mut self, node: u8, action: Action<()>) -> Result<(), Violation> {
         match action {
             Action::Answer { ticket, .. } => self.answer(node, ticket),
             Action::Refuse { ticket, refused } => {
@@ -462,7 +462,7 @@ impl World<'_> {
             return Ok(());
         }
         while let Some(id) = self.database.poll_done(self.now) {
-            self.end_statement(id, BatchOutcome::Answered)?;
+            self.end_statement(id, Ok(()))?;
         }
         self.forecast();
         Ok(())
@@ -473,16 +473,16 @@ impl World<'_> {
             return Ok(());
         }
         self.database.cancel(id, self.now);
-        self.end_statement(id, BatchOutcome::TimedOut)?;
+        self.end_statement(id, Err(BatchFailure::TimedOut))?;
         self.forecast();
         Ok(())
     }
 
     pub(super) fn statement_failed(&mut self, id: StatementId) -> Result<(), Violation> {
-        self.end_statement(id, BatchOutcome::Failed)
+        self.end_statement(id, Err(BatchFailure::Failed))
     }
 
-    fn end_statement(&mut self, id: StatementId, outcome: BatchOutcome) -> Result<(), Violation> {
+    fn end_statement(&mut self, id: StatementId, outcome: Result<(), BatchFailure>) -> Result<(), Violation> {
         let Some(node) = self.statements.remove(&id) else {
             return Ok(());
         };
@@ -490,7 +490,8 @@ impl World<'_> {
         let Some(sent) = at.end_statement(id) else {
             return Ok(());
         };
-        at.admission.handle_batch_done(sent.batch, outcome, self.now);
+        at.admission
+            .handle_batch_done(sent.batch, outcome.map(|()| |_| Told::Found(())), self.now);
         self.settle(node)
     }
 }

@@ -72,7 +72,7 @@ impl Load {
 
 #[derive(Debug)]
 pub struct Node {
-    pub admission: Admission,
+    pub admission: Admission<()>,
     pub edge: Edge,
     pub config: AdmissionConfig,
     pub ledger: Ledger,
@@ -120,7 +120,7 @@ impl Node {
         roster: Arc<Roster>,
         now: Instant,
     ) -> Self {
-        let mut admission = Admission::new(config.clone(), keys.clone(), now);
+        let mut admission = Admission::<()>::new(config.clone(), keys.clone(), now);
         if known_good > 0.0 {
             admission.set_last_known_good(known_good);
         }

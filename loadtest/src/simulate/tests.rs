@@ -268,7 +268,7 @@ fn sweep_finds_a_device_that_nobody_wakes_and_one_that_the_books_lost() {
 }
 
 fn state() -> AdmissionState {
-    Admission::new(AdmissionConfig::default(), SlotKeys::new(1, [0; 32]), Instant::ZERO).state(Instant::ZERO)
+    Admission::<()>::new(AdmissionConfig::default(), SlotKeys::new(1, [0; 32]), Instant::ZERO).state(Instant::ZERO)
 }
 
 #[test]
@@ -335,7 +335,7 @@ fn each_claim_on_a_node_can_fail() {
 #[test]
 fn each_claim_on_a_statement_can_fail() {
     let config = AdmissionConfig::default();
-    let mut admission = Admission::new(config.clone(), SlotKeys::new(1, [0; 32]), Instant::ZERO);
+    let mut admission = Admission::<()>::new(config.clone(), SlotKeys::new(1, [0; 32]), Instant::ZERO);
     let mut rng = <rand::rngs::SmallRng as rand::SeedableRng>::seed_from_u64(1);
     let arrival = Arrival {
         device: DeviceId::from_uuid(Uuid::from_u128(1)),

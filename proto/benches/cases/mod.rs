@@ -5,7 +5,7 @@ use std::{hint::black_box, time::Duration};
 
 use rand::{SeedableRng, rngs::SmallRng};
 use seawall_proto::{
-    admission::{Action, Admission, AdmissionConfig, Arrival, Batch, BatchOutcome, CohortTag, Decision, Ticket},
+    admission::{Action, Admission, AdmissionConfig, Arrival, Batch, CohortTag, Decision, Ticket, Told},
     firmware::Range,
     frame::{DeviceFrame, ServerFrame},
     handshake::{self, Admitted, Next, Policy},
@@ -234,7 +234,7 @@ impl Door {
 
 /// A node's admission, and devices that come to it.
 pub struct Node {
-    admission: Admission,
+    admission: Admission<()>,
     devices: u128,
     now: Instant,
     rng: SmallRng,
@@ -283,10 +283,10 @@ impl Node {
         let mut admitted = 0;
         while admitted < KEYS {
             while let Some(Batch { id, .. }) = self.admission.poll_batch(self.now) {
-                self.admission.handle_batch_done(id, BatchOutcome::Answered, self.now);
+                self.admission.handle_batch_done(id, Ok(|_| Told::Found(())), self.now);
             }
             while let Some(action) = self.admission.poll_action(self.now, wall(self.now), &mut self.rng) {
-                let Action::Answer { ticket, device } = action else {
+                let Action::Answer { ticket, device, .. } = action else {
                     unreachable!("nobody waits for long: {action:?}");
                 };
                 self.admission.handle_right_credential(ticket, self.now);

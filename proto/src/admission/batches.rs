@@ -1,14 +1,14 @@
 //! Admission's other end: the statements that may be sent, and what becomes of them.
 
 use super::{
-    APART_PART, Admission, BATCHES_IN_FLIGHT_MAX, Batch, BatchId, BatchOutcome, Cause, Owed,
+    APART_PART, Admission, BATCHES_IN_FLIGHT_MAX, Batch, BatchFailure, BatchId, Cause, Owed, Told,
     cost::{CohortTag, Move, Statement},
     queue::{Ended, Ran},
     to_usize,
 };
 use crate::{id::DeviceId, time::Instant};
 
-impl Admission {
+impl<R> Admission<R> {
     /// The next statement to send, if one may be sent now. Call until `None`, after every other call.
     pub fn poll_batch(&mut self, now: Instant) -> Option<Batch> {
         self.handle_timeout(now);
@@ -114,92 +114,102 @@ impl Admission {
         shared_max.saturating_sub(self.queue.shared_in_flight())
     }
 
-    /// A statement ended, and where it was answered, the answer says of every key whether it is registered.
-    pub fn handle_batch_done(&mut self, id: BatchId, outcome: BatchOutcome, now: Instant) {
-        self.handle_ended(id, outcome, |_| true, now);
+    /// A statement ended. Where it was answered, the function gives what the answer says of a key, once for each device that waits for it. A
+    /// device of which it says nothing can't be verified now: it is refused, with a slot. Harmless where the statement had ended before.
+    pub fn handle_batch_done(
+        &mut self,
+        id: BatchId,
+        result: Result<impl FnMut(DeviceId) -> Told<R>, BatchFailure>,
+        now: Instant,
+    ) {
+        match result {
+            Ok(told) => self.handle_answered(id, told, now),
+            Err(failure) => self.handle_failed(id, failure, now),
+        }
     }
 
-    /// A statement was answered. A device that the answer does not tell of can't be verified now: it is refused, with a slot.
-    pub fn handle_batch_answered(&mut self, id: BatchId, is_told: impl Fn(DeviceId) -> bool, now: Instant) {
-        self.handle_ended(id, BatchOutcome::Answered, is_told, now);
-    }
-
-    fn handle_ended(&mut self, id: BatchId, outcome: BatchOutcome, is_told: impl Fn(DeviceId) -> bool, now: Instant) {
-        let is_answered = outcome == BatchOutcome::Answered;
-        let ended = match outcome {
-            BatchOutcome::Answered => self.queue.handle_answered(id),
-            BatchOutcome::Failed => self.queue.handle_failed(id, self.breaker.is_closed(), now),
-            BatchOutcome::TimedOut => self.queue.handle_failed(id, false, now),
-        };
-        let ran = match ended {
-            Ended::Unknown => return,
+    fn handle_answered(&mut self, id: BatchId, mut told: impl FnMut(DeviceId) -> Told<R>, now: Instant) {
+        match self.queue.handle_answered(id) {
+            Ended::Unknown => {}
             Ended::Probe => {
-                if self.breaker.handle_probed(is_answered, now) {
+                if self.breaker.handle_probed(true, now) {
                     self.limit.handle_recovered(now);
-                } else if !is_answered && self.breaker.is_said_away() {
-                    // Until now there was only the word of others.
-                    self.limit.handle_outage(now);
                 }
-                return;
             }
-            Ended::Answered { statement, waiters } => {
+            Ended::Ran { statement, waiters } => {
                 for (ticket, device) in waiters {
                     let Some(waiter) = self.queue.finish(ticket) else {
                         continue;
                     };
-                    let owed = if is_told(device) {
-                        Owed::Answer { ticket, waiter }
-                    } else {
-                        let cause = Cause::LookupFailed;
-                        Owed::Refuse { ticket, waiter, cause }
+                    let record = match told(device) {
+                        Told::Found(record) => Some(record),
+                        Told::Absent => None,
+                        Told::Nothing => {
+                            let cause = Cause::LookupUntold;
+                            self.owed.push_back(Owed::Refuse { ticket, waiter, cause });
+                            continue;
+                        }
                     };
-                    self.owed.push_back(owed);
+                    self.owed.push_back(Owed::Answer { ticket, waiter, record });
                 }
                 self.breaker.handle_outcome(true, now);
-                statement
+                self.learn_cost(&statement, now);
+                self.measure(id, Some(statement.keys), now);
             }
-            Ended::Failed {
-                statement,
-                waiters,
-                is_retried,
-            } => {
-                let cause = match outcome {
-                    BatchOutcome::TimedOut => Cause::LookupTimedOut,
-                    BatchOutcome::Failed | BatchOutcome::Answered => Cause::LookupFailed,
-                };
-                for ticket in waiters {
+        }
+    }
+
+    pub(super) fn handle_failed(&mut self, id: BatchId, failure: BatchFailure, now: Instant) {
+        let (may_retry, cause) = match failure {
+            BatchFailure::Failed => (self.breaker.is_closed(), Cause::LookupFailed),
+            BatchFailure::TimedOut => (false, Cause::LookupTimedOut),
+        };
+        let (ended, is_retried) = self.queue.handle_failed(id, may_retry, now);
+        match ended {
+            Ended::Unknown => {}
+            Ended::Probe => {
+                self.breaker.handle_probed(false, now);
+                if self.breaker.is_said_away() {
+                    // Until now there was only the word of others.
+                    self.limit.handle_outage(now);
+                }
+            }
+            Ended::Ran { statement, waiters } => {
+                for (ticket, _) in waiters {
                     if let Some(waiter) = self.queue.finish(ticket) {
                         self.owed.push_back(Owed::Refuse { ticket, waiter, cause });
                     }
                 }
                 // That a cohort apart is too slow is why it is apart.
-                let is_expected = statement.apart.is_some() && outcome == BatchOutcome::TimedOut;
+                let is_expected = statement.apart.is_some() && failure == BatchFailure::TimedOut;
                 // Its halves will tell whether it was the database or a single key.
                 if !is_retried && !is_expected && self.breaker.handle_outcome(false, now) {
                     self.limit.handle_outage(now);
                     self.refuse_all_waiting();
                 }
-                statement
+                // One that failed at once says nothing of its keys' cost.
+                if failure == BatchFailure::TimedOut {
+                    self.learn_cost(&statement, now);
+                }
+                self.measure(id, None, now);
             }
-        };
-        self.learn_cost(&ran, outcome, now);
-        let Some(took) = self.limit.handle_ended(id, is_answered, now) else {
+        }
+    }
+
+    /// Adjusts the limit and the rates after a statement; `answered` is the number of its keys where it was answered.
+    fn measure(&mut self, id: BatchId, answered: Option<usize>, now: Instant) {
+        let Some(took) = self.limit.handle_ended(id, answered.is_some(), now) else {
             return;
         };
         self.gather.handle_ended(took);
-        let answered = if is_answered { ran.keys } else { 0 };
-        if let Some(window) = self.meter.handle_ended(answered, took, now)
+        if let Some(window) = self.meter.handle_ended(answered.unwrap_or(0), took, now)
             && window.is_backlogged
         {
             self.reference.handle_measured(window.rate(), now);
         }
     }
 
-    /// One that failed at once says nothing of its keys' cost.
-    fn learn_cost(&mut self, ran: &Ran, outcome: BatchOutcome, now: Instant) {
-        if outcome == BatchOutcome::Failed {
-            return;
-        }
+    fn learn_cost(&mut self, ran: &Ran, now: Instant) {
         let statement = Statement {
             cohorts: &ran.cohorts,
             took: now.saturating_since(ran.sent_at),

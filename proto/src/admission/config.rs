@@ -115,9 +115,9 @@ impl AdmissionConfig {
             },
             Figure {
                 name: "tenants_max",
-                text: "Most tenants with a queue of their own at a time. Then the rest share one.",
+                text: "Most tenants with a queue of their own at a time. Then the rest share one. Each refusal reads all of them.",
                 unit: "tenants",
-                bounds: 1..=65_536,
+                bounds: 1..=4_096,
                 value: wide(self.tenants_max),
             },
         ]

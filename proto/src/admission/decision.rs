@@ -59,8 +59,10 @@ pub enum Cause {
     Deadline,
     /// The database is away, or was never there.
     Breaker,
-    /// The look-up failed twice, or its answer said nothing of this device.
+    /// The look-up failed twice.
     LookupFailed,
+    /// The look-up was answered, and the answer says nothing of this device that can be relied on.
+    LookupUntold,
     /// The look-up was not answered in time.
     LookupTimedOut,
 }
@@ -74,6 +76,7 @@ impl Cause {
             Self::Deadline => "deadline",
             Self::Breaker => "breaker",
             Self::LookupFailed => "lookup_failed",
+            Self::LookupUntold => "lookup_untold",
             Self::LookupTimedOut => "lookup_timed_out",
         }
     }
@@ -83,7 +86,7 @@ impl Cause {
         match self {
             Self::Throttle => Code::Throttled,
             Self::QueueFull | Self::Deadline => Code::Overloaded,
-            Self::Breaker | Self::LookupFailed | Self::LookupTimedOut => Code::RegistryUnavailable,
+            Self::Breaker | Self::LookupFailed | Self::LookupUntold | Self::LookupTimedOut => Code::RegistryUnavailable,
         }
     }
 }
@@ -93,28 +96,42 @@ impl From<Refused> for Refusal {
         match refused.cause {
             Cause::Throttle => Self::throttled_until(Limit::Credential, refused.hint),
             Cause::QueueFull | Cause::Deadline => Self::overloaded(refused.hint),
-            Cause::Breaker | Cause::LookupFailed | Cause::LookupTimedOut => Self::registry_unavailable(refused.hint),
+            Cause::Breaker | Cause::LookupFailed | Cause::LookupUntold | Cause::LookupTimedOut => {
+                Self::registry_unavailable(refused.hint)
+            }
         }
     }
 }
 
 /// What the caller owes a waiting device.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Tell it what the statement just ended said of `device`: its record, or that there is none. Then say with
+pub enum Action<R> {
+    /// Answer it. `None`: the registry does not have the device. Then report the result of its credential with
     /// [`handle_right_credential`](super::Admission::handle_right_credential),
-    /// [`handle_wrong_credential`](super::Admission::handle_wrong_credential) or [`abandon`](super::Admission::abandon) what
-    /// came of its credential.
-    Answer { ticket: Ticket, device: DeviceId },
+    /// [`handle_wrong_credential`](super::Admission::handle_wrong_credential) or [`abandon`](super::Admission::abandon).
+    Answer {
+        ticket: Ticket,
+        device: DeviceId,
+        record: Option<R>,
+    },
     /// Refuse it.
     Refuse { ticket: Ticket, refused: Refused },
 }
 
-/// What became of a statement.
+/// What an answered statement says of one key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BatchOutcome {
-    /// The database answered; keys may be missing from the answer.
-    Answered,
+pub enum Told<R> {
+    /// The device's record.
+    Found(R),
+    /// The registry does not have the device.
+    Absent,
+    /// Nothing that can be relied on: the record cannot be read, or its absence is not to be believed now.
+    Nothing,
+}
+
+/// Why a statement was not answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BatchFailure {
     /// It failed, and says nothing about its keys.
     Failed,
     /// No answer within [`LOOKUP_MAX`](super::LOOKUP_MAX). Not tried again: there would be no time.

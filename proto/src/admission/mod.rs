@@ -29,7 +29,7 @@ mod throttle;
 pub use breaker::BreakerState;
 pub use config::{AdmissionConfig, Figure, InvalidAdmission};
 pub use cost::{CohortTag, Costly};
-pub use decision::{Action, AdmissionState, Arrival, BatchOutcome, Cause, Decision, Refused};
+pub use decision::{Action, AdmissionState, Arrival, BatchFailure, Cause, Decision, Refused, Told};
 pub use limit::LimitReason;
 pub use queue::{Batch, BatchId, Ticket};
 
@@ -43,9 +43,9 @@ use self::{
     throttle::{Throttle, Verdict},
 };
 use crate::{
-    id::DeviceId,
+    id::{DeviceId, Network, Proof},
     refusal::{Hint, draw},
-    slots::{HINT_MIN, Pace, Roster, SlotKeys, Slots, Standing, Weights},
+    slots::{HINT_MIN, Pace, Roster, STRANGERS_SHARE, SlotKeys, Slots, Standing, Weights},
     time::{Instant, WallTime},
 };
 
@@ -62,8 +62,15 @@ const WALK_INS_QUEUE: Duration = Duration::from_millis(100);
 pub const SEND_WITHIN: Duration = Duration::from_millis(1_800);
 /// A device is answered at the latest this long after its arrival. The contract allows 3 s.
 pub const ANSWER_WITHIN: Duration = Duration::from_millis(2_800);
-/// Longest look-up statement. The caller enforces it, and says [`BatchOutcome::TimedOut`] then.
+/// Longest look-up statement. The caller enforces it, and reports [`BatchFailure::TimedOut`] then.
 pub const LOOKUP_MAX: Duration = Duration::from_secs(1);
+/// A statement whose end was not reported after this time is handled as timed out: otherwise its keys would stay in flight for ever. Nobody waits
+/// for it any more.
+const STATEMENT_LOST_AFTER: Duration = ANSWER_WITHIN;
+/// A device of which an answer says nothing comes back not before a time drawn from here, doubled with each refusal up to
+/// [`UNTOLD_DOUBLINGS_MAX`] times: the database answers, and more questions do not help it.
+const UNTOLD_FOR: std::ops::RangeInclusive<Duration> = Duration::from_secs(5)..=Duration::from_secs(15);
+const UNTOLD_DOUBLINGS_MAX: u32 = 4;
 /// Statements in flight, those of cohorts apart left out. Two: while one runs, the next gathers.
 const BATCHES_IN_FLIGHT_MAX: usize = 2;
 /// Statements in flight in all: one more, for cohorts whose look-ups cost far more than the others'.
@@ -75,10 +82,11 @@ const THROTTLED_FOR: std::ops::RangeInclusive<Duration> = Duration::from_secs(5)
 
 /// An answer that waits to be fetched.
 #[derive(Debug)]
-enum Owed {
+enum Owed<R> {
     Answer {
         ticket: Ticket,
         waiter: Waiter,
+        record: Option<R>,
     },
     Refuse {
         ticket: Ticket,
@@ -87,9 +95,9 @@ enum Owed {
     },
 }
 
-/// Everything between "the rules have nothing against it" and "here is its record", for one node.
+/// Everything between "the rules have nothing against it" and "here is its record", for one node. `R` is what a look-up finds.
 #[derive(Debug)]
-pub struct Admission {
+pub struct Admission<R> {
     config: AdmissionConfig,
     slots: Slots,
     queue: Queue,
@@ -102,12 +110,12 @@ pub struct Admission {
     costs: Costs,
     gather: Gather,
     /// Bounded by the devices that wait.
-    owed: VecDeque<Owed>,
+    owed: VecDeque<Owed<R>>,
     /// Devices that were answered, and whose credential was not judged yet. Bounded by the caller's connections.
     unjudged: BTreeMap<Ticket, Waiter>,
 }
 
-impl Admission {
+impl<R> Admission<R> {
     /// Look-ups go through from the start; where there was no contact with the registry yet, call
     /// [`handle_registry_absent`](Self::handle_registry_absent).
     #[must_use]
@@ -137,6 +145,12 @@ impl Admission {
         let claim = (device, arrival.proof);
         if self.throttle.is_throttled(claim, arrival.network, standing.is_due, now) {
             let at_least = draw(THROTTLED_FOR, rng);
+            if standing.is_due {
+                // Anybody can name the device at its slot. So this must not move the slot that is remembered.
+                let hint = self.slots.hint_apart(device, &standing, at_least, (now, wall), rng);
+                let cause = Cause::Throttle;
+                return Decision::Refused(Refused { cause, hint });
+            }
             return self.refuse(arrival, &standing, Cause::Throttle, at_least, (now, wall), rng);
         }
         if arrival.is_known_absent {
@@ -174,7 +188,11 @@ impl Admission {
             answer_by: arrival.arrived + ANSWER_WITHIN,
         };
         if self.queue.holds(device) {
-            return self.queue.join(waiter, class);
+            let joined = self.queue.join(waiter, class, is_apart)?;
+            let cause = Cause::QueueFull;
+            let refused = |(ticket, waiter)| Owed::Refuse { ticket, waiter, cause };
+            self.owed.extend(joined.displaced.map(refused));
+            return Some(joined.ticket);
         }
         let class = class.or_else(|| self.make_room(arrival, standing, now));
         class.map(|class| self.queue.enqueue(waiter, class, is_apart))
@@ -231,9 +249,12 @@ impl Admission {
                 (true, Class::WalkIn, known < walk_ins_max),
             ])
         } else {
-            let holders = len(&[Class::Holder, Class::StrangerHolder]);
+            // What holders leave, and at least their share: it must not end where holders fill their queue.
+            let guaranteed = (holders_max as f64 * STRANGERS_SHARE).ceil();
+            let has_room = (len(&[Class::StrangerHolder]) as f64) < guaranteed
+                || len(&[Class::Holder, Class::StrangerHolder]) < holders_max;
             first(&[
-                (standing.is_due, Class::StrangerHolder, holders < holders_max),
+                (standing.is_due, Class::StrangerHolder, has_room),
                 (true, Class::StrangerWalkIn, all < walk_ins_max),
             ])
         }
@@ -270,9 +291,13 @@ impl Admission {
     /// The device has gone. Unless its key is under way already, or others wait for it, it never reaches the database. Harmless where the
     /// device was refused, or its credential was judged.
     pub fn abandon(&mut self, ticket: Ticket, now: Instant) {
+        let is_asked = self.queue.is_sent(ticket);
         match self.queue.leave(ticket) {
-            Some(waiter) => self.end_attempt(&waiter, Verdict::Open, now),
-            None => self.judge(ticket, Verdict::Open, now),
+            Some(waiter) => {
+                let verdict = if is_asked { Verdict::Left } else { Verdict::Open };
+                self.end_attempt(&waiter, verdict, now);
+            }
+            None => self.judge(ticket, Verdict::Left, now),
         }
     }
 
@@ -406,8 +431,17 @@ impl Admission {
 
     /// Whether a device shows by a token of ours that it comes at its slot: then how often others come from where it is doesn't matter.
     #[must_use]
-    pub fn is_at_its_slot(&self, device: DeviceId, slot_token: &str, now: Instant, wall: WallTime) -> bool {
-        self.slots.shows_due(device, slot_token, now, wall)
+    pub fn is_at_its_slot(
+        &self,
+        device: DeviceId,
+        slot_token: &str,
+        network: Network,
+        now: Instant,
+        wall: WallTime,
+    ) -> bool {
+        // Whoever would be throttled all the same gains nothing, and could come as often as it likes.
+        let is_throttled = self.throttle.is_throttled((device, Proof::Secret), network, true, now);
+        !is_throttled && self.slots.shows_due(device, slot_token, now, wall)
     }
 
     /// Cohorts whose look-ups are sent apart, because they cost far more than the others'.
@@ -434,6 +468,9 @@ impl Admission {
 
     /// Time has passed: devices whose deadline is over are refused.
     pub fn handle_timeout(&mut self, now: Instant) {
+        while let Some((id, _)) = self.lost_statement().filter(|(_, lost_at)| *lost_at <= now) {
+            self.handle_failed(id, BatchFailure::TimedOut, now);
+        }
         while let Some((ticket, waiter, late)) = self.queue.pop_late(now) {
             let cause = match late {
                 Late::NotSent => Cause::Deadline,
@@ -445,6 +482,12 @@ impl Admission {
         self.follow(moved);
     }
 
+    /// The statement that is lost first, and when.
+    fn lost_statement(&self) -> Option<(BatchId, Instant)> {
+        let (id, sent_at) = self.queue.oldest_statement()?;
+        Some((id, sent_at + STATEMENT_LOST_AFTER))
+    }
+
     /// When to call [`poll_batch`](Self::poll_batch) and [`poll_action`](Self::poll_action) next, if nothing else happens.
     #[must_use]
     pub fn poll_timeout(&self, now: Instant) -> Option<Instant> {
@@ -453,6 +496,8 @@ impl Admission {
         let gathered = self.gathering_until(self.share().min(free), now);
         let allowed = self.ceiling.blocked_until();
         [
+            Some(now).filter(|_| !self.owed.is_empty()),
+            self.lost_statement().map(|(_, lost_at)| lost_at),
             self.queue.next_deadline(),
             self.breaker.poll_timeout().filter(|_| free > 0),
             gathered.or(allowed).filter(|_| may_send),
@@ -464,16 +509,21 @@ impl Admission {
     }
 
     /// The next thing owed to a device. Call until `None`, after every other call.
-    pub fn poll_action(&mut self, now: Instant, wall: WallTime, rng: &mut impl Rng) -> Option<Action> {
+    pub fn poll_action(&mut self, now: Instant, wall: WallTime, rng: &mut impl Rng) -> Option<Action<R>> {
         match self.owed.pop_front()? {
-            Owed::Answer { ticket, waiter } => {
+            Owed::Answer { ticket, waiter, record } => {
                 let device = waiter.device;
                 self.unjudged.insert(ticket, waiter);
-                Some(Action::Answer { ticket, device })
+                Some(Action::Answer { ticket, device, record })
             }
             Owed::Refuse { ticket, waiter, cause } => {
                 self.end_attempt(&waiter, Verdict::Open, now);
                 let at_least = self.breaker.floor(now, rng).max(HINT_MIN);
+                let at_least = if cause == Cause::LookupUntold {
+                    at_least.max(untold_for(&waiter.standing, rng))
+                } else {
+                    at_least
+                };
                 let rate = self.reference.keys_per_second(now);
                 let pace = self.costs.pace(waiter.cohort, rate, OVERBOOKING, now);
                 let hint = self
@@ -509,6 +559,11 @@ impl Admission {
             cohorts_apart: self.costs.costly().count(),
         }
     }
+}
+
+fn untold_for(standing: &Standing, rng: &mut impl Rng) -> Duration {
+    let bounces = standing.slot.map_or(0, |slot| u32::from(slot.bounces));
+    draw(UNTOLD_FOR, rng) * (1 << bounces.min(UNTOLD_DOUBLINGS_MAX))
 }
 
 /// Keys answered in `span` at `rate` a second; at least one, or a slow registry would let nobody in.

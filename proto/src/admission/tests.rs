@@ -44,7 +44,7 @@ fn arrival(n: u128, now: Instant) -> Arrival<'static> {
 
 /// Admission of one node, with what a caller keeps.
 struct Node {
-    admission: Admission,
+    admission: Admission<()>,
     rng: SmallRng,
 }
 
@@ -90,7 +90,7 @@ impl Node {
                 continue;
             };
             for batch in self.batches(now) {
-                for action in self.done(&batch, BatchOutcome::Answered, now) {
+                for action in self.done(&batch, Ok(()), now) {
                     if let Action::Answer { ticket, .. } = action {
                         self.admission.handle_wrong_credential(ticket, now);
                         compared += 1;
@@ -105,12 +105,13 @@ impl Node {
         std::iter::from_fn(|| self.admission.poll_batch(now)).collect()
     }
 
-    fn actions(&mut self, now: Instant) -> Vec<Action> {
+    fn actions(&mut self, now: Instant) -> Vec<Action<()>> {
         std::iter::from_fn(|| self.admission.poll_action(now, wall(now), &mut self.rng)).collect()
     }
 
-    fn done(&mut self, batch: &Batch, outcome: BatchOutcome, now: Instant) -> Vec<Action> {
-        self.admission.handle_batch_done(batch.id, outcome, now);
+    fn done(&mut self, batch: &Batch, outcome: Result<(), BatchFailure>, now: Instant) -> Vec<Action<()>> {
+        self.admission
+            .handle_batch_done(batch.id, outcome.map(|()| |_| Told::Found(())), now);
         self.actions(now)
     }
 
@@ -127,7 +128,7 @@ impl Node {
     }
 }
 
-fn causes(actions: &[Action]) -> BTreeSet<Cause> {
+fn causes(actions: &[Action<()>]) -> BTreeSet<Cause> {
     actions
         .iter()
         .map(|action| match action {
@@ -150,12 +151,13 @@ fn idle_registry_is_asked_at_once() {
 
     assert_eq!(batches.len(), 1);
     assert_eq!(batches[0].keys, [device(1)]);
-    let answered = node.done(&batches[0], BatchOutcome::Answered, at(5));
+    let answered = node.done(&batches[0], Ok(()), at(5));
     assert_eq!(
         answered,
         [Action::Answer {
             ticket,
-            device: device(1)
+            device: device(1),
+            record: Some(()),
         }]
     );
 }
@@ -165,26 +167,38 @@ fn answer_that_says_nothing_of_a_device_refuses_it_with_a_slot_and_no_other() {
     let mut node = Node::new();
     let told = node.queued(1, at(0));
     let untold = node.queued(2, at(0));
+    let absent = node.queued(3, at(0));
     let mut actions = Vec::new();
+    let told_of = |key| match key {
+        key if key == device(1) => Told::Found(()),
+        key if key == device(2) => Told::Nothing,
+        _ => Told::Absent,
+    };
 
     for batch in node.batches(at(0)) {
-        node.admission
-            .handle_batch_answered(batch.id, |key| key != device(2), at(5));
+        node.admission.handle_batch_done(batch.id, Ok(told_of), at(5));
         actions.extend(node.actions(at(5)));
     }
     for batch in node.batches(at(5)) {
-        node.admission
-            .handle_batch_answered(batch.id, |key| key != device(2), at(5));
+        node.admission.handle_batch_done(batch.id, Ok(told_of), at(5));
         actions.extend(node.actions(at(5)));
     }
 
-    assert_eq!(actions.len(), 2);
+    assert_eq!(actions.len(), 3);
     for action in actions {
         match action {
-            Action::Answer { ticket, device: key } => assert_eq!((ticket, key), (told, device(1))),
+            Action::Answer {
+                ticket,
+                record: Some(()),
+                ..
+            } => assert_eq!(ticket, told),
+            Action::Answer {
+                ticket, record: None, ..
+            } => assert_eq!(ticket, absent),
             Action::Refuse { ticket, refused } => {
-                assert_eq!((ticket, refused.cause), (untold, Cause::LookupFailed));
+                assert_eq!((ticket, refused.cause), (untold, Cause::LookupUntold));
                 assert!(refused.hint.slot.is_some());
+                assert!(refused.hint.after_ms() >= 5_000, "to ask again at once is of no use");
             }
         }
     }
@@ -201,21 +215,22 @@ fn ten_thousand_that_ask_for_one_key_cost_one_key() {
             Decision::KnownAbsent | Decision::Refused(_) => None,
         })
         .collect();
-    assert!(tickets.len() > 1);
+    assert!(tickets.len() > 8);
+    let displaced = node.actions(at(0));
 
     let batches = node.batches(at(0));
 
     assert_eq!(batches.len(), 1);
     assert_eq!(batches[0].keys, [device(1)]);
-    let answered: BTreeSet<Ticket> = node
-        .done(&batches[0], BatchOutcome::Answered, at(5))
-        .into_iter()
-        .map(|action| match action {
-            Action::Answer { ticket, .. } => ticket,
-            Action::Refuse { .. } => panic!("{action:?}"),
-        })
-        .collect();
-    assert_eq!(answered, tickets);
+    let answered = node.done(&batches[0], Ok(()), at(5));
+    assert_eq!(answered.len(), 8, "more do not wait for one key");
+    assert_eq!(displaced.len(), tickets.len() - 8);
+    assert_eq!(causes(&displaced), [Cause::QueueFull].into());
+    let told = |action: &Action<()>| match action {
+        Action::Answer { ticket, .. } | Action::Refuse { ticket, .. } => *ticket,
+    };
+    let all: BTreeSet<Ticket> = answered.iter().chain(&displaced).map(told).collect();
+    assert_eq!(all, tickets);
 }
 
 #[test]
@@ -227,7 +242,7 @@ fn what_gathers_while_two_statements_run_goes_as_one() {
     }
     assert!(node.batches(at(1)).is_empty());
 
-    node.done(&blocking[0], BatchOutcome::Answered, at(5));
+    node.done(&blocking[0], Ok(()), at(5));
     let batches = node.batches(at(5));
 
     assert_eq!(batches.len(), 1);
@@ -284,7 +299,7 @@ fn keys_a_second_never_exceed_the_ceiling() {
         node.attempt(next, None, now);
         for batch in node.batches(now) {
             sent += batch.keys.len();
-            node.done(&batch, BatchOutcome::Answered, now);
+            node.done(&batch, Ok(()), now);
         }
         now += Duration::from_millis(1);
     }
@@ -302,7 +317,7 @@ fn abandoned_devices_never_reach_the_database() {
         node.admission.abandon(ticket, at(0));
     }
 
-    node.done(&blocking[0], BatchOutcome::Answered, at(5));
+    node.done(&blocking[0], Ok(()), at(5));
     let batches = node.batches(at(5));
 
     assert_eq!(batches.len(), 1);
@@ -326,7 +341,7 @@ fn device_whose_deadline_passed_is_refused_with_a_slot_and_never_sent() {
     assert!(batches.is_empty());
     assert!(matches!(&actions[..], [Action::Refuse { ticket: refused, .. }] if *refused == ticket));
     assert_eq!(causes(&actions), [Cause::Deadline].into());
-    node.done(&blocking[0], BatchOutcome::Answered, at(1_900));
+    node.done(&blocking[0], Ok(()), at(1_900));
     assert!(node.batches(at(1_900)).is_empty());
 }
 
@@ -348,7 +363,7 @@ fn walk_ins_are_bounded_to_a_tenth_of_a_second_and_holders_to_what_is_sent_befor
     let mut node = Node::new();
     node.admission.set_last_known_good(2_000.0);
     let reference = 2_500;
-    node.block(at(0));
+    let blocking = node.block(at(0));
     for n in 0..20_000 {
         node.admission.handle_admitted(device(n), "default");
     }
@@ -360,8 +375,13 @@ fn walk_ins_are_bounded_to_a_tenth_of_a_second_and_holders_to_what_is_sent_befor
 
     // All slots are due by then, and those who walked in have been refused.
     let now = at(20_000);
+    for batch in &blocking {
+        node.admission
+            .handle_batch_done(batch.id, Ok(|_| Told::Found(())), at(2_000));
+    }
     node.admission.handle_timeout(now);
     node.actions(now);
+    node.block(now);
     let held = (250..20_000)
         .filter(|n| matches!(node.attempt(*n, None, now), Decision::Queued(_)))
         .count();
@@ -382,7 +402,7 @@ fn holder_goes_before_those_who_walked_in_earlier() {
     node.queued(999, now);
 
     node.admission.set_limit_cut(true, at(0));
-    node.done(&blocking[0], BatchOutcome::Answered, now);
+    node.done(&blocking[0], Ok(()), now);
     let batches = node.batches(now);
 
     assert_eq!(batches[0].keys, [device(999)]);
@@ -405,7 +425,7 @@ fn key_that_walked_in_moves_ahead_when_its_holder_comes() {
 
     assert!(matches!(later.attempt(1, token.as_deref(), slot), Decision::Queued(_)));
     later.admission.set_limit_cut(true, at(0));
-    later.done(&blocking[0], BatchOutcome::Answered, slot);
+    later.done(&blocking[0], Ok(()), slot);
 
     assert_eq!(later.batches(slot)[0].keys, [device(1)]);
 }
@@ -429,7 +449,7 @@ fn due_strangers_get_a_twentieth_while_known_devices_wait() {
     for _ in 0..3 {
         let probe = later.batches(at(30_000)).remove(0);
         assert!(probe.is_probe);
-        later.done(&probe, BatchOutcome::Answered, at(30_000));
+        later.done(&probe, Ok(()), at(30_000));
     }
     // The queue of slots was short: all are due.
     for n in 0..2_000 {
@@ -439,7 +459,7 @@ fn due_strangers_get_a_twentieth_while_known_devices_wait() {
     let mut sent = Vec::new();
     while sent.len() < 512 {
         for batch in later.batches(at(30_000)) {
-            later.done(&batch, BatchOutcome::Answered, at(30_000));
+            later.done(&batch, Ok(()), at(30_000));
             sent.extend(batch.keys);
         }
     }

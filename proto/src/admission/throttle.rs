@@ -3,9 +3,10 @@
 //! An attempt is counted when it is let into the queue, and taken back when its credential was right or never compared. So no
 //! number of connections at a time gets more credentials compared than the budget allows.
 //!
-//! The throttle can't lock a device out. Who comes at a due slot has a budget of its own for each network: what others have
-//! tried from elsewhere does not count against it, and what was right costs nothing. Anybody can have a slot for any id, so this
-//! budget is small, too.
+//! Guesses from other networks can't lock a device out. Who comes at a due slot has a budget of its own for each network: what
+//! others have tried from elsewhere does not count against it, and what was right costs nothing. Anybody can have a slot for any id,
+//! so this budget is small. Within one network it is shared: who guesses there once a second delays a device that has neither a
+//! resume token nor a certificate.
 //!
 //! An id that someone guesses at is *disputed* for the network that the guesses come from: it loses its priority there for a
 //! while, or guessing would be a way to the front. The device itself, elsewhere, keeps it.
@@ -32,6 +33,10 @@ const DUE_BURST_ALL: u32 = 10;
 /// One more of [`DUE_BURST_ALL`] is forgiven each. Shorter than [`FORGIVEN_EVERY`]: only an attacker with dozens of networks uses
 /// it up, and then delays the device.
 const DUE_FORGIVEN_EVERY: Duration = Duration::from_secs(1);
+/// Look-ups of one id that a network may leave before they are answered; with more the id is disputed for it. One more is forgiven each
+/// [`LEFT_FORGIVEN_EVERY`]. A device on a bad line leaves a few.
+const LEFT_BURST: u32 = 10;
+const LEFT_FORGIVEN_EVERY: Duration = Duration::from_secs(1);
 /// Networks watched for one id. Then the one with the fewest wrong credentials is forgotten.
 const NETWORKS_MAX: usize = 4;
 /// Maximum number of ids that are watched, about 250 bytes each. Then the one watched longest is forgotten: an attacker with more ids
@@ -48,8 +53,10 @@ pub(super) enum Verdict {
     Right,
     /// It was wrong, or there is no such device: the two must look the same.
     Wrong,
-    /// It was never compared.
+    /// It was never compared, and nothing was asked of the registry that is not of use to others.
     Open,
+    /// The device left after its look-up was sent, before its credential was compared.
+    Left,
 }
 
 /// Wrong credentials lately, as the time at which all are forgiven.
@@ -77,13 +84,16 @@ struct FromNetwork {
     wrong: Wrong,
     /// Those since the budget of all is used up: the budget at due slots.
     wrong_due: Wrong,
+    /// Look-ups that nobody waited for in the end.
+    left: Wrong,
     /// Attempts that are not judged yet.
     open: u32,
 }
 
 impl FromNetwork {
     fn is_clean(&self, now: Instant) -> bool {
-        self.open == 0 && self.wrong.clean_at.max(self.wrong_due.clean_at) <= now
+        let clean_at = self.wrong.clean_at.max(self.wrong_due.clean_at).max(self.left.clean_at);
+        self.open == 0 && clean_at <= now
     }
 }
 
@@ -119,6 +129,7 @@ impl Account {
             network,
             wrong: Wrong::default(),
             wrong_due: Wrong::default(),
+            left: Wrong::default(),
             open: 0,
         })
     }
@@ -164,7 +175,7 @@ impl Throttle {
     /// An attempt was judged, or never will be.
     pub fn end(&mut self, claim: Claim, network: Network, verdict: Verdict, now: Instant) {
         let account = match verdict {
-            Verdict::Wrong => self.account(claim),
+            Verdict::Wrong | Verdict::Left => self.account(claim),
             Verdict::Right | Verdict::Open => match self.accounts.get_mut(&claim) {
                 Some(account) => account,
                 // Others pushed it out meanwhile.
@@ -174,7 +185,9 @@ impl Throttle {
         account.open = account.open.saturating_sub(1);
         let from = account.of_mut(network);
         from.open = from.open.saturating_sub(1);
-        if verdict == Verdict::Wrong {
+        if verdict == Verdict::Left {
+            from.left.add(LEFT_FORGIVEN_EVERY, LEFT_BURST * 2, now);
+        } else if verdict == Verdict::Wrong {
             from.wrong.add(FORGIVEN_EVERY, BURST, now);
             // Each fills both budgets, so that with and without a slot there is one more each 30 s, and not two.
             let has_filled = account.wrong.len(FORGIVEN_EVERY, now) + 1 >= BURST;
@@ -214,10 +227,12 @@ impl Throttle {
         })
     }
 
-    /// More than one wrong credential came from this network lately.
+    /// More than one wrong credential came from this network lately, or it made the registry answer for nobody again and again.
     pub fn is_disputed(&self, claim: Claim, network: Network, now: Instant) -> bool {
         let from = self.accounts.get(&claim).and_then(|account| account.of(network));
-        from.is_some_and(|from| from.wrong.len(FORGIVEN_EVERY, now) > 1)
+        from.is_some_and(|from| {
+            from.wrong.len(FORGIVEN_EVERY, now) > 1 || from.left.len(LEFT_FORGIVEN_EVERY, now) > LEFT_BURST
+        })
     }
 
     fn account(&mut self, claim: Claim) -> &mut Account {
@@ -389,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn device_behind_one_address_with_who_guesses_comes_in_at_its_slot() {
+    fn device_behind_one_address_with_who_guessed_before_comes_in_at_its_slot() {
         let mut throttle = Throttle::default();
         for _ in 0..50 {
             if throttle.try_begin(device(1), HERE, false, at(0)) {
@@ -399,6 +414,35 @@ mod tests {
 
         assert!(!throttle.try_begin(device(1), HERE, false, at(10)));
         assert!(throttle.try_begin(device(1), HERE, true, at(10)));
+    }
+
+    #[test]
+    fn device_behind_one_address_with_who_guesses_all_the_time_gets_what_the_guesser_leaves() {
+        let mut throttle = Throttle::default();
+        let mut admitted = 0;
+        for second in 0..300 {
+            // The slot belongs to the id, so the guesser is due whenever the device is.
+            while throttle.try_begin(device(1), HERE, true, at(second)) {
+                throttle.end(device(1), HERE, Verdict::Wrong, at(second));
+            }
+            let is_let_in = throttle.try_begin(device(1), HERE, true, at(second));
+            admitted += u32::from(is_let_in);
+        }
+
+        assert_eq!(admitted, 0, "SECURITY.md says that they share one budget");
+    }
+
+    #[test]
+    fn look_ups_left_by_one_network_dispute_the_id_there_and_throttle_nobody() {
+        let mut throttle = Throttle::default();
+        for _ in 0..1_000 {
+            assert!(throttle.try_begin(device(1), HERE, false, at(0)));
+            throttle.end(device(1), HERE, Verdict::Left, at(0));
+        }
+
+        assert!(throttle.is_disputed(device(1), HERE, at(0)));
+        assert!(!throttle.is_disputed(device(1), ELSEWHERE, at(0)));
+        assert!(!throttle.is_disputed(device(1), HERE, at(20)));
     }
 
     #[test]
@@ -481,6 +525,6 @@ mod tests {
 
         assert_eq!(throttle.accounts.len(), IDS_MAX);
         assert_eq!(throttle.order.len(), IDS_MAX);
-        assert!(size_of::<Account>() <= 200, "{}", size_of::<Account>());
+        assert!(size_of::<Account>() <= 232, "{}", size_of::<Account>());
     }
 }

@@ -29,7 +29,7 @@ pub struct Subject<'a> {
 }
 
 /// An owned [`Subject`]: what a device said of itself, kept while it waits for its look-up.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct OwnedSubject {
     pub firmware: Option<Label>,
     pub model: Option<Label>,

@@ -251,6 +251,25 @@ impl Slots {
         self.hint(device, &slot, now, wall, rng)
     }
 
+    /// Tells a device when to come back, at the earliest after `at_least`, without a change to its slot or to its tenant's queue.
+    pub(crate) fn hint_apart(
+        &self,
+        device: DeviceId,
+        standing: &Standing,
+        at_least: Duration,
+        (now, wall): (Instant, WallTime),
+        rng: &mut impl Rng,
+    ) -> Hint {
+        let slot = Slot {
+            at: now + at_least,
+            first_unix_s: standing.slot.map_or(unix_s(wall), |slot| slot.first_unix_s),
+            bounces: standing.slot.map_or(0, |slot| slot.bounces),
+            tenant: standing.tenant,
+            place: Place::Shared,
+        };
+        self.hint(device, &slot, now, wall, rng)
+    }
+
     /// The slot of a device that came too early.
     fn kept(&mut self, mut slot: Slot, pace: &Pace<'_>, now: Instant) -> Slot {
         let is_disobeyed = slot.place == Place::Kept && slot.at > now + SLOT_EARLY_FAR;

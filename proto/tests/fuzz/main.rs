@@ -255,7 +255,7 @@ fn slot_tokens_of_nobody_change_nothing() {
     // The signature itself is tried beside it; here, that nothing in admission trips over one.
     let device = DeviceId::from_uuid(uuid::Uuid::from_u128(7));
     let now = Moment::from_micros(0);
-    let mut admission = Admission::new(AdmissionConfig::default(), SlotKeys::new(1, [7; 32]), now);
+    let mut admission = Admission::<()>::new(AdmissionConfig::default(), SlotKeys::new(1, [7; 32]), now);
     admission.handle_registry_absent(now);
     let mut rng = SmallRng::seed_from_u64(1);
     let hint = admission.slot_for_close(device, Duration::from_secs(30), now, WALL, &mut rng);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rand::{SeedableRng, rngs::SmallRng};
 use seawall_proto::{
-    admission::{Admission, AdmissionConfig, Arrival, BatchOutcome, BreakerState, CohortTag},
+    admission::{Admission, AdmissionConfig, Arrival, BatchFailure, BreakerState, CohortTag},
     id::{Network, Proof},
     slots::SlotKeys,
     time::Instant,
@@ -127,7 +127,7 @@ fn dead_database_is_survived_also_when_it_is_the_first_thing_seen() {
 #[test]
 fn waiting_devices_are_answered_at_once_when_the_breaker_opens() {
     let mut rng = SmallRng::seed_from_u64(1);
-    let mut admission = Admission::new(AdmissionConfig::default(), SlotKeys::new(1, [7; 32]), Instant::ZERO);
+    let mut admission = Admission::<()>::new(AdmissionConfig::default(), SlotKeys::new(1, [7; 32]), Instant::ZERO);
     let mut now = Instant::ZERO;
     let mut batches = Vec::new();
     for index in 0..200 {
@@ -145,7 +145,7 @@ fn waiting_devices_are_answered_at_once_when_the_breaker_opens() {
     }
 
     now += Duration::from_secs(1);
-    admission.handle_batch_done(batches[0].id, BatchOutcome::TimedOut, now);
+    admission.handle_batch_done(batches[0].id, Err::<fn(_) -> _, _>(BatchFailure::TimedOut), now);
     let answered = std::iter::from_fn(|| admission.poll_action(now, wall(now), &mut rng)).count();
 
     assert_eq!(admission.state(now).breaker, BreakerState::Open);

@@ -8,7 +8,9 @@ use std::{
 
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use seawall_proto::{
-    admission::{Action, Admission, AdmissionConfig, Arrival, BatchId, BatchOutcome, CohortTag, Decision, Ticket},
+    admission::{
+        Action, Admission, AdmissionConfig, Arrival, BatchFailure, BatchId, CohortTag, Decision, Ticket, Told,
+    },
     id::{DeviceId, Network, Proof},
     refusal::Hint,
     slots::SlotKeys,
@@ -118,7 +120,7 @@ struct Device {
 
 pub struct World {
     scenario: Scenario,
-    admission: Admission,
+    admission: Admission<()>,
     devices: Vec<Device>,
     waiting: BTreeMap<Ticket, usize>,
     strangers: BTreeMap<Ticket, Instant>,
@@ -230,11 +232,12 @@ impl World {
                 Event::Stranger => self.stranger(now),
                 Event::Done(batch, is_answered) => {
                     let outcome = if is_answered {
-                        BatchOutcome::Answered
+                        Ok(())
                     } else {
-                        BatchOutcome::TimedOut
+                        Err(BatchFailure::TimedOut)
                     };
-                    self.admission.handle_batch_done(batch, outcome, now);
+                    self.admission
+                        .handle_batch_done(batch, outcome.map(|()| |_| Told::Found(())), now);
                 }
                 Event::Wake => self.admission.handle_timeout(now),
             }

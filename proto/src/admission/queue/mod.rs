@@ -6,6 +6,7 @@
 //! neither limits nor slots; [`super::Admission`] asks them.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, BTreeSet, VecDeque},
     ops::Bound,
 };
@@ -25,16 +26,19 @@ use crate::{
     time::Instant,
 };
 
+/// Most devices that wait for one key. A device has one connection, or two while it replaces the first; more are somebody else's.
+const WAITERS_PER_KEY_MAX: usize = 8;
+
 /// A device that waits for an answer. Never given twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(u64);
 
-/// Who goes first. The order of the variants is the order of service, but for the shares that due strangers and those often bounced are
-/// sure of. Within a class tenants take turns.
+/// Order of service. [`Class::ALL`] has the classes in this order; `Express` and `StrangerHolder` also have a guaranteed share of the keys
+/// (see [`Queue::next_batch`]). Within a class tenants take turns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Class {
     Holder,
-    /// Holders that were sent away often, the one first that came first of all.
+    /// Holders that were refused often, by the time of their first refusal.
     Express,
     WalkIn,
     StrangerHolder,
@@ -61,6 +65,27 @@ impl Class {
             Self::StrangerWalkIn => 4,
         }
     }
+
+    /// Whether a key of this class is served earlier than one of `other`. `Express` is the best: it has a guaranteed share and is also served
+    /// among the holders.
+    const fn is_better_than(self, other: Self) -> bool {
+        self.rank() < other.rank()
+    }
+
+    const fn rank(self) -> usize {
+        match self {
+            Self::Express => 0,
+            Self::Holder => 1,
+            Self::WalkIn => 2,
+            Self::StrangerHolder => 3,
+            Self::StrangerWalkIn => 4,
+        }
+    }
+
+    /// Whether only devices of a tenant wait in it.
+    const fn is_of_known(self) -> bool {
+        matches!(self, Self::Holder | Self::Express | Self::WalkIn)
+    }
 }
 
 /// A device that waits.
@@ -79,10 +104,13 @@ pub(super) struct Waiter {
 
 #[derive(Debug)]
 struct Key {
+    /// At most [`WAITERS_PER_KEY_MAX`].
     waiters: Vec<Ticket>,
-    /// Of the device that asked first.
+    /// The ticket of the device that asked first: the key's place among those of its class.
+    first: Ticket,
+    /// Of the device that asked first, unless another took the key out of an isolated cohort's queue.
     cohort: CohortTag,
-    /// Whose turn it waits for.
+    /// The tenant whose share it is served from.
     tenant: Option<TenantTag>,
     state: KeyState,
 }
@@ -113,6 +141,14 @@ enum Line {
     Shared,
     /// With its cohort's.
     Apart,
+}
+
+/// A device that waits with others for one key.
+#[derive(Debug)]
+pub(super) struct Joined {
+    pub ticket: Ticket,
+    /// The device that no longer waits, because more than [`WAITERS_PER_KEY_MAX`] would. It is to be refused.
+    pub displaced: Option<(Ticket, Waiter)>,
 }
 
 /// Why a device's time ran out.
@@ -183,6 +219,11 @@ impl Queue {
         self.sent.len() - usize::from(self.apart_in_flight > 0)
     }
 
+    /// The statement that was sent first of those not answered, and when.
+    pub fn oldest_statement(&self) -> Option<(BatchId, Instant)> {
+        self.sent.first_key_value().map(|(id, sent)| (*id, sent.sent_at))
+    }
+
     /// Keys of a cohort apart that wait.
     pub fn apart_len(&self, cohort: CohortTag) -> usize {
         self.apart.get(&cohort).map_or(0, BTreeMap::len)
@@ -214,9 +255,24 @@ impl Queue {
         self.keys.contains_key(&device)
     }
 
-    /// Waits with the others that asked for the same key. If it may go earlier than they, the key goes earlier.
-    pub fn join(&mut self, waiter: Waiter, class: Option<Class>) -> Option<Ticket> {
+    /// Whether the key that the device waits for is under way.
+    pub fn is_sent(&self, ticket: Ticket) -> bool {
+        let key = self
+            .waiters
+            .get(&ticket)
+            .and_then(|waiter| self.keys.get(&waiter.device));
+        key.is_some_and(|key| matches!(key.state, KeyState::InFlight { .. }))
+    }
+
+    /// Waits with the others that asked for the same key. A joiner that would be served earlier on its own makes the key earlier, and one that
+    /// is not of an isolated cohort takes it out of that cohort's queue. `None` where nothing waits for the key.
+    ///
+    /// Where too many wait for the key, one of them stops waiting; see [`Joined::displaced`].
+    pub fn join(&mut self, waiter: Waiter, class: Option<Class>, is_apart: bool) -> Option<Joined> {
         let device = waiter.device;
+        let displaced = self
+            .displaced_by(&waiter)
+            .and_then(|ticket| Some((ticket, self.leave_key(ticket)?)));
         let ticket = self.next_ticket();
         let key = self.keys.get_mut(&device)?;
         key.waiters.push(ticket);
@@ -228,16 +284,51 @@ impl Queue {
             },
             Some(class),
         ) = (key.state, class)
-            && class < was
         {
-            let (cohort, from, to) = (key.cohort, key.tenant, waiter.standing.tenant);
-            key.state = KeyState::Waiting { class, place, line };
-            key.tenant = to;
-            self.leave_line((cohort, from), was, place, line);
-            self.enter_line((cohort, to), class, place, line, device);
+            // Who is not known must not take keys of an isolated cohort to all others.
+            let is_freed = line == Line::Apart && !is_apart && class.is_of_known();
+            if is_freed || class.is_better_than(was) {
+                let from = (key.cohort, key.tenant);
+                let line_to = if is_freed { Line::Shared } else { line };
+                if is_freed {
+                    key.cohort = waiter.cohort;
+                }
+                key.tenant = waiter.standing.tenant;
+                let to = (key.cohort, key.tenant);
+                let place_to = place_in(class, &waiter.standing, key.first);
+                key.state = KeyState::Waiting {
+                    class,
+                    place: place_to,
+                    line: line_to,
+                };
+                self.leave_line(from, was, place, line);
+                self.enter_line(to, class, place_to, line_to, device);
+            }
         }
         self.wait(ticket, waiter);
-        Some(ticket)
+        Some(Joined { ticket, displaced })
+    }
+
+    /// Who has to go where `waiter` is one too many for its key: the oldest of the network that has the most waiting for it. So who asks for
+    /// another's key again and again displaces only itself.
+    fn displaced_by(&self, waiter: &Waiter) -> Option<Ticket> {
+        let key = self.keys.get(&waiter.device)?;
+        if key.waiters.len() < WAITERS_PER_KEY_MAX {
+            return None;
+        }
+        let network_of = |ticket: &Ticket| self.waiters.get(ticket).map(|waiter| waiter.network);
+        let mut of_network: BTreeMap<Network, (usize, Ticket)> = BTreeMap::new();
+        for ticket in &key.waiters {
+            let (count, _) = of_network.entry(network_of(ticket)?).or_insert((0, *ticket));
+            *count += 1;
+        }
+        if let Some((count, _)) = of_network.get_mut(&waiter.network) {
+            *count += 1;
+        }
+        let most = of_network
+            .values()
+            .max_by_key(|(count, oldest)| (*count, Reverse(*oldest)));
+        most.map(|(_, oldest)| *oldest)
     }
 
     /// Waits at the end of the line of its class, or of its cohort if that is apart.
@@ -245,15 +336,13 @@ impl Queue {
         debug_assert!(!self.holds(waiter.device), "one key, one place");
         let (device, cohort, tenant) = (waiter.device, waiter.cohort, waiter.standing.tenant);
         let ticket = self.next_ticket();
-        let place = match (class, waiter.standing.slot) {
-            (Class::Express, Some(slot)) => u64::from(slot.first_unix_s) << 32 | ticket.0 & u64::from(u32::MAX),
-            (_, _) => ticket.0,
-        };
+        let place = place_in(class, &waiter.standing, ticket);
         let line = if is_apart { Line::Apart } else { Line::Shared };
         self.keys.insert(
             device,
             Key {
                 waiters: vec![ticket],
+                first: ticket,
                 cohort,
                 tenant,
                 state: KeyState::Waiting { class, place, line },
@@ -266,14 +355,18 @@ impl Queue {
 
     /// The device has gone. A key that nobody waits for is not sent.
     pub fn leave(&mut self, ticket: Ticket) -> Option<Waiter> {
-        let waiter = self.waiters.remove(&ticket)?;
-        self.deadlines.remove(&(waiter.send_by, ticket));
-        self.deadlines.remove(&(waiter.answer_by, ticket));
+        let waiter = self.leave_key(ticket)?;
+        if self.keys.get(&waiter.device).is_some_and(|key| key.waiters.is_empty()) {
+            self.drop_key(waiter.device);
+        }
+        Some(waiter)
+    }
+
+    /// The device no longer waits; its key stays where it is.
+    fn leave_key(&mut self, ticket: Ticket) -> Option<Waiter> {
+        let waiter = self.finish(ticket)?;
         if let Some(key) = self.keys.get_mut(&waiter.device) {
             key.waiters.retain(|other| *other != ticket);
-            if key.waiters.is_empty() {
-                self.drop_key(waiter.device);
-            }
         }
         Some(waiter)
     }
@@ -355,7 +448,10 @@ impl Queue {
                 return None;
             }
             self.deadlines.pop_first();
-            let waiter = self.waiters.get(&ticket)?;
+            let Some(waiter) = self.waiters.get(&ticket) else {
+                debug_assert!(false, "a deadline has a device that waits");
+                continue;
+            };
             let state = self.keys.get(&waiter.device).map(|key| key.state);
             let late = match state {
                 Some(KeyState::InFlight { .. }) if waiter.answer_by > now => {
@@ -365,8 +461,9 @@ impl Queue {
                 Some(KeyState::InFlight { .. } | KeyState::Retrying { .. }) | None => Late::NotAnswered,
                 Some(KeyState::Waiting { .. }) => Late::NotSent,
             };
-            let waiter = self.leave(ticket)?;
-            return Some((ticket, waiter, late));
+            if let Some(waiter) = self.leave(ticket) {
+                return Some((ticket, waiter, late));
+            }
         }
     }
 
@@ -406,5 +503,117 @@ impl Queue {
     fn next_ticket(&mut self) -> Ticket {
         self.counter += 1;
         Ticket(self.counter)
+    }
+}
+
+/// The place of a key among those of its class: the lowest is served first. In `Express` by the time of the first refusal, elsewhere by
+/// the time of asking.
+fn place_in(class: Class, standing: &Standing, first: Ticket) -> u64 {
+    match (class, standing.slot) {
+        (Class::Express, Some(slot)) => u64::from(slot.first_unix_s) << 32 | first.0 & u64::from(u32::MAX),
+        (_, _) => first.0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::slots::{Place, Slot};
+
+    const COSTLY: &str = "1.0.0";
+
+    fn device(n: u128) -> DeviceId {
+        DeviceId::from_uuid(uuid::Uuid::from_u128(n))
+    }
+
+    fn standing(tenant: Option<&str>, first_unix_s: Option<u32>) -> Standing {
+        let tenant = tenant.map(TenantTag::of);
+        Standing {
+            tenant,
+            slot: first_unix_s.map(|first_unix_s| Slot {
+                at: Instant::ZERO,
+                first_unix_s,
+                bounces: 3,
+                tenant,
+                place: Place::Kept,
+            }),
+            is_due: true,
+        }
+    }
+
+    fn waiter(n: u128, firmware: &str, standing: Standing) -> Waiter {
+        let answer_by = Instant::from_micros(2_800_000);
+        Waiter {
+            device: device(n),
+            proof: Proof::Secret,
+            network: Network::V4(1),
+            cohort: CohortTag::of(None, Some(firmware)),
+            standing,
+            send_by: answer_by,
+            answer_by,
+        }
+    }
+
+    fn order(queue: &mut Queue) -> Vec<DeviceId> {
+        let batch = queue.next_batch(100, Instant::ZERO);
+        batch.map(|batch| batch.keys).unwrap_or_default()
+    }
+
+    #[test]
+    fn second_connection_of_a_device_often_refused_does_not_move_it_behind_all_holders() {
+        let mut queue = Queue::default();
+        let senior = standing(Some("acme"), Some(1));
+        queue.enqueue(waiter(1, "2.0.0", senior), Class::Express, false);
+        for n in 2..6 {
+            queue.enqueue(waiter(n, "2.0.0", standing(Some("acme"), None)), Class::Holder, false);
+        }
+
+        queue
+            .join(waiter(1, "2.0.0", senior), Some(Class::Holder), false)
+            .unwrap();
+
+        assert_eq!(order(&mut queue)[0], device(1));
+    }
+
+    #[test]
+    fn key_that_moves_among_the_often_refused_is_placed_by_its_first_refusal() {
+        let mut queue = Queue::default();
+        let walk_in = standing(Some("acme"), None);
+        queue.enqueue(waiter(1, "2.0.0", walk_in), Class::WalkIn, false);
+        queue.enqueue(
+            waiter(2, "2.0.0", standing(Some("acme"), Some(5))),
+            Class::Express,
+            false,
+        );
+
+        let younger = standing(Some("acme"), Some(9));
+        queue
+            .join(waiter(1, "2.0.0", younger), Some(Class::Express), false)
+            .unwrap();
+
+        assert_eq!(order(&mut queue), [device(2), device(1)]);
+    }
+
+    #[test]
+    fn key_held_by_a_false_claim_of_an_isolated_cohort_is_freed_by_the_device_itself_and_by_no_unknown_one() {
+        let mut queue = Queue::default();
+        let known = standing(Some("acme"), None);
+        queue.enqueue(waiter(1, COSTLY, known), Class::Holder, true);
+
+        let unknown = waiter(1, "2.0.0", standing(None, None));
+        queue.join(unknown, Some(Class::StrangerHolder), false).unwrap();
+        assert_eq!(
+            (queue.unsent(), queue.apart_len(CohortTag::of(None, Some(COSTLY)))),
+            (0, 1)
+        );
+
+        queue
+            .join(waiter(1, "2.0.0", known), Some(Class::WalkIn), false)
+            .unwrap();
+        assert_eq!(
+            (queue.unsent(), queue.apart_len(CohortTag::of(None, Some(COSTLY)))),
+            (1, 0)
+        );
+        assert_eq!(order(&mut queue), [device(1)]);
     }
 }

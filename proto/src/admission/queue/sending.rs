@@ -1,5 +1,7 @@
 //! The queue's other end: statements that are sent, answered, and tried again.
 
+use std::collections::btree_map::Entry;
+
 use super::{super::cost::CohortTag, Class, KeyState, Queue, Ticket};
 use crate::{id::DeviceId, slots::STRANGERS_SHARE, time::Instant};
 
@@ -30,16 +32,10 @@ pub(in crate::admission) enum Ended {
     /// Not ours, or ended before.
     Unknown,
     Probe,
-    /// The devices are to be answered, each with its key's record or its absence.
-    Answered {
+    /// The devices no longer wait for the key.
+    Ran {
         statement: Ran,
         waiters: Vec<(Ticket, DeviceId)>,
-    },
-    /// The devices are to be refused; those for whom there is time are tried for again.
-    Failed {
-        statement: Ran,
-        waiters: Vec<Ticket>,
-        is_retried: bool,
     },
 }
 
@@ -248,22 +244,20 @@ impl Queue {
         }
         let statement = sent.ran();
         let mut waiters = Vec::with_capacity(sent.keys.len());
-        for device in &sent.keys {
-            for ticket in self.take_waiters(*device, id) {
-                waiters.push((ticket, *device));
-            }
+        for device in sent.keys {
+            self.take_waiters(device, id, &mut waiters);
         }
-        Ended::Answered { statement, waiters }
+        Ended::Ran { statement, waiters }
     }
 
     /// A statement failed. If it may be tried again and somebody has time to wait, it is, in two halves: one key that the
-    /// database can't bear must not take 255 others down.
-    pub fn handle_failed(&mut self, id: BatchId, may_retry: bool, now: Instant) -> Ended {
+    /// database can't bear must not take 255 others down. The second value says whether it is.
+    pub fn handle_failed(&mut self, id: BatchId, may_retry: bool, now: Instant) -> (Ended, bool) {
         let Some(sent) = self.take_sent(id) else {
-            return Ended::Unknown;
+            return (Ended::Unknown, false);
         };
         if sent.is_probe {
-            return Ended::Probe;
+            return (Ended::Probe, false);
         }
         let statement = sent.ran();
         let may_retry = may_retry && !sent.is_retry && sent.apart.is_none();
@@ -275,7 +269,7 @@ impl Queue {
             if may_retry && self.retry_key(device, id, round, now) {
                 alive.push(device);
             } else {
-                waiters.extend(self.take_waiters(device, id));
+                self.take_waiters(device, id, &mut waiters);
             }
         }
         let is_retried = !alive.is_empty();
@@ -285,11 +279,7 @@ impl Queue {
                 self.retries.push_back(Retry { round, keys: half });
             }
         }
-        Ended::Failed {
-            statement,
-            waiters,
-            is_retried,
-        }
+        (Ended::Ran { statement, waiters }, is_retried)
     }
 
     /// False where nobody waits for the key any more, or nobody has the time.
@@ -315,12 +305,12 @@ impl Queue {
         Some(sent)
     }
 
-    fn take_waiters(&mut self, device: DeviceId, batch: BatchId) -> Vec<Ticket> {
-        match self.keys.get(&device) {
-            Some(key) if key.state == (KeyState::InFlight { batch }) => {
-                self.keys.remove(&device).map(|key| key.waiters).unwrap_or_default()
-            }
-            Some(_) | None => Vec::new(),
+    /// Moves those who wait for a key of this statement to `waiters`, and forgets the key.
+    fn take_waiters(&mut self, device: DeviceId, batch: BatchId, waiters: &mut Vec<(Ticket, DeviceId)>) {
+        if let Entry::Occupied(key) = self.keys.entry(device)
+            && key.get().state == (KeyState::InFlight { batch })
+        {
+            waiters.extend(key.remove().waiters.into_iter().map(|ticket| (ticket, device)));
         }
     }
 }

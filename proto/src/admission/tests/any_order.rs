@@ -19,7 +19,7 @@ enum Step {
     },
     Done {
         nth: usize,
-        outcome: BatchOutcome,
+        outcome: Result<(), BatchFailure>,
     },
     Wait {
         ms: u16,
@@ -41,9 +41,9 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     let outcome = prop_oneof![
-        6 => Just(BatchOutcome::Answered),
-        2 => Just(BatchOutcome::Failed),
-        1 => Just(BatchOutcome::TimedOut),
+        6 => Just(Ok(())),
+        2 => Just(Err(BatchFailure::Failed)),
+        1 => Just(Err(BatchFailure::TimedOut)),
     ];
     prop_oneof![
         12 => (any::<u8>(), 0..500_u16, any::<bool>())
@@ -70,6 +70,7 @@ proptest! {
         let mut now = at(1_000);
         let mut waiting: BTreeMap<Ticket, (DeviceId, Instant)> = BTreeMap::new();
         let mut flying: Vec<Batch> = Vec::new();
+        let mut sent_at: BTreeMap<BatchId, Instant> = BTreeMap::new();
         let mut answered: Vec<Ticket> = Vec::new();
         let mut tokens: BTreeMap<u8, Box<str>> = BTreeMap::new();
         let mut in_order = steps.into_iter();
@@ -83,7 +84,7 @@ proptest! {
                 None => {
                     closing += 1;
                     prop_assert!(closing < 1_000, "{} wait", waiting.len());
-                    if flying.is_empty() { Step::Wait { ms: 900 } } else { Step::Done { nth: 0, outcome: BatchOutcome::Answered } }
+                    if flying.is_empty() { Step::Wait { ms: 900 } } else { Step::Done { nth: 0, outcome: Ok(()) } }
                 }
             };
             match step {
@@ -109,8 +110,8 @@ proptest! {
                 Step::Done { nth, outcome } => {
                     if !flying.is_empty() {
                         let batch = flying.remove(nth % flying.len());
-                        node.admission.handle_batch_done(batch.id, outcome, now);
-                        node.admission.handle_batch_done(batch.id, outcome, now);
+                        node.admission.handle_batch_done(batch.id, outcome.map(|()| |_| Told::Found(())), now);
+                        node.admission.handle_batch_done(batch.id, outcome.map(|()| |_| Told::Found(())), now);
                     }
                 }
                 Step::Wait { ms } => now += Duration::from_millis(ms.into()),
@@ -126,7 +127,10 @@ proptest! {
                 Step::Said { is_there: true } => node.admission.handle_registry_said_there(),
                 Step::Said { is_there: false } => node.admission.handle_registry_said_away(now),
             }
+            node.admission.handle_timeout(now);
+            flying.retain(|batch| now < sent_at[&batch.id] + STATEMENT_LOST_AFTER);
             while let Some(batch) = node.admission.poll_batch(now) {
+                sent_at.insert(batch.id, now);
                 let mut under_way: BTreeSet<DeviceId> = flying.iter().flat_map(|other| other.keys.clone()).collect();
                 prop_assert!(!batch.keys.is_empty() && flying.len() < BATCHES_IN_FLIGHT_MAX);
                 for key in &batch.keys {
@@ -143,7 +147,7 @@ proptest! {
             prop_assert_eq!(to_usize(state.in_flight), flying.iter().map(|batch| batch.keys.len()).sum::<usize>());
             for action in node.actions(now) {
                 let ticket = match action {
-                    Action::Answer { ticket, device } => {
+                    Action::Answer { ticket, device, .. } => {
                         prop_assert_eq!(waiting.get(&ticket).map(|(of, _)| *of), Some(device));
                         answered.push(ticket);
                         ticket

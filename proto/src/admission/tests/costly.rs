@@ -156,11 +156,13 @@ impl World {
             let batch = self.in_flight.remove(&id).unwrap();
             let took = self.took(&batch);
             let outcome = if took == LOOKUP_MAX {
-                BatchOutcome::TimedOut
+                Err(BatchFailure::TimedOut)
             } else {
-                BatchOutcome::Answered
+                Ok(())
             };
-            self.node.admission.handle_batch_done(batch.id, outcome, at);
+            self.node
+                .admission
+                .handle_batch_done(batch.id, outcome.map(|()| |_| Told::Found(())), at);
             self.settle();
         }
         self.now = end;

@@ -7,13 +7,13 @@ fn failed_statement_is_tried_once_more_in_two_halves_and_one_bad_key_stops_only_
     let mut node = Node::new();
     let blocking = node.block(at(0));
     let tickets: BTreeMap<Ticket, u128> = (0..20).map(|n| (node.queued(n, at(0)), n)).collect();
-    node.done(&blocking[0], BatchOutcome::Answered, at(1));
-    node.done(&blocking[1], BatchOutcome::Answered, at(1));
+    node.done(&blocking[0], Ok(()), at(1));
+    node.done(&blocking[1], Ok(()), at(1));
     let whole = node.batches(at(1)).remove(0);
     let poison = device(12);
 
     assert!(
-        node.done(&whole, BatchOutcome::Failed, at(2)).is_empty(),
+        node.done(&whole, Err(BatchFailure::Failed), at(2)).is_empty(),
         "nobody is refused yet"
     );
     let halves = node.batches(at(2));
@@ -23,11 +23,11 @@ fn failed_statement_is_tried_once_more_in_two_halves_and_one_bad_key_stops_only_
     let mut answered = 0;
     for half in &halves {
         if half.keys.contains(&poison) {
-            let refused = node.done(half, BatchOutcome::Failed, at(3));
+            let refused = node.done(half, Err(BatchFailure::Failed), at(3));
             assert_eq!(refused.len(), 10);
             assert_eq!(causes(&refused), [Cause::LookupFailed].into());
         } else {
-            answered += node.done(half, BatchOutcome::Answered, at(3)).len();
+            answered += node.done(half, Ok(()), at(3)).len();
         }
     }
     assert_eq!(answered, 10);
@@ -41,7 +41,7 @@ fn dead_registry_is_known_after_one_time_out_and_probed_without_devices() {
     let mut node = Node::new();
     node.queued(1, at(0));
     let batch = node.batches(at(0)).remove(0);
-    let refused = node.done(&batch, BatchOutcome::TimedOut, at(1_000));
+    let refused = node.done(&batch, Err(BatchFailure::TimedOut), at(1_000));
     assert_eq!(causes(&refused), [Cause::LookupTimedOut].into());
 
     let at_once = node.refused(2, None, at(1_001));
@@ -52,7 +52,7 @@ fn dead_registry_is_known_after_one_time_out_and_probed_without_devices() {
         assert_eq!(probes.len(), 1);
         assert!(probes[0].is_probe);
         assert!(
-            node.done(&probes[0], BatchOutcome::TimedOut, at(second * 1_000 + 999))
+            node.done(&probes[0], Err(BatchFailure::TimedOut), at(second * 1_000 + 999))
                 .is_empty()
         );
         assert_eq!(
@@ -63,7 +63,7 @@ fn dead_registry_is_known_after_one_time_out_and_probed_without_devices() {
 
     for _ in 0..3 {
         let probe = node.batches(at(5_000)).remove(0);
-        node.done(&probe, BatchOutcome::Answered, at(5_000));
+        node.done(&probe, Ok(()), at(5_000));
     }
 
     assert_eq!(node.admission.state(at(5_000)).breaker, BreakerState::Closed);
@@ -83,11 +83,11 @@ fn registry_that_others_find_away_lets_nobody_wait_and_starts_low_only_where_pro
         assert_eq!(node.refused(2, None, at(1)).cause, Cause::Breaker);
         if is_away {
             let probe = node.batches(at(1)).remove(0);
-            node.done(&probe, BatchOutcome::TimedOut, at(1_001));
+            node.done(&probe, Err(BatchFailure::TimedOut), at(1_001));
         }
         for _ in 0..3 {
             let probe = node.batches(at(2_000)).remove(0);
-            node.done(&probe, BatchOutcome::Answered, at(2_000));
+            node.done(&probe, Ok(()), at(2_000));
         }
         node.queued(3, at(2_000));
         assert_eq!(node.admission.state(at(2_000)).limit < limit, is_away);
@@ -123,7 +123,7 @@ fn registry_that_was_never_there_lets_nobody_wait_until_it_comes() {
     node.admission.handle_registry_present(at(100_000));
     for _ in 0..3 {
         let probe = node.batches(at(100_000)).remove(0);
-        node.done(&probe, BatchOutcome::Answered, at(100_000));
+        node.done(&probe, Ok(()), at(100_000));
     }
 
     node.queued(2, at(100_000));
@@ -165,12 +165,16 @@ fn guesses_that_join_one_look_up_count_each() {
         .collect();
     assert!(tickets.len() <= 10, "{}", tickets.len());
     let batch = node.batches(at(0)).remove(0);
-    node.done(&batch, BatchOutcome::Answered, at(1));
-    for ticket in &tickets {
-        node.admission.handle_wrong_credential(*ticket, at(1));
+    let mut compared = 0;
+    for action in node.done(&batch, Ok(()), at(1)) {
+        if let Action::Answer { ticket, .. } = action {
+            node.admission.handle_wrong_credential(ticket, at(1));
+            compared += 1;
+        }
     }
+    assert_eq!(compared, 8, "more do not wait for one key");
 
-    assert_eq!(tickets.len() + node.guess(1, 1_000, at(1)), 10);
+    assert_eq!(compared + node.guess(1, 1_000, at(1)), 10);
 }
 
 #[test]
@@ -181,7 +185,7 @@ fn devices_that_are_never_judged_are_not_throttled() {
         let ticket = node.queued(1, now);
         if round % 2 == 0 {
             let batch = node.batches(now).remove(0);
-            node.done(&batch, BatchOutcome::Answered, now);
+            node.done(&batch, Ok(()), now);
         }
         // It leaves while it waits, or at the very moment of its answer.
         node.admission.abandon(ticket, now);
@@ -249,12 +253,12 @@ fn known_absent_id_costs_nothing_but_is_throttled_like_any_other() {
 #[test]
 fn devices_waiting_are_bounded_whatever_they_ask_for() {
     let mut node = Node::with(AdmissionConfig {
-        waiting_max: 100,
+        waiting_max: 96,
         ..AdmissionConfig::default()
     });
-    for n in 0..100 {
-        // Ten each, or the throttle of credentials would refuse them.
-        node.queued(n / 10, at(0));
+    for n in 0..96 {
+        // More than eight do not wait for one key.
+        node.queued(n / 8, at(0));
     }
 
     assert_eq!(node.refused(100, None, at(0)).cause, Cause::QueueFull);
@@ -306,4 +310,111 @@ fn full_node_gives_the_slot_of_another_node_again_and_counts_its_bounces() {
     let (before, after) = (standing(&first), standing(&second));
     assert_eq!(after.slot.unwrap().bounces, before.slot.unwrap().bounces + 1);
     assert!(after.tenant.is_some() && after.tenant == before.tenant);
+}
+
+#[test]
+fn guesses_just_before_a_slot_do_not_push_the_slot_away() {
+    let mut node = Node::new();
+    node.admission.handle_admitted(device(1), "default");
+    node.guess(1, 20, at(0));
+    let refused = node.refused(1, None, at(0));
+    let slot_ms = refused.hint.after_ms();
+    // Who guesses knows the time as well, and comes from another network.
+    let before = at(slot_ms - 150);
+    node.guess(1, 20, before);
+    assert_eq!(node.refused(1, None, before).cause, Cause::Throttle);
+
+    let back = at(slot_ms);
+    let arrival = Arrival {
+        slot_token: refused.hint.slot.as_deref(),
+        network: ELSEWHERE,
+        ..arrival(1, back)
+    };
+    let decision = node.admission.attempt(&arrival, back, wall(back), &mut node.rng);
+
+    assert!(matches!(decision, Decision::Queued(_)), "{decision:?}");
+}
+
+#[test]
+fn throttled_guesser_is_not_at_its_slot_for_the_limits_of_its_address() {
+    let mut node = Node::new();
+    node.guess(1, 20, at(0));
+    let refused = node.refused(1, None, at(0));
+    let token = refused.hint.slot.unwrap();
+    let back = at(refused.hint.after.as_millis().try_into().unwrap());
+    let shows = |node: &Node, network| {
+        node.admission
+            .is_at_its_slot(device(1), &token, network, back, wall(back))
+    };
+    assert!(shows(&node, HERE));
+
+    node.guess(1, 20, back);
+
+    assert!(!shows(&node, HERE));
+    assert!(shows(&node, ELSEWHERE));
+}
+
+#[test]
+fn device_whose_row_cannot_be_read_is_not_asked_for_twice_a_second() {
+    let mut node = Node::new();
+    node.admission.handle_admitted(device(1), "default");
+    let (mut now, mut token) = (at(0), None::<Box<str>>);
+    for _ in 0..100 {
+        let Decision::Queued(_) = node.attempt(1, token.as_deref(), now) else {
+            panic!("there is room");
+        };
+        let batch = node.batches(now).remove(0);
+        node.admission.handle_batch_done(batch.id, Ok(|_| Told::Nothing), now);
+        let Some(Action::Refuse { refused, .. }) = node.actions(now).pop() else {
+            panic!("nothing was told of it");
+        };
+        now += refused.hint.after;
+        token = refused.hint.slot;
+    }
+
+    assert!(now > at(100 * 5_000), "{now:?}");
+    assert!(now < at(100 * 240_000), "{now:?}");
+}
+
+#[test]
+fn device_is_not_displaced_by_another_network_that_asks_for_its_key() {
+    let mut node = Node::new();
+    let blocking = node.block(at(0));
+    let own = Arrival {
+        network: ELSEWHERE,
+        ..arrival(1, at(0))
+    };
+    let Decision::Queued(own) = node.admission.attempt(&own, at(0), wall(at(0)), &mut node.rng) else {
+        panic!("there is room");
+    };
+    let mut displaced = Vec::new();
+    for _ in 0..1_000 {
+        node.attempt(1, None, at(0));
+        displaced.extend(node.actions(at(0)));
+    }
+    let is_own = |action: &Action<()>| matches!(action, Action::Refuse { ticket, .. } if *ticket == own);
+    assert!(displaced.len() > 900, "{}", displaced.len());
+    assert!(!displaced.iter().any(is_own));
+
+    node.done(&blocking[0], Ok(()), at(1));
+    let batch = node.batches(at(1)).remove(0);
+    let answered = node.done(&batch, Ok(()), at(2));
+
+    assert!(
+        answered
+            .iter()
+            .any(|action| matches!(action, Action::Answer { ticket, .. } if *ticket == own))
+    );
+}
+
+#[test]
+fn statement_whose_end_is_never_reported_does_not_hold_its_keys_for_ever() {
+    let mut node = Node::new();
+    node.block(at(0));
+    assert_eq!(node.admission.state(at(0)).in_flight, 2);
+
+    let due = node.admission.poll_timeout(at(0)).unwrap();
+    node.admission.handle_timeout(due.max(at(2_800)));
+
+    assert_eq!(node.admission.state(at(2_800)).in_flight, 0);
 }

@@ -26,7 +26,7 @@ fn recovered(mut node: Node, now: Instant) -> Node {
     node.admission.handle_registry_present(now);
     for _ in 0..3 {
         let probe = node.batches(now).remove(0);
-        node.done(&probe, BatchOutcome::Answered, now);
+        node.done(&probe, Ok(()), now);
     }
     node
 }
@@ -49,7 +49,7 @@ fn full_line_refuses_the_newest_of_the_longest_tenant() {
     assert_eq!((gone.len(), causes(&gone)), (10, [Cause::QueueFull].into()));
     assert_eq!(node.admission.state(now).queue, HOLDERS_MAX);
     let first = node.batches(now).remove(0);
-    let answered = node.done(&first, BatchOutcome::Answered, now);
+    let answered = node.done(&first, Ok(()), now);
     let answered: BTreeSet<Ticket> = answered
         .iter()
         .filter_map(|action| match action {
@@ -82,4 +82,25 @@ fn device_sent_away_four_times_is_served_before_those_that_came_earlier() {
         first.keys.contains(&device(5_000)),
         "behind a thousand, but by seniority"
     );
+}
+
+#[test]
+fn unknown_devices_keep_their_share_where_holders_fill_their_queue() {
+    let mut node = node();
+    refused_once(&mut node, "great", 0..6_000);
+    for n in 20_000..21_000 {
+        node.refused(n, None, at(0));
+    }
+    let now = at(10_000);
+    let mut node = recovered(node, now);
+    for n in 0..6_000 {
+        node.attempt(n, None, now);
+    }
+    assert_eq!(node.admission.state(now).queue, HOLDERS_MAX);
+
+    let unknown = (20_000..21_000)
+        .filter(|n| matches!(node.attempt(*n, None, now), Decision::Queued(_)))
+        .count();
+
+    assert_eq!(unknown, HOLDERS_MAX / 20, "a twentieth");
 }

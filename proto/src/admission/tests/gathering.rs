@@ -34,7 +34,7 @@ fn statements(config: AdmissionConfig, per_second: u64) -> (u64, Duration) {
         }
         while let Some(index) = running.iter().position(|(done, _)| *done <= now) {
             let (_, batch) = running.swap_remove(index);
-            node.done(&batch, BatchOutcome::Answered, now);
+            node.done(&batch, Ok(()), now);
         }
         for batch in node.batches(now) {
             count += 1;
@@ -75,7 +75,7 @@ fn storm_at_the_ceiling_is_answered_at_the_ceiling_in_few_statements() {
         }
         while let Some(index) = running.iter().position(|(done, _)| *done <= now) {
             let (_, batch) = running.swap_remove(index);
-            node.done(&batch, BatchOutcome::Answered, now);
+            node.done(&batch, Ok(()), now);
         }
         for batch in node.batches(now) {
             count += 1;
