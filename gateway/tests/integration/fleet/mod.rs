@@ -7,6 +7,7 @@ mod moving;
 mod outage;
 mod port;
 mod registry;
+mod restart;
 mod resume;
 mod revoked;
 pub mod rig;

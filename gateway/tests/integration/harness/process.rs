@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::Read,
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     thread,
@@ -104,6 +105,37 @@ impl GatewayProcess {
         let _ = fs::remove_file(data_dir.join(data_dir::ADDRESSES));
         let mut command = seawall();
         command.args(SERVE).arg("--data-dir").arg(data_dir).args(args);
+        Self::spawn(command, data_dir.with_extension("log"), |_| data_dir.to_owned())
+    }
+
+    /// Starts one on free ports of a loopback address that nothing else uses. The ports stay free while no gateway runs there.
+    pub fn start_at(address: Ipv4Addr) -> Result<Self> {
+        let home = tempfile::tempdir()?;
+        let data_dir = home.path().join("data");
+        let free = SocketAddr::from((address, 0));
+        let mut process = Self::start_listening(
+            Addresses {
+                devices: free,
+                ops: free,
+            },
+            &data_dir,
+        )?;
+        process._home = Some(home);
+        Ok(process)
+    }
+
+    /// Starts the next process of a gateway that has ended: same addresses, same data directory.
+    pub fn start_next(mut self) -> Result<Self> {
+        let mut next = Self::start_listening(self.addresses, &self.data_dir)?;
+        next._home = self._home.take();
+        Ok(next)
+    }
+
+    fn start_listening(addresses: Addresses, data_dir: &Path) -> Result<Self> {
+        let mut command = seawall();
+        command.args(["serve", "--listen", &addresses.devices.to_string()]);
+        command.args(["--ops-listen", &addresses.ops.to_string()]);
+        command.arg("--data-dir").arg(data_dir);
         Self::spawn(command, data_dir.with_extension("log"), |_| data_dir.to_owned())
     }
 
