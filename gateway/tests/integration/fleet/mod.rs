@@ -2,6 +2,7 @@
 
 mod devices;
 mod drain;
+mod frozen;
 mod limit;
 mod moving;
 mod outage;
