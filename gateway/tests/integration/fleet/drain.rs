@@ -17,6 +17,8 @@ use crate::harness::process::GatewayProcess;
 
 /// Everything that is left at a second signal, and its end. Contract section 1 allows 2 s for the closes.
 const HURRIED_MAX: Duration = Duration::from_secs(4);
+/// Six sessions at two a second leave within 3 s. A device returns 2.5 to 3.5 s later, whether or not the drain goes on.
+const CANCELLED_HINT_MAX: Duration = Duration::from_millis(6_600);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn drain_tells_every_session_when_to_come_back_and_refuses_newcomers() {
@@ -96,6 +98,30 @@ async fn cancelled_drain_leaves_the_rest_in_peace() {
     }
     assert!((4..=5).contains(&left), "{left}");
     assert_eq!(status(&gateway), (DrainState::Idle, left));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn device_closed_by_a_drain_that_is_then_cancelled_is_back_at_its_short_hint() {
+    let gateway = Gateway::start("").await;
+    gateway.register(0..6).await;
+    let sessions = gateway.sessions(&devices(0..6)).await;
+    let mut ends = JoinSet::new();
+    for (number, mut session) in (0..).zip(sessions) {
+        ends.spawn(async move { (number, end_of(&mut session, PATIENCE).await) });
+    }
+
+    gateway.shared.drain.start(order(Some(2.0))).unwrap();
+    let (number, (frames, code, reason)) = ends.join_next().await.unwrap().unwrap();
+    gateway.shared.drain.cancel();
+
+    assert_eq!((code, &reason["reason"]), (1012, &json!("draining")));
+    let hint = Duration::from_millis(reason["retry_after_ms"].as_u64().unwrap());
+    assert!(hint <= CANCELLED_HINT_MAX, "{hint:?}");
+    let mut returning = device(number);
+    returning.slot = Some(reason["slot"].as_str().unwrap().to_owned());
+    returning.resume = Some(frames[0]["token"].as_str().unwrap().to_owned());
+    tokio::time::sleep(hint).await;
+    gateway.session(&returning).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
