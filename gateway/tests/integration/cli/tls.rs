@@ -1,10 +1,16 @@
 //! TLS as operators set it up: the API over https, what the doctor says of certificates, renewal by SIGHUP.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
-use rustix::process::Signal;
+use rustix::{
+    fs::{CWD, FileType, Mode, OFlags, mknodat},
+    process::Signal,
+};
 
-use super::{assert_refused, done};
+use super::{STOP_MAX, assert_refused, done};
 use crate::harness::{
     authority::Authority,
     process::{GatewayProcess, run, seawall},
@@ -60,6 +66,33 @@ fn certificate_is_taken_anew_at_sighup() {
         assert!(begun.elapsed() < Duration::from_secs(10));
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+#[test]
+fn read_of_a_certificate_that_hangs_does_not_hold_up_sigterm() {
+    let mut authority = Authority::new();
+    let settings = authority.settings();
+    let config = authority.write("seawall.toml", &settings);
+    let mut gateway = GatewayProcess::start(&["--config", config.to_str().unwrap()]).unwrap();
+    let (pipe, certificate) = (authority.path("pipe"), authority.path("gateway.pem"));
+    mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    fs::rename(&pipe, &certificate).unwrap();
+
+    gateway.signal(Signal::HUP).unwrap();
+    // Opening it fails until the gateway reads it. From then on the gateway waits for bytes that never come.
+    let begun = Instant::now();
+    let writer = loop {
+        match rustix::fs::open(&certificate, OFlags::WRONLY | OFlags::NONBLOCK, Mode::empty()) {
+            Ok(writer) => break writer,
+            Err(error) => assert!(begun.elapsed() < Duration::from_secs(10), "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    gateway.signal(Signal::TERM).unwrap();
+
+    let status = gateway.wait(STOP_MAX).unwrap();
+    assert_eq!(status.code(), Some(0), "{}", gateway.log().unwrap());
+    drop(writer);
 }
 
 #[test]
