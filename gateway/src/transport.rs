@@ -43,6 +43,12 @@ impl Transport {
         has_unread(self.tcp())
     }
 
+    /// Whether the peer has left, as far as the kernel knows now.
+    #[must_use]
+    pub fn has_left(&self) -> bool {
+        has_left(self.tcp())
+    }
+
     /// Has the kernel give the connection up once the peer has not taken what was sent for this long.
     pub fn set_unread_time_max(&self, span: Duration) {
         // Elsewhere than on Linux the kernel decides.
@@ -122,6 +128,17 @@ impl AsyncWrite for Transport {
             Self::Plain(tcp) => Pin::new(tcp).poll_shutdown(cx),
             Self::Tls(tls) => Pin::new(tls).poll_shutdown(cx),
         }
+    }
+}
+
+/// Whether the peer has closed or broken the connection. Asks the kernel, since the runtime may not have looked at this socket
+/// yet. A peer that has closed its side behind bytes that nobody has read is still there.
+fn has_left(tcp: &TcpStream) -> bool {
+    let socket = SockRef::from(tcp);
+    match socket.peek(&mut [MaybeUninit::uninit()]) {
+        Ok(0) => true,
+        Ok(_) => !matches!(socket.take_error(), Ok(None)),
+        Err(error) => error.kind() != io::ErrorKind::WouldBlock,
     }
 }
 

@@ -404,6 +404,10 @@ async fn upgrade(
     admitted: Admitted,
     holds: Holds,
 ) {
+    // A peer that left during the decision must not end the session that its device has. Nothing waits from here to the 101.
+    if stream.has_left() {
+        return attempt.count(Outcome::Abandoned);
+    }
     let hello = &admitted.hello;
     let mut first_bytes = answer::switching_protocols(&hello.websocket_key, hello.protocol.as_deref());
     let kind = hello.session_kind;
@@ -460,9 +464,12 @@ async fn upgrade(
 #[cfg(test)]
 mod tests {
     use seawall_proto::{
-        id::DeviceId,
+        id::{DeviceId, Label, SecretHash},
+        resume::{Generation, Grant},
         time::{Instant, WallTime},
     };
+    use socket2::SockRef;
+    use tokio::net::TcpListener;
 
     use super::*;
     use crate::{
@@ -474,17 +481,9 @@ mod tests {
     #[tokio::test]
     async fn a_panic_ends_one_connection_and_leaves_nothing_behind() {
         let home = tempfile::tempdir().unwrap();
-        let mut config = Config::default();
-        config.server.data_dir = home.path().to_owned();
-        config.server.listen.set_port(0);
-        config.ops.listen.set_port(0);
-        let running = serve::start(config).await.unwrap();
+        let running = gateway(&home).await;
         let shared = Arc::clone(&running.state);
-        let bounds = Bounds {
-            connections: 4,
-            handshakes: 1,
-        };
-        let door = Arc::new(Door::new(bounds, &Limits::default(), Arc::default()));
+        let door = door();
         let peer = SocketAddr::from(([127, 0, 0, 1], 1));
         let permit = door.enter().await.unwrap();
         let held = door.admit(Some(Network::from(peer.ip())), permit);
@@ -517,9 +516,104 @@ mod tests {
         running.stop().await.unwrap();
     }
 
+    #[tokio::test]
+    async fn a_device_that_left_during_the_decision_keeps_its_older_session() {
+        let home = tempfile::tempdir().unwrap();
+        let running = gateway(&home).await;
+        let shared = Arc::clone(&running.state);
+        let door = door();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (tcp, peer) = listener.accept().await.unwrap();
+        let older = Online::begin(&shared, session_of(&shared, peer));
+        let permit = door.enter().await.unwrap();
+        let holds = Holds {
+            connection: door.admit(Some(Network::from(peer.ip())), permit).0.unwrap(),
+            room: shared.memory.take().unwrap(),
+        };
+
+        SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(client);
+        // The reset has arrived.
+        timeout(Duration::from_secs(5), tcp.peek(&mut [0]))
+            .await
+            .unwrap()
+            .unwrap_err();
+        let stream = Transport::Plain(tcp);
+        let attempt = Attempt::begin(&shared, peer);
+        upgrade(
+            Arc::clone(&shared),
+            door,
+            stream,
+            Vec::new(),
+            attempt,
+            admitted(),
+            holds,
+        )
+        .await;
+
+        assert!(!older.session().is_closing());
+        assert_eq!(
+            shared.sessions.get(device()).map(|session| session.id),
+            Some(older.session().id)
+        );
+        drop(older);
+        running.stop().await.unwrap();
+    }
+
+    async fn gateway(home: &tempfile::TempDir) -> serve::Running {
+        let mut config = Config::default();
+        config.server.data_dir = home.path().to_owned();
+        config.server.listen.set_port(0);
+        config.ops.listen.set_port(0);
+        serve::start(config).await.unwrap()
+    }
+
+    fn door() -> Arc<Door> {
+        let bounds = Bounds {
+            connections: 4,
+            handshakes: 1,
+        };
+        Arc::new(Door::new(bounds, &Limits::default(), Arc::default()))
+    }
+
+    fn device() -> DeviceId {
+        DeviceId::from_uuid(uuid::Uuid::from_u128(1))
+    }
+
+    fn admitted() -> Admitted {
+        let tenant = Label::parse("default").unwrap().unwrap();
+        let credential = SecretHash::of(b"its secret").into();
+        Admitted {
+            hello: Hello {
+                device: device(),
+                external_id: None,
+                credential: Some(credential),
+                firmware: None,
+                model: None,
+                tenant: None,
+                slot: None,
+                resume: None,
+                session_kind: SessionKind::Plain,
+                protocol: None,
+                websocket_key: *b"dGhlIHNhbXBsZSBub25jZQ==",
+            },
+            model: None,
+            grant: Grant {
+                device: device(),
+                credential,
+                tenant,
+                model: None,
+                generation: Generation::default(),
+                credential_until: None,
+            },
+            resumed: None,
+        }
+    }
+
     fn session_of(shared: &Shared, peer: SocketAddr) -> SessionInfo {
         SessionInfo {
-            device: DeviceId::from_uuid(uuid::Uuid::from_u128(1)),
+            device: device(),
             external_id: None,
             tenant: "default".into(),
             cohort: shared.cohorts.intern(None, Some("1.0")),
