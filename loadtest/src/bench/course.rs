@@ -78,6 +78,10 @@ pub struct Measured {
     pub storm_micros: f64,
     /// The same, with resume tokens.
     pub resume_storm_seconds: f64,
+    /// Until all devices are back that connect all sockets before they send the first request. By the clock on the wall.
+    pub sockets_first_seconds: f64,
+    /// The same, with resume tokens.
+    pub sockets_first_resume_seconds: f64,
     /// By the clock on the wall.
     pub heartbeat_p99_millis: f64,
 }
@@ -125,6 +129,12 @@ impl Course<'_> {
         self.say("a storm with resume tokens");
         crowd.drop_all().await;
         measured.resume_storm_seconds = crowd.connect(count, By::Token).await?.as_secs_f64();
+
+        self.say("a storm that connects all sockets first");
+        crowd.drop_all().await;
+        measured.sockets_first_seconds = crowd.connect_sockets_first(By::LookUp).await?.as_secs_f64();
+        crowd.drop_all().await;
+        measured.sockets_first_resume_seconds = crowd.connect_sockets_first(By::Token).await?.as_secs_f64();
 
         self.say("devices send messages");
         let messages = (count * MESSAGES_EACH).min(MESSAGES_MAX);

@@ -12,7 +12,8 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use firmware_sim::tls::Tls;
 use tokio::{
-    sync::{Mutex, MutexGuard},
+    net::TcpStream,
+    sync::{Barrier, Mutex, MutexGuard},
     task::JoinSet,
     time::{sleep, sleep_until, timeout},
 };
@@ -81,7 +82,24 @@ impl Crowd {
         let crowd = self.clone();
         run(at_once, self.len(), move |index| {
             let crowd = crowd.clone();
-            async move { crowd.connect_one(index, by).await }
+            async move { crowd.connect_one(index, by, None).await }
+        })
+        .await?;
+        Ok(begun.elapsed())
+    }
+
+    /// Connects all sockets first. The devices send their requests when the last socket is connected, so that the server holds all of them
+    /// without a request for a while. Those sent away come back when they were told to. Returns the time from the first socket to the last session.
+    pub async fn connect_sockets_first(&self, by: By) -> Result<Duration> {
+        let begun = Instant::now();
+        let (crowd, connected) = (self.clone(), Arc::new(Barrier::new(self.len())));
+        run(self.len(), self.len(), move |index| {
+            let (crowd, connected) = (crowd.clone(), Arc::clone(&connected));
+            async move {
+                let tcp = crowd.dial(index).await?;
+                connected.wait().await;
+                crowd.connect_one(index, by, Some(tcp)).await
+            }
         })
         .await?;
         Ok(begun.elapsed())
@@ -173,7 +191,21 @@ impl Crowd {
         self.seat(index).await.account.id
     }
 
-    async fn connect_one(&self, index: usize, by: By) -> Result<()> {
+    /// The TCP connection of one device.
+    async fn dial(&self, index: usize) -> Result<TcpStream> {
+        let seat = self.seat(index).await;
+        let begun = Instant::now();
+        loop {
+            match Device::dial(&self.request(&seat.account, FIRMWARE)).await {
+                Ok(tcp) => return Ok(tcp),
+                Err(error) if begun.elapsed() > TIME_MAX => return Err(error),
+                Err(_) => sleep(AGAIN_AFTER).await,
+            }
+        }
+    }
+
+    /// Until the device is let in. `tcp` is the connection of its first attempt, where it is there already.
+    async fn connect_one(&self, index: usize, by: By, mut tcp: Option<TcpStream>) -> Result<()> {
         let mut seat = self.seat(index).await;
         let begun = Instant::now();
         let mut slot = None;
@@ -187,7 +219,11 @@ impl Crowd {
                 resume: seat.resume.as_deref().filter(|_| by == By::Token),
                 ..self.request(&seat.account, FIRMWARE)
             };
-            match Device::connect(request).await {
+            let answer = match tcp.take() {
+                Some(tcp) => Device::send_request(tcp, request).await,
+                None => Device::connect(request).await,
+            };
+            match answer {
                 Ok(Answer::Connected { device, resume }) => {
                     seat.device = Some(device);
                     seat.resume = resume.or(seat.resume.take());

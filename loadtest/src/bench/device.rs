@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use firmware_sim::tls::{Stream, Tls};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpSocket,
+    net::{TcpSocket, TcpStream},
 };
 use tokio_tungstenite::tungstenite::protocol::frame::{
     FrameHeader,
@@ -102,13 +102,30 @@ impl Device {
     /// # Errors
     /// The connection broke, or the answer is none.
     pub async fn connect(request: Request<'_>) -> Result<Answer> {
+        let tcp = Self::dial(&request).await?;
+        Self::send_request(tcp, request).await
+    }
+
+    /// The TCP connection of an attempt. Nothing is sent on it.
+    ///
+    /// # Errors
+    /// The server does not accept it.
+    pub async fn dial(request: &Request<'_>) -> Result<TcpStream> {
         let socket = TcpSocket::new_v4()?;
         socket.bind(SocketAddr::new(request.account.source, 0))?;
-        let stream = socket.connect(request.server).await.context("connecting")?;
-        stream.set_nodelay(true)?;
+        let tcp = socket.connect(request.server).await.context("connecting")?;
+        tcp.set_nodelay(true)?;
+        Ok(tcp)
+    }
+
+    /// The rest of an attempt: the TLS handshake, the request and its answer.
+    ///
+    /// # Errors
+    /// The connection broke, or the answer is not HTTP.
+    pub async fn send_request(tcp: TcpStream, request: Request<'_>) -> Result<Answer> {
         let stream = match request.tls {
-            Some(tls) => Stream::Tls(Box::new(tls.connect(stream).await.context("making the TLS handshake")?)),
-            None => Stream::Plain(stream),
+            Some(tls) => Stream::Tls(Box::new(tls.connect(tcp).await.context("making the TLS handshake")?)),
+            None => Stream::Plain(tcp),
         };
         let mut device = Self {
             stream,

@@ -138,6 +138,20 @@ impl Report {
                 Bound::Times(2.0),
             ),
             row(
+                "sockets first: all back by look-ups",
+                |m| m.sockets_first_seconds,
+                "s",
+                2,
+                Bound::Most(2.5),
+            ),
+            row(
+                "sockets first: all back by resume tokens",
+                |m| m.sockets_first_resume_seconds,
+                "s",
+                2,
+                Bound::Most(1.5),
+            ),
+            row(
                 "storm: p99 of a heartbeat of the others",
                 |m| m.heartbeat_p99_millis,
                 "ms",
@@ -230,6 +244,7 @@ impl Report {
                one machine: compare them with the echo's, not with another machine's. 200 devices are left out of it, and time heartbeats of their own.\n  \
                By look-ups it takes as long as the database allows: a device that it has no room for at once comes back at its slot, half a second later at the\n  \
                soonest.\n\
+             - Sockets first: the same, but all devices connect before the first of them sends its request. The time is from the first connect to the last session.\n\
              - The gateway pings each device every 30 s besides, which is in its figures.\n",
             database = match database {
                 Database::Postgres => "postgres",

@@ -38,6 +38,6 @@ fn bench_measures_the_gateway_beside_the_echo_and_writes_its_page() {
     let figures: Vec<f64> = figures
         .map(|figure| figure.split(' ').next().unwrap().parse().unwrap())
         .collect();
-    assert_eq!(figures.len(), 15, "{table}");
+    assert_eq!(figures.len(), 17, "{table}");
     assert!(figures.iter().all(|figure| *figure > 0.0), "{table}");
 }
