@@ -4,26 +4,31 @@
 //! other: so a crowd that takes places and shows no head would keep everybody out. While connections wait, a handshake that
 //! [shows nothing](ASIDE_AFTER) therefore steps aside: it keeps its time, not its place. Only so many can stand aside; beyond that, one that
 //! [is late](LATE_AFTER) and of an address that holds more than an even share of the places is given up, and so is any that has had [a second](PRESSED_TIME_MAX). Without
-//! that pressure nobody is hurried.
+//! that pressure nobody is hurried. A handshake that has sent nothing at all takes no room aside: it needs little memory, and may hold
+//! [a free connection](SILENT_PER_FREE).
+
+mod pressure;
 
 use std::{
     num::NonZeroU32,
+    ops::RangeInclusive,
     panic::AssertUnwindSafe,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use futures_util::FutureExt;
-use seawall_proto::refusal::{Crush, Limit};
+use seawall_proto::refusal::Limit;
 use tokio::{
     sync::{AcquireError, OwnedSemaphorePermit, Semaphore},
     time::sleep,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+use self::pressure::Pressure;
 use crate::{
     address::{Exhausted, FairShare, HandshakeRate, Network, Scope, Share},
     config::Limits,
@@ -42,9 +47,13 @@ pub const ASIDE_AFTER: Duration = Duration::from_millis(10);
 /// connection is accepted; a proxy that connects first and reads then, a slow link or a lost packet make it later.
 pub const LATE_AFTER: Duration = Duration::from_millis(100);
 
-/// So many handshakes for each place may stand aside: with 500 places 4,000. A fleet behind one address whose machine connects all devices
-/// first and writes then has as many silent ones at a time; with half of that some were given up.
+/// Maximum number of handshakes aside for each place: with 500 places 4,000. Those that have sent nothing are not among them, unless memory
+/// is short.
 pub const ASIDE_PER_PLACE: usize = 8;
+/// Maximum number of silent handshakes without a place for each free connection. One takes 3.5 KB (measured with 15,000); one that has
+/// begun may take 25 KB. With four, a fleet of 15,000 devices that connects all its sockets first fits where the node may have 19,244
+/// connections. Silent handshakes leave at least a fifth of what the sessions leave to others.
+const SILENT_PER_FREE: usize = 4;
 /// Time that any handshake has while others wait and there is no room aside: long enough for every link but the worst, and short enough that those
 /// who never mean to finish, from however many addresses, give way to those who do.
 const PRESSED_TIME_MAX: Duration = Duration::from_secs(1);
@@ -54,9 +63,6 @@ pub const TURNED_HEAD_TIME_MAX: Duration = Duration::from_millis(500);
 
 /// See [`Door::has_room`].
 const ROOM_PART: usize = 100;
-
-/// Connections that found every place taken are pressure for so long.
-const PRESSURE_SPAN: Duration = Duration::from_secs(1);
 
 /// Refused connections whose peer gets time to read its answer; more are closed at once, as only a flood brings them.
 const LINGERING_MAX: usize = 64;
@@ -79,6 +85,8 @@ pub struct Door {
     handshake_shares: Arc<FairShare>,
     /// One for each handshake that gave its place up and still has time.
     aside: Arc<Semaphore>,
+    /// How many gave their place up and have sent nothing.
+    silent: Arc<AtomicUsize>,
     connection_shares: Arc<FairShare>,
     /// Only where the operator set a figure.
     handshake_rate: Option<HandshakeRate>,
@@ -103,6 +111,23 @@ enum Hold {
     /// has its share of the places, and nothing but `/readyz` is answered.
     Place(Option<Share>, OwnedSemaphorePermit),
     Aside(OwnedSemaphorePermit),
+    Silent(Silent),
+}
+
+/// One of the silent handshakes, counted until it is dropped.
+struct Silent(Arc<AtomicUsize>);
+
+impl Drop for Silent {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Whether a handshake has sent anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sent {
+    Nothing,
+    Something,
 }
 
 /// What a handshake that is late shall do.
@@ -160,6 +185,7 @@ impl Door {
             handshakes: Arc::new(Semaphore::new(bounds.handshakes)),
             handshake_shares: FairShare::new(bounds.handshakes, Scope::TheSlow, None),
             aside: Arc::new(Semaphore::new(bounds.handshakes * ASIDE_PER_PLACE)),
+            silent: Arc::default(),
             connection_shares: FairShare::new(bounds.connections, Scope::Everyone, limits.connections_per_address_max),
             handshake_rate: rate.map(HandshakeRate::new),
             lingering: Semaphore::new(LINGERING_MAX),
@@ -186,30 +212,71 @@ impl Door {
         permit
     }
 
-    /// What becomes of a handshake that has shown nothing for so long, at least [`ASIDE_AFTER`]. Where others wait it steps aside; one that has no connection of the node's does
+    /// What becomes of a handshake that has shown no head for so long, at least [`ASIDE_AFTER`]. Where others wait it steps aside; one that has no connection of the node's does
     /// not, since those are what files are counted by.
     #[must_use]
-    pub(crate) fn make_way(&self, handshake: &mut Handshake, elapsed: Duration) -> Late {
+    pub(crate) fn make_way(&self, handshake: &mut Handshake, elapsed: Duration, sent: Sent) -> Late {
+        if let (Hold::Silent(_), Sent::Something) = (&handshake.hold, sent)
+            && !self.try_begin(handshake)
+        {
+            return Late::Leave;
+        }
         if !self.pressure.was_on_lately() {
             return Late::Stay;
         }
         let has_had_its_time = elapsed >= PRESSED_TIME_MAX;
-        let Hold::Place(share, _) = &handshake.hold else {
-            let is_in_the_way = has_had_its_time && self.aside.available_permits() == 0;
-            return if is_in_the_way { Late::Leave } else { Late::Stay };
+        let (is_late_of_a_crowd, has_no_room) = match &handshake.hold {
+            Hold::Aside(_) => (false, self.aside.available_permits() == 0),
+            Hold::Silent(_) => (false, self.silent_max() < self.silent.load(Ordering::Relaxed)),
+            Hold::Place(share, _) => {
+                let is_of_a_crowd = || share.as_ref().is_none_or(Share::is_of_a_crowd);
+                (elapsed >= LATE_AFTER && is_of_a_crowd(), true)
+            }
         };
-        let is_late_of_a_crowd = elapsed >= LATE_AFTER && share.as_ref().is_none_or(Share::is_of_a_crowd);
-        if handshake.has_connection
-            && let Ok(permit) = Arc::clone(&self.aside).try_acquire_owned()
-        {
-            handshake.hold = Hold::Aside(permit);
+        let has_place = matches!(handshake.hold, Hold::Place(..));
+        if has_place && handshake.has_connection && self.step_aside(handshake, sent) {
             return Late::Stay;
         }
-        if is_late_of_a_crowd || has_had_its_time {
+        if is_late_of_a_crowd || has_had_its_time && has_no_room {
             Late::Leave
         } else {
             Late::Stay
         }
+    }
+
+    /// False where there is no room.
+    fn step_aside(&self, handshake: &mut Handshake, sent: Sent) -> bool {
+        let hold = match sent {
+            // Where memory is short, silent ones have the same bound as the others.
+            Sent::Nothing if self.memory.has_room() => self.take_silent().map(Hold::Silent),
+            Sent::Nothing | Sent::Something => self.take_aside(),
+        };
+        hold.map(|hold| handshake.hold = hold).is_some()
+    }
+
+    /// Moves a silent handshake that has sent something to those that stand aside, since it is about to need memory. False where there is
+    /// no room: it stays with the silent ones then.
+    #[must_use]
+    pub(crate) fn try_begin(&self, handshake: &mut Handshake) -> bool {
+        if !matches!(handshake.hold, Hold::Silent(_)) {
+            return true;
+        }
+        self.take_aside().map(|hold| handshake.hold = hold).is_some()
+    }
+
+    fn take_aside(&self) -> Option<Hold> {
+        Arc::clone(&self.aside).try_acquire_owned().ok().map(Hold::Aside)
+    }
+
+    fn take_silent(&self) -> Option<Silent> {
+        self.silent.fetch_add(1, Ordering::Relaxed);
+        let silent = Silent(Arc::clone(&self.silent));
+        (self.silent.load(Ordering::Relaxed) <= self.silent_max()).then_some(silent)
+    }
+
+    fn silent_max(&self) -> usize {
+        let free = self.connections.saturating_sub(self.connection_shares.used());
+        free.saturating_mul(SILENT_PER_FREE)
     }
 
     /// Runs a connection's task, tracked. A panic in it ends that connection alone: what the connection holds is given back as
@@ -238,28 +305,24 @@ impl Door {
 
     /// A head is complete.
     pub(crate) fn note_head(&self) {
-        self.pressure.completed.fetch_add(1, Ordering::Relaxed);
+        self.pressure.note_head();
     }
 
-    /// What a handshake is up against that is given up.
-    pub(crate) fn crush(&self) -> Crush {
-        let (places, aside) = self.under_way();
-        let (lasted, completed) = self.pressure.so_far();
-        Crush {
-            lasted,
-            under_way: places + aside,
-            completed,
-        }
+    /// Time that a handshake which is given up should stay away.
+    pub(crate) fn hint_range(&self) -> RangeInclusive<Duration> {
+        self.pressure
+            .hint_range(self.under_way().iter().map(|(_, count)| count).sum())
     }
 
-    /// Handshakes that hold a place, and those that stand aside.
-    fn under_way(&self) -> (usize, usize) {
+    /// Handshakes under way by what they hold: the label `state` of `seawall_handshakes_under_way`.
+    fn under_way(&self) -> [(&'static str, usize); 3] {
         // By shares, not by permits: the listener holds a permit while nobody comes.
         let aside_max = self.places * ASIDE_PER_PLACE;
-        (
-            self.handshake_shares.used(),
-            aside_max.saturating_sub(self.aside.available_permits()),
-        )
+        [
+            ("place", self.handshake_shares.used()),
+            ("aside", aside_max.saturating_sub(self.aside.available_permits())),
+            ("silent", self.silent.load(Ordering::Relaxed)),
+        ]
     }
 
     /// Places among the node's connections that are taken.
@@ -344,56 +407,6 @@ impl Door {
     }
 }
 
-/// Whether every place was taken lately.
-struct Pressure {
-    since: Instant,
-    /// When they last were, in milliseconds since `since`, plus one; 0: never.
-    noted_at: AtomicU64,
-    /// When they first were, without a pause of [`PRESSURE_SPAN`] since, in milliseconds since `since`.
-    began_at: AtomicU64,
-    /// Complete heads, ever and when it began.
-    completed: AtomicU64,
-    completed_before: AtomicU64,
-}
-
-impl Pressure {
-    fn new() -> Self {
-        Self {
-            since: Instant::now(),
-            noted_at: AtomicU64::new(0),
-            began_at: AtomicU64::new(0),
-            completed: AtomicU64::new(0),
-            completed_before: AtomicU64::new(0),
-        }
-    }
-
-    fn note(&self) {
-        if !self.was_on_lately() {
-            self.began_at.store(self.now(), Ordering::Relaxed);
-            let completed = self.completed.load(Ordering::Relaxed);
-            self.completed_before.store(completed, Ordering::Relaxed);
-        }
-        self.noted_at.store(self.now() + 1, Ordering::Relaxed);
-    }
-
-    /// How long it has lasted, and how many heads were complete since.
-    fn so_far(&self) -> (Duration, u64) {
-        let lasted = self.now().saturating_sub(self.began_at.load(Ordering::Relaxed));
-        let before = self.completed_before.load(Ordering::Relaxed);
-        let completed = self.completed.load(Ordering::Relaxed).saturating_sub(before);
-        (Duration::from_millis(lasted), completed)
-    }
-
-    fn was_on_lately(&self) -> bool {
-        let noted_at = self.noted_at.load(Ordering::Relaxed);
-        noted_at > 0 && u128::from(self.now().saturating_sub(noted_at)) < PRESSURE_SPAN.as_millis()
-    }
-
-    fn now(&self) -> u64 {
-        u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX - 1)
-    }
-}
-
 /// Never ready; publishes how many handshakes are under way.
 #[expect(
     clippy::cast_precision_loss,
@@ -402,9 +415,9 @@ impl Pressure {
 pub async fn publish(door: Arc<Door>, metrics: Arc<Metrics>) {
     loop {
         sleep(GAUGES_INTERVAL).await;
-        let (places, aside) = door.under_way();
-        metrics.handshakes_under_way.set("place", places as f64);
-        metrics.handshakes_under_way.set("aside", aside as f64);
+        for (state, count) in door.under_way() {
+            metrics.handshakes_under_way.set(state, count as f64);
+        }
     }
 }
 
@@ -433,6 +446,61 @@ mod tests {
             handshakes: 10,
         };
         Door::new(bounds, &Limits::default(), Arc::clone(memory))
+    }
+
+    /// Handshakes that have been without a head for [`ASIDE_AFTER`] while others wait, each of another address, until one has to keep its place.
+    fn late_ones(door: &Door, sent: Sent) -> Vec<(Result<Share, Turned>, Handshake)> {
+        door.pressure.note();
+        let mut late = Vec::new();
+        for address in 0.. {
+            let permit = Arc::clone(&door.handshakes).try_acquire_owned().unwrap();
+            let (connection, mut handshake) = door.admit(Some(Network::V4(address)), permit);
+            assert_eq!(door.make_way(&mut handshake, ASIDE_AFTER, sent), Late::Stay);
+            if matches!(handshake.hold, Hold::Place(..)) {
+                break;
+            }
+            late.push((connection, handshake));
+        }
+        late
+    }
+
+    #[test]
+    fn silent_handshakes_leave_a_fifth_of_the_connections_to_others() {
+        let door = door(&Arc::default());
+
+        let silent = late_ones(&door, Sent::Nothing);
+
+        assert_eq!(silent.len(), 80);
+        assert_eq!(door.under_way(), [("place", 0), ("aside", 0), ("silent", 80)]);
+        drop(silent);
+        assert_eq!(door.under_way(), [("place", 0), ("aside", 0), ("silent", 0)]);
+    }
+
+    #[test]
+    fn a_silent_handshake_that_begins_needs_room_aside() {
+        let door = door(&Arc::default());
+        let mut silent = late_ones(&door, Sent::Nothing);
+        let (_, handshake) = silent.last_mut().unwrap();
+
+        assert_eq!(door.make_way(handshake, ASIDE_AFTER, Sent::Something), Late::Stay);
+        assert_eq!(door.under_way(), [("place", 0), ("aside", 1), ("silent", 79)]);
+
+        let _others: Vec<_> = std::iter::from_fn(|| door.take_aside()).collect();
+        let (_, handshake) = silent.first_mut().unwrap();
+        assert_eq!(door.make_way(handshake, ASIDE_AFTER, Sent::Something), Late::Leave);
+    }
+
+    #[test]
+    fn silent_handshakes_that_have_had_a_second_give_connections_back_that_sessions_take() {
+        let door = door(&Arc::default());
+        let mut silent = late_ones(&door, Sent::Nothing);
+        let (_, handshake) = &mut silent[0];
+        assert_eq!(door.make_way(handshake, PRESSED_TIME_MAX, Sent::Nothing), Late::Stay);
+
+        let _session = door.take_connection(Some(Network::V4(1_000))).unwrap();
+
+        assert_eq!(door.make_way(handshake, ASIDE_AFTER, Sent::Nothing), Late::Stay);
+        assert_eq!(door.make_way(handshake, PRESSED_TIME_MAX, Sent::Nothing), Late::Leave);
     }
 
     /// Of a process that has a byte, and uses more.

@@ -53,7 +53,7 @@ pub struct Metrics {
     pub connections: Family,
     /// Connect attempts (a connection that sent at least a byte of a request to /v1/connect), by outcome. The sum is every attempt.
     pub handshakes: Family,
-    /// Attempts refused with `throttled`, by the limit that refused.
+    /// Connections refused with `throttled` or given up, by the limit that refused.
     pub throttled: Family,
     /// Time from accept to the answer of a connect attempt.
     pub handshake_duration_seconds: Histogram,
@@ -91,8 +91,8 @@ pub struct Metrics {
     pub admission_ceiling_alarm: Gauge,
     /// Devices waiting for a look-up.
     pub admission_queue: Gauge,
-    /// Hints given to refused devices.
-    pub retry_hint_seconds: Histogram,
+    /// Hints given to refused devices, by the limit that refused.
+    pub retry_hint_seconds: HistogramFamily<1>,
     /// Sessions ended, by reason.
     pub closes: Family,
     /// Time from the upgrade of a session to its end.
@@ -100,7 +100,7 @@ pub struct Metrics {
     /// Payload bytes of data frames.
     pub session_bytes: Family,
     /// Time from the head of an API request to the head of its answer, by [`API_CALLS`] and [`API_STATUSES`].
-    pub api_request_duration_seconds: HistogramFamily,
+    pub api_request_duration_seconds: HistogramFamily<2>,
     /// Revision of the firmware rules in force on this node.
     pub rules_revision: Gauge,
     /// Stored rules that this version can't enforce.
@@ -164,6 +164,8 @@ pub const CONNECTION_OUTCOMES: [&str; 8] = [
     "plain_http",
     "proxy_failed",
 ];
+/// Label `limit` of `seawall_retry_hint_seconds` where no [`Limit`] refused.
+pub const NO_LIMIT: &str = "none";
 /// Label `listener` of `seawall_tls_certificate_expires_seconds`.
 pub const TLS_LISTENERS: [&str; 2] = ["devices", "ops"];
 /// Label `outcome` of `seawall_lookups_total`.
@@ -229,6 +231,8 @@ impl Metrics {
         let mut handshake_outcomes = vec!["admitted", "restricted", "abandoned"];
         handshake_outcomes.extend(Code::ALL.iter().map(|code| code.as_str()));
 
+        let mut hint_limits = Limit::ALL.map(Limit::as_str).to_vec();
+        hint_limits.push(NO_LIMIT);
         let mut drill_outcomes = Finding::ALL.map(Finding::as_str).to_vec();
         drill_outcomes.extend(["failed", "dropped"]);
 
@@ -268,7 +272,7 @@ impl Metrics {
             ),
             throttled: names.family(
                 "seawall_throttled_total",
-                "Connections refused with `throttled`, by the limit that refused; also those that had sent nothing, which are not attempts.",
+                "Connections refused with `throttled`, by the limit that refused. Two kinds of them are not attempts: those that had sent nothing, and those given up in a TLS handshake or a PROXY header, which get no answer and no hint.",
                 &[],
                 "limit",
                 &Limit::ALL.map(Limit::as_str),
@@ -355,7 +359,11 @@ impl Metrics {
                 "1 while devices wait because admission.keys_in_flight_max is too low.",
             ),
             admission_queue: names.gauge("seawall_admission_queue", "Devices waiting for a look-up."),
-            retry_hint_seconds: names.histogram("seawall_retry_hint_seconds", "Hints given to refused devices, also to those that had sent nothing."),
+            retry_hint_seconds: names.histograms(
+                "seawall_retry_hint_seconds",
+                "Hints given to refused devices, also to those that had sent nothing, by the limit that refused; `none`: refused for another reason than `throttled`.",
+                [("limit", &hint_limits)],
+            ),
             closes: names.family(
                 "seawall_closes_total",
                 "Sessions ended, by reason.",
@@ -418,9 +426,9 @@ impl Metrics {
             ),
             handshakes_under_way: names.gauges(
                 "seawall_handshakes_under_way",
-                "Connections whose head is not complete: those that hold a `place` (at most limits.handshakes_max; then connections wait to be accepted), and late ones that stepped `aside` (at most eight times as many; then those of a crowd are given up).",
+                "Connections whose head is not complete: those that hold a `place` (at most limits.handshakes_max; then connections wait to be accepted), and late ones that stepped `aside` (at most eight times as many; then those of a crowd are given up). `silent` ones have sent nothing: at most four of them for each connection that is free.",
                 "state",
-                &["place", "aside"],
+                &["place", "aside", "silent"],
             ),
             accept_pauses: names.counter(
                 "seawall_accept_pauses_total",

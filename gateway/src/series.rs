@@ -84,12 +84,12 @@ impl GaugeFamily {
     }
 }
 
-/// One histogram for each pair of values of two closed labels.
-pub struct HistogramFamily(Box<[([&'static str; 2], Histogram)]>);
+/// One histogram for each combination of values of `N` closed labels.
+pub struct HistogramFamily<const N: usize>(Box<[([&'static str; N], Histogram)]>);
 
-impl HistogramFamily {
-    /// Notes one duration. A pair outside the closed sets is a bug of the caller's, and notes nothing.
-    pub fn record(&self, values: [&'static str; 2], duration: Duration) {
+impl<const N: usize> HistogramFamily<N> {
+    /// Notes one duration. A combination outside the closed sets is a bug of the caller's, and notes nothing.
+    pub fn record(&self, values: [&'static str; N], duration: Duration) {
         let found = self.0.iter().find(|(labels, _)| *labels == values);
         debug_assert!(found.is_some(), "{values:?} is not in the closed sets");
         if let Some((_, histogram)) = found {
@@ -166,24 +166,35 @@ impl<'a> Names<'a> {
             .register_histogram(&Key::from_static_name(name), &METADATA)
     }
 
-    pub fn histograms(
+    pub fn histograms<const N: usize>(
         &self,
         name: &'static str,
         help: &'static str,
-        labels: [(&'static str, &[&'static str]); 2],
-    ) -> HistogramFamily {
+        labels: [(&'static str, &[&'static str]); N],
+    ) -> HistogramFamily<N> {
         self.define(name, "histogram", help, &labels);
         self.recorder.describe_histogram(
             KeyName::from_const_str(name),
             Some(Unit::Seconds),
             SharedString::const_str(help),
         );
-        let [(first, firsts), (second, seconds)] = labels;
-        let pairs = firsts.iter().flat_map(|one| seconds.iter().map(|other| [*one, *other]));
-        let handles = pairs.map(|values| {
-            let labels = vec![Label::new(first, values[0]), Label::new(second, values[1])];
-            let key = Key::from_parts(name, labels);
-            (values, self.recorder.register_histogram(&key, &METADATA))
+        let mut combinations = vec![[""; N]];
+        for (index, (_, values)) in labels.iter().enumerate() {
+            let with = |combination: [&'static str; N], value: &&'static str| {
+                let mut combination = combination;
+                combination[index] = *value;
+                combination
+            };
+            let extended = combinations
+                .iter()
+                .flat_map(|combination| values.iter().map(move |value| with(*combination, value)));
+            combinations = extended.collect();
+        }
+        let handles = combinations.into_iter().map(|combination| {
+            let pairs = labels.iter().zip(combination);
+            let key_labels: Vec<Label> = pairs.map(|((label, _), value)| Label::new(*label, value)).collect();
+            let key = Key::from_parts(name, key_labels);
+            (combination, self.recorder.register_histogram(&key, &METADATA))
         });
         HistogramFamily(handles.collect())
     }

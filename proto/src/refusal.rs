@@ -5,16 +5,14 @@
 
 use std::{borrow::Cow, ops::RangeInclusive, time::Duration};
 
+mod crush;
 mod hints;
 mod limit;
 
 use rand::Rng;
 use serde::Serialize;
 
-pub use self::{
-    hints::{Crush, Peers},
-    limit::Limit,
-};
+pub use self::{crush::Crush, hints::Peers, limit::Limit};
 use crate::id::RuleId;
 
 /// Why a device is refused. Closed: clients, metrics and the API know these words.
@@ -327,9 +325,9 @@ impl Refusal {
         Self::throttled_until(limit, Hint::draw(hints::THROTTLED, rng))
     }
 
-    /// 503: its address holds too many handshakes while others wait.
-    pub fn crowded_out(crush: &Crush, rng: &mut impl Rng) -> Self {
-        Self::throttled_until(Limit::AddressHandshakes, Hint::draw(crush.hint_range(), rng))
+    /// 503: its address holds too many handshakes while others wait. `hint` is what the [`Crush`] says.
+    pub fn crowded_out(hint: RangeInclusive<Duration>, rng: &mut impl Rng) -> Self {
+        Self::throttled_until(Limit::AddressHandshakes, Hint::draw(hint, rng))
     }
 
     /// 503 by a limit on this tenant, address, cohort or id.

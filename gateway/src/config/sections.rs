@@ -125,7 +125,7 @@ section! {
     pub struct Limits = "limits" {
         /// Connections of devices at a time. 0: as many as memory and the limit on open files allow. One more is answered 503 `overloaded`, with a slot.
         pub connections_max: usize = 0, "connections", 0..=10_000_000;
-        /// Handshakes under way, from accept to a complete head; more wait in the listen backlog. While some wait, one that has shown no head for 10 ms steps aside and no longer counts here, up to eight for each of these. Never more than half of the connections, nor than fit into the memory that a full node keeps free (288 KiB for each of these: 85 with 128 MiB). Devices waiting for a look-up have a bound of their own, in `[admission]`.
+        /// Handshakes under way, from accept to a complete head; more wait in the listen backlog. While some wait, one that has shown no head for 10 ms steps aside and no longer counts here: those that have sent something up to eight for each of these, those that have sent nothing up to four for each free connection. Never more than half of the connections, nor than fit into the memory that a full node keeps free (288 KiB for each of these: 85 with 128 MiB). Devices waiting for a look-up have a bound of their own, in `[admission]`.
         pub handshakes_max: usize = 500, "connections", 8..=100_000;
         /// Greatest head of a device's request, and greatest target in it; then 431 and 414.
         pub head_bytes_max: usize = 8 * 1024, "bytes", 1_024..=65_536;

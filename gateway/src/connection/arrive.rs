@@ -3,11 +3,14 @@
 use std::{net::SocketAddr, pin::pin};
 
 use seawall_proto::{hello::Certified, refusal::Limit};
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    net::TcpStream,
+    time::{sleep, timeout},
+};
 
 use super::patience::{Hurry, Patience};
 use crate::{
-    door::{Door, Handshake, TURNED_HEAD_TIME_MAX},
+    door::{Door, Handshake, Sent, TURNED_HEAD_TIME_MAX},
     proxy,
     state::Shared,
     tls::{self, Endpoint},
@@ -21,12 +24,36 @@ pub(super) struct Arrived {
     pub(super) certified: Option<Certified>,
 }
 
-/// A connection that never gets so far, by the label of `seawall_connections_total`.
+/// A connection that never gets so far.
 pub(super) enum Astray {
     /// Nothing can be said to it.
-    Ended(&'static str),
+    Ended(Ended),
     /// It speaks HTTP to a listener that speaks TLS: it can be told.
     Plain(Transport),
+}
+
+/// How a connection ended to which nothing could be said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ended {
+    /// The label of `seawall_connections_total`.
+    pub(super) outcome: &'static str,
+    /// The limit that it was given up for, where there is one.
+    pub(super) limit: Option<Limit>,
+}
+
+impl Ended {
+    const fn by_itself(outcome: &'static str) -> Self {
+        Self { outcome, limit: None }
+    }
+
+    /// `limit` is the one on its address, by which it is refused already.
+    fn given_up(outcome: &'static str, why: Hurry, limit: Option<Limit>) -> Self {
+        let limit = match why {
+            Hurry::MakeWay => Some(limit.unwrap_or(Limit::AddressHandshakes)),
+            Hurry::TimedOut => limit,
+        };
+        Self { outcome, limit }
+    }
 }
 
 /// Whom a balancer that sends PROXY headers speaks for; `None` where it speaks for itself, or is no such balancer.
@@ -39,7 +66,7 @@ pub(super) async fn introduce(
     tcp: &TcpStream,
     peer: SocketAddr,
     handshake: &mut Handshake,
-) -> Result<Option<SocketAddr>, &'static str> {
+) -> Result<Option<SocketAddr>, Ended> {
     if !shared.proxies.sends_header(peer.ip()) {
         return Ok(None);
     }
@@ -48,15 +75,15 @@ pub(super) async fn introduce(
     let reading = Box::pin(wait_for(&mut patience, proxy::read_header(tcp)));
     let read = tokio::select! {
         read = reading => read,
-        () = door.closing.cancelled() => return Err("silent"),
+        () = door.closing.cancelled() => return Err(Ended::by_itself("silent")),
     };
     match read {
         Ok(Ok(origin)) => Ok(origin),
         Ok(Err(error)) => {
             tracing::debug!(%error, peer.addr = %peer, "a balancer's connection could not be read");
-            Err("proxy_failed")
+            Err(Ended::by_itself("proxy_failed"))
         }
-        Err(_) => Err("proxy_failed"),
+        Err(why) => Err(Ended::given_up("proxy_failed", why, None)),
     }
 }
 
@@ -78,26 +105,36 @@ pub(super) async fn arrive(
     let time_max = limit.map_or(time_usual, |_| TURNED_HEAD_TIME_MAX);
     let patience = Patience::begin(door, handshake, time_max, time_usual);
     tokio::select! {
-        arrived = Box::pin(secure(endpoint, tcp, patience)) => arrived,
-        () = door.closing.cancelled() => Err(Astray::Ended("silent")),
+        arrived = Box::pin(secure(endpoint, tcp, patience, limit)) => arrived,
+        () = door.closing.cancelled() => Err(Astray::Ended(Ended::by_itself("silent"))),
     }
 }
 
-async fn secure(endpoint: &Endpoint, tcp: TcpStream, mut patience: Patience<'_>) -> Result<Arrived, Astray> {
+async fn secure(
+    endpoint: &Endpoint,
+    tcp: TcpStream,
+    mut patience: Patience<'_>,
+    limit: Option<Limit>,
+) -> Result<Arrived, Astray> {
+    let give_up = |outcome| move |why| Astray::Ended(Ended::given_up(outcome, why, limit));
     let mut first = [0];
     // Before anything is set up for it: a peer that sends nothing costs no more than on plain TCP.
     let peeked = wait_for(&mut patience, tcp.peek(&mut first)).await;
-    match peeked {
-        Ok(Ok(1..)) if tls::is_tls(first[0]) => {}
-        Ok(Ok(1..)) => return Err(Astray::Plain(tcp.into())),
-        Ok(Ok(0) | Err(_)) | Err(_) => return Err(Astray::Ended("silent")),
+    match peeked.map_err(give_up("silent"))? {
+        Ok(1..) if tls::is_tls(first[0]) => {}
+        Ok(1..) => return Err(Astray::Plain(tcp.into())),
+        Ok(0) | Err(_) => return Err(Astray::Ended(Ended::by_itself("silent"))),
+    }
+    while !patience.try_begin() {
+        sleep(patience.span()).await;
+        patience.look(Sent::Nothing, || false).map_err(give_up("tls_failed"))?;
     }
     let mut accept = endpoint.accept(tcp);
     loop {
         if let Ok(accepted) = timeout(patience.span(), &mut accept).await {
             let tls = accepted.map_err(|error| {
                 tracing::debug!(%error, "a TLS handshake failed");
-                Astray::Ended("tls_failed")
+                Astray::Ended(Ended::by_itself("tls_failed"))
             })?;
             let certified = tls::certified(&tls);
             return Ok(Arrived {
@@ -106,7 +143,9 @@ async fn secure(endpoint: &Endpoint, tcp: TcpStream, mut patience: Patience<'_>)
             });
         }
         let is_unread = || accept.get_ref().is_some_and(|io| has_unread(io.tcp()));
-        patience.look(is_unread).map_err(|_| Astray::Ended("tls_failed"))?;
+        patience
+            .look(Sent::Something, is_unread)
+            .map_err(give_up("tls_failed"))?;
     }
 }
 
@@ -117,6 +156,6 @@ async fn wait_for<T>(patience: &mut Patience<'_>, step: impl Future<Output = T>)
         if let Ok(done) = timeout(patience.span(), &mut step).await {
             return Ok(done);
         }
-        patience.look(|| false)?;
+        patience.look(Sent::Nothing, || false)?;
     }
 }

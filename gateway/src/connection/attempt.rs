@@ -5,12 +5,14 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use seawall_proto::{
     hello::Hello,
     id::{DeviceId, Label},
-    refusal::Refusal,
+    refusal::{Limit, Refusal},
     time::Instant,
 };
 
+use super::arrive::Ended;
 use crate::{
     cohorts::{Cohort, Cohorts, Outcome},
+    metrics,
     state::Shared,
 };
 
@@ -102,6 +104,14 @@ impl Attempt {
         self.shared.metrics.connections.increment(outcome);
     }
 
+    /// It ended before it could be told anything. Where a limit was the reason, that counts.
+    pub(super) fn ended_early(self, ended: Ended) {
+        if let Some(limit) = ended.limit {
+            self.shared.metrics.throttled.increment(limit.as_str());
+        }
+        self.never_began(ended.outcome);
+    }
+
     /// It sent nothing, and is about to be told when to come back. No attempt, but its limit and its hint count.
     pub(super) fn refused_silent(self, outcome: &'static str, refusal: &Refusal) {
         self.note_refusal(refusal);
@@ -127,7 +137,8 @@ impl Attempt {
 
     fn note_refusal(&self, refusal: &Refusal) {
         if let Some(hint) = &refusal.hint {
-            self.shared.metrics.retry_hint_seconds.record(hint.after.as_secs_f64());
+            let limit = refusal.limit.map_or(metrics::NO_LIMIT, Limit::as_str);
+            self.shared.metrics.retry_hint_seconds.record([limit], hint.after);
         }
         if let Some(limit) = refusal.limit {
             self.shared.metrics.throttled.increment(limit.as_str());

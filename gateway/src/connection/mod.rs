@@ -34,7 +34,7 @@ use crate::{
         online::Online,
         patience::{Hurry, Patience},
     },
-    door::{Door, Handshake, TURNED_HEAD_TIME_MAX, Turned},
+    door::{Door, Handshake, Sent, TURNED_HEAD_TIME_MAX, Turned},
     drain,
     head::{Complete, HeadError, HeadReader},
     lookup::Concluded,
@@ -75,12 +75,12 @@ pub async fn serve(
                 place = door.settle(place, Some(&mut handshake), Network::from(origin.ip()));
             }
         }
-        Err(outcome) => return attempt.never_began(outcome),
+        Err(ended) => return attempt.ended_early(ended),
     }
     let mut limit = place.as_ref().err().copied().and_then(Turned::limit);
     let Arrived { mut stream, certified } = match arrive::arrive(&shared, &door, tcp, limit, &mut handshake).await {
         Ok(arrived) => arrived,
-        Err(Astray::Ended(outcome)) => return attempt.never_began(outcome),
+        Err(Astray::Ended(ended)) => return attempt.ended_early(ended),
         Err(Astray::Plain(stream)) => {
             attempt.never_began("plain_http");
             drop(handshake);
@@ -219,7 +219,7 @@ fn leaving(shared: &Shared) -> Refusal {
 /// What a device is told that a limit on its address refuses.
 fn throttled(door: &Door, limit: Limit) -> Refusal {
     match limit {
-        Limit::AddressHandshakes => Refusal::crowded_out(&door.crush(), &mut rand::rng()),
+        Limit::AddressHandshakes => Refusal::crowded_out(door.hint_range(), &mut rand::rng()),
         Limit::AddressConnections | Limit::AddressRate | Limit::Credential => {
             Refusal::throttled(limit, &mut rand::rng())
         }
@@ -279,7 +279,10 @@ async fn read_head(
             if let Ok(read) = timeout(patience.span(), reader.read(stream, &mut parse)).await {
                 break Ok(read);
             }
-            match patience.look(|| stream.has_unread()) {
+            // The keys of TLS are there: it has cost more than silence.
+            let is_silent = !reader.has_begun() && matches!(stream, Transport::Plain(_));
+            let sent = if is_silent { Sent::Nothing } else { Sent::Something };
+            match patience.look(sent, || stream.has_unread()) {
                 Ok(()) => {}
                 Err(Hurry::TimedOut) => {
                     break Err(limit.map_or_else(Refusal::request_timeout, |limit| throttled(door, limit)));

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::door::{ASIDE_AFTER, Door, Handshake, LATE_AFTER, Late};
+use crate::door::{ASIDE_AFTER, Door, Handshake, LATE_AFTER, Late, Sent};
 
 /// A step that has taken this part of its time counts as slow: over half of the places in use, its address then gets no more
 /// than a fair share of them. Not sooner, since a crowd that comes back at once has slow ones too.
@@ -52,15 +52,20 @@ impl<'a> Patience<'a> {
         self.time_max.saturating_sub(elapsed).min(soon)
     }
 
+    /// Takes the room that a peer needs which begins to send. False where there is none yet.
+    pub(super) fn try_begin(&mut self) -> bool {
+        self.door.try_begin(self.handshake)
+    }
+
     /// Whether the step may go on. `has_unread`: on a busy machine its bytes may have come without being read; that counts once.
-    pub(super) fn look(&mut self, has_unread: impl FnOnce() -> bool) -> Result<(), Hurry> {
+    pub(super) fn look(&mut self, sent: Sent, has_unread: impl FnOnce() -> bool) -> Result<(), Hurry> {
         if self.begun.elapsed() >= self.time_max {
             return Err(Hurry::TimedOut);
         }
         if self.begun.elapsed() >= self.slow_after {
             self.handshake.mark_slow();
         }
-        if self.door.make_way(self.handshake, self.begun.elapsed()) == Late::Leave {
+        if self.door.make_way(self.handshake, self.begun.elapsed(), sent) == Late::Leave {
             if self.has_been_spared || !has_unread() {
                 return Err(Hurry::MakeWay);
             }

@@ -81,7 +81,8 @@ async fn silent_connection_over_the_figure_of_its_address_is_answered_soon_and_i
     assert_eq!(gateway.sum("seawall_handshakes_total{"), 0.0);
     let throttled = "seawall_throttled_total{limit=\"address_connections\"}";
     assert_eq!(gateway.metric(throttled), 1.0);
-    assert_eq!(gateway.metric("seawall_retry_hint_seconds_count"), 1.0);
+    let hints = "seawall_retry_hint_seconds_count{limit=\"address_connections\"}";
+    assert_eq!(gateway.metric(hints), 1.0);
 }
 
 #[tokio::test]
@@ -113,6 +114,28 @@ async fn place_that_is_taken_back_is_throttled_and_only_a_late_head_gets_408() {
     assert!(taken_back > 0);
     let throttled = gateway.metric("seawall_throttled_total{limit=\"address_handshakes\"}");
     assert_eq!(throttled, f64::from(taken_back));
+    let hints = gateway.metric("seawall_retry_hint_seconds_count{limit=\"address_handshakes\"}");
+    assert_eq!(hints, throttled);
+}
+
+#[tokio::test]
+async fn fleet_that_connects_all_its_sockets_first_is_not_sent_away() {
+    // With 8 places and room for 64 aside.
+    let gateway = Gateway::start("[limits]\nhandshakes_max = 8\n").await;
+    let mut sockets = Vec::new();
+    for _ in 0..300 {
+        sockets.push(TcpStream::connect(gateway.devices).await.unwrap());
+    }
+    // Published every second.
+    eventually(|| gateway.sum("seawall_handshakes_under_way{") >= 290.0).await;
+
+    let mut codes = Vec::new();
+    for socket in &mut sockets {
+        socket.write_all(request(&[]).as_bytes()).await.unwrap();
+        codes.push(response(socket).await.code());
+    }
+
+    assert!(codes.iter().all(|code| code == "bad_request"), "{codes:?}");
 }
 
 #[tokio::test]

@@ -162,6 +162,27 @@ async fn crowd_that_begins_handshakes_and_stops_keeps_nobody_out() {
 }
 
 #[tokio::test]
+async fn handshakes_that_are_given_up_count_for_their_limit_and_have_no_hint() {
+    let mut authority = Authority::new();
+    let settings = authority.settings();
+    let gateway = Gateway::start(&format!("{settings}[limits]\nhandshakes_max = 8\n")).await;
+    let mut crowd = Vec::new();
+    // More than the 8 that have a place, and the 64 that there is room for aside.
+    for _ in 0..120 {
+        let mut half = TcpStream::connect(gateway.devices).await.unwrap();
+        half.write_all(&[0x16, 3, 1, 2, 0]).await.unwrap();
+        crowd.push(half);
+    }
+
+    let throttled = "seawall_throttled_total{limit=\"address_handshakes\"}";
+    eventually(|| gateway.metric(throttled) > 0.0).await;
+
+    let failed = "seawall_connections_total{outcome=\"tls_failed\"}";
+    eventually(|| gateway.metric(failed) > 0.0).await;
+    assert_eq!(gateway.sum("seawall_retry_hint_seconds_count{"), 0.0);
+}
+
+#[tokio::test]
 async fn new_certificate_is_for_newcomers_and_nobody_is_dropped() {
     let mut authority = Authority::new();
     let gateway = Gateway::start(&authority.settings()).await;
