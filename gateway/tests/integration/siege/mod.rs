@@ -36,8 +36,13 @@ const DEVICES: u32 = 100;
 const DEVICE_INTERVAL: Duration = Duration::from_millis(15);
 /// How long one of them waits for its session, in 99 of 100 cases.
 const WAIT_MAX: Duration = Duration::from_secs(1);
-/// The machine has other things to do, too: one quiet moment of three is enough.
+/// Rounds of devices. Each has to be good.
 const ROUNDS: usize = 3;
+/// A round is repeated if a timer of the test was later than this: then the machine had no time for the test itself, and the wait of a
+/// device says nothing of the gateway.
+const TIMER_LATE_MAX: Duration = Duration::from_millis(250);
+/// Rounds that may be repeated. After these the machine is too busy to tell.
+const REPEATS_MAX: usize = 6;
 /// What an attack may cost in memory, in KiB: handshakes under way take 25 KB each with TLS, 2,500 of them at most, and buffers of sessions.
 const GROWN_MAX_KIB: u64 = 120 * 1024;
 /// Files that SQLite and the API open when they need them. Attacks open hundreds.
@@ -128,36 +133,43 @@ impl Siege {
     pub async fn survives(mut self) {
         let mut waits = Vec::new();
         let mut grown = 0;
-        for _ in 0..ROUNDS {
+        for _ in 0..ROUNDS + REPEATS_MAX {
             sleep(Duration::from_millis(300)).await;
-            waits.push(self.round().await);
+            let (wait, timer_late) = self.round().await;
             grown = self.resident_kib().saturating_sub(self.memory_kib).max(grown);
-            if waits.last().is_some_and(|wait| *wait <= WAIT_MAX) {
+            if wait <= WAIT_MAX || timer_late <= TIMER_LATE_MAX {
+                waits.push(wait);
+            }
+            if waits.len() == ROUNDS {
                 break;
             }
         }
         println!("99 of 100 devices waited {waits:?} at most; {grown} KiB more than in peace");
         assert_alive(&mut self.witness).await;
-        assert!(waits.iter().any(|wait| *wait <= WAIT_MAX), "{waits:?}");
+        assert_eq!(waits.len(), ROUNDS, "the machine is too busy to measure: {waits:?}");
+        assert!(waits.iter().all(|wait| *wait <= WAIT_MAX), "{waits:?}");
         assert!(grown <= GROWN_MAX_KIB, "{grown} KiB");
         self.is_over.cancel();
         while self.attackers.join_next().await.is_some() {}
         self.leaves_nothing().await;
     }
 
-    /// The longest wait of 99 in 100 devices.
-    async fn round(&self) -> Duration {
+    /// The longest wait of 99 in 100 devices, and how late the latest timer of the test was meanwhile.
+    async fn round(&self) -> (Duration, Duration) {
         let mut connecting = JoinSet::new();
+        let mut timer_late = Duration::ZERO;
         for number in 1..=DEVICES {
             let (address, config) = (self.address, config(self.authority.as_ref(), number));
             let url = url(address, self.authority.as_ref());
             connecting.spawn(timeout(PATIENCE, get_in(url, config)));
+            let begun = Instant::now();
             sleep(DEVICE_INTERVAL).await;
+            timer_late = timer_late.max(begun.elapsed().saturating_sub(DEVICE_INTERVAL));
         }
         let waits = connecting.join_all().await;
         let mut waits: Vec<Duration> = waits.into_iter().map(Result::unwrap).collect();
         waits.sort_unstable();
-        waits[waits.len() - 2]
+        (waits[waits.len() - 2], timer_late)
     }
 
     /// Nothing but the witness is there.
