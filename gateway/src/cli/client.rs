@@ -25,6 +25,9 @@ pub const DEFAULT_URL: &str = "http://127.0.0.1:8081";
 /// Where a gateway's files are unless `SEAWALL_DATA_DIR` says otherwise.
 pub const DEFAULT_DATA_DIR: &str = "./seawall-data";
 
+/// `source` of an answer that comes from a gateway's memory, because its database does not answer.
+pub const MEMORY: &str = "memory";
+
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longer than the gateway gives any request of its own.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -165,13 +168,14 @@ impl Client {
         self.answer(answer)
     }
 
-    /// Reads up to `wanted` rows of a list, page by page.
+    /// Reads up to `wanted` rows of a list, page by page. Its `source` is [`MEMORY`] if that of any page is.
     ///
     /// # Errors
     /// Nothing answers, or an answer is a refusal.
     pub fn list(&self, path: &str, query: &[(&str, String)], wanted: usize) -> Result<Value, Failure> {
         let mut query = query.to_vec();
         let mut items = Vec::new();
+        let mut source = Value::Null;
         loop {
             let mut asked = query.clone();
             asked.push(("limit", (wanted - items.len()).min(PAGE_LEN).to_string()));
@@ -183,13 +187,23 @@ impl Client {
                 )));
             };
             items.extend(rows);
+            if source != MEMORY {
+                source = page.get_mut("source").map(Value::take).unwrap_or_default();
+            }
             // A page may be shorter than asked for, even empty, before the end of the list.
             match page.get("next_cursor").and_then(Value::as_str) {
                 Some(cursor) if items.len() < wanted => {
                     query.retain(|(name, _)| *name != "cursor");
                     query.push(("cursor", cursor.to_owned()));
                 }
-                cursor => return Ok(serde_json::json!({"items": items, "next_cursor": cursor})),
+                cursor => {
+                    let mut list = serde_json::json!({"items": items, "next_cursor": cursor});
+                    // Only some lists have it.
+                    if !source.is_null() {
+                        list["source"] = source;
+                    }
+                    return Ok(list);
+                }
             }
         }
     }

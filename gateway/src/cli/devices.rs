@@ -16,7 +16,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Common, Context, Failure,
-    client::{Answer, Method},
+    client::{Answer, MEMORY, Method},
     note, rules, seed, table,
 };
 
@@ -156,7 +156,11 @@ pub fn run(common: &Common, verb: Devices) -> Result<(), Failure> {
                 .collect();
             list(&ctx, &query, limit)
         }
-        Devices::Show { id } => ctx.show(&ctx.client.get(&path(&id), &[])?, shown),
+        Devices::Show { id } => {
+            let device = ctx.client.get(&path(&id), &[])?;
+            warn_of_memory(&device);
+            ctx.show(&device, shown)
+        }
         Devices::Add { id, tenant, model } => add(&ctx, id.as_ref(), tenant, model),
         Devices::Import { file, update } => import(&ctx, &file, update),
         Devices::Seed(args) => seed::run(&ctx, &args),
@@ -197,8 +201,19 @@ fn rows(text: &str) -> Result<usize, String> {
     }
 }
 
+/// Says that an answer is not the registry's.
+fn warn_of_memory(answer: &Value) {
+    if answer["source"] == MEMORY {
+        note(
+            "warning: the database does not answer. This comes from the memory of one node: it is not complete, and has devices \
+             with a session since its start only",
+        );
+    }
+}
+
 fn list(ctx: &Context, query: &[(&str, String)], limit: usize) -> Result<(), Failure> {
     let answer = ctx.client.list("/api/v1/devices", query, limit)?;
+    warn_of_memory(&answer);
     ctx.show(&answer, |answer| table::items(answer, &COLUMNS))?;
     if !ctx.json && !answer["next_cursor"].is_null() {
         note(&format!("more: --cursor {}", table::at(&answer, "next_cursor")));
@@ -221,6 +236,7 @@ fn shown(device: &Value) -> String {
         ("reason", table::at(device, "presence.reason")),
         ("created", table::at(device, "created_at")),
         ("updated", table::at(device, "updated_at")),
+        ("source", table::at(device, "source")),
     ]);
     lines.push_str("\nlast connection attempts\n");
     let attempts = device.get("attempts").unwrap_or(&Value::Null);

@@ -1,19 +1,20 @@
-//! `GET /devices`: the registry in the order of ids, filtered by what is stored and by what devices do now.
+//! `GET /devices`: the registry in the order of ids, filtered by what is stored and by what devices do now. While the database does
+//! not answer, the list has what this node remembers, and says so.
 
 use std::{sync::Arc, time::Duration};
 
 use axum::{Json, extract::State};
 use seawall_proto::{firmware::Range, id::DeviceId};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
-use utoipa::IntoParams;
+use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     Api,
     auth::{Caller, Viewer},
-    devices::Device,
-    extract::{Page, Params, label, page_cursor, page_limit},
+    devices::{Device, Source, registry_unavailable, unless_unavailable},
+    extract::{Params, label, page_cursor, page_limit},
     problem::{Code, Problem, ProblemBody},
 };
 use crate::{
@@ -67,11 +68,21 @@ struct Wanted {
     firmware: Option<Range>,
 }
 
-/// Registered devices, in the order of their ids
+/// A page of devices.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct DevicePage {
+    items: Vec<Device>,
+    /// Give it as `cursor` to get the next page; null on the last one.
+    next_cursor: Option<String>,
+    /// `memory`: the database did not answer, and the list is not complete.
+    source: Source,
+}
+
+/// Devices in the order of their ids: the registered ones, or this node's memory while the database does not answer
 #[utoipa::path(
     get, path = "/api/v1/devices", tag = "devices", params(DeviceParams),
     responses(
-        (status = 200, description = "A page", body = Page<Device>),
+        (status = 200, description = "A page", body = DevicePage),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
@@ -79,24 +90,52 @@ async fn list_devices(
     _caller: Caller<Viewer>,
     State(api): State<Arc<Api>>,
     Params(params): Params<DeviceParams>,
-) -> Result<Json<Page<Device>>, Problem> {
+) -> Result<Json<DevicePage>, Problem> {
     let asked = page_limit(params.limit)?;
-    let limit = asked as usize;
-    let mut next: Option<DeviceId> = page_cursor(params.cursor.as_deref())?;
+    let first: Option<DeviceId> = page_cursor(params.cursor.as_deref())?;
     let wanted = Arc::new(Wanted::of(&params)?);
+    let request = ListRequest {
+        wanted,
+        firmware: params.firmware,
+        asked,
+        first,
+    };
+    let registered = unless_unavailable(&api.state, registered(&api, &request)).await?;
+    match registered {
+        Some(page) => Ok(Json(page)),
+        None => remembered(&api, &request).await.map(Json),
+    }
+}
+
+/// A checked request for a page.
+struct ListRequest {
+    wanted: Arc<Wanted>,
+    /// The filter as it was written.
+    firmware: Option<String>,
+    /// Maximum number of items.
+    asked: u32,
+    first: Option<DeviceId>,
+}
+
+/// A page of the registry.
+async fn registered(api: &Arc<Api>, request: &ListRequest) -> Result<DevicePage, Problem> {
+    let ListRequest { wanted, asked, .. } = request;
+    let limit = *asked as usize;
+    let mut next = request.first;
     let gateway = &api.state;
+    let page = |items, next: Option<DeviceId>| DevicePage {
+        items,
+        next_cursor: next.map(|id| id.to_string()),
+        source: Source::Database,
+    };
 
     // Few devices are seen, compared with how many may be registered: where only seen ones can pass, those are looked up.
     let mut seen = match wanted.needs_sight() {
-        true => {
-            let ids = seen_devices(&api, &wanted, params.firmware, next.is_some()).await?;
-            let start = next.map_or(0, |first| ids.partition_point(|id| *id < first));
-            Some((ids, start))
-        }
+        true => Some(seen_from(api, request).await?),
         false => None,
     };
     // Where the database filters, a page of its is a page of ours.
-    let chunk = if wanted.presence.is_some() { CHUNK } else { asked };
+    let chunk = if wanted.presence.is_some() { CHUNK } else { *asked };
     let mut items = Vec::new();
     let mut scanned = 0;
     loop {
@@ -119,21 +158,54 @@ async fn list_devices(
                 continue;
             }
             if items.len() == limit {
-                return Ok(Json(Page {
-                    items,
-                    next_cursor: Some(row.record.id.to_string()),
-                }));
+                return Ok(page(items, Some(row.record.id)));
             }
             items.push(Device::of(row, gateway));
         }
         next = goes_on_at;
         if next.is_none() || items.len() == limit || scanned >= SCANNED_MAX {
-            return Ok(Json(Page {
-                items,
-                next_cursor: next.map(|id| id.to_string()),
-            }));
+            return Ok(page(items, next));
         }
     }
+}
+
+/// A page of what this node remembers: devices with a session, and those that had one since its start.
+///
+/// # Errors
+/// The filter asks for what only the registry knows.
+async fn remembered(api: &Arc<Api>, request: &ListRequest) -> Result<DevicePage, Problem> {
+    let wanted = &request.wanted;
+    if wanted.stored.state.is_some() || wanted.presence == Some(PresenceState::Unknown) {
+        return Err(registry_unavailable());
+    }
+    let (ids, start) = seen_from(api, request).await?;
+    let end = ids.len().min(start + SCANNED_MAX);
+    let mut items = Vec::new();
+    let mut next = ids.get(end).copied();
+    for id in &ids[start..end] {
+        let device = Device::remembered(*id, &api.state).filter(|device| wanted.wants_remembered(device));
+        let Some(device) = device else { continue };
+        if items.len() == request.asked as usize {
+            next = Some(*id);
+            break;
+        }
+        items.push(device);
+    }
+    Ok(DevicePage {
+        items,
+        next_cursor: next.map(|id| id.to_string()),
+        source: Source::Memory,
+    })
+}
+
+/// Devices that this node has seen, sorted, and where the page begins in them.
+async fn seen_from(api: &Arc<Api>, request: &ListRequest) -> Result<(Arc<[DeviceId]>, usize), Problem> {
+    let is_further = request.first.is_some();
+    let ids = seen_devices(api, &request.wanted, request.firmware.clone(), is_further).await?;
+    let start = request
+        .first
+        .map_or(0, |first| ids.partition_point(|id| *id < first));
+    Ok((ids, start))
 }
 
 impl Wanted {
@@ -177,6 +249,14 @@ impl Wanted {
             && self
                 .presence
                 .is_none_or(|wanted| wanted == presence_of(record.id, gateway))
+    }
+
+    fn wants_remembered(&self, device: &Device) -> bool {
+        let is_same =
+            |wanted: &Option<_>, known: Option<&_>| wanted.as_ref().is_none_or(|wanted| known == Some(wanted));
+        is_same(&self.stored.tenant, device.tenant())
+            && is_same(&self.stored.model, device.model())
+            && self.presence.is_none_or(|wanted| wanted == device.presence())
     }
 }
 

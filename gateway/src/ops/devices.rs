@@ -27,10 +27,10 @@ use super::{
 };
 use crate::{
     events::format_time,
-    presence::Presence,
+    presence::{Presence, PresenceState},
     resume::{HANDSHAKE_MAX, end_unwanted_session},
     state::State as Gateway,
-    store::{Change, DeviceChange, DeviceRow, NewDevice, Rotation, StoreError},
+    store::{Change, DatabaseStatus, DeviceChange, DeviceRow, NewDevice, Rotation, StoreError},
     tokens::random_secret,
 };
 
@@ -45,7 +45,18 @@ pub fn routes() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(disconnect_device))
 }
 
-/// A registered device, and what this node knows of its connection.
+/// Where an answer about devices comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// The registry, which is complete.
+    Database,
+    /// The memory of this node, because the database did not answer. It is not complete: it has the devices with a session on
+    /// this node, and those that had one since its start.
+    Memory,
+}
+
+/// A device, and what this node knows of its connection. `source` says where it comes from.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Device {
     #[schema(value_type = uuid::Uuid)]
@@ -53,23 +64,25 @@ pub struct Device {
     /// What the device is called, where that is not a UUID (`identity.namespace`).
     #[schema(value_type = Option<String>)]
     external_id: Option<Label>,
-    #[schema(value_type = String)]
-    tenant: Label,
-    /// The registry's model.
+    /// From memory: the tenant of its last session on this node.
+    #[schema(value_type = Option<String>)]
+    tenant: Option<Label>,
+    /// The registry's model. From memory: the model of its last session on this node.
     #[schema(value_type = Option<String>)]
     model: Option<Label>,
     /// The version that it connected with last.
     #[schema(value_type = Option<String>)]
     firmware: Option<Arc<str>>,
-    /// `enabled`, `disabled` or `revoked`.
-    state: &'static str,
+    /// `enabled`, `disabled` or `revoked`. Null from memory, which does not know it.
+    state: Option<&'static str>,
     presence: Presence,
-    /// RFC 3339.
-    created_at: String,
-    /// RFC 3339.
-    updated_at: String,
-    /// Until then its secret before the last rotation is valid, too. RFC 3339.
+    /// RFC 3339. Null from memory.
+    created_at: Option<String>,
+    /// RFC 3339. Null from memory.
+    updated_at: Option<String>,
+    /// End of the validity of the secret before the last rotation, RFC 3339. Null if it has ended, and from memory.
     previous_secret_until: Option<String>,
+    source: Source,
 }
 
 impl Device {
@@ -96,19 +109,91 @@ impl Device {
             presence: Presence::of(record.id, &gateway.sessions, &gateway.history, &gateway.node, wall),
             id: record.id,
             external_id: external_id.or(stated),
-            tenant: record.tenant,
+            tenant: Some(record.tenant),
             model: record.model,
             firmware,
-            state: record.state.as_str(),
-            created_at: format_time(created_at),
-            updated_at: format_time(updated_at),
+            state: Some(record.state.as_str()),
+            created_at: Some(format_time(created_at)),
+            updated_at: Some(format_time(updated_at)),
             previous_secret_until: record
                 .previous_secret
                 .map(|(_, until)| until)
                 .filter(|until| wall < *until)
                 .map(format_time),
+            source: Source::Database,
         }
     }
+
+    /// The device as this node remembers it, without the database. `None` if it has neither a session nor an attempt here.
+    pub fn remembered(id: DeviceId, gateway: &Gateway) -> Option<Self> {
+        let session = gateway.sessions.get(id);
+        let record = gateway.history.record(id);
+        if session.is_none() && record.is_none() {
+            return None;
+        }
+        let last = record.and_then(|record| record.identity);
+        let (tenant, cohort) = match &session {
+            Some(session) => (Some(&session.info.tenant), Some(&session.info.cohort)),
+            None => (last.as_ref().map(|last| &last.tenant), last.as_ref().map(|last| &last.cohort)),
+        };
+        let label = |text: &str| Label::parse(text).ok().flatten();
+        Some(Self {
+            id,
+            external_id: session.as_ref().and_then(|session| session.info.external_id.clone()),
+            tenant: tenant.and_then(|tenant| label(tenant)),
+            model: cohort.and_then(|cohort| label(cohort.model.as_deref()?)),
+            firmware: cohort.and_then(|cohort| cohort.firmware.clone()),
+            state: None,
+            presence: Presence::of(
+                id,
+                &gateway.sessions,
+                &gateway.history,
+                &gateway.node,
+                gateway.clock.wall(),
+            ),
+            created_at: None,
+            updated_at: None,
+            previous_secret_until: None,
+            source: Source::Memory,
+        })
+    }
+
+    pub const fn tenant(&self) -> Option<&Label> {
+        self.tenant.as_ref()
+    }
+
+    pub const fn model(&self) -> Option<&Label> {
+        self.model.as_ref()
+    }
+
+    pub const fn presence(&self) -> PresenceState {
+        self.presence.state
+    }
+}
+
+/// Reads from the database, unless it is known to be unavailable.
+///
+/// # Errors
+/// `Ok(None)` where the database does not answer; other errors are the caller's.
+pub async fn unless_unavailable<T>(
+    gateway: &Gateway,
+    read: impl Future<Output = Result<T, Problem>>,
+) -> Result<Option<T>, Problem> {
+    if gateway.store.state().status == DatabaseStatus::Away {
+        return Ok(None);
+    }
+    match read.await {
+        Err(problem) if problem.code() == Code::DatabaseUnavailable => Ok(None),
+        done => done.map(Some),
+    }
+}
+
+/// 503 for what only the registry can say.
+pub fn registry_unavailable() -> Problem {
+    Problem::new(
+        Code::DatabaseUnavailable,
+        "the database does not answer, and this node does not remember what was asked for",
+    )
 }
 
 /// A device with its last connection attempts.
@@ -129,7 +214,7 @@ pub struct Attempt {
     outcome: &'static str,
 }
 
-/// One device, with its last 20 connection attempts
+/// One device, with its last 20 connection attempts; from this node's memory while the database does not answer
 #[utoipa::path(
     get, path = "/api/v1/devices/{id}", tag = "devices", params(("id" = uuid::Uuid, Path)),
     responses(
@@ -142,10 +227,14 @@ async fn show_device(
     State(api): State<Arc<Api>>,
     Id(id): Id<DeviceId>,
 ) -> Result<Json<DeviceWithAttempts>, Problem> {
-    let row = api.state.store.device(id).await?.ok_or_else(no_such_device)?;
+    let registered = async { Ok(api.state.store.device(id).await?) };
+    let device = match unless_unavailable(&api.state, registered).await? {
+        Some(row) => Device::of(row.ok_or_else(no_such_device)?, &api.state),
+        None => Device::remembered(id, &api.state).ok_or_else(registry_unavailable)?,
+    };
     let known = api.state.history.record(id).unwrap_or_default();
     Ok(Json(DeviceWithAttempts {
-        device: Device::of(row, &api.state),
+        device,
         attempts: known
             .attempts
             .iter()

@@ -1,9 +1,13 @@
 //! The registry, and what its devices do.
 
+use seawall_gateway::store::DatabaseStatus;
 use serde_json::{Value, json};
 
 use super::rig::{Gateway, V1, text};
-use crate::wire::raw::{Device, ask, request};
+use crate::{
+    harness::pg::Cluster,
+    wire::raw::{Device, ask, request},
+};
 
 #[test]
 fn a_device_is_registered_shown_changed_and_removed() {
@@ -109,6 +113,56 @@ fn presence_and_version_follow_the_session() {
     assert_eq!(ids("firmware=3.9"), [other]);
     assert_eq!(ids("firmware=3.8.0-b2&tenant=default"), [id]);
     assert_eq!(ids("state=unknown").len(), 1);
+}
+
+#[test]
+fn devices_come_from_memory_while_the_database_does_not_answer() {
+    let cluster = Cluster::start().unwrap();
+    let database = tokio::runtime::Runtime::new().unwrap().block_on(cluster.database());
+    let gateway = Gateway::start_on(Some(&database.unwrap()), "");
+    gateway.eventually(|| gateway.state().readiness().ready);
+    let (online, _device) = gateway.connected(&["Seawall-Firmware: 3.8.0-b2", "Seawall-Model: box"]);
+    let (offline, leaving) = gateway.connected(&["Seawall-Firmware: 3.9"]);
+    drop(leaving);
+    gateway.eventually(|| gateway.state().sessions.len() == 1);
+    let (never_seen, _) = gateway.register(json!({}));
+    let list = |query: &str| gateway.get(&format!("/api/v1/devices{query}")).json();
+    let ids = |query: &str| -> Vec<String> {
+        let list = list(query);
+        assert_eq!(list["source"], "memory", "{list}");
+        list["items"].as_array().unwrap().iter().map(|device| text(&device["id"])).collect()
+    };
+    let mut remembered = vec![online.clone(), offline.clone()];
+    remembered.sort();
+    assert_eq!(list("")["source"], "database");
+
+    cluster.kill().unwrap();
+    let at_once = ids("");
+    gateway.eventually(|| gateway.state().store.state().status == DatabaseStatus::Away);
+
+    assert_eq!((at_once, ids("")), (remembered.clone(), remembered));
+    assert_eq!(ids("?state=online"), vec![online.clone()]);
+    assert_eq!(ids("?state=offline"), vec![offline.clone()]);
+    assert_eq!(ids("?firmware=3.9"), vec![offline]);
+    assert_eq!(ids("?model=box&tenant=default"), vec![online.clone()]);
+    assert_eq!(ids("?tenant=acme"), Vec::<String>::new());
+    let first = list("?limit=1");
+    let cursor = text(&first["next_cursor"]);
+    assert_eq!(ids(&format!("?limit=1&cursor={cursor}")), vec![cursor]);
+    let shown = gateway.get(&format!("/api/v1/devices/{online}")).json();
+    assert_eq!(
+        (&shown["source"], &shown["presence"]["state"], &shown["firmware"], &shown["state"]),
+        (&json!("memory"), &json!("online"), &json!("3.8.0-b2"), &Value::Null)
+    );
+    assert_eq!(shown["attempts"][0]["outcome"], "admitted");
+    for registry_only in ["?state=enabled", "?state=unknown", &format!("/{never_seen}")] {
+        let answer = gateway.get(&format!("/api/v1/devices{registry_only}"));
+        assert_eq!(answer.problem(), (503, "database_unavailable".into()), "{registry_only}");
+    }
+
+    cluster.restart().unwrap();
+    gateway.eventually(|| list("")["source"] == "database");
+    assert_eq!(list("")["items"].as_array().unwrap().len(), 3);
 }
 
 #[test]
