@@ -65,7 +65,7 @@ pub struct DrainStatus {
 
 /// A drain is under way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a drain is under way: look at it with GET /api/v1/drain, or cancel it first")]
+#[error("a drain is running already: GET /api/v1/drain shows it, DELETE /api/v1/drain ends it")]
 pub struct AlreadyDraining;
 
 /// The order to drain.

@@ -73,6 +73,23 @@ pub struct Answer {
     pub body: Value,
 }
 
+/// An answer that is not a success.
+#[derive(Debug)]
+pub struct Refusal {
+    pub status: u16,
+    /// An error in the API's form, unless something else than a gateway answered.
+    pub body: Value,
+    /// For people.
+    pub text: String,
+}
+
+impl Refusal {
+    /// Whether a value that the command line gave is wrong. The lines of a file are not the command line's.
+    pub fn is_wrong_use(&self) -> bool {
+        matches!(self.status, 400 | 422) && self.body.get("bad_lines").is_none()
+    }
+}
+
 impl Client {
     /// Finds the token: `SEAWALL_TOKEN`, else `admin.token` in the data directory, else none. The file's token is only sent to the
     /// gateway of that directory and to addresses of this machine.
@@ -367,8 +384,15 @@ impl Answer {
         if (200..300).contains(&self.status) {
             Ok(self.body)
         } else {
-            Err(Failure::failed(self.refusal()))
+            let text = self.refusal();
+            Err(self.refused(text))
         }
+    }
+
+    /// The refusal, with `text` for people.
+    pub fn refused(self, text: String) -> Failure {
+        let Self { status, body } = self;
+        Failure::Refused(Box::new(Refusal { status, body, text }))
     }
 
     /// The refusal's code, as in `needs_confirmation`.

@@ -275,7 +275,7 @@ fn import(ctx: &Context, file: &Path, update: bool) -> Result<(), Failure> {
         let mut opened = File::open(file).map_err(|error| Failure::failed(format!("{}: {error}", file.display())))?;
         upload(ctx, &mut opened, update)?
     };
-    let report = accepted(answer)?;
+    let report = accepted(ctx, answer)?;
     ctx.show(&report, shown_import)
 }
 
@@ -289,9 +289,12 @@ pub fn upload(ctx: &Context, lines: &mut dyn Read, update: bool) -> Result<Answe
     ctx.client.upload(path, "text/csv", lines)
 }
 
-/// The report of an import; its bad lines go to standard error.
-pub fn accepted(answer: Answer) -> Result<Value, Failure> {
-    let bad_lines = answer.body.get("bad_lines").map(table::list).unwrap_or_default();
+/// The report of an import. Its bad lines go to standard error; with `--json` they are part of the error.
+pub fn accepted(ctx: &Context, answer: Answer) -> Result<Value, Failure> {
+    let bad_lines = match ctx.json {
+        true => &[],
+        false => answer.body.get("bad_lines").map(table::list).unwrap_or_default(),
+    };
     for line in bad_lines.iter().take(BAD_LINES_SHOWN) {
         note(&format!(
             "line {}: {}",

@@ -310,8 +310,10 @@ fn gateway(common: &Common, findings: &mut Findings) -> Result<(), Failure> {
     }
     match client.get_any("/api/v1/node", &[])?.ok() {
         Ok(node) => token_holder(&node, findings),
-        Err(Failure::Failed(error)) => findings.wrong(format!("token: {error}")),
-        Err(other) => return Err(other),
+        Err(failure) => match failure.text() {
+            Some(problem) => findings.wrong(format!("token: {problem}")),
+            None => return Err(failure),
+        },
     }
     Ok(())
 }

@@ -34,7 +34,13 @@ pub fn run(ctx: &Context, verb: &Drain) -> Result<(), Failure> {
             if let Some(deadline) = deadline {
                 body.insert("deadline".into(), deadline.as_str().into());
             }
-            ctx.client.send(Method::Post, PATH, Some(&body.into()))?
+            let answer = ctx.client.send_any(Method::Post, PATH, Some(&body.into()))?;
+            if answer.code() == Some("conflict") {
+                return Err(answer.refused(
+                    "a drain is running already: see seawall drain status, or end it with seawall drain cancel".into(),
+                ));
+            }
+            answer.ok()?
         }
         Drain::Status => ctx.client.get(PATH, &[])?,
         Drain::Cancel => {

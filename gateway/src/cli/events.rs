@@ -19,15 +19,15 @@ const RETRY_WAIT_MAX: Duration = Duration::from_secs(15);
 
 #[derive(Debug, Args)]
 pub struct Events {
-    /// What to do: follow
-    #[arg(default_value = "follow")]
+    // The only value, kept for command lines that have it.
+    #[arg(default_value = "follow", hide = true)]
     verb: EventsVerb,
-    /// End after so many events
+    /// End after this number of events
     #[arg(long, value_name = "N")]
     count: Option<u64>,
-    /// Begin after the event with this id
-    #[arg(long, value_name = "ID")]
-    after: Option<String>,
+    /// Begin after the event with this id, a number
+    #[arg(long, value_name = "ID", value_parser = clap::value_parser!(u64))]
+    after: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -46,7 +46,7 @@ struct Event {
 
 pub fn run(ctx: &Context, args: &Events) -> Result<(), Failure> {
     let EventsVerb::Follow = args.verb;
-    let mut last = args.after.clone();
+    let mut last = args.after.map(|id| id.to_string());
     let mut left = args.count;
     let mut stream = ctx.client.stream("/api/v1/events", last.as_deref())?;
     let mut wait = RETRY_WAIT_MIN;

@@ -1,6 +1,6 @@
 //! The command line: `seawall serve`, and the operator's verbs, which talk to a gateway's API. Start with [`run`].
 //!
-//! Exit status: 0 done, 1 refused or failed, 2 wrong use. What goes wrong is one line on standard error.
+//! Exit status: [`DONE`], [`FAILED`] or [`WRONG_USE`]. What goes wrong is one line on standard error, with `--json` a JSON object.
 
 use std::{ffi::OsString, fmt, io, path::PathBuf, process::ExitCode};
 
@@ -26,7 +26,14 @@ mod versions;
 
 pub use serve::ServeArgs;
 
-use client::Client;
+use client::{Client, Refusal};
+
+/// Exit status: the command did what it was asked.
+const DONE: u8 = 0;
+/// Exit status: the gateway refused, cannot be reached or failed; a file cannot be read; `doctor` found a fault; nothing matches.
+const FAILED: u8 = 1;
+/// Exit status: an argument, a setting or a value is wrong, whether the command line or the gateway finds it.
+const WRONG_USE: u8 = 2;
 
 /// Shown under `seawall --help`.
 const EXAMPLES: &str = "\
@@ -39,7 +46,13 @@ Examples:
   seawall drain start                                             send all sessions away, at a pace
   seawall doctor                                                  check machine, configuration and gateway
 
-Exit status: 0 done, 1 refused or failed, 2 wrong use.";
+Exit status:
+  0  done
+  1  refused or failed: the gateway refuses or cannot be reached, a file cannot be read, doctor finds a fault,
+     versions match finds no line
+  2  wrong use: an argument, a setting or a value is not allowed, whether the command or the gateway finds it
+
+Errors are one line on standard error. With --json they are a JSON object in the API's form (problem+json).";
 
 /// Seawall, a WebSocket gateway for device fleets that survives reconnect storms.
 #[derive(Debug, Parser)]
@@ -64,7 +77,7 @@ struct Common {
     /// CA certificates (PEM) to trust for an https API [default: the system's]
     #[arg(long, global = true, env = "SEAWALL_CA", value_name = "FILE")]
     ca: Option<PathBuf>,
-    /// Print the API's JSON instead of tables
+    /// Print the API's JSON instead of tables, and errors as JSON
     #[arg(long, global = true)]
     json: bool,
 }
@@ -108,15 +121,14 @@ enum Verb {
 /// Runs one command line and returns its exit status.
 #[must_use]
 pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(args) {
+    let args: Vec<OsString> = args.collect();
+    let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
-        Err(error) => return usage(&error),
+        Err(error) => return usage(&error, args.iter().any(|arg| arg == "--json")),
     };
     match dispatch(&cli.common, cli.verb) {
-        // Whoever read the output has seen enough.
-        Ok(()) | Err(Failure::OutputClosed) => ExitCode::SUCCESS,
-        Err(Failure::Failed(error) | Failure::Unreachable(error)) => complain(&format!("{error:#}"), 1),
-        Err(Failure::WrongUse(problem)) => complain(&problem, 2),
+        Ok(()) => ExitCode::from(DONE),
+        Err(failure) => complain(&failure, cli.common.json),
     }
 }
 
@@ -165,19 +177,59 @@ impl Context {
 /// Why a verb did not do what it was asked.
 #[derive(Debug)]
 enum Failure {
-    /// Refused or broken. Exit 1.
+    /// The gateway refused. See [`Refusal::status`].
+    Refused(Box<Refusal>),
+    /// Something else went wrong.
     Failed(anyhow::Error),
-    /// No gateway answers. Exit 1.
+    /// No gateway answers.
     Unreachable(anyhow::Error),
-    /// The command line or a setting is wrong. Exit 2.
+    /// The command line or a setting is wrong.
     WrongUse(String),
-    /// Nobody reads standard output any more. Exit 0.
+    /// Nothing was found, and the empty output says so.
+    NoMatch,
+    /// Nobody reads standard output any more. The reader has seen enough.
     OutputClosed,
 }
 
 impl Failure {
     fn failed(problem: impl fmt::Display + fmt::Debug + Send + Sync + 'static) -> Self {
         Self::Failed(anyhow::Error::msg(problem))
+    }
+
+    fn exit_status(&self) -> u8 {
+        match self {
+            Self::OutputClosed => DONE,
+            Self::Refused(refusal) if refusal.is_wrong_use() => WRONG_USE,
+            Self::Refused(_) | Self::Failed(_) | Self::Unreachable(_) | Self::NoMatch => FAILED,
+            Self::WrongUse(_) => WRONG_USE,
+        }
+    }
+
+    /// What went wrong, for people. `None`: there is nothing to say.
+    fn text(&self) -> Option<String> {
+        match self {
+            Self::Refused(refusal) => Some(refusal.text.clone()),
+            Self::Failed(error) | Self::Unreachable(error) => Some(format!("{error:#}")),
+            Self::WrongUse(problem) => Some(problem.clone()),
+            Self::NoMatch | Self::OutputClosed => None,
+        }
+    }
+
+    /// The same in the form of the API's errors. A refusal is as the gateway sent it.
+    fn problem(&self) -> Option<serde_json::Value> {
+        let (code, title) = match self {
+            Self::Refused(refusal) if refusal.body.is_object() => return Some(refusal.body.clone()),
+            Self::Refused(_) | Self::Failed(_) => ("failed", "The command failed"),
+            Self::Unreachable(_) => ("unreachable", "The gateway cannot be reached"),
+            Self::WrongUse(_) => ("wrong_use", "The command line or a setting is wrong"),
+            Self::NoMatch | Self::OutputClosed => return None,
+        };
+        Some(serde_json::json!({
+            "type": format!("urn:seawall:problem:{code}"),
+            "title": title,
+            "code": code,
+            "detail": self.text()?,
+        }))
     }
 }
 
@@ -222,8 +274,16 @@ fn is_unknown(name: &str, known: &[String]) -> bool {
     name.starts_with("SEAWALL_") && !is_for_others && !is_of_kubernetes && !known.iter().any(|one| one == name)
 }
 
-/// One line on standard error; control characters escaped.
-fn complain(problem: &str, status: u8) -> ExitCode {
+/// Writes what went wrong to standard error: one line, control characters escaped, or JSON.
+fn complain(failure: &Failure, as_json: bool) -> ExitCode {
+    let status = ExitCode::from(failure.exit_status());
+    if as_json {
+        if let Some(problem) = failure.problem() {
+            let _ = io::Write::write_all(&mut io::stderr(), table::json(&problem).as_bytes());
+        }
+        return status;
+    }
+    let Some(problem) = failure.text() else { return status };
     let line = problem
         .split('\n')
         .map(str::trim)
@@ -231,7 +291,7 @@ fn complain(problem: &str, status: u8) -> ExitCode {
         .collect::<Vec<_>>()
         .join(" ");
     note(&format!("error: {line}"));
-    ExitCode::from(status)
+    status
 }
 
 /// A line on standard error for people; nothing is left to do where that fails.
@@ -244,28 +304,27 @@ fn note(line: &str) {
     clippy::wildcard_enum_match_arm,
     reason = "every other kind is a mistake, those that clap may add too"
 )]
-fn usage(error: &clap::Error) -> ExitCode {
+fn usage(error: &clap::Error, as_json: bool) -> ExitCode {
     use clap::error::ErrorKind;
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             let _ = error.print();
-            ExitCode::SUCCESS
+            ExitCode::from(DONE)
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             let _ = error.print();
-            ExitCode::from(2)
+            ExitCode::from(WRONG_USE)
         }
-        _ => {
-            let rendered = error.to_string();
-            complain(&mistake(&rendered), 2)
-        }
+        _ => complain(&Failure::WrongUse(mistake(&error.to_string())), as_json),
     }
 }
 
 /// A mistake as clap renders it (what is wrong, tips, the usage, where to find help), as one line.
 fn mistake(rendered: &str) -> String {
     let problem = rendered.split("\n\n").next().unwrap_or_default();
-    let mut line = problem.trim_start_matches("error: ").to_owned();
+    let problem = problem.trim_start_matches("error: ");
+    // The standard library's words.
+    let mut line = problem.replace("invalid digit found in string", "expected a whole number");
     for tip in rendered.lines().filter_map(|line| line.trim().strip_prefix("tip: ")) {
         line.push_str("; ");
         line.push_str(tip);
@@ -329,6 +388,40 @@ mod tests {
         ] {
             assert_eq!(is_unknown(name, &known), expected, "{name}");
         }
+    }
+
+    #[test]
+    fn same_mistake_has_the_same_status_whoever_finds_it() {
+        let refused = |status, body| {
+            let answer = client::Answer { status, body };
+            answer.ok().unwrap_err()
+        };
+        let bad_file = serde_json::json!({"detail": "1 line is wrong", "bad_lines": [{"number": 2, "reason": "x"}]});
+
+        for (failure, status) in [
+            (Failure::WrongUse("--retry-after: expected a time".into()), WRONG_USE),
+            (refused(422, serde_json::json!({"detail": "retry_after: expected 1s or more"})), WRONG_USE),
+            (refused(400, serde_json::json!({"detail": "limit: expected 1 to 1000"})), WRONG_USE),
+            (refused(422, bad_file.clone()), FAILED),
+            (refused(401, serde_json::Value::Null), FAILED),
+            (refused(404, serde_json::json!({"detail": "there is no such device"})), FAILED),
+            (refused(503, serde_json::json!({"detail": "the database does not answer"})), FAILED),
+            (Failure::failed("x"), FAILED),
+            (Failure::NoMatch, FAILED),
+            (Failure::OutputClosed, DONE),
+        ] {
+            assert_eq!(failure.exit_status(), status, "{failure:?}");
+        }
+        assert_eq!(refused(422, bad_file.clone()).problem(), Some(bad_file), "as the gateway sent it");
+    }
+
+    #[test]
+    fn number_that_is_none_is_said_in_words() {
+        let error = Cli::try_parse_from(["seawall", "audit", "--limit", "ten"]).unwrap_err();
+
+        let line = mistake(&error.to_string());
+
+        assert!(line.contains("'ten'") && line.contains("expected a whole number"), "{line}");
     }
 
     #[test]

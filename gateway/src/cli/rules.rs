@@ -222,7 +222,7 @@ pub fn run(ctx: &Context, verb: Rules) -> Result<(), Failure> {
             let answer = ctx
                 .client
                 .send_any(Method::Patch, &path, Some(&with_confirm(body, confirm).into()))?;
-            ctx.show(&confirmed(answer)?, |rule| shown_rules(&json!([rule])))
+            ctx.show(&confirmed(ctx, answer)?, |rule| shown_rules(&json!([rule])))
         }
     }
 }
@@ -293,7 +293,7 @@ fn block(ctx: &Context, body: Map<String, Value>) -> Result<(), Failure> {
         .send(Method::Post, "/api/v1/rules/preview", Some(&asked.into()))
         .unwrap_or_default();
     let answer = ctx.client.send_any(Method::Post, "/api/v1/rules", Some(&body.into()))?;
-    let rule = confirmed(answer)?;
+    let rule = confirmed(ctx, answer)?;
     let mut lines = rule_effect(&rule, &preview);
     lines.push(format!("undo with: seawall rules unblock {}", table::at(&rule, "id")));
     // Where the output goes to a file, perhaps one that the shell made of half a range, the terminal says it.
@@ -307,17 +307,20 @@ fn block(ctx: &Context, body: Map<String, Value>) -> Result<(), Failure> {
 }
 
 /// The rule; where it asks for confirmation, what it would hit and how to confirm.
-fn confirmed(answer: Answer) -> Result<Value, Failure> {
-    if answer.code() == Some("needs_confirmation") {
-        if let Some(preview) = answer.body.get("preview") {
-            note_lines(&shown_preview(preview));
-        }
-        return Err(Failure::failed(format!(
-            "{}; repeat with --confirm if that is meant",
-            answer.refusal()
-        )));
+fn confirmed(ctx: &Context, answer: Answer) -> Result<Value, Failure> {
+    if answer.code() != Some("needs_confirmation") {
+        return answer.ok();
     }
-    answer.ok()
+    let preview = answer.body.get("preview");
+    if let Some(preview) = preview.filter(|_| !ctx.json) {
+        note_lines(&shown_preview(preview));
+    }
+    let why = preview.and_then(|preview| preview.get("confirmation")?.as_str());
+    let text = format!(
+        "{}. Nothing was changed. Add --confirm to do it",
+        why.unwrap_or("the rule would refuse many devices")
+    );
+    Err(answer.refused(text))
 }
 
 fn note_lines(text: &str) {

@@ -71,7 +71,7 @@ fn write(args: &Seed) -> io::Result<()> {
     if metadata.len() > 0 {
         return Err(io::Error::new(
             io::ErrorKind::AlreadyExists,
-            "there are secrets in it already, perhaps: choose another file",
+            "the file is not empty and may hold secrets: choose another file",
         ));
     }
     // An empty file may have been there, with a mode of its own.
@@ -117,9 +117,11 @@ fn register(ctx: &Context, path: &Path) -> Result<(), Failure> {
         ))
     };
     let mut lines = File::open(path)?;
-    match devices::upload(ctx, &mut lines, false).and_then(devices::accepted) {
+    match devices::upload(ctx, &mut lines, false).and_then(|answer| devices::accepted(ctx, answer)) {
         Ok(_) => Ok(()),
-        Err(Failure::Failed(error) | Failure::Unreachable(error)) => Err(unregistered(format!("{error:#}"))),
-        Err(other) => Err(other),
+        Err(failure) => match failure.text() {
+            Some(problem) => Err(unregistered(problem)),
+            None => Err(failure),
+        },
     }
 }

@@ -170,7 +170,8 @@ impl Problem {
     /// 422 with the lines that are wrong: `bad` of them, the first ones named.
     #[must_use]
     pub fn bad_lines(bad: u64, named: Vec<BadLine>) -> Self {
-        let mut problem = Self::invalid(format!("{bad} lines are wrong, so nothing was taken"));
+        let lines = if bad == 1 { "line is" } else { "lines are" };
+        let mut problem = Self::invalid(format!("{bad} {lines} wrong, so nothing was imported"));
         problem.0.bad_lines = Some((bad, named));
         problem
     }

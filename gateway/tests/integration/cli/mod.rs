@@ -15,6 +15,7 @@ mod leave;
 mod log;
 mod secrets;
 mod start;
+mod status;
 mod tls;
 mod verbs;
 

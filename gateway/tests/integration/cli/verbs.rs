@@ -173,7 +173,7 @@ fn rule_that_is_over_already_is_refused_in_words() {
     let gateway = GatewayProcess::start(&[]).unwrap();
     let over = |arguments: &[&str]| {
         let output = run(&mut gateway.operator(&[arguments, &["--expires", "2020-01-01T00:00:00Z"]].concat()));
-        assert_refused(&output.unwrap(), 1, &["expires_at: this time is over"]);
+        assert_refused(&output.unwrap(), 2, &["expires_at: this time is over"]);
     };
 
     over(&["rules", "block", ">=3.8", "--reason", "storms"]);
@@ -197,7 +197,7 @@ fn control_characters_never_reach_the_terminal() {
     let listed = run(&mut gateway.operator(&["tokens", "list"])).unwrap();
     let refused = run(&mut gateway.operator(&["rules", "block", "=1", "--reason", "a\u{1b}[31mb"])).unwrap();
 
-    assert_eq!(refused.status.code(), Some(1));
+    assert_eq!(refused.status.code(), Some(2));
     for output in [created, listed, refused] {
         for bytes in [output.stdout, output.stderr] {
             let text = String::from_utf8(bytes).unwrap();
