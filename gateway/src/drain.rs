@@ -15,6 +15,7 @@ use seawall_proto::{
     close::{Close, Restart},
     drain::{Homecoming, Pacing},
     refusal::{Hint, Peers},
+    time::WallTime,
 };
 use serde::Serialize;
 use tokio::{
@@ -23,7 +24,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{events::Body, sessions::Session, state::Shared};
+use crate::{clock::Clock, events::Body, sessions::Session, state::Shared};
 
 /// Sessions that are told to leave before others have their turn on this worker.
 const CLOSED_AT_ONCE_MAX: usize = 500;
@@ -61,6 +62,10 @@ pub struct DrainStatus {
     pub left: usize,
     /// Sessions closed a second.
     pub rate: f64,
+    /// Sessions when the first was told to leave; `None` before that.
+    pub total: Option<usize>,
+    /// When the last session has been told; `None` without a drain.
+    pub deadline: Option<WallTime>,
 }
 
 /// A drain is under way.
@@ -82,21 +87,29 @@ struct Inner {
     order: Option<Order>,
     is_hurried: bool,
     rate: f64,
+    total: Option<usize>,
+    /// For people: what the drain does goes by monotonic time.
+    deadline: Option<WallTime>,
     /// `None`: no session was told to leave yet.
     homecoming: Option<Homecoming>,
 }
 
+impl Inner {
+    const IDLE: Self = Self {
+        state: DrainState::Idle,
+        order: None,
+        is_hurried: false,
+        rate: 0.0,
+        total: None,
+        deadline: None,
+        homecoming: None,
+    };
+}
+
 impl Default for Drain {
     fn default() -> Self {
-        let inner = Inner {
-            state: DrainState::Idle,
-            order: None,
-            is_hurried: false,
-            rate: 0.0,
-            homecoming: None,
-        };
         Self {
-            inner: Mutex::new(inner),
+            inner: Mutex::new(Inner::IDLE),
             is_draining: AtomicBool::new(false),
             wake: Notify::new(),
         }
@@ -122,9 +135,8 @@ impl Drain {
                 DrainState::Draining
             },
             order: Some(order),
-            is_hurried: false,
-            rate: 0.0,
-            homecoming: None,
+            deadline: Some(Clock::start().wall() + order.deadline),
+            ..Inner::IDLE
         };
         self.is_draining.store(!is_announced, Ordering::Relaxed);
         drop(inner);
@@ -136,13 +148,7 @@ impl Drain {
     pub fn cancel(&self) -> bool {
         let mut inner = self.inner();
         let was_on = inner.state != DrainState::Idle;
-        *inner = Inner {
-            state: DrainState::Idle,
-            order: None,
-            is_hurried: false,
-            rate: 0.0,
-            homecoming: None,
-        };
+        *inner = Inner::IDLE;
         self.is_draining.store(false, Ordering::Relaxed);
         drop(inner);
         self.wake.notify_one();
@@ -181,6 +187,8 @@ impl Drain {
             state: inner.state,
             left: sessions,
             rate: inner.rate,
+            total: inner.total,
+            deadline: inner.deadline,
         }
     }
 
@@ -290,6 +298,7 @@ async fn drain_once(state: &Shared, order: Order, stop: &CancellationToken) {
             return note_cancelled(state);
         }
         inner.rate = pacing.rate_per_second();
+        inner.total = Some(sessions);
         inner.homecoming = Some(pacing.homecoming(sessions, capacity, now));
     }
     state

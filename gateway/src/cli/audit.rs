@@ -1,31 +1,27 @@
 //! `seawall audit`: who changed what, and when.
 
+use std::collections::BTreeMap;
+
 use clap::{Args, Subcommand};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{Context, Failure, client::Method, note, rules, table};
+use super::{Context, Failure, client::Method, rules, table};
 
-/// Lines that one listing shows at most.
+/// Maximum number of lines that one listing shows.
 const LIST_MAX: u64 = 100_000;
-
-const COLUMNS: [(&str, &str); 6] = [
-    ("AT", "at"),
-    ("ACTOR", "actor"),
-    ("ACTION", "action"),
-    ("SUBJECT", "subject"),
-    ("BEFORE", "before"),
-    ("AFTER", "after"),
-];
 
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Audit {
     #[command(subcommand)]
     verb: Option<Verb>,
-    /// Most lines to show
+    /// Maximum number of lines to show
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=LIST_MAX))]
     limit: u64,
-    /// Where to go on, as the list before told
+    /// Show all lines, up to 100,000
+    #[arg(long, conflicts_with = "limit")]
+    all: bool,
+    /// Where to go on, as the previous list says
     #[arg(long)]
     cursor: Option<String>,
 }
@@ -45,12 +41,11 @@ pub fn run(ctx: &Context, args: &Audit) -> Result<(), Failure> {
         return prune(ctx, older_than);
     }
     let query: Vec<_> = args.cursor.iter().map(|cursor| ("cursor", cursor.clone())).collect();
-    let limit = usize::try_from(args.limit).unwrap_or(usize::MAX);
+    let limit = if args.all { LIST_MAX } else { args.limit };
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
     let answer = ctx.client.list("/api/v1/audit", &query, limit)?;
-    ctx.show(&answer, |answer| table::items(answer, &COLUMNS))?;
-    if !ctx.json && !answer["next_cursor"].is_null() {
-        note(&format!("more: --cursor {}", table::at(&answer, "next_cursor")));
-    }
+    ctx.show(&answer, shown)?;
+    ctx.note_next_page(&answer);
     Ok(())
 }
 
@@ -67,4 +62,93 @@ fn prune(ctx: &Context, older_than: &str) -> Result<(), Failure> {
     ctx.show(&json!({ "deleted": deleted }), |_| {
         format!("deleted {deleted} records\n")
     })
+}
+
+fn shown(answer: &Value) -> String {
+    let rows = table::list(answer).iter().map(|line| {
+        let before = line.get("before").unwrap_or(&Value::Null);
+        let after = line.get("after").unwrap_or(&Value::Null);
+        vec![
+            table::at(line, "at"),
+            table::at(line, "actor"),
+            table::at(line, "action"),
+            table::at(line, "subject"),
+            change(before, after),
+        ]
+    });
+    table::table(&["AT", "ACTOR", "ACTION", "SUBJECT", "CHANGE"], rows)
+}
+
+/// The fields that differ: `state=enabled -> disabled`, `tenant=acme` for one that is new, `was tenant=acme` for one that is gone.
+fn change(before: &Value, after: &Value) -> String {
+    let (before, after) = (fields(before), fields(after));
+    let mut names: Vec<&String> = before.keys().chain(after.keys()).collect();
+    names.sort_unstable();
+    names.dedup();
+    let changes: Vec<String> = names
+        .into_iter()
+        .filter_map(|name| match (before.get(name), after.get(name)) {
+            (Some(before), Some(after)) if before == after => None,
+            (Some(before), Some(after)) => Some(format!("{name}={before} -> {after}")),
+            (None, Some(after)) => Some(format!("{name}={after}")),
+            (Some(before), None) => Some(format!("was {name}={before}")),
+            (None, None) => None,
+        })
+        .collect();
+    if changes.is_empty() {
+        "-".to_owned()
+    } else {
+        changes.join(", ")
+    }
+}
+
+/// The fields of an object that have a value, those of objects in it by their path, ready to be shown. Milliseconds since 1970 are
+/// times.
+fn fields(value: &Value) -> BTreeMap<String, String> {
+    let mut shown = BTreeMap::new();
+    let mut pending = vec![(String::new(), value)];
+    while let Some((path, value)) = pending.pop() {
+        match value {
+            Value::Null => {}
+            Value::Object(map) => pending.extend(map.iter().map(|(key, value)| {
+                let key = table::text(key);
+                let path = if path.is_empty() { key } else { format!("{path}.{key}") };
+                (path, value)
+            })),
+            Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => {
+                let (name, text) = match (path.strip_suffix("_ms"), value.as_u64()) {
+                    (Some(name), Some(unix_ms)) if name.ends_with("_at") || name.ends_with("_until") => {
+                        (name.to_owned(), table::time(unix_ms))
+                    }
+                    _ => (path, table::cell(value)),
+                };
+                shown.insert(name, text);
+            }
+        }
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn line_says_what_differs_and_times_are_times() {
+        let old = json!({"state": "enabled", "tenant": "acme", "previous_secret_until_ms": null});
+        let new = json!({"state": "disabled", "tenant": "acme", "previous_secret_until_ms": 1_790_000_000_000_u64});
+
+        assert_eq!(
+            change(&old, &new),
+            "previous_secret_until=2026-09-21T14:13:20Z, state=enabled -> disabled"
+        );
+        assert_eq!(
+            change(&Value::Null, &json!({"match": {"firmware": ">=3"}, "evict": true})),
+            "evict=true, match.firmware=>=3"
+        );
+        assert_eq!(change(&json!({"name": "x"}), &Value::Null), "was name=x");
+        assert_eq!(change(&old, &old), "-");
+    }
 }

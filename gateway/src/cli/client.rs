@@ -333,12 +333,14 @@ impl Client {
         {
             return Err(Failure::failed(reason.to_owned()));
         }
-        if status == 404
-            && body
-                .get("detail")
-                .and_then(Value::as_str)
-                .is_some_and(is_from_device_listener)
-        {
+        let detail = body.get("detail").and_then(Value::as_str);
+        if status == 400 && detail.is_some_and(is_from_tls_listener) {
+            return Err(Failure::Unreachable(anyhow::anyhow!(
+                "{} speaks TLS: set SEAWALL_URL or --url to an address with https://",
+                self.base
+            )));
+        }
+        if status == 404 && detail.is_some_and(is_from_device_listener) {
             return Err(Failure::failed(format!(
                 "{} is the address for devices: set SEAWALL_URL or --url to the address of the API (usually port 8081)",
                 self.base
@@ -368,6 +370,11 @@ fn unreachable(error: &ureq::Error) -> String {
         return "it does not speak TLS: use http://".to_owned();
     }
     text
+}
+
+/// The answer of a listener with TLS to plain HTTP.
+fn is_from_tls_listener(detail: &str) -> bool {
+    detail.starts_with("TLS is spoken here")
 }
 
 /// The device listener's answer to a path that is not for devices.

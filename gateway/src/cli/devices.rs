@@ -77,10 +77,13 @@ pub enum Devices {
         /// enabled, disabled, revoked, online, offline or unknown
         #[arg(long)]
         state: Option<String>,
-        /// Most rows to show
+        /// Maximum number of rows to show
         #[arg(long, default_value_t = 100, value_parser = rows)]
         limit: usize,
-        /// Where to go on, as the list before told
+        /// Show all rows, up to 1,000,000
+        #[arg(long, conflicts_with = "limit")]
+        all: bool,
+        /// Where to go on, as the previous list says
         #[arg(long)]
         cursor: Option<String>,
     },
@@ -141,6 +144,7 @@ pub fn run(common: &Common, verb: Devices) -> Result<(), Failure> {
             firmware,
             state,
             limit,
+            all,
             cursor,
         } => {
             let filters = [
@@ -154,7 +158,7 @@ pub fn run(common: &Common, verb: Devices) -> Result<(), Failure> {
                 .into_iter()
                 .filter_map(|(name, value)| Some((name, value?)))
                 .collect();
-            list(&ctx, &query, limit)
+            list(&ctx, &query, if all { LIST_MAX } else { limit })
         }
         Devices::Show { id } => {
             let device = ctx.client.get(&path(&id), &[])?;
@@ -215,9 +219,7 @@ fn list(ctx: &Context, query: &[(&str, String)], limit: usize) -> Result<(), Fai
     let answer = ctx.client.list("/api/v1/devices", query, limit)?;
     warn_of_memory(&answer);
     ctx.show(&answer, |answer| table::items(answer, &COLUMNS))?;
-    if !ctx.json && !answer["next_cursor"].is_null() {
-        note(&format!("more: --cursor {}", table::at(&answer, "next_cursor")));
-    }
+    ctx.note_next_page(&answer);
     Ok(())
 }
 

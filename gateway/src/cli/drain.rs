@@ -1,7 +1,7 @@
 //! `seawall drain`: send the sessions of a gateway away at a pace.
 
 use clap::Subcommand;
-use serde_json::Map;
+use serde_json::{Map, Value};
 
 use super::{Context, Failure, client::Method, rules, table};
 
@@ -9,10 +9,10 @@ use super::{Context, Failure, client::Method, rules, table};
 pub enum Drain {
     /// Refuse new devices and close sessions at a pace; the gateway goes on running
     Start {
-        /// Sessions to close a second; not given: as the deadline and the other side allow
+        /// Sessions to close per second [default: as many as the cluster can take back, and as the deadline needs]
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
         rate: Option<u32>,
-        /// Time to close them in, as in 10m
+        /// Time in which to close them, as in 10m [default: drain.deadline_seconds]
         #[arg(long, value_name = "SPAN", value_parser = rules::span)]
         deadline: Option<String>,
     },
@@ -52,11 +52,52 @@ pub fn run(ctx: &Context, verb: &Drain) -> Result<(), Failure> {
             }
         }
     };
-    ctx.show(&answer, |drain| {
-        table::facts(&[
-            ("state", table::at(drain, "state")),
-            ("sessions left", table::at(drain, "left")),
-            ("closed a second", table::at(drain, "rate")),
-        ])
-    })
+    ctx.show(&answer, shown)
+}
+
+/// A node that does not drain has nothing else to say.
+fn shown(drain: &Value) -> String {
+    let state = table::at(drain, "state");
+    let left = table::at(drain, "left");
+    if state == "idle" {
+        return table::facts(&[("state", state), ("sessions", left)]);
+    }
+    let eta = drain.get("eta_seconds").and_then(Value::as_f64);
+    let rate = drain.get("rate").and_then(Value::as_f64).filter(|rate| *rate > 0.0);
+    table::facts(&[
+        ("state", state),
+        ("sessions", format!("{left} of {} left", table::at(drain, "total"))),
+        (
+            "rate",
+            rate.map_or_else(|| "-".to_owned(), |rate| format!("{rate:.1} per second")),
+        ),
+        (
+            "time left",
+            eta.map_or_else(|| "-".to_owned(), |eta| format!("about {:.0} s", eta.ceil())),
+        ),
+        ("deadline", table::at(drain, "deadline")),
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn drain_says_how_far_it_is_and_when_it_ends() {
+        let drain = json!({"state": "draining", "left": 150, "total": 200, "rate": 40.0, "eta_seconds": 3.75,
+            "deadline": "2026-11-28T20:11:19.000Z"});
+
+        let shown = shown(&drain);
+
+        for part in ["150 of 200 left", "40.0 per second", "about 4 s", "2026-11-28T20:11:19"] {
+            assert!(shown.contains(part), "{shown}");
+        }
+        assert_eq!(
+            super::shown(&json!({"state": "idle", "left": 199, "rate": 0.0})),
+            "state     idle\nsessions  199\n"
+        );
+    }
 }

@@ -32,7 +32,14 @@ fn shown(answer: &Value) -> String {
         ]
     });
     table::table(
-        &["COHORT", "CONNECTED", "ATTEMPTS", "REPEATS", "LOOK-UPS", "SECONDS"],
+        &[
+            "COHORT",
+            "CONNECTED",
+            "ATTEMPTS SINCE START",
+            "REPEATS",
+            "LOOKUPS",
+            "LOOKUP SECONDS",
+        ],
         rows,
     )
 }

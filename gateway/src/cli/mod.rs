@@ -172,6 +172,38 @@ impl Context {
     ) -> Result<(), Failure> {
         table::print(&if self.json { table::json(answer) } else { people(answer) })
     }
+
+    /// Tells people the command that shows the next page of a list, where there is one.
+    fn note_next_page(&self, answer: &serde_json::Value) {
+        if let (false, Some(cursor)) = (self.json, answer.get("next_cursor").and_then(serde_json::Value::as_str)) {
+            note(&format!("more: {}", next_command(std::env::args().skip(1), cursor)));
+        }
+    }
+}
+
+/// This command line with another cursor, ready for a shell.
+fn next_command(args: impl Iterator<Item = String>, cursor: &str) -> String {
+    let mut words = vec!["seawall".to_owned()];
+    let mut args = args;
+    while let Some(arg) = args.next() {
+        if arg == "--cursor" {
+            args.next();
+        } else if !arg.starts_with("--cursor=") {
+            words.push(quoted(&arg));
+        }
+    }
+    words.extend(["--cursor".to_owned(), quoted(cursor)]);
+    words.join(" ")
+}
+
+/// A word as a POSIX shell reads it.
+fn quoted(word: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./:=@%+,".contains(&byte);
+    if !word.is_empty() && word.bytes().all(is_plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
+    }
 }
 
 /// Why a verb did not do what it was asked.
@@ -400,19 +432,56 @@ mod tests {
 
         for (failure, status) in [
             (Failure::WrongUse("--retry-after: expected a time".into()), WRONG_USE),
-            (refused(422, serde_json::json!({"detail": "retry_after: expected 1s or more"})), WRONG_USE),
-            (refused(400, serde_json::json!({"detail": "limit: expected 1 to 1000"})), WRONG_USE),
+            (
+                refused(422, serde_json::json!({"detail": "retry_after: expected 1s or more"})),
+                WRONG_USE,
+            ),
+            (
+                refused(400, serde_json::json!({"detail": "limit: expected 1 to 1000"})),
+                WRONG_USE,
+            ),
             (refused(422, bad_file.clone()), FAILED),
             (refused(401, serde_json::Value::Null), FAILED),
-            (refused(404, serde_json::json!({"detail": "there is no such device"})), FAILED),
-            (refused(503, serde_json::json!({"detail": "the database does not answer"})), FAILED),
+            (
+                refused(404, serde_json::json!({"detail": "there is no such device"})),
+                FAILED,
+            ),
+            (
+                refused(503, serde_json::json!({"detail": "the database does not answer"})),
+                FAILED,
+            ),
             (Failure::failed("x"), FAILED),
             (Failure::NoMatch, FAILED),
             (Failure::OutputClosed, DONE),
         ] {
             assert_eq!(failure.exit_status(), status, "{failure:?}");
         }
-        assert_eq!(refused(422, bad_file.clone()).problem(), Some(bad_file), "as the gateway sent it");
+        assert_eq!(
+            refused(422, bad_file.clone()).problem(),
+            Some(bad_file),
+            "as the gateway sent it"
+        );
+    }
+
+    #[test]
+    fn next_page_is_a_command_ready_to_paste() {
+        let args = [
+            "devices",
+            "list",
+            "--firmware",
+            ">=3.8",
+            "--cursor",
+            "old",
+            "--tenant",
+            "o'neil",
+        ];
+
+        let command = next_command(args.into_iter().map(str::to_owned), "new");
+
+        assert_eq!(
+            command,
+            r"seawall devices list --firmware '>=3.8' --tenant 'o'\''neil' --cursor new"
+        );
     }
 
     #[test]
@@ -421,7 +490,10 @@ mod tests {
 
         let line = mistake(&error.to_string());
 
-        assert!(line.contains("'ten'") && line.contains("expected a whole number"), "{line}");
+        assert!(
+            line.contains("'ten'") && line.contains("expected a whole number"),
+            "{line}"
+        );
     }
 
     #[test]

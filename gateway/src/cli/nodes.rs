@@ -18,12 +18,9 @@ fn shown(answer: &Value) -> String {
             table::at(node, "version"),
             table::at(node, "ready"),
             table::at(node, "sessions"),
-            format!(
-                "{} of {}, at most {}",
-                table::at(node, "admission.in_flight"),
-                table::at(node, "admission.limit"),
-                table::at(node, "admission.limit_ceiling")
-            ),
+            table::at(node, "admission.in_flight"),
+            table::at(node, "admission.limit"),
+            table::at(node, "admission.limit_ceiling"),
             table::at(node, "admission.limit_reason"),
             table::at(node, "admission.queue"),
             table::at(node, "admission.breaker"),
@@ -34,7 +31,19 @@ fn shown(answer: &Value) -> String {
         ]
     });
     let head = [
-        "NODE", "VERSION", "READY", "SESSIONS", "LOOK-UPS", "LIMIT", "QUEUE", "BREAKER", "DATABASE", "PLAN", "RULES",
+        "NODE",
+        "VERSION",
+        "READY",
+        "SESSIONS",
+        "LOOKUPS IN FLIGHT",
+        "LIMIT",
+        "LIMIT MAX",
+        "LIMIT REASON",
+        "QUEUE",
+        "BREAKER",
+        "DATABASE",
+        "QUERY PLAN",
+        "RULES REVISION",
         "DRAIN",
     ];
     table::table(&head, rows)

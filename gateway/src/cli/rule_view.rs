@@ -158,44 +158,77 @@ pub fn shown_match(rule: &Value) -> String {
     }
 }
 
-/// Figures first, then the versions.
+/// What a rule matches, what it takes to make it, then the versions.
 pub fn shown_preview(preview: &Value) -> String {
-    let figures = preview
-        .as_object()
-        .into_iter()
-        .flatten()
-        .filter(|(_, value)| !value.is_array() && !value.is_object());
-    let mut lines: String = figures
-        .map(|(name, value)| format!("{}: {}\n", name.replace('_', " "), table::cell(value)))
-        .collect();
-    for (name, value) in preview.as_object().into_iter().flatten() {
-        match value {
-            Value::Array(rows) if !rows.is_empty() => {
-                let head: Vec<String> = rows[0]
-                    .as_object()
-                    .into_iter()
-                    .flatten()
-                    .map(|(key, _)| key.clone())
-                    .collect();
-                let names: Vec<&str> = head.iter().map(String::as_str).collect();
-                let cells = rows
-                    .iter()
-                    .map(|row| head.iter().map(|key| table::at(row, key)).collect());
-                lines.push_str(&format!(
-                    "\n{}\n{}",
-                    name.replace('_', " "),
-                    table::table(&names, cells)
-                ));
-            }
-            Value::Object(map) => {
-                lines.push_str(&format!("\n{}\n", name.replace('_', " ")));
-                lines.extend(
-                    map.iter()
-                        .map(|(key, value)| format!("  {}: {}\n", table::text(key), table::cell(value))),
-                );
-            }
-            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => {}
+    let number = |key: &str| preview.get(key).and_then(Value::as_u64).unwrap_or_default();
+    let mut lines = format!(
+        "matches {} of {} connected devices, and {} of {} seen within a day ({})\n",
+        number("connected"),
+        number("connected_total"),
+        number("known"),
+        number("known_total"),
+        match number("nodes") {
+            1 => "1 node".to_owned(),
+            nodes => format!("{nodes} nodes"),
         }
+    );
+    if number("unlisted") > 0 {
+        lines.push_str(&format!(
+            "{} connected devices have versions that this node does not know: they may match too\n",
+            number("unlisted")
+        ));
+    }
+    if preview.get("needs_confirmation").and_then(Value::as_bool) == Some(true) {
+        lines.push_str(&format!("needs --confirm: {}\n", table::at(preview, "confirmation")));
+    }
+    let rate = preview.get("evictions_per_second").and_then(Value::as_f64);
+    if let Some(rate) = rate.filter(|rate| *rate > 0.0 && number("connected") > 0) {
+        lines.push_str(&format!(
+            "with --evict: sessions are closed at {rate:.0} per second on each node, in about {:.0} s\n",
+            (number("connected") as f64 / rate).ceil()
+        ));
+    }
+    let versions = preview.get("by_version").map(table::list).unwrap_or_default();
+    if !versions.is_empty() {
+        let columns = [
+            ("FIRMWARE", "firmware"),
+            ("CONNECTED", "connected"),
+            ("SEEN WITHIN A DAY", "known"),
+        ];
+        lines.push_str(&format!("\n{}", table::items(&preview["by_version"], &columns)));
+    }
+    if number("other_versions") > 0 {
+        lines.push_str(&format!("{} devices have other versions\n", number("other_versions")));
     }
     lines
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn preview_is_a_summary_and_a_table_in_the_order_that_people_read() {
+        let mut preview = json!({
+            "connected": 30, "connected_total": 100, "known": 45, "known_total": 120, "registered": 500, "nodes": 2,
+            "unconfirmed_rules": 0, "unlisted": 0, "needs_confirmation": false, "evictions_per_second": 20.0,
+            "by_version": [{"firmware": "3.8.0-b3", "connected": 30, "known": 45}], "other_versions": 0,
+        });
+
+        let shown = shown_preview(&preview);
+
+        assert_eq!(
+            shown,
+            "matches 30 of 100 connected devices, and 45 of 120 seen within a day (2 nodes)\n\
+             with --evict: sessions are closed at 20 per second on each node, in about 2 s\n\
+             \n\
+             FIRMWARE  CONNECTED  SEEN WITHIN A DAY\n\
+             3.8.0-b3  30         45\n"
+        );
+        preview["needs_confirmation"] = true.into();
+        preview["confirmation"] = "the rule would refuse 30 of 40 devices".into();
+        assert!(shown_preview(&preview).contains("needs --confirm: the rule would refuse 30 of 40 devices\n"));
+    }
 }

@@ -46,13 +46,23 @@ pub fn at(value: &Value, path: &str) -> String {
         .try_fold(value, |value, key| value.get(key))
         .unwrap_or(&Value::Null);
     match found.as_u64() {
-        Some(unix_ms) if is_time(path) => UNIX_EPOCH.checked_add(Duration::from_millis(unix_ms)).map_or_else(
-            || unix_ms.to_string(),
-            |time| humantime::format_rfc3339_seconds(time).to_string(),
-        ),
+        Some(unix_ms) if is_time(path) => time(unix_ms),
         Some(_) | None => cell(found),
     }
 }
+
+/// RFC 3339 of milliseconds since 1970. A number that is too great for that stays as it is.
+pub fn time(unix_ms: u64) -> String {
+    UNIX_EPOCH
+        .checked_add(Duration::from_millis(unix_ms.min(YEAR_9999_UNIX_MS)))
+        .map_or_else(
+            || unix_ms.to_string(),
+            |time| humantime::format_rfc3339_seconds(time).to_string(),
+        )
+}
+
+/// End of the year 9999, the last that RFC 3339 has.
+const YEAR_9999_UNIX_MS: u64 = 253_402_300_799_000;
 
 fn is_time(path: &str) -> bool {
     let key = path.rsplit('.').next().unwrap_or(path);

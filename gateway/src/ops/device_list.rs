@@ -202,9 +202,7 @@ async fn remembered(api: &Arc<Api>, request: &ListRequest) -> Result<DevicePage,
 async fn seen_from(api: &Arc<Api>, request: &ListRequest) -> Result<(Arc<[DeviceId]>, usize), Problem> {
     let is_further = request.first.is_some();
     let ids = seen_devices(api, &request.wanted, request.firmware.clone(), is_further).await?;
-    let start = request
-        .first
-        .map_or(0, |first| ids.partition_point(|id| *id < first));
+    let start = request.first.map_or(0, |first| ids.partition_point(|id| *id < first));
     Ok((ids, start))
 }
 

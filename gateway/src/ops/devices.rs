@@ -134,7 +134,10 @@ impl Device {
         let last = record.and_then(|record| record.identity);
         let (tenant, cohort) = match &session {
             Some(session) => (Some(&session.info.tenant), Some(&session.info.cohort)),
-            None => (last.as_ref().map(|last| &last.tenant), last.as_ref().map(|last| &last.cohort)),
+            None => (
+                last.as_ref().map(|last| &last.tenant),
+                last.as_ref().map(|last| &last.cohort),
+            ),
         };
         let label = |text: &str| Label::parse(text).ok().flatten();
         Some(Self {

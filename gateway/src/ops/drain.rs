@@ -17,6 +17,7 @@ use super::{
 };
 use crate::{
     drain::{AlreadyDraining, DrainState, Order},
+    events::format_time,
     state::State as Gateway,
     store::Change,
 };
@@ -38,8 +39,14 @@ pub struct DrainView {
     state: &'static str,
     /// Sessions that are still here.
     left: usize,
-    /// Sessions closed a second.
+    /// Sessions closed a second; 0 before the first is told to leave.
     rate: f64,
+    /// Sessions when the first was told to leave; null before that.
+    total: Option<usize>,
+    /// When the last session has been told to leave, RFC 3339. Null without a drain.
+    deadline: Option<String>,
+    /// Time until the last session is told to leave at this rate, in seconds; null before the first is.
+    eta_seconds: Option<f64>,
 }
 
 impl DrainView {
@@ -54,6 +61,9 @@ impl DrainView {
             },
             left: status.left,
             rate: status.rate,
+            total: status.total,
+            deadline: status.deadline.map(format_time),
+            eta_seconds: (status.rate > 0.0).then(|| status.left as f64 / status.rate),
         }
     }
 }

@@ -12,8 +12,16 @@ fn value_that_is_not_allowed_is_wrong_use_whoever_finds_it() {
     let gateway = GatewayProcess::start(&[]).unwrap();
     let refused = |args: &[&str]| run(&mut gateway.operator(args)).unwrap();
 
-    assert_refused(&refused(&["rules", "block", "=1", "--retry-after", "15"]), 2, &["--retry-after"]);
-    assert_refused(&refused(&["rules", "block", "=1", "--retry-after", "0s"]), 2, &["retry_after"]);
+    assert_refused(
+        &refused(&["rules", "block", "=1", "--retry-after", "15"]),
+        2,
+        &["--retry-after"],
+    );
+    assert_refused(
+        &refused(&["rules", "block", "=1", "--retry-after", "0s"]),
+        2,
+        &["retry_after"],
+    );
     assert_refused(&refused(&["log-level", "verbose"]), 2, &["level"]);
     assert_refused(&refused(&["events", "--after", "abc"]), 2, &["--after", "whole number"]);
     assert_refused(&refused(&["audit", "--cursor", "abc"]), 2, &["cursor"]);
@@ -36,11 +44,20 @@ fn errors_are_json_where_json_is_asked_for() {
     assert_eq!(import.status.code(), Some(1));
     let problem = error(&import);
     assert_eq!((&problem["status"], &problem["code"]), (&422.into(), &"invalid".into()));
-    assert_eq!((&problem["bad"], &problem["bad_lines"][0]["number"]), (&1.into(), &2.into()));
-    assert!(problem["detail"].as_str().unwrap().contains("1 line is wrong"), "{problem}");
+    assert_eq!(
+        (&problem["bad"], &problem["bad_lines"][0]["number"]),
+        (&1.into(), &2.into())
+    );
+    assert!(
+        problem["detail"].as_str().unwrap().contains("1 line is wrong"),
+        "{problem}"
+    );
     assert_eq!(usage.status.code(), Some(2));
     assert!(error(&usage)["detail"].as_str().unwrap().contains("'rules'"));
-    assert_eq!((away.status.code(), &error(&away)["code"]), (Some(1), &"unreachable".into()));
+    assert_eq!(
+        (away.status.code(), &error(&away)["code"]),
+        (Some(1), &"unreachable".into())
+    );
 }
 
 #[test]

@@ -130,7 +130,12 @@ fn devices_come_from_memory_while_the_database_does_not_answer() {
     let ids = |query: &str| -> Vec<String> {
         let list = list(query);
         assert_eq!(list["source"], "memory", "{list}");
-        list["items"].as_array().unwrap().iter().map(|device| text(&device["id"])).collect()
+        list["items"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|device| text(&device["id"]))
+            .collect()
     };
     let mut remembered = vec![online.clone(), offline.clone()];
     remembered.sort();
@@ -151,13 +156,22 @@ fn devices_come_from_memory_while_the_database_does_not_answer() {
     assert_eq!(ids(&format!("?limit=1&cursor={cursor}")), vec![cursor]);
     let shown = gateway.get(&format!("/api/v1/devices/{online}")).json();
     assert_eq!(
-        (&shown["source"], &shown["presence"]["state"], &shown["firmware"], &shown["state"]),
+        (
+            &shown["source"],
+            &shown["presence"]["state"],
+            &shown["firmware"],
+            &shown["state"]
+        ),
         (&json!("memory"), &json!("online"), &json!("3.8.0-b2"), &Value::Null)
     );
     assert_eq!(shown["attempts"][0]["outcome"], "admitted");
     for registry_only in ["?state=enabled", "?state=unknown", &format!("/{never_seen}")] {
         let answer = gateway.get(&format!("/api/v1/devices{registry_only}"));
-        assert_eq!(answer.problem(), (503, "database_unavailable".into()), "{registry_only}");
+        assert_eq!(
+            answer.problem(),
+            (503, "database_unavailable".into()),
+            "{registry_only}"
+        );
     }
 
     cluster.restart().unwrap();
