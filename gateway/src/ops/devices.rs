@@ -1,6 +1,9 @@
 //! `/devices`: the registry of devices, and what each does now. The list is in [`super::device_list`].
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use axum::{
     Json,
@@ -415,6 +418,8 @@ pub struct NewSecret {
     secret: String,
     /// Until then the old secret is valid, too; null where it ended at once. RFC 3339.
     previous_secret_until: Option<String>,
+    /// End of an earlier rotation's overlap that was still running, RFC 3339. The secret before the old one ended now instead.
+    ended_overlap_until: Option<String>,
 }
 
 /// Give a device a new secret; the old one stays valid for `overlap`
@@ -447,8 +452,17 @@ async fn rotate_secret(
     } else {
         Leaves::Row
     };
+    let ended_overlap = Arc::new(OnceLock::new());
+    let ended = Arc::clone(&ended_overlap);
     let row = carry_out(&api, id, leaves, async move {
-        store.device_rotate(id, rotation, &audit).await
+        let rotated = store.device_rotate(id, rotation, &audit).await?;
+        Ok(rotated.map(|rotated| {
+            if let Some(until) = rotated.ended_overlap {
+                // Set once.
+                let _ = ended.set(until);
+            }
+            rotated.row
+        }))
     })
     .await?;
     let previous_secret_until = row.record.previous_secret.map(|(_, until)| format_time(until));
@@ -458,6 +472,7 @@ async fn rotate_secret(
             id,
             secret,
             previous_secret_until,
+            ended_overlap_until: ended_overlap.get().map(|until| format_time(*until)),
         }),
     ))
 }

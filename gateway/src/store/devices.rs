@@ -13,8 +13,8 @@ use super::{
     error::StoreError,
     failures::Operation,
     model::{
-        Audit, DEFAULT_TENANT, DeviceChange, DeviceFilter, DeviceRow, NewDevice, PAGE_MAX, Page, Rotation, from_ms,
-        to_ms,
+        Audit, DEFAULT_TENANT, DeviceChange, DeviceFilter, DeviceRow, NewDevice, PAGE_MAX, Page, Rotated, Rotation,
+        from_ms, to_ms,
     },
     revocations,
 };
@@ -261,7 +261,8 @@ impl Store {
         .await
     }
 
-    /// Gives a device a new credential, lets the old one go after the overlap, and revokes the resume tokens. `Ok(None)`: there is no such device.
+    /// Gives a device a new credential, lets the old one go after the overlap, and revokes the resume tokens. A credential from
+    /// before the old one ends at once. `Ok(None)`: there is no such device.
     ///
     /// # Errors
     /// As [`Store::device_update`].
@@ -271,13 +272,17 @@ impl Store {
         id: DeviceId,
         rotation: Rotation,
         audit: &Audit,
-    ) -> Result<Option<DeviceRow>, StoreError> {
-        self.device_replace(id, audit, |device| {
+    ) -> Result<Option<Rotated>, StoreError> {
+        let mut ended_overlap = None;
+        let row = self.device_replace(id, audit, |device| {
+            let running = device.previous_secret.as_ref().map(|(_, until)| *until);
+            ended_overlap = running.filter(|until| audit.at < *until);
             let valid_until = audit.at + rotation.overlap;
             device.previous_secret = (!rotation.overlap.is_zero()).then_some((device.secret, valid_until));
             device.secret = rotation.secret;
-        })
-        .await
+        });
+        let row = row.await?;
+        Ok(row.map(|row| Rotated { row, ended_overlap }))
     }
 
     /// Forgets a device, and revokes its resume tokens. `Ok(None)`: there was none.

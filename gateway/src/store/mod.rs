@@ -45,7 +45,7 @@ pub use self::{
     migrations::SCHEMA_VERSION,
     model::{
         Audit, AuditRecord, DEFAULT_TENANT, DeviceChange, DeviceFilter, DeviceRow, NewDevice, NewToken, PAGE_MAX, Page,
-        Role, Rotation, TokenRow, UNKNOWN_ROLE,
+        Role, Rotated, Rotation, TokenRow, UNKNOWN_ROLE,
     },
     plan::PlanReport,
     revocations::StoredRevocations,

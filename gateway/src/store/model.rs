@@ -106,6 +106,14 @@ pub struct Rotation {
     pub overlap: Duration,
 }
 
+/// A device with a new credential.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rotated {
+    pub row: DeviceRow,
+    /// End of an earlier rotation's overlap, which was still running: its credential ended with this one.
+    pub ended_overlap: Option<WallTime>,
+}
+
 /// What a token's bearer may do. Each role may do what the ones before it may.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]

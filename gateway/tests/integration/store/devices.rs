@@ -129,6 +129,8 @@ async fn rotation_keeps_the_old_secret_for_the_overlap(fixture: &Fixture) {
         .await
         .unwrap()
         .unwrap();
+    assert_eq!(first.ended_overlap, None);
+    let first = first.row;
     assert_eq!(first.record.secret, SecretHash::of(b"first"));
     assert_eq!(
         first.record.previous_secret,
@@ -142,8 +144,9 @@ async fn rotation_keeps_the_old_secret_for_the_overlap(fixture: &Fixture) {
         .await
         .unwrap()
         .unwrap();
-    assert_eq!(second.record.previous_secret, None);
-    assert_eq!(store.device(device(1)).await.unwrap(), Some(second));
+    assert_eq!(second.ended_overlap, Some(WallTime::from_unix_ms(61_000)));
+    assert_eq!(second.row.record.previous_secret, None);
+    assert_eq!(store.device(device(1)).await.unwrap(), Some(second.row));
 }
 
 async fn deleted_device_is_gone(fixture: &Fixture) {
