@@ -10,6 +10,9 @@ use super::{Context, Failure, client::Method, rules, table};
 /// Maximum number of lines that one listing shows.
 const LIST_MAX: u64 = 100_000;
 
+/// Characters of a token's id that are shown.
+const ID_END_LEN: usize = 8;
+
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Audit {
@@ -70,13 +73,25 @@ fn shown(answer: &Value) -> String {
         let after = line.get("after").unwrap_or(&Value::Null);
         vec![
             table::at(line, "at"),
-            table::at(line, "actor"),
+            actor(line),
             table::at(line, "action"),
             table::at(line, "subject"),
             change(before, after),
         ]
     });
     table::table(&["AT", "ACTOR", "ACTION", "SUBJECT", "CHANGE"], rows)
+}
+
+/// Name of the token, with the end of its id, by which `tokens revoke` finds it.
+fn actor(line: &Value) -> String {
+    let name = table::at(line, "actor");
+    match line.get("actor_id").and_then(Value::as_str) {
+        Some(id) => format!(
+            "{name} (…{})",
+            table::text(id.get(id.len().saturating_sub(ID_END_LEN)..).unwrap_or(id))
+        ),
+        None => name,
+    }
 }
 
 /// The fields that differ: `state=enabled -> disabled`, `tenant=acme` for one that is new, `was tenant=acme` for one that is gone.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
+use uuid::Uuid;
 
 use super::{
     Api,
@@ -17,8 +18,11 @@ use super::{
 };
 use crate::{
     events::format_time,
-    store::{AUDIT_PRUNE_MAX, AuditRecord},
+    store::{AUDIT_PRUNE_MAX, AuditRecord, TokenRow},
 };
+
+/// Time within which a revoked token ends on every node.
+const REVOKED_WITHIN: Duration = Duration::from_secs(5);
 
 /// Minimum age of records that can be deleted: whoever misuses a token must not remove the traces at once.
 const PRUNE_AGE_MIN: Duration = Duration::from_hours(24);
@@ -38,6 +42,8 @@ pub struct AuditLine {
     at: String,
     /// Name of the token.
     actor: String,
+    /// Id of the token. Null for the admin token, for the gateway itself, and where it is not known any more.
+    actor_id: Option<Uuid>,
     /// `device.create`, `rule.delete`, `drain.start`, …
     action: String,
     /// What was changed: an id, or a word for what has none.
@@ -48,10 +54,11 @@ pub struct AuditLine {
     after: Option<Value>,
 }
 
-impl From<AuditRecord> for AuditLine {
-    fn from(record: AuditRecord) -> Self {
+impl AuditLine {
+    fn of(record: AuditRecord, tokens: &[TokenRow]) -> Self {
         Self {
             seq: record.seq,
+            actor_id: actor_id(&record.actor, record.at, tokens),
             at: format_time(record.at),
             actor: record.actor,
             action: record.action,
@@ -59,6 +66,18 @@ impl From<AuditRecord> for AuditLine {
             before: record.before,
             after: record.after,
         }
+    }
+}
+
+/// The one token that had this name at that time.
+fn actor_id(name: &str, at: WallTime, tokens: &[TokenRow]) -> Option<Uuid> {
+    let mut valid = tokens.iter().filter(|token| {
+        let is_over = token.revoked_at.is_some_and(|end| end + REVOKED_WITHIN < at);
+        token.name == name && token.created_at <= at && !is_over
+    });
+    match (valid.next(), valid.next()) {
+        (Some(token), None) => Some(token.id),
+        (None, _) | (Some(_), Some(_)) => None,
     }
 }
 
@@ -76,8 +95,13 @@ async fn list_audit(
     Params(params): Params<PageParams>,
 ) -> Result<Json<Page<AuditLine>>, Problem> {
     let page = api.state.store.audit_page(params.cursor()?, params.limit()?).await?;
+    let tokens = api.state.store.tokens().await?;
     Ok(Json(Page {
-        items: page.items.into_iter().map(AuditLine::from).collect(),
+        items: page
+            .items
+            .into_iter()
+            .map(|record| AuditLine::of(record, &tokens))
+            .collect(),
         next_cursor: page.next_cursor.map(|seq| seq.to_string()),
     }))
 }
@@ -127,4 +151,35 @@ async fn prune_audit(
         deleted,
         more: deleted == u64::from(AUDIT_PRUNE_MAX),
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use seawall_proto::id::SecretHash;
+
+    use super::*;
+
+    #[test]
+    fn actor_is_the_one_token_that_had_the_name_then() {
+        let token = |id, name: &str, created, revoked: Option<u64>| TokenRow {
+            id: Uuid::from_u128(id),
+            name: name.to_owned(),
+            role: None,
+            sha256: SecretHash::of(b""),
+            created_at: WallTime::from_unix_ms(created),
+            revoked_at: revoked.map(WallTime::from_unix_ms),
+        };
+        let tokens = [
+            token(1, "ci", 10, Some(1_000)),
+            token(2, "ci", 20_000, None),
+            token(3, "twin", 10, None),
+            token(4, "twin", 10, None),
+        ];
+        let actor = |name, at| actor_id(name, WallTime::from_unix_ms(at), &tokens).map(|id| id.as_u128());
+
+        assert_eq!((actor("ci", 500), actor("ci", 30_000)), (Some(1), Some(2)));
+        assert_eq!(actor("ci", 5_000), Some(1), "another node had not heard of its end");
+        assert_eq!(actor("ci", 10_000), None);
+        assert_eq!((actor("twin", 500), actor("admin.token", 500)), (None, None));
+    }
 }

@@ -63,7 +63,7 @@ impl From<&TokenRow> for TokenView {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewTokenBody {
-    /// Whose it is, or what for: 1 to 64 bytes of printable ASCII. The audit log names it.
+    /// Whose it is, or what for: 1 to 64 bytes of printable ASCII, and not the name of another valid token. The audit log names it.
     name: String,
     #[schema(value_type = String, pattern = "^(viewer|operator|admin)$")]
     role: Role,
@@ -102,6 +102,7 @@ async fn list_tokens(
     post, path = "/api/v1/tokens", tag = "tokens", request_body = NewTokenBody,
     responses(
         (status = 201, description = "Valid on this node now, on others within 5 s", body = CreatedToken),
+        (status = 409, description = "A valid token has this name, or there are too many", body = ProblemBody, content_type = "application/problem+json"),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]

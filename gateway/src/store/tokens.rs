@@ -25,6 +25,9 @@ const ALL: Sql = Sql::both(
 
 const COUNT: Sql = Sql::both("SELECT count(*) AS count FROM tokens WHERE revoked_at IS NULL");
 
+/// Reads the whole table, which is small.
+const NAMED: Sql = Sql::both("SELECT id FROM tokens WHERE name = $1 AND revoked_at IS NULL LIMIT 1");
+
 const INSERT: Sql = Sql::both("INSERT INTO tokens (id, name, role, sha256, created_at) VALUES ($1, $2, $3, $4, $5)");
 
 /// Index: tokens' primary key.
@@ -52,7 +55,7 @@ impl Store {
     /// Adds a token.
     ///
     /// # Errors
-    /// [`StoreError::Conflict`] beyond [`TOKENS_MAX`]. The database is away or full.
+    /// [`StoreError::Conflict`] beyond [`TOKENS_MAX`], or where a valid token has the name. The database is away or full.
     #[tracing::instrument(name = "db.tokens.insert", level = "debug", skip_all)]
     pub async fn token_insert(&self, new: &NewToken, audit: &Audit) -> Result<TokenRow, StoreError> {
         self.bounded(Operation::Write, async {
@@ -69,6 +72,13 @@ impl Store {
                 held.rollback().await?;
                 return Err(StoreError::Conflict(format!(
                     "there are {TOKENS_MAX} tokens already: revoke some first"
+                )));
+            }
+            if let Some(other) = held.first(NAMED, &[Value::from(new.name.as_str())]).await? {
+                let other = other.uuid("id")?;
+                held.rollback().await?;
+                return Err(StoreError::Conflict(format!(
+                    "token {other} has this name: choose another one, or revoke that token first"
                 )));
             }
             let values = [

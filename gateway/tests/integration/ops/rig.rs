@@ -162,7 +162,7 @@ impl Gateway {
         self.call_as(&self.admin, "DELETE", path, None)
     }
 
-    /// A token of this role.
+    /// A token of this role, made once for each role.
     pub fn token(&self, role: &str) -> String {
         let answer = self.post("/api/v1/tokens", json!({"name": format!("test {role}"), "role": role}));
         assert_eq!(answer.status, 201, "{answer:?}");
