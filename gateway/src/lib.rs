@@ -2,6 +2,7 @@
 
 pub mod address;
 mod ageing;
+pub mod alarms;
 pub mod capacity;
 pub mod census;
 pub mod cli;

@@ -11,7 +11,9 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
-    ageing, capacity, census,
+    ageing,
+    alarms::Alarms,
+    capacity, census,
     clock::Clock,
     cohorts::Cohorts,
     config::{Config, ConfigError},
@@ -206,6 +208,7 @@ async fn start_with(config: Config, life: &Lifecycle) -> Result<Running, StartEr
         cohorts: Cohorts::new(),
         history: History::default(),
         events: Events::new(started),
+        alarms: Alarms::default(),
         drain: drain::Drain::default(),
         metrics,
         tokens,

@@ -12,6 +12,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::{
+    alarms::{Alarms, NODE},
     clock::Clock,
     cohorts::Cohorts,
     config::Config,
@@ -54,6 +55,7 @@ pub struct State {
     pub cohorts: Cohorts,
     pub history: History,
     pub events: Events,
+    pub alarms: Alarms,
     pub drain: Drain,
     pub metrics: Arc<Metrics>,
     pub tokens: Tokens,
@@ -213,7 +215,17 @@ impl State {
 
     /// Tells operators of something to look at, or of its end.
     pub fn alarm(&self, alarm: &'static str, raised: bool, detail: impl Into<String>) {
+        self.alarm_about(alarm, NODE, raised, detail);
+    }
+
+    /// The same about a part of the node.
+    pub fn alarm_about(&self, alarm: &'static str, subject: &str, raised: bool, detail: impl Into<String>) {
         let detail = detail.into();
+        if raised {
+            self.alarms.raise(alarm, subject, &detail, self.clock.wall());
+        } else {
+            self.alarms.end(alarm, subject);
+        }
         if raised {
             tracing::error!(alarm, detail, "alarm raised");
         } else {

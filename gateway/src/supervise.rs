@@ -80,14 +80,14 @@ impl State {
                 "the task {name:?} panicked: a bug, please report it with the log; it is started again in {} s",
                 pause.as_secs()
             );
-            self.alarm(TASK_ALARM, true, detail);
+            self.alarm_about(TASK_ALARM, name, true, detail);
         }
     }
 
     fn note_steady_task(&self, name: &'static str) {
         let was_failing = self.panics.failing().remove(name);
         if was_failing {
-            self.alarm(TASK_ALARM, false, format!("the task {name:?} runs again"));
+            self.alarm_about(TASK_ALARM, name, false, format!("the task {name:?} runs again"));
         }
     }
 }

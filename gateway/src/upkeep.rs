@@ -199,17 +199,28 @@ fn watch_costs(state: &Shared, had_costly: &mut bool) {
         }
         let name = cohort.name();
         match found {
-            Some(costly) => state.alarm(
+            Some(costly) => state.alarm_about(
                 COSTLY_ALARM,
+                &name,
                 true,
                 format!(
                     "look-ups of {name} take {:.1} ms a device, several times what the others' take: they are sent apart, one statement at a time. Block the version if it is a bad one",
                     costly.per_key.as_secs_f64() * 1e3
                 ),
             ),
-            None => state.alarm(COSTLY_ALARM, false, format!("look-ups of {name} are sent with the others' again")),
+            None => state.alarm_about(
+                COSTLY_ALARM,
+                &name,
+                false,
+                format!("look-ups of {name} are sent with the others' again"),
+            ),
         }
     }
+    // A version that nobody has any more has no row.
+    let rows = state.cohorts.rows();
+    state.alarms.retain(COSTLY_ALARM, |subject| {
+        rows.iter().any(|cohort| cohort.is_costly() && cohort.name() == subject)
+    });
 }
 
 /// Tells operators that devices share an id: one replaces the other, and neither is online for long.

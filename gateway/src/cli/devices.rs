@@ -17,7 +17,8 @@ use serde_json::{Map, Value, json};
 use super::{
     Common, Context, Failure,
     client::{Answer, MEMORY, Method},
-    note, rules, seed, table,
+    device_change::{self, Ids},
+    device_export, note, rules, seed, table,
 };
 
 /// Rows that one listing shows at most.
@@ -57,6 +58,12 @@ impl FromStr for Name {
     }
 }
 
+impl Name {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -67,14 +74,16 @@ impl fmt::Display for Name {
 pub enum Devices {
     /// Registered devices
     List {
+        /// Only devices of this tenant
         #[arg(long)]
         tenant: Option<String>,
+        /// Only devices of this model
         #[arg(long)]
         model: Option<String>,
         /// Only devices that connected last with a version of this range, as in '>=3.8.0-b3'
         #[arg(long)]
         firmware: Option<String>,
-        /// enabled, disabled, revoked, online, offline or unknown
+        /// Only devices in this state: enabled, disabled, revoked, online, offline or unknown
         #[arg(long)]
         state: Option<String>,
         /// Maximum number of rows to show
@@ -88,13 +97,29 @@ pub enum Devices {
         cursor: Option<String>,
     },
     /// One device, with its last connection attempts
-    Show { id: Name },
+    Show {
+        /// Id of the device
+        id: Name,
+    },
     /// Register a device; its secret is shown this once
     Add {
-        /// Its id; not given: a random one
+        /// Id of the device [default: random]
         id: Option<Name>,
+        /// Tenant of the device [default: default]
         #[arg(long)]
         tenant: Option<String>,
+        /// Model of the device [default: none]
+        #[arg(long)]
+        model: Option<String>,
+    },
+    /// Change the tenant or the model of a device; a live session keeps the old ones
+    Update {
+        /// Id of the device
+        id: Name,
+        /// New tenant
+        #[arg(long)]
+        tenant: Option<String>,
+        /// New model; empty: none
         #[arg(long)]
         model: Option<String>,
     },
@@ -108,25 +133,52 @@ pub enum Devices {
     },
     /// Make devices with random secrets: written to a file for `devices import` and firmware-sim, and registered where a gateway answers
     Seed(seed::Seed),
-    /// Let a disabled device connect again
-    Enable { id: Name },
-    /// Refuse a device from now on, and close its session
-    Disable { id: Name },
+    /// Write all registered devices as CSV, without secrets: a list for reports, not a backup
+    Export(device_export::Export),
+    /// Let disabled devices connect again
+    Enable {
+        #[command(flatten)]
+        ids: Ids,
+        /// Enable devices that are revoked, too
+        #[arg(long)]
+        revoked: bool,
+    },
+    /// Refuse devices for now, and close their sessions; they try again every 15 to 30 minutes
+    Disable {
+        #[command(flatten)]
+        ids: Ids,
+    },
+    /// Refuse devices for good, and close their sessions; they do not try again by themselves
+    Revoke {
+        #[command(flatten)]
+        ids: Ids,
+    },
     /// Give a device a new secret, which is shown this once
     Rotate {
+        /// Id of the device
         id: Name,
-        /// How long the old secret stays valid, as in 24h
+        /// How long the old secret stays valid, as in 24h [default: it ends at once, and so does the device's session]
         #[arg(long, value_name = "SPAN", value_parser = rules::span)]
         overlap: Option<String>,
     },
-    /// Remove a device from the registry
-    Delete { id: Name },
-    /// Close a device's session; it comes back
-    Disconnect { id: Name },
+    /// Remove devices from the registry, and close their sessions; asks first on a terminal
+    Delete {
+        #[command(flatten)]
+        ids: Ids,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Close the sessions of devices; the devices reconnect
+    Disconnect {
+        #[command(flatten)]
+        ids: Ids,
+    },
     /// Send a device a message
     Send {
+        /// Id of the device
         id: Name,
-        /// JSON; what is no JSON is sent as a text
+        /// JSON; anything else is sent as a text
         #[arg(required_unless_present = "binary")]
         payload: Option<String>,
         /// A file to send as one binary frame of a plain session; `-`: standard input
@@ -168,30 +220,26 @@ pub fn run(common: &Common, verb: Devices) -> Result<(), Failure> {
         Devices::Add { id, tenant, model } => add(&ctx, id.as_ref(), tenant, model),
         Devices::Import { file, update } => import(&ctx, &file, update),
         Devices::Seed(args) => seed::run(&ctx, &args),
-        Devices::Enable { id } => change(&ctx, &id, "enabled"),
-        Devices::Disable { id } => change(&ctx, &id, "disabled"),
+        Devices::Update { id, tenant, model } => update(&ctx, &id, tenant, model),
+        Devices::Export(args) => device_export::run(&ctx, &args),
+        Devices::Enable { ids, revoked } => device_change::set_state(&ctx, ids, "enabled", revoked),
+        Devices::Disable { ids } => device_change::set_state(&ctx, ids, "disabled", false),
+        Devices::Revoke { ids } => device_change::set_state(&ctx, ids, "revoked", false),
         Devices::Rotate { id, overlap } => {
             let body = overlap.map_or_else(|| json!({}), |overlap| json!({"overlap": overlap}));
             let answer = ctx
                 .client
                 .send(Method::Post, &format!("{}/secret", path(&id)), Some(&body))?;
-            ctx.show(&answer, |answer| shown_secret(&id.to_string(), answer))
+            ctx.show(&answer, |answer| shown_rotation(&id, answer))
         }
-        Devices::Delete { id } => {
-            ctx.client.send(Method::Delete, &path(&id), None)?;
-            ctx.show(&json!({ "deleted": id.to_string() }), |_| format!("deleted {id}\n"))
-        }
-        Devices::Disconnect { id } => {
-            let answer = ctx
-                .client
-                .send(Method::Post, &format!("{}/disconnect", path(&id)), None)?;
-            ctx.show(&answer, |_| format!("disconnected {id}\n"))
-        }
+        Devices::Delete { ids, yes } => device_change::delete(&ctx, ids, yes),
+        Devices::Disconnect { ids } => device_change::disconnect(&ctx, ids),
         Devices::Send { id, payload, binary } => send(&ctx, &id, payload, binary.as_deref()),
     }
 }
 
-fn path(id: &Name) -> String {
+/// Path of a device in the API.
+pub fn path(id: &Name) -> String {
     format!(
         "/api/v1/devices/{}",
         utf8_percent_encode(&id.0, NON_ALPHANUMERIC_BUT_DASH)
@@ -236,6 +284,7 @@ fn shown(device: &Value) -> String {
         ("as of", table::at(device, "presence.as_of")),
         ("node", table::at(device, "presence.node")),
         ("reason", table::at(device, "presence.reason")),
+        ("old secret until", table::at(device, "previous_secret_until")),
         ("created", table::at(device, "created_at")),
         ("updated", table::at(device, "updated_at")),
         ("source", table::at(device, "source")),
@@ -263,11 +312,38 @@ fn shown_secret(id: &str, answer: &Value) -> String {
     table::facts(&[("id", id.to_owned()), ("secret", table::at(answer, "secret"))])
 }
 
-fn change(ctx: &Context, id: &Name, state: &str) -> Result<(), Failure> {
-    let answer = ctx
-        .client
-        .send(Method::Patch, &path(id), Some(&json!({"state": state})))?;
-    ctx.show(&answer, |_| format!("{state} {id}\n"))
+fn shown_rotation(id: &Name, answer: &Value) -> String {
+    let mut lines = shown_secret(id.as_str(), answer);
+    match answer.get("previous_secret_until").and_then(Value::as_str) {
+        Some(until) => lines.push_str(&format!("the old secret is valid until {}\n", table::text(until))),
+        None => lines.push_str("the old secret is not valid any more, and the device's session is closed\n"),
+    }
+    if let Some(until) = answer.get("ended_overlap_until").and_then(Value::as_str) {
+        lines.push_str(&format!(
+            "the secret before the old one was valid until {}: it is not valid any more\n",
+            table::text(until)
+        ));
+    }
+    lines
+}
+
+fn update(ctx: &Context, id: &Name, tenant: Option<String>, model: Option<String>) -> Result<(), Failure> {
+    let mut body = Map::new();
+    if let Some(tenant) = tenant {
+        body.insert("tenant".into(), tenant.into());
+    }
+    if let Some(model) = model {
+        let model = if model.is_empty() { Value::Null } else { model.into() };
+        body.insert("model".into(), model);
+    }
+    if body.is_empty() {
+        return Err(Failure::WrongUse("devices update: give --tenant or --model".into()));
+    }
+    let answer = ctx.client.send(Method::Patch, &path(id), Some(&body.into()))?;
+    ctx.show(&answer, |answer| {
+        let (tenant, model) = (table::at(answer, "tenant"), table::at(answer, "model"));
+        format!("updated {id}: tenant {tenant}, model {model}\n")
+    })
 }
 
 fn import(ctx: &Context, file: &Path, update: bool) -> Result<(), Failure> {

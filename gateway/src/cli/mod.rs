@@ -6,8 +6,12 @@ use std::{ffi::OsString, fmt, io, path::PathBuf, process::ExitCode};
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+mod alarms;
 mod audit;
 mod client;
+mod config;
+mod device_change;
+mod device_export;
 mod devices;
 mod doctor;
 mod drain;
@@ -102,6 +106,9 @@ enum Verb {
     Drain(drain::Drain),
     /// Change what a gateway logs, until SIGHUP or a restart; `nodes --json` shows it
     LogLevel(log_level::LogLevel),
+    /// Active alarms: conditions that a person should look at
+    #[command(alias = "alarm")]
+    Alarms(alarms::Alarms),
     /// Follow presence, rules, alarms and messages of devices as they happen
     Events(events::Events),
     /// Access tokens for the API
@@ -114,6 +121,9 @@ enum Verb {
     Audit(audit::Audit),
     /// Diagnose this machine, the configuration and the gateway
     Doctor(ServeArgs),
+    /// The configuration of a gateway, as TOML; needs no gateway
+    #[command(subcommand)]
+    Config(config::ConfigVerb),
     /// Bring the tables of the database to this version
     Migrate(ServeArgs),
 }
@@ -141,6 +151,8 @@ fn dispatch(common: &Common, verb: Verb) -> Result<(), Failure> {
         Verb::Nodes => nodes::run(&Context::new(common)?),
         Verb::Drain(verb) => drain::run(&Context::new(common)?, &verb),
         Verb::LogLevel(args) => log_level::run(&Context::new(common)?, &args),
+        Verb::Alarms(_) => alarms::run(&Context::new(common)?),
+        Verb::Config(verb) => config::run(common, verb),
         Verb::Events(verb) => events::run(&Context::new(common)?, &verb),
         Verb::Tokens(verb) => tokens::run(&Context::new(common)?, verb),
         Verb::Versions(verb) => versions::run(verb),

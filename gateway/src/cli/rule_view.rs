@@ -42,6 +42,29 @@ pub fn shown_rules(rules: &Value) -> String {
     )
 }
 
+/// One rule, a line for each of its fields.
+pub fn shown_rule(rule: &Value) -> String {
+    let mut facts = vec![("id", table::at(rule, "id")), ("match", shown_match(rule))];
+    for (name, path) in [
+        ("effect", "effect"),
+        ("mode", "mode"),
+        ("state", "state"),
+        ("problem", "problem"),
+        ("reason", "reason"),
+        ("retry after", "retry_after"),
+        ("expires", "expires_at"),
+        ("evict", "evict"),
+        ("created", "created_at"),
+        ("revision", "revision"),
+        ("connected now", "hits.connected"),
+        ("refused", "hits.refused"),
+        ("evicted", "hits.evicted"),
+    ] {
+        facts.push((name, table::at(rule, path)));
+    }
+    table::facts(&facts)
+}
+
 /// Whom a new rule hits, how fast they leave, and what they are told: one line each.
 pub fn rule_effect(rule: &Value, preview: &Value) -> Vec<String> {
     let mut lines = Vec::new();

@@ -14,7 +14,7 @@ use super::{
     Context, Failure,
     client::{Answer, Method},
     note,
-    rule_view::{return_of, rule_effect, shown_match, shown_preview, shown_rules},
+    rule_view::{return_of, rule_effect, shown_match, shown_preview, shown_rule, shown_rules},
     table,
 };
 
@@ -32,6 +32,12 @@ const FILE_BYTES_MAX: u64 = 64 * 1024;
 pub enum Rules {
     /// Every rule
     List,
+    /// One rule, with what it did
+    Show {
+        /// Id, its beginning or end, or the range as it was given
+        #[arg(value_name = "ID|RANGE")]
+        rule: String,
+    },
     /// Add a rule, also one from a JSON file
     Add {
         #[command(flatten)]
@@ -144,6 +150,7 @@ pub struct RuleArgs {
 pub fn run(ctx: &Context, verb: Rules) -> Result<(), Failure> {
     match verb {
         Rules::List => ctx.show(&ctx.client.list("/api/v1/rules", &[], RULES_MAX)?, shown_rules),
+        Rules::Show { rule } => ctx.show(&find(ctx, &rule, None, None)?, shown_rule),
         Rules::Add {
             rule,
             effect,

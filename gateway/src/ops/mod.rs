@@ -13,6 +13,7 @@
 //! | `GET /metrics` | Prometheus text |
 //! | `GET /api/v1/openapi.json` | every call that needs a token |
 
+mod alarms;
 mod audit;
 mod auth;
 mod bare;
@@ -187,6 +188,7 @@ fn documented(message_body_bytes_max: usize) -> (OpenApiRouter<Arc<Api>>, OpenAp
         .merge(rules::routes())
         .merge(firmware::routes())
         .merge(node::routes())
+        .merge(alarms::routes())
         .merge(log_level::routes())
         .merge(drain::routes())
         .merge(audit::routes())

@@ -1,6 +1,6 @@
 //! `seawall devices`: files of devices, and single ones.
 
-use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt};
+use std::{fs, io::Write, net::TcpListener, os::unix::fs::PermissionsExt, process::Stdio};
 
 use super::{assert_refused, done, json};
 use crate::harness::process::{GatewayProcess, run, seawall};
@@ -197,4 +197,123 @@ fn device_is_added_changed_and_deleted() {
         audit.contains(id) && !audit.contains(added["secret"].as_str().unwrap()),
         "{audit}"
     );
+}
+
+#[test]
+fn several_devices_are_changed_by_one_command_and_from_standard_input() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let ids: Vec<String> = (0..3)
+        .map(|_| {
+            let added = json(&run(&mut gateway.operator(&["devices", "add", "--json"])).unwrap());
+            added["id"].as_str().unwrap().to_owned()
+        })
+        .collect();
+    let [a, b, c] = [&ids[0], &ids[1], &ids[2]].map(String::as_str);
+    let missing = "6f1f64a0-0000-4000-8000-000000000001";
+    let state = |id: &str| {
+        let shown = json(&run(&mut gateway.operator(&["devices", "show", id, "--json"])).unwrap());
+        shown["state"].as_str().unwrap().to_owned()
+    };
+
+    let disabled = run(&mut gateway.operator(&["devices", "disable", a, missing, b])).unwrap();
+    let mut child = gateway
+        .operator(&["devices", "revoke", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(format!("{b}\n\n{c}\n").as_bytes())
+        .unwrap();
+    let revoked = child.wait_with_output().unwrap();
+    let enabled = run(&mut gateway.operator(&["devices", "enable", a, b, "--json"])).unwrap();
+
+    // The others are changed where one fails.
+    assert_eq!(disabled.status.code(), Some(1));
+    assert_eq!(
+        String::from_utf8(disabled.stdout).unwrap(),
+        format!("disabled {a}\ndisabled {b}\n")
+    );
+    assert!(String::from_utf8(disabled.stderr).unwrap().contains(missing));
+    assert_eq!(
+        String::from_utf8(revoked.stdout).unwrap(),
+        format!("revoked {b}\nrevoked {c}\n")
+    );
+    // What is revoked stays so, unless that is asked for.
+    assert_eq!(enabled.status.code(), Some(1));
+    let report = json(&enabled);
+    assert_eq!(
+        (&report["items"][0]["id"], &report["failed"][0]["id"]),
+        (&a.into(), &b.into())
+    );
+    assert_eq!(
+        (state(a), state(b), state(c)),
+        ("enabled".into(), "revoked".into(), "revoked".into())
+    );
+    assert_refused(
+        &run(&mut gateway.operator(&["devices", "disable", b])).unwrap(),
+        1,
+        &["is revoked"],
+    );
+    done(&mut gateway.operator(&["devices", "enable", "--revoked", b]));
+    assert_eq!(state(b), "enabled");
+    // Standard input is not a terminal: nobody is asked.
+    done(&mut gateway.operator(&["devices", "delete", a, b]));
+    assert_refused(
+        &run(&mut gateway.operator(&["devices", "show", a])).unwrap(),
+        1,
+        &["404"],
+    );
+}
+
+#[test]
+fn device_is_updated_and_exported() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("devices.csv");
+    let added = json(&run(&mut gateway.operator(&["devices", "add", "--model", "box", "--json"])).unwrap());
+    let id = added["id"].as_str().unwrap();
+    done(&mut gateway.operator(&["devices", "add", "--tenant", "other"]));
+
+    done(&mut gateway.operator(&["devices", "update", id, "--tenant", "acme", "--model", ""]));
+    done(&mut gateway.operator(&["devices", "export", "--tenant", "acme", "--out", file.to_str().unwrap()]));
+    let all = done(&mut gateway.operator(&["devices", "export"]));
+
+    let exported = fs::read_to_string(&file).unwrap();
+    assert!(
+        exported.starts_with("id,external_id,tenant,model,state,firmware,presence,since,"),
+        "{exported}"
+    );
+    assert!(
+        exported.contains(&format!("\n{id},,acme,,enabled,,unknown,,")),
+        "{exported}"
+    );
+    assert_eq!((exported.lines().count(), all.lines().count()), (2, 3));
+    assert!(!all.contains(added["secret"].as_str().unwrap()));
+    let nothing = run(&mut gateway.operator(&["devices", "update", id])).unwrap();
+    assert_refused(&nothing, 2, &["--tenant or --model"]);
+}
+
+#[test]
+fn rotation_says_how_long_the_secrets_before_it_are_valid() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let added = json(&run(&mut gateway.operator(&["devices", "add", "--json"])).unwrap());
+    let id = added["id"].as_str().unwrap();
+
+    let first = done(&mut gateway.operator(&["devices", "rotate", id, "--overlap", "24h"]));
+    let shown = done(&mut gateway.operator(&["devices", "show", id]));
+    let second = done(&mut gateway.operator(&["devices", "rotate", id]));
+    let after = json(&run(&mut gateway.operator(&["devices", "show", id, "--json"])).unwrap());
+
+    let until = first.split("the old secret is valid until ").nth(1).unwrap().trim();
+    assert!(shown.contains(until), "{shown}");
+    assert!(second.contains("the old secret is not valid any more"), "{second}");
+    assert!(
+        second.contains(&format!("the secret before the old one was valid until {until}")),
+        "{second}"
+    );
+    assert!(after["previous_secret_until"].is_null());
 }

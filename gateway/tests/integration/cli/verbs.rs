@@ -226,6 +226,58 @@ fn token_works_with_its_role_until_it_is_revoked() {
 }
 
 #[test]
+fn token_is_revoked_by_its_name_and_the_audit_log_names_its_id() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let create = ["tokens", "create", "night-shift", "--role", "operator", "--json"];
+    let created = json(&run(&mut gateway.operator(&create)).unwrap());
+    let token = created["token"].as_str().unwrap();
+    done(gateway.operator(&["rules", "block", "=9"]).env("SEAWALL_TOKEN", token));
+
+    let twin = run(&mut gateway.operator(&create[..5])).unwrap();
+    let audit = json(&run(&mut gateway.operator(&["audit", "--json"])).unwrap());
+    done(&mut gateway.operator(&["tokens", "revoke", "night-shift"]));
+
+    assert_refused(&twin, 1, &["has this name", "409"]);
+    let line = audit["items"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|line| line["action"] == "rule.create");
+    assert_eq!(line.unwrap()["actor_id"], created["id"]);
+    let refused = run(gateway.operator(&["rules", "list"]).env("SEAWALL_TOKEN", token)).unwrap();
+    assert_refused(&refused, 1, &["does not accept this token"]);
+    // The name is free again.
+    done(&mut gateway.operator(&create));
+}
+
+#[test]
+fn alarms_rules_and_configuration_are_shown() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    done(&mut gateway.operator(&["rules", "block", "=9", "--reason", "boot loop"]));
+
+    let rule = done(&mut gateway.operator(&["rules", "show", "=9"]));
+    let alarms = done(&mut gateway.operator(&["alarms"]));
+    let same = done(&mut gateway.operator(&["alarms", "list"]));
+    let defaults = done(seawall().args(["config", "default"]));
+    let shown = done(seawall().args([
+        "config",
+        "show",
+        "--database",
+        "postgres://u:hunter2@db.example/seawall",
+    ]));
+
+    assert!(rule.contains("boot loop") && rule.contains("connected now"), "{rule}");
+    assert_eq!((alarms.as_str(), same.as_str()), ("none\n", "none\n"));
+    assert!(
+        defaults.contains("[server]\n") && defaults.contains("listen = \"127.0.0.1:8080\""),
+        "{defaults}"
+    );
+    assert!(shown.contains("db.example") && !shown.contains("hunter2"), "{shown}");
+    let wrong = run(seawall().args(["config", "show", "--max-memory", "1"])).unwrap();
+    assert_eq!(wrong.status.code(), Some(2));
+}
+
+#[test]
 fn drain_starts_shows_and_is_cancelled() {
     let gateway = GatewayProcess::start(&[]).unwrap();
 

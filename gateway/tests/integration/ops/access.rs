@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::rig::{Gateway, text};
 
 /// Calls with the least role that each needs. Bodies are such that nothing is changed.
-const CALLS: [(&str, &str, &str); 24] = [
+const CALLS: [(&str, &str, &str); 25] = [
     ("GET", "/api/v1/devices", "viewer"),
     ("GET", "/api/v1/devices/{id}", "viewer"),
     ("POST", "/api/v1/devices", "admin"),
@@ -25,6 +25,7 @@ const CALLS: [(&str, &str, &str); 24] = [
     ("GET", "/api/v1/node", "viewer"),
     ("PUT", "/api/v1/node/log-level", "operator"),
     ("GET", "/api/v1/nodes", "viewer"),
+    ("GET", "/api/v1/alarms", "viewer"),
     ("GET", "/api/v1/drain", "viewer"),
     ("GET", "/api/v1/audit", "viewer"),
     ("POST", "/api/v1/audit/prune", "admin"),

@@ -1,6 +1,7 @@
 //! The ops API over real HTTP, on a gateway with SQLite and port 0.
 
 mod access;
+mod alarms;
 mod devices;
 mod document;
 mod drain;

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use seawall_gateway::{
+    alarms::Alarms,
     capacity,
     clock::Clock,
     cohorts::Cohorts,
@@ -107,6 +108,7 @@ impl Gateway {
             cohorts: Cohorts::new(),
             history: History::default(),
             events: Events::default(),
+            alarms: Alarms::default(),
             drain: Drain::default(),
             metrics,
             tokens: Tokens::open(data_dir.path()).unwrap(),
