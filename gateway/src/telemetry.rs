@@ -217,8 +217,17 @@ pub fn dropped_lines() -> u64 {
 
 /// Writes the last lines when it is dropped, for at most a second.
 pub struct Guard {
+    format: Lines,
     stop: SyncSender<Box<[u8]>>,
     stopped: Receiver<()>,
+}
+
+impl Guard {
+    /// Whether lines are JSON.
+    #[must_use]
+    pub fn is_json(&self) -> bool {
+        self.format == Lines::Json
+    }
 }
 
 impl Drop for Guard {
@@ -239,6 +248,7 @@ fn queue(format: Lines, node: &str) -> (QueueWriter, Guard) {
     let (lines, waiting) = sync_channel(QUEUE_LINES_MAX);
     let (ended, stopped) = sync_channel(1);
     let guard = Guard {
+        format,
         stop: lines.clone(),
         stopped,
     };

@@ -66,7 +66,13 @@ fn shown(drain: &Value) -> String {
     let rate = drain.get("rate").and_then(Value::as_f64).filter(|rate| *rate > 0.0);
     table::facts(&[
         ("state", state),
-        ("sessions", format!("{left} of {} left", table::at(drain, "total"))),
+        (
+            "sessions",
+            match drain.get("total").and_then(Value::as_u64) {
+                Some(total) => format!("{left} of {total} left"),
+                None => format!("{left} left"),
+            },
+        ),
         (
             "rate",
             rate.map_or_else(|| "-".to_owned(), |rate| format!("{rate:.1} per second")),

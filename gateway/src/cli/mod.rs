@@ -4,7 +4,7 @@
 
 use std::{ffi::OsString, fmt, io, path::PathBuf, process::ExitCode};
 
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{Arg, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 mod alarms;
 mod audit;
@@ -132,7 +132,7 @@ enum Verb {
 #[must_use]
 pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
     let args: Vec<OsString> = args.collect();
-    let cli = match Cli::try_parse_from(&args) {
+    let cli = match parse(&args) {
         Ok(cli) => cli,
         Err(error) => return usage(&error, args.iter().any(|arg| arg == "--json")),
     };
@@ -140,6 +140,51 @@ pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
         Ok(()) => ExitCode::from(DONE),
         Err(failure) => complain(&failure, cli.common.json),
     }
+}
+
+fn parse(args: &[OsString]) -> Result<Cli, clap::Error> {
+    let mut command = command();
+    let matches = command.try_get_matches_from_mut(args)?;
+    Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
+}
+
+/// The command line. Options that change nothing for a command are taken, and not offered by its help.
+fn command() -> Command {
+    const OF_API: [&str; 3] = ["url", "ca", "json"];
+    const OF_LOG: [&str; 2] = ["log_format", "log_level"];
+    let command = Cli::command();
+    let global = |names: &[&str]| -> Vec<Arg> {
+        let arguments = command
+            .get_arguments()
+            .filter(|argument| names.contains(&argument.get_id().as_str()));
+        arguments.map(|argument| argument.clone().hide(true)).collect()
+    };
+    let (of_api, of_gateways) = (global(&OF_API), global(&["url", "ca", "json", "data_dir"]));
+    let hidden = |command: Command, names: &[&str]| {
+        names.iter().fold(command, |command, name| {
+            command.mut_arg(name, |argument| argument.hide(true))
+        })
+    };
+    command
+        .mut_subcommand("serve", |serve| serve.args(of_api.clone()))
+        .mut_subcommand("migrate", |migrate| {
+            let of_serve = [
+                "listen",
+                "ops_listen",
+                "tls_cert",
+                "tls_key",
+                "insecure_ops",
+                "max_memory",
+            ];
+            hidden(hidden(migrate, &of_serve), &OF_LOG).args(of_api.clone())
+        })
+        .mut_subcommand("doctor", |doctor| hidden(doctor, &OF_LOG))
+        .mut_subcommand("versions", |versions| versions.args(of_gateways.clone()))
+        .mut_subcommand("rules", |rules| {
+            rules.mut_subcommand("preview", |preview| {
+                hidden(preview, &["reason", "retry_after", "expires", "evict", "confirm"])
+            })
+        })
 }
 
 fn dispatch(common: &Common, verb: Verb) -> Result<(), Failure> {
@@ -229,6 +274,8 @@ enum Failure {
     Unreachable(anyhow::Error),
     /// The command line or a setting is wrong.
     WrongUse(String),
+    /// The log has the reason. With this exit status.
+    Logged(u8),
     /// Nothing was found, and the empty output says so.
     NoMatch,
     /// Nobody reads standard output any more. The reader has seen enough.
@@ -243,6 +290,7 @@ impl Failure {
     fn exit_status(&self) -> u8 {
         match self {
             Self::OutputClosed => DONE,
+            Self::Logged(status) => *status,
             Self::Refused(refusal) if refusal.is_wrong_use() => WRONG_USE,
             Self::Refused(_) | Self::Failed(_) | Self::Unreachable(_) | Self::NoMatch => FAILED,
             Self::WrongUse(_) => WRONG_USE,
@@ -255,7 +303,7 @@ impl Failure {
             Self::Refused(refusal) => Some(refusal.text.clone()),
             Self::Failed(error) | Self::Unreachable(error) => Some(format!("{error:#}")),
             Self::WrongUse(problem) => Some(problem.clone()),
-            Self::NoMatch | Self::OutputClosed => None,
+            Self::Logged(_) | Self::NoMatch | Self::OutputClosed => None,
         }
     }
 
@@ -266,7 +314,7 @@ impl Failure {
             Self::Refused(_) | Self::Failed(_) => ("failed", "The command failed"),
             Self::Unreachable(_) => ("unreachable", "The gateway cannot be reached"),
             Self::WrongUse(_) => ("wrong_use", "The command line or a setting is wrong"),
-            Self::NoMatch | Self::OutputClosed => return None,
+            Self::Logged(_) | Self::NoMatch | Self::OutputClosed => return None,
         };
         Some(serde_json::json!({
             "type": format!("urn:seawall:problem:{code}"),
@@ -510,6 +558,54 @@ mod tests {
 
     #[test]
     fn command_line_is_consistent() {
-        Cli::command().debug_assert();
+        command().debug_assert();
+    }
+
+    #[test]
+    fn every_option_that_help_shows_has_a_text() {
+        let mut root = command();
+        root.build();
+        let mut commands = vec![root];
+        while let Some(command) = commands.pop() {
+            for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
+                assert!(
+                    argument.get_help().is_some(),
+                    "{} {}",
+                    command.get_name(),
+                    argument.get_id()
+                );
+            }
+            commands.extend(command.get_subcommands().cloned());
+        }
+    }
+
+    #[test]
+    fn option_that_changes_nothing_is_taken_and_not_offered() {
+        let help = |words: &[&str]| {
+            let line: Vec<OsString> = ["seawall"]
+                .iter()
+                .chain(words)
+                .chain(&["--help"])
+                .map(OsString::from)
+                .collect();
+            parse(&line).unwrap_err().to_string()
+        };
+        for (words, hidden, shown) in [
+            (&["serve"][..], "--json", "--listen"),
+            (&["migrate"], "--log-format", "--database"),
+            (&["doctor"], "--log-level", "--url"),
+            (&["versions", "sort"], "--url", "--help"),
+            (&["rules", "preview"], "--confirm", "--from"),
+            (&["rules", "block"], "--no-such-option", "--confirm"),
+        ] {
+            let help = help(words);
+            assert!(!help.contains(hidden) && help.contains(shown), "{help}");
+        }
+        let line = |words: &str| parse(&words.split(' ').map(OsString::from).collect::<Vec<_>>());
+        for words in ["seawall --url http://h:1 serve", "seawall serve --url http://h:1"] {
+            assert_eq!(line(words).unwrap().common.url, "http://h:1", "{words}");
+        }
+        assert_eq!(line("seawall nodes --url http://h:2").unwrap().common.url, "http://h:2");
+        assert!(line("seawall rules preview =1 --evict --confirm").is_ok());
     }
 }

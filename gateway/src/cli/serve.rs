@@ -153,9 +153,16 @@ pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
     let outcome = runtime.block_on(serve::until_signal(config, reload));
     // What still blocks a thread, a write to a disk that hangs, must not keep the process.
     runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
+    let Err(error) = outcome else { return Ok(()) };
+    let failure = Failure::from(error);
+    // A log of JSON lines has no line of another form.
+    if log.is_json() && tracing::enabled!(tracing::Level::ERROR) {
+        tracing::error!(error = failure.text(), "gateway failed");
+        return Err(Failure::Logged(failure.exit_status()));
+    }
     // The last lines of the log come before the one that says why the process ends.
     drop(log);
-    Ok(outcome?)
+    Err(failure)
 }
 
 /// A runtime for what a verb does with sockets or a database.

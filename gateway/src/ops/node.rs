@@ -82,7 +82,7 @@ pub struct AdmissionView {
 /// The database.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct DatabaseView {
-    /// `starting`, `available`, `read_only` (look-ups are answered, nothing can be changed) or `away`.
+    /// `starting`, `available`, `read_only` (look-ups are answered, nothing can be changed) or `unavailable`.
     state: &'static str,
     /// RFC 3339.
     since: String,

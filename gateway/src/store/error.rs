@@ -13,7 +13,7 @@ pub enum StoreError {
     #[error("database {database}: {}", in_one_line(.error))]
     Open { database: String, error: Box<StoreError> },
     /// The database can't be reached, or refuses connections for now. The text is all that is known.
-    #[error("the database is away: {0}")]
+    #[error("the database is unavailable: {0}")]
     Unavailable(String),
     /// The server takes no more connections, of this role or of anybody.
     #[error("the database has no connection to spare: {0}")]

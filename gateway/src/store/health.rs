@@ -37,7 +37,7 @@ impl DatabaseStatus {
             Self::Starting => "starting",
             Self::Available => "available",
             Self::ReadOnly => "read_only",
-            Self::Away => "away",
+            Self::Away => "unavailable",
         }
     }
 
@@ -53,6 +53,8 @@ impl DatabaseStatus {
 
 #[derive(Debug)]
 pub(super) struct Health {
+    /// Address of the database, without its password.
+    database: String,
     ready: watch::Sender<bool>,
     state: watch::Sender<DatabaseState>,
     /// As the last answered poll said.
@@ -60,8 +62,9 @@ pub(super) struct Health {
 }
 
 impl Health {
-    pub fn new() -> Self {
+    pub fn new(database: String) -> Self {
         Self {
+            database,
             ready: watch::Sender::new(false),
             state: watch::Sender::new(DatabaseState {
                 status: DatabaseStatus::Starting,
@@ -156,7 +159,7 @@ impl Health {
             let is_news = state.status != status
                 || (status == DatabaseStatus::Starting && state.reason.as_ref() != Some(&reason));
             if is_news {
-                tracing::warn!(reason, "database is away");
+                tracing::warn!(database = self.database, reason, "database is unavailable");
             }
             state.status = status;
             state.reason = Some(reason);
@@ -176,7 +179,7 @@ mod tests {
     const TIMED_OUT: Result<(), StoreError> = Err(StoreError::TimedOut);
 
     fn available() -> Health {
-        let health = Health::new();
+        let health = Health::new(String::new());
         health.set_ready();
         health
     }
@@ -215,7 +218,7 @@ mod tests {
 
     #[test]
     fn polls_before_the_schema_is_there_do_not_hide_what_is_missing() {
-        let health = Health::new();
+        let health = Health::new(String::new());
         health.set_away(&StoreError::Unusable("permission denied for schema public".into()));
 
         health.observe(&Err::<(), _>(StoreError::Unavailable(

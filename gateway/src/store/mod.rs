@@ -130,7 +130,7 @@ impl Store {
     /// SQLite: the file can't be used; the text says why, and what to do. PostgreSQL: the URL is malformed.
     pub async fn open(url: &DatabaseUrl) -> Result<Self, StoreError> {
         let opened = match url.sqlite_path() {
-            Some(path) => Self::open_sqlite(&path).await,
+            Some(path) => Self::open_sqlite(url, &path).await,
             None => Self::open_postgres(url),
         };
         opened.map_err(|error| in_database(url, error))
@@ -186,7 +186,7 @@ impl Store {
         }
     }
 
-    async fn open_sqlite(path: &std::path::Path) -> Result<Self, StoreError> {
+    async fn open_sqlite(url: &DatabaseUrl, path: &std::path::Path) -> Result<Self, StoreError> {
         let file = sqlite::File::new(path);
         let preparing = match file.prepare().await {
             Ok(()) => None,
@@ -196,7 +196,7 @@ impl Store {
             }
             Err(error) => return Err(error),
         };
-        let health = Health::new();
+        let health = Health::new(url.to_string());
         health.set_ready();
         let connectors = |purpose| match purpose {
             Purpose::Lookups | Purpose::Polls => file.reader(),
@@ -207,7 +207,7 @@ impl Store {
 
     fn open_postgres(url: &DatabaseUrl) -> Result<Self, StoreError> {
         let options = postgres::parse(url)?;
-        let health = Arc::new(Health::new());
+        let health = Arc::new(Health::new(url.to_string()));
         let connectors = |purpose| postgres::connector(&options, url.connect_timeout(), purpose);
         let preparing = tokio::spawn(postgres::prepare(connectors(Purpose::Migrations), Arc::clone(&health)));
         let preparing = AbortOnDropHandle::new(preparing);

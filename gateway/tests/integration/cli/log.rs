@@ -15,7 +15,7 @@ use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor}
 use serde_json::Value;
 
 use super::{STOP_MAX, assert_refused, done, json};
-use crate::harness::process::{GatewayProcess, run};
+use crate::harness::process::{GatewayProcess, run, seawall};
 
 /// Devices that come at once.
 const DEVICES: usize = 50;
@@ -330,4 +330,34 @@ fn human_lines_are_text_without_colours_where_nobody_watches() {
     assert!(listening.contains("INFO") && listening.contains("ops="), "{listening}");
     assert!(log.lines().all(|line| !line.starts_with('{')), "{log}");
     assert!(!log.contains('\u{1b}'), "{log:?}");
+}
+
+#[test]
+fn reason_why_a_gateway_ends_has_the_form_of_its_log() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let serve = |format: &str| {
+        let home = tempfile::tempdir().unwrap();
+        let args = [
+            "serve",
+            "--listen",
+            &address,
+            "--ops-listen",
+            "127.0.0.1:0",
+            "--log-format",
+            format,
+        ];
+        let output = run(seawall().current_dir(home.path()).args(args)).unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+
+    let (json, human) = (serve("json"), serve("human"));
+
+    for line in json.lines() {
+        assert!(serde_json::from_str::<serde_json::Value>(line).is_ok(), "{line}");
+    }
+    assert!(json.lines().last().unwrap().contains(&address), "{json}");
+    let last = human.lines().last().unwrap();
+    assert!(last.starts_with("error: ") && last.contains(&address), "{human}");
 }

@@ -42,11 +42,20 @@ pub fn assert_refused(output: &Output, status: i32, named: &[&str]) {
     }
 }
 
-/// The one line that says why; log lines, which are JSON, come before it.
+/// What the one line says why: the only line that is not JSON, or from a gateway that logs JSON its last line.
 #[track_caller]
 fn complaint(output: &Output) -> String {
     let text = String::from_utf8(output.stderr.clone()).unwrap();
     let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('{')).collect();
+    if let (true, Some(last)) = (lines.is_empty(), text.lines().last()) {
+        let line: Value = serde_json::from_str(last).unwrap();
+        assert_eq!(
+            (&line["level"], &line["message"]),
+            (&"ERROR".into(), &"gateway failed".into()),
+            "{text}"
+        );
+        return line["error"].as_str().unwrap().to_owned();
+    }
     assert_eq!(lines.len(), 1, "{text}");
     lines[0].to_owned()
 }

@@ -286,7 +286,7 @@ fn drain_starts_shows_and_is_cancelled() {
     done(&mut gateway.operator(&["drain", "cancel"]));
     let after = done(&mut gateway.operator(&["drain", "status"]));
 
-    assert!(status.contains("drain") && status.contains("deadline  2"), "{status}");
+    assert!(status.contains(" left") && status.contains("deadline   2"), "{status}");
     assert!(after.contains("idle"), "{after}");
 }
 
