@@ -16,6 +16,8 @@ const KNEES: [u32; 3] = [8, 32, 128];
 const OVERLOAD: f64 = 0.004;
 /// Fixed limits that the one found must compare with.
 const FIXED: [u32; 14] = [4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512];
+/// Seeds of which the median is taken: over five, one or two lucky ones decide.
+const SEEDS_MANY: std::ops::RangeInclusive<u64> = 1..=15;
 /// Of each of the three phases.
 const SPAN: f64 = 20.0;
 const SLOW: Trouble = Trouble::Slow { factor: 4.0 };
@@ -56,7 +58,7 @@ fn limit_that_is_found_gives_nine_tenths_of_the_best_fixed_one_healthy_slow_and_
             knee: f64::from(knee),
             overload: OVERLOAD,
         };
-        let reports = Storm {
+        let storm = Storm {
             admission: "lookups_per_second_max = 4000\nkeys_in_flight_max = 512",
             database: format!("knee = {knee}\noverload = {OVERLOAD}").leak(),
             phases: "[[phase]]\nname = \"healthy\"\nseconds = 20\naction = \"drop-all\"\n\
@@ -64,16 +66,14 @@ fn limit_that_is_found_gives_nine_tenths_of_the_best_fixed_one_healthy_slow_and_
                      [[phase]]\nname = \"recovered\"\nseconds = 20\n\
                      [[phase]]\nname = \"after\"\nseconds = 900\nuntil = \"connected\"\n",
             ..Storm::default()
-        }
-        .reports();
+        };
+        let reports = Reports(SEEDS_MANY.map(|seed| storm.report(seed)).collect());
 
         for (phase, trouble) in [("healthy", None), ("slow", Some(SLOW)), ("recovered", None)] {
             let best = best_fixed(curve, trouble);
             let goodput = reports.median(|report| figure(report, &format!("seawall.{phase}.all.admitted")) / SPAN);
             println!("knee {knee}, {phase}: {goodput:.0} of {best:.0}, {:.3}", goodput / best);
-            // One case misses the goal of 0.9: its median is 0.899 over these seeds, and 0.85 over fifteen.
-            let goal = if (knee, phase) == (128, "healthy") { 0.89 } else { 0.9 };
-            assert!(goodput >= goal * best, "knee {knee}, {phase}: {goodput} of {best}");
+            assert!(goodput >= 0.9 * best, "knee {knee}, {phase}: {goodput} of {best}");
         }
         let in_flight = reports.median(|report| report.summary.in_flight_max);
         assert!(in_flight <= 512.0, "{in_flight}");

@@ -27,6 +27,10 @@ pub(super) struct Mark {
 /// What the statements of one arm came to.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Measured {
+    /// Statements sent, and those of them that filled the limit.
+    sent: u32,
+    sent_full: u32,
+    /// Statements ended, of those that filled the limit.
     pub statements: u32,
     pub keys: u64,
     failed: u64,
@@ -39,6 +43,11 @@ pub(super) struct Measured {
 }
 
 impl Measured {
+    /// Whether devices were waiting most of the time: at least half of the statements filled the limit.
+    pub const fn is_backlogged(&self) -> bool {
+        self.sent_full * 2 >= self.sent
+    }
+
     fn variance_of_mean(&self) -> f64 {
         let count = f64::from(self.statements.max(1));
         let mean = self.log_took / count;
@@ -77,12 +86,15 @@ impl Pair {
         }
     }
 
-    /// To be kept with a statement that is sent now, and tells something of the arm.
-    pub const fn mark(&self) -> Mark {
-        Mark {
+    /// Counts a statement that is sent now. Returns the mark to keep with it if it fills the limit: others say nothing of the arm.
+    pub fn handle_sent(&mut self, is_full: bool) -> Option<Mark> {
+        let measured = &mut self.measured[self.arm as usize];
+        measured.sent += 1;
+        measured.sent_full += u32::from(is_full);
+        is_full.then_some(Mark {
             arm: self.arm,
             pair: self.number,
-        }
+        })
     }
 
     pub const fn arm_began(&self) -> Instant {

@@ -305,7 +305,7 @@ impl Limit {
             batch,
             sent: now,
             keys: to_u32(keys),
-            mark: is_full.then_some(self.pair.mark()),
+            mark: self.pair.handle_sent(is_full),
         });
     }
 
@@ -341,8 +341,9 @@ impl Limit {
         if age < ARM_MIN * times || (age < ARM_MAX && !has_enough) {
             return;
         }
-        if measured.statements < ARM_STATEMENTS_MIN {
-            // Not enough were waiting: the limit is not what holds the throughput back.
+        if measured.statements < ARM_STATEMENTS_MIN || !measured.is_backlogged() {
+            // Not enough were waiting: the limit is not what holds the throughput back. A statement that fills it by chance runs beside
+            // smaller ones. Its time is then too short, most of all at the higher limit, and the elasticity too high.
             self.set_reason(LimitReason::AppLimited, now);
             self.begin_pair(now);
         } else if !self.pair.next_arm(now) {

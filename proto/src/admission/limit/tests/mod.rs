@@ -155,6 +155,26 @@ fn load_below_the_limit_holds_it_and_the_next_storm_moves_it_again() {
 }
 
 #[test]
+fn load_that_seldom_fills_the_limit_does_not_move_it() {
+    let curve = Curve::Together {
+        keys: 128.0,
+        key: 0.064,
+    };
+    for seed in 1..=9 {
+        for demand in [1_400.0, 1_500.0] {
+            let mut database = Database::new(curve, found(CEILING), seed);
+            database.demand = Some(demand);
+
+            database.goodput(60.0);
+
+            assert_eq!(database.limit().reason(), LimitReason::AppLimited);
+            let held = database.limit().keys();
+            assert!((100..=150).contains(&held), "seed {seed}, {demand} a second: {held}");
+        }
+    }
+}
+
+#[test]
 fn statements_that_take_too_long_shrink_the_limit_though_throughput_would_grow() {
     // Each takes 600 ms, however many keys it has.
     let mut database = Database::new(Curve::Statements { each: 0.6, key: 1e-6 }, found(CEILING), 1);
