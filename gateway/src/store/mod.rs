@@ -146,7 +146,7 @@ impl Store {
             None => match postgres::parse(url) {
                 Ok(options) => {
                     let server = postgres::connector(&options, url.connect_timeout(), Purpose::Migrations);
-                    postgres::connect_and_migrate(&server, Caller::Migrate).await
+                    postgres::migrate_when_free(&server).await
                 }
                 Err(error) => Err(error),
             },

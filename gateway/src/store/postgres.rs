@@ -26,6 +26,8 @@ use crate::config::{DatabaseUrl, InvalidDatabaseUrl};
 
 /// Time between two attempts to reach a PostgreSQL that was away at start.
 const RETRY: Duration = Duration::from_millis(500);
+/// Time between two attempts to change a table that others use, such as a dump: while one waits for its lock, look-ups wait behind it.
+const RETRY_LOCKED: Duration = Duration::from_secs(10);
 /// Longest that the migrations at start may take before they are tried again on a new connection.
 const MIGRATE_MAX: Duration = Duration::from_mins(5);
 
@@ -97,7 +99,8 @@ impl Purpose {
             Self::Migrations => &[
                 // Whatever the role or the database has: an index takes its time.
                 ("statement_timeout", "0"),
-                ("lock_timeout", "10000"),
+                // Whoever asks for the table meanwhile waits behind a lock that is waited for: look-ups allow 500 ms.
+                ("lock_timeout", "300"),
                 ("idle_in_transaction_session_timeout", "60000"),
                 // Without the notices that a table is there already.
                 ("client_min_messages", "warning"),
@@ -213,15 +216,31 @@ pub(super) async fn prepare(connector: Connector, health: Arc<Health>) {
         let outcome = timeout(MIGRATE_MAX, connect_and_migrate(&connector, Caller::Serve))
             .await
             .unwrap_or(Err(StoreError::TimedOut));
-        match outcome {
+        let pause = match outcome {
             Ok(()) => return health.set_ready(),
-            Err(error) => health.set_away(&error),
-        }
-        sleep(RETRY).await;
+            Err(error) => {
+                health.set_away(&error);
+                if matches!(error, StoreError::Locked(_)) { RETRY_LOCKED } else { RETRY }
+            }
+        };
+        sleep(pause).await;
     }
 }
 
-pub(super) async fn connect_and_migrate(connector: &Connector, caller: Caller) -> Result<(), StoreError> {
+/// As [`connect_and_migrate`], for as long as others use a table that is to be changed.
+pub(super) async fn migrate_when_free(connector: &Connector) -> Result<(), StoreError> {
+    loop {
+        match connect_and_migrate(connector, Caller::Migrate).await {
+            Err(StoreError::Locked(cause)) => {
+                tracing::warn!(%cause, "a table to be changed is in use: trying again in 10 s");
+                sleep(RETRY_LOCKED).await;
+            }
+            result => return result,
+        }
+    }
+}
+
+async fn connect_and_migrate(connector: &Connector, caller: Caller) -> Result<(), StoreError> {
     let mut connection = connector.connect().await?;
     if connection.is_pooled() && caller == Caller::Serve {
         tracing::info!(
@@ -234,6 +253,16 @@ pub(super) async fn connect_and_migrate(connector: &Connector, caller: Caller) -
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn migration_that_waits_for_a_table_gives_up_before_the_look_ups_behind_it_do() {
+        let lock_timeout = |purpose: Purpose| -> u32 {
+            let setting = purpose.settings().iter().find(|(name, _)| *name == "lock_timeout");
+            setting.unwrap().1.parse().unwrap()
+        };
+
+        assert!(lock_timeout(Purpose::Migrations) < lock_timeout(Purpose::Lookups));
+    }
 
     #[test]
     fn unverified_server_elsewhere_is_named() {
