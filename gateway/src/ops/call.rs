@@ -4,25 +4,22 @@
 
 use std::{
     panic::AssertUnwindSafe,
-    pin::Pin,
     sync::{Arc, Mutex, OnceLock, PoisonError},
-    task::{Context, Poll},
 };
 
 use axum::{
-    body::{Body, HttpBody},
+    body::Body,
     extract::{Request, State},
     http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header, uri::Authority},
     middleware::Next,
     response::{IntoResponse, Response},
 };
-use bytes::Bytes;
 use futures_util::FutureExt as _;
-use hyper::body::{Frame, SizeHint};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
     Api,
+    answer::{Held, READ_MAX, Share},
     places::{Busy, Place},
     problem::{Code, Problem},
 };
@@ -133,11 +130,21 @@ pub async fn accompany(State(api): State<Arc<Api>>, mut request: Request, next: 
         }
     };
     let mut response = on_behalf_of(Arc::clone(&call.id), handled).await;
+    let actor = call.actor.get().map(|actor| &**actor);
+    // Connections of strangers make way instead.
+    let share = match actor {
+        Some(_) => Share::of(&api.answers, response.body(), call.place.as_ref(), READ_MAX),
+        None => Ok(None),
+    };
+    // What was changed is told in any case.
+    if share.is_err() && !is_change(&method, &path) {
+        let problem = "answers that were not read yet take all the memory for answers: try again in a second";
+        response = Problem::new(Code::Busy, problem).into_response();
+    }
     if let Ok(id) = HeaderValue::from_str(&call.id) {
         response.headers_mut().insert(REQUEST_ID, id);
     }
     let status = response.status().as_u16();
-    let actor = call.actor.get().map(|actor| &**actor);
     let action = call.action.get().copied();
     let duration = api.state.clock.now().saturating_since(started);
     let labels = [call_label(&method, &path), status_label(response.status())];
@@ -149,7 +156,7 @@ pub async fn accompany(State(api): State<Arc<Api>>, mut request: Request, next: 
     } else {
         tracing::debug!(request.id = &*call.id, actor, %method, path, status, duration_ms, "API call");
     }
-    response.map(|body| Body::new(Held { body, _call: call }))
+    response.map(|body| Body::new(Held::new(body, (call, share))))
 }
 
 /// The label `call` of `seawall_api_request_duration_seconds`.
@@ -241,29 +248,6 @@ fn is_of_this_machine(name: &str, node: &str) -> bool {
         || name.to_ascii_lowercase().ends_with(".localhost")
         || is_local(node)
         || rustix::system::uname().nodename().to_str().is_ok_and(is_local)
-}
-
-/// A body of an answer, with what its request holds until it is written.
-struct Held {
-    body: Body,
-    _call: Arc<Call>,
-}
-
-impl HttpBody for Held {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
 }
 
 #[cfg(test)]

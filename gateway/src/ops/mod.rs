@@ -14,6 +14,7 @@
 //! | `GET /api/v1/openapi.json` | every call that needs a token |
 
 mod alarms;
+mod answer;
 mod audit;
 mod auth;
 mod bare;
@@ -80,6 +81,8 @@ pub struct Api {
     event_readers: Arc<Semaphore>,
     /// One permit a byte of a body.
     bodies: Arc<Semaphore>,
+    /// One permit a byte of a long answer.
+    answers: Arc<Semaphore>,
     /// Greatest body that any call but an import takes.
     body_bytes_max: usize,
     /// The last walk over all devices that this node knows, for the further pages of a list.
@@ -98,6 +101,7 @@ impl Api {
         let body_bytes_max = message_body_bytes_max(&state).max(state.config.ops.body_bytes_max);
         Arc::new(Self {
             bodies: Arc::new(Semaphore::new(BODIES_BYTES_MAX.max(body_bytes_max))),
+            answers: Arc::new(Semaphore::new(answer::ANSWERS_BYTES_MAX)),
             body_bytes_max,
             seen: Mutex::default(),
             message_records: std::sync::Mutex::new(messages::MessageRecords::new(state.clock.now())),

@@ -34,6 +34,8 @@ struct Open {
     connections: HashMap<u64, Connection>,
     /// Idle connections in the order in which they became idle.
     idle: BTreeMap<u64, u64>,
+    /// Those of them that have carried a call, in the same order.
+    served: BTreeMap<u64, u64>,
 }
 
 #[derive(Debug)]
@@ -89,8 +91,7 @@ impl Places {
         let mut open = self.open();
         if open.connections.len() >= self.busy_max {
             let has_room = open.connections.len() < self.busy_max + IDLE_ROOM;
-            let is_evicted = open.evict_oldest_idle(|since| !has_room || now.duration_since(since) >= IDLE_AT_LEAST);
-            if !is_evicted && !has_room {
+            if !open.evict_one(has_room, now) && !has_room {
                 return None;
             }
         }
@@ -101,7 +102,7 @@ impl Places {
             state: Activity::Busy,
         };
         open.connections.insert(number, connection);
-        open.set_idle(number, now);
+        open.set_idle(number, now, false);
         drop(open);
         Some(Place {
             places: Arc::clone(self),
@@ -127,19 +128,25 @@ impl Open {
         self.next
     }
 
-    /// False: the oldest idle connection is not one that `may_go`, or there is none.
-    fn evict_oldest_idle(&mut self, may_go: impl FnOnce(Instant) -> bool) -> bool {
-        let Some((_, number)) = self.idle.first_key_value() else {
+    /// Evicts the connection that has been idle for longest. While that is not long, one that has carried a call goes first: its client
+    /// has its answer, and the request of a new one may be on its way. False: none goes.
+    fn evict_one(&mut self, has_room: bool, now: Instant) -> bool {
+        let Some(&oldest) = self.idle.values().next() else {
             return false;
         };
-        let number = *number;
-        match self.connections.get(&number) {
-            Some(Connection {
-                state: Activity::Idle(_, since),
-                ..
-            }) if may_go(*since) => self.remove(number),
-            Some(_) | None => return false,
-        }
+        let is_idle_for_long = self
+            .connections
+            .get(&oldest)
+            .is_some_and(|connection| match connection.state {
+                Activity::Idle(_, since) => now.duration_since(since) >= IDLE_AT_LEAST,
+                Activity::Busy => false,
+            });
+        let evicted = match (is_idle_for_long, has_room) {
+            (true, _) => oldest,
+            (false, true) => return false,
+            (false, false) => self.served.values().next().copied().unwrap_or(oldest),
+        };
+        self.remove(evicted);
         true
     }
 
@@ -148,15 +155,19 @@ impl Open {
             connection.evicted.cancel();
             if let Activity::Idle(key, _) = connection.state {
                 self.idle.remove(&key);
+                self.served.remove(&key);
             }
         }
     }
 
-    fn set_idle(&mut self, number: u64, now: Instant) {
+    fn set_idle(&mut self, number: u64, now: Instant, is_served: bool) {
         let key = self.number();
         if let Some(connection) = self.connections.get_mut(&number) {
             connection.state = Activity::Idle(key, now);
             self.idle.insert(key, number);
+            if is_served {
+                self.served.insert(key, number);
+            }
         }
     }
 
@@ -171,6 +182,11 @@ impl Place {
         self.evicted.cancelled().await;
     }
 
+    /// Ends the connection.
+    pub fn evict(&self) {
+        self.evicted.cancel();
+    }
+
     /// Marks the connection as busy. `None`: as many as may be are busy, or this one has to make way.
     pub fn occupy(self: &Arc<Self>) -> Option<Busy> {
         let mut open = self.places.open();
@@ -183,6 +199,7 @@ impl Place {
         };
         connection.state = Activity::Busy;
         open.idle.remove(&key);
+        open.served.remove(&key);
         drop(open);
         Some(Busy(Arc::clone(self)))
     }
@@ -198,7 +215,7 @@ impl Drop for Place {
 impl Drop for Busy {
     fn drop(&mut self) {
         let Place { places, number, .. } = &*self.0;
-        places.open().set_idle(*number, Instant::now());
+        places.open().set_idle(*number, Instant::now(), true);
         places.freed.notify_one();
     }
 }
@@ -224,6 +241,29 @@ mod tests {
         assert_eq!(places.len(), 2);
         drop((first, second, third));
         assert_eq!(places.len(), 0);
+    }
+
+    #[test]
+    fn connection_whose_request_is_on_its_way_does_not_make_way_for_ones_that_have_their_answers() {
+        let places = Places::new(8);
+        let now = Instant::now();
+        let waiting = places.try_take(now).unwrap();
+
+        let answered: Vec<Arc<Place>> = (0..100)
+            .map(|_| {
+                let place = Arc::new(places.try_take(now).unwrap());
+                drop(place.occupy().unwrap());
+                place
+            })
+            .collect();
+
+        assert!(!waiting.evicted.is_cancelled());
+        assert_eq!(places.len(), 8 + IDLE_ROOM);
+        let later = now + IDLE_AT_LEAST;
+        let _next = places.try_take(later + Duration::from_secs(1)).unwrap();
+        assert!(waiting.evicted.is_cancelled(), "it had its time");
+        drop(answered);
+        assert!(places.open().served.is_empty());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::rig::{Answer, Gateway};
 
-fn import(gateway: &Gateway, query: &str, file: &str) -> Answer {
+pub fn import(gateway: &Gateway, query: &str, file: &str) -> Answer {
     let bearer = format!("Bearer {}", gateway.admin);
     let headers = [
         ("authorization", bearer.as_str()),

@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::rig::Gateway;
+use super::{import::import, rig::Gateway};
 
 /// Far more than an answer takes, far less than the time that a silent connection has.
 const SOON: Duration = Duration::from_secs(10);
@@ -90,6 +90,43 @@ fn bodies_of_all_calls_together_are_bounded() {
     assert_eq!(gateway.get("/api/v1/node").status, 200, "a call without a body goes on");
     drop(calls);
     gateway.eventually(|| gateway.post("/api/v1/rules/preview", rule.clone()).status == 200);
+}
+
+#[test]
+fn answers_that_are_not_read_are_bounded_together() {
+    const DEVICES: u128 = 1_000;
+    let gateway = Gateway::start();
+    let label = "m".repeat(64);
+    let line = |n: u128| format!("{},0123456789abcdef,{label},{label}\n", uuid::Uuid::from_u128(n));
+    let file = format!("id,secret,tenant,model\n{}", (0..DEVICES).map(line).collect::<String>());
+    assert_eq!(import(&gateway, "", &file).status, 201);
+    let list = "/api/v1/devices?limit=1000";
+    let unread = || {
+        let mut stream = connect(&gateway);
+        write!(
+            stream,
+            "GET {list} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\n\r\n",
+            gateway.admin
+        )
+        .unwrap();
+        stream
+    };
+    let mut calls = Vec::new();
+
+    gateway.eventually(|| {
+        calls.push(unread());
+        gateway.get(list).status == 503
+    });
+
+    assert_eq!(gateway.get(list).problem(), (503, "busy".into()));
+    assert_eq!(
+        gateway.get("/api/v1/devices?limit=10").status,
+        200,
+        "a short answer has room"
+    );
+    assert!(calls.len() < 200, "{}", calls.len());
+    drop(calls);
+    gateway.eventually(|| gateway.get(list).status == 200);
 }
 
 #[test]
