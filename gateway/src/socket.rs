@@ -45,6 +45,12 @@ pub const CLOSE_TIMEOUT: Duration = Duration::from_millis(1500);
 /// Longest time from the first to the last frame of one message: 64 KiB at half a kilobyte a second.
 const MESSAGE_TIME_MAX: Duration = Duration::from_secs(120);
 
+/// Maximum size of what is still read from a peer that was sent a close frame, in bytes: what may be under way until it reads that. A
+/// peer that sends on without end would keep a core busy for all of [`CLOSE_TIMEOUT`].
+const LAST_MESSAGES_LEN_MAX: usize = 1024 * 1024;
+/// What a message costs beside its payload, in bytes, where many empty ones are read.
+const MESSAGE_COST: usize = 16;
+
 /// What is still read from a peer after its connection was given up, so that a reset does not destroy the close frame.
 const DRAIN_LEN_MAX: usize = 64 * 1024;
 
@@ -224,6 +230,11 @@ impl Socket {
         poll_fn(|cx| self.poll_next(cx)).await
     }
 
+    /// Number of fragments that the message had which [`poll_next`](Self::poll_next) has just returned; 0 for a control frame.
+    pub fn take_fragments(&mut self) -> u32 {
+        self.busy.as_mut().map_or(0, |busy| busy.unread.take_fragments())
+    }
+
     /// Ready once the write buffer has room for a frame.
     ///
     /// # Errors
@@ -292,10 +303,12 @@ impl Socket {
     /// Answers the peer's close frame, which the library does while it reads, and ends the connection.
     pub async fn finish(mut self) {
         let last_words = async {
-            while poll_fn(|cx| self.poll_message(cx))
-                .await
-                .is_some_and(|message| message.is_ok())
-            {}
+            let mut read_len = 0;
+            while read_len < LAST_MESSAGES_LEN_MAX
+                && let Some(Ok(message)) = poll_fn(|cx| self.poll_message(cx)).await
+            {
+                read_len += message.len() + MESSAGE_COST;
+            }
             self.transport.say_goodbye().await;
         };
         // Whether the peer answers or not, the connection ends here.
@@ -585,6 +598,46 @@ mod tests {
             matches!(&inbound, Inbound::Text(text) if text.len() == 901),
             "{inbound:?}"
         );
+    }
+
+    #[tokio::test]
+    async fn fragments_of_each_message_are_counted() {
+        let (mut client, mut socket) = pair().await;
+        for _ in 0..2 {
+            client.write_all(&frame(0x01, b"x")).await.unwrap();
+            client.write_all(&frame(0x00, b"x").repeat(10)).await.unwrap();
+            client.write_all(&frame(0x89, b"")).await.unwrap();
+            client.write_all(&frame(0x80, b"")).await.unwrap();
+        }
+        client.write_all(&frame(0x81, b"whole")).await.unwrap();
+
+        let mut counted = Vec::new();
+        while counted.len() < 3 {
+            if let Inbound::Text(text) = socket.next().await {
+                counted.push((text.len(), socket.take_fragments()));
+            }
+        }
+
+        assert_eq!(counted, [(11, 12), (11, 12), (5, 1)]);
+    }
+
+    #[tokio::test]
+    async fn peer_that_sends_on_after_its_close_is_not_read_for_long() {
+        let (mut client, socket) = pair().await;
+        let flood = tokio::spawn(async move {
+            let pongs = frame(0x8a, b"").repeat(1_000);
+            let mut sent = 0;
+            while client.write_all(&pongs).await.is_ok() {
+                sent += 1_000;
+            }
+            sent
+        });
+
+        socket.close(&Close::Policy).await;
+
+        // The rest was in the buffers of the kernel.
+        let sent = timeout(Duration::from_secs(20), flood).await.unwrap().unwrap();
+        assert!(sent < 20 * LAST_MESSAGES_LEN_MAX / MESSAGE_COST, "{sent} frames");
     }
 
     #[tokio::test]

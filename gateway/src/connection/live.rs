@@ -341,6 +341,8 @@ impl Live {
 
     fn hear(&mut self, inbound: Inbound) -> Option<End> {
         let now = self.online.shared().clock.now();
+        let fragments = self.socket.take_fragments();
+        self.machine.handle_fragments(fragments, now);
         match inbound {
             Inbound::Text(text) => {
                 self.count_bytes("in", text.len());

@@ -36,11 +36,14 @@ pub(super) struct Unread {
     left: u64,
     /// Of the message under way: its last data frame was not its end.
     message: Option<Fragments>,
+    /// Fragments of messages that are complete, until they are taken.
+    complete_len: u32,
 }
 
 /// What came of a message that is not complete.
 #[derive(Debug, Clone, Copy)]
 struct Fragments {
+    len: u32,
     empty_len: u32,
     began_at: Instant,
 }
@@ -57,6 +60,11 @@ impl Unread {
             bytes: BytesMut::from(leftover),
             ..Self::default()
         }
+    }
+
+    /// Number of fragments of the messages that were completed since the last call.
+    pub(super) fn take_fragments(&mut self) -> u32 {
+        std::mem::take(&mut self.complete_len)
     }
 
     /// Everything that came was handed on, and is whole messages.
@@ -115,13 +123,16 @@ impl Unread {
     /// A data frame begins: a whole message, or a fragment of one.
     fn note_fragment(&mut self, is_empty: bool, is_final: bool) {
         if is_final {
-            self.message = None;
+            let before = self.message.take().map_or(0, |message| message.len);
+            self.complete_len = self.complete_len.saturating_add(before).saturating_add(1);
             return;
         }
         let message = self.message.get_or_insert_with(|| Fragments {
+            len: 0,
             empty_len: 0,
             began_at: Instant::now(),
         });
+        message.len = message.len.saturating_add(1);
         message.empty_len += u32::from(is_empty);
     }
 

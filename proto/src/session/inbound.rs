@@ -8,7 +8,20 @@ use crate::{
     time::Instant,
 };
 
+/// Fragments that count as one message. 64 KiB in pieces of 64 bytes are one message and no more.
+const FRAGMENTS_PER_MESSAGE: u32 = 1_024;
+
 impl Session {
+    /// A message came in this many fragments. Each of them costs time, however short it is: so many short ones count as messages of
+    /// their own. To be called before the message itself is handled.
+    pub fn handle_fragments(&mut self, fragments: u32, now: Instant) {
+        for _ in 0..fragments.saturating_sub(1) / FRAGMENTS_PER_MESSAGE {
+            if !self.heard(now) {
+                return;
+            }
+        }
+    }
+
     /// A text frame came in, already checked to be UTF-8.
     pub fn handle_text(&mut self, text: &str, now: Instant) {
         if self.is_closing {

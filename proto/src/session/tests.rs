@@ -69,6 +69,28 @@ fn welcome_comes_first_and_only_in_v1() {
 }
 
 #[test]
+fn messages_in_very_many_fragments_use_up_the_rate_sooner() {
+    let messages_until_closed = |fragments: u32| {
+        let mut session = plain();
+        (0..10_000_u32)
+            .find(|_| {
+                session.handle_fragments(fragments, at(0));
+                session.handle_text("x", at(0));
+                session.is_closing()
+            })
+            .unwrap()
+    };
+
+    assert_eq!(messages_until_closed(0), 500);
+    assert_eq!(messages_until_closed(1_024), 500, "64 KiB in pieces of 64 bytes");
+    assert_eq!(messages_until_closed(1_025), 250);
+    assert_eq!(messages_until_closed(60_000), 8, "a byte each");
+    let mut session = plain();
+    session.handle_fragments(10_000_000, at(0));
+    assert!(matches!(drain(&mut session).last(), Some(Action::Close(Close::Policy))));
+}
+
+#[test]
 fn message_is_acknowledged_only_when_stored() {
     let mut session = v1();
 
