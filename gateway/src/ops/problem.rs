@@ -268,6 +268,7 @@ impl From<StoreError> for Problem {
                 "the database did not answer in time: whether the change was made is not known",
             ),
             StoreError::Unavailable { .. }
+            | StoreError::FileFailed(_)
             | StoreError::NoConnectionFree(_)
             | StoreError::ReadOnlyServer
             | StoreError::Busy

@@ -15,6 +15,9 @@ pub enum StoreError {
     /// The database can't be reached, or refuses connections for now. The text is all that is known.
     #[error("the database is unavailable: {0}")]
     Unavailable(String),
+    /// Reading or writing SQLite's file failed: the disk, or a companion file that was taken away.
+    #[error("reading or writing the database file failed: {0}")]
+    FileFailed(#[source] sqlx::Error),
     /// The server takes no more connections, of this role or of anybody.
     #[error("the database has no connection to spare: {0}")]
     NoConnectionFree(String),
@@ -87,6 +90,7 @@ impl StoreError {
         match self {
             Self::Open { error, .. } => error.is_retryable(),
             Self::Unavailable(_)
+            | Self::FileFailed(_)
             | Self::NoConnectionFree(_)
             | Self::ReadOnlyServer
             | Self::TimedOut
@@ -119,14 +123,14 @@ impl StoreError {
     /// The database gave no answer at all: it is away, frozen or too slow.
     #[must_use]
     pub fn is_away(&self) -> bool {
-        matches!(self, Self::Unavailable(_) | Self::TimedOut)
+        matches!(self, Self::Unavailable(_) | Self::FileFailed(_) | Self::TimedOut)
     }
 
     /// SQLite's file, or its companions, could not be written: the same file may be readable.
     pub(super) fn is_unwritable(&self) -> bool {
         matches!(
             self,
-            Self::DiskFull(_) | Self::ReadOnly(_) | Self::Unreadable(Some(_)) | Self::Unavailable(_)
+            Self::DiskFull(_) | Self::ReadOnly(_) | Self::Unreadable(Some(_)) | Self::FileFailed(_)
         )
     }
 
@@ -138,6 +142,7 @@ impl StoreError {
             // Met by every write; the disk is looked at elsewhere.
             Self::OnlyRead(_) => None,
             Self::ReadOnly(_)
+            | Self::FileFailed(_)
             | Self::Unreadable(_)
             | Self::NotADatabase(_)
             | Self::Damaged(_)
@@ -172,7 +177,7 @@ impl StoreError {
     pub fn metric_label(&self) -> &'static str {
         match self {
             Self::Open { error, .. } => error.metric_label(),
-            Self::Unavailable(_) => "unavailable",
+            Self::Unavailable(_) | Self::FileFailed(_) => "unavailable",
             Self::NoConnectionFree(_) => "no_connection_free",
             Self::TimedOut => "timed_out",
             Self::Busy => "busy",
@@ -279,7 +284,7 @@ fn from_sqlite(extended: i32, error: sqlx::Error) -> StoreError {
         (_, 5 | 6) => StoreError::Locked(error),
         (_, 3 | 14) => StoreError::Unreadable(Some(error)),
         (_, 8) => StoreError::ReadOnly(error),
-        (_, 10) => StoreError::Unavailable(format!("reading or writing its file failed: {error}")),
+        (_, 10) => StoreError::FileFailed(error),
         (_, 11) => StoreError::Damaged(error),
         (_, 13) => StoreError::DiskFull(error),
         (_, 26) => StoreError::NotADatabase(error),
@@ -310,5 +315,69 @@ fn from_postgres(code: &str, message: String, error: sqlx::Error) -> StoreError 
             Some("0A" | "42" | "58" | "F0" | "XX") => StoreError::Unusable(message),
             Some(_) | None => StoreError::Unexpected(error),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{borrow::Cow, error::Error, fmt};
+
+    use sqlx::error::{DatabaseError, ErrorKind};
+
+    use super::*;
+
+    /// What a database says, by its code.
+    #[derive(Debug)]
+    struct Said(&'static str);
+
+    impl fmt::Display for Said {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str(self.message())
+        }
+    }
+
+    impl Error for Said {}
+
+    impl DatabaseError for Said {
+        fn message(&self) -> &'static str {
+            "its own words"
+        }
+
+        fn code(&self) -> Option<Cow<'_, str>> {
+            Some(self.0.into())
+        }
+
+        fn as_error(&self) -> &(dyn Error + Send + Sync + 'static) {
+            self
+        }
+
+        fn as_error_mut(&mut self) -> &mut (dyn Error + Send + Sync + 'static) {
+            self
+        }
+
+        fn into_error(self: Box<Self>) -> Box<dyn Error + Send + Sync + 'static> {
+            self
+        }
+
+        fn kind(&self) -> ErrorKind {
+            ErrorKind::Other
+        }
+    }
+
+    #[test]
+    fn file_that_can_not_be_read_or_written_is_away_and_a_trouble_that_is_told() {
+        // SQLITE_IOERR, and its forms for a short read, a failed write and a failed fsync.
+        for code in ["10", "522", "778", "1034"] {
+            let error = StoreError::from(sqlx::Error::Database(Box::new(Said(code))));
+
+            assert!(matches!(error, StoreError::FileFailed(_)), "{code}: {error:?}");
+            assert!(error.is_away() && error.is_retryable() && error.is_unwritable());
+            assert_eq!(error.trouble(), Some(Trouble::Refuses));
+            assert!(
+                in_one_line(&error).ends_with("its own words"),
+                "{}",
+                in_one_line(&error)
+            );
+        }
     }
 }

@@ -83,15 +83,20 @@ pub(super) struct Failures {
 impl Failures {
     /// Takes note of a call's outcome. What the caller did wrong is no failure of the database's.
     pub fn observe<T>(&self, operation: Operation, outcome: &Result<T, StoreError>) {
-        let Err(error) = outcome else { return };
-        if !error.is_failure() {
+        let Some(error) = self.count(operation, outcome) else {
             return;
-        }
-        self.counts[operation as usize].fetch_add(1, Ordering::Relaxed);
+        };
         if operation == Operation::Lookup {
             self.note(Trouble::Lookups, in_one_line(error));
         }
         self.note_error(error);
+    }
+
+    /// Counts a call's outcome, and says nothing about the database. Returns what failed.
+    pub fn count<'a, T>(&self, operation: Operation, outcome: &'a Result<T, StoreError>) -> Option<&'a StoreError> {
+        let error = outcome.as_ref().err().filter(|error| error.is_failure())?;
+        self.counts[operation as usize].fetch_add(1, Ordering::Relaxed);
+        Some(error)
     }
 
     /// What an error is a sign of that does not fail the whole call.

@@ -90,7 +90,12 @@ impl LookupWorker {
         let found = match self.attempt(keys, deadline, &mut is_reused).await {
             // The server may have closed idle connections, by restarting, or changed what their statements mean: that is no reason to
             // refuse anybody.
-            Err(StoreError::Unavailable(_) | StoreError::Unusable(_) | StoreError::Unexpected(_)) if is_reused => {
+            Err(
+                StoreError::Unavailable(_)
+                | StoreError::FileFailed(_)
+                | StoreError::Unusable(_)
+                | StoreError::Unexpected(_),
+            ) if is_reused => {
                 self.lane.close_idle();
                 self.attempt(keys, deadline, &mut is_reused).await
             }

@@ -125,11 +125,18 @@ async fn migrate_postgres(postgres: &mut Postgres, caller: Caller) -> Result<(),
     let connection = &mut postgres.connection;
     let lock = lock(connection, "pg_try_advisory_lock", caller).await?;
     // Another process may have been faster.
-    for version in self::pending(connection, &migrator).await? {
-        if version.is_concurrent() && is_outside_transaction {
-            run_outside_transaction(connection, &migrator, version).await?;
-        } else {
-            migrator.run_direct(Some(version.number), connection, false).await?;
+    let pending = self::pending(connection, &migrator).await?;
+    let is_apart = |version: &Version| version.is_concurrent() && is_outside_transaction;
+    // Neighbours are run by one call, each in a transaction of its own: a call costs round trips, and the server may be far away.
+    for versions in pending.chunk_by(|one, next| is_apart(one) == is_apart(next)) {
+        match versions {
+            [first, ..] if is_apart(first) => {
+                for version in versions {
+                    run_outside_transaction(connection, &migrator, version).await?;
+                }
+            }
+            [.., last] => migrator.run_direct(Some(last.number), connection, false).await?,
+            [] => {}
         }
     }
     let unlock = format!("SELECT pg_advisory_unlock({lock})");

@@ -346,7 +346,12 @@ impl Store {
         work: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
         let outcome = timeout(limit, work).await.unwrap_or(Err(StoreError::TimedOut));
-        self.0.failures.observe(operation, &outcome);
+        if self.is_ready() {
+            self.0.failures.observe(operation, &outcome);
+        } else {
+            // Tables are missing until the schema is made. What hinders that is in [`Store::state`].
+            self.0.failures.count(operation, &outcome);
+        }
         outcome
     }
 

@@ -296,7 +296,7 @@ mod tests {
         let path = home.path().join("seawall.db");
         File::new(&path).prepare().await.unwrap();
         let file = File::new(&path);
-        let full = StoreError::Unavailable("no room".into());
+        let full = StoreError::DiskFull(sqlx::Error::Io(io::Error::other("no room")));
         let companions = || fs::read_dir(home.path()).unwrap().count() - 1;
         let deadline = std::time::Instant::now() + Duration::from_secs(10);
         while companions() > 0 {

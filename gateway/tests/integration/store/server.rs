@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use seawall_gateway::{
     config::DatabaseUrl,
-    store::{Consent, DatabaseStatus, LookupWorker, SCHEMA_VERSION, Store, StoreError},
+    store::{Consent, DatabaseStatus, LookupWorker, Operation, SCHEMA_VERSION, Store, StoreError, Trouble},
 };
 use seawall_proto::rules::RuleSpec;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
@@ -201,6 +201,25 @@ async fn role_without_create_is_enough_where_the_schema_is_there() {
 
     within(store.ready()).await;
     assert_eq!(store.rules_revision().await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn tables_that_are_not_made_yet_are_no_trouble() {
+    let url = pg::shared().database().await.unwrap();
+    run(
+        &url,
+        "CREATE ROLE early LOGIN; REVOKE CREATE ON SCHEMA public FROM PUBLIC",
+    )
+    .await;
+    let store = Store::open(&as_role(&url, "early")).await.unwrap();
+
+    store.rules_revision().await.unwrap_err();
+    store.device(device(1)).await.unwrap_err();
+
+    assert_eq!(store.failed(Operation::Read), 1);
+    for trouble in [Trouble::Refuses, Trouble::Unreadable] {
+        assert_eq!(store.trouble(trouble), None, "what is missing is in its state");
+    }
 }
 
 #[tokio::test]
