@@ -5,7 +5,8 @@
 //! database uses. Rules are compiled and written to disk off the runtime's workers.
 //!
 //! Two kinds of rules stand beside those of the database that this version enforces. Rules that it can't enforce are kept and do
-//! nothing. Rules that the database has lost (it came out of a backup, or its machine lost power) stay in force. Both raise an alarm.
+//! nothing. Rules that the database has lost (it came out of a backup, or its machine lost power), or whose rows are damaged, stay in
+//! force. Both raise an alarm.
 
 use std::{
     collections::BTreeMap,
@@ -373,32 +374,44 @@ fn with_lost(stored: StoredRules, in_force: &RuleSet, before: &[Lost], wall: Wal
     let StoredRules {
         revision,
         mut rules,
-        unsupported,
+        mut unsupported,
     } = stored;
-    let known = rules.iter().map(|rule| (rule.id, rule.revision));
-    let known: BTreeMap<RuleId, u64> = known
-        .chain(unsupported.iter().map(|rule| (rule.id, rule.revision)))
-        .collect();
+    let readable: BTreeMap<RuleId, u64> = rules.iter().map(|rule| (rule.id, rule.revision)).collect();
+    let unreadable: BTreeMap<RuleId, u64> = unsupported.iter().map(|rule| (rule.id, rule.revision)).collect();
+    let known: BTreeMap<RuleId, u64> = readable.iter().chain(&unreadable).map(|(id, at)| (*id, *at)).collect();
+    // Whoever changes a rule gives it another revision: one that can't be read any more at the same revision is damaged. Zero stands for
+    // a revision that can't be read either.
+    let is_damaged = |rule: &Rule| {
+        let stored = unreadable.get(&rule.id);
+        stored.is_some_and(|revision| *revision == rule.revision || *revision == 0)
+    };
     let is_missing =
         |rule: &&Rule| rule.revision > revision || (revision == in_force.revision() && !known.contains_key(&rule.id));
-    let found = in_force.rules().iter().filter(is_missing).map(|rule| Lost {
-        rule: rule.clone(),
-        since: revision,
-    });
+    let is_older = revision <= in_force.revision();
+    let found = in_force
+        .rules()
+        .iter()
+        .filter(|rule| is_damaged(rule) || (is_older && is_missing(rule)))
+        .map(|rule| Lost {
+            rule: rule.clone(),
+            since: revision,
+        });
     // Those found before go last, so that they keep the revision at which they were found.
     let lost: BTreeMap<RuleId, Lost> = found
-        .filter(|_| revision <= in_force.revision())
         .chain(before.iter().cloned())
         .map(|lost| (lost.rule.id, lost))
         .collect();
     let is_lost = |lost: &Lost| {
-        // A rule that was changed since is not lost any more.
-        let is_known = known.get(&lost.rule.id).is_some_and(|changed| *changed > lost.since);
+        // A rule that was changed since, or can be read again, is not lost any more.
+        let is_known = known.get(&lost.rule.id).is_some_and(|changed| *changed > lost.since)
+            || readable.get(&lost.rule.id) == Some(&lost.rule.revision);
         !lost.rule.is_expired(wall) && !is_known
     };
     let lost: Vec<Lost> = lost.into_values().filter(is_lost).collect();
     // Of a rule that was changed in a lost revision, the lost form counts.
-    rules.retain(|rule| lost.binary_search_by_key(&rule.id, |lost| lost.rule.id).is_err());
+    let is_kept = |id: RuleId| lost.binary_search_by_key(&id, |lost| lost.rule.id).is_err();
+    rules.retain(|rule| is_kept(rule.id));
+    unsupported.retain(|rule| is_kept(rule.id));
     rules.extend(lost.iter().map(|lost| lost.rule.clone()));
     (RuleSet::compile_stored(revision, rules, unsupported), lost)
 }
@@ -515,6 +528,41 @@ mod tests {
         let (set, lost) = with_lost(stored, &in_force, &[], WallTime::from_unix_ms(5));
 
         assert_eq!((reasons(&set), lost.len()), (vec!["lost", "old", "other"], 1));
+    }
+
+    #[test]
+    fn rule_whose_row_is_damaged_stays_in_force_until_it_can_be_read_or_was_changed() {
+        let wall = WallTime::from_unix_ms(5);
+        let in_force = RuleSet::compile(4, vec![rule(1, 3, "good"), rule(2, 4, "other")]);
+        let unreadable = |id, revision| Rule::read(RuleId(Uuid::from_u128(id)), "", wall, revision).unwrap_err();
+        let stored = |revision, rules, unsupported| StoredRules {
+            revision,
+            rules,
+            unsupported,
+        };
+
+        for at in [3, 0] {
+            let damaged = stored(6, vec![rule(2, 4, "other")], vec![unreadable(1, at)]);
+            let (set, lost) = with_lost(damaged.clone(), &in_force, &[], wall);
+            assert_eq!((reasons(&set), set.unsupported().len()), (vec!["good", "other"], 0));
+            assert_eq!((lost.len(), lost[0].rule.revision), (1, 3));
+            let (again, still) = with_lost(damaged, &set, &lost, wall);
+            assert_eq!((again.digest(), &still), (set.digest(), &lost));
+
+            let repaired = stored(6, vec![rule(1, 3, "good"), rule(2, 4, "other")], Vec::new());
+            let (repaired, lost_then) = with_lost(repaired, &set, &lost, wall);
+            assert_eq!((reasons(&repaired), lost_then), (vec!["good", "other"], Vec::new()));
+            let changed = stored(7, vec![rule(2, 4, "other")], vec![unreadable(1, 7)]);
+            let (changed, lost_then) = with_lost(changed, &set, &lost, wall);
+            assert_eq!((reasons(&changed), changed.unsupported().len()), (vec!["other"], 1));
+            assert_eq!(lost_then, []);
+        }
+        let by_a_later_version = stored(5, vec![rule(2, 4, "other")], vec![unreadable(1, 5)]);
+        let (set, lost) = with_lost(by_a_later_version, &in_force, &[], wall);
+        assert_eq!(
+            (reasons(&set), set.unsupported().len(), lost),
+            (vec!["other"], 1, Vec::new())
+        );
     }
 
     #[test]

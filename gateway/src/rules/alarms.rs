@@ -44,7 +44,7 @@ impl Alarms {
                 || "every rule in force is in the database".to_owned(),
                 |first| {
                     format!(
-                        "the database is older than this node: it has lost {} rules, {} is one. They stay in force on the nodes that know them. Make those anew that are right, then remove the lost ones: seawall rules list, seawall rules unblock {}",
+                        "the database has lost {} rules that this node knows, or their rows can't be read any more: {} is one. They stay in force on the nodes that know them. Make those anew that are right, then remove the lost ones: seawall rules list, seawall rules unblock {}",
                         lost.len(),
                         first.id,
                         first.id
