@@ -43,6 +43,8 @@ pub(super) struct File {
     path: PathBuf,
     /// Device and inode; known once it is open.
     identity: OnceLock<(u64, u64)>,
+    /// The same of its write-ahead log, where there was one when it was looked at last.
+    log: Mutex<Option<(u64, u64)>>,
     /// Why it can only be read, while that is so.
     only_read: Mutex<Option<String>>,
     connections: Arc<AtomicUsize>,
@@ -60,6 +62,7 @@ impl File {
         Arc::new(Self {
             path: path.to_owned(),
             identity: OnceLock::new(),
+            log: Mutex::default(),
             only_read: Mutex::default(),
             connections: Arc::default(),
         })
@@ -104,9 +107,7 @@ impl File {
     /// # Errors
     /// It can't be read either, its schema is another version's, or what it holds is not all in it.
     pub async fn open_to_read(self: &Arc<Self>, cause: &StoreError) -> Result<(), StoreError> {
-        let mut log = self.path.clone().into_os_string();
-        log.push("-wal");
-        if fs::metadata(log).is_ok_and(|log| log.len() > 0) {
+        if fs::metadata(log_of(&self.path)).is_ok_and(|log| log.len() > 0) {
             return Err(StoreError::Unreadable(None));
         }
         self.set_only_read(Some(in_one_line(cause)));
@@ -162,9 +163,28 @@ impl File {
             Ok(metadata) if identity(&metadata) != *opened => Err(StoreError::FileChanged("replaced")),
             Ok(metadata) if metadata.len() == 0 => Err(StoreError::FileChanged("emptied")),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(StoreError::FileChanged("deleted")),
+            Ok(_) => self.check_log(),
             // What else is wrong is found out by whoever uses it.
-            Ok(_) | Err(_) => Ok(()),
+            Err(_) => Ok(()),
         }
+    }
+
+    /// Whether the write-ahead log is still the one that connections have open. Connections made later would make another, and each group
+    /// would see its own commits only.
+    ///
+    /// The last connection to close takes the log away itself, so one that is missing proves nothing: where anything has changed, it is
+    /// looked up whether the former one is still open.
+    fn check_log(&self) -> Result<(), StoreError> {
+        let path = log_of(&self.path);
+        let found = fs::metadata(&path).ok().as_ref().map(identity);
+        let mut known = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        if *known != found {
+            if has_open(&path, *known) {
+                return Err(StoreError::FileChanged("separated from its write-ahead log (-wal)"));
+            }
+            *known = found;
+        }
+        Ok(())
     }
 
     fn check_writable(&self) -> Result<(), StoreError> {
@@ -182,6 +202,26 @@ impl File {
     fn set_only_read(&self, cause: Option<String>) {
         *self.only_read.lock().unwrap_or_else(PoisonError::into_inner) = cause;
     }
+}
+
+fn log_of(path: &Path) -> PathBuf {
+    let mut log = path.to_owned().into_os_string();
+    log.push("-wal");
+    log.into()
+}
+
+/// Whether this process has a file open that was deleted at this path, or is the known one (proc(5)).
+fn has_open(path: &Path, known: Option<(u64, u64)>) -> bool {
+    let folder = path.parent().and_then(|folder| fs::canonicalize(folder).ok());
+    let (Some(folder), Some(name), Ok(open)) = (folder, path.file_name(), fs::read_dir("/proc/self/fd")) else {
+        return false;
+    };
+    let mut deleted = folder.join(name).into_os_string();
+    deleted.push(" (deleted)");
+    open.flatten().any(|file| {
+        let is_known = known.is_some() && fs::metadata(file.path()).ok().as_ref().map(identity) == known;
+        is_known || fs::read_link(file.path()).is_ok_and(|target| target.as_os_str() == deleted)
+    })
 }
 
 fn identity(metadata: &Metadata) -> (u64, u64) {
@@ -364,6 +404,47 @@ mod tests {
         fs::write(&path, "").unwrap();
 
         assert!(matches!(file.check(), Err(StoreError::FileChanged("emptied"))));
+    }
+
+    #[tokio::test]
+    async fn log_that_is_taken_from_its_connections_is_told_and_no_other_is_made() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("seawall.db");
+        let (log, aside) = (log_of(&path), home.path().join("aside"));
+        let file = File::new(&path);
+        file.prepare().await.unwrap();
+        let mut writer = file.writer().connect().await.unwrap();
+        writer.begin().await.unwrap();
+        writer.commit().await.unwrap();
+        assert!(file.check().is_ok());
+        let is_told = |outcome| matches!(outcome, Err(StoreError::FileChanged(_)));
+
+        fs::rename(&log, &aside).unwrap();
+
+        assert!(is_told(file.check()) && is_told(file.check_writable()));
+        assert!(is_told(file.reader().connect().await.map(drop)));
+        assert!(!log.exists(), "no other log");
+        fs::rename(&aside, &log).unwrap();
+        assert!(file.check().is_ok());
+        fs::remove_file(&log).unwrap();
+        assert!(is_told(file.check()) && is_told(file.check()));
+        fs::write(&log, "").unwrap();
+        assert!(is_told(file.check()));
+    }
+
+    #[tokio::test]
+    async fn log_that_the_last_connection_takes_away_is_not_missed() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("seawall.db");
+        let file = File::new(&path);
+        file.prepare().await.unwrap();
+
+        for _ in 0..50 {
+            let connection = file.writer().connect().await.unwrap();
+            assert!(file.check().is_ok());
+            drop(connection);
+            assert!(file.check().is_ok());
+        }
     }
 
     #[tokio::test]
