@@ -9,7 +9,10 @@ use std::{
     future::Future,
     ops::{Deref, DerefMut},
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -34,20 +37,33 @@ const PING_MAX: Duration = Duration::from_millis(500);
 
 /// Time after the server's last refusal for want of connections during which they count as scarce.
 const SCARCE_FOR: Duration = Duration::from_secs(10);
-/// Minimum time between two connections that busy look-ups leave to the other lanes while connections are scarce.
+/// Minimum time between two connections that a lane gives up to a lower one while connections are scarce.
 const CONCESSION_INTERVAL: Duration = Duration::from_secs(1);
 /// Time for the server to notice that an idle connection was closed to make room.
 const ROOM_WAIT: Duration = Duration::from_millis(50);
 /// Time between two attempts to connect where nothing could be closed to make room.
 const SCARCE_RETRY: Duration = Duration::from_millis(200);
 
-/// What a lane is for: decides who goes first while connections are scarce.
+/// What a lane is for: decides which lane closes a connection while they are scarce.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Rank {
-    /// Looks devices up: keeps what it has.
+    /// Imports and the plan guard.
+    Spare,
+    /// The API.
+    Ops,
+    /// Rules and revocations.
+    Rules,
+    /// Look-ups of devices.
     Lookups,
-    /// Everything else: keeps nothing idle while connections are scarce.
-    Others,
+}
+
+/// Whether a lane closes a connection so that another one can open one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Yield {
+    Always,
+    /// At most one each [`CONCESSION_INTERVAL`]. None at all once a connection was closed in vain: another program took its place.
+    Seldom,
+    Never,
 }
 
 impl Rank {
@@ -55,7 +71,31 @@ impl Rank {
     const fn scarce_wait_max(self) -> Duration {
         match self {
             Self::Lookups => Duration::from_millis(500),
-            Self::Others => Duration::from_millis(1_500),
+            Self::Spare | Self::Ops | Self::Rules => Duration::from_millis(1_500),
+        }
+    }
+
+    /// Position in the order in which lanes close connections: lanes that lose least are first.
+    const fn turn(self) -> u8 {
+        match self {
+            Self::Spare => 0,
+            Self::Ops => 1,
+            Self::Lookups => 2,
+            Self::Rules => 3,
+        }
+    }
+
+    /// Whether a lane of this rank closes a connection for `other`. A closed connection may go to another program, so only a lane that
+    /// has none gets one of a lane that needs its own.
+    const fn yields(self, is_last: bool, other: Self, other_has_none: bool) -> Yield {
+        match (self, other) {
+            (Self::Spare, _) => Yield::Always,
+            (Self::Ops | Self::Rules | Self::Lookups, _) if !other_has_none => Yield::Never,
+            (Self::Ops | Self::Rules, Self::Spare) => Yield::Never,
+            (Self::Ops, Self::Ops | Self::Rules | Self::Lookups) | (Self::Rules, Self::Lookups) => Yield::Always,
+            (Self::Rules, Self::Ops | Self::Rules) => Yield::Seldom,
+            (Self::Lookups, _) if is_last => Yield::Never,
+            (Self::Lookups, _) => Yield::Seldom,
         }
     }
 }
@@ -71,6 +111,10 @@ pub(super) struct Lane {
     dials: Mutex<Vec<Dial>>,
     /// One connection was given back.
     returned: Notify,
+    /// Each connection that is in use has a clone.
+    in_use: Arc<()>,
+    /// Callers that the server refused a connection for want of them, and that wait.
+    waiting: AtomicUsize,
     scarcity: Arc<Scarcity>,
 }
 
@@ -90,6 +134,8 @@ impl Lane {
             idle: Mutex::new(Vec::with_capacity(connections_max)),
             dials: Mutex::default(),
             returned: Notify::new(),
+            in_use: Arc::default(),
+            waiting: AtomicUsize::new(0),
             scarcity: Arc::clone(scarcity),
         });
         scarcity.join(&lane);
@@ -113,13 +159,15 @@ impl Lane {
             is_passing,
             is_reused,
             lane: Arc::clone(self),
+            _in_use: Arc::clone(&self.in_use),
             _permit: permit,
         })
     }
 
     /// The flag says that the connection was used before.
     async fn connection(&self) -> Result<(Connection, bool), StoreError> {
-        let give_up_at = Instant::now() + self.rank.scarce_wait_max();
+        let begun = Instant::now();
+        let give_up_at = begun + self.rank.scarce_wait_max();
         loop {
             if let Some(connection) = self.take_idle().await {
                 return Ok((connection, true));
@@ -132,9 +180,10 @@ impl Lane {
             let made_room = self.scarcity.make_room(self, &detail);
             let wait = if made_room { ROOM_WAIT } else { SCARCE_RETRY };
             if Instant::now() + wait > give_up_at {
+                self.scarcity.handle_given_up(begun);
                 return Err(StoreError::NoConnectionFree(detail));
             }
-            let _waiting = self.scarcity.waiting(self.rank);
+            let _waiting = Waiting::new(&self.waiting);
             tokio::select! {
                 () = self.returned.notified() => {}
                 () = sleep(wait) => {}
@@ -150,7 +199,9 @@ impl Lane {
             };
             let is_trusted = match self.rank {
                 Rank::Lookups => true,
-                Rank::Others => matches!(connection, Connection::Sqlite(_)) || since.elapsed() < IDLE_TRUSTED,
+                Rank::Spare | Rank::Ops | Rank::Rules => {
+                    matches!(connection, Connection::Sqlite(_)) || since.elapsed() < IDLE_TRUSTED
+                }
             };
             if is_trusted {
                 return Some(connection);
@@ -214,6 +265,27 @@ impl Lane {
         idle.len() + late_dials.count()
     }
 
+    /// Closes the connection that was unused for longest. False where there is none.
+    fn close_one_idle(&self) -> bool {
+        if self.take_late_dial().is_some() {
+            return true;
+        }
+        let mut idle = self.idle();
+        let is_there = !idle.is_empty();
+        let oldest = is_there.then(|| idle.remove(0));
+        drop(idle);
+        oldest.is_some()
+    }
+
+    /// Open connections, in use or not.
+    fn connections(&self) -> usize {
+        self.idle().len() + Arc::strong_count(&self.in_use) - 1
+    }
+
+    fn is_in_need(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0 && self.connections() == 0
+    }
+
     fn idle(&self) -> MutexGuard<'_, Vec<(Connection, Instant)>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -244,9 +316,10 @@ struct Shortage {
     lanes: Vec<Weak<Lane>>,
     /// The last refusal, and the server's words.
     last: Option<(Instant, String)>,
-    /// Callers of other lanes than the look-ups' that wait for a connection.
-    others_waiting: usize,
+    /// The last connection that was closed by [`Yield::Seldom`].
     conceded: Option<Instant>,
+    /// Such a connection was closed in vain since connections became scarce.
+    is_futile: bool,
 }
 
 impl Scarcity {
@@ -268,44 +341,60 @@ impl Scarcity {
             .is_some_and(|(at, _)| at.elapsed() < SCARCE_FOR)
     }
 
-    /// The server has refused `lane` a connection: closes those of the other lanes that nobody uses. Whether there was any.
+    /// The server has refused `lane` a connection: closes one that another lane does not use. False where there is none to close.
     fn make_room(&self, lane: &Lane, detail: &str) -> bool {
-        let lanes = {
+        {
             let mut shortage = self.lock();
             let is_news = shortage.last.as_ref().is_none_or(|(at, _)| at.elapsed() >= SCARCE_FOR);
             if is_news {
                 tracing::warn!(reason = detail, "database connections are scarce: look-ups go first");
+                shortage.is_futile = false;
             }
             shortage.last = Some((Instant::now(), detail.to_owned()));
-            shortage.lanes.clone()
-        };
-        let others = lanes.iter().filter_map(Weak::upgrade);
-        let others = others.filter(|other| !std::ptr::eq(Arc::as_ptr(other), lane));
-        others.map(|other| other.close_idle()).sum::<usize>() > 0
-    }
-
-    /// Counts a caller that waits, for as long as the answer lives.
-    fn waiting(&self, rank: Rank) -> Option<Waiting<'_>> {
-        (rank == Rank::Others).then(|| {
-            self.lock().others_waiting += 1;
-            Waiting(self)
-        })
-    }
-
-    /// Whether a lane is to close a connection that it could keep.
-    fn is_wanted(&self, rank: Rank) -> bool {
-        match rank {
-            Rank::Others => self.is_on(),
-            Rank::Lookups => {
-                let mut shortage = self.lock();
-                let is_due = shortage.conceded.is_none_or(|at| at.elapsed() >= CONCESSION_INTERVAL);
-                let is_wanted = shortage.others_waiting > 0 && is_due;
-                if is_wanted {
-                    shortage.conceded = Some(Instant::now());
-                }
-                is_wanted
-            }
         }
+        let has_none = lane.connections() == 0;
+        let mut others = self.others(lane);
+        others.retain(|other| !other.idle().is_empty());
+        others.sort_by_key(|other| other.rank.turn());
+        others
+            .iter()
+            .any(|other| self.is_to_yield(other, lane.rank, has_none) && other.close_one_idle())
+    }
+
+    /// Whether `lane` closes a connection that it could keep.
+    fn is_wanted_of(&self, lane: &Lane) -> bool {
+        let is_wanted = |other: &Arc<Lane>| other.is_in_need() && self.is_to_yield(lane, other.rank, true);
+        self.is_on() && self.others(lane).iter().any(is_wanted)
+    }
+
+    fn is_to_yield(&self, lane: &Lane, other: Rank, other_has_none: bool) -> bool {
+        match lane.rank.yields(lane.connections() == 1, other, other_has_none) {
+            Yield::Always => true,
+            Yield::Seldom => self.concede(),
+            Yield::Never => false,
+        }
+    }
+
+    fn concede(&self) -> bool {
+        let mut shortage = self.lock();
+        let is_due = shortage.conceded.is_none_or(|at| at.elapsed() >= CONCESSION_INTERVAL);
+        let is_conceded = is_due && !shortage.is_futile;
+        if is_conceded {
+            shortage.conceded = Some(Instant::now());
+        }
+        is_conceded
+    }
+
+    /// A caller that has waited since `begun` got no connection.
+    fn handle_given_up(&self, begun: Instant) {
+        let mut shortage = self.lock();
+        shortage.is_futile |= shortage.conceded.is_some_and(|at| at >= begun);
+    }
+
+    fn others(&self, lane: &Lane) -> Vec<Arc<Lane>> {
+        let lanes = self.lock().lanes.clone();
+        let lanes = lanes.iter().filter_map(Weak::upgrade);
+        lanes.filter(|other| !std::ptr::eq(Arc::as_ptr(other), lane)).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Shortage> {
@@ -313,11 +402,19 @@ impl Scarcity {
     }
 }
 
-struct Waiting<'a>(&'a Scarcity);
+/// Counts a caller that waits, until it is dropped.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.lock().others_waiting -= 1;
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -329,6 +426,7 @@ pub(super) struct Held {
     is_passing: bool,
     is_reused: bool,
     lane: Arc<Lane>,
+    _in_use: Arc<()>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -360,7 +458,7 @@ impl Held {
 
     /// Gives the connection back. Only with no transaction open and every answer read.
     pub fn give_back(self) {
-        if self.is_passing || self.lane.scarcity.is_wanted(self.lane.rank) {
+        if self.is_passing || self.lane.scarcity.is_wanted_of(&self.lane) {
             return;
         }
         self.lane.idle().push((self.connection, Instant::now()));

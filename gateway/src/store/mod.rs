@@ -223,25 +223,25 @@ impl Store {
     ) -> Self {
         let scarcity = Arc::new(Scarcity::default());
         let lane = |connector, rank, connections_max| Lane::new(connector, rank, connections_max, &scarcity);
-        let one = |purpose| lane(connectors(purpose), Rank::Others, 1);
+        let one = |purpose, rank| lane(connectors(purpose), rank, 1);
         let (reads, writes) = match file {
             Some(file) => {
-                let reads = lane(file.reader(), Rank::Others, OPS_CONNECTIONS_MAX);
-                (reads, one(Purpose::Ops))
+                let reads = lane(file.reader(), Rank::Ops, OPS_CONNECTIONS_MAX);
+                (reads, one(Purpose::Ops, Rank::Ops))
             }
             None => {
-                let ops = lane(connectors(Purpose::Ops), Rank::Others, OPS_CONNECTIONS_MAX);
+                let ops = lane(connectors(Purpose::Ops), Rank::Ops, OPS_CONNECTIONS_MAX);
                 (Arc::clone(&ops), ops)
             }
         };
         Self(Arc::new(Inner {
             lookups: lane(connectors(Purpose::Lookups), Rank::Lookups, LOOKUP_CONNECTIONS_MAX),
-            imports: one(Purpose::Import),
-            plans: one(Purpose::Lookups),
+            imports: one(Purpose::Import, Rank::Spare),
+            plans: one(Purpose::Lookups, Rank::Spare),
             reads,
             writes,
-            rules: one(Purpose::Rules),
-            polls: one(Purpose::Polls),
+            rules: one(Purpose::Rules, Rank::Rules),
+            polls: one(Purpose::Polls, Rank::Rules),
             scarcity,
             import_permit: Arc::new(Semaphore::new(1)),
             health,

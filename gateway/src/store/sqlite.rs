@@ -349,7 +349,7 @@ mod tests {
 
         file.open_to_read(&full).await.unwrap();
 
-        let lane = Lane::new(file.writer(), Rank::Others, 1, &Arc::default());
+        let lane = Lane::new(file.writer(), Rank::Ops, 1, &Arc::default());
         let mut held = lane.take().await.unwrap();
         assert!(held.first(VERSION, &[]).await.unwrap().is_some());
         let refused = held.begin().await.unwrap_err();
@@ -479,7 +479,7 @@ mod tests {
         let file = File::new(&home.path().join("seawall.db"));
         file.prepare().await.unwrap();
         all_threads_end(&file).await;
-        let lane = Lane::new(file.reader(), Rank::Others, 1, &Arc::default());
+        let lane = Lane::new(file.reader(), Rank::Ops, 1, &Arc::default());
 
         for _ in 0..3 {
             let mut held = lane.take().await.unwrap();

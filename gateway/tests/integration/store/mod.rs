@@ -12,6 +12,7 @@ mod records;
 mod revocations;
 mod roster;
 mod rules;
+mod scarce;
 mod schema;
 mod server;
 
