@@ -148,12 +148,13 @@ impl Lane {
     /// # Cancel safety
     /// A connection that is being made when the future is dropped is there for the next caller.
     pub async fn take(self: &Arc<Self>) -> Result<Held, StoreError> {
+        let begun = Instant::now();
         let permit = match timeout(TAKE_MAX, Arc::clone(&self.slots).acquire_owned()).await {
             Ok(Ok(permit)) => permit,
             Ok(Err(_)) | Err(_) => return Err(StoreError::Busy),
         };
         let is_passing = self.connector.is_passing();
-        let (connection, is_reused) = self.connection().await?;
+        let (connection, is_reused) = self.connection(begun).await?;
         Ok(Held {
             connection,
             is_passing,
@@ -164,9 +165,8 @@ impl Lane {
         })
     }
 
-    /// The flag says that the connection was used before.
-    async fn connection(&self) -> Result<(Connection, bool), StoreError> {
-        let begun = Instant::now();
+    /// The flag says that the connection was used before. The caller has waited since `begun`.
+    async fn connection(&self, begun: Instant) -> Result<(Connection, bool), StoreError> {
         let give_up_at = begun + self.rank.scarce_wait_max();
         loop {
             if let Some(connection) = self.take_idle().await {

@@ -30,7 +30,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError, watch},
-    time::timeout,
+    time::{Instant, timeout, timeout_at},
 };
 use tokio_util::task::AbortOnDropHandle;
 
@@ -58,7 +58,7 @@ use self::{
     error::in_one_line,
     failures::Failures,
     health::Health,
-    lane::{Lane, Rank, Scarcity},
+    lane::{Held, Lane, Rank, Scarcity},
     migrations::Caller,
     postgres::Purpose,
 };
@@ -308,8 +308,7 @@ impl Store {
     /// It gave none.
     #[tracing::instrument(name = "db.ping", level = "debug", skip_all)]
     pub async fn ping(&self) -> Result<(), StoreError> {
-        let ping = async {
-            let mut held = self.polls().take().await?;
+        let ping = async |mut held: Held| {
             held.first(PING, &[]).await?;
             held.give_back();
             Ok(())
@@ -326,15 +325,25 @@ impl Store {
         self.observed(operation, CALL_MAX, work).await
     }
 
-    /// Runs a poll: what comes of it says whether the database answers. Other calls say nothing about that: they may wait for a lock, or
-    /// for one another.
+    /// Runs a poll over a connection of its own kind: what comes of it says whether the database answers. Other calls say nothing about
+    /// that: they may wait for a lock, or for one another. A poll that gets no connection in time while they are scarce says nothing either.
     async fn polled<T>(
         &self,
         operation: Operation,
         limit: Duration,
-        work: impl Future<Output = Result<T, StoreError>>,
+        work: impl AsyncFnOnce(Held) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        let outcome = self.observed(operation, limit, work).await;
+        let deadline = Instant::now() + limit;
+        let outcome = match timeout_at(deadline, self.polls().take()).await {
+            Ok(Ok(held)) => timeout_at(deadline, work(held))
+                .await
+                .unwrap_or(Err(StoreError::TimedOut)),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(self
+                .scarce_connections()
+                .map_or(StoreError::TimedOut, StoreError::NoConnectionFree)),
+        };
+        self.0.failures.observe(operation, &outcome);
         self.0.health.observe(&outcome);
         outcome
     }

@@ -15,6 +15,7 @@ use super::{
     Operation, RULES_TIME_MAX, Store,
     connection::{Connection, Row, Sql, Value},
     error::StoreError,
+    lane::Held,
     model::to_ms,
 };
 
@@ -81,8 +82,7 @@ impl Store {
     /// The database did not answer within 2 s.
     #[tracing::instrument(name = "db.revocations.since", level = "debug", skip_all)]
     pub async fn revocations_since(&self, known: Option<Generation>) -> Result<StoredRevocations, StoreError> {
-        self.polled(Operation::Revocations, RULES_TIME_MAX, async {
-            let mut held = self.polls().take().await?;
+        self.polled(Operation::Revocations, RULES_TIME_MAX, async |mut held: Held| {
             let row = held.first(REVISION, &[]).await?;
             let revision = generation(row.as_ref(), "revision")?;
             let floor = generation(row.as_ref(), "floor")?;

@@ -12,6 +12,7 @@ use super::{
     connection::{Connection, Row, Sql, Value},
     error::StoreError,
     failures::Operation,
+    lane::Held,
     model::{Audit, from_ms, to_ms},
 };
 
@@ -108,8 +109,7 @@ impl Store {
     /// The database did not answer within 2 s.
     #[tracing::instrument(name = "db.meta.find", level = "debug", skip_all)]
     pub async fn rules_revision(&self) -> Result<u64, StoreError> {
-        self.polled(Operation::Rules, RULES_TIME_MAX, async {
-            let mut held = self.polls().take().await?;
+        self.polled(Operation::Rules, RULES_TIME_MAX, async |mut held: Held| {
             let row = held.first(REVISION, &[]).await?;
             held.give_back();
             let read_only = row.as_ref().map(|row| row.text("read_only")).transpose()?.flatten();
@@ -125,8 +125,7 @@ impl Store {
     /// The database did not answer within 2 s.
     #[tracing::instrument(name = "db.rules.all", level = "debug", skip_all)]
     pub async fn rules(&self) -> Result<StoredRules, StoreError> {
-        self.polled(Operation::Rules, RULES_TIME_MAX, async {
-            let mut held = self.polls().take().await?;
+        self.polled(Operation::Rules, RULES_TIME_MAX, async |mut held: Held| {
             let rows = held.all(ALL, &[]).await?;
             held.give_back();
             let revision = revision(rows.first())?;
