@@ -103,10 +103,11 @@ impl Checked {
     /// Asks `spec` about all devices that the cluster knows. `of` is the rule that it changes: that one is not added up with it.
     ///
     /// # Errors
-    /// The database does not answer and `is_needed`: then a rule could not be written either.
+    /// The database takes no writes and `is_needed`: then a rule could not be written either. One that is only slow is no reason: the preview
+    /// asks for a confirmation then.
     pub async fn of(api: &Api, spec: &RuleSpec, of: Option<RuleId>, is_needed: bool) -> Result<Self, Problem> {
         let check = match api.state.store.rule_check(api.state.run).await {
-            Err(error) if is_needed && error.is_retryable() => return Err(error.into()),
+            Err(error) if is_needed && error.is_retryable() && !is_slow(&error) => return Err(error.into()),
             check => check,
         };
         let spec = spec.clone();
@@ -117,6 +118,11 @@ impl Checked {
         })
         .await
     }
+}
+
+/// The check was cut off or waited for others: a write may still succeed.
+const fn is_slow(error: &StoreError) -> bool {
+    matches!(error, StoreError::TimedOut | StoreError::Busy | StoreError::Locked(_))
 }
 
 impl RulePreview {

@@ -12,7 +12,7 @@ use seawall_proto::{
     id::RuleId,
     rules::{RuleSet, RuleSpec},
 };
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
@@ -37,6 +37,9 @@ use crate::{
 /// Time for putting a written rule in force, on a thread of its own. A write has 2 s (contract section 6): 1.8 s of it are the store's,
 /// and ten thousand rules are compiled in a few hundredths of a second.
 const APPLY_MAX: Duration = Duration::from_millis(150);
+
+/// Maximum time of a check and the write after it, [`APPLY_MAX`] included.
+const WRITE_MAX: Duration = Duration::from_millis(1_950);
 
 /// Maximum number of times that a rule is checked where others are written meanwhile.
 const CHECKS_MAX: usize = 3;
@@ -131,25 +134,27 @@ async fn create_rule(
         ));
     }
     let id = RuleId(Uuid::now_v7());
-    let mut checks = 0;
+    let (mut checks, deadline) = (0, Instant::now() + WRITE_MAX);
     let rule = loop {
         checks += 1;
         let consent = if is_confirmed {
             Consent::Given
         } else {
-            check(&api, &spec, None).await?
+            check(&api, &spec, None, deadline).await?
         };
         let (audit, spec) = (caller.audit(&api, "rule.create"), spec.clone());
         let gateway = Arc::clone(&api.state);
-        let written = api
-            .carry_out(async move {
-                let rule = gateway.store.rule_insert(id, spec, consent, &audit).await;
-                if let Ok(rule) = &rule {
-                    take_effect(&gateway, Written::Rule(rule.clone()), &audit.actor, "created").await;
-                }
-                rule
-            })
-            .await?;
+        let writing = api.carry_out(async move {
+            let rule = gateway.store.rule_insert(id, spec, consent, &audit).await;
+            if let Ok(rule) = &rule {
+                take_effect(&gateway, Written::Rule(rule.clone()), &audit.actor, "created").await;
+            }
+            rule
+        });
+        // A write that takes longer goes on.
+        let written = timeout_at(deadline, writing)
+            .await
+            .unwrap_or(Ok(Err(StoreError::TimedOut)))?;
         match written {
             Err(StoreError::Outdated) if checks < CHECKS_MAX => {}
             written => break written?,
@@ -213,25 +218,27 @@ async fn change_rule(
         .ok_or_else(no_such_rule)?;
     let (spec, is_confirmed) = asked.into_change_of(&before.spec, api.state.clock.wall())?;
     let (revision, hits_others) = (before.revision, hits_others(&before.spec, &spec));
-    let mut checks = 0;
+    let (mut checks, deadline) = (0, Instant::now() + WRITE_MAX);
     let rule = loop {
         checks += 1;
         let consent = match (is_confirmed, hits_others) {
             (true, _) => Consent::Given,
             (false, false) => Consent::NotNeeded,
-            (false, true) => check(&api, &spec, Some(id)).await?,
+            (false, true) => check(&api, &spec, Some(id), deadline).await?,
         };
         let (audit, spec) = (caller.audit(&api, "rule.update"), spec.clone());
         let gateway = Arc::clone(&api.state);
-        let written = api
-            .carry_out(async move {
-                let rule = gateway.store.rule_update(id, revision, spec, consent, &audit).await;
-                if let Ok(Some(rule)) = &rule {
-                    take_effect(&gateway, Written::Rule(rule.clone()), &audit.actor, "changed").await;
-                }
-                rule
-            })
-            .await?;
+        let writing = api.carry_out(async move {
+            let rule = gateway.store.rule_update(id, revision, spec, consent, &audit).await;
+            if let Ok(Some(rule)) = &rule {
+                take_effect(&gateway, Written::Rule(rule.clone()), &audit.actor, "changed").await;
+            }
+            rule
+        });
+        // A write that takes longer goes on.
+        let written = timeout_at(deadline, writing)
+            .await
+            .unwrap_or(Ok(Err(StoreError::TimedOut)))?;
         match written {
             Err(StoreError::Outdated) if checks < CHECKS_MAX => {}
             written => break written?,
@@ -322,8 +329,10 @@ async fn take_effect(gateway: &Shared, written: Written, actor: &str, change: &'
 }
 
 /// Checks a rule that nobody has confirmed. `of` is the rule that it changes.
-async fn check(api: &Api, spec: &RuleSpec, of: Option<RuleId>) -> Result<Consent, Problem> {
-    let Checked { preview, revision } = Checked::of(api, spec, of, true).await?;
+async fn check(api: &Api, spec: &RuleSpec, of: Option<RuleId>, deadline: Instant) -> Result<Consent, Problem> {
+    let checking = Checked::of(api, spec, of, true);
+    let checked = timeout_at(deadline, checking).await;
+    let Checked { preview, revision } = checked.map_err(|_| StoreError::TimedOut)??;
     match revision {
         Some(revision) if !preview.needs_confirmation => Ok(Consent::Checked { revision }),
         _ => Err(Problem::needs_confirmation(preview)),

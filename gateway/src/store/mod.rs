@@ -400,6 +400,19 @@ impl Store {
         &self.0.rules
     }
 
+    /// A connection to write a rule over. Where making it took too long for the write to end in time, it is kept for the next write: the
+    /// server is far away, and a write that is cut off would lose the connection each time.
+    async fn rules_connection(&self) -> Result<Held, StoreError> {
+        let begun = Instant::now();
+        let held = self.rules_lane().take().await?;
+        // A connection takes 8 round trips, the first write over it 11.
+        if !held.is_reused() && begun.elapsed() > RULES_WRITE_TIME_MAX * 8 / 19 {
+            held.give_back();
+            return Err(StoreError::TimedOut);
+        }
+        Ok(held)
+    }
+
     fn writes(&self) -> &Arc<Lane> {
         &self.0.writes
     }

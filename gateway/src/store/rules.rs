@@ -161,7 +161,7 @@ impl Store {
         audit: &Audit,
     ) -> Result<Rule, StoreError> {
         self.observed(Operation::Rules, RULES_WRITE_TIME_MAX, async {
-            let mut held = self.rules_lane().take().await?;
+            let mut held = self.rules_connection().await?;
             held.begin().await?;
             let revision = next_revision(&mut held).await?;
             if consent.is_outdated(revision) {
@@ -217,7 +217,7 @@ impl Store {
         audit: &Audit,
     ) -> Result<Option<Rule>, StoreError> {
         self.observed(Operation::Rules, RULES_WRITE_TIME_MAX, async {
-            let mut held = self.rules_lane().take().await?;
+            let mut held = self.rules_connection().await?;
             held.begin().await?;
             let revision = next_revision(&mut held).await?;
             if consent.is_outdated(revision) {
@@ -266,7 +266,7 @@ impl Store {
     #[tracing::instrument(name = "db.rules.delete", level = "debug", skip_all)]
     pub async fn rule_delete(&self, id: RuleId, audit: &Audit) -> Result<Option<u64>, StoreError> {
         self.observed(Operation::Rules, RULES_WRITE_TIME_MAX, async {
-            let mut held = self.rules_lane().take().await?;
+            let mut held = self.rules_connection().await?;
             held.begin().await?;
             let revision = next_revision(&mut held).await?;
             let Some(row) = held.first(FIND, &[Value::Uuid(id.0)]).await? else {

@@ -1,5 +1,7 @@
 //! Firmware rules, from being written to being in force.
 
+use std::time::{Duration, Instant};
+
 use serde_json::{Value, json};
 
 use super::rig::{Gateway, V1, text};
@@ -208,6 +210,33 @@ fn a_stored_rule_that_this_version_can_not_enforce_refuses_nobody_and_raises_an_
     });
     assert_eq!(gateway.delete(&path).status, 204);
     gateway.eventually(|| gateway.state().readiness().reasons.is_empty());
+}
+
+#[test]
+fn rule_whose_check_is_slow_wants_a_confirmation_and_can_be_written() {
+    let outside = tokio::runtime::Runtime::new().unwrap();
+    let url = outside.block_on(pg::shared().database()).unwrap();
+    let gateway = Gateway::start_on(Some(&url), "");
+    gateway.eventually(|| gateway.state().readiness().ready);
+    let locker = outside.block_on(async {
+        let mut locker = <sqlx::PgConnection as sqlx::Connection>::connect(url.expose())
+            .await
+            .unwrap();
+        let lock = sqlx::raw_sql("BEGIN; LOCK TABLE device_counts IN ACCESS EXCLUSIVE MODE");
+        lock.execute(&mut locker).await.unwrap();
+        locker
+    });
+    let rule = |confirm: bool| json!({"match": {"firmware": "=8"}, "effect": "block", "confirm": confirm});
+
+    let begun = Instant::now();
+    let asked = gateway.post("/api/v1/rules", rule(false));
+    let took = begun.elapsed();
+
+    assert_eq!(asked.problem(), (409, "needs_confirmation".into()));
+    assert!(asked.text.contains("can't be counted"), "{}", asked.text);
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert_eq!(gateway.post("/api/v1/rules", rule(true)).status, 201);
+    drop(locker);
 }
 
 #[test]

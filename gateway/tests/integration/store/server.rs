@@ -38,6 +38,12 @@ fn as_role(url: &DatabaseUrl, role: &str) -> DatabaseUrl {
         .unwrap()
 }
 
+/// The same database at another port.
+fn at_port(url: &DatabaseUrl, port: u16) -> DatabaseUrl {
+    let here = format!(":{}/", pg::shared().port());
+    url.expose().replace(&here, &format!(":{port}/")).parse().unwrap()
+}
+
 async fn eventually(condition: impl AsyncFn() -> bool) {
     let deadline = Instant::now() + WAIT_MAX;
     while !condition().await {
@@ -56,8 +62,8 @@ async fn find_in_the_end(worker: &mut LookupWorker, found: usize) {
     }
 }
 
-/// A way to `port` on which everything takes [`ONE_WAY`].
-async fn far(port: u16) -> u16 {
+/// A way to `port` on which everything takes `one_way`.
+async fn far(port: u16, one_way: Duration) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let far = listener.local_addr().unwrap().port();
     tokio::spawn(async move {
@@ -66,17 +72,17 @@ async fn far(port: u16) -> u16 {
                 return;
             };
             let ((near_read, near_write), (read, write)) = (near.into_split(), server.into_split());
-            tokio::spawn(delay(near_read, write));
-            tokio::spawn(delay(read, near_write));
+            tokio::spawn(delay(near_read, write, one_way));
+            tokio::spawn(delay(read, near_write, one_way));
         }
     });
     far
 }
 
-async fn delay(mut from: OwnedReadHalf, mut to: OwnedWriteHalf) {
+async fn delay(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, one_way: Duration) {
     let mut buffer = vec![0; 65_536];
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
-        sleep(ONE_WAY).await;
+        sleep(one_way).await;
         if to.write_all(&buffer[..count]).await.is_err() {
             return;
         }
@@ -88,18 +94,44 @@ async fn database_300_ms_away_becomes_ready_and_looks_devices_up() {
     let cluster = pg::shared();
     let url = cluster.database().await.unwrap();
     Store::migrate(&url).await.unwrap();
-    let port = far(cluster.port()).await;
-    let far_url: DatabaseUrl = url
-        .expose()
-        .replace(&format!(":{}/", cluster.port()), &format!(":{port}/"))
-        .parse()
-        .unwrap();
+    let port = far(cluster.port(), ONE_WAY).await;
 
-    let store = Store::open(&far_url).await.unwrap();
+    let store = Store::open(&at_port(&url, port)).await.unwrap();
     within(store.ready()).await;
     // A connection takes longer than one look-up may: the attempt goes on between two.
     find_in_the_end(&mut store.lookup_worker(), 0).await;
     eventually(async || store.rules_revision().await.is_ok()).await;
+}
+
+#[tokio::test]
+async fn rule_is_checked_and_written_where_the_database_is_100_ms_away() {
+    let url = pg::shared().database().await.unwrap();
+    Store::migrate(&url).await.unwrap();
+    let port = far(pg::shared().port(), Duration::from_millis(50)).await;
+    let store = Store::open(&at_port(&url, port)).await.unwrap();
+    within(store.ready()).await;
+
+    // The first tries may end with a connection for the next one.
+    eventually(async || store.rule_check(uuid::Uuid::nil()).await.is_ok()).await;
+    let audit = audit("rule.create", 1);
+    let spec: RuleSpec = serde_json::from_value(serde_json::json!({
+        "match": {"firmware": "=1.0.0"}, "effect": "block", "reason": "broken"
+    }))
+    .unwrap();
+    eventually(async || {
+        let id = seawall_proto::id::RuleId(uuid::Uuid::new_v4());
+        let written = store.rule_insert(id, spec.clone(), Consent::Given, &audit).await;
+        written.is_ok()
+    })
+    .await;
+    assert!(
+        store
+            .rule_check(uuid::Uuid::nil())
+            .await
+            .unwrap()
+            .unconfirmed
+            .is_empty()
+    );
 }
 
 #[tokio::test]
