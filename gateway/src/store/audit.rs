@@ -80,9 +80,9 @@ impl Store {
     pub async fn audit_append(&self, audit: &Audit, change: Change) -> Result<(), StoreError> {
         self.bounded(Operation::Write, async {
             let mut held = self.writes().take().await?;
+            held.begin().await?;
             record(&mut held, audit, change).await?;
-            held.give_back();
-            Ok(())
+            held.commit().await
         })
         .await
     }

@@ -99,9 +99,9 @@ impl Store {
         self.bounded(Operation::Write, async {
             let mut held = self.writes().take().await?;
             let values = [Value::Uuid(run), Value::from(node), Value::from(counts)];
+            held.begin().await?;
             held.run(WRITE, &values).await?;
-            held.give_back();
-            Ok(())
+            held.commit().await
         })
         .await
     }
@@ -114,9 +114,9 @@ impl Store {
     pub async fn counts_prune(&self) -> Result<(), StoreError> {
         self.bounded(Operation::Write, async {
             let mut held = self.writes().take().await?;
+            held.begin().await?;
             held.run(PRUNE, &[millis(KEPT_FOR), Value::from(ROWS_MAX)]).await?;
-            held.give_back();
-            Ok(())
+            held.commit().await
         })
         .await
     }

@@ -9,7 +9,7 @@ use seawall_gateway::{
     registry::ACCEPT_FILE,
     roster::FILE,
     state::Shared,
-    store::{DatabaseStatus, OnOtherCredential, StoreError},
+    store::{Change, DatabaseStatus, OnOtherCredential, StoreError},
 };
 use seawall_proto::{id::RuleId, resume::Generation, slots::Roster};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, SqliteConnection};
@@ -297,6 +297,17 @@ async fn database_file_that_is_deleted_or_replaced_is_an_alarm_and_takes_no_writ
         .await;
     assert!(matches!(refused, Err(StoreError::FileChanged("deleted"))));
     assert!(!path.exists(), "no new registry in its place");
+    let store = &gateway.shared.store;
+    let recorded = store.audit_append(&audit("drain.start"), Change::of("node")).await;
+    assert!(
+        matches!(recorded, Err(StoreError::FileChanged("deleted"))),
+        "{recorded:?}"
+    );
+    let counted = store.counts_write(gateway.shared.run, "node", "{}").await;
+    assert!(
+        matches!(counted, Err(StoreError::FileChanged("deleted"))),
+        "{counted:?}"
+    );
     eventually(|| has_reason(&gateway, Fault::DatabaseFile)).await;
     fs::write(&path, "another").unwrap();
     let imported = gateway.shared.store.import(OnOtherCredential::Refuse).await;
