@@ -232,40 +232,40 @@ impl Rules {
     /// Puts a change in force that this node has just written. Asks nobody.
     pub async fn apply(&self, written: &Written, clock: &Clock, events: &Events) {
         let written = written.clone();
-        self.replace(clock, events, move |base| written.clone().onto(base))
+        self.replace(clock, events, move |base| written.clone().onto(base), |_| {})
             .await;
     }
 
     /// Takes a rule out of force that the database has lost. False where there is none of this id.
     pub async fn release(&self, id: RuleId, clock: &Clock, events: &Events) -> bool {
-        let lost = self.lost();
-        if lost.iter().all(|lost| lost.rule.id != id) {
+        if self.lost().iter().all(|lost| lost.rule.id != id) {
             return false;
         }
-        self.lost.rcu(|lost| {
-            lost.iter()
-                .filter(|lost| lost.rule.id != id)
-                .cloned()
-                .collect::<Vec<_>>()
-        });
-        self.replace(clock, events, move |base| {
+        let without = move |base: &RuleSet| {
             let rules = base.rules().iter().filter(|rule| rule.id != id).cloned().collect();
             Some(RuleSet::compile_stored(
                 base.revision(),
                 rules,
                 base.unsupported().to_vec(),
             ))
-        })
-        .await;
+        };
+        // Together with the rules in force: a reload in between would find the rule lost again.
+        let forget = |rules: &Self| {
+            let lost = rules.lost();
+            let others = lost.iter().filter(|lost| lost.rule.id != id);
+            rules.lost.store(Arc::new(others.cloned().collect()));
+        };
+        self.replace(clock, events, without, forget).await;
         true
     }
 
-    /// Puts what `change` makes of the rules in force in their place, unless it is nothing.
+    /// Puts what `change` makes of the rules in force in their place, unless it is nothing. Runs `beside` in the same step.
     async fn replace(
         &self,
         clock: &Clock,
         events: &Events,
         change: impl Fn(&RuleSet) -> Option<RuleSet> + Clone + Send + 'static,
+        beside: impl Fn(&Self) + Send,
     ) {
         loop {
             let base = self.current();
@@ -277,6 +277,7 @@ impl Rules {
             // Other rules came into force meanwhile: once more, onto those. Each round somebody else got on.
             if Arc::ptr_eq(&base, &self.current()) {
                 *writes += 1;
+                beside(self);
                 self.put_in_force(set, clock, events);
                 return;
             }
@@ -422,6 +423,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
+    use crate::config::DatabaseUrl;
 
     fn rule(id: u128, revision: u64, reason: &str) -> Rule {
         let mut spec = RuleSpec::new(Match::default(), Effect::Block);
@@ -611,6 +613,39 @@ mod tests {
 
         assert!(Written::Rule(rule(1, 2, "older")).onto(&base).is_none());
         assert!(Written::Rule(rule(2, 4, "two")).onto(&base).is_none());
+    }
+
+    #[tokio::test]
+    async fn released_rule_stays_out_of_force_whatever_reloads_come_meanwhile() {
+        let home = tempfile::tempdir().unwrap();
+        let database = DatabaseUrl::sqlite(&home.path().join("seawall.db"));
+        let store = Store::open(&database).await.unwrap();
+        let (rules, clock, events) = (Rules::open(home.path()), Clock::start(), Events::default());
+
+        for round in 1..=50 {
+            let made = Written::Rule(rule(round, 1, "lost"));
+            rules.current.store(Arc::new(RuleSet::empty()));
+            rules.apply(&made, &clock, &events).await;
+            rules.reload(&store, &clock, &events).await.unwrap();
+            assert_eq!(rules.lost().len(), 1);
+
+            let reloads = async {
+                for _ in 0..20 {
+                    rules.reload(&store, &clock, &events).await.unwrap();
+                }
+            };
+            let release = async {
+                // At another moment of the reloads each time.
+                for _ in 0..round {
+                    tokio::task::yield_now().await;
+                }
+                assert!(rules.release(made.id(), &clock, &events).await);
+            };
+            tokio::join!(reloads, release);
+            rules.reload(&store, &clock, &events).await.unwrap();
+
+            assert_eq!((rules.current().rules().len(), rules.lost().len()), (0, 0), "{round}");
+        }
     }
 
     #[tokio::test]
