@@ -6,7 +6,7 @@
 //!
 //! Two kinds of rules stand beside those of the database that this version enforces. Rules that it can't enforce are kept and do
 //! nothing. Rules that the database has lost (it came out of a backup, or its machine lost power), or whose rows are damaged, stay in
-//! force. Both raise an alarm.
+//! force. Rules whose deletion it has lost refuse devices again, and close no session. Each of them raises an alarm.
 
 use std::{
     collections::BTreeMap,
@@ -47,7 +47,7 @@ use self::{
 pub use self::{
     alarms::{LOST_ALARM, UNSUPPORTED_ALARM},
     evict::{evict, evict_newcomer},
-    saved::Lost,
+    saved::{Lost, Returned},
 };
 
 /// File of the last good rules in the data directory.
@@ -63,6 +63,8 @@ pub struct Rules {
     writes: Mutex<u64>,
     /// Rules in force that the database has lost.
     lost: ArcSwap<Vec<Lost>>,
+    /// Rules in force whose deletion the database has lost: they close no session here.
+    returned: ArcSwap<Vec<Returned>>,
     hits: ArcSwap<HitsByRule>,
     file: PathBuf,
 }
@@ -137,7 +139,7 @@ impl Rules {
                 None
             }
         };
-        let (set, lost) = saved.map_or_else(|| (RuleSet::empty(), Vec::new()), Saved::into_set);
+        let Loaded { set, lost, returned } = saved.map_or_else(Loaded::empty, Saved::into_loaded);
         Self {
             revision: watch::Sender::new(set.revision()),
             hits: ArcSwap::from_pointee(HitsByRule::default().carried_to(&set)),
@@ -145,6 +147,7 @@ impl Rules {
             confirmed_at: AtomicU64::new(u64::MAX),
             writes: Mutex::default(),
             lost: ArcSwap::from_pointee(lost),
+            returned: ArcSwap::from_pointee(returned),
             file,
         }
     }
@@ -153,6 +156,12 @@ impl Rules {
     #[must_use]
     pub fn lost(&self) -> Arc<Vec<Lost>> {
         self.lost.load_full()
+    }
+
+    /// Rules in force that came with an older revision of the database, and that this node did not have: most likely they were deleted.
+    #[must_use]
+    pub fn returned(&self) -> Arc<Vec<Returned>> {
+        self.returned.load_full()
     }
 
     /// What each rule in force did on this node.
@@ -200,17 +209,18 @@ impl Rules {
     /// may be older, and the next poll finds out.
     ///
     /// A database whose revision is lower than that in force has lost rules: those stay in force until they are deleted. So do rules that
-    /// it lacks at the very same revision.
+    /// it lacks at the very same revision. Rules that such a database has, and that were not in force, close no session.
     ///
     /// # Errors
     /// The database can't be read; the rules in force stay.
     pub async fn reload(&self, store: &Store, clock: &Clock, events: &Events) -> Result<(), StoreError> {
         let writes = *self.writes();
         let stored = store.rules().await?;
-        let (in_force, lost) = (self.current(), self.lost());
+        let (in_force, lost, returned) = (self.current(), self.lost(), self.returned());
         let base = Arc::clone(&in_force);
         let wall = clock.wall();
-        let Ok((set, lost)) = spawn_blocking(move || with_lost(stored, &base, &lost, wall)).await else {
+        let merging = spawn_blocking(move || Loaded::of(stored, &base, &lost, &returned, wall));
+        let Ok(Loaded { set, lost, returned }) = merging.await else {
             // The runtime ends.
             return Ok(());
         };
@@ -221,6 +231,7 @@ impl Rules {
                 return Ok(());
             }
             self.lost.store(Arc::new(lost));
+            self.returned.store(Arc::new(returned));
             if revision != in_force.revision() || set.digest() != in_force.digest() {
                 self.put_in_force(set, clock, events);
             }
@@ -309,9 +320,9 @@ impl Rules {
 
     /// Writes `set` to disk, for a start without the database.
     async fn keep(&self, set: Arc<RuleSet>) {
-        let (file, lost) = (self.file.clone(), self.lost());
+        let (file, lost, returned) = (self.file.clone(), self.lost(), self.returned());
         let saving = spawn_blocking(move || {
-            if let Err(error) = save(&file, &set, &lost) {
+            if let Err(error) = save(&file, &set, &lost, &returned) {
                 tracing::error!(%error, file = %file.display(), "rules are in force but could not be written to disk: free space or repair the data directory, a restart without the database would use older rules");
             }
         });
@@ -370,51 +381,85 @@ pub async fn follow(state: Shared, stop: CancellationToken) {
     }
 }
 
-/// What is stored, and the rules that the database has lost.
-fn with_lost(stored: StoredRules, in_force: &RuleSet, before: &[Lost], wall: WallTime) -> (RuleSet, Vec<Lost>) {
-    let StoredRules {
-        revision,
-        mut rules,
-        mut unsupported,
-    } = stored;
-    let readable: BTreeMap<RuleId, u64> = rules.iter().map(|rule| (rule.id, rule.revision)).collect();
-    let unreadable: BTreeMap<RuleId, u64> = unsupported.iter().map(|rule| (rule.id, rule.revision)).collect();
-    let known: BTreeMap<RuleId, u64> = readable.iter().chain(&unreadable).map(|(id, at)| (*id, *at)).collect();
-    // Whoever changes a rule gives it another revision: one that can't be read any more at the same revision is damaged. Zero stands for
-    // a revision that can't be read either.
-    let is_damaged = |rule: &Rule| {
-        let stored = unreadable.get(&rule.id);
-        stored.is_some_and(|revision| *revision == rule.revision || *revision == 0)
-    };
-    let is_missing =
-        |rule: &&Rule| rule.revision > revision || (revision == in_force.revision() && !known.contains_key(&rule.id));
-    let is_older = revision <= in_force.revision();
-    let found = in_force
-        .rules()
-        .iter()
-        .filter(|rule| is_damaged(rule) || (is_older && is_missing(rule)))
-        .map(|rule| Lost {
-            rule: rule.clone(),
-            since: revision,
-        });
-    // Those found before go last, so that they keep the revision at which they were found.
-    let lost: BTreeMap<RuleId, Lost> = found
-        .chain(before.iter().cloned())
-        .map(|lost| (lost.rule.id, lost))
-        .collect();
-    let is_lost = |lost: &Lost| {
-        // A rule that was changed since, or can be read again, is not lost any more.
-        let is_known = known.get(&lost.rule.id).is_some_and(|changed| *changed > lost.since)
-            || readable.get(&lost.rule.id) == Some(&lost.rule.revision);
-        !lost.rule.is_expired(wall) && !is_known
-    };
-    let lost: Vec<Lost> = lost.into_values().filter(is_lost).collect();
-    // Of a rule that was changed in a lost revision, the lost form counts.
-    let is_kept = |id: RuleId| lost.binary_search_by_key(&id, |lost| lost.rule.id).is_err();
-    rules.retain(|rule| is_kept(rule.id));
-    unsupported.retain(|rule| is_kept(rule.id));
-    rules.extend(lost.iter().map(|lost| lost.rule.clone()));
-    (RuleSet::compile_stored(revision, rules, unsupported), lost)
+/// Rules to be in force, with those among them that the database does not have as this node has seen them.
+struct Loaded {
+    set: RuleSet,
+    lost: Vec<Lost>,
+    returned: Vec<Returned>,
+}
+
+impl Loaded {
+    fn empty() -> Self {
+        Self {
+            set: RuleSet::empty(),
+            lost: Vec::new(),
+            returned: Vec::new(),
+        }
+    }
+
+    /// What is stored, the rules that the database has lost, and those whose deletion it has lost.
+    fn of(stored: StoredRules, in_force: &RuleSet, lost: &[Lost], returned: &[Returned], wall: WallTime) -> Self {
+        let StoredRules {
+            revision,
+            mut rules,
+            mut unsupported,
+        } = stored;
+        let readable: BTreeMap<RuleId, u64> = rules.iter().map(|rule| (rule.id, rule.revision)).collect();
+        let unreadable: BTreeMap<RuleId, u64> = unsupported.iter().map(|rule| (rule.id, rule.revision)).collect();
+        let known: BTreeMap<RuleId, u64> = readable.iter().chain(&unreadable).map(|(id, at)| (*id, *at)).collect();
+        // A rule that was changed since is neither lost nor returned any more.
+        let is_changed = |id: &RuleId, since: u64| known.get(id).is_some_and(|changed| *changed > since);
+        // Whoever changes a rule gives it another revision: one that can't be read any more at the same revision is damaged. Zero stands
+        // for a revision that can't be read either.
+        let is_damaged = |rule: &Rule| {
+            let stored = unreadable.get(&rule.id);
+            stored.is_some_and(|revision| *revision == rule.revision || *revision == 0)
+        };
+        let is_missing = |rule: &Rule| {
+            rule.revision > revision || (revision == in_force.revision() && !known.contains_key(&rule.id))
+        };
+        let is_older = revision <= in_force.revision();
+        let found = in_force
+            .rules()
+            .iter()
+            .filter(|rule| is_damaged(rule) || (is_older && is_missing(rule)))
+            .map(|rule| Lost {
+                rule: rule.clone(),
+                since: revision,
+            });
+        // Those found before go last, so that they keep the revision at which they were found.
+        let lost: BTreeMap<RuleId, Lost> = found
+            .chain(lost.iter().cloned())
+            .map(|lost| (lost.rule.id, lost))
+            .collect();
+        let is_lost = |lost: &Lost| {
+            // One that can be read again is not lost any more, either.
+            let is_readable = readable.get(&lost.rule.id) == Some(&lost.rule.revision);
+            !lost.rule.is_expired(wall) && !is_changed(&lost.rule.id, lost.since) && !is_readable
+        };
+        let lost: Vec<Lost> = lost.into_values().filter(is_lost).collect();
+        let found = rules
+            .iter()
+            .filter(|rule| revision < in_force.revision() && in_force.rules().iter().all(|other| other.id != rule.id));
+        let returned: BTreeMap<RuleId, u64> = found
+            .map(|rule| (rule.id, revision))
+            .chain(returned.iter().map(|rule| (rule.id, rule.since)))
+            .filter(|(id, since)| known.contains_key(id) && !is_changed(id, *since))
+            .collect();
+        for rule in rules.iter_mut().filter(|rule| returned.contains_key(&rule.id)) {
+            rule.spec.evict = false;
+        }
+        // Of a rule that was changed in a lost revision, the lost form counts.
+        let is_kept = |id: RuleId| lost.binary_search_by_key(&id, |lost| lost.rule.id).is_err();
+        rules.retain(|rule| is_kept(rule.id));
+        unsupported.retain(|rule| is_kept(rule.id));
+        rules.extend(lost.iter().map(|lost| lost.rule.clone()));
+        Self {
+            set: RuleSet::compile_stored(revision, rules, unsupported),
+            lost,
+            returned: returned.into_iter().map(|(id, since)| Returned { id, since }).collect(),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -449,7 +494,7 @@ mod tests {
         std::fs::create_dir(&file).unwrap();
         let set = RuleSet::compile(1, vec![rule(1, 1, "one")]);
 
-        assert!(save(&file, &set, &[]).is_err());
+        assert!(save(&file, &set, &[], &[]).is_err());
 
         assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 1);
     }
@@ -467,10 +512,14 @@ mod tests {
             .map(|(id, spec)| Rule::read(RuleId(Uuid::from_u128(id)), spec, WallTime::from_unix_ms(1), 2).unwrap_err());
         let set = RuleSet::compile_stored(3, vec![rule(1, 1, "one")], unsupported.collect());
 
-        save(&file, &set, &[]).unwrap();
-        let (again, lost) = read(&file).unwrap().unwrap().into_set();
+        save(&file, &set, &[], &[]).unwrap();
+        let Loaded {
+            set: again,
+            lost,
+            returned,
+        } = read(&file).unwrap().unwrap().into_loaded();
         let first = std::fs::read(&file).unwrap();
-        save(&file, &again, &lost).unwrap();
+        save(&file, &again, &lost, &returned).unwrap();
 
         let kept: Vec<&str> = again.unsupported().iter().map(|rule| &*rule.spec).collect();
         assert_eq!(kept, specs);
@@ -505,11 +554,19 @@ mod tests {
         };
 
         let restored = stored(6, vec![rule(1, 3, "old"), rule(2, 5, "before")]);
-        let (set, lost) = with_lost(restored, &in_force, &[], wall);
+        let Loaded { set, lost, .. } = Loaded::of(restored, &in_force, &[], &[], wall);
         let next = stored(7, vec![rule(1, 3, "old"), rule(2, 7, "again")]);
-        let (next, still_lost) = with_lost(next, &set, &lost, wall);
+        let Loaded {
+            set: next,
+            lost: still_lost,
+            ..
+        } = Loaded::of(next, &set, &lost, &[], wall);
         let same = stored(7, vec![rule(1, 3, "old"), rule(2, 7, "again")]);
-        let (same, lost_then) = with_lost(same, &next, &still_lost, wall);
+        let Loaded {
+            set: same,
+            lost: lost_then,
+            ..
+        } = Loaded::of(same, &next, &still_lost, &[], wall);
 
         assert_eq!((set.revision(), reasons(&set)), (6, vec!["changed", "new", "old"]));
         assert_eq!(lost.len(), 2);
@@ -527,7 +584,7 @@ mod tests {
             unsupported: Vec::new(),
         };
 
-        let (set, lost) = with_lost(stored, &in_force, &[], WallTime::from_unix_ms(5));
+        let Loaded { set, lost, .. } = Loaded::of(stored, &in_force, &[], &[], WallTime::from_unix_ms(5));
 
         assert_eq!((reasons(&set), lost.len()), (vec!["lost", "old", "other"], 1));
     }
@@ -576,9 +633,50 @@ mod tests {
             unsupported: Vec::new(),
         };
 
-        let (set, lost) = with_lost(stored, &in_force, &[], WallTime::from_unix_ms(5));
+        let Loaded { set, lost, .. } = Loaded::of(stored, &in_force, &[], &[], WallTime::from_unix_ms(5));
 
         assert_eq!((reasons(&set), lost.len()), (vec!["old"], 0));
+    }
+
+    #[test]
+    fn rule_whose_deletion_the_database_has_lost_closes_no_session_until_somebody_changes_it() {
+        let home = tempfile::tempdir().unwrap();
+        let file = home.path().join(FILE);
+        let evicting = |id, revision| {
+            let mut rule = rule(id, revision, "evicting");
+            rule.spec.evict = true;
+            rule
+        };
+        // Rule 2 was deleted in revision 8.
+        let in_force = RuleSet::compile(8, vec![evicting(1, 3)]);
+        let wall = WallTime::from_unix_ms(5);
+        let stored = |revision, rules| StoredRules {
+            revision,
+            rules,
+            unsupported: Vec::new(),
+        };
+        let evicts = |set: &RuleSet| -> Vec<bool> { set.rules().iter().map(|rule| rule.spec.evict).collect() };
+
+        let restored = stored(6, vec![evicting(1, 3), evicting(2, 5)]);
+        let back = Loaded::of(restored, &in_force, &[], &[], wall);
+        save(&file, &back.set, &back.lost, &back.returned).unwrap();
+        let kept = read(&file).unwrap().unwrap().into_loaded();
+        let next = stored(7, vec![evicting(1, 3), evicting(2, 5), rule(3, 7, "new")]);
+        let next = Loaded::of(next, &kept.set, &kept.lost, &kept.returned, wall);
+        let changed = stored(8, vec![evicting(1, 3), evicting(2, 8), rule(3, 7, "new")]);
+        let changed = Loaded::of(changed, &next.set, &next.lost, &next.returned, wall);
+
+        let id = RuleId(Uuid::from_u128(2));
+        assert_eq!((evicts(&back.set), back.lost.len()), (vec![true, false], 0));
+        assert_eq!(back.returned, [Returned { id, since: 6 }]);
+        assert_eq!(
+            (evicts(&next.set), &next.returned),
+            (vec![true, false, false], &back.returned)
+        );
+        assert_eq!(
+            (evicts(&changed.set), changed.returned.len()),
+            (vec![true, true, false], 0)
+        );
     }
 
     #[test]

@@ -173,7 +173,7 @@ impl State {
         if !self.rules.current().unsupported().is_empty() {
             reasons.push(UNSUPPORTED_ALARM);
         }
-        if !self.rules.lost().is_empty() {
+        if !self.rules.lost().is_empty() || !self.rules.returned().is_empty() {
             reasons.push(LOST_ALARM);
         }
         if self.memory.is_full() {

@@ -10,6 +10,7 @@ use seawall_proto::{
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
 
+use super::Loaded;
 use crate::data_dir::{read_bounded, write_atomically};
 
 /// Longest file that is read: [`RULES_MAX`](crate::store::RULES_MAX) rules take a fraction of it.
@@ -24,12 +25,23 @@ pub(super) struct Saved {
     /// Of `rules`, those that the database has lost.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     lost: Vec<SavedLoss>,
+    /// Of `rules`, those whose deletion the database has lost.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    returned: Vec<Returned>,
 }
 
 /// A rule in force that the database has lost.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lost {
     pub rule: Rule,
+    /// Revision of the database when that was found. A later change of the rule there ends it.
+    pub since: u64,
+}
+
+/// A rule in force that came with an older revision of the database, and that this node did not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Returned {
+    pub id: RuleId,
     /// Revision of the database when that was found. A later change of the rule there ends it.
     pub since: u64,
 }
@@ -50,7 +62,7 @@ struct SavedRule {
 }
 
 impl Saved {
-    fn of(set: &RuleSet, lost: &[Lost]) -> Result<Self, serde_json::Error> {
+    fn of(set: &RuleSet, lost: &[Lost], returned: &[Returned]) -> Result<Self, serde_json::Error> {
         let rules = set.rules().iter().map(|rule| {
             Ok(SavedRule {
                 id: rule.id,
@@ -78,11 +90,11 @@ impl Saved {
                     since: lost.since,
                 })
                 .collect(),
+            returned: returned.to_vec(),
         })
     }
 
-    /// The set, and the rules in it that the database has lost.
-    pub(super) fn into_set(self) -> (RuleSet, Vec<Lost>) {
+    pub(super) fn into_loaded(self) -> Loaded {
         let (mut rules, mut unsupported) = (Vec::new(), Vec::new());
         for saved in self.rules {
             let text = serde_json::from_str::<String>(saved.spec.get());
@@ -98,7 +110,11 @@ impl Saved {
             Some(Lost { rule, since })
         });
         let lost = lost.collect();
-        (RuleSet::compile_stored(self.revision, rules, unsupported), lost)
+        Loaded {
+            set: RuleSet::compile_stored(self.revision, rules, unsupported),
+            lost,
+            returned: self.returned,
+        }
     }
 }
 
@@ -110,7 +126,7 @@ pub(super) fn read(file: &Path) -> Result<Option<Saved>, std::io::Error> {
     }
 }
 
-pub(super) fn save(file: &Path, set: &RuleSet, lost: &[Lost]) -> Result<(), std::io::Error> {
-    let saved = Saved::of(set, lost)?;
+pub(super) fn save(file: &Path, set: &RuleSet, lost: &[Lost], returned: &[Returned]) -> Result<(), std::io::Error> {
+    let saved = Saved::of(set, lost, returned)?;
     write_atomically(file, &serde_json::to_vec(&saved)?, 0o644)
 }

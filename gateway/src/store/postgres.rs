@@ -220,7 +220,11 @@ pub(super) async fn prepare(connector: Connector, health: Arc<Health>) {
             Ok(()) => return health.set_ready(),
             Err(error) => {
                 health.set_away(&error);
-                if matches!(error, StoreError::Locked(_)) { RETRY_LOCKED } else { RETRY }
+                if matches!(error, StoreError::Locked(_)) {
+                    RETRY_LOCKED
+                } else {
+                    RETRY
+                }
             }
         };
         sleep(pause).await;
