@@ -32,6 +32,8 @@ use super::{
 const TAKE_MAX: Duration = Duration::from_secs(2);
 /// A connection that was idle for longer is asked whether it is alive before it is used: the server may have restarted.
 const IDLE_TRUSTED: Duration = Duration::from_secs(1);
+/// The same for look-ups, which can't wait for an answer each time. Firewalls forget idle connections after some minutes, without a word.
+const LOOKUP_IDLE_TRUSTED: Duration = Duration::from_secs(60);
 /// Maximum wait for that answer. Then the connection is closed and a new one is made.
 const PING_MAX: Duration = Duration::from_millis(500);
 
@@ -142,8 +144,8 @@ impl Lane {
         lane
     }
 
-    /// A connection that is alive, as far as can be known; one for look-ups is not asked for a sign of life, which would cost as much as a
-    /// look-up: see [`Held::is_reused`].
+    /// A connection that is alive, as far as can be known; one for look-ups is asked for a sign of life after a minute only, since that costs
+    /// as much as a look-up: see [`Held::is_reused`].
     ///
     /// # Cancel safety
     /// A connection that is being made when the future is dropped is there for the next caller.
@@ -154,26 +156,26 @@ impl Lane {
             Ok(Err(_)) | Err(_) => return Err(StoreError::Busy),
         };
         let is_passing = self.connector.is_passing();
-        let (connection, is_reused) = self.connection(begun).await?;
+        let (connection, idle_for) = self.connection(begun).await?;
         Ok(Held {
             connection,
             is_passing,
-            is_reused,
+            idle_for,
             lane: Arc::clone(self),
             _in_use: Arc::clone(&self.in_use),
             _permit: permit,
         })
     }
 
-    /// The flag says that the connection was used before. The caller has waited since `begun`.
-    async fn connection(&self, begun: Instant) -> Result<(Connection, bool), StoreError> {
+    /// With the time for which it was idle, where it was used before. The caller has waited since `begun`.
+    async fn connection(&self, begun: Instant) -> Result<(Connection, Option<Duration>), StoreError> {
         let give_up_at = begun + self.rank.scarce_wait_max();
         loop {
-            if let Some(connection) = self.take_idle().await {
-                return Ok((connection, true));
+            if let Some((connection, idle_for)) = self.take_idle().await {
+                return Ok((connection, Some(idle_for)));
             }
             let detail = match self.dial().await {
-                Ok(connection) => return Ok((connection, false)),
+                Ok(connection) => return Ok((connection, None)),
                 Err(StoreError::NoConnectionFree(detail)) => detail,
                 Err(error) => return Err(error),
             };
@@ -191,24 +193,25 @@ impl Lane {
         }
     }
 
-    async fn take_idle(&self) -> Option<Connection> {
+    async fn take_idle(&self) -> Option<(Connection, Duration)> {
         loop {
             let (mut connection, since) = match self.take_late_dial() {
                 Some(found) => found,
                 None => self.idle().pop()?,
             };
-            let is_trusted = match self.rank {
-                Rank::Lookups => true,
-                Rank::Spare | Rank::Ops | Rank::Rules => {
-                    matches!(connection, Connection::Sqlite(_)) || since.elapsed() < IDLE_TRUSTED
-                }
+            let idle_for = since.elapsed();
+            let trusted_for = match self.rank {
+                Rank::Lookups => LOOKUP_IDLE_TRUSTED,
+                Rank::Spare | Rank::Ops | Rank::Rules => IDLE_TRUSTED,
             };
-            if is_trusted {
-                return Some(connection);
+            if matches!(connection, Connection::Sqlite(_)) || idle_for < trusted_for {
+                return Some((connection, idle_for));
             }
             if let Ok(Ok(())) = timeout(PING_MAX, connection.ping()).await {
-                return Some(connection);
+                return Some((connection, idle_for));
             }
+            // Those that remain were idle for longer.
+            self.close_idle();
         }
     }
 
@@ -424,7 +427,7 @@ pub(super) struct Held {
     connection: Connection,
     /// Closed rather than given back.
     is_passing: bool,
-    is_reused: bool,
+    idle_for: Option<Duration>,
     lane: Arc<Lane>,
     _in_use: Arc<()>,
     _permit: OwnedSemaphorePermit,
@@ -438,7 +441,12 @@ impl Held {
 
     /// Whether it was used before: then the server may have closed it meanwhile, by restarting.
     pub const fn is_reused(&self) -> bool {
-        self.is_reused
+        self.idle_for.is_some()
+    }
+
+    /// Whether it was idle for so long that it may be dead without anybody having said so.
+    pub fn may_be_stale(&self) -> bool {
+        self.idle_for.is_some_and(|idle_for| idle_for >= IDLE_TRUSTED)
     }
 
     /// Commits, and gives the connection back.

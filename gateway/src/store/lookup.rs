@@ -58,6 +58,13 @@ pub struct LookupWorker {
     failures: Arc<Failures>,
 }
 
+/// What is known of the connection of an attempt.
+#[derive(Default)]
+struct FoundIdle {
+    is_reused: bool,
+    may_be_stale: bool,
+}
+
 impl Store {
     /// A worker. [`LOOKUP_CONNECTIONS_MAX`](super::LOOKUP_CONNECTIONS_MAX) of them may look up at the same time.
     #[must_use]
@@ -86,8 +93,8 @@ impl LookupWorker {
             return Ok(Answer::default());
         }
         let deadline = Instant::now() + limit;
-        let mut is_reused = false;
-        let found = match self.attempt(keys, deadline, &mut is_reused).await {
+        let mut found_idle = FoundIdle::default();
+        let found = match self.attempt(keys, deadline, &mut found_idle).await {
             // The server may have closed idle connections, by restarting, or changed what their statements mean: that is no reason to
             // refuse anybody.
             Err(
@@ -95,9 +102,14 @@ impl LookupWorker {
                 | StoreError::FileFailed(_)
                 | StoreError::Unusable(_)
                 | StoreError::Unexpected(_),
-            ) if is_reused => {
+            ) if found_idle.is_reused => {
                 self.lane.close_idle();
-                self.attempt(keys, deadline, &mut is_reused).await
+                self.attempt(keys, deadline, &mut found_idle).await
+            }
+            // Something between has dropped idle connections without a word: the others are as dead as this one.
+            Err(StoreError::TimedOut) if found_idle.may_be_stale => {
+                self.lane.close_idle();
+                Err(StoreError::TimedOut)
             }
             outcome => outcome,
         };
@@ -110,13 +122,16 @@ impl LookupWorker {
         &self,
         keys: &[DeviceId],
         deadline: Instant,
-        is_reused: &mut bool,
+        found_idle: &mut FoundIdle,
     ) -> Result<Vec<Row>, StoreError> {
         let begun = Instant::now();
         let left = deadline.saturating_duration_since(begun);
         let work = async {
             let mut held = self.lane.take().await?;
-            *is_reused = held.is_reused();
+            *found_idle = FoundIdle {
+                is_reused: held.is_reused(),
+                may_be_stale: held.may_be_stale(),
+            };
             // The server is far away, and the first statement takes nearly as many round trips as the connection did: it would be cut off,
             // and the connection lost, each time. The next look-up has it from the start.
             if !held.is_reused() && begun.elapsed() > left / 2 {

@@ -14,6 +14,7 @@ use tokio::{
         TcpListener, TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
+    sync::watch,
     time::sleep,
 };
 
@@ -132,6 +133,74 @@ async fn rule_is_checked_and_written_where_the_database_is_100_ms_away() {
             .unconfirmed
             .is_empty()
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn idle_connections_that_are_dropped_without_a_word_cost_one_look_up() {
+    let url = pg::shared().database().await.unwrap();
+    Store::migrate(&url).await.unwrap();
+    let (port, drop_idle) = forgetful(pg::shared().port()).await;
+    let store = Store::open(&at_port(&url, port)).await.unwrap();
+    within(store.ready()).await;
+    // Each of them waits for the lock over a connection of its own.
+    let mut locker = PgConnection::connect(url.expose()).await.unwrap();
+    let lock = sqlx::raw_sql("BEGIN; LOCK TABLE devices IN ACCESS EXCLUSIVE MODE");
+    lock.execute(&mut locker).await.unwrap();
+    let looks = (0..6).map(|_| {
+        let mut worker = store.lookup_worker();
+        tokio::spawn(async move { worker.find(&[device(1)], LIMIT).await })
+    });
+    let looks: Vec<_> = looks.collect();
+    let name = url.expose().rsplit('/').next().unwrap().to_owned();
+    eventually(async || {
+        let waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND wait_event_type = 'Lock'";
+        let mut outside = PgConnection::connect(url.expose()).await.unwrap();
+        let waiting = sqlx::query_scalar::<_, i64>(waiting)
+            .bind(&name)
+            .fetch_one(&mut outside);
+        waiting.await.unwrap() == 6
+    })
+    .await;
+    sqlx::raw_sql("ROLLBACK").execute(&mut locker).await.unwrap();
+    for look in looks {
+        look.await.unwrap().unwrap();
+    }
+    // Idle for longer than a connection in a storm is.
+    sleep(Duration::from_millis(1_100)).await;
+
+    drop_idle.send_replace(true);
+    let mut worker = store.lookup_worker();
+    let first = worker.find(&[device(1)], LIMIT).await;
+
+    assert!(matches!(first, Err(StoreError::TimedOut)), "{first:?}");
+    for _ in 0..6 {
+        assert_eq!(worker.find(&[device(1)], LIMIT).await.unwrap().records.len(), 0);
+    }
+}
+
+/// A way to `port` that loses what comes over the connections which were made before it is told to.
+async fn forgetful(port: u16) -> (u16, watch::Sender<bool>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let near_port = listener.local_addr().unwrap().port();
+    let lost = watch::Sender::new(false);
+    let told = lost.subscribe();
+    tokio::spawn(async move {
+        while let Ok((mut near, _)) = listener.accept().await {
+            let mut server = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+            let mut told = told.clone();
+            let is_new = *told.borrow();
+            tokio::spawn(async move {
+                let is_told = async move {
+                    let _ = told.wait_for(|is_lost| *is_lost && !is_new).await;
+                };
+                tokio::select! {
+                    _ = tokio::io::copy_bidirectional(&mut near, &mut server) => {}
+                    () = is_told => std::future::pending().await,
+                }
+            });
+        }
+    });
+    (near_port, lost)
 }
 
 #[tokio::test]
