@@ -22,7 +22,7 @@ use crate::data_dir::{read_bounded, write_atomically};
 /// File of the revocations in the data directory: at most [`REVOKED_MAX`](seawall_proto::resume::REVOKED_MAX) devices and
 /// [`LINES_MAX`] lines more, 70 bytes each.
 pub(super) const FILE: &str = "revoked.jsonl";
-/// The file of earlier versions: one JSON text. It is read where there is no journal, and taken away when there is.
+/// The file of earlier versions: one JSON text. It is read too, and removed once what it says is in the journal.
 const OLD_FILE: &str = "revoked.json";
 /// Longest file that is read: several times the longest that is written.
 const BYTES_MAX: u64 = 32 << 20;
@@ -102,16 +102,28 @@ impl Journal {
         &self.path
     }
 
-    /// What an earlier life knew; `None` where nothing was kept.
+    /// What an earlier life knew; `None` where nothing was kept. An earlier version may have written its file after a later one had written
+    /// the journal, so that what either says is believed.
     ///
     /// # Errors
-    /// The file can't be read, or is damaged: then nothing is known.
+    /// A file can't be read, or is damaged: then nothing is known.
     pub fn read(&self) -> io::Result<Option<Revoked>> {
-        match read_bounded(&self.path, BYTES_MAX) {
-            Ok(bytes) => parse(&bytes).map(Some),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => self.read_old(),
-            Err(error) => Err(error),
-        }
+        let journal = match read_bounded(&self.path, BYTES_MAX) {
+            Ok(bytes) => Some(parse(&bytes)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
+        Ok(match (journal, self.read_old()?) {
+            (Some(mut journal), Some(old)) => {
+                journal.raise(old.floor());
+                for (device, at) in old.devices() {
+                    journal.revoke(device, at);
+                }
+                journal.confirm(old.known());
+                Some(journal)
+            }
+            (journal, old) => journal.or(old),
+        })
     }
 
     fn read_old(&self) -> io::Result<Option<Revoked>> {
@@ -334,6 +346,23 @@ mod tests {
         assert_eq!(says(&read), says(&known()));
         assert!(!home.path().join(OLD_FILE).exists());
         assert_eq!(says(&journal.read().unwrap().unwrap()), says(&known()));
+    }
+
+    #[tokio::test]
+    async fn file_that_an_earlier_version_wrote_after_the_journal_adds_to_it() {
+        let home = tempfile::tempdir().unwrap();
+        let journal = Journal::new(home.path());
+        journal.persist(|| whole(&known())).await;
+        let old = format!(
+            "{{\"known\":9,\"floor\":3,\"devices\":[[\"{}\",8]]}}",
+            device(2).as_uuid()
+        );
+        fs::write(home.path().join(OLD_FILE), old).unwrap();
+
+        let read = Journal::new(home.path()).read().unwrap().unwrap();
+
+        assert_eq!((read.known(), read.floor()), (Generation(9), Generation(3)));
+        assert!(!read.allows(device(1), Generation(3)) && !read.allows(device(2), Generation(7)));
     }
 
     #[tokio::test]
