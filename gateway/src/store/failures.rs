@@ -8,10 +8,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use seawall_proto::slots::HINT_MAX;
+
 use super::error::{StoreError, in_one_line};
 
-/// How long a trouble is told after it was last met: calls that would meet it may be few.
+/// Time for which a trouble is told after it was last met: calls that would meet it may be few.
 const TROUBLE_TOLD_FOR: Duration = Duration::from_secs(60);
+/// The same for troubles that only certain devices meet: longer than any of them is told to stay away.
+const RARE_TROUBLE_TOLD_FOR: Duration = Duration::from_mins(15);
+const _: () = assert!(RARE_TROUBLE_TOLD_FOR.as_secs() > HINT_MAX.as_secs());
 
 /// What a call to the database was for. Label `operation` of `seawall_database_errors_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +78,15 @@ pub enum Trouble {
 
 const TROUBLES: usize = 5;
 
+impl Trouble {
+    const fn told_for(self) -> Duration {
+        match self {
+            Self::Refuses | Self::Unreadable => RARE_TROUBLE_TOLD_FOR,
+            Self::Lookups | Self::FileChanged | Self::DiskFull => TROUBLE_TOLD_FOR,
+        }
+    }
+}
+
 /// How many calls failed since the start, by operation, and what they were a sign of.
 #[derive(Debug, Default)]
 pub(super) struct Failures {
@@ -107,15 +121,23 @@ impl Failures {
     }
 
     pub fn note(&self, trouble: Trouble, detail: String) {
-        let mut troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
-        troubles[trouble as usize] = Some((Instant::now(), detail));
+        self.note_at(trouble, detail, Instant::now());
     }
 
-    /// The trouble as last met; `None` where that is a minute ago.
+    fn note_at(&self, trouble: Trouble, detail: String, at: Instant) {
+        let mut troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
+        troubles[trouble as usize] = Some((at, detail));
+    }
+
+    /// The trouble as last met; `None` where that is long ago.
     pub fn trouble(&self, trouble: Trouble) -> Option<String> {
+        self.trouble_at(trouble, Instant::now())
+    }
+
+    fn trouble_at(&self, trouble: Trouble, now: Instant) -> Option<String> {
         let troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
         let (at, detail) = troubles[trouble as usize].as_ref()?;
-        (at.elapsed() < TROUBLE_TOLD_FOR).then(|| detail.clone())
+        (now.saturating_duration_since(*at) < trouble.told_for()).then(|| detail.clone())
     }
 
     pub fn of(&self, operation: Operation) -> u64 {
@@ -139,6 +161,23 @@ mod tests {
         assert!(told.contains("permission denied for table devices"), "{told}");
         assert_eq!(failures.trouble(Trouble::Lookups), Some(told));
         assert_eq!(failures.trouble(Trouble::Unreadable), None);
+    }
+
+    #[test]
+    fn trouble_of_a_device_is_told_until_the_device_has_come_back() {
+        let (failures, met) = (Failures::default(), Instant::now());
+        for trouble in [Trouble::Refuses, Trouble::Unreadable, Trouble::Lookups] {
+            failures.note_at(trouble, "bad".into(), met);
+        }
+        let is_told = |trouble, seconds| {
+            failures
+                .trouble_at(trouble, met + Duration::from_secs(seconds))
+                .is_some()
+        };
+
+        assert!(is_told(Trouble::Refuses, 600) && is_told(Trouble::Unreadable, 600));
+        assert!(!is_told(Trouble::Refuses, 900) && !is_told(Trouble::Unreadable, 900));
+        assert!(is_told(Trouble::Lookups, 59) && !is_told(Trouble::Lookups, 60));
     }
 
     #[test]

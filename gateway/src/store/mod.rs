@@ -289,7 +289,7 @@ impl Store {
         self.0.failures.of(operation)
     }
 
-    /// What calls have met within the last minute, in one line; `None` where they have not.
+    /// What calls have met lately, in one line; `None` where they have not.
     #[must_use]
     pub fn trouble(&self, trouble: Trouble) -> Option<String> {
         self.0.failures.trouble(trouble)
