@@ -10,7 +10,10 @@ use std::{
 };
 
 use seawall_proto::admission::BreakerState;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::{
+    task::JoinHandle,
+    time::{MissedTickBehavior, interval},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -147,19 +150,38 @@ pub fn take_note(state: &State, fault: Fault, detail: Option<String>) {
 pub async fn follow(state: Shared, stop: CancellationToken) {
     let mut looks = interval(LOOK_INTERVAL);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut disks = DiskLook::default();
     while stop.run_until_cancelled(looks.tick()).await.is_some() {
         look(&state);
-        // A disk that hangs holds up its own look only.
         let looked = Arc::clone(&state);
-        let disk = tokio::task::spawn_blocking(move || look_at_disks(&looked));
-        match stop.run_until_cancelled(disk).await {
-            Some(Ok((full, read_only))) => {
-                take_note(&state, Fault::DiskFull, full);
-                take_note(&state, Fault::DiskReadOnly, read_only);
-            }
-            Some(Err(error)) => tracing::error!(%error, "the disk could not be looked at"),
-            None => return,
+        let found = disks.next(move || look_at_disks(&looked)).await;
+        if let Some((full, read_only)) = found {
+            take_note(&state, Fault::DiskFull, full);
+            take_note(&state, Fault::DiskReadOnly, read_only);
         }
+    }
+}
+
+/// The look at the disks, one at a time and on a thread of its own: a disk that hangs holds up nothing else.
+struct DiskLook<T>(Option<JoinHandle<T>>);
+
+impl<T> Default for DiskLook<T> {
+    fn default() -> Self {
+        Self(None)
+    }
+}
+
+impl<T: Send + 'static> DiskLook<T> {
+    /// What the look before this one has found. Starts the next one. `None` while a look goes on.
+    async fn next(&mut self, look: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+        if self.0.as_ref().is_some_and(|running| !running.is_finished()) {
+            return None;
+        }
+        let finished = self.0.replace(tokio::task::spawn_blocking(look))?;
+        finished
+            .await
+            .inspect_err(|error| tracing::error!(%error, "the disk could not be looked at"))
+            .ok()
     }
 }
 
@@ -180,7 +202,6 @@ fn look(state: &State) {
     ] {
         take_note(state, fault, store.trouble(trouble));
     }
-    store.look_at_file();
     take_note(state, Fault::DatabaseFile, store.trouble(Trouble::FileChanged));
     if state.gate.believes_absence() {
         take_note(state, Fault::RegistryShrunken, None);
@@ -189,6 +210,7 @@ fn look(state: &State) {
 
 /// What is wrong with the disks of the data directory and of an SQLite database: full, and read-only.
 fn look_at_disks(state: &State) -> (Option<String>, Option<String>) {
+    state.store.look_at_file();
     let data_dir = state.config.server.data_dir.as_path();
     let file = state.config.database_url().sqlite_path();
     let folder = file
@@ -222,6 +244,24 @@ fn look_at_disks(state: &State) -> (Option<String>, Option<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn disk_that_hangs_holds_up_no_other_look() {
+        let (release, hangs) = std::sync::mpsc::channel::<()>();
+        let mut disks = DiskLook::default();
+
+        assert_eq!(disks.next(move || hangs.recv().is_err()).await, None);
+        for _ in 0..3 {
+            assert_eq!(disks.next(|| unreachable!("one look at a time")).await, None);
+        }
+        drop(release);
+
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while disks.next(|| false).await != Some(true) {
+            assert!(Instant::now() < deadline, "the look has ended");
+            tokio::task::yield_now().await;
+        }
+    }
 
     #[test]
     fn fault_is_raised_once_and_ends_once_it_was_not_seen_for_a_while() {

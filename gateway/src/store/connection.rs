@@ -120,9 +120,9 @@ impl Connector {
     ///
     /// # Errors
     /// Nothing may be written.
-    pub fn check_writable(&self) -> Result<(), StoreError> {
+    pub async fn check_writable(&self) -> Result<(), StoreError> {
         match self {
-            Self::Sqlite(opening) => opening.check_writable(),
+            Self::Sqlite(opening) => opening.check_writable().await,
             Self::Postgres(_) => Ok(()),
         }
     }

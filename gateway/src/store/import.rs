@@ -185,7 +185,7 @@ impl Store {
             .map_err(|_| StoreError::Conflict("another import is running".into()))?;
         let connection = self
             .bounded(Operation::Import, async {
-                self.imports().check_writable()?;
+                self.imports().check_writable().await?;
                 let mut held = self.imports().take().await?;
                 if held.is_pooled() {
                     // The temporary table is there only in one server connection: one transaction keeps it.
@@ -296,7 +296,7 @@ impl Import {
         if self.report.updated > 0 {
             revocations::revoke_imported(connection, self.report.updated, audit.at).await?;
         }
-        self.lane.check_writable()?;
+        self.lane.check_writable().await?;
         if connection.is_pooled() {
             connection.control(DROP).await?;
         }

@@ -257,8 +257,8 @@ impl Lane {
     }
 
     /// To be asked before a transaction begins, and before it is committed.
-    pub fn check_writable(&self) -> Result<(), StoreError> {
-        self.connector.check_writable()
+    pub async fn check_writable(&self) -> Result<(), StoreError> {
+        self.connector.check_writable().await
     }
 
     /// Closes every connection that nobody uses, and counts them.
@@ -435,7 +435,7 @@ pub(super) struct Held {
 
 impl Held {
     pub async fn begin(&mut self) -> Result<(), StoreError> {
-        self.lane.check_writable()?;
+        self.lane.check_writable().await?;
         self.connection.begin().await
     }
 
@@ -451,7 +451,7 @@ impl Held {
 
     /// Commits, and gives the connection back.
     pub async fn commit(mut self) -> Result<(), StoreError> {
-        self.lane.check_writable()?;
+        self.lane.check_writable().await?;
         self.connection.commit().await?;
         self.give_back();
         Ok(())

@@ -17,7 +17,7 @@ use sqlx::{
     ConnectOptions, Connection as _, SqliteConnection,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
 };
-use tokio::time::sleep;
+use tokio::{task::spawn_blocking, time::sleep};
 
 use super::{
     connection::{Connection, Connector, Sql},
@@ -48,6 +48,8 @@ pub(super) struct File {
     /// Why it can only be read, while that is so.
     only_read: Mutex<Option<String>>,
     connections: Arc<AtomicUsize>,
+    /// Held while it is looked whether the file is still the same.
+    checking: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// How to open it.
@@ -65,6 +67,7 @@ impl File {
             log: Mutex::default(),
             only_read: Mutex::default(),
             connections: Arc::default(),
+            checking: Arc::default(),
         })
     }
 
@@ -187,8 +190,23 @@ impl File {
         Ok(())
     }
 
-    fn check_writable(&self) -> Result<(), StoreError> {
-        self.check()?;
+    /// The same on a thread of its own, one look at a time: a file system that hangs takes no more than one thread.
+    async fn check_aside(self: &Arc<Self>) -> Result<(), StoreError> {
+        if self.identity.get().is_none() {
+            return Ok(());
+        }
+        let alone = Arc::clone(&self.checking).lock_owned().await;
+        let file = Arc::clone(self);
+        let checking = spawn_blocking(move || {
+            let _alone = alone;
+            file.check()
+        });
+        // It does not panic, and is cancelled only where the runtime ends.
+        checking.await.unwrap_or(Ok(()))
+    }
+
+    async fn check_writable(self: &Arc<Self>) -> Result<(), StoreError> {
+        self.check_aside().await?;
         match self.only_read() {
             Some(cause) => Err(StoreError::OnlyRead(cause)),
             None => Ok(()),
@@ -252,7 +270,7 @@ impl DerefMut for Sqlite {
 
 impl Opening {
     pub async fn connect(&self) -> Result<Sqlite, StoreError> {
-        self.file.check()?;
+        self.file.check_aside().await?;
         self.open(self.file.only_read()).await
     }
 
@@ -297,8 +315,8 @@ impl Opening {
     }
 
     /// Nothing is to be written to a file that is not the one that was opened.
-    pub fn check_writable(&self) -> Result<(), StoreError> {
-        self.file.check_writable()
+    pub async fn check_writable(&self) -> Result<(), StoreError> {
+        self.file.check_writable().await
     }
 }
 
