@@ -2,7 +2,8 @@
 //! not: a lost volume, a wrong database and a half-restored backup look so. Devices that it does not have are then refused as ones that
 //! can't be verified now, and no session ends.
 //!
-//! The roster says what it had; devices that were deleted through the API are on record. A person who knows better puts a file named
+//! The roster says what it had; devices that were deleted through the API are on record. A device of the roster that is missed is refused so
+//! too until a later count has found the registry whole. A person who knows better puts a file named
 //! [`ACCEPT_FILE`] into the data directory. Start with [`guard`].
 
 use std::{
@@ -129,11 +130,18 @@ pub async fn guard(state: Shared, stop: CancellationToken) {
         loop {
             heed_acceptance(&state).await;
             let was_believed = state.gate.believes_absence();
+            let last_doubt = state.gate.last_doubt();
             let checked = check(&state).await;
-            if let Err(error) = &checked {
-                tracing::debug!(%error, "the registered devices can't be counted");
-            }
             let is_believed = matches!(checked, Ok(true));
+            match checked {
+                Ok(true) => state.gate.settle_doubts(last_doubt),
+                Ok(false) => {}
+                Err(error) if was_believed && state.gate.has_open_doubts() => {
+                    tracing::warn!(%error, "registered devices are missing and can't be counted: unknown devices are refused as registry_unavailable");
+                    state.gate.set_believes_absence(false);
+                }
+                Err(error) => tracing::debug!(%error, "the registered devices can't be counted"),
+            }
             if is_believed && !was_believed {
                 state.roster_wanted.ask();
             }

@@ -1,7 +1,7 @@
 //! Behind the gate's lock: admission, those who wait, and the keeper that minds their deadlines.
 
 use std::{
-    collections::{BTreeMap, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -24,6 +24,7 @@ use tokio::sync::{Notify, oneshot};
 use super::{
     Found, LookUp,
     absent::{Absent, Epoch},
+    doubts::Doubts,
 };
 use crate::{
     clock::Clock,
@@ -71,6 +72,7 @@ pub(super) struct Core {
     pub(super) keeper_wakes: Instant,
     /// The rules that nobody who waits is refused by.
     pub(super) screened_by: Arc<RuleSet>,
+    pub(super) doubts: Doubts,
 }
 
 /// A device that waits for its look-up.
@@ -203,10 +205,11 @@ impl Inner {
                 }
                 let is_absent = |device| !records.contains_key(&device) && !answer.unreadable.contains(&device);
                 let believes_absence = self.believes_absence();
+                let mut not_registered = BTreeSet::new();
                 if !sent.batch.is_probe {
                     for (device, epoch) in sent.batch.keys.iter().zip(&sent.epochs) {
-                        if is_absent(*device) {
-                            self.handle_absent(*device, *epoch, believes_absence, core);
+                        if is_absent(*device) && self.handle_absent(*device, *epoch, believes_absence, core) {
+                            not_registered.insert(*device);
                         }
                     }
                 }
@@ -216,7 +219,7 @@ impl Inner {
                         took,
                         as_of: sent.as_of,
                     }),
-                    None if believes_absence && is_absent(device) => Told::Absent,
+                    None if not_registered.contains(&device) => Told::Absent,
                     None => Told::Nothing,
                 };
                 core.admission.handle_batch_done(id, Ok(told), now);
@@ -236,14 +239,18 @@ impl Inner {
         self.believes_absence.load(Ordering::Acquire)
     }
 
-    /// The registry answered, and does not have the device.
-    fn handle_absent(&self, device: DeviceId, epoch: Epoch, believes_absence: bool, core: &mut Core) {
-        if core.admission.roster().tenant_of(device).is_some() {
+    /// The registry answered, and does not have the device. Returns whether it is not registered: one of the roster may have been lost.
+    fn handle_absent(&self, device: DeviceId, epoch: Epoch, believes_absence: bool, core: &mut Core) -> bool {
+        let was_there = core.admission.roster().tenant_of(device).is_some();
+        if was_there {
             self.doubted.notify_one();
         }
-        if believes_absence {
+        let is_settled = !was_there || core.doubts.is_settled(device);
+        let is_believed = believes_absence && is_settled;
+        if is_believed {
             self.absent.learn(device, epoch, &mut core.rng);
         }
+        is_believed
     }
 
     /// Answers the devices as admission says, at most [`ANSWERS_AT_A_TIME`]. What is left makes admission's next time-out due at once.

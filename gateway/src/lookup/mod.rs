@@ -32,11 +32,13 @@ use seawall_proto::{
 use tokio::sync::Notify;
 
 mod absent;
+mod doubts;
 mod inner;
 mod worker;
 
 use self::{
     absent::Absent,
+    doubts::Doubts,
     inner::{Admission, Core, Entered, Inner, Waiting},
 };
 use crate::{clock::Clock, lifecycle::Lifecycle, metrics::Metrics, resume::Resume, rules::Rules, store::Store};
@@ -121,6 +123,7 @@ impl Gate {
                 rng: SmallRng::from_os_rng(),
                 keeper_wakes: now,
                 screened_by: rules.current(),
+                doubts: Doubts::default(),
             }),
             absent: Absent::new(),
             believes_absence: AtomicBool::new(true),
@@ -296,7 +299,11 @@ impl Gate {
     /// Who is registered: everybody else is a stranger until let in.
     pub fn set_roster(&self, roster: Arc<Roster>) {
         // The lock is given back before the old one ends, which takes a moment where it is large.
-        let _before = self.0.lock().admission.set_roster(roster);
+        let _before = {
+            let mut core = self.0.lock();
+            core.doubts.clear();
+            core.admission.set_roster(roster)
+        };
     }
 
     /// Whether a device that the registry does not have is not registered; otherwise it is refused as one that can't be verified now.
@@ -320,6 +327,23 @@ impl Gate {
     /// Waiting changes nothing.
     pub async fn doubted(&self) {
         self.0.doubted.notified().await;
+    }
+
+    /// Number of the last time that a device of the roster was missed.
+    #[must_use]
+    pub fn last_doubt(&self) -> u64 {
+        self.0.lock().doubts.last()
+    }
+
+    /// Whether devices of the roster were missed, and no later count has found the registry whole.
+    #[must_use]
+    pub fn has_open_doubts(&self) -> bool {
+        self.0.lock().doubts.are_open()
+    }
+
+    /// A count that began after the doubt of this number has found the registry whole: devices that were missed before are not registered.
+    pub fn settle_doubts(&self, last: u64) {
+        self.0.lock().doubts.settle(last);
     }
 
     /// Many devices were registered.

@@ -3,6 +3,7 @@
 
 use std::{fs, path::PathBuf, sync::Arc};
 
+use firmware_sim::connection::DeviceConfig;
 use seawall_gateway::{
     config::DatabaseUrl,
     faults::Fault,
@@ -187,8 +188,11 @@ async fn assert_not_believed(database: Option<&DatabaseUrl>) {
 /// Empties the registry, and connects until it is no longer believed.
 async fn eventually_held(gateway: &Gateway) {
     behind_the_back(gateway, "DELETE FROM devices").await;
-    // One whose absence may be believed has the devices counted.
-    gateway.connect(&device(2)).await.refused();
+    // One that is missed has the devices counted, and is not told before that it is not registered.
+    gateway
+        .connect(&device(2))
+        .await
+        .refused_with(503, "registry_unavailable");
     eventually(|| has_reason(gateway, Fault::RegistryShrunken)).await;
     gateway
         .connect(&device(1))
@@ -196,6 +200,25 @@ async fn eventually_held(gateway: &Gateway) {
         .refused_with(503, "registry_unavailable");
     gateway
         .connect(&device(2))
+        .await
+        .refused_with(503, "registry_unavailable");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn emptied_registry_whose_devices_can_not_be_counted_is_not_believed() {
+    let gateway = known(None).await;
+    // Not on the roster.
+    gateway.register(DEVICES..DEVICES + 1).await;
+    behind_the_back(&gateway, "ALTER TABLE revocations RENAME TO gone; DELETE FROM devices").await;
+
+    gateway
+        .connect(&device(1))
+        .await
+        .refused_with(503, "registry_unavailable");
+    eventually(|| !gateway.shared.gate.believes_absence()).await;
+
+    gateway
+        .connect(&device(DEVICES))
         .await
         .refused_with(503, "registry_unavailable");
 }
@@ -255,6 +278,31 @@ async fn most_of_a_fleet_can_be_deleted_through_the_api() {
     eventually(|| roster_on_disk(&gateway.shared) == 1).await;
     assert!(gateway.shared.readiness().reasons.is_empty());
     gateway.connect(&device(1)).await.refused_with(401, "unauthorized");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deleted_device_of_the_roster_is_unauthorized_once_the_devices_were_counted() {
+    let gateway = known(None).await;
+    let mut audit = audit("device.delete");
+    audit.at = gateway.shared.clock.wall();
+    let deleted = gateway.shared.store.device_delete(id(1), &audit).await;
+    deleted.unwrap().unwrap();
+
+    eventually_unauthorized(&gateway, &device(1)).await;
+}
+
+/// Connects a device of the roster that was deleted until the devices were counted.
+pub async fn eventually_unauthorized(gateway: &Gateway, device: &DeviceConfig) {
+    let deadline = tokio::time::Instant::now() + super::rig::PATIENCE;
+    loop {
+        let attempt = gateway.connect(device).await;
+        if attempt.refused().status == 401 {
+            return;
+        }
+        attempt.refused_with(503, "registry_unavailable");
+        assert!(tokio::time::Instant::now() < deadline, "it is never told");
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,9 +13,12 @@ use seawall_proto::{admission::BreakerState, id::SecretHash, resume::Generation,
 use serde_json::{Value, json};
 use sqlx::{Connection as _, SqliteConnection};
 
-use super::rig::{
-    ANSWER_MAX_AWAY, Gateway, PATIENCE, assert_alive, audit, block_matching, device, devices, end_of, eventually, id,
-    label, plain, with_wrong_secret,
+use super::{
+    registry::eventually_unauthorized,
+    rig::{
+        ANSWER_MAX_AWAY, Gateway, PATIENCE, assert_alive, audit, block_matching, device, devices, end_of, eventually,
+        id, label, plain, with_wrong_secret,
+    },
 };
 use crate::harness::pg::{self, Cluster};
 
@@ -259,7 +262,7 @@ async fn token_of_one_node_counts_on_another_with_the_same_keys_and_no_longer_on
         .await
         .unwrap();
     eventually(|| second.shared.resume.known() == Generation(1)).await;
-    second.connect(&returning[0]).await.refused_with(401, "unauthorized");
+    eventually_unauthorized(&second, &returning[0]).await;
     let stranger = Gateway::start_on(Some(&url), "").await;
     eventually(|| stranger.shared.readiness().ready).await;
     stranger.connect(&returning[1]).await.admitted();
