@@ -235,10 +235,9 @@ pub async fn run(state: Shared, stop: CancellationToken) {
 
 /// Orders one session to leave, and tells it when to come back.
 pub fn send_away(state: &Shared, session: &Session, rng: &mut impl Rng) {
-    let homecoming = state.drain.inner().homecoming;
-    let between = homecoming.map_or_else(
+    let between = state.drain.inner().homecoming.as_mut().map_or_else(
         || Peers::None.hint_range(),
-        |homecoming| homecoming.range(state.clock.now()),
+        |homecoming| homecoming.next_range(state.clock.now()),
     );
     let back = Hint::draw(between, rng).after;
     let hint = state.gate.slot_for_close(session.info.device, back);

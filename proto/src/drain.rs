@@ -19,10 +19,8 @@ const EVICTION_RATE_MIN: f64 = 20.0;
 const DRAIN_RESERVE: Duration = Duration::from_secs(2);
 /// From the last close of a drain to the next process that listens, with some reserve.
 const RESTART_TIME: Duration = Duration::from_millis(2_500);
-/// Devices of the smallest fleet come back within this span.
-const RETURN_SPREAD_MIN: Duration = Duration::from_secs(1);
-/// Devices of the largest fleet come back within this span, as far as their slots allow.
-const RETURN_SPREAD_MAX: Duration = Duration::from_secs(20);
+/// Span from which the return of each device is drawn, so that devices of a small fleet do not come back together.
+const RETURN_SPREAD: Duration = Duration::from_secs(1);
 /// A drain that takes longer is no restart: devices do not wait for its end.
 const RESTART_DRAIN_MAX: Duration = Duration::from_secs(30);
 
@@ -86,10 +84,10 @@ impl Pacing {
         let left = self
             .deadline
             .map_or(span, |deadline| span.min(deadline.saturating_since(now)));
-        let spread = Duration::try_from_secs_f64(sessions as f64 / capacity).unwrap_or(Duration::MAX);
         Homecoming {
             drained_at: (left <= RESTART_DRAIN_MAX).then(|| now + left),
-            spread: spread.clamp(RETURN_SPREAD_MIN, RETURN_SPREAD_MAX),
+            interval: Duration::try_from_secs_f64(1.0 / capacity).unwrap_or(Duration::from_secs(1)),
+            told: 0,
         }
     }
 
@@ -116,25 +114,28 @@ impl Pacing {
     }
 }
 
-/// When the devices of a drained node come back: behind its restart, spread by their number and by what can be taken.
+/// When the devices of a drained node come back: after its restart, one after the other at the rate at which they can be taken back.
 ///
-/// Their slots come on top, which are never closer than what the registry is known to answer.
+/// A slot of the virtual queue is never later than this, except where other tenants have a backlog: the queue starts at the time of the close.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Homecoming {
     /// When the last session is closed. `None`: too far ahead to be waited for.
     drained_at: Option<Instant>,
-    spread: Duration,
+    /// Between the returns of two devices.
+    interval: Duration,
+    /// Devices that were given a time.
+    told: u32,
 }
 
 impl Homecoming {
-    /// Between which times from now a device comes back whose session is closed now.
-    #[must_use]
-    pub fn range(&self, now: Instant) -> RangeInclusive<Duration> {
+    /// Between which times from now the next device comes back, whose session is closed now.
+    pub fn next_range(&mut self, now: Instant) -> RangeInclusive<Duration> {
         let Some(drained_at) = self.drained_at else {
             return Peers::None.hint_range();
         };
-        let from = drained_at.saturating_since(now) + RESTART_TIME;
-        from..=from + self.spread
+        let from = drained_at.saturating_since(now) + RESTART_TIME + self.interval.saturating_mul(self.told);
+        self.told = self.told.saturating_add(1);
+        from..=from + RETURN_SPREAD
     }
 
     /// Everything that is left is closed now.
@@ -147,11 +148,12 @@ impl Homecoming {
 mod tests {
     use super::*;
 
+    /// Between which times the first and the last device come back, of `sessions` that are all closed at once.
     fn homecoming(sessions: usize, capacity: f64, deadline_s: u64) -> RangeInclusive<Duration> {
         let pacing = Pacing::drain(capacity, sessions, Duration::from_secs(deadline_s), Instant::ZERO);
-        pacing
-            .homecoming(sessions, capacity, Instant::ZERO)
-            .range(Instant::ZERO)
+        let mut homecoming = pacing.homecoming(sessions, capacity, Instant::ZERO);
+        let ranges: Vec<_> = (0..sessions).map(|_| homecoming.next_range(Instant::ZERO)).collect();
+        *ranges[0].start()..=*ranges[sessions - 1].end()
     }
 
     #[test]
@@ -159,25 +161,28 @@ mod tests {
         let range = homecoming(200, 2_000.0, 25);
 
         assert!(*range.start() >= Duration::from_millis(2_500), "{range:?}");
-        assert!(*range.end() <= Duration::from_millis(3_700), "{range:?}");
+        assert!(*range.end() <= Duration::from_millis(3_800), "{range:?}");
     }
 
     #[test]
     fn the_return_of_a_large_fleet_is_spread_by_its_size_and_the_capacity() {
-        let range = homecoming(10_000, 1_000.0, 25);
+        for sessions in [10_000_u16, 50_000] {
+            let range = homecoming(sessions.into(), 1_000.0, 25);
 
-        assert_eq!(*range.end() - *range.start(), Duration::from_secs(10));
+            let spread = (*range.end() - *range.start()).as_secs_f64() - RETURN_SPREAD.as_secs_f64();
+            assert!((spread - f64::from(sessions) / 1_000.0).abs() < 0.01, "{spread}");
+        }
     }
 
     #[test]
     fn no_device_comes_back_before_the_drain_has_ended() {
         let pacing = Pacing::drain(1_000.0, 10_000, Duration::from_secs(25), Instant::ZERO);
-        let homecoming = pacing.homecoming(10_000, 1_000.0, Instant::ZERO);
+        let mut homecoming = pacing.homecoming(10_000, 1_000.0, Instant::ZERO);
         let last = Instant::ZERO + Duration::from_secs(10);
 
         for ms in [0, 5_000, 10_000] {
             let now = Instant::ZERO + Duration::from_millis(ms);
-            assert!(now + *homecoming.range(now).start() > last, "{ms}");
+            assert!(now + *homecoming.next_range(now).start() > last, "{ms}");
         }
     }
 
@@ -193,7 +198,7 @@ mod tests {
 
         homecoming.hurry(Instant::ZERO);
 
-        assert_eq!(*homecoming.range(Instant::ZERO).start(), RESTART_TIME);
+        assert_eq!(*homecoming.next_range(Instant::ZERO).start(), RESTART_TIME);
     }
 
     #[test]

@@ -110,9 +110,11 @@ impl World<'_> {
             if !self.books.is_connected(index) || self.devices.home(index) != node {
                 continue;
             }
+            let now = self.now;
             let between = self.nodes[place]
                 .homecoming
-                .map_or_else(|| Peers::None.hint_range(), |homecoming| homecoming.range(self.now));
+                .as_mut()
+                .map_or_else(|| Peers::None.hint_range(), |homecoming| homecoming.next_range(now));
             let back = Hint::draw(between, &mut self.rng).after;
             let (id, wall) = (self.devices.id(index), self.wall_at(node));
             let admission = &mut self.nodes[place].admission;
