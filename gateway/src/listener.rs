@@ -48,6 +48,15 @@ const SOMAXCONN_DEFAULT: usize = 4_096;
 /// buffer grows to 4 MiB and more. Enough for the largest message by default (64 KiB) in one go.
 const SEND_BUFFER_BYTES: usize = 64 * 1024;
 
+/// Keepalive: time without a byte before the first probe, between probes, and the number of probes.
+const KEEPALIVE_AFTER: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
+const KEEPALIVE_PROBES: u32 = 3;
+/// Maximum time that the kernel keeps a connection whose peer acknowledges nothing (`TCP_USER_TIMEOUT`). The kernel's own time is about 15 min.
+/// This is what keepalive allows in all: where this option is set, it takes the place of the number of keepalive probes (tcp(7)).
+#[cfg(target_os = "linux")]
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(120);
+
 /// Files kept free for databases, the API, logs and refusals. Handshakes have their own: a full node still reads who is there.
 const FILES_RESERVED: usize = 256;
 
@@ -178,10 +187,12 @@ fn listen(address: SocketAddr, sharing: Sharing, backlog: i32) -> io::Result<Tcp
     socket.set_keepalive(true)?;
     socket.set_tcp_keepalive(
         &TcpKeepalive::new()
-            .with_time(Duration::from_secs(60))
-            .with_interval(Duration::from_secs(20))
-            .with_retries(3),
+            .with_time(KEEPALIVE_AFTER)
+            .with_interval(KEEPALIVE_INTERVAL)
+            .with_retries(KEEPALIVE_PROBES),
     )?;
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX))?;
     socket.bind(&address.into())?;
     socket.listen(backlog)?;
     TcpListener::from_std(socket.into())
@@ -413,6 +424,26 @@ mod tests {
         let (stream, ..) = listener.accept(&Metrics::new()).await.unwrap();
 
         assert_eq!(options_of(&stream).unwrap(), (true, true, true));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn vanished_device_is_given_up_when_keepalive_would() {
+        let bounds = Bounds {
+            connections: 4,
+            handshakes: 2,
+        };
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut listener = Listener::bind(address, Sharing::Alone, bounds, &limits(), Arc::default()).unwrap();
+        let _client = TcpStream::connect(listener.local_addr()).await.unwrap();
+
+        let (stream, ..) = listener.accept(&Metrics::new()).await.unwrap();
+
+        let given_up_after = SockRef::from(&stream).tcp_user_timeout().unwrap();
+        assert_eq!(
+            given_up_after,
+            Some(KEEPALIVE_AFTER + KEEPALIVE_INTERVAL * KEEPALIVE_PROBES)
+        );
     }
 
     #[tokio::test]

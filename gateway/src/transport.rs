@@ -49,18 +49,6 @@ impl Transport {
         has_left(self.tcp())
     }
 
-    /// Has the kernel give the connection up once the peer has not taken what was sent for this long.
-    pub fn set_unread_time_max(&self, span: Duration) {
-        // Elsewhere than on Linux the kernel decides.
-        #[cfg(target_os = "linux")]
-        {
-            // Without it the kernel's own time holds, which is some minutes longer.
-            let _ = SockRef::from(self.tcp()).set_tcp_user_timeout(Some(span));
-        }
-        #[cfg(not(target_os = "linux"))]
-        let _ = span;
-    }
-
     /// Ends the connection with a reset. What the kernel holds for a peer that does not read is freed at once.
     pub fn abort(self) {
         // A connection that is gone has nothing to free.

@@ -142,7 +142,6 @@ impl Live {
     ) -> Self {
         let shared = online.shared();
         shared.sessions.call_at(online.session(), machine.poll_timeout());
-        stream.set_unread_time_max(shared.session_limits.silence_max());
         Self {
             socket: Socket::new(stream, leftover, Arc::clone(&shared.socket_limits)),
             online,
