@@ -8,6 +8,7 @@ mod aligned;
 use std::{
     future::poll_fn,
     io,
+    pin::pin,
     sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
@@ -17,7 +18,7 @@ use bytes::{Bytes, BytesMut};
 use seawall_proto::close::Close;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    time::timeout,
+    time::{Instant, sleep, timeout},
 };
 use tokio_tungstenite::tungstenite::{
     Error, Message, Utf8Bytes,
@@ -52,6 +53,9 @@ const LAST_MESSAGES_LEN_MAX: usize = 1024 * 1024;
 const MESSAGE_COST: usize = 16;
 
 /// What is still read from a peer after its connection was given up, so that a reset does not destroy the close frame.
+/// Longest time that what was fed may take to be written, in times of the write timeout: for a peer that reads, but never fast enough.
+const WRITE_TIMEOUTS_MAX: u32 = 10;
+
 const DRAIN_LEN_MAX: usize = 64 * 1024;
 
 /// Bounds of one socket.
@@ -61,7 +65,7 @@ pub struct SocketLimits {
     pub frame_len_max: usize,
     /// Largest message taken or sent, in bytes; then 1009.
     pub message_len_max: usize,
-    /// Longest time a write may take; then the peer does not read, and is dropped.
+    /// Longest time in which not a byte can be written; then the peer does not read, and is dropped.
     pub write_timeout: Duration,
     /// Longest time from the first to the last frame of a message; then 1008.
     pub message_time_max: Duration,
@@ -177,6 +181,8 @@ struct Busy {
     /// The transport takes no more for now: what is in the write buffer goes first.
     is_blocked: bool,
 }
+    /// Bytes that the transport has taken. Wraps.
+    written: u64,
 
 impl Busy {
     fn new(limits: &SocketLimits, unread: Unread) -> Box<Self> {
@@ -192,6 +198,7 @@ impl Busy {
             unread,
             is_blocked: false,
         })
+            written: 0,
     }
 }
 
@@ -262,7 +269,7 @@ impl Socket {
         self.poll_sent(cx).map_err(SendError::from)
     }
 
-    /// Writes what was fed, within the time for a write.
+    /// Writes what was fed. Gives up where nothing can be written for the time of a write, or where it takes many times as long in all.
     ///
     /// # Errors
     /// The peer does not read, or is gone.
@@ -270,8 +277,7 @@ impl Socket {
     /// # Cancel safety
     /// Safe: what was not written stays in the buffer.
     pub async fn flush(&mut self) -> Result<(), SendError> {
-        let limit = self.limits.write_timeout;
-        in_time(limit, poll_fn(|cx| self.poll_flush(cx))).await
+        self.while_it_moves(Self::poll_flush).await
     }
 
     /// Sends one frame, for whoever does nothing else meanwhile.
@@ -279,23 +285,60 @@ impl Socket {
     /// # Errors
     /// The peer does not read, or is gone.
     pub async fn send(&mut self, outbound: Outbound) -> Result<(), SendError> {
-        let limit = self.limits.write_timeout;
-        in_time(limit, poll_fn(|cx| self.poll_room(cx))).await?;
+        self.while_it_moves(Self::poll_room).await?;
         let mut outbound = Some(outbound);
         poll_fn(|cx| Poll::Ready(outbound.take().map_or(Ok(()), |outbound| self.feed(outbound, cx)))).await?;
         self.flush().await
     }
 
     /// Sends a close frame, and waits a moment for the peer's.
+    /// Waits for a write that `poll` carries out, as long as bytes are taken.
+    async fn while_it_moves(
+        &mut self,
+        poll: impl Fn(&mut Self, &mut Context<'_>) -> Poll<Result<(), SendError>>,
+    ) -> Result<(), SendError> {
+        let limit = self.limits.write_timeout;
+        let last = Instant::now() + limit * WRITE_TIMEOUTS_MAX;
+        let mut written = self.written();
+        let mut timer = pin!(sleep(limit));
+        poll_fn(|cx| {
+            if let Poll::Ready(done) = poll(self, cx) {
+                return Poll::Ready(done);
+            }
+            if self.written() != written {
+                written = self.written();
+                timer.as_mut().reset((Instant::now() + limit).min(last));
+            }
+            timer.as_mut().poll(cx).map(|()| Err(SendError::Slow))
+        })
+        .await
+    }
+
+    /// Changes with each byte that the kernel has taken for the peer, as far as it can be seen.
+    #[must_use]
+    pub fn written(&self) -> u64 {
+        let plain = self.busy.as_ref().map_or(0, |busy| busy.written);
+        plain.wrapping_add(self.transport.written_by_tls())
+    }
+
     pub async fn close(mut self, close: &Close) {
         match self.send_close(close).await {
+        let written = self.written();
             Ok(()) => self.finish().await,
-            Err(SendError::Slow) => self.abort(),
+            Err(SendError::Slow) => self.give_up(written),
             Err(SendError::Gone) => {}
         }
     }
 
     /// Ends the connection to a peer that does not read. What the kernel still holds for it is dropped at once.
+    /// Ends the connection to a peer that was too slow: with a reset only where it has taken nothing since `written`. From a peer that
+    /// reads, a reset would take what the kernel still holds for it.
+    pub fn give_up(self, written: u64) {
+        if self.written() == written {
+            self.abort();
+        }
+    }
+
     pub fn abort(self) {
         self.transport.abort();
     }
@@ -317,8 +360,13 @@ impl Socket {
 
     /// Sends a close frame to a peer whose frames can't be read any further (RFC 6455 §7.1.7).
     pub async fn fail(mut self, close: &Close) {
-        if self.send_close(close).await.is_ok() {
-            drain(&mut self.transport, DRAIN_LEN_MAX, CLOSE_TIMEOUT).await;
+        let written = self.written();
+        match self.send_close(close).await {
+            Ok(()) => {
+                drain(&mut self.transport, DRAIN_LEN_MAX, CLOSE_TIMEOUT).await;
+            }
+            Err(SendError::Slow) => self.give_up(written),
+            Err(SendError::Gone) => {}
         }
     }
 
@@ -408,12 +456,18 @@ impl Socket {
         let busy = self
             .busy
             .get_or_insert_with(|| Busy::new(&self.limits, Unread::default()));
-        let Busy { context, unread, .. } = &mut **busy;
+        let Busy {
+            context,
+            unread,
+            written,
+            ..
+        } = &mut **busy;
         let transport = &mut self.transport;
         let mut aligned = Aligned {
             transport,
             unread,
             cx,
+            written,
             message_time_max: self.limits.message_time_max,
         };
         match act(context, &mut aligned) {
@@ -497,7 +551,8 @@ const DRAIN_CHUNK_LEN: usize = 2 * 1024;
 #[cfg(test)]
 mod tests {
     use seawall_proto::close::REASON_LEN_MAX;
-    use tokio::net::{TcpListener, TcpStream};
+    use socket2::SockRef;
+    use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
     use super::*;
 
@@ -510,9 +565,85 @@ mod tests {
 
     async fn pair() -> (TcpStream, Socket) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        pair_with(LIMITS).await
+    }
+
+    async fn pair_with(limits: SocketLimits) -> (TcpStream, Socket) {
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let server = listener.accept().await.unwrap().0;
-        (client, Socket::new(server.into(), &[], Arc::new(LIMITS)))
+        (client, Socket::new(server.into(), &[], Arc::new(limits)))
+    }
+
+    /// A peer that reads little at a time, with a socket whose kernel buffers hold little.
+    async fn slow_pair(message_len_max: usize) -> (TcpStream, Socket) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpSocket::new_v4().unwrap();
+        client.set_recv_buffer_size(4_096).unwrap();
+        let client = client.connect(listener.local_addr().unwrap()).await.unwrap();
+        let server = listener.accept().await.unwrap().0;
+        SockRef::from(&server).set_send_buffer_size(8_192).unwrap();
+        let limits = SocketLimits {
+            message_len_max,
+            ..LIMITS
+        };
+        (client, Socket::new(server.into(), &[], Arc::new(limits)))
+    }
+
+    /// Reads 4 KiB each 20 ms until the end: 200 KB a second.
+    async fn read_slowly(mut client: TcpStream) -> io::Result<usize> {
+        let (mut len, mut chunk) = (0, [0; 4_096]);
+        loop {
+            match client.read(&mut chunk).await? {
+                0 => return Ok(len),
+                read => len += read,
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn peer_that_reads_slowly_gets_a_message_that_takes_longer_than_a_write_may() {
+        let len = 400_000;
+        let (client, mut socket) = slow_pair(len).await;
+        let reading = tokio::spawn(read_slowly(client));
+        let began = Instant::now();
+
+        let sent = timeout(Duration::from_secs(60), socket.send(Outbound::Text("x".repeat(len)))).await;
+
+        assert_eq!(sent, Ok(Ok(())));
+        assert!(began.elapsed() > 2 * LIMITS.write_timeout, "{:?}", began.elapsed());
+        drop(socket);
+        assert!(reading.await.unwrap().unwrap() > len);
+    }
+
+    #[tokio::test]
+    async fn peer_that_never_reads_fast_enough_is_given_up_in_the_end() {
+        let len = 4_000_000;
+        let (client, mut socket) = slow_pair(len).await;
+        let reading = tokio::spawn(read_slowly(client));
+
+        let sent = timeout(Duration::from_secs(60), socket.send(Outbound::Text("x".repeat(len)))).await;
+
+        assert_eq!(sent, Ok(Err(SendError::Slow)));
+        drop(socket);
+        assert!(reading.await.unwrap().unwrap() < len);
+    }
+
+    #[tokio::test]
+    async fn close_takes_nothing_from_a_peer_that_reads_slowly() {
+        let len = 400_000;
+        let (client, mut socket) = slow_pair(len).await;
+        let fed = poll_fn(|cx| Poll::Ready(socket.feed(Outbound::Text("x".repeat(len)), cx))).await;
+        let reading = tokio::spawn(read_slowly(client));
+
+        fed.unwrap();
+        timeout(Duration::from_secs(60), socket.close(&Close::Replaced))
+            .await
+            .unwrap();
+
+        // Its end, and no reset.
+        let read = reading.await.unwrap();
+        assert!(read.as_ref().is_ok_and(|len| *len > 0), "{read:?}");
     }
 
     /// A masked frame with a key of zeros.

@@ -49,6 +49,15 @@ impl Transport {
         has_left(self.tcp())
     }
 
+    /// Bytes that the kernel has taken from TLS so far, which keeps what it was given. Plain TCP keeps nothing: 0.
+    #[must_use]
+    pub fn written_by_tls(&self) -> u64 {
+        match self {
+            Self::Plain(_) => 0,
+            Self::Tls(tls) => tls.get_ref().0.written(),
+        }
+    }
+
     /// Ends the connection with a reset. What the kernel holds for a peer that does not read is freed at once.
     pub fn abort(self) {
         // A connection that is gone has nothing to free.

@@ -133,7 +133,7 @@ section! {
         pub head_timeout_ms: u64 = 5_000, "milliseconds", 100..=60_000;
         /// Time for a refusal or an upgrade to be written to a device that reads slowly; then the connection is closed.
         pub answer_timeout_ms: u64 = 5_000, "milliseconds", 100..=60_000;
-        /// Time for a frame to be written to a device that reads slowly; then the session ends.
+        /// Time in which a device takes not a byte of what is sent to it; then the session ends. A device that reads slowly has ten times as long for all of it.
         pub write_timeout_ms: u64 = 20_000, "milliseconds", 1_000..=300_000;
         /// Greatest frame from a device; then close 1009.
         pub frame_bytes_max: usize = 64 * 1024, "bytes", 256..=1_048_576;

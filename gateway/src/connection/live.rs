@@ -56,8 +56,12 @@ enum End {
     Gone,
     /// The peer does not read.
     Slow,
-    /// The peer does not read, not even what would tell it that its session ends for this reason.
-    Unheard(&'static str),
+    /// The peer did not read in time what would tell it that its session ends for this reason.
+    Unheard {
+        reason: &'static str,
+        /// Bytes written when it began to be waited for.
+        written: u64,
+    },
 }
 
 impl End {
@@ -69,7 +73,7 @@ impl End {
             Self::BadGoodbye => Close::Protocol.as_str(),
             Self::Gone => "client_gone",
             Self::Slow => "slow_reader",
-            Self::Unheard(reason) => reason,
+            Self::Unheard { reason, .. } => reason,
         }
     }
 }
@@ -218,6 +222,7 @@ impl Live {
     /// A peer that does not read must not hold up an order to end its session: then what is being written gets a moment more.
     async fn act_until_ordered(&mut self) -> Result<(), End> {
         let handle = Arc::clone(self.online.session());
+        let written = self.socket.written();
         {
             let mut acting = pin!(self.act());
             tokio::select! {
@@ -232,11 +237,14 @@ impl Live {
         match handle.take() {
             Some(Command::Close(close)) => Err(End::Closed(close)),
             // The order was taken before, and its close comes after what can't be written.
-            Some(Command::Deliver(_)) | None => Err(End::Unheard(self.ordered.unwrap_or("slow_reader"))),
+            Some(Command::Deliver(_)) | None => Err(End::Unheard {
+                reason: self.ordered.unwrap_or("slow_reader"),
+                written,
+            }),
         }
     }
 
-    /// As [`poll_act`](Self::poll_act), but waits for the peer to read, as long as one write may take each time.
+    /// As [`poll_act`](Self::poll_act), but waits for the peer to read, as long as it does.
     async fn act(&mut self) -> Result<(), End> {
         loop {
             self.socket.flush().await?;
@@ -429,7 +437,8 @@ impl Live {
             End::Closed(close) => self.socket.close(&close).await,
             End::Failed(close) => self.socket.fail(&close).await,
             End::Goodbye | End::BadGoodbye => self.socket.finish().await,
-            End::Slow | End::Unheard(_) => self.socket.abort(),
+            End::Slow => self.socket.abort(),
+            End::Unheard { written, .. } => self.socket.give_up(written),
             End::Gone => {}
         }
     }

@@ -162,6 +162,8 @@ impl Read for Aligned<'_, '_> {
                 Ok(None) => {}
                 Err(overlong) => return Err(io::Error::new(io::ErrorKind::InvalidData, overlong)),
             }
+    /// Bytes that the transport has taken. Wraps.
+    pub(super) written: &'a mut u64,
             if unblocked(self.unread.poll_fill(self.transport, self.cx))? == 0 {
                 // The peer has ended within a header.
                 let len = self.unread.bytes.len().min(buf.len());
@@ -174,7 +176,9 @@ impl Read for Aligned<'_, '_> {
 
 impl Write for Aligned<'_, '_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        unblocked(Pin::new(&mut *self.transport).poll_write(self.cx, buf))
+        let len = unblocked(Pin::new(&mut *self.transport).poll_write(self.cx, buf))?;
+        *self.written = self.written.wrapping_add(len as u64);
+        Ok(len)
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -19,11 +19,29 @@ pub struct Bounded {
     tcp: TcpStream,
     /// Bytes that may still be read; the read that goes over it is the last.
     left: usize,
+    /// Bytes that the kernel has taken. Wraps.
+    written: u64,
 }
 
 impl Bounded {
     pub const fn new(tcp: TcpStream, len_max: usize) -> Self {
-        Self { tcp, left: len_max }
+        Self {
+            tcp,
+            left: len_max,
+            written: 0,
+        }
+    }
+
+    /// Bytes that the kernel has taken so far. Wraps.
+    #[must_use]
+    pub const fn written(&self) -> u64 {
+        self.written
+    }
+
+    fn note_written(&mut self, polled: &Poll<io::Result<usize>>) {
+        if let Poll::Ready(Ok(len)) = polled {
+            self.written = self.written.wrapping_add(*len as u64);
+        }
     }
 
     /// The handshake is over: everything may be read.
@@ -56,7 +74,9 @@ impl AsyncRead for Bounded {
 
 impl AsyncWrite for Bounded {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tcp).poll_write(cx, buf)
+        let polled = Pin::new(&mut self.tcp).poll_write(cx, buf);
+        self.note_written(&polled);
+        polled
     }
 
     fn poll_write_vectored(
@@ -64,7 +84,9 @@ impl AsyncWrite for Bounded {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tcp).poll_write_vectored(cx, bufs)
+        let polled = Pin::new(&mut self.tcp).poll_write_vectored(cx, bufs);
+        self.note_written(&polled);
+        polled
     }
 
     fn is_write_vectored(&self) -> bool {
