@@ -43,7 +43,8 @@ const ENVELOPE_LEN: usize = 1024;
 /// Time for the peer to answer our close frame. One that does not is dropped. Less than the 2 s that a process has for its end.
 pub const CLOSE_TIMEOUT: Duration = Duration::from_millis(1500);
 
-/// Longest time from the first to the last frame of one message: 64 KiB at half a kilobyte a second.
+/// Longest time from the first to the last frame of one message: 64 KiB at half a kilobyte a second. A gap between two frames counts for 30 s at
+/// most, so that a process that was stopped ends no session.
 const MESSAGE_TIME_MAX: Duration = Duration::from_secs(120);
 
 /// Maximum size of what is still read from a peer that was sent a close frame, in bytes: what may be under way until it reads that. A
@@ -52,10 +53,10 @@ const LAST_MESSAGES_LEN_MAX: usize = 1024 * 1024;
 /// What a message costs beside its payload, in bytes, where many empty ones are read.
 const MESSAGE_COST: usize = 16;
 
-/// What is still read from a peer after its connection was given up, so that a reset does not destroy the close frame.
 /// Longest time that what was fed may take to be written, in times of the write timeout: for a peer that reads, but never fast enough.
 const WRITE_TIMEOUTS_MAX: u32 = 10;
 
+/// What is still read from a peer after its connection was given up, so that a reset does not destroy the close frame.
 const DRAIN_LEN_MAX: usize = 64 * 1024;
 
 /// Bounds of one socket.
@@ -180,9 +181,9 @@ struct Busy {
     unread: Unread,
     /// The transport takes no more for now: what is in the write buffer goes first.
     is_blocked: bool,
-}
     /// Bytes that the transport has taken. Wraps.
     written: u64,
+}
 
 impl Busy {
     fn new(limits: &SocketLimits, unread: Unread) -> Box<Self> {
@@ -197,8 +198,8 @@ impl Busy {
             context: WebSocketContext::new(Role::Server, Some(config)),
             unread,
             is_blocked: false,
-        })
             written: 0,
+        })
     }
 }
 
@@ -291,7 +292,6 @@ impl Socket {
         self.flush().await
     }
 
-    /// Sends a close frame, and waits a moment for the peer's.
     /// Waits for a write that `poll` carries out, as long as bytes are taken.
     async fn while_it_moves(
         &mut self,
@@ -321,16 +321,16 @@ impl Socket {
         plain.wrapping_add(self.transport.written_by_tls())
     }
 
+    /// Sends a close frame, and waits a moment for the peer's.
     pub async fn close(mut self, close: &Close) {
-        match self.send_close(close).await {
         let written = self.written();
+        match self.send_close(close).await {
             Ok(()) => self.finish().await,
             Err(SendError::Slow) => self.give_up(written),
             Err(SendError::Gone) => {}
         }
     }
 
-    /// Ends the connection to a peer that does not read. What the kernel still holds for it is dropped at once.
     /// Ends the connection to a peer that was too slow: with a reset only where it has taken nothing since `written`. From a peer that
     /// reads, a reset would take what the kernel still holds for it.
     pub fn give_up(self, written: u64) {
@@ -339,6 +339,7 @@ impl Socket {
         }
     }
 
+    /// Ends the connection to a peer that does not read. What the kernel still holds for it is dropped at once.
     pub fn abort(self) {
         self.transport.abort();
     }
@@ -466,8 +467,8 @@ impl Socket {
         let mut aligned = Aligned {
             transport,
             unread,
-            cx,
             written,
+            cx,
             message_time_max: self.limits.message_time_max,
         };
         match act(context, &mut aligned) {
@@ -564,11 +565,11 @@ mod tests {
     };
 
     async fn pair() -> (TcpStream, Socket) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         pair_with(LIMITS).await
     }
 
     async fn pair_with(limits: SocketLimits) -> (TcpStream, Socket) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let server = listener.accept().await.unwrap().0;
         (client, Socket::new(server.into(), &[], Arc::new(limits)))
@@ -698,7 +699,12 @@ mod tests {
 
     #[tokio::test]
     async fn message_in_fragments_without_end_is_ended() {
-        let (mut client, mut socket) = pair().await;
+        // Not by its time.
+        let (mut client, mut socket) = pair_with(SocketLimits {
+            message_time_max: Duration::from_secs(3_600),
+            ..LIMITS
+        })
+        .await;
         let flood = tokio::spawn(async move {
             let empty = frame(0x00, b"").repeat(1_000);
             let mut sent = 0;

@@ -28,6 +28,10 @@ const READ_LEN: usize = 8 * 1024;
 /// would keep a core busy. The others are bounded by the size of a message.
 pub(super) const EMPTY_FRAGMENTS_MAX: u32 = 4_096;
 
+/// What one gap between two frames counts at most towards the time of a message: a process that was stopped, or a machine that was suspended, is
+/// not the peer's doing.
+const GAP_MAX: Duration = Duration::from_secs(30);
+
 /// What was read and not handed on yet, and where in the stream of frames that is.
 #[derive(Debug, Default)]
 pub(super) struct Unread {
@@ -45,7 +49,9 @@ pub(super) struct Unread {
 struct Fragments {
     len: u32,
     empty_len: u32,
-    began_at: Instant,
+    /// From its first frame to the latest one that came, each gap up to [`GAP_MAX`].
+    lasted: Duration,
+    latest_at: Instant,
 }
 
 /// A message has too many frames, or takes too long.
@@ -130,18 +136,25 @@ impl Unread {
         let message = self.message.get_or_insert_with(|| Fragments {
             len: 0,
             empty_len: 0,
-            began_at: Instant::now(),
+            lasted: Duration::ZERO,
+            latest_at: Instant::now(),
         });
         message.len = message.len.saturating_add(1);
         message.empty_len += u32::from(is_empty);
     }
 
     /// Whether the message under way keeps its bounds, at each frame: pings and pongs may come between its fragments.
-    fn check_message(&self, message_time_max: Duration) -> Result<(), Overlong> {
-        let is_overlong = self.message.is_some_and(|message| {
-            message.empty_len > EMPTY_FRAGMENTS_MAX || message.began_at.elapsed() > message_time_max
-        });
-        if is_overlong { Err(Overlong) } else { Ok(()) }
+    fn check_message(&mut self, message_time_max: Duration) -> Result<(), Overlong> {
+        let Some(message) = &mut self.message else {
+            return Ok(());
+        };
+        let now = Instant::now();
+        message.lasted += (now - message.latest_at).min(GAP_MAX);
+        message.latest_at = now;
+        if message.empty_len > EMPTY_FRAGMENTS_MAX || message.lasted > message_time_max {
+            return Err(Overlong);
+        }
+        Ok(())
     }
 }
 
@@ -149,6 +162,8 @@ impl Unread {
 pub(super) struct Aligned<'a, 'w> {
     pub(super) transport: &'a mut Transport,
     pub(super) unread: &'a mut Unread,
+    /// Bytes that the transport has taken. Wraps.
+    pub(super) written: &'a mut u64,
     pub(super) cx: &'a mut Context<'w>,
     /// Longest time from the first to the last frame of a message.
     pub(super) message_time_max: Duration,
@@ -162,8 +177,6 @@ impl Read for Aligned<'_, '_> {
                 Ok(None) => {}
                 Err(overlong) => return Err(io::Error::new(io::ErrorKind::InvalidData, overlong)),
             }
-    /// Bytes that the transport has taken. Wraps.
-    pub(super) written: &'a mut u64,
             if unblocked(self.unread.poll_fill(self.transport, self.cx))? == 0 {
                 // The peer has ended within a header.
                 let len = self.unread.bytes.len().min(buf.len());
@@ -190,5 +203,52 @@ fn unblocked<T>(polled: Poll<io::Result<T>>) -> io::Result<T> {
     match polled {
         Poll::Ready(done) => done,
         Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIME_MAX: Duration = Duration::from_secs(120);
+    /// The first part of a text, and parts of it that follow.
+    const FIRST: [u8; 7] = [0x01, 0x81, 0, 0, 0, 0, b'x'];
+    const NEXT: [u8; 7] = [0x00, 0x81, 0, 0, 0, 0, b'x'];
+
+    /// As if so much time had passed.
+    fn wait(unread: &mut Unread, span: Duration) {
+        let message = unread.message.as_mut().unwrap();
+        message.latest_at = message.latest_at.checked_sub(span).unwrap();
+    }
+
+    fn take(unread: &mut Unread, frame: &[u8]) -> Result<(), Overlong> {
+        unread.bytes.extend_from_slice(frame);
+        while unread.hand_on(&mut [0; 64], TIME_MAX)?.is_some() {}
+        Ok(())
+    }
+
+    #[test]
+    fn process_that_was_stopped_breaks_no_message() {
+        let mut unread = Unread::default();
+        take(&mut unread, &FIRST).unwrap();
+
+        wait(&mut unread, Duration::from_secs(600));
+
+        assert!(take(&mut unread, &NEXT).is_ok());
+    }
+
+    #[test]
+    fn message_whose_parts_come_too_slowly_is_overlong() {
+        let mut unread = Unread::default();
+        take(&mut unread, &FIRST).unwrap();
+
+        let mut took = Duration::ZERO;
+        while take(&mut unread, &NEXT).is_ok() {
+            wait(&mut unread, Duration::from_secs(10));
+            took += Duration::from_secs(10);
+            assert!(took <= 2 * TIME_MAX, "nothing ends it");
+        }
+
+        assert!(took >= TIME_MAX, "{took:?}");
     }
 }

@@ -439,7 +439,7 @@ mod tests {
 
         fs::rename(&log, &aside).unwrap();
 
-        assert!(is_told(file.check()) && is_told(file.check_writable()));
+        assert!(is_told(file.check()) && is_told(file.check_writable().await));
         assert!(is_told(file.reader().connect().await.map(drop)));
         assert!(!log.exists(), "no other log");
         fs::rename(&aside, &log).unwrap();
