@@ -25,8 +25,7 @@ const PASS_MIN: Duration = Duration::from_millis(10);
 pub async fn evict(state: Shared, stop: CancellationToken) {
     let mut changes = state.rules.subscribe();
     loop {
-        changes.borrow_and_update();
-        while evict_matching(&state, &stop, &changes).await {}
+        while evict_matching(&state, &stop, &mut changes).await {}
         tokio::select! {
             () = stop.cancelled() => return,
             changed = changes.changed() => if changed.is_err() { return },
@@ -36,7 +35,8 @@ pub async fn evict(state: Shared, stop: CancellationToken) {
 
 /// One pass over the sessions. True where there may be more to do: a handshake that had passed the rules before the change may
 /// have become a session during the pass, or the rules changed again.
-async fn evict_matching(state: &Shared, stop: &CancellationToken, changes: &watch::Receiver<u64>) -> bool {
+async fn evict_matching(state: &Shared, stop: &CancellationToken, changes: &mut watch::Receiver<u64>) -> bool {
+    changes.borrow_and_update();
     let rules = state.rules.current();
     let wall = state.clock.wall();
     if !rules.is_evicting(wall) {

@@ -236,6 +236,40 @@ fn change_of_the_log_level_is_heard_at_whichever_level_hears_it() {
     await_log(&gateway, |log| log.matches("log level changed").count() == 2);
 }
 
+/// Sessions of devices that were just registered.
+async fn fleet(gateway: &GatewayProcess, folder: &Path, version: &str) -> Vec<Connection> {
+    let fleet = folder.join("fleet.csv");
+    let out = fleet.to_str().unwrap();
+    done(&mut gateway.operator(&["devices", "seed", "--count", &DEVICES.to_string(), "--out", out]));
+    let url = format!("ws://{}", gateway.addresses.devices);
+    let mut sessions = Vec::new();
+    for line in fs::read_to_string(&fleet).unwrap().lines().skip(1) {
+        let (id, secret) = line.split_once(',').unwrap();
+        let config = DeviceConfig::new(id.parse().unwrap(), secret).firmware(version);
+        sessions.push(Connection::open(&url, &config).await.unwrap());
+    }
+    sessions
+}
+
+#[tokio::test]
+async fn eviction_begins_once_for_each_change_of_the_rules() {
+    let home = tempfile::tempdir().unwrap();
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let sessions = fleet(&gateway, home.path(), "3.8.0").await;
+    let begins = |log: &str| log.matches("evicting blocked sessions").count();
+
+    let block = ["rules", "block", "=3.8.0", "--reason", "storms", "--confirm", "--evict"];
+    done(&mut gateway.operator(&block));
+    await_log(&gateway, |log| begins(log) > 0);
+    done(&mut gateway.operator(&["rules", "block", "=9.9.9", "--reason", "another", "--confirm"]));
+
+    await_log(&gateway, |_| gateway.metric("seawall_sessions ").unwrap() == 0);
+    // Once for each change, and once more for whoever came meanwhile.
+    let log = gateway.log().unwrap();
+    assert!((1..=3).contains(&begins(&log)), "{log}");
+    drop(sessions);
+}
+
 /// Sessions of registered devices, and attempts of strangers, of a wrong secret, and of who speaks no HTTP.
 async fn all_kinds_of_devices(gateway: &GatewayProcess, folder: &Path) -> Vec<Connection> {
     let fleet = folder.join("fleet.csv");
