@@ -59,6 +59,8 @@ pub struct Rules {
     revision: watch::Sender<u64>,
     /// When the database last confirmed them, in microseconds of the process clock; `u64::MAX` before the first time.
     confirmed_at: AtomicU64,
+    /// When they came into force here, in microseconds of the process clock.
+    applied_at: AtomicU64,
     /// Writes applied so far. Held while the rules in force are replaced: what was read before a write never undoes it.
     writes: Mutex<u64>,
     /// Rules in force that the database has lost.
@@ -145,6 +147,7 @@ impl Rules {
             hits: ArcSwap::from_pointee(HitsByRule::default().carried_to(&set)),
             current: ArcSwap::from_pointee(set),
             confirmed_at: AtomicU64::new(u64::MAX),
+            applied_at: AtomicU64::new(0),
             writes: Mutex::default(),
             lost: ArcSwap::from_pointee(lost),
             returned: ArcSwap::from_pointee(returned),
@@ -177,6 +180,14 @@ impl Rules {
 
     fn count_evicted(&self, rule: RuleId) {
         self.hits.load().count_evicted(rule);
+    }
+
+    /// How long a device that `rule` evicts now is told to stay away, at least.
+    ///
+    /// By the time since the rules in force here changed: a rule of yesterday may evict, or match these devices, since a moment ago.
+    fn evicted_for(&self, rule: &Rule, now: Instant) -> Duration {
+        let applied_at = Instant::from_micros(self.applied_at.load(Ordering::Relaxed));
+        rule.evicted_for(now.saturating_since(applied_at))
     }
 
     #[must_use]
@@ -299,6 +310,7 @@ impl Rules {
         let (before, revision) = (self.current.load().revision(), set.revision());
         // First, so that no refusal by a new rule goes uncounted.
         self.hits.store(Arc::new(self.hits.load().carried_to(&set)));
+        self.applied_at.store(clock.now().as_micros(), Ordering::Relaxed);
         self.current.store(Arc::new(set));
         let applied = Body::Rules {
             revision,

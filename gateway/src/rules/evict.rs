@@ -62,7 +62,7 @@ async fn evict_matching(state: &Shared, stop: &CancellationToken, changes: &mut 
         let wall = state.clock.wall();
         for session in left.drain(..pacing.take_due(left.len(), now)) {
             if let Some(rule) = evicting_rule(&rules, &session, wall) {
-                evict_session(state, &session, rule, wall, &mut rng);
+                evict_session(state, &session, rule, &mut rng);
             }
         }
         let next = pacing.poll_timeout().max(now + PASS_MIN);
@@ -81,12 +81,13 @@ async fn evict_matching(state: &Shared, stop: &CancellationToken, changes: &mut 
 pub fn evict_newcomer(state: &Shared, session: &Session) {
     let wall = state.clock.wall();
     if let Some(rule) = evicting_rule(&state.rules.current(), session, wall) {
-        evict_session(state, session, rule, wall, &mut rand::rng());
+        evict_session(state, session, rule, &mut rand::rng());
     }
 }
 
-fn evict_session(state: &State, session: &Session, rule: &Rule, wall: WallTime, rng: &mut impl Rng) {
-    if session.close(Close::evicted(rule.evicted_for(wall), rng)) {
+fn evict_session(state: &State, session: &Session, rule: &Rule, rng: &mut impl Rng) {
+    let at_least = state.rules.evicted_for(rule, state.clock.now());
+    if session.close(Close::evicted(at_least, rng)) {
         state.rules.count_evicted(rule.id);
     }
 }

@@ -387,7 +387,7 @@ impl World<'_> {
             tenant: Some(cohort.tenant.as_str()),
         };
         let rule = self.rules.evicting(&subject, self.wall())?;
-        Some(rule.evicted_for(self.wall()))
+        Some(rule.evicted_for(self.wall().saturating_since(rule.created_at)))
     }
 }
 

@@ -112,12 +112,11 @@ impl Rule {
 
     /// How long a device that this rule evicts now is told to stay away, at least; at most twice that.
     ///
-    /// As long as the rule is old, from [`Rule::EVICTED_MIN`] up to its `retry_after`: a rule that is removed soon after it was
-    /// made keeps nobody away for long.
+    /// As long as the rule has been in force as it is, from [`Rule::EVICTED_MIN`] up to its `retry_after`. So a rule that is removed or changed
+    /// back soon keeps nobody away for long.
     #[must_use]
-    pub fn evicted_for(&self, wall: WallTime) -> Duration {
-        let age = wall.saturating_since(self.created_at);
-        age.max(Self::EVICTED_MIN).min(self.spec.retry_after)
+    pub fn evicted_for(&self, in_force: Duration) -> Duration {
+        in_force.max(Self::EVICTED_MIN).min(self.spec.retry_after)
     }
 
     /// Whether the rule's time is over.

@@ -135,7 +135,8 @@ async fn eviction_closes_matching_sessions_at_a_pace_and_no_others() {
         assert_eq!((frames.len(), *code), (0, 4000), "{reason}");
         assert_eq!(reason["reason"], "evicted");
         let hint = reason["retry_after_ms"].as_u64().unwrap();
-        assert!((100_000..=200_000).contains(&hint), "{hint}");
+        // The rule was made long ago, and has been in force for a moment.
+        assert!((30_000..=90_000).contains(&hint), "{hint}");
     }
     // The first is due at once, and up to a quarter of a second's may go together.
     let at_once = 1.0 + (rate_max * 0.25).max(1.0);
