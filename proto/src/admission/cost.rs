@@ -369,8 +369,9 @@ impl Costs {
             let slow_time = now.saturating_since(self.slow_at).min(SLOW_GAP_MAX);
             self.slow_at = now;
             let factor = (slow_time.as_secs_f64() / USUAL_RISES.as_secs_f64()).exp();
-            for usual in &mut self.usual[..=bucket] {
-                usual.rise(factor, seconds);
+            for (smaller, usual) in self.usual[..=bucket].iter_mut().enumerate() {
+                // What so many keys took says of fewer that each took its part, and no more.
+                usual.rise(factor, seconds / f64::from(1_u32 << (bucket - smaller)));
             }
         } else {
             self.usual[bucket].learn(seconds);
@@ -469,5 +470,40 @@ impl Costs {
         });
         entry.seen = now;
         entry
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_slow(costs: &mut Costs, keys: u32, ms: u64, now: Instant) -> bool {
+        let cohorts = [(CohortTag::of(None, None), keys)];
+        let took = Duration::from_millis(ms);
+        costs.is_slow(
+            &Statement {
+                cohorts: &cohorts,
+                took,
+            },
+            now,
+        )
+    }
+
+    #[test]
+    fn slow_large_statements_do_not_make_a_slow_small_one_usual() {
+        let mut costs = Costs::default();
+        for _ in 0..USUAL_STATEMENTS {
+            assert!(!is_slow(&mut costs, 1, 2, Instant::ZERO));
+            assert!(!is_slow(&mut costs, 256, 20, Instant::ZERO));
+        }
+
+        for half_second in 0..3_600 {
+            let now = Instant::ZERO + Duration::from_millis(500 * half_second);
+            is_slow(&mut costs, 256, 400, now);
+        }
+
+        let now = Instant::ZERO + Duration::from_secs(1_800);
+        assert!(!is_slow(&mut costs, 256, 400, now), "after half an hour it is usual");
+        assert!(is_slow(&mut costs, 1, 40, now), "20 times what one key takes");
     }
 }
