@@ -176,6 +176,18 @@ impl From<IpAddr> for Network {
     }
 }
 
+impl Network {
+    /// What one customer of a provider may hold at most: an IPv4 address, or an IPv6 /48. Guesses are counted by this, since changing the /64
+    /// costs a customer nothing.
+    #[must_use]
+    pub const fn site(self) -> Self {
+        match self {
+            Self::V4(_) => self,
+            Self::V6(upper) => Self::V6(upper & !0xffff),
+        }
+    }
+}
+
 /// What stands behind a claim to be a device, before the registry was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Proof {
@@ -269,6 +281,15 @@ pub struct InvalidLabel;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn all_networks_of_a_customer_are_one_site() {
+        let site = |text: &str| Network::from(text.parse::<IpAddr>().unwrap()).site();
+
+        assert_eq!(site("2001:db8:1:1::1"), site("2001:db8:1:ffff::2"));
+        assert_ne!(site("2001:db8:1::1"), site("2001:db8:2::1"));
+        assert_ne!(site("192.0.2.1"), site("192.0.2.2"));
+    }
 
     #[test]
     fn device_id_takes_any_case_with_or_without_dashes() {

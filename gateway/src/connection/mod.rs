@@ -169,7 +169,7 @@ pub async fn serve(
     };
     let decided = tokio::select! {
         biased;
-        decision = Box::pin(decide(&shared, hello, Network::from(attempt.peer().ip()))) => decision,
+        decision = Box::pin(decide(&shared, hello, Network::from(attempt.peer().ip()).site())) => decision,
         // Dropping the decision takes the device out of the queue: it never reaches the database.
         () = peer_gone(stream.tcp()) => return attempt.count(Outcome::Abandoned),
         () = door.closing.cancelled() => concluded(Err(leaving(&shared))),
