@@ -19,7 +19,7 @@ use std::{
 use bytes::Bytes;
 use seawall_proto::{
     close::Close,
-    id::{DeviceId, Label, SessionId},
+    id::{Credential, DeviceId, Label, SessionId},
     time::{Instant, WallTime},
 };
 use tokio::sync::oneshot;
@@ -39,6 +39,8 @@ pub struct SessionInfo {
     /// What the device calls itself, where that is not a UUID.
     pub external_id: Option<Label>,
     pub tenant: Arc<str>,
+    /// What it has shown.
+    pub credential: Credential,
     /// Model and firmware version, interned: every session of a cohort shares one.
     pub cohort: Arc<Cohort>,
     /// The device speaks `seawall.v1`; otherwise its session is plain.
@@ -458,6 +460,8 @@ impl Sessions {
 
 #[cfg(test)]
 mod tests {
+    use seawall_proto::id::SecretHash;
+
     use super::*;
     use crate::cohorts::Cohorts;
 
@@ -576,6 +580,7 @@ mod tests {
             external_id: None,
             device: device(n),
             tenant: "default".into(),
+            credential: SecretHash::of(b"secret").into(),
             cohort: cohorts.intern(None, Some("1.0")),
             speaks_v1: true,
             address: IpAddr::from([127, 0, 0, 1]),

@@ -447,14 +447,9 @@ async fn rotate_secret(
     };
     let audit = caller.audit(&api, "device.rotate");
     let store = api.state.store.clone();
-    let leaves = if overlap.is_zero() {
-        Leaves::NewSecret
-    } else {
-        Leaves::Row
-    };
     let ended_overlap = Arc::new(OnceLock::new());
     let ended = Arc::clone(&ended_overlap);
-    let row = carry_out(&api, id, leaves, async move {
+    let row = carry_out(&api, id, Leaves::Row, async move {
         let rotated = store.device_rotate(id, rotation, &audit).await?;
         Ok(rotated.map(|rotated| {
             if let Some(until) = rotated.ended_overlap {
@@ -541,8 +536,6 @@ fn no_such_device() -> Problem {
 #[derive(Clone, Copy)]
 enum Leaves {
     Row,
-    /// A row whose old secret is valid no longer: whoever is connected may have it from a thief.
-    NewSecret,
     Nothing,
 }
 
@@ -563,25 +556,21 @@ async fn carry_out(
                 gateway.resume.revoke(id).await;
             }
             if let Ok(Some(row)) = &changed {
-                let state = match leaves {
-                    Leaves::Row | Leaves::NewSecret => {
+                let record = match leaves {
+                    Leaves::Row => {
                         gateway.gate.learn(id, &row.record.tenant);
-                        Some(row.record.state)
+                        Some(&row.record)
                     }
-                    Leaves::Nothing => None,
+                    Leaves::Nothing => {
+                        if let Some(session) = gateway.sessions.get(id) {
+                            // Its end would be remembered, otherwise.
+                            session.mark_deleted();
+                        }
+                        gateway.history.forget(id);
+                        None
+                    }
                 };
-                let session = gateway.sessions.get(id);
-                if let (Leaves::Nothing, Some(session)) = (leaves, &session) {
-                    // Its end would be remembered, otherwise.
-                    session.mark_deleted();
-                }
-                if let Leaves::Nothing = leaves {
-                    gateway.history.forget(id);
-                }
-                end_unwanted_session(&gateway, id, state);
-                if let (Leaves::NewSecret, Some(session)) = (leaves, session) {
-                    session.close(Close::disconnected(&mut SmallRng::from_os_rng()));
-                }
+                end_unwanted_session(&gateway, id, record);
             }
             changed
         })

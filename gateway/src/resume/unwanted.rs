@@ -1,9 +1,14 @@
-//! Sessions of devices that were disabled, revoked or deleted, through whichever node: they end when the change is seen.
+//! Sessions of devices that were disabled, revoked or deleted, or whose credential was replaced, through whichever node: they end when the change
+//! is seen.
 
 use std::time::Duration;
 
 use rand::{SeedableRng as _, rngs::SmallRng};
-use seawall_proto::{close::Close, id::DeviceId, record::DeviceState};
+use seawall_proto::{
+    close::Close,
+    id::DeviceId,
+    record::{DeviceRecord, DeviceState},
+};
 
 use crate::{
     state::State,
@@ -30,8 +35,8 @@ pub async fn end_unwanted_sessions(state: &State) -> Result<(), StoreError> {
         if due.is_empty() {
             return Ok(());
         }
-        let states = match state.store.device_states(&due).await {
-            Ok(states) => states,
+        let records = match state.store.device_records(&due).await {
+            Ok(records) => records,
             Err(error) => {
                 state.resume.note_changed(due, now);
                 return Err(error);
@@ -39,8 +44,8 @@ pub async fn end_unwanted_sessions(state: &State) -> Result<(), StoreError> {
         };
         let mut unclear = Vec::new();
         for device in due {
-            match states.iter().find(|(known, _)| *known == device) {
-                Some((_, Some(registered))) => end_unwanted_session(state, device, Some(*registered)),
+            match records.iter().find(|(known, _)| *known == device) {
+                Some((_, Some(record))) => end_unwanted_session(state, device, Some(record)),
                 // Its change was recorded, and it is gone: it was deleted.
                 None if state.gate.believes_absence() => end_unwanted_session(state, device, None),
                 Some((_, None)) | None => unclear.push(device),
@@ -50,14 +55,19 @@ pub async fn end_unwanted_sessions(state: &State) -> Result<(), StoreError> {
     }
 }
 
-/// `registered` as the registry has it; `None`: the device is not in it.
-pub fn end_unwanted_session(state: &State, device: DeviceId, registered: Option<DeviceState>) {
-    let order = match registered {
-        Some(DeviceState::Enabled) => return,
-        Some(DeviceState::Disabled) => Close::disabled(&mut SmallRng::from_os_rng()),
-        Some(DeviceState::Revoked) | None => Close::Revoked,
+/// Ends the session of a device that may not connect, or not with the credential that it has shown: whoever is connected may have it from a thief.
+///
+/// `record` as the registry has it; `None`: the device is not in it.
+pub fn end_unwanted_session(state: &State, device: DeviceId, record: Option<&DeviceRecord>) {
+    let Some(session) = state.sessions.get(device) else {
+        return;
     };
-    if let Some(session) = state.sessions.get(device) {
-        session.close(order);
-    }
+    let mut rng = SmallRng::from_os_rng();
+    let order = match record.map(|record| (record.state, record)) {
+        Some((DeviceState::Enabled, record)) if record.accepts(&session.info.credential, state.clock.wall()) => return,
+        Some((DeviceState::Enabled, _)) => Close::disconnected(&mut rng),
+        Some((DeviceState::Disabled, _)) => Close::disabled(&mut rng),
+        Some((DeviceState::Revoked, _)) | None => Close::Revoked,
+    };
+    session.close(order);
 }

@@ -85,12 +85,6 @@ const UPDATE: Sql = Sql::both(
 /// Index: devices' primary key.
 const DELETE: Sql = Sql::both("DELETE FROM devices WHERE id = $1");
 
-/// Index: devices' primary key.
-const STATES_AMONG: Sql = Sql {
-    sqlite: "SELECT id, state FROM devices WHERE id IN (SELECT unhex(value) FROM json_each($1))",
-    postgres: "SELECT id, state FROM devices WHERE id = ANY($1)",
-};
-
 impl Store {
     /// One device.
     ///
@@ -157,22 +151,23 @@ impl Store {
         .await
     }
 
-    /// What is to become of those of `ids` that are registered; `None` of one whose row can't be read.
+    /// Those of `ids` that are registered; `None` for one whose row can't be read.
     ///
     /// # Errors
     /// The database is away, or does not even say whose a row is.
-    #[tracing::instrument(name = "db.devices.states", level = "debug", skip_all)]
-    pub async fn device_states(&self, ids: &[DeviceId]) -> Result<Vec<(DeviceId, Option<DeviceState>)>, StoreError> {
+    #[tracing::instrument(name = "db.devices.records", level = "debug", skip_all)]
+    pub async fn device_records(&self, ids: &[DeviceId]) -> Result<Vec<(DeviceId, Option<DeviceRecord>)>, StoreError> {
         self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
-            let rows = held.all(STATES_AMONG, &[Value::Keys(ids)]).await?;
+            let rows = held.all(AMONG, &[Value::Keys(ids)]).await?;
             held.give_back();
-            let state = |row: &Row| row.small("state").and_then(state_from_small);
-            let states = rows.iter().map(|row| {
-                let read = state(row).inspect_err(|error| self.failures().note_error(error)).ok();
+            let records = rows.iter().map(|row| {
+                let read = device_record(row)
+                    .inspect_err(|error| self.failures().note_error(error))
+                    .ok();
                 Ok((DeviceId::from_uuid(row.uuid("id")?), read))
             });
-            states.collect()
+            records.collect()
         })
         .await
     }

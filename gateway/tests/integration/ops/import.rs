@@ -79,6 +79,20 @@ fn another_credential_is_a_bad_line_unless_update_is_asked_for() {
 }
 
 #[test]
+fn another_credential_ends_the_session_of_the_one_before() {
+    let gateway = Gateway::start();
+    let file = |secret: &str| format!("id,secret\n{},0123456789abcdef\n{},{secret}\n", id(1), id(2));
+    import(&gateway, "", &file("0123456789abcdef"));
+    let _same = gateway.connect(&id(1).to_string(), "0123456789abcdef", &[]);
+    let mut other = gateway.connect(&id(2).to_string(), "0123456789abcdef", &[]);
+
+    import(&gateway, "?update=true", &file("fedcba9876543210"));
+
+    assert_eq!(gateway.block_on(other.frame()).close().0, 4003);
+    gateway.eventually(|| gateway.state().sessions.len() == 1);
+}
+
+#[test]
 fn a_wrong_header_is_answered_even_when_a_large_file_follows() {
     let gateway = Gateway::start();
     let mut file = String::from("name,colour\n");
