@@ -201,7 +201,14 @@ async fn ten_thousand_that_ask_for_one_id_cost_a_handful_of_statements() {
         .iter()
         .filter(|answer| matches!(answer, LookUp::Found(_)))
         .count();
-    assert!(found >= 2, "{found}");
+    assert!((2..=10).contains(&found), "{found}");
+    // The others are too many for one id, and for no other reason refused.
+    let is_surplus = |answer: &LookUp| {
+        matches!(answer, LookUp::Refused(refused)
+            if matches!(refused.cause, Cause::Throttle | Cause::QueueFull) && refused.hint.slot.is_some())
+    };
+    let surplus = answers.iter().filter(|answer| is_surplus(answer)).count();
+    assert_eq!(found + surplus, 10_000);
     let statements = fixture.counted("seawall_lookup_statements_total");
     assert!(statements <= 5.0, "{statements}");
     fixture.stop().await;
