@@ -612,24 +612,29 @@ mod tests {
             unsupported,
         };
 
+        let with_lost = |stored, in_force: &RuleSet, lost: &[Lost]| {
+            let Loaded { set, lost, .. } = Loaded::of(stored, in_force, lost, &[], wall);
+            (set, lost)
+        };
+
         for at in [3, 0] {
             let damaged = stored(6, vec![rule(2, 4, "other")], vec![unreadable(1, at)]);
-            let (set, lost) = with_lost(damaged.clone(), &in_force, &[], wall);
+            let (set, lost) = with_lost(damaged.clone(), &in_force, &[]);
             assert_eq!((reasons(&set), set.unsupported().len()), (vec!["good", "other"], 0));
             assert_eq!((lost.len(), lost[0].rule.revision), (1, 3));
-            let (again, still) = with_lost(damaged, &set, &lost, wall);
+            let (again, still) = with_lost(damaged, &set, &lost);
             assert_eq!((again.digest(), &still), (set.digest(), &lost));
 
             let repaired = stored(6, vec![rule(1, 3, "good"), rule(2, 4, "other")], Vec::new());
-            let (repaired, lost_then) = with_lost(repaired, &set, &lost, wall);
+            let (repaired, lost_then) = with_lost(repaired, &set, &lost);
             assert_eq!((reasons(&repaired), lost_then), (vec!["good", "other"], Vec::new()));
             let changed = stored(7, vec![rule(2, 4, "other")], vec![unreadable(1, 7)]);
-            let (changed, lost_then) = with_lost(changed, &set, &lost, wall);
+            let (changed, lost_then) = with_lost(changed, &set, &lost);
             assert_eq!((reasons(&changed), changed.unsupported().len()), (vec!["other"], 1));
             assert_eq!(lost_then, []);
         }
         let by_a_later_version = stored(5, vec![rule(2, 4, "other")], vec![unreadable(1, 5)]);
-        let (set, lost) = with_lost(by_a_later_version, &in_force, &[], wall);
+        let (set, lost) = with_lost(by_a_later_version, &in_force, &[]);
         assert_eq!(
             (reasons(&set), set.unsupported().len(), lost),
             (vec!["other"], 1, Vec::new())

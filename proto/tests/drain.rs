@@ -20,7 +20,7 @@ fn fullest_second(sessions: u32, seed: u64) -> f64 {
         lookups_per_second_max: 1_000,
         ..AdmissionConfig::default()
     };
-    let mut admission = Admission::new(config, SlotKeys::new(1, [7; 32]), Instant::ZERO);
+    let mut admission = Admission::<()>::new(config, SlotKeys::new(1, [7; 32]), Instant::ZERO);
     let mut rng = SmallRng::seed_from_u64(seed);
     let capacity = admission.state(Instant::ZERO).k_ref;
     let mut pacing = Pacing::drain(capacity, sessions as usize, Duration::from_secs(25), Instant::ZERO);

@@ -314,11 +314,11 @@ impl Gate {
 
     /// Says it anew.
     pub fn set_believes_absence(&self, is_believed: bool) {
+        self.0.believes_absence.store(is_believed, Ordering::Release);
         if !is_believed {
-            // What was learnt of late may be wrong, too.
+            // What was learnt shortly before may be wrong as well. After the store, or a look-up could learn something in between.
             self.0.absent.forget_all();
         }
-        self.0.believes_absence.store(is_believed, Ordering::Release);
     }
 
     /// Waits until the registry does not have a device that it had when the roster was read, since the last such wait.

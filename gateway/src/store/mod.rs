@@ -59,7 +59,6 @@ use self::{
     failures::Failures,
     health::Health,
     lane::{Held, Lane, Rank, Scarcity},
-    migrations::Caller,
     postgres::Purpose,
 };
 use crate::config::{DatabaseKind, DatabaseUrl};
