@@ -19,7 +19,7 @@ use std::{
 use bytes::Bytes;
 use seawall_proto::{
     close::Close,
-    id::{Credential, DeviceId, Label, SessionId},
+    id::{CredentialTag, DeviceId, Label, SessionId},
     time::{Instant, WallTime},
 };
 use tokio::sync::oneshot;
@@ -40,7 +40,7 @@ pub struct SessionInfo {
     pub external_id: Option<Label>,
     pub tenant: Arc<str>,
     /// What it has shown.
-    pub credential: Credential,
+    pub credential: CredentialTag,
     /// Model and firmware version, interned: every session of a cohort shares one.
     pub cohort: Arc<Cohort>,
     /// The device speaks `seawall.v1`; otherwise its session is plain.
@@ -460,7 +460,7 @@ impl Sessions {
 
 #[cfg(test)]
 mod tests {
-    use seawall_proto::id::SecretHash;
+    use seawall_proto::id::{Credential, SecretHash};
 
     use super::*;
     use crate::cohorts::Cohorts;
@@ -580,7 +580,7 @@ mod tests {
             external_id: None,
             device: device(n),
             tenant: "default".into(),
-            credential: SecretHash::of(b"secret").into(),
+            credential: (&Credential::from(SecretHash::of(b"secret"))).into(),
             cohort: cohorts.intern(None, Some("1.0")),
             speaks_v1: true,
             address: IpAddr::from([127, 0, 0, 1]),

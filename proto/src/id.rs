@@ -1,6 +1,6 @@
 //! Names of things that the outside hands us: devices, rules, sessions, tenants, texts. Parsed once, at the edge.
 
-use std::{fmt, net::IpAddr, str::FromStr, sync::Arc};
+use std::{fmt, net::IpAddr, num::NonZeroU32, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -123,6 +123,28 @@ pub enum Credential {
     Secret(SecretHash),
     /// A client certificate that names the device, and that TLS has verified; its hash.
     Certificate(SecretHash),
+}
+
+/// The first 4 bytes of a secret's hash, for a session to keep: enough to see that its secret was replaced, and no proof of anything. Nothing of
+/// a certificate, which does not depend on the registry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CredentialTag(Option<NonZeroU32>);
+
+impl CredentialTag {
+    /// Whether it is of this secret, or of a certificate.
+    #[must_use]
+    pub fn may_be(self, secret: &SecretHash) -> bool {
+        self.0.is_none() || self == Self::from(&Credential::Secret(*secret))
+    }
+}
+
+impl From<&Credential> for CredentialTag {
+    fn from(credential: &Credential) -> Self {
+        let Credential::Secret(SecretHash([a, b, c, d, ..])) = *credential else {
+            return Self(None);
+        };
+        Self(Some(NonZeroU32::MIN | u32::from_be_bytes([a, b, c, d])))
+    }
 }
 
 /// Keeps the hash of a certificate apart from that of any secret, which is at most 128 bytes of visible ASCII.

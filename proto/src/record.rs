@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    id::{Credential, DeviceId, Label, SecretHash},
+    id::{Credential, CredentialTag, DeviceId, Label, SecretHash},
     time::WallTime,
 };
 
@@ -36,6 +36,13 @@ impl DeviceRecord {
         let (previous, valid_until) = self.previous_secret.unwrap_or((self.secret, WallTime::default()));
         let is_previous = previous == *presented;
         is_current | (is_previous & (wall < valid_until))
+    }
+
+    /// Whether a session with this credential is still one of the device's: its secret was not replaced since, but for the overlap of a rotation.
+    #[must_use]
+    pub fn still_accepts(&self, tag: CredentialTag, wall: WallTime) -> bool {
+        let is_previous = |(secret, until): &(SecretHash, WallTime)| tag.may_be(secret) && wall < *until;
+        tag.may_be(&self.secret) || self.previous_secret.as_ref().is_some_and(is_previous)
     }
 
     /// When a credential that [is accepted](Self::accepts) ends: that before the last rotation does.
@@ -114,5 +121,19 @@ mod tests {
         assert!(record.accepts(&SecretHash::of(b"old").into(), WallTime::from_unix_ms(9)));
         assert!(!record.accepts(&SecretHash::of(b"old").into(), WallTime::from_unix_ms(10)));
         assert!(record.accepts(&SecretHash::of(b"new").into(), WallTime::from_unix_ms(10)));
+    }
+
+    #[test]
+    fn session_keeps_its_credential_until_it_is_replaced_or_its_overlap_ends() {
+        let record = record(Some((SecretHash::of(b"old"), WallTime::from_unix_ms(10))));
+        let accepts = |secret: &[u8], ms| {
+            let credential = Credential::from(SecretHash::of(secret));
+            record.still_accepts((&credential).into(), WallTime::from_unix_ms(ms))
+        };
+
+        assert!(accepts(b"new", 99) && accepts(b"old", 9));
+        assert!(!accepts(b"old", 10) && !accepts(b"stolen", 9));
+        let certificate = Credential::of_certificate(b"der");
+        assert!(record.still_accepts((&certificate).into(), WallTime::from_unix_ms(99)));
     }
 }

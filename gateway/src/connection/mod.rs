@@ -425,7 +425,7 @@ async fn upgrade(
             device: hello.device,
             external_id: hello.external_id.clone(),
             tenant: Arc::clone(&tenant),
-            credential: admitted.grant.credential,
+            credential: (&admitted.grant.credential).into(),
             cohort: Arc::clone(&cohort),
             speaks_v1: kind == SessionKind::V1,
             address: attempt.peer().ip(),
@@ -468,7 +468,7 @@ async fn upgrade(
 #[cfg(test)]
 mod tests {
     use seawall_proto::{
-        id::{DeviceId, Label, SecretHash},
+        id::{Credential, DeviceId, Label, SecretHash},
         resume::{Generation, Grant},
         time::{Instant, WallTime},
     };
@@ -620,7 +620,7 @@ mod tests {
             device: device(),
             external_id: None,
             tenant: "default".into(),
-            credential: SecretHash::of(b"secret").into(),
+            credential: (&Credential::from(SecretHash::of(b"secret"))).into(),
             cohort: shared.cohorts.intern(None, Some("1.0")),
             speaks_v1: true,
             address: peer.ip(),

@@ -64,7 +64,9 @@ pub fn end_unwanted_session(state: &State, device: DeviceId, record: Option<&Dev
     };
     let mut rng = SmallRng::from_os_rng();
     let order = match record.map(|record| (record.state, record)) {
-        Some((DeviceState::Enabled, record)) if record.accepts(&session.info.credential, state.clock.wall()) => return,
+        Some((DeviceState::Enabled, record)) if record.still_accepts(session.info.credential, state.clock.wall()) => {
+            return;
+        }
         Some((DeviceState::Enabled, _)) => Close::disconnected(&mut rng),
         Some((DeviceState::Disabled, _)) => Close::disabled(&mut rng),
         Some((DeviceState::Revoked, _)) | None => Close::Revoked,

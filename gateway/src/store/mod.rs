@@ -342,9 +342,18 @@ impl Store {
                 .scarce_connections()
                 .map_or(StoreError::TimedOut, StoreError::NoConnectionFree)),
         };
-        self.0.failures.observe(operation, &outcome);
+        self.observe(operation, &outcome);
         self.0.health.observe(&outcome);
         outcome
+    }
+
+    fn observe<T>(&self, operation: Operation, outcome: &Result<T, StoreError>) {
+        if self.is_ready() {
+            self.0.failures.observe(operation, outcome);
+        } else {
+            // Tables are missing until the schema is made. What hinders that is in [`Store::state`].
+            self.0.failures.count(operation, outcome);
+        }
     }
 
     async fn observed<T>(
@@ -354,12 +363,7 @@ impl Store {
         work: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
         let outcome = timeout(limit, work).await.unwrap_or(Err(StoreError::TimedOut));
-        if self.is_ready() {
-            self.0.failures.observe(operation, &outcome);
-        } else {
-            // Tables are missing until the schema is made. What hinders that is in [`Store::state`].
-            self.0.failures.count(operation, &outcome);
-        }
+        self.observe(operation, &outcome);
         outcome
     }
 

@@ -39,7 +39,7 @@ const LEFT_BURST: u32 = 10;
 const LEFT_FORGIVEN_EVERY: Duration = Duration::from_secs(1);
 /// Networks watched for one id. Then the one with the fewest wrong credentials is forgotten.
 const NETWORKS_MAX: usize = 4;
-/// Maximum number of ids that are watched, about 250 bytes each. Then the one watched longest is forgotten: an attacker with more ids
+/// Maximum number of ids that are watched, about 290 bytes each. Then the one watched longest is forgotten: an attacker with more ids
 /// is slowed by the small queue of unknown devices instead.
 const IDS_MAX: usize = 65_536;
 
@@ -261,10 +261,10 @@ mod tests {
     const ELSEWHERE: Network = Network::V4(2);
 
     #[test]
-    fn watched_id_takes_about_250_bytes() {
+    fn watched_id_takes_about_290_bytes() {
         let watched = size_of::<(Claim, Account)>() + size_of::<(u64, Claim)>();
 
-        assert!((220..=260).contains(&watched), "{watched}");
+        assert!((260..=300).contains(&watched), "{watched}");
     }
 
     fn device(n: u128) -> Claim {
@@ -525,6 +525,5 @@ mod tests {
 
         assert_eq!(throttle.accounts.len(), IDS_MAX);
         assert_eq!(throttle.order.len(), IDS_MAX);
-        assert!(size_of::<Account>() <= 232, "{}", size_of::<Account>());
     }
 }
