@@ -36,8 +36,8 @@ const SHARDS: usize = 64;
 #[derive(Debug)]
 pub struct SessionInfo {
     pub device: DeviceId,
-    /// What the device calls itself, where that is not a UUID.
-    pub external_id: Option<Label>,
+    /// What the device calls itself, where that is not a UUID. Boxed, since few do.
+    pub external_id: Option<Box<Label>>,
     pub tenant: Arc<str>,
     /// What it has shown.
     pub credential: CredentialTag,

@@ -97,12 +97,12 @@ pub(super) struct Live {
     waiting: Vec<(Box<str>, oneshot::Sender<Delivery>)>,
     /// What its resume tokens are made from; `None` in a plain session, which has no frame for them.
     grant: Option<Box<Grant>>,
-    /// The reason of the order to end it, once that was taken.
-    ordered: Option<&'static str>,
     messages_in: u32,
     messages_out: u32,
     /// Something lies in the socket's write buffer.
     has_fed: bool,
+    /// The order to end it was taken; [`Online::order`] has its reason.
+    is_ordered: bool,
     /// Its place among the node's connections.
     _connection: Share,
 }
@@ -152,7 +152,7 @@ impl Live {
             machine,
             waiting: Vec::new(),
             grant,
-            ordered: None,
+            is_ordered: false,
             messages_in: 0,
             messages_out: 0,
             has_fed: false,
@@ -238,7 +238,11 @@ impl Live {
             Some(Command::Close(close)) => Err(End::Closed(close)),
             // The order was taken before, and its close comes after what can't be written.
             Some(Command::Deliver(_)) | None => Err(End::Unheard {
-                reason: self.ordered.unwrap_or("slow_reader"),
+                reason: if self.is_ordered {
+                    self.online.order()
+                } else {
+                    "slow_reader"
+                },
                 written,
             }),
         }
@@ -309,7 +313,8 @@ impl Live {
         while let Some(command) = self.online.session().take() {
             match command {
                 Command::Close(close) => {
-                    self.ordered = Some(close.as_str());
+                    self.is_ordered = true;
+                    self.online.set_order(close.as_str());
                     if self.machine.wants_token_before(&close) {
                         self.renew_token("drain");
                     }
@@ -385,7 +390,7 @@ impl Live {
     fn store(&mut self, received: Received) {
         self.messages_in = self.messages_in.saturating_add(1);
         let info = &self.online.session().info;
-        let (device, external_id) = (info.device, info.external_id.as_ref());
+        let (device, external_id) = (info.device, info.external_id.as_deref());
         let id = received.id.clone();
         let shared = self.online.shared();
         let outcome =

@@ -423,7 +423,7 @@ async fn upgrade(
         &shared,
         SessionInfo {
             device: hello.device,
-            external_id: hello.external_id.clone(),
+            external_id: hello.external_id.clone().map(Box::new),
             tenant: Arc::clone(&tenant),
             credential: (&admitted.grant.credential).into(),
             cohort: Arc::clone(&cohort),

@@ -59,6 +59,16 @@ impl Online {
         &self.session
     }
 
+    /// The session was ordered to end, for this reason: it is the reason where the process ends first.
+    pub(super) const fn set_order(&mut self, reason: &'static str) {
+        self.reason = reason;
+    }
+
+    /// The reason that was given last.
+    pub(super) const fn order(&self) -> &'static str {
+        self.reason
+    }
+
     /// The session ended, for this reason: a label of `seawall_closes_total`.
     pub(super) fn end(mut self, reason: &'static str) {
         self.reason = reason;
@@ -102,7 +112,7 @@ impl Drop for Online {
 fn presence(session: &Session, state: &'static str, reason: &'static str) -> Body {
     Body::Presence {
         device: session.info.device,
-        external_id: session.info.external_id.clone(),
+        external_id: session.info.external_id.as_deref().cloned(),
         state,
         reason,
         cohort: Arc::clone(&session.info.cohort),

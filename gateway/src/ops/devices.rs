@@ -99,7 +99,9 @@ impl Device {
         } = row;
         let session = gateway.sessions.get(record.id);
         // Registered by its UUID alone, the device itself says what it is called.
-        let stated = session.as_ref().and_then(|session| session.info.external_id.clone());
+        let stated = session
+            .as_ref()
+            .and_then(|session| session.info.external_id.as_deref().cloned());
         let firmware = match session {
             Some(session) => session.info.cohort.firmware.clone(),
             None => gateway
@@ -145,7 +147,9 @@ impl Device {
         let label = |text: &str| Label::parse(text).ok().flatten();
         Some(Self {
             id,
-            external_id: session.as_ref().and_then(|session| session.info.external_id.clone()),
+            external_id: session
+                .as_ref()
+                .and_then(|session| session.info.external_id.as_deref().cloned()),
             tenant: tenant.and_then(|tenant| label(tenant)),
             model: cohort.and_then(|cohort| label(cohort.model.as_deref()?)),
             firmware: cohort.and_then(|cohort| cohort.firmware.clone()),
