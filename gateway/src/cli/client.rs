@@ -352,11 +352,12 @@ impl Client {
 
 /// Waits until a gateway on this machine listens, for at most 3 s. Elsewhere a refused connection is final.
 fn await_start(base: &str) {
-    let Some(address) = loopback_address(base) else {
+    let addresses = loopback_addresses(base);
+    if addresses.is_empty() {
         return;
-    };
+    }
     let end = Instant::now() + START_WAIT_MAX;
-    while TcpStream::connect(address).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    while TcpStream::connect(&addresses[..]).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
         && Instant::now() < end
     {
         std::thread::sleep(START_WAIT_STEP);
@@ -501,12 +502,14 @@ fn is_of_this_machine(base: &str) -> bool {
     host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-/// The socket address of an API on loopback; `None` elsewhere.
-fn loopback_address(base: &str) -> Option<SocketAddr> {
+/// The socket addresses of an API on loopback; none elsewhere. `localhost` may have two, and the gateway listens on one of them.
+fn loopback_addresses(base: &str) -> Vec<SocketAddr> {
     if !is_of_this_machine(base) {
-        return None;
+        return Vec::new();
     }
-    authority(base).to_socket_addrs().ok()?.next()
+    authority(base)
+        .to_socket_addrs()
+        .map_or_else(|_| Vec::new(), Iterator::collect)
 }
 
 /// Whether the gateway of a data directory said that its API is at this address.
@@ -584,6 +587,24 @@ mod tests {
             "it listens when the command goes on"
         );
         drop(starts_late.join().unwrap());
+    }
+
+    #[test]
+    fn every_address_of_localhost_is_tried() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+
+        let addresses = loopback_addresses(&format!("http://localhost:{port}"));
+
+        assert!(
+            addresses.contains(&SocketAddr::from(([127, 0, 0, 1], port))),
+            "{addresses:?}"
+        );
+        // As where the first address of `localhost` is IPv6's.
+        let began = Instant::now();
+        await_start(&format!("http://localhost:{port}"));
+        assert!(began.elapsed() < START_WAIT_MAX / 2);
+        assert_eq!(loopback_addresses("http://gw-7.example:8081"), []);
     }
 
     #[test]
