@@ -10,7 +10,7 @@ use std::{
         Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use sqlx::{
@@ -44,7 +44,7 @@ pub(super) struct File {
     /// Device and inode; known once it is open.
     identity: OnceLock<(u64, u64)>,
     /// The same of its write-ahead log, where there was one when it was looked at last.
-    log: Mutex<Option<(u64, u64)>>,
+    log: Mutex<Option<LogIdentity>>,
     /// Why it can only be read, while that is so.
     only_read: Mutex<Option<String>>,
     connections: Arc<AtomicUsize>,
@@ -179,7 +179,7 @@ impl File {
     /// looked up whether the former one is still open.
     fn check_log(&self) -> Result<(), StoreError> {
         let path = log_of(&self.path);
-        let found = fs::metadata(&path).ok().as_ref().map(identity);
+        let found = fs::metadata(&path).ok().as_ref().map(LogIdentity::of);
         let mut known = self.log.lock().unwrap_or_else(PoisonError::into_inner);
         if *known != found {
             if has_open(&path, *known) {
@@ -229,17 +229,39 @@ fn log_of(path: &Path) -> PathBuf {
 }
 
 /// Whether this process has a file open that was deleted at this path, or is the known one (proc(5)).
-fn has_open(path: &Path, known: Option<(u64, u64)>) -> bool {
+fn has_open(path: &Path, known: Option<LogIdentity>) -> bool {
     let folder = path.parent().and_then(|folder| fs::canonicalize(folder).ok());
     let (Some(folder), Some(name), Ok(open)) = (folder, path.file_name(), fs::read_dir("/proc/self/fd")) else {
         return false;
     };
-    let mut deleted = folder.join(name).into_os_string();
+    let here = folder.join(name);
+    let mut deleted = here.clone().into_os_string();
     deleted.push(" (deleted)");
     open.flatten().any(|file| {
-        let is_known = known.is_some() && fs::metadata(file.path()).ok().as_ref().map(identity) == known;
-        is_known || fs::read_link(file.path()).is_ok_and(|target| target.as_os_str() == deleted)
+        let Ok(target) = fs::read_link(file.path()) else {
+            return false;
+        };
+        // One that is in its place was made a moment ago by a new connection.
+        let is_known = known.is_some() && fs::metadata(file.path()).ok().as_ref().map(LogIdentity::of) == known;
+        target.as_os_str() == deleted || (is_known && target != here)
     })
+}
+
+/// What tells a file from another one that was given its inode number later: many file systems use a free number again at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct LogIdentity {
+    file: (u64, u64),
+    /// Where the file system has it.
+    created: Option<SystemTime>,
+}
+
+impl LogIdentity {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            file: identity(metadata),
+            created: metadata.created().ok(),
+        }
+    }
 }
 
 fn identity(metadata: &Metadata) -> (u64, u64) {
@@ -448,6 +470,23 @@ mod tests {
         assert!(is_told(file.check()) && is_told(file.check()));
         fs::write(&log, "").unwrap();
         assert!(is_told(file.check()));
+    }
+
+    #[tokio::test]
+    async fn inode_of_a_former_log_that_was_given_to_another_file_is_not_taken_for_the_log() {
+        let home = tempfile::tempdir().unwrap();
+        let file = File::new(&home.path().join("seawall.db"));
+        file.prepare().await.unwrap();
+        let other = fs::File::create(home.path().join("other")).unwrap();
+        let metadata = other.metadata().unwrap();
+        let former = LogIdentity {
+            file: identity(&metadata),
+            created: Some(SystemTime::UNIX_EPOCH),
+        };
+
+        *file.log.lock().unwrap() = Some(former);
+
+        assert!(file.check().is_ok());
     }
 
     #[tokio::test]
