@@ -51,9 +51,16 @@ fn calls_that_take_every_place_leave_health_and_metrics_theirs() {
         .unwrap();
         stream
     };
-    let calls: Vec<TcpStream> = (0..8).map(half_a_body).collect();
+    let mut calls: Vec<TcpStream> = (0..8).map(half_a_body).collect();
 
-    gateway.eventually(|| gateway.get("/api/v1/node").status == 503);
+    gateway.eventually(|| {
+        let is_full = gateway.get("/api/v1/node").status == 503;
+        if !is_full {
+            // On a busy machine one whose head was not read yet has made way for this call.
+            calls.push(half_a_body(0));
+        }
+        is_full
+    });
 
     let refused = gateway.get("/api/v1/node");
     assert_eq!(refused.problem(), (503, "busy".into()));
