@@ -1,4 +1,4 @@
-//! How long a device waits before it comes back: policies behind the `backoff` crate's [`Backoff`] trait.
+//! How long a device waits before it reconnects: policies behind the `backoff` crate's [`Backoff`] trait.
 //!
 //! A policy here is a view, made for one decision: it borrows the device's count of [`Attempts`] and the caller's random
 //! source, so that a device keeps one byte between decisions. The crate's own retry loop is not used: it takes a server's
@@ -9,9 +9,9 @@ use std::time::Duration;
 pub use backoff::backoff::Backoff;
 use rand::Rng;
 
-/// Longest wait after the first attempt without an answer; doubles with each further one. overload.md section 4.
+/// Longest wait after the first attempt without an answer; doubles with each further one. See docs/design/slots.md.
 pub const BASE: Duration = Duration::from_secs(1);
-/// Longest wait, until a gateway's welcome says otherwise. Contract section 4.
+/// Longest wait, until a gateway's welcome says otherwise.
 pub const CAP_DEFAULT: Duration = Duration::from_secs(60);
 /// A welcome can't raise the cap beyond this: a device that a slip in a setting sent away for weeks is lost.
 pub const CAP_MAX: Duration = Duration::from_secs(3600);

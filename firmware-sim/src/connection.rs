@@ -46,7 +46,7 @@ pub struct DeviceConfig {
     pub headers: Vec<(String, String)>,
     /// Local address to connect from. Default: the system's choice.
     pub source: Option<IpAddr>,
-    /// Whom a gateway at `wss://` is vouched for by.
+    /// CAs that verify a gateway at `wss://`.
     pub trust: Trust,
     /// Default [`OPEN_TIMEOUT_DEFAULT`].
     pub open_timeout: Duration,
@@ -166,7 +166,7 @@ impl Connection {
         self.send(Message::text(text)).await
     }
 
-    /// Sends any message: text that is no JSON, binary, ping, pong.
+    /// Sends any message: text that is not JSON, binary, ping, pong.
     ///
     /// # Errors
     /// The connection is gone.
@@ -189,7 +189,7 @@ impl Connection {
             }
             Some(Ok(Message::Pong(data))) => Received::Pong(data.to_vec()),
             Some(Ok(Message::Close(frame))) => {
-                // The answer to the close is queued in the socket layer. Nobody may be there to take it.
+                // The answer to the close is queued in the socket layer. The peer may have gone.
                 let _ = self.socket.flush().await;
                 let (code, reason) = frame.map_or((1005, String::new()), |frame| {
                     (frame.code.into(), frame.reason.as_str().to_owned())
@@ -256,7 +256,7 @@ impl Connection {
     }
 }
 
-/// Closes the socket with a reset. One that is gone already has nothing to reset.
+/// Closes the socket with a reset. A socket that is already closed has nothing to reset.
 pub(crate) fn reset(socket: Socket) {
     let _ = socket.get_ref().tcp().set_zero_linger();
     drop(socket);

@@ -13,12 +13,12 @@ use seawall_proto::id::Label;
 
 use crate::{
     backoff::{FIRST_RETURN_MAX, up_to},
-    board::Board,
     device::Patience,
     driver::{DeviceHandle, DeviceSpec, Driver},
     identity::Identity,
     mix::{Deal, Mix, MixError, Share},
     profile::{Profile, UnknownProfile},
+    recorder::Recorder,
     stats::Stats,
     target::{Sources, Target, TargetError},
     tls::Trust,
@@ -27,7 +27,7 @@ use crate::{
 /// Devices in one process: with what else it opens, below the 20,000 files that systems commonly allow.
 pub const DEVICES_PER_PROCESS_MAX: usize = 18_000;
 
-/// The version of devices that name none, as the contract writes it (section 8).
+/// The version of devices that name none, as in docs/VERSIONS.md.
 pub const VERSION_NONE: &str = "(none)";
 
 /// What fleet to start.
@@ -35,7 +35,7 @@ pub const VERSION_NONE: &str = "(none)";
 pub struct FleetConfig {
     /// `ws://host:port[/path]`.
     pub url: String,
-    /// Whom a gateway at `wss://` is vouched for by.
+    /// CAs that verify a gateway at `wss://`.
     pub trust: Trust,
     /// The whole fleet, even where this process runs a part of it: shares are of the whole.
     pub devices: Vec<Identity>,
@@ -101,7 +101,7 @@ impl FleetConfig {
 #[derive(Debug)]
 pub struct Fleet {
     driver: Driver,
-    board: Arc<Board>,
+    recorder: Arc<Recorder>,
     devices: Vec<Simulated>,
     deal: Mutex<(Deal, StdRng)>,
 }
@@ -114,7 +114,7 @@ struct Simulated {
 }
 
 impl Fleet {
-    /// Starts the devices. A gateway that is not there is no error: the devices keep trying.
+    /// Starts the devices. They keep trying if there is no gateway.
     ///
     /// # Errors
     /// A bad URL, unknown profiles, versions that are none, counts that do not fit, or more than
@@ -144,8 +144,8 @@ impl Fleet {
         }
 
         let versions_here = plan.iter().map(|(place, _)| firmware.index_of(*place));
-        let board = Arc::new(Board::new(firmware.names(), versions_here));
-        let driver = Driver::new(target.clone(), Arc::clone(&board) as _);
+        let recorder = Arc::new(Recorder::new(firmware.names(), versions_here));
+        let driver = Driver::new(target.clone(), Arc::clone(&recorder) as _);
         let sources = Sources::new(config.sources);
         let mut seeds = StdRng::seed_from_u64(config.seed.wrapping_add(config.part.start as u64));
         let devices = plan
@@ -169,7 +169,7 @@ impl Fleet {
             .collect();
         Ok(Self {
             driver,
-            board,
+            recorder,
             devices,
             deal: Mutex::new((firmware, StdRng::seed_from_u64(seeds.random()))),
         })
@@ -178,18 +178,18 @@ impl Fleet {
     /// What the fleet does now.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.board
+        self.recorder
             .stats(self.driver.now().saturating_since(seawall_proto::time::Instant::ZERO))
     }
 
-    /// Every connection of the fleet breaks at once: resets, no close frames. Devices that wait go on waiting.
+    /// Every connection of the fleet breaks at once: resets, no close frames. Devices that wait continue to wait.
     pub fn drop_all(&self) {
         for device in &self.devices {
             device.handle.drop_connection();
         }
     }
 
-    /// Gives a version this share of the whole fleet. The devices that change start anew, spread over 5 s, as devices do
+    /// Gives a version this share of the whole fleet. The devices that change restart, spread over 5 s, as devices do
     /// that were updated. Returns how many of them are here.
     ///
     /// # Errors
@@ -205,7 +205,7 @@ impl Fleet {
         for (number, device) in self.devices.iter().enumerate() {
             if changed.binary_search(&device.place).is_ok() {
                 let version = &deal.names()[deal.index_of(device.place)];
-                self.board.set_version(number, version);
+                self.recorder.set_version(number, version);
                 device.handle.upgrade(named(version), up_to(FIRST_RETURN_MAX, rng));
                 here += 1;
             }

@@ -7,7 +7,7 @@ use seawall_proto::{
     id::{DeviceId, Label},
 };
 
-/// Shortest and longest secret, in bytes of visible ASCII. Contract section 7.
+/// Shortest and longest secret, in bytes of visible ASCII.
 const SECRET_LEN: std::ops::RangeInclusive<usize> = 16..=128;
 
 /// One line of the devices file. `Debug` leaves the secret out.
@@ -124,7 +124,7 @@ impl Columns {
             let label = Label::parse(text).map_err(|_| BadLine::Label(name))?;
             Ok(label.map(|label| shared(&label, texts)))
         };
-        // Which UUID the gateway makes of a name depends on its namespace. Here one is as good as another.
+        // Which UUID the gateway makes of a name depends on its namespace. Here any namespace will do.
         let names = IdentityNames {
             namespace: Some(Default::default()),
             ..IdentityNames::default()
@@ -150,7 +150,7 @@ fn shared(text: &str, texts: &mut HashSet<Arc<str>>) -> Arc<str> {
     new
 }
 
-/// The devices file is no use.
+/// The devices file is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum DevicesError {
     #[error("{0}")]
@@ -185,7 +185,7 @@ impl DevicesError {
     }
 }
 
-/// What is wrong with a line.
+/// Fault in a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadLine {
     #[error("the id is neither a UUID nor 1 to 64 bytes of printable ASCII")]

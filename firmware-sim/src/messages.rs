@@ -12,7 +12,7 @@ use seawall_proto::{
 
 use crate::backoff::up_to;
 
-/// Most messages a minute: a hundred a second, which is what a gateway's own default allows.
+/// Maximum messages per minute: a hundred per second, the default limit of a gateway.
 pub const PER_MINUTE_MAX: f64 = 6_000.0;
 
 /// What gateways are told that the messages are about.
@@ -50,7 +50,7 @@ impl Messages {
         self.due
     }
 
-    /// The frame to send now. `None`: it is not time yet. One that comes late leaves the times of the others as they were; those that
+    /// The frame to send now. `None`: it is not time yet. A frame that is sent late leaves the times of the others as they were; those that
     /// were missed altogether are left out.
     pub(crate) fn handle_timeout(&mut self, now: Instant) -> Option<String> {
         if self.due > now {

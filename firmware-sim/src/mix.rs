@@ -273,7 +273,7 @@ fn part(total: usize, share: f64) -> usize {
 /// A mix that can't be dealt.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum MixError {
-    #[error("{0:?} is no share: expected a percentage such as 70% or a number of devices")]
+    #[error("{0:?} is not a share: expected a percentage such as 70% or a number of devices")]
     BadShare(String),
     #[error("{0:?} has no share: expected NAME=70%")]
     NoShare(String),
@@ -291,7 +291,7 @@ pub enum MixError {
     TooMany,
     #[error("there is no other version to go back to")]
     NoOther,
-    #[error("{0:?} is no version: expected 1 to 64 bytes of printable ASCII")]
+    #[error("{0:?} is not a version: expected 1 to 64 bytes of printable ASCII")]
     BadVersion(String),
 }
 
@@ -380,12 +380,12 @@ mod tests {
             ("a=70%,b=20%", "add up to 90"),
             ("a=70%,b=3", "some shares"),
             ("a=70%,b", "\"b\" has no share"),
-            ("a=x", "\"x\" is no share"),
-            ("a=-1%,b=101%", "no share"),
+            ("a=x", "\"x\" is not a share"),
+            ("a=-1%,b=101%", "is not a share"),
             ("=100%", "a name is missing"),
             ("", "a name is missing"),
             ("a=50%,a=50%", "twice"),
-            ("a=nan%", "no share"),
+            ("a=nan%", "is not a share"),
         ] {
             let message = mix.parse::<Mix>().unwrap_err().to_string();
 

@@ -12,17 +12,19 @@ pub enum Profile {
     /// `well-behaved`: the reference device. Obeys hints, slots and close codes; full jitter without a hint.
     #[default]
     WellBehaved,
-    /// `fixed-5s` (or any `fixed-Ns`, 1 to 3600): comes back every N seconds whatever it is told.
+    /// `fixed-5s` (or any `fixed-Ns`, 1 to 3600): reconnects every N seconds whatever it is told.
     Fixed { seconds: u16 },
-    /// `immediate`: comes back at once, that is, after 50 ms, whatever it is told.
+    /// `immediate`: reconnects after 50 ms, whatever it is told.
     Immediate,
     /// `ignores-hints`: full jitter as the reference device, but blind to hints, slots and close codes.
     IgnoresHints,
     /// `exponential-no-jitter`: 1, 2, 4, … 60 s whatever it is told; devices that failed together return together.
     ExponentialNoJitter,
+    /// `patient`: well-behaved, but never takes a silent gateway for gone, as a client that trusts TCP alone.
+    Patient,
     /// `slow-reader`: well-behaved, but takes one message a second from a small receive buffer.
     SlowReader,
-    /// `half-open`: connects, then neither reads nor writes, as a device that lost its power; comes back after 2 min.
+    /// `half-open`: connects, then neither reads nor writes, as a device that lost its power; reconnects after 2 min.
     HalfOpen,
     /// `flapping`: resets its connection after 1 to 5 s of session, and is back within a second; obeys hints.
     Flapping,
@@ -48,12 +50,13 @@ pub const FLAPPING_RETURN_MAX: Duration = Duration::from_secs(1);
 
 impl Profile {
     /// One of each, `fixed` with its usual 5 s.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::WellBehaved,
         Self::Fixed { seconds: 5 },
         Self::Immediate,
         Self::IgnoresHints,
         Self::ExponentialNoJitter,
+        Self::Patient,
         Self::SlowReader,
         Self::HalfOpen,
         Self::Flapping,
@@ -64,7 +67,12 @@ impl Profile {
     #[must_use]
     pub const fn obeys_hints(self) -> bool {
         match self {
-            Self::WellBehaved | Self::SlowReader | Self::HalfOpen | Self::Flapping | Self::DuplicateId => true,
+            Self::WellBehaved
+            | Self::Patient
+            | Self::SlowReader
+            | Self::HalfOpen
+            | Self::Flapping
+            | Self::DuplicateId => true,
             Self::Fixed { .. } | Self::Immediate | Self::IgnoresHints | Self::ExponentialNoJitter => false,
         }
     }
@@ -81,10 +89,16 @@ impl Profile {
         matches!(self, Self::HalfOpen)
     }
 
-    /// Whether it ends sessions by itself, by a reset.
+    /// Whether it ends sessions on its own, by a reset.
     #[must_use]
     pub const fn ends_sessions(self) -> bool {
         matches!(self, Self::HalfOpen | Self::Flapping)
+    }
+
+    /// Whether it ends a session in which the gateway has been silent for three heartbeats.
+    #[must_use]
+    pub const fn gives_up_on_silence(self) -> bool {
+        !matches!(self, Self::Patient) && !self.is_silent()
     }
 
     /// How many devices share one identity.
@@ -102,6 +116,7 @@ impl fmt::Display for Profile {
             Self::Immediate => f.write_str("immediate"),
             Self::IgnoresHints => f.write_str("ignores-hints"),
             Self::ExponentialNoJitter => f.write_str("exponential-no-jitter"),
+            Self::Patient => f.write_str("patient"),
             Self::SlowReader => f.write_str("slow-reader"),
             Self::HalfOpen => f.write_str("half-open"),
             Self::Flapping => f.write_str("flapping"),
@@ -144,7 +159,7 @@ impl<'de> serde::Deserialize<'de> for Profile {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "no profile is called {0:?}: expected well-behaved, fixed-Ns (N from 1 to 3600), immediate, ignores-hints, \
-     exponential-no-jitter, slow-reader, half-open, flapping or duplicate-id"
+     exponential-no-jitter, patient, slow-reader, half-open, flapping or duplicate-id"
 )]
 pub struct UnknownProfile(pub String);
 

@@ -31,13 +31,14 @@ pub struct VersionStats {
     pub connecting: u64,
     /// Now: staying away until a time; before its first attempt too.
     pub waiting: u64,
-    /// Now: told not to come back.
+    /// Currently told not to return.
     pub stopped: u64,
     /// Connections begun.
     pub attempts: u64,
     /// Sessions that were not a device's first.
     pub reconnects: u64,
-    /// Attempts that the gateway refused, by its code; `http_NNN` where it named none that the contract knows.
+    /// Attempts that the gateway refused, by its code. `http_NNN` if docs/PROTOCOL.md does not list the code under "Being
+    /// refused".
     pub refused: BTreeMap<String, u64>,
     /// Attempts without an answer.
     pub failed: u64,
@@ -45,9 +46,11 @@ pub struct VersionStats {
     pub closed: BTreeMap<String, u64>,
     /// Messages taken and acked.
     pub messages: u64,
+    /// Update notices of restricted sessions.
+    pub updates: u64,
     /// Messages of their own.
     pub sent: u64,
-    /// Those of them that the gateway acked.
+    /// Messages that the gateway acknowledged.
     pub acked: u64,
 }
 
@@ -85,6 +88,7 @@ impl VersionStats {
         self.failed += other.failed;
         self.messages += other.messages;
         self.sent += other.sent;
+        self.updates += other.updates;
         self.acked += other.acked;
         for (code, count) in &other.refused {
             *self.refused.entry(code.clone()).or_default() += count;
@@ -125,6 +129,9 @@ impl fmt::Display for Stats {
         }
         if total.stopped > 0 {
             write!(f, "  stopped {}", total.stopped)?;
+        }
+        if total.updates > 0 {
+            write!(f, "  update notices {}", total.updates)?;
         }
         if total.sent > 0 {
             write!(f, "  messages acked {}/{}", total.acked, total.sent)?;
@@ -187,7 +194,7 @@ impl fmt::Debug for Latency {
     }
 }
 
-/// As written: quantiles for whoever reads, and the buckets, from which parts of a fleet are added up.
+/// The written form: quantiles for people, and buckets, which sum over parts of a fleet.
 #[derive(Serialize, Deserialize)]
 struct Written {
     count: u64,

@@ -11,10 +11,10 @@ use tokio_tungstenite::tungstenite::http::{Uri, uri::InvalidUri};
 
 use crate::tls::{Tls, Trust, TrustError};
 
-/// What a URL without a path means. Contract section 2.
+/// What a URL without a path means. See docs/PROTOCOL.md.
 const PATH_DEFAULT: &str = "/v1/connect";
 
-/// What is wrong with a URL that does not parse.
+/// Expected form, for a URL that does not parse.
 const EXPECTED: &str = "expected ws://host:port or wss://host:port";
 
 /// How a URL over TLS begins.
@@ -27,7 +27,7 @@ pub const DEVICES_PER_SOURCE: usize = 4_000;
 /// Addresses of 127.0.0.0/24 that a fleet uses, from 127.0.0.1 up.
 const SOURCES_MAX: usize = 250;
 
-/// What stands for a device's id in the path of a URL.
+/// Placeholder for a device's id in the path of a URL.
 const DEVICE: &str = "{device}";
 
 /// A gateway's address and what to ask it for.
@@ -64,7 +64,7 @@ impl Target {
         let (uri, host, port) = parse(url)?;
         let tls = if uri.scheme_str() == Some(TLS_SCHEME) {
             let name = ServerName::try_from(host.clone())
-                .map_err(|_| TargetError::BadUrl("the host is no name that a certificate could have"))?;
+                .map_err(|_| TargetError::BadUrl("the host is not a name that a certificate could contain"))?;
             Some(Tls::new(name, trust)?)
         } else {
             None
@@ -144,7 +144,7 @@ fn parse(url: &str) -> Result<(Uri, String, u16), TargetError> {
     Ok((uri, host, port))
 }
 
-/// Why there is no gateway to connect to.
+/// Reason why a URL is not a gateway's.
 #[derive(Debug, thiserror::Error)]
 pub enum TargetError {
     /// It is not repeated: it may hold a secret.

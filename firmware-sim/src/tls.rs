@@ -1,4 +1,4 @@
-//! Whom devices believe that a gateway is the one they look for. Start with [`Trust`].
+//! How devices verify the gateway. Start with [`Trust`].
 
 use std::{fs, io, path::PathBuf, sync::Arc};
 
@@ -16,15 +16,15 @@ pub use crate::handshake::Stream;
 /// Authorities that devices know.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Trust {
-    /// Those of this machine.
+    /// CAs of this machine.
     #[default]
     System,
-    /// Those of a PEM file.
+    /// CAs of a PEM file.
     File(PathBuf),
 }
 
 impl Trust {
-    /// Those of this file; without one, those of this machine.
+    /// The CAs of this file; without one, those of this machine.
     #[must_use]
     pub fn in_file(path: Option<PathBuf>) -> Self {
         path.map_or(Self::System, Self::File)
@@ -47,7 +47,7 @@ impl Trust {
     }
 }
 
-/// The file of authorities is no use.
+/// The file of CAs is invalid.
 #[derive(Debug, thiserror::Error)]
 #[error("the authorities in {}: {problem}", path.display())]
 pub struct TrustError {

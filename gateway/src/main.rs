@@ -2,8 +2,8 @@
 
 use std::process::ExitCode;
 
-/// Wastes the least on a hundred thousand small things, and gives memory back after a storm, which glibc's allocator keeps:
-/// docs/BENCHMARKS.md has the figures. Its settings are in `.cargo/config.toml`.
+/// Has the least overhead with hundreds of thousands of small allocations, and returns memory after a storm, which
+/// glibc's allocator keeps. docs/BENCHMARKS.md has the figures; the settings are in `.cargo/config.toml`.
 #[cfg(feature = "jemalloc")]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;

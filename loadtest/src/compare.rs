@@ -46,13 +46,13 @@ pub struct Line {
 
 impl Side {
     /// # Errors
-    /// The file can't be read, or is no report.
+    /// The file can't be read, or is not a report.
     pub fn from_file(path: &Path) -> Result<Self> {
         let reading = || format!("reading {}", path.display());
         let bytes = fs::metadata(path).with_context(reading)?.len();
         ensure!(
             bytes <= FILE_BYTES_MAX,
-            "{}: {bytes} bytes are no report",
+            "{}: {bytes} bytes are not a report",
             path.display()
         );
         let side: Self = serde_json::from_slice(&fs::read(path).with_context(reading)?).with_context(reading)?;

@@ -1,4 +1,4 @@
-//! The devices of a run, told what to do by the phases: those of `firmware-sim`, with the books as their observer.
+//! The devices of a run, steered by the phases: those of `firmware-sim`, observed by the recorder.
 
 use std::{sync::Arc, time::Duration};
 
@@ -27,13 +27,13 @@ impl Fleet {
     /// Makes the devices; they wait for [`Self::connect`].
     ///
     /// # Errors
-    /// `url` is no `ws://HOST:PORT`, or HOST has no address.
+    /// `url` is not of the form `ws://HOST:PORT`, or HOST has no address.
     pub async fn start(devices: &[Device], url: &str, recorder: Arc<Recorder>, seed: u64) -> Result<Self> {
         let target = Target::resolve(url).await.context("looking for the gateway")?;
         let sources = Sources::default();
         let driver = Driver::new(
             target.clone(),
-            Arc::new(Books {
+            Arc::new(Reporter {
                 recorder,
                 has_twin: devices.iter().map(|device| device.has_twin).collect(),
             }),
@@ -70,10 +70,24 @@ impl Fleet {
         self.restart(index);
     }
 
-    /// The device's connection is reset; when it comes back is its own decision.
+    /// The device's connection is reset; when it returns is its own decision.
     pub fn drop_connection(&self, index: usize) {
         if let Some(device) = self.devices.get(index) {
             device.drop_connection();
+        }
+    }
+
+    /// The device closes its session, and stays away until it is restarted.
+    pub fn leave(&self, index: usize) {
+        if let Some(device) = self.devices.get(index) {
+            device.leave();
+        }
+    }
+
+    /// The device neither reads nor writes, and its connection stays open, until it is restarted.
+    pub fn cut_power(&self, index: usize) {
+        if let Some(device) = self.devices.get(index) {
+            device.cut_power();
         }
     }
 
@@ -91,19 +105,19 @@ impl Fleet {
         }
     }
 
-    /// Ends all devices, with a goodbye.
+    /// Ends all devices. Each closes its session with 1000.
     pub async fn stop(self) {
         self.driver.stop().await;
     }
 }
 
-/// Writes what devices do into the books.
-struct Books {
+/// Passes what devices do to the recorder.
+struct Reporter {
     recorder: Arc<Recorder>,
     has_twin: Vec<bool>,
 }
 
-impl Observer for Books {
+impl Observer for Reporter {
     fn observe(&self, device: usize, event: Event<'_>, _: Instant) {
         let event = match event {
             Event::Attempt { .. } => recorder::Event::Attempt,
@@ -118,7 +132,7 @@ impl Observer for Books {
             Event::Closed { code, .. } => recorder::Event::Closed(code),
             Event::Sent => recorder::Event::Sent,
             Event::Acked => recorder::Event::Acked,
-            Event::Message | Event::Stopped { .. } => return,
+            Event::Message | Event::Update | Event::Stopped { .. } => return,
         };
         self.recorder.handle(device, event, std::time::Instant::now());
     }
@@ -202,6 +216,48 @@ mod tests {
 
         assert_eq!(phases[0].groups["all"].failed, 1);
         assert_eq!(phases[0].missing, 1);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn device_without_power_is_silent_until_it_is_restarted_and_one_that_leaves_says_so() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let url = format!("ws://{}", listener.local_addr().unwrap());
+        let (fleet, recorder) = fleet_of_one(&url).await;
+        let ping = [0x89, 0];
+        let mut answer = [0; 6];
+
+        fleet.connect(0);
+        let (mut first, head) = accept(&listener).await;
+        upgrade(&mut first, &head).await;
+        first.write_all(&ping).await.unwrap();
+        within(first.read_exact(&mut answer)).await.unwrap();
+        assert_eq!(answer[0], 0x8a, "a pong");
+        fleet.cut_power(0);
+        let silence = async {
+            // The order may come a moment after this ping.
+            first.write_all(&ping).await.unwrap();
+            while first.read(&mut [0; 64]).await.unwrap() > 0 {
+                first.write_all(&ping).await.unwrap();
+            }
+        };
+        assert!(
+            tokio::time::timeout(Duration::from_millis(500), silence).await.is_err(),
+            "it closes nothing"
+        );
+
+        fleet.restart(0);
+        let (mut second, head) = accept(&listener).await;
+        upgrade(&mut second, &head).await;
+        await_connected(&recorder, true).await;
+        fleet.leave(0);
+        let mut frame = [0; 8];
+        within(second.read_exact(&mut frame)).await.unwrap();
+        assert_eq!(frame[0], 0x88, "a close frame");
+        drop(second);
+        let returned = tokio::time::timeout(Duration::from_millis(1_500), listener.accept()).await;
+        fleet.stop().await;
+
+        assert!(returned.is_err(), "it stays away");
     }
 
     async fn fleet_of_one(url: &str) -> (Fleet, Arc<Recorder>) {

@@ -123,17 +123,17 @@ fn watch(lines: impl BufRead) {
     }
 }
 
-/// Kills `root` and everything below it, stopped processes too. Returns whom it signalled.
+/// Kills `root` and everything below it, including stopped processes. Returns the signalled ones.
 pub(crate) fn end_tree(root: Pid) -> Vec<Pid> {
     let tree = tree(root);
     for pid in &tree {
-        // It may have ended since we looked.
+        // The process may have ended since.
         let _ = kill_process(*pid, Signal::KILL);
     }
     tree
 }
 
-/// `root` and all its descendants, parents first, as of now.
+/// Returns `root` and all its current descendants, parents first.
 pub(crate) fn tree(root: Pid) -> Vec<Pid> {
     let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
     for pid in fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -154,7 +154,7 @@ pub(crate) fn tree(root: Pid) -> Vec<Pid> {
     found
 }
 
-/// One that has ended and is not reaped yet does not run.
+/// A process that has ended and is not reaped yet does not run.
 fn is_running(pid: Pid) -> bool {
     let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
     stat.rsplit_once(')')

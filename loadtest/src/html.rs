@@ -100,6 +100,16 @@ fn summary(run: &Run, out: &mut String) -> std::fmt::Result {
     ] {
         write!(out, "<tr><td>{name}<td>{value}</tr>")?;
     }
+    if let Some(presence) = &s.presence {
+        for (name, value) in [
+            ("devices falsely called offline", presence.false_offline),
+            ("sessions closed by a stall", presence.sessions_closed_by_stall),
+            ("devices called online too long", presence.false_online_after),
+            ("devices without power that were called offline", presence.true_offline),
+        ] {
+            write!(out, "<tr><td>{name}<td>{value}</tr>")?;
+        }
+    }
     out.push_str("</table>");
     Ok(())
 }
@@ -157,7 +167,7 @@ fn charts(run: &Run, out: &mut String) -> std::fmt::Result {
     chart(run, "Hints of slots, seconds", &[line("mean", &hint)], out)?;
     chart(
         run,
-        "Keys a second that slots are given out by",
+        "Keys per second that slots are given out by",
         &[line("reference", &|s| s.k_ref)],
         out,
     )?;
@@ -169,7 +179,7 @@ fn charts(run: &Run, out: &mut String) -> std::fmt::Result {
     )?;
     chart(
         run,
-        "Statements a second",
+        "Statements per second",
         &[line("statements", &|s| Some(s.statements))],
         out,
     )?;

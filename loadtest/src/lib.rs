@@ -8,7 +8,9 @@
 pub mod bench;
 pub mod compare;
 pub mod demo;
+pub mod drift;
 pub mod fleet;
+pub mod follow;
 pub mod guard;
 pub mod html;
 pub mod metrics;

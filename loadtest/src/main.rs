@@ -17,7 +17,7 @@ use loadtest::{
     progress::Progress,
     report::{self, Report},
     run::{Job, With, run},
-    scenario::{Executor, Scenario},
+    scenario::{self, Changes, Executor, Scenario},
     server::{External, NAIVE_DATABASE},
     signals,
     simulate::{SimulateError, simulate},
@@ -42,13 +42,13 @@ enum Command {
     Compare(CompareArguments),
     /// Run a scenario in virtual time, with production's decisions and a model of the rest. Exits as `run` does.
     Simulate(ScenarioArguments),
-    /// What a connection costs the gateway, beside a bare tokio-tungstenite server: memory, processor time, time to come back.
+    /// What a connection costs the gateway, beside a bare tokio-tungstenite server: memory, processor time, time to return.
     Bench(BenchArguments),
     /// More devices than one process may have files for: several gateways on one address.
     Scale(ScaleArguments),
     /// Devices of `scale`, in a process of their own.
     #[command(hide = true)]
-    BenchCrowd(bench::scale::CrowdArguments),
+    BenchPool(bench::scale::PoolArguments),
     /// A server that `bench` measures beside.
     #[command(hide = true)]
     BenchPeer(BenchPeerArguments),
@@ -67,6 +67,15 @@ struct ScenarioArguments {
     /// Seed, instead of the scenario's.
     #[arg(long)]
     seed: Option<u64>,
+    /// Run the scenario's short form. Its naive server goes through the phases at the same time as the gateway.
+    #[arg(long)]
+    short: bool,
+    /// Length of a phase, instead of the scenario's. 0 leaves the phase out. May be repeated.
+    #[arg(long, value_name = "PHASE=SECONDS", value_parser = phase_seconds)]
+    seconds: Vec<(String, f64)>,
+    /// Leave out the naive server of the scenario, which saves time; thresholds on it are not judged.
+    #[arg(long)]
+    without_naive: bool,
     /// Write the report as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -98,9 +107,6 @@ struct RunArguments {
         conflicts_with = "gateway"
     )]
     database: Option<String>,
-    /// Leave out the naive server of the scenario, which halves the time; thresholds on it are not judged.
-    #[arg(long)]
-    without_naive: bool,
 }
 
 #[derive(Args)]
@@ -157,6 +163,12 @@ struct NaiveArguments {
     /// Connections to the database.
     #[arg(long)]
     pool: u32,
+    /// Time between two pings.
+    #[arg(long)]
+    heartbeat_seconds: f64,
+    /// Age of the last processed heartbeat at which a device is called offline.
+    #[arg(long)]
+    deadline_seconds: f64,
     /// File for the addresses it listens on.
     #[arg(long)]
     addresses: PathBuf,
@@ -170,7 +182,7 @@ fn main() -> ExitCode {
         Command::Simulate(arguments) => simulate_scenario(&arguments),
         Command::Bench(arguments) => measure(&arguments),
         Command::Scale(arguments) => scale(&arguments),
-        Command::BenchCrowd(arguments) => serve_bench_crowd(&arguments),
+        Command::BenchPool(arguments) => serve_bench_pool(&arguments),
         Command::BenchPeer(arguments) => serve_bench_peer(&arguments),
         Command::NaiveServer(arguments) => serve_naive(&arguments),
     };
@@ -188,17 +200,12 @@ fn run_scenario(arguments: RunArguments) -> Result<ExitCode> {
             .with_context(|| arguments.what.scenario.display().to_string())?;
         Ok((with, scenario))
     });
-    let (with, mut scenario) = match asked {
+    let (with, scenario) = match asked {
         Ok(asked) => asked,
         Err(error) => {
             eprintln!("error: {error:#}");
             return Ok(ExitCode::from(2));
         }
-    };
-    let left_out = if arguments.without_naive {
-        scenario.leave_out_naive()
-    } else {
-        Vec::new()
     };
     guard::start().context("starting the guard that cleans up")?;
     let job = Job {
@@ -206,11 +213,10 @@ fn run_scenario(arguments: RunArguments) -> Result<ExitCode> {
         with,
         interrupted: CancellationToken::new(),
     };
-    let mut report = runtime()?.block_on(async {
+    let report = runtime()?.block_on(async {
         tokio::spawn(signals::cancel(job.interrupted.clone()));
         run(&job, &Progress::new()).await
     })?;
-    report.not_judged.extend(left_out);
     publish(&report, &arguments.what)
 }
 
@@ -303,10 +309,26 @@ fn compare(arguments: &CompareArguments) -> ExitCode {
 
 /// Everything that can be wrong before a minute is spent on it.
 fn read(arguments: &ScenarioArguments, executor: Executor) -> Result<Scenario> {
-    let scenario = Scenario::from_file(&arguments.scenario, arguments.devices, arguments.seed, executor)?;
+    let changes = Changes {
+        is_short: arguments.short,
+        devices: arguments.devices,
+        seed: arguments.seed,
+        seconds: arguments.seconds.clone(),
+        is_without_naive: arguments.without_naive,
+    };
+    let scenario = Scenario::from_file(&arguments.scenario, &changes, executor)?;
     report::check_names(&scenario, &scenario.thresholds()?)
         .with_context(|| arguments.scenario.display().to_string())?;
     Ok(scenario)
+}
+
+/// `PHASE=SECONDS`.
+fn phase_seconds(text: &str) -> Result<(String, f64), String> {
+    let parsed = text.split_once('=').and_then(|(phase, seconds)| {
+        let seconds: f64 = seconds.parse().ok()?;
+        (seconds.is_finite() && seconds >= 0.0).then(|| (phase.to_owned(), seconds))
+    });
+    parsed.ok_or_else(|| "expected PHASE=SECONDS, such as steady=600".to_owned())
 }
 
 fn verdict(report: &Report) -> ExitCode {
@@ -357,7 +379,7 @@ fn write_page(path: Option<&Path>, page: impl FnOnce() -> String) -> Result<Exit
     Ok(ExitCode::SUCCESS)
 }
 
-fn serve_bench_crowd(arguments: &bench::scale::CrowdArguments) -> Result<ExitCode> {
+fn serve_bench_pool(arguments: &bench::scale::PoolArguments) -> Result<ExitCode> {
     runtime()?.block_on(bench::scale::serve(arguments))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -376,7 +398,12 @@ fn serve_naive(arguments: &NaiveArguments) -> Result<ExitCode> {
     runtime()?.block_on(async {
         let ended = CancellationToken::new();
         tokio::spawn(signals::cancel(ended.clone()));
-        let naive = Naive::start(database, arguments.pool).await?;
+        let settings = scenario::Naive {
+            pool: arguments.pool,
+            heartbeat_seconds: arguments.heartbeat_seconds,
+            deadline_seconds: arguments.deadline_seconds,
+        };
+        let naive = Naive::start(database, &settings).await?;
         let addresses = serde_json::json!({"devices": naive.devices(), "ops": naive.ops()});
         fs::write(&arguments.addresses, addresses.to_string()).context("writing the addresses")?;
         ended.cancelled().await;

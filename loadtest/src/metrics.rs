@@ -1,9 +1,10 @@
-//! What a server says of itself while it runs: `/metrics` and `/api/v1/node`, asked ten times a second by a thread of its own.
+//! Figures of a running server: `/metrics` and `/api/v1/node`, asked ten times a second by a thread of its own.
 //!
 //! The one type to read is [`Sampler`]. The naive server answers `/metrics` under the gateway's names.
 
 use std::{
     collections::BTreeMap,
+    io::{BufRead, BufReader},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -14,11 +15,14 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Pid;
+use serde::Deserialize;
 
-use crate::process;
+use crate::{process, recorder::presence::Counts};
 
 /// How often the server is asked.
 pub const SAMPLE_EVERY: Duration = Duration::from_millis(100);
+/// How often its open files and threads are counted.
+const COUNT_EVERY: Duration = Duration::from_secs(1);
 /// Counter of look-up statements.
 pub const STATEMENTS: &str = "seawall_lookup_statements_total";
 /// A server that has not answered by then is busy: the sample is left out, and the next one asked for.
@@ -42,7 +46,7 @@ pub struct Metrics {
     values: BTreeMap<String, f64>,
 }
 
-/// One look at the server.
+/// One sample of the server.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sample {
     pub at: Instant,
@@ -54,6 +58,22 @@ pub struct Sample {
     pub statements: f64,
     pub lookups: f64,
     pub rss_bytes: Option<u64>,
+    /// Open files and sockets, and threads: of about the last second.
+    pub handles: Option<u64>,
+    pub threads: Option<u64>,
+}
+
+/// Answer of `/api/v1/presence`: counts of each tenant.
+#[derive(Debug, Deserialize)]
+struct PresenceAnswer {
+    items: Vec<PresenceItem>,
+}
+
+#[derive(Debug, Deserialize)]
+struct PresenceItem {
+    online: u64,
+    offline: u64,
+    unknown: u64,
 }
 
 /// Asks until it is dropped.
@@ -111,6 +131,41 @@ impl Ops {
                 .with_context(|| format!("no admission.{name} in the node's state"))
         };
         Ok((figure("in_flight")?, figure("limit")?))
+    }
+
+    /// Blocks. Published numbers of devices by state, over all tenants.
+    ///
+    /// # Errors
+    /// No answer in time, none of 200, or no such fields.
+    pub fn presence(&self) -> Result<Counts> {
+        let answer = self.get("/api/v1/presence?by=tenant")?;
+        let answer: PresenceAnswer = serde_json::from_str(&answer).context("reading the counts of presence")?;
+        Ok(answer.items.into_iter().fold(Counts::default(), |sum, item| Counts {
+            online: sum.online + item.online,
+            offline: sum.offline + item.offline,
+            unknown: sum.unknown + item.unknown,
+        }))
+    }
+
+    /// Blocks. Opens the stream of events, after the event of this id if one is given.
+    ///
+    /// # Errors
+    /// No answer in time, or none of 200.
+    pub fn events(&self, after: Option<&str>) -> Result<impl BufRead + use<>> {
+        let path = "/api/v1/events";
+        let request = self.with_token(self.agent.get(format!("{}{path}", self.url)));
+        let request = match after {
+            Some(id) => request.header("Last-Event-ID", id),
+            None => request,
+        };
+        let request = request
+            .config()
+            .timeout_global(None)
+            .timeout_recv_response(Some(ANSWER_TIME_MAX))
+            .build();
+        let answer = request.call().with_context(|| format!("asking {}{path}", self.url))?;
+        ensure!(answer.status().is_success(), "{path} answered {}", answer.status());
+        Ok(BufReader::new(answer.into_body().into_reader()))
     }
 
     /// Blocks. Does the server take devices now?
@@ -213,7 +268,7 @@ fn read(path: &str, mut answer: ureq::http::Response<ureq::Body>) -> Result<Stri
 }
 
 impl Metrics {
-    /// Lines of the text format; what is no value (comments, timestamps behind it) is passed over.
+    /// Lines of the text format; anything that is not a value (comments, timestamps behind it) is passed over.
     #[must_use]
     pub fn parse(text: &str) -> Self {
         let values = text
@@ -293,9 +348,16 @@ impl Sampler {
         let thread = std::thread::spawn({
             let (samples, ends) = (Arc::clone(&samples), Arc::clone(&ends));
             move || {
+                let (mut counted, mut count_at) = (None, Instant::now());
                 while !ends.load(Ordering::Relaxed) {
                     let started = Instant::now();
-                    if let Ok(sample) = take(&ops, pid) {
+                    if started >= count_at {
+                        // Thousands of sockets take milliseconds to list.
+                        count_at = started + COUNT_EVERY;
+                        counted = pid.and_then(process::handles_and_threads);
+                    }
+                    if let Ok(mut sample) = take(&ops, pid) {
+                        (sample.handles, sample.threads) = (counted.map(|of| of.0), counted.map(|of| of.1));
                         samples.lock().unwrap_or_else(PoisonError::into_inner).push(sample);
                     }
                     std::thread::sleep(SAMPLE_EVERY.saturating_sub(started.elapsed()));
@@ -353,6 +415,8 @@ fn take(ops: &Ops, pid: Option<Pid>) -> Result<Sample> {
         statements: metrics.sum(STATEMENTS),
         lookups: metrics.sum("seawall_lookups_total"),
         rss_bytes: pid.and_then(process::resident_bytes),
+        handles: None,
+        threads: None,
     })
 }
 

@@ -1,9 +1,11 @@
-//! The server of 2020, as a measure: every connection is taken, each asks the database by itself, and nothing is bounded.
+//! A naive server for comparison: it accepts every connection, sends one query for each, and has no limits.
 //!
 //! It is a real server (WebSockets by tokio-tungstenite, PostgreSQL by sqlx) and no straw man: the statement is the gateway's, the
 //! pool is a pool as anyone would configure it, and the check of the credential is right. What it lacks is what Seawall is for:
 //! a limit with a queue bounded in time, and an answer for those who must wait. A device that gave up leaves its look-up in the
-//! pool's queue.
+//! pool's queue. Its presence is that of a heartbeat service ([`heartbeats`]).
+
+mod heartbeats;
 
 use std::{
     net::SocketAddr,
@@ -24,6 +26,7 @@ use sqlx::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    sync::broadcast,
     time::MissedTickBehavior,
 };
 use tokio_tungstenite::{
@@ -36,6 +39,9 @@ use tokio_tungstenite::{
 };
 use tokio_util::task::TaskTracker;
 
+use self::heartbeats::{Heartbeats, Held};
+use crate::scenario;
+
 /// The statement of the gateway's look-up, for one device. Relies on the primary key of `devices`.
 const LOOK_UP: &str = "SELECT secret_sha256, state FROM devices WHERE id = ANY($1)";
 /// Greatest head of a request, in bytes.
@@ -44,9 +50,7 @@ const HEAD_BYTES_MAX: usize = 8 * 1024;
 const HEADERS_MAX: usize = 64;
 /// Patience with the pool: practically none is ever lost, as with the defaults of 2020.
 const POOL_PATIENCE: Duration = Duration::from_secs(600);
-const PING_EVERY: Duration = Duration::from_secs(30);
 const READ_BUFFER_BYTES: usize = 1024;
-const WELCOME: &str = r#"{"type":"welcome","session":"naive","heartbeat_ms":30000,"backoff_cap_ms":60000,"resume":"","server_time":"2020-02-08T03:10:00Z"}"#;
 
 /// A running naive server. It ends with this value.
 #[derive(Debug)]
@@ -55,6 +59,7 @@ pub struct Naive {
     ops: SocketAddr,
     tasks: TaskTracker,
     accepting: [tokio::task::JoinHandle<()>; 2],
+    heartbeats: Arc<Heartbeats>,
 }
 
 /// What `/metrics` tells.
@@ -83,7 +88,8 @@ impl Naive {
     ///
     /// # Errors
     /// No port, or no database.
-    pub async fn start(database: PgConnectOptions, pool_size: u32) -> Result<Self> {
+    pub async fn start(database: PgConnectOptions, settings: &scenario::Naive) -> Result<Self> {
+        let pool_size = settings.pool;
         let pool = PgPoolOptions::new()
             .max_connections(pool_size)
             .acquire_timeout(POOL_PATIENCE)
@@ -92,6 +98,10 @@ impl Naive {
             .await
             .context("connecting to the database")?;
         let counts = Arc::new(Counts::default());
+        let heartbeats = Heartbeats::start(
+            Duration::from_secs_f64(settings.heartbeat_seconds),
+            Duration::from_secs_f64(settings.deadline_seconds),
+        );
         let tasks = TaskTracker::new();
         let devices = TcpListener::bind(("127.0.0.1", 0))
             .await
@@ -105,15 +115,17 @@ impl Naive {
                 devices,
                 pool.clone(),
                 Arc::clone(&counts),
+                Arc::clone(&heartbeats),
                 tasks.clone(),
             )),
-            tokio::spawn(accept_ops(ops, pool, pool_size, counts)),
+            tokio::spawn(accept_ops(ops, pool, pool_size, counts, Arc::clone(&heartbeats))),
         ];
         Ok(Self {
             devices: addresses.0,
             ops: addresses.1,
             tasks,
             accepting,
+            heartbeats,
         })
     }
 
@@ -137,17 +149,24 @@ impl Naive {
 impl Drop for Naive {
     fn drop(&mut self) {
         self.accepting.iter().for_each(tokio::task::JoinHandle::abort);
+        self.heartbeats.stop();
     }
 }
 
-async fn accept_devices(listener: TcpListener, pool: PgPool, counts: Arc<Counts>, tasks: TaskTracker) {
+async fn accept_devices(
+    listener: TcpListener,
+    pool: PgPool,
+    counts: Arc<Counts>,
+    heartbeats: Arc<Heartbeats>,
+    tasks: TaskTracker,
+) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let (pool, counts) = (pool.clone(), Arc::clone(&counts));
+                let (pool, counts, heartbeats) = (pool.clone(), Arc::clone(&counts), Arc::clone(&heartbeats));
                 tasks.spawn(async move {
                     // Whatever goes wrong with one device ends that device's connection, and is its own to count.
-                    drop(serve(stream, &pool, &counts).await);
+                    drop(serve(stream, &pool, &counts, &heartbeats).await);
                 });
             }
             // Out of open files, most likely: the one courtesy it has is not to spin.
@@ -156,7 +175,7 @@ async fn accept_devices(listener: TcpListener, pool: PgPool, counts: Arc<Counts>
     }
 }
 
-async fn serve(mut stream: TcpStream, pool: &PgPool, counts: &Counts) -> Result<()> {
+async fn serve(mut stream: TcpStream, pool: &PgPool, counts: &Counts, heartbeats: &Heartbeats) -> Result<()> {
     stream.set_nodelay(true)?;
     let head = read_head(&mut stream).await?;
     let Some(hello) = parse(&head) else {
@@ -187,12 +206,14 @@ async fn serve(mut stream: TcpStream, pool: &PgPool, counts: &Counts) -> Result<
     }
     counts.admitted.fetch_add(1, Ordering::Relaxed);
     counts.sessions.fetch_add(1, Ordering::Relaxed);
-    let ended = session(stream, hello.offers_v1).await;
+    let held = heartbeats.begin(hello.device);
+    let ended = session(stream, hello.offers_v1, heartbeats, &held).await;
+    heartbeats.end(&held);
     counts.sessions.fetch_sub(1, Ordering::Relaxed);
     ended
 }
 
-/// One query a connect. Nobody looks whether the device is still there: like most handlers, it goes on until it has its answer.
+/// One query a connect. Nobody looks whether the device is still there: like most handlers, it continues until it has its answer.
 async fn is_known(hello: &Hello, pool: &PgPool, counts: &Counts) -> Result<bool> {
     counts.asked.fetch_add(1, Ordering::Relaxed);
     let answer = sqlx::query(LOOK_UP)
@@ -212,26 +233,36 @@ async fn is_known(hello: &Hello, pool: &PgPool, counts: &Counts) -> Result<bool>
     Ok(is_right && state == 0)
 }
 
-async fn session(stream: TcpStream, is_v1: bool) -> Result<()> {
+async fn session(stream: TcpStream, is_v1: bool, heartbeats: &Heartbeats, held: &Held) -> Result<()> {
     let config = WebSocketConfig::default()
         .read_buffer_size(READ_BUFFER_BYTES)
         .write_buffer_size(0);
     let mut socket = WebSocketStream::from_raw_socket(stream, Role::Server, Some(config)).await;
     if is_v1 {
-        socket.send(Message::text(WELCOME)).await?;
+        socket.send(Message::text(welcome(heartbeats.every()))).await?;
     }
-    let mut ping = tokio::time::interval(PING_EVERY);
+    let mut ping = tokio::time::interval(heartbeats.every());
     ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ping.reset();
     loop {
         tokio::select! {
             message = socket.next() => match message {
                 None => return Ok(()),
-                Some(message) => drop(message?),
+                Some(message) => {
+                    drop(message?);
+                    heartbeats.processed(held);
+                }
             },
             _ = ping.tick() => socket.send(Message::Ping(bytes::Bytes::new())).await?,
         }
     }
+}
+
+fn welcome(heartbeat: Duration) -> String {
+    format!(
+        r#"{{"type":"welcome","session":"naive","heartbeat_ms":{},"backoff_cap_ms":60000,"resume":"","server_time":"2020-02-08T03:10:00Z"}}"#,
+        heartbeat.as_millis()
+    )
 }
 
 async fn read_head(stream: &mut TcpStream) -> Result<Vec<u8>> {
@@ -266,8 +297,14 @@ fn parse(head: &[u8]) -> Option<Hello> {
     })
 }
 
-/// Any request on this port is answered with the metrics.
-async fn accept_ops(listener: TcpListener, pool: PgPool, pool_size: u32, counts: Arc<Counts>) {
+/// Metrics, counts of presence and the stream of its events.
+async fn accept_ops(
+    listener: TcpListener,
+    pool: PgPool,
+    pool_size: u32,
+    counts: Arc<Counts>,
+    heartbeats: Arc<Heartbeats>,
+) {
     loop {
         let Ok((mut stream, _)) = listener.accept().await else {
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -276,18 +313,36 @@ async fn accept_ops(listener: TcpListener, pool: PgPool, pool_size: u32, counts:
         let Ok(head) = read_head(&mut stream).await else {
             continue;
         };
-        let is_metrics = head.starts_with(b"GET /metrics ");
-        let text = if is_metrics {
-            counts.text(&pool, pool_size)
+        if head.starts_with(b"GET /api/v1/events ") {
+            tokio::spawn(publish(stream, heartbeats.subscribe()));
+            continue;
+        }
+        let (status, text) = if head.starts_with(b"GET /metrics ") {
+            ("200 OK", counts.text(&pool, pool_size))
+        } else if head.starts_with(b"GET /api/v1/presence?") {
+            ("200 OK", heartbeats.counts())
         } else {
-            String::new()
+            ("404 Not Found", String::new())
         };
-        let status = if is_metrics { "200 OK" } else { "404 Not Found" };
         let answer = format!(
             "HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{text}",
             text.len()
         );
         drop(stream.write_all(answer.as_bytes()).await); // a sampler that has gone asks again
+    }
+}
+
+/// Server-sent events, until the reader or the server has gone.
+async fn publish(mut stream: TcpStream, mut events: broadcast::Receiver<String>) {
+    let head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n: naive\n\n";
+    let mut is_open = stream.write_all(head.as_bytes()).await.is_ok();
+    while is_open {
+        let event = match events.recv().await {
+            Ok(event) => event,
+            Err(broadcast::error::RecvError::Lagged(_)) => r#"{"type":"missed"}"#.to_owned(),
+            Err(broadcast::error::RecvError::Closed) => return,
+        };
+        is_open = stream.write_all(format!("data: {event}\n\n").as_bytes()).await.is_ok();
     }
 }
 
@@ -324,7 +379,7 @@ mod tests {
         let postgres = Postgres::start(None).await.unwrap();
         let device = Uuid::new_v4();
         register(&postgres, device, "secret-of-the-device").await;
-        let naive = Naive::start(postgres.options(), 4).await.unwrap();
+        let naive = Naive::start(postgres.options(), &settings()).await.unwrap();
 
         let known = connect(naive.devices(), device, "secret-of-the-device").await;
         let wrong = connect(naive.devices(), device, "another-secret").await;
@@ -349,6 +404,10 @@ mod tests {
         assert_eq!(metrics.value("seawall_lookups_in_flight"), Some(0.0));
         drop(naive);
         postgres.stop().await;
+    }
+
+    fn settings() -> scenario::Naive {
+        toml::from_str("pool = 4\nheartbeat_seconds = 1\ndeadline_seconds = 3").unwrap()
     }
 
     #[test]

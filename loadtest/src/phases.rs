@@ -1,9 +1,9 @@
-//! Drives one run through the phases of its scenario: who connects, drops, churns and changes version, and when.
+//! Runs the phases of a scenario: which devices connect, drop, churn and change version, and when.
 //!
-//! Arrivals are open loop: their times are drawn without regard to how the server does, and latency counts from them.
+//! Arrivals are open loop: their times do not depend on the server, and latency is measured from them.
 
 use std::{
-    collections::HashSet,
+    collections::{HashSet, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -17,20 +17,20 @@ use crate::{
     plan::Plan,
     postgres::Postgres,
     progress::Progress,
-    recorder::{Counters, Recorder, Standing},
+    recorder::{Counters, Recorder, Standing, presence::End},
     scenario::{Action, GROUP_ALL, Phase, Scenario, Trouble, Until},
     server::Server,
     slow,
     storage::Storage,
 };
 
-/// How often the books are looked at: whether the phase is over, and for the progress.
+/// Time between two checks of whether the phase is over. The progress is updated then.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// Tries to find a connected device of a group by chance, before the group is taken to have none.
+/// Maximum number of random draws for a connected device of a group.
 const DRAWS_MAX: u32 = 64;
 
-/// Everything that a run has on its stage.
-pub struct Stage<'a> {
+/// A run, and what it needs: devices, server, database and recorder.
+pub struct Runner<'a> {
     pub run: &'a str,
     pub scenario: &'a Scenario,
     pub plan: &'a mut Plan,
@@ -42,13 +42,15 @@ pub struct Stage<'a> {
     pub progress: &'a Progress,
     pub interrupted: &'a CancellationToken,
     pub rng: StdRng,
-    /// Devices that have been told to connect; those behind have not.
+    /// Number of devices that have been told to connect, from the first on.
     pub begun: usize,
     /// Rules that this run made.
     pub rules: Vec<String>,
+    /// Devices that are away, and when they return.
+    pub away: VecDeque<(Instant, usize)>,
 }
 
-/// What is still to be done in a phase.
+/// Work left in a phase.
 struct Agenda {
     started: Instant,
     length: Duration,
@@ -58,9 +60,11 @@ struct Agenda {
     upgrades: Vec<usize>,
     /// How many of this phase's devices have been told to connect, or to change.
     done: usize,
-    /// They wait for their upgrade: churn leaves them alone.
+    /// Devices that wait for their upgrade. Churn does not touch them.
     set_aside: HashSet<usize>,
     churn_next: Option<Instant>,
+    power_cut_next: Option<Instant>,
+    close_next: Option<Instant>,
 }
 
 impl Agenda {
@@ -72,10 +76,10 @@ impl Agenda {
     }
 }
 
-impl Stage<'_> {
+impl Runner<'_> {
     /// # Errors
     /// A process died, the API refused, or it was interrupted.
-    pub async fn play(&mut self) -> Result<()> {
+    pub async fn run(&mut self) -> Result<()> {
         let scenario = self.scenario;
         for phase in &scenario.phases {
             self.phase(phase)
@@ -85,7 +89,7 @@ impl Stage<'_> {
         Ok(())
     }
 
-    /// The counters as they stand now; a server that does not answer is taken at its last word.
+    /// Returns the current counters. Uses the last sample if the server does not answer.
     ///
     /// # Errors
     /// The database's log can't be read.
@@ -140,6 +144,10 @@ impl Stage<'_> {
         {
             postgres.mend().await.context("mending the database")?;
         }
+        if matches!(phase.action, Action::Gateway(_)) {
+            self.server.mend();
+            self.recorder.disturb(false, Instant::now());
+        }
         Ok(())
     }
 
@@ -166,6 +174,8 @@ impl Stage<'_> {
             done: 0,
             set_aside: HashSet::new(),
             churn_next: None,
+            power_cut_next: None,
+            close_next: None,
         };
         match &phase.action {
             Action::Hold => {}
@@ -189,6 +199,10 @@ impl Stage<'_> {
                     }
                 }
             }
+            Action::Gateway(trouble) => {
+                self.recorder.disturb(true, Instant::now());
+                self.server.disturb(*trouble);
+            }
             Action::Block {
                 range,
                 reason,
@@ -209,9 +223,10 @@ impl Stage<'_> {
             }
             Action::Unblock => self.remove_rules().await?,
         }
-        if phase.churn_per_second > 0.0 {
-            agenda.churn_next = Some(agenda.started + self.pause(phase.churn_per_second));
-        }
+        let mut first = |rate: f64| (rate > 0.0).then(|| agenda.started + self.pause(rate));
+        agenda.churn_next = first(phase.churn_per_second);
+        agenda.power_cut_next = first(phase.power_cuts_per_second);
+        agenda.close_next = first(phase.closes_per_second);
         Ok(agenda)
     }
 
@@ -251,6 +266,34 @@ impl Stage<'_> {
             }
             agenda.churn_next = Some(at + self.pause(phase.churn_per_second));
         }
+        while let Some(at) = agenda.power_cut_next.filter(|at| *at <= now) {
+            if let Some(index) = self.draw_connected(GROUP_ALL, &agenda.set_aside) {
+                self.recorder.went_away(index, End::PowerCut, Instant::now());
+                self.fleet.cut_power(index);
+                self.send_away(index, at);
+            }
+            agenda.power_cut_next = Some(at + self.pause(phase.power_cuts_per_second));
+        }
+        while let Some(at) = agenda.close_next.filter(|at| *at <= now) {
+            if let Some(index) = self.draw_connected(GROUP_ALL, &agenda.set_aside) {
+                self.recorder.went_away(index, End::Closed, Instant::now());
+                self.fleet.leave(index);
+                self.send_away(index, at);
+            }
+            agenda.close_next = Some(at + self.pause(phase.closes_per_second));
+        }
+        while let Some((at, index)) = self.away.front().copied().filter(|(at, _)| *at <= now) {
+            self.away.pop_front();
+            self.recorder.due(index, at, false);
+            self.fleet.restart(index);
+        }
+    }
+
+    /// A device that went away at `at` returns after the scenario's time.
+    fn send_away(&mut self, index: usize, at: Instant) {
+        if let Some(away) = self.scenario.presence.and_then(|presence| presence.away()) {
+            self.away.push_back((at + away, index));
+        }
     }
 
     /// When the next device connects first. The first of a phase is due at its start, even where an earlier phase has begun some.
@@ -262,8 +305,11 @@ impl Stage<'_> {
     /// When something happens next by the agenda.
     fn next_due(&self, agenda: &Agenda) -> Option<Instant> {
         let upgrade_at = agenda.next_upgrade().map(|(_, at)| at);
-        [self.connect_at(agenda), upgrade_at, agenda.churn_next]
+        let return_at = self.away.front().map(|(at, _)| *at);
+        let random = [agenda.churn_next, agenda.power_cut_next, agenda.close_next];
+        [self.connect_at(agenda), upgrade_at, return_at]
             .into_iter()
+            .chain(random)
             .flatten()
             .min()
     }
@@ -354,6 +400,9 @@ pub fn describe(action: &Action) -> String {
         Action::Database(Trouble::Slow { factor }) => format!("database {factor}x slower"),
         Action::Database(Trouble::Frozen) => "database frozen".to_owned(),
         Action::Database(Trouble::Killed) => "database killed".to_owned(),
+        Action::Gateway(Trouble::Slow { factor }) => format!("server {factor}x slower"),
+        Action::Gateway(Trouble::Frozen) => "server frozen".to_owned(),
+        Action::Gateway(Trouble::Killed) => "server killed".to_owned(),
         Action::Block { range, evict, .. } => format!("block {range}{}", if *evict { " and evict" } else { "" }),
         Action::Unblock => "unblock".to_owned(),
     }

@@ -25,7 +25,7 @@ pub struct Device {
     pub patience: Patience,
     /// Between two messages that it sends. None: it sends none.
     pub messages_every: Option<Duration>,
-    /// It shows its resume token when it comes back.
+    /// It shows its resume token when it returns.
     pub resumes: bool,
 }
 

@@ -10,16 +10,12 @@ use std::{
     },
     path::{Path, PathBuf},
     process::Command,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
     time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
 use rustix::{
-    process::{Pid, Signal, kill_process, setpriority_process},
+    process::{Pid, Signal, setpriority_process},
     thread::{CpuSet, sched_getaffinity, sched_setaffinity},
 };
 use sqlx::{
@@ -28,8 +24,8 @@ use sqlx::{
 };
 
 use crate::{
-    guard::{self, TempDir},
-    process::{self, Process},
+    guard::TempDir,
+    process::{self, Process, Slowness},
 };
 
 /// In the field the database is a machine of its own: on this one its scans must not take the processor from the gateway and the devices,
@@ -42,9 +38,6 @@ const START_TIME_MAX: Duration = Duration::from_secs(30);
 /// Somebody may take the free port before the server does.
 const START_ATTEMPTS_MAX: u32 = 5;
 const STOP_GRACE: Duration = Duration::from_secs(5);
-/// One period of slowness: short against every timeout, long against a time slice.
-const SLOW_PERIOD: Duration = Duration::from_millis(40);
-
 /// A running server.
 #[derive(Debug)]
 pub struct Postgres {
@@ -54,7 +47,7 @@ pub struct Postgres {
     port: u16,
     password: String,
     server: Process,
-    trouble: Option<TroubleTask>,
+    slowness: Option<Slowness>,
     folder: TempDir,
 }
 
@@ -62,12 +55,6 @@ pub struct Postgres {
 struct Account {
     uid: u32,
     gid: u32,
-}
-
-#[derive(Debug)]
-struct TroubleTask {
-    ends: Arc<AtomicBool>,
-    thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Postgres {
@@ -124,7 +111,7 @@ impl Postgres {
             port,
             password,
             server,
-            trouble: None,
+            slowness: None,
             folder,
         })
     }
@@ -153,9 +140,9 @@ impl Postgres {
     }
 
     /// # Errors
-    /// It has ended by itself.
+    /// The server has ended on its own.
     pub fn check(&mut self) -> Result<()> {
-        match self.trouble {
+        match self.slowness {
             Some(_) => Ok(()),
             None => self.server.check(),
         }
@@ -163,31 +150,17 @@ impl Postgres {
 
     /// Stops all of its processes where they are: connections stay open, and nothing answers.
     pub fn freeze(&mut self) {
-        signal_all(self.server.pid(), Signal::STOP);
+        process::freeze(self.server.pid());
     }
 
-    /// Lets them go on.
+    /// Resumes them.
     pub fn thaw(&mut self) {
-        signal_all(self.server.pid(), Signal::CONT);
+        process::thaw(self.server.pid());
     }
 
     /// Lets its processes run for one part in `factor` of the time, until [`Self::mend`].
     pub fn slow_down(&mut self, factor: f64) {
-        let ends = Arc::new(AtomicBool::new(false));
-        let (pid, ended) = (self.server.pid(), Arc::clone(&ends));
-        let running = SLOW_PERIOD.div_f64(factor.max(1.0));
-        let thread = std::thread::spawn(move || {
-            while !ended.load(Ordering::Relaxed) {
-                signal_all(pid, Signal::STOP);
-                std::thread::sleep(SLOW_PERIOD.saturating_sub(running));
-                signal_all(pid, Signal::CONT);
-                std::thread::sleep(running);
-            }
-        });
-        self.trouble = Some(TroubleTask {
-            ends,
-            thread: Some(thread),
-        });
+        self.slowness = Some(Slowness::begin(self.server.pid(), factor));
     }
 
     /// Kills all of its processes, as a crash would.
@@ -200,7 +173,7 @@ impl Postgres {
     /// # Errors
     /// It does not start again.
     pub async fn mend(&mut self) -> Result<()> {
-        self.trouble = None;
+        self.slowness = None;
         if self.server.ended().is_some() {
             self.server = serve(
                 self.account,
@@ -219,29 +192,9 @@ impl Postgres {
 
     /// Ends it in order.
     pub async fn stop(mut self) {
-        self.trouble = None;
+        self.slowness = None;
         self.thaw();
         self.server.stop(Signal::INT, STOP_GRACE).await;
-    }
-}
-
-impl Drop for TroubleTask {
-    fn drop(&mut self) {
-        self.ends.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            // It only sleeps and signals: it can't have failed, and what it stopped it also lets go on.
-            drop(thread.join());
-        }
-    }
-}
-
-/// Parents first: a stopped postmaster starts no new process that would be missed.
-fn signal_all(postmaster: Pid, signal: Signal) {
-    // The owner has not reaped it, so its number is still its own.
-    let _ = kill_process(postmaster, signal);
-    for pid in guard::tree(postmaster).into_iter().skip(1) {
-        // Backends come and go: this one may have gone.
-        let _ = kill_process(pid, signal);
     }
 }
 

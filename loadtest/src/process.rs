@@ -1,6 +1,6 @@
 //! The programs a run is made of: started with their output in a log file, watched, and always ended.
 //!
-//! The one type to read is [`Process`].
+//! The one type to read is [`Process`]. [`freeze`] and [`Slowness`] disturb one from outside.
 
 use std::{
     fs::{self, File},
@@ -8,6 +8,11 @@ use std::{
     os::unix::process::{CommandExt, ExitStatusExt},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -20,6 +25,8 @@ use crate::guard;
 const POLL_EVERY: Duration = Duration::from_millis(20);
 /// Lines of a log that an error message shows.
 const TAIL_LINES: usize = 12;
+/// One period of slowness: short against every timeout, long against a time slice.
+const SLOW_PERIOD: Duration = Duration::from_millis(40);
 
 /// A running program. It is killed, with everything below it, when this value is dropped.
 #[derive(Debug)]
@@ -109,7 +116,7 @@ impl Process {
 
     pub fn signal(&mut self, signal: Signal) {
         if self.ended().is_none() {
-            // It may have ended since; then there is nobody to tell.
+            // The process may have ended since.
             let _ = kill_process(self.pid, signal);
         }
     }
@@ -142,10 +149,10 @@ impl Process {
         }
     }
 
-    /// Waits until it ends by itself.
+    /// Waits until the process ends on its own.
     ///
     /// # Cancel safety
-    /// Safe: the process goes on and can be waited for again.
+    /// Safe: the process continues and can be waited for again.
     pub async fn wait(&mut self) -> ExitStatus {
         loop {
             if let Some(status) = self.ended() {
@@ -155,7 +162,7 @@ impl Process {
         }
     }
 
-    /// Kills it at once, with everything below it, also where they are stopped.
+    /// Kills it at once, with everything below it, even if they are stopped.
     pub fn kill(&mut self) -> ExitStatus {
         if let Some(status) = self.ended() {
             return status;
@@ -187,6 +194,65 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// Stops a process and all below it where they are: connections stay open, and nothing answers.
+pub fn freeze(pid: Pid) {
+    signal_all(pid, Signal::STOP);
+}
+
+/// Resumes them.
+pub fn thaw(pid: Pid) {
+    signal_all(pid, Signal::CONT);
+}
+
+/// Parents first: a process that is stopped starts no new one that would be missed.
+fn signal_all(first: Pid, signal: Signal) {
+    // The owner has not reaped it, so its number is still its own.
+    let _ = kill_process(first, signal);
+    for pid in guard::tree(first).into_iter().skip(1) {
+        // Children come and go: this one may have gone.
+        let _ = kill_process(pid, signal);
+    }
+}
+
+/// A process, and all below it, run for a part of the time only, until this value is dropped.
+#[derive(Debug)]
+pub struct Slowness {
+    ends: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Slowness {
+    /// It runs for one part in `factor` of the time, in slices of 40 ms.
+    #[must_use]
+    pub fn begin(pid: Pid, factor: f64) -> Self {
+        let ends = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&ends);
+        let running = SLOW_PERIOD.div_f64(factor.max(1.0));
+        let thread = std::thread::spawn(move || {
+            while !ended.load(Ordering::Relaxed) {
+                freeze(pid);
+                std::thread::sleep(SLOW_PERIOD.saturating_sub(running));
+                thaw(pid);
+                std::thread::sleep(running);
+            }
+        });
+        Self {
+            ends,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Slowness {
+    fn drop(&mut self) {
+        self.ends.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // It only sleeps and signals: it can't have failed, and it also resumes what it stopped.
+            drop(thread.join());
+        }
     }
 }
 
@@ -248,6 +314,16 @@ pub fn resident_bytes(pid: Pid) -> Option<u64> {
     Some(kilobytes * 1024)
 }
 
+/// Open files and sockets of a process, and its threads. None where it has gone.
+#[must_use]
+pub fn handles_and_threads(pid: Pid) -> Option<(u64, u64)> {
+    let count = |what: &str| {
+        let entries = fs::read_dir(format!("/proc/{}/{what}", pid.as_raw_nonzero())).ok()?;
+        u64::try_from(entries.count()).ok()
+    };
+    Some((count("fd")?, count("task")?))
+}
+
 /// A free TCP port of 127.0.0.1. Somebody else may take it before it is used: callers try again.
 ///
 /// # Errors
@@ -307,6 +383,59 @@ mod tests {
 
         let text = error.to_string();
         assert!(text.contains("exit 2") && text.contains("no such setting"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn frozen_and_slow_processes_do_less_and_continue() {
+        let folder = tempfile::tempdir().unwrap();
+        let count = "i=0; while :; do i=$((i + 1)); echo $i; done";
+        let process = Process::start(
+            "counting",
+            Command::new("sh").args(["-c", count]),
+            &folder.path().join("log"),
+        )
+        .unwrap();
+        let written = || fs::metadata(folder.path().join("log")).unwrap().len();
+        // Bytes written in a while.
+        let progress = async || {
+            let before = written();
+            tokio::time::sleep(Duration::from_millis(400)).await;
+            written() - before
+        };
+        while written() == 0 {
+            tokio::time::sleep(POLL_EVERY).await;
+        }
+
+        freeze(process.pid());
+        tokio::time::sleep(POLL_EVERY).await;
+        assert_eq!(progress().await, 0);
+        thaw(process.pid());
+        let full = progress().await;
+        let slowness = Slowness::begin(process.pid(), 20.0);
+        let slow = progress().await;
+        drop(slowness);
+
+        assert!(full > 0 && slow < full / 2, "{slow} of {full}");
+        assert!(progress().await > 0);
+    }
+
+    #[tokio::test]
+    async fn open_files_and_threads_are_counted() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log");
+        let script = "exec 5</dev/null 6</dev/null 7</dev/null; echo ready; sleep 60";
+        let mut process = Process::start("holder", Command::new("sh").args(["-c", script]), &log).unwrap();
+        await_from(&mut process, "word", Duration::from_secs(5), || {
+            fs::read_to_string(&log)
+                .is_ok_and(|text| text.contains("ready"))
+                .then_some(())
+        })
+        .await
+        .unwrap();
+
+        let (files, threads) = handles_and_threads(process.pid()).unwrap();
+
+        assert!(files >= 6 && threads == 1, "{files} files, {threads} threads");
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub async fn build(names: &[&str]) -> Result<()> {
         let manifest = Path::new(&manifest);
         build.current_dir(manifest.parent().unwrap_or(manifest));
     }
-    // What `cargo run` tells us about this package is no business of the others: build scripts that look at it would run anew, and with them
+    // What `cargo run` tells us about this package is no business of the others: build scripts that look at it would run again, and with them
     // most of the workspace would be compiled at every start.
     for (name, _) in env::vars_os() {
         if name.to_str().is_some_and(is_of_one_package) {

@@ -1,6 +1,7 @@
 //! A load test from start to end: registry, servers, devices, phases, report. Start with [`run`].
 
 use std::{
+    collections::VecDeque,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -11,14 +12,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     fleet::Fleet,
+    follow::Follower,
     guard::TempDir,
     metrics::{SAMPLE_EVERY, Sample, Sampler},
-    phases::{Stage, describe},
+    phases::{Runner, describe},
     plan::Plan,
     programs,
     progress::Progress,
     recorder::{PhaseFigures, Recorder},
-    report::{self, MAIN_RUN, PhaseReport, Report, Run, Second, Summary},
+    report::{self, Drift, MAIN_RUN, PhaseReport, Report, Run, Second, Summary},
     scenario::{Means, Scenario},
     server::{External, Server},
     slow,
@@ -32,7 +34,7 @@ pub struct Job {
     pub interrupted: CancellationToken,
 }
 
-/// What a load test is done with. What is not given is started, and ended.
+/// What a load test is done with. Everything that is not given is started and stopped.
 #[derive(Clone, Debug)]
 pub enum With {
     Nothing,
@@ -86,6 +88,7 @@ pub async fn run(job: &Job, progress: &Progress) -> Result<Report> {
     progress.finish();
     let mut report = Report::new(scenario, &judged, started_at, runs);
     report.not_judged = others.iter().map(ToString::to_string).collect();
+    report.not_judged.extend(scenario.not_judged.iter().cloned());
     Ok(report)
 }
 
@@ -126,6 +129,16 @@ async fn runs(job: &Job, plan: &Plan, mut storage: Option<&mut Storage>, progres
         && !scenario.database.slow_firmware.is_empty()
     {
         slow::install(&storage.options()).await?;
+    }
+    if let (true, Some(naive), Some(url)) = (scenario.is_naive_beside, &scenario.naive, &url) {
+        let naive = Server::naive(folder.path(), naive, url).await?;
+        let main = Server::gateway(&data, &scenario.gateway.config, Some(url)).await?;
+        // Both have the same database, and its troubles.
+        let (naive, main) = tokio::try_join!(
+            through_phases(report::NAIVE_RUN, job, plan.clone(), naive, None, progress),
+            through_phases(MAIN_RUN, job, plan.clone(), main, storage, progress),
+        )?;
+        return Ok(vec![naive, main]);
     }
     let mut runs = Vec::new();
     for name in scenario.run_names() {
@@ -171,10 +184,21 @@ async fn through_phases(
     let scenario = &job.scenario;
     let started = Instant::now();
     let versions: Vec<&str> = plan.devices.iter().map(|device| device.firmware.as_str()).collect();
-    let recorder = Arc::new(Recorder::new(&versions, &scenario.groups, started));
+    let mut recorder = Recorder::new(&versions, &scenario.groups, started);
+    if let Some(presence) = &scenario.presence {
+        recorder = recorder.comparing(presence.limit());
+    }
+    let recorder = Arc::new(recorder);
+    let follower = match &scenario.presence {
+        Some(_) => {
+            let has_counts = server.pid().is_some();
+            Some(Follower::start(server.ops(), &plan.devices, &recorder, has_counts).await?)
+        }
+        None => None,
+    };
     let sampler = Sampler::start(server.ops().clone(), server.pid());
     let fleet = Fleet::start(&plan.devices, server.url(), Arc::clone(&recorder), scenario.seed).await?;
-    let mut stage = Stage {
+    let mut runner = Runner {
         run: name,
         scenario,
         plan: &mut plan,
@@ -188,19 +212,25 @@ async fn through_phases(
         rng: StdRng::seed_from_u64(scenario.seed ^ 0x5ea_3a11),
         begun: 0,
         rules: Vec::new(),
+        away: VecDeque::new(),
     };
-    stage.play().await?;
-    let (phases, seconds) = recorder.finish(Instant::now(), stage.counters().await?);
-    if stage.server.pid().is_none() {
-        // A gateway that goes on after us keeps nothing of ours.
-        stage.remove_rules().await?;
+    runner.run().await?;
+    let ended = Instant::now();
+    let (phases, seconds) = recorder.finish(ended, runner.counters().await?);
+    let presence = recorder.presence(ended);
+    drop(follower);
+    if runner.server.pid().is_none() {
+        // A gateway that keeps running after us keeps nothing of ours.
+        runner.remove_rules().await?;
     }
     tokio::time::sleep(2 * SAMPLE_EVERY).await;
     let samples = sampler.all();
     drop(sampler);
     fleet.stop().await;
     server.stop().await;
-    Ok(assemble(name, scenario, started, phases, seconds, &samples))
+    let mut run = assemble(name, scenario, started, phases, seconds, &samples);
+    run.summary.presence = presence;
+    Ok(run)
 }
 
 fn assemble(
@@ -228,12 +258,14 @@ fn assemble(
         }
         summary.statements = figures.counters.statements;
         summary.attempts_per_device = figures.attempts_per_device;
+        summary.presence = figures.presence;
         reports.push(PhaseReport {
             name: phase.name.clone(),
             action: describe(&phase.action),
             starts_seconds: figures.starts_seconds,
             seconds: figures.seconds,
             summary,
+            drift: Some(Drift::of(&seconds, figures.starts_seconds, figures.seconds)),
             groups: figures.groups,
         });
     }
@@ -270,6 +302,8 @@ pub(crate) fn of_run(scenario: &Scenario, phases: &[PhaseReport]) -> Summary {
         slow_lookups: phases.iter().map(|phase| phase.summary.slow_lookups).sum(),
         rss_start_bytes: phases.iter().find_map(|phase| phase.summary.rss_start_bytes),
         rss_max_bytes: most_of(|summary| summary.rss_max_bytes),
+        // Quantiles are of all phases together, not sums of theirs.
+        presence: None,
         ..leading
     }
 }
@@ -308,6 +342,8 @@ fn add_samples(seconds: &mut [Second], started: Instant, samples: &[Sample]) {
             second.queue = second.queue.max(sample.queue);
             second.limit = sample.limit.or(second.limit);
             second.rss_bytes = second.rss_bytes.max(sample.rss_bytes);
+            second.handles = second.handles.max(sample.handles);
+            second.threads = second.threads.max(sample.threads);
             second.statements += (sample.statements - statements_before).max(0.0);
         }
         statements_before = sample.statements;
@@ -336,6 +372,8 @@ mod tests {
                 statements: f64::from(n) * 10.0,
                 lookups: 0.0,
                 rss_bytes: Some(u64::from(n) + 100),
+                handles: None,
+                threads: None,
             })
             .collect();
 
@@ -355,6 +393,7 @@ mod tests {
         capacity_per_second = 60
         database = { kind = "postgres", slow_firmware = ["b3"] }
         groups = { marked = ["b3"] }
+        presence = {}
         thresholds = [
             "missing == 0",
             "lost_sessions == 0",
@@ -366,6 +405,10 @@ mod tests {
             "seawall.growth.slow_lookups >= 24",
             "seawall.calm.all.connects > 10",
             "rss_growth > 1",
+            "presence.closes > 2",
+            "presence.closed_offline == presence.closes",
+            "seawall.calm.presence.power_cuts > 2",
+            "presence.false_offline + presence.missed == 0",
         ]
         [[fleet]]
         name = "all"
@@ -385,6 +428,8 @@ mod tests {
         name = "calm"
         seconds = 1
         churn_per_second = 50
+        closes_per_second = 10
+        power_cuts_per_second = 10
         [[phase]]
         name = "growth"
         seconds = 1
@@ -408,7 +453,7 @@ mod tests {
         slow::mark_only(&storage.options(), &slow_ids(&scenario, &plan))
             .await
             .unwrap();
-        let naive = Naive::start(storage.options(), 8).await.unwrap();
+        let naive = Naive::start(storage.options(), &settings(8)).await.unwrap();
         let server = Server::of(naive.devices(), naive.ops());
         let job = Job {
             scenario,
@@ -427,11 +472,16 @@ mod tests {
             .filter(|outcome| !outcome.passed)
             .map(|outcome| &outcome.expression)
             .collect();
-        // The test's server is this process, whose memory is nobody's figure.
+        // The test's server is this process, whose memory is not measured.
         assert_eq!(failed, ["rss_growth > 1"], "{}", report.to_text());
-        assert!(report.runs[0].samples.iter().any(|second| second.connected == 60));
+        // Of 60, less than 20 leave or lose power in the second of the calm phase.
+        assert!(report.runs[0].samples.iter().any(|second| second.connected > 40));
         drop(naive);
         storage.stop().await.unwrap();
+    }
+
+    fn settings(pool: u32) -> crate::scenario::Naive {
+        toml::from_str(&format!("pool = {pool}")).unwrap()
     }
 
     async fn register(storage: &Storage, plan: &Plan) {

@@ -10,9 +10,9 @@ use serde::Deserialize;
 
 use crate::{
     metrics::Ops,
-    process::{self, Process},
+    process::{self, Process, Slowness},
     programs,
-    scenario::Naive,
+    scenario::{Naive, Trouble},
 };
 
 const START_TIME_MAX: Duration = Duration::from_secs(30);
@@ -29,6 +29,7 @@ pub struct Server {
     ops: Ops,
     /// None: not ours.
     process: Option<Process>,
+    slowness: Option<Slowness>,
 }
 
 /// A gateway or cluster that runs already.
@@ -98,6 +99,7 @@ impl Server {
             url: format!("ws://{}", addresses.devices),
             ops,
             process: Some(process),
+            slowness: None,
         })
     }
 
@@ -113,6 +115,8 @@ impl Server {
             .arg("naive-server")
             .arg("--pool")
             .arg(naive.pool.to_string())
+            .args(["--heartbeat-seconds", &naive.heartbeat_seconds.to_string()])
+            .args(["--deadline-seconds", &naive.deadline_seconds.to_string()])
             .arg("--addresses")
             .arg(&addresses)
             .env(NAIVE_DATABASE, database);
@@ -123,6 +127,7 @@ impl Server {
             url: format!("ws://{}", addresses.devices),
             ops,
             process: Some(process),
+            slowness: None,
         })
     }
 
@@ -135,6 +140,7 @@ impl Server {
             url: external.gateway.trim_end_matches('/').to_owned(),
             ops,
             process: None,
+            slowness: None,
         })
     }
 
@@ -146,6 +152,7 @@ impl Server {
             url: format!("ws://{devices}"),
             ops,
             process: None,
+            slowness: None,
         }
     }
 
@@ -164,14 +171,35 @@ impl Server {
         self.process.as_ref().map(Process::pid)
     }
 
+    /// Disturbs it, where it is ours, until [`Self::mend`]. It is never killed.
+    pub fn disturb(&mut self, trouble: Trouble) {
+        let Some(pid) = self.pid() else {
+            return;
+        };
+        match trouble {
+            Trouble::Frozen => process::freeze(pid),
+            Trouble::Slow { factor } => self.slowness = Some(Slowness::begin(pid, factor)),
+            Trouble::Killed => {}
+        }
+    }
+
+    /// Ends what [`Self::disturb`] began.
+    pub fn mend(&mut self) {
+        self.slowness = None;
+        if let Some(pid) = self.pid() {
+            process::thaw(pid);
+        }
+    }
+
     /// # Errors
-    /// It has ended by itself.
+    /// The server has ended on its own.
     pub fn check(&mut self) -> Result<()> {
         self.process.as_mut().map_or(Ok(()), Process::check)
     }
 
     /// Ends it in order, where it is ours.
-    pub async fn stop(self) {
+    pub async fn stop(mut self) {
+        self.mend();
         if let Some(mut process) = self.process {
             process.stop(Signal::TERM, STOP_GRACE).await;
         }

@@ -20,7 +20,7 @@ const NAME_PREFIX: &str = "seawall_loadtest_";
 #[derive(Clone)]
 pub struct ServerUrl(String);
 
-/// The text is no such address. It is not repeated.
+/// The text is not such an address. It is not repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("expected postgres://USER:PASSWORD@HOST:PORT/NAME, and no `dbname` behind it")]
 pub struct InvalidServerUrl;

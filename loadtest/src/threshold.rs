@@ -76,7 +76,7 @@ enum Operator {
 
 impl Threshold {
     /// # Errors
-    /// It is no comparison of two sums; says where.
+    /// It is not a comparison of two sums; says where.
     pub fn parse(text: &str) -> Result<Self, ThresholdError> {
         let mut reader = Reader { text, at: 0 };
         if text.len() > LEN_MAX {
@@ -227,7 +227,7 @@ impl Reader<'_> {
                 let digits = self.word(|c| c.is_ascii_digit() || matches!(c, '.' | '_'));
                 match digits.replace('_', "").parse() {
                     Ok(number) => Ok(Term::Number(number)),
-                    Err(_) => Err(self.error(format!("`{digits}` is no number"))),
+                    Err(_) => Err(self.error(format!("`{digits}` is not a number"))),
                 }
             }
             Some(c) if c.is_ascii_alphabetic() => {
@@ -360,7 +360,7 @@ mod tests {
             ("a <= 3 <= 4", "something behind the comparison at character 8"),
             ("(a <= 3", "expected `)` at character 4"),
             ("sum(a) <= 3", "no function `sum`"),
-            ("1.2.3 < 4", "`1.2.3` is no number"),
+            ("1.2.3 < 4", "`1.2.3` is not a number"),
             ("é < 3", "expected a number, a figure or a bracket at character 1"),
         ] {
             let error = Threshold::parse(text).unwrap_err().to_string();

@@ -1,20 +1,20 @@
-//! What decisions cost in time: `cargo bench -p seawall-proto`.
+//! Time of decisions: `cargo bench -p seawall-proto`.
 
 mod cases;
 
 use std::hint::black_box;
 
-use cases::{Door, KEYS, Node, RULES, VERSIONS};
+use cases::{ConnectPath, KEYS, Node, RULES, VERSIONS};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use seawall_proto::firmware::compare;
 
 fn handshake(criterion: &mut Criterion) {
-    let mut door = Door::new();
+    let mut path = ConnectPath::new();
     let mut group = criterion.benchmark_group("handshake");
-    group.bench_function("parse", |bencher| bencher.iter(|| door.parse()));
-    group.bench_function("admit", |bencher| bencher.iter(|| door.admit()));
-    group.bench_function("resume", |bencher| bencher.iter(|| door.resume()));
-    group.bench_function("refuse", |bencher| bencher.iter(|| door.refuse()));
+    group.bench_function("parse", |bencher| bencher.iter(|| path.parse()));
+    group.bench_function("admit", |bencher| bencher.iter(|| path.admit()));
+    group.bench_function("resume", |bencher| bencher.iter(|| path.resume()));
+    group.bench_function("refuse", |bencher| bencher.iter(|| path.refuse()));
     group.finish();
 }
 
@@ -29,9 +29,13 @@ fn rules(criterion: &mut Criterion) {
             ("no digit", "main"),
         ] {
             group.bench_with_input(BenchmarkId::new(name, count), firmware, |bencher, firmware| {
-                bencher.iter(|| cases::evaluate(&set, firmware));
+                bencher.iter(|| cases::verdict(&set, firmware));
             });
         }
+        let shares = cases::rules_with_shares(count);
+        group.bench_with_input(BenchmarkId::new("share", count), hit.as_str(), |bencher, firmware| {
+            bencher.iter(|| cases::verdict(&shares, firmware));
+        });
         group.sample_size(10);
         group.bench_function(BenchmarkId::new("compile", count), |bencher| {
             bencher.iter(|| cases::rules(count));
@@ -56,9 +60,9 @@ fn versions(criterion: &mut Criterion) {
 }
 
 fn tokens(criterion: &mut Criterion) {
-    let door = Door::new();
-    criterion.bench_function("resume/mint", |bencher| bencher.iter(|| door.mint()));
-    criterion.bench_function("resume/weigh", |bencher| bencher.iter(|| door.weigh()));
+    let path = ConnectPath::new();
+    criterion.bench_function("resume/mint", |bencher| bencher.iter(|| path.mint()));
+    criterion.bench_function("resume/verify", |bencher| bencher.iter(|| path.verify()));
     let (mut giver, mut taker) = (Node::new(), Node::new());
     let token = giver.give_slot();
     criterion.bench_function("slots/give", |bencher| bencher.iter(|| giver.give_slot()));

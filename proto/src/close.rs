@@ -1,22 +1,22 @@
-//! How sessions end: close codes, and what stands in the close frame's reason (contract section 5).
+//! How sessions end: close codes, and the reason in the close frame (docs/PROTOCOL.md, "Close codes").
 //!
-//! A [`Close`] is the fact; [`Close::reason`] is its text, never over the 123 bytes that a close frame has room for
-//! (RFC 6455 §5.5). 1013 does not exist here: its registered meaning tells a client not to come back to this address.
+//! [`Close::reason`] is the text of a [`Close`], at most the 123 bytes that a close frame has room for (RFC 6455 §5.5).
+//! 1013 is not used: by its registered meaning a client may give up this address.
 
 use std::time::Duration;
 
 use rand::Rng;
 use serde::Serialize;
 
-use crate::refusal::{Hint, draw};
+use crate::hint::{self, Hint, draw};
 
-/// Longest reason, in bytes: a control frame carries 125, two of them are the code (RFC 6455 §5.5).
+/// Maximum length of a reason, in bytes: a control frame carries 125, two of which are the code (RFC 6455 §5.5).
 pub const REASON_LEN_MAX: usize = 123;
 
-/// Why and how the gateway ends a session.
+/// The end of a session by the gateway, with its cause.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Close {
-    /// 1000: the device said goodbye.
+    /// 1000: the device closed the session.
     Normal,
     /// 1002: a frame that RFC 6455 forbids.
     Protocol,
@@ -24,74 +24,145 @@ pub enum Close {
     WrongKind,
     /// 1007: text that is not UTF-8.
     NotUtf8,
-    /// 1008: too many bad frames, over the message rate, or a peer that does not read.
+    /// 1008: too many bad frames, a message rate above the limit, or a peer that does not read.
     Policy,
-    /// 1009: a message over the limit.
+    /// 1009: a message above the size limit.
     TooBig,
-    /// 1012: come back after the hint, here or at another node.
+    /// 1012: the device returns after the hint, to this node or another.
     Restart { why: Restart, hint: Hint },
-    /// 4000: a rule does not want this firmware any more.
+    /// 4000: a rule refuses this firmware.
     Evicted { after: Duration },
-    /// 4001: nothing was heard for too long.
+    /// 4001: no frame for too long.
     HeartbeatMissed { after: Duration },
     /// 4002: an operator has disabled the device.
     Disabled { after: Duration },
-    /// 4003: an operator has disconnected the device.
+    /// 4003: an operator has disconnected the device, its secret was replaced, or its certificate was revoked.
     Disconnected { after: Duration },
     /// 4500: a newer session of the same device.
     Replaced,
-    /// 4501: the device's credential is gone for good.
+    /// 4501: the device's credential was revoked permanently.
     Revoked,
 }
 
-/// Why a session is asked to move.
+/// The party that ended a session. It decides whether the end is a failure of the device or its firmware.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Restart {
-    Draining,
-    Ageing,
+pub enum EndedBy {
+    /// The device, by a close frame or the end of its connection.
+    Device,
+    /// A newer session of the device.
+    Replacement,
+    /// The gateway, because the device violated the protocol or a limit.
+    Fault,
+    /// The device or its network: it sent nothing, or read nothing, for too long.
+    Silence,
+    /// The gateway or an operator.
+    Gateway,
 }
 
-impl Restart {
-    /// The word in the reason.
+crate::labels! {
+    /// Why a session ended: label `reason` of `seawall_closes_total`.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum EndReason {
+        Normal = "normal",
+        Protocol = "protocol",
+        WrongKind = "wrong_kind",
+        NotUtf8 = "not_utf8",
+        Policy = "policy",
+        TooBig = "too_big",
+        Draining = "draining",
+        Ageing = "ageing",
+        Evicted = "evicted",
+        HeartbeatMissed = "heartbeat_missed",
+        Disabled = "disabled",
+        Disconnected = "disconnected",
+        Replaced = "replaced",
+        Revoked = "revoked",
+        /// The device ended its connection, without a close frame.
+        ClientGone = "client_gone",
+        /// The device read nothing for too long.
+        SlowReader = "slow_reader",
+        /// The process ended first.
+        Shutdown = "shutdown",
+        /// The session's task panicked.
+        Failed = "failed",
+    }
+}
+
+impl EndReason {
     #[must_use]
-    pub const fn as_str(self) -> &'static str {
+    pub const fn ended_by(self) -> EndedBy {
         match self {
-            Self::Draining => "draining",
-            Self::Ageing => "ageing",
+            Self::ClientGone | Self::Normal => EndedBy::Device,
+            Self::Replaced => EndedBy::Replacement,
+            Self::Protocol | Self::WrongKind | Self::NotUtf8 | Self::Policy | Self::TooBig => EndedBy::Fault,
+            Self::HeartbeatMissed | Self::SlowReader => EndedBy::Silence,
+            Self::Draining
+            | Self::Ageing
+            | Self::Evicted
+            | Self::Disabled
+            | Self::Disconnected
+            | Self::Revoked
+            | Self::Shutdown
+            | Self::Failed => EndedBy::Gateway,
         }
+    }
+}
+
+impl EndedBy {
+    /// Whether a short session with this end may be part of a crash loop. Silence is left out: a broken network looks
+    /// the same.
+    #[must_use]
+    pub const fn may_be_crash(self) -> bool {
+        matches!(self, Self::Device | Self::Replacement | Self::Fault)
+    }
+
+    /// Whether a short session with this end has failed, for comparisons within one network. A session that was
+    /// replaced is ignored: the newer one is counted.
+    #[must_use]
+    pub const fn is_failure(self) -> bool {
+        matches!(self, Self::Device | Self::Fault | Self::Silence)
+    }
+}
+
+crate::labels! {
+    /// Why a session must move.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum Restart {
+        Draining = "draining",
+        Ageing = "ageing",
     }
 }
 
 impl Close {
-    /// 4001, with a hint of 1 to 10 s: a path that broke for many is not met by all of them at once.
+    /// 4001, with a hint of 1 to 10 s: a path that broke for many devices does not get all of them back at once.
     pub fn heartbeat_missed(rng: &mut impl Rng) -> Self {
         Self::HeartbeatMissed {
-            after: draw(Duration::from_secs(1)..=Duration::from_secs(10), rng),
+            after: draw(hint::HEARTBEAT_MISSED, rng),
         }
     }
 
-    /// 4002, with the hint that a disabled device gets at the door: 15 to 30 min.
+    /// 4002, with the hint that a disabled device gets when it connects: 15 to 30 min.
     pub fn disabled(rng: &mut impl Rng) -> Self {
         Self::Disabled {
-            after: draw(Duration::from_secs(900)..=Duration::from_secs(1800), rng),
+            after: draw(hint::DISABLED, rng),
         }
     }
 
     /// 4003, with a hint of 1 to 5 s.
     pub fn disconnected(rng: &mut impl Rng) -> Self {
         Self::Disconnected {
-            after: draw(Duration::from_secs(1)..=Duration::from_secs(5), rng),
+            after: draw(hint::DISCONNECTED, rng),
         }
     }
 
     /// 4000, with a hint between `at_least` and twice that; see [`crate::rules::Rule::evicted_for`].
     pub fn evicted(at_least: Duration, rng: &mut impl Rng) -> Self {
         Self::Evicted {
-            after: draw(at_least..=at_least.saturating_mul(2), rng),
+            after: draw(hint::up_to_twice(at_least), rng),
         }
     }
 
-    /// The number on the wire.
+    /// Code on the wire.
     #[must_use]
     pub const fn code(&self) -> u16 {
         match self {
@@ -111,28 +182,36 @@ impl Close {
         }
     }
 
-    /// The word in metrics, in logs and in presence.
+    /// Value in metrics, in logs and in presence.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
+        self.end_reason().as_str()
+    }
+
+    #[must_use]
+    pub const fn end_reason(&self) -> EndReason {
         match self {
-            Self::Normal => "normal",
-            Self::Protocol => "protocol",
-            Self::WrongKind => "wrong_kind",
-            Self::NotUtf8 => "not_utf8",
-            Self::Policy => "policy",
-            Self::TooBig => "too_big",
-            Self::Restart { why, .. } => why.as_str(),
-            Self::Evicted { .. } => "evicted",
-            Self::HeartbeatMissed { .. } => "heartbeat_missed",
-            Self::Disabled { .. } => "disabled",
-            Self::Disconnected { .. } => "disconnected",
-            Self::Replaced => "replaced",
-            Self::Revoked => "revoked",
+            Self::Normal => EndReason::Normal,
+            Self::Protocol => EndReason::Protocol,
+            Self::WrongKind => EndReason::WrongKind,
+            Self::NotUtf8 => EndReason::NotUtf8,
+            Self::Policy => EndReason::Policy,
+            Self::TooBig => EndReason::TooBig,
+            Self::Restart { why, .. } => match why {
+                Restart::Draining => EndReason::Draining,
+                Restart::Ageing => EndReason::Ageing,
+            },
+            Self::Evicted { .. } => EndReason::Evicted,
+            Self::HeartbeatMissed { .. } => EndReason::HeartbeatMissed,
+            Self::Disabled { .. } => EndReason::Disabled,
+            Self::Disconnected { .. } => EndReason::Disconnected,
+            Self::Replaced => EndReason::Replaced,
+            Self::Revoked => EndReason::Revoked,
         }
     }
 
-    /// The text beside the code: JSON where a hint goes with it, else one word. At most [`REASON_LEN_MAX`] bytes: a slot
-    /// that does not fit is left out, since the hint alone still works.
+    /// The text after the code: JSON if it has a hint, otherwise one word. At most [`REASON_LEN_MAX`] bytes: a slot
+    /// that does not fit is left out, because the hint alone still works.
     #[must_use]
     pub fn reason(&self) -> String {
         match self {
@@ -189,6 +268,36 @@ mod tests {
                 slot: Some(slot.into()),
             },
         }
+    }
+
+    #[test]
+    fn an_end_is_a_failure_by_who_ended_the_session() {
+        let of = |reason: EndReason| (reason.ended_by().may_be_crash(), reason.ended_by().is_failure());
+
+        for reason in [
+            EndReason::ClientGone,
+            EndReason::Normal,
+            EndReason::Protocol,
+            EndReason::TooBig,
+        ] {
+            assert_eq!(of(reason), (true, true), "{reason:?}");
+        }
+        assert_eq!(of(EndReason::Replaced), (true, false));
+        for reason in [EndReason::HeartbeatMissed, EndReason::SlowReader] {
+            assert_eq!(of(reason), (false, true), "{reason:?}");
+        }
+        for reason in [
+            EndReason::Draining,
+            EndReason::Ageing,
+            EndReason::Evicted,
+            EndReason::Revoked,
+            EndReason::Disconnected,
+            EndReason::Shutdown,
+            EndReason::Failed,
+        ] {
+            assert_eq!(of(reason), (false, false), "{reason:?}");
+        }
+        assert_eq!(Close::Policy.end_reason().ended_by(), EndedBy::Fault);
     }
 
     #[test]

@@ -1,70 +1,63 @@
 //! Ids that two devices seem to share: their sessions replace each other again and again.
 //!
-//! A device that comes back before its dead session was noticed replaces itself, once. Two devices with one id go on. Start with
-//! [`Duplicates`]. What an operator is told of them is the caller's.
+//! A device that reconnects before its dead session is noticed replaces itself, once. Two devices with one id continue
+//! to replace each other. Start with [`Duplicates`]. The caller reports them to operators.
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    time::Duration,
-};
+use std::{collections::VecDeque, time::Duration};
 
-use crate::{id::DeviceId, time::Instant};
+use crate::{bounded::Bounded, id::DeviceId, time::Instant};
 
-/// So many replacements of one id within [`WINDOW`] make it a duplicate.
+/// Number of replacements of one id within [`WINDOW`] that makes it a duplicate.
 pub const REPLACEMENTS: usize = 5;
-/// See [`REPLACEMENTS`]. An id that was not replaced so often lately is none any more.
+/// Time over which [`REPLACEMENTS`] are counted. Without as many, an id is not a duplicate any more.
 pub const WINDOW: Duration = Duration::from_secs(600);
-/// Ids watched, about 100 bytes each. Then the one watched longest is forgotten, and counted anew where it goes on: where a crowd
-/// replaces its dead sessions, a duplicate may be found late.
+/// Maximum number of ids watched, about 100 bytes each. Beyond it the one watched longest is forgotten, and its count
+/// restarts. While many devices replace dead sessions, a duplicate may be found late.
 const IDS_MAX: usize = 4_096;
 
-/// The ids replaced lately.
-#[derive(Clone, Debug, Default)]
+/// Ids whose sessions were replaced lately.
+#[derive(Clone, Debug)]
 pub struct Duplicates {
-    /// The last replacements of each, oldest first; at most [`REPLACEMENTS`].
-    replaced_at: BTreeMap<DeviceId, VecDeque<Instant>>,
-    /// Every id watched, in the order in which they were first seen.
-    order: VecDeque<DeviceId>,
+    /// Times of the last replacements of each id, oldest first; at most [`REPLACEMENTS`].
+    replaced_at: Bounded<DeviceId, VecDeque<Instant>>,
 }
 
-/// What is known of duplicate ids.
+impl Default for Duplicates {
+    fn default() -> Self {
+        Self {
+            replaced_at: Bounded::new(IDS_MAX),
+        }
+    }
+}
+
+/// Duplicate ids found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Found {
-    /// How many there are.
+    /// Number of duplicates.
     pub count: usize,
-    /// One of them: the smallest, so that it is the same at the next look.
+    /// The smallest of them, so that repeated calls return the same one.
     pub example: Option<DeviceId>,
 }
 
 impl Duplicates {
     /// A session of `device` was replaced by a newer one.
     pub fn handle_replaced(&mut self, device: DeviceId, now: Instant) {
-        if let Some(times) = self.replaced_at.get_mut(&device) {
-            if times.len() >= REPLACEMENTS {
-                times.pop_front();
-            }
-            times.push_back(now);
-            return;
+        let times = self.replaced_at.entry(device, VecDeque::new);
+        if times.len() >= REPLACEMENTS {
+            times.pop_front();
         }
-        if self.order.len() >= IDS_MAX
-            && let Some(oldest) = self.order.pop_front()
-        {
-            self.replaced_at.remove(&oldest);
-        }
-        self.order.push_back(device);
-        self.replaced_at.insert(device, VecDeque::from([now]));
+        times.push_back(now);
     }
 
-    /// The duplicates as of `now`. Forgets ids that were left in peace; takes time in proportion to the ids watched.
+    /// The duplicates as of `now`. Forgets ids without recent replacements. Takes time in proportion to the ids
+    /// watched.
     pub fn find(&mut self, now: Instant) -> Found {
         let is_recent = |at: &Instant| now.saturating_since(*at) < WINDOW;
         self.replaced_at.retain(|_, times| times.back().is_some_and(is_recent));
-        let watched = &self.replaced_at;
-        self.order.retain(|device| watched.contains_key(device));
         let is_duplicate =
             |times: &VecDeque<Instant>| times.len() >= REPLACEMENTS && times.front().is_some_and(is_recent);
         let mut found = Found::default();
-        for (&device, times) in &self.replaced_at {
+        for (&device, times) in self.replaced_at.iter() {
             if is_duplicate(times) {
                 found.count += 1;
                 found.example = found.example.or(Some(device));
@@ -114,7 +107,7 @@ mod tests {
         assert_eq!(duplicates.find(at(600)), Found::default());
         duplicates.find(at(240 + 600));
 
-        assert!(duplicates.replaced_at.is_empty() && duplicates.order.is_empty());
+        assert_eq!(duplicates.replaced_at.len(), 0);
     }
 
     #[test]
@@ -135,7 +128,6 @@ mod tests {
         replace(&mut duplicates, 30_000, 1..6);
 
         assert_eq!(duplicates.replaced_at.len(), IDS_MAX);
-        assert_eq!(duplicates.order.len(), IDS_MAX);
         assert_eq!(duplicates.find(at(6)).example, Some(device(30_000)));
     }
 }

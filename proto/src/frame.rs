@@ -1,7 +1,7 @@
-//! Frames of `seawall.v1`: JSON text, one object a frame, unknown fields ignored (contract section 4).
+//! Frames of `seawall.v1`: JSON text, one object per frame, unknown fields ignored (docs/PROTOCOL.md).
 //!
-//! [`ServerFrame`] is what the gateway says, [`DeviceFrame`] what a device says; both ends write and read both, so that
-//! they can't drift apart. Payloads pass through as they are, never taken apart.
+//! [`ServerFrame`] is sent by the gateway, [`DeviceFrame`] by a device. Each type both writes and reads its frames, so
+//! that the two sides cannot diverge. Payloads pass through unparsed.
 
 use std::borrow::Cow;
 
@@ -10,10 +10,10 @@ use serde_json::value::RawValue;
 
 use crate::id::RuleId;
 
-/// Longest id of a message, in bytes. A longer one is a bad frame.
+/// Maximum length of a message id, in bytes. A longer one is a bad frame.
 pub const MESSAGE_ID_LEN_MAX: usize = 128;
 
-/// Longest topic, in bytes. A longer one is a bad frame.
+/// Maximum length of a topic, in bytes. A longer one is a bad frame.
 pub const TOPIC_LEN_MAX: usize = 256;
 
 /// A frame from the gateway.
@@ -22,13 +22,13 @@ pub const TOPIC_LEN_MAX: usize = 256;
 pub enum ServerFrame<'a> {
     /// The first frame of every session.
     Welcome {
-        /// Names the session in logs and in the API.
+        /// Identifies the session in logs and in the API.
         session: Cow<'a, str>,
-        /// How often the gateway pings, and how often a device that can't answer pings should send a heartbeat.
+        /// Interval of the gateway's pings, and of the heartbeats of a device that cannot answer pings.
         heartbeat_ms: u64,
-        /// Longest wait between attempts that the device should use when it gets no hint.
+        /// Maximum wait between attempts of a device that gets no hint.
         backoff_cap_ms: u64,
-        /// A resume token, where this gateway gives them.
+        /// A resume token, if this gateway issues them.
         #[serde(skip_serializing_if = "Option::is_none")]
         resume: Option<Cow<'a, str>>,
         /// RFC 3339, in UTC.
@@ -49,11 +49,11 @@ pub enum ServerFrame<'a> {
     },
     /// In a restricted session; close 4000 follows.
     Update { rule: RuleId, update: &'a RawValue },
-    /// A frame was not understood, or came too soon. Says what was wrong, never what it was.
+    /// A frame was not understood, or came too soon. Describes the problem without repeating the frame.
     Error { code: ErrorCode, detail: Cow<'a, str> },
 }
 
-/// Why a frame of a device was not taken.
+/// Why a device's frame was rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorCode {
@@ -62,7 +62,7 @@ pub enum ErrorCode {
 }
 
 impl<'a> ServerFrame<'a> {
-    /// Reads a text frame: the reference device's side. `None` where it is none that this version knows.
+    /// Parses a text frame, for the reference device. `None` if this version does not know it.
     #[must_use]
     pub fn parse(text: &'a str) -> Option<Self> {
         let fields: ServerFields<'a> = serde_json::from_str(text).ok()?;
@@ -100,7 +100,7 @@ impl<'a> ServerFrame<'a> {
         })
     }
 
-    /// The text of the frame.
+    /// Encodes the frame.
     #[must_use]
     pub fn to_json(&self) -> String {
         serde_json::to_string(self).expect("texts, numbers and raw JSON always have a JSON form")
@@ -110,23 +110,23 @@ impl<'a> ServerFrame<'a> {
 /// A frame from a device.
 #[derive(Clone, Debug)]
 pub enum DeviceFrame<'a> {
-    /// Says nothing but that the device lives.
+    /// Only shows that the device is alive.
     Heartbeat,
-    /// Answered by an ack once it is in the event buffer.
+    /// Answered with an ack once it is in the event buffer.
     Message {
         id: Cow<'a, str>,
         topic: Option<Cow<'a, str>>,
         payload: Option<&'a RawValue>,
     },
-    /// The device has a message of the gateway's.
+    /// The device has received a message of the gateway.
     Ack { id: Cow<'a, str> },
 }
 
 impl<'a> DeviceFrame<'a> {
-    /// Reads a text frame.
+    /// Parses a text frame.
     ///
     /// # Errors
-    /// No JSON object, no known type, or a field that is missing, too long or of the wrong kind.
+    /// The text is not a JSON object or has no known type, or a field is missing, over its limit or of the wrong kind.
     pub fn parse(text: &'a str) -> Result<Self, BadFrame> {
         let fields: Fields<'a> = serde_json::from_str(text).map_err(|_| BadFrame::classify(text))?;
         match fields.kind.0.as_ref() {
@@ -143,7 +143,7 @@ impl<'a> DeviceFrame<'a> {
         }
     }
 
-    /// The text of the frame: the reference device's side.
+    /// Encodes the frame, for the reference device.
     #[must_use]
     pub fn to_json(&self) -> String {
         let fields = match self {
@@ -203,7 +203,7 @@ impl BadFrame {
     }
 }
 
-/// Text that is borrowed from the frame where it has no escapes. (`Option<Cow<str>>` alone would always be copied.)
+/// Text that is borrowed from the frame if it has no escapes. (`Option<Cow<str>>` alone would always be copied.)
 #[derive(Deserialize)]
 struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 

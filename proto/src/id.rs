@@ -1,13 +1,14 @@
-//! Names of things that the outside hands us: devices, rules, sessions, tenants, texts. Parsed once, at the edge.
+//! Identifiers and short texts from outside: devices, rules, sessions, credentials, addresses, labels. They are parsed
+//! once, on arrival.
 
-use std::{fmt, net::IpAddr, num::NonZeroU32, str::FromStr, sync::Arc};
+use std::{fmt, net::IpAddr, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
-/// A device's identity: any UUID, whatever its version. Written in lower case with dashes.
+/// A device's id: any UUID of any version. Written in lower case with dashes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(transparent)]
 pub struct DeviceId(Uuid);
@@ -29,7 +30,7 @@ impl DeviceId {
     }
 }
 
-/// Any letter case, with all four dashes or none; no braces, no `urn:`.
+/// Any letter case, with all four dashes or none; without braces and `urn:`.
 impl FromStr for DeviceId {
     type Err = InvalidDeviceId;
 
@@ -59,7 +60,7 @@ impl<'de> Deserialize<'de> for DeviceId {
 #[error("not a UUID: expected 32 hexadecimal digits, with dashes as 8-4-4-4-12 or without")]
 pub struct InvalidDeviceId;
 
-/// A firmware rule's identity.
+/// A firmware rule's id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RuleId(pub Uuid);
@@ -70,7 +71,8 @@ impl fmt::Display for RuleId {
     }
 }
 
-/// One WebSocket session. Its counter is also the epoch that fences it: of two sessions of a device, the greater is the newer.
+/// Id of a WebSocket session, and the epoch that fences it: of two sessions of a device, the greater is newer.
+/// [`SessionIds`](crate::epoch::SessionIds) issues them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SessionId(pub u64);
 
@@ -80,7 +82,7 @@ impl fmt::Display for SessionId {
     }
 }
 
-/// SHA-256 of a credential. Secrets of ours are 256 random bits, so that a plain hash is as strong as a slow one.
+/// SHA-256 of a credential. Issued secrets have 256 random bits, so a plain hash is as strong as a slow one.
 #[derive(Clone, Copy)]
 pub struct SecretHash([u8; 32]);
 
@@ -116,52 +118,81 @@ impl fmt::Debug for SecretHash {
     }
 }
 
-/// How a device proves who it is. Neither is kept as it was shown.
+/// The proof of a device's identity. Only hashes are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Credential {
     /// A secret: the registry has its hash.
     Secret(SecretHash),
-    /// A client certificate that names the device, and that TLS has verified; its hash.
+    /// Hash of a client certificate that names the device and that TLS has verified.
     Certificate(SecretHash),
 }
 
-/// The first 4 bytes of a secret's hash, for a session to keep: enough to see that its secret was replaced, and no proof of anything. Nothing of
-/// a certificate, which does not depend on the registry.
+/// A part of a credential's hash that a session keeps: 31 bits, and one bit for its kind. It shows that a secret was
+/// replaced or a certificate revoked, and proves nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CredentialTag(Option<NonZeroU32>);
+pub struct CredentialTag(u32);
+
+/// The bit that is set in the tag of a secret.
+const OF_SECRET: u32 = 1;
 
 impl CredentialTag {
-    /// Whether it is of this secret, or of a certificate.
+    /// Whether it may be the tag of this secret. True for every certificate.
     #[must_use]
     pub fn may_be(self, secret: &SecretHash) -> bool {
-        self.0.is_none() || self == Self::from(&Credential::Secret(*secret))
+        self.certificate().is_some() || self == Self::from(&Credential::Secret(*secret))
+    }
+
+    /// The certificate's tag; `None` for a secret.
+    #[must_use]
+    pub fn certificate(self) -> Option<CertificateTag> {
+        (self.0 & OF_SECRET == 0).then_some(CertificateTag(self.0))
     }
 }
 
 impl From<&Credential> for CredentialTag {
     fn from(credential: &Credential) -> Self {
-        let Credential::Secret(SecretHash([a, b, c, d, ..])) = *credential else {
-            return Self(None);
-        };
-        Self(Some(NonZeroU32::MIN | u32::from_be_bytes([a, b, c, d])))
+        let SecretHash([a, b, c, d, ..]) = *credential.hash();
+        let bits = u32::from_be_bytes([a, b, c, d]);
+        match credential {
+            Credential::Secret(_) => Self(bits | OF_SECRET),
+            Credential::Certificate(_) => Self(bits & !OF_SECRET),
+        }
     }
 }
 
-/// Keeps the hash of a certificate apart from that of any secret, which is at most 128 bytes of visible ASCII.
+/// Hash of a certificate's issuer and serial number, by which revocation lists identify it. 31 bits: another
+/// certificate has the same tag once in two billion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CertificateTag(u32);
+
+impl CertificateTag {
+    /// `issuer` as DER, `serial` as a big-endian number without leading zeros.
+    #[must_use]
+    pub fn of(issuer: &[u8], serial: &[u8]) -> Self {
+        let hash = Sha256::new().chain_update(issuer).chain_update(serial).finalize();
+        let [a, b, c, d, ..] = <[u8; 32]>::from(hash);
+        Self(u32::from_be_bytes([a, b, c, d]) & !OF_SECRET)
+    }
+}
+
+/// Separates the hash of a certificate from that of any secret, which is at most 128 bytes of visible ASCII.
 const CERTIFICATE_DOMAIN: &[u8] = b"seawall client certificate\0";
 
 impl Credential {
-    /// Of a certificate, as DER.
+    /// The credential of a certificate, given as DER. Its hash begins with the tag, so that a session's
+    /// [`CredentialTag`] contains it.
     #[must_use]
-    pub fn of_certificate(der: &[u8]) -> Self {
+    pub fn of_certificate(der: &[u8], tag: CertificateTag) -> Self {
         let hash = Sha256::new()
             .chain_update(CERTIFICATE_DOMAIN)
             .chain_update(der)
             .finalize();
-        Self::Certificate(SecretHash(hash.into()))
+        let mut hash = <[u8; 32]>::from(hash);
+        hash[..4].copy_from_slice(&tag.0.to_be_bytes());
+        Self::Certificate(SecretHash(hash))
     }
 
-    /// What it says for itself.
+    /// The kind of proof.
     #[must_use]
     pub const fn proof(&self) -> Proof {
         match self {
@@ -170,7 +201,7 @@ impl Credential {
         }
     }
 
-    /// What a resume token is bound to.
+    /// The hash that a resume token is bound to.
     #[must_use]
     pub const fn hash(&self) -> &SecretHash {
         match self {
@@ -179,7 +210,7 @@ impl Credential {
     }
 }
 
-/// An address as limits see it: IPv4, or the upper half of IPv6. IPv4 in IPv6 is IPv4.
+/// An address as limits count it: IPv4, or the upper half of IPv6. IPv4-mapped IPv6 is handled as IPv4.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Network {
     V4(u32),
@@ -199,8 +230,8 @@ impl From<IpAddr> for Network {
 }
 
 impl Network {
-    /// What one customer of a provider may hold at most: an IPv4 address, or an IPv6 /48. Guesses are counted by this, since changing the /64
-    /// costs a customer nothing.
+    /// The network of one customer of a provider: an IPv4 address, or an IPv6 /48. Wrong credentials are counted by it,
+    /// because a customer can change the /64 at no cost.
     #[must_use]
     pub const fn site(self) -> Self {
         match self {
@@ -210,12 +241,12 @@ impl Network {
     }
 }
 
-/// What stands behind a claim to be a device, before the registry was asked.
+/// Evidence for a claimed device id, before the lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Proof {
-    /// A secret: anybody can send one, and only the registry knows whether it is right.
+    /// A secret: any client can send one, and only the registry can verify it.
     Secret,
-    /// A client certificate that names the device. TLS has verified it: whoever shows it is the device, or has stolen its key.
+    /// A client certificate that names the device, verified by TLS: the client has the device's private key.
     Certificate,
 }
 
@@ -225,16 +256,17 @@ impl From<SecretHash> for Credential {
     }
 }
 
-/// A short text that a device says of itself (firmware version, model, tenant): 1 to 64 bytes of printable ASCII, spaces inside allowed, trimmed.
+/// A short text from a device: its firmware version, model or tenant. 1 to 64 bytes of printable ASCII, trimmed; spaces
+/// inside are allowed.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(transparent)]
 pub struct Label(Arc<str>);
 
 impl Label {
-    /// Longest label, in bytes.
+    /// Maximum length of a label, in bytes.
     pub const LEN_MAX: usize = 64;
 
-    /// Trims `text`; `Ok(None)` where nothing is left of it.
+    /// Trims `text`. Returns `Ok(None)` if nothing remains.
     ///
     /// # Errors
     /// Longer than 64 bytes after trimming, or a byte outside printable ASCII.
@@ -251,13 +283,13 @@ impl Label {
         &self.0
     }
 
-    /// The text itself, to be shared.
+    /// The text, to be shared.
     #[must_use]
     pub const fn as_arc(&self) -> &Arc<str> {
         &self.0
     }
 
-    /// Uses the memory of `text`, where it is the same text.
+    /// Shares the memory of `text` if it is the same text.
     pub fn share(&mut self, text: &Arc<str>) {
         if self.0 == *text {
             self.0 = Arc::clone(text);
@@ -295,7 +327,7 @@ impl<'de> Deserialize<'de> for Label {
     }
 }
 
-/// The text is empty, too long, or has bytes outside printable ASCII.
+/// The text is empty, over 64 bytes, or has bytes outside printable ASCII.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("expected 1 to 64 bytes of printable ASCII")]
 pub struct InvalidLabel;

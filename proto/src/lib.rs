@@ -3,23 +3,34 @@
 //! This crate has no sockets, no runtime, no database, no clock, no global random source and no metrics. The gateway,
 //! the simulated devices and the simulator run the very same code from here.
 //!
-//! Start with [`handshake`]: it holds the fixed order of decisions that a connecting device goes through.
+//! Start with [`connect`]: it holds the one order of decisions about a connecting device.
 
 pub mod admission;
-pub mod ageing;
+mod bounded;
 pub mod close;
-pub mod drain;
+
+pub mod cohort;
+pub mod cohorts;
+pub mod connect;
+pub mod departures;
 pub mod duplicates;
+pub mod epoch;
 pub mod firmware;
 pub mod frame;
-pub mod handshake;
 pub mod hello;
+mod hint;
 pub mod id;
+mod keyring;
+mod labels;
 pub mod memory;
+pub mod presence;
+mod rate;
 pub mod record;
 pub mod refusal;
 pub mod resume;
+pub mod rollout;
 pub mod rules;
 pub mod session;
 pub mod slots;
 pub mod time;
+pub mod webhook;

@@ -1,33 +1,33 @@
-//! When a node that runs out of memory takes no more devices. Start with [`Guard`].
+//! Decides when a node with little free memory refuses devices. Start with [`Guard`].
 //!
-//! It measures nothing: the caller says every so often what is used and what there is, and asks before it takes a device. Live sessions
-//! are none of its business: they stay.
+//! It measures nothing: the caller reports usage and limits periodically, and asks before it accepts a device. Live
+//! sessions are never closed for memory.
 
-/// What one more device may come to take, in bytes, kernel and TLS included (docs/BENCHMARKS.md: 7 KB over plain TCP).
+/// Maximum memory of a further device, in bytes, kernel and TLS included (docs/BENCHMARKS.md: 7 KB over plain TCP).
 pub const DEVICE_BYTES: u64 = 16 * 1024;
 
-/// A node is full where less than this part of its memory is left, in percent.
+/// Minimum part of its memory that a node keeps free, in percent. Below it the node is full.
 const RESERVE_PERCENT: u64 = 10;
-/// And where less than this is left, in bytes.
+/// Minimum memory that a node keeps free, in bytes.
 const RESERVE_BYTES: u64 = 24 * 1024 * 1024;
-/// A large memory keeps no more than this free, in bytes: ten percent of it may be what others on the machine need.
+/// Maximum memory that a node keeps free, in bytes: ten percent of a large memory may be what other processes need.
 const RESERVE_BYTES_MAX: u64 = 512 * 1024 * 1024;
-/// But never so much of a small memory, in percent.
+/// Maximum part of its memory that a node keeps free, in percent.
 const RESERVE_PERCENT_MAX: u64 = 25;
-/// A node that was full takes devices again once this much more is free, in percent of its memory, or half of what it keeps free where
-/// that is less: it would flap otherwise.
+/// Free memory beyond the reserve at which a full node accepts devices again, in percent of the limit. At most half of
+/// the reserve. It prevents flapping.
 const RELIEF_PERCENT: u64 = 5;
 
-/// One measurement of something that has a limit.
+/// Usage of a memory limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usage {
-    /// Bytes that can't be taken back.
+    /// Bytes in use that cannot be reclaimed.
     pub used: u64,
-    /// Bytes that there may be. Above 0.
+    /// Maximum number of bytes. Above 0.
     pub limit: u64,
 }
 
-/// What is left of this much memory when a node is full, in bytes: handshakes under way must fit into it.
+/// Memory that a full node keeps free, in bytes. Running handshakes must fit into it.
 #[must_use]
 pub fn reserve(limit: u64) -> u64 {
     let part = |percent| limit / 100 * percent;
@@ -36,7 +36,7 @@ pub fn reserve(limit: u64) -> u64 {
 }
 
 impl Usage {
-    /// From here on the node is full.
+    /// Usage from which the node is full.
     fn full_from(self) -> u64 {
         self.limit - reserve(self.limit)
     }
@@ -50,38 +50,38 @@ impl Usage {
         self.used < self.full_from() - relief
     }
 
-    /// How many devices fit.
+    /// Number of devices that fit.
     fn room(self) -> u64 {
         self.full_from().saturating_sub(self.used) / DEVICE_BYTES
     }
 
-    /// Worth to be looked at more often: over half is used.
+    /// Whether over half is used, so that it should be measured more often.
     #[must_use]
     pub const fn is_high(self) -> bool {
         self.used > self.limit / 2
     }
 
-    /// How much is used of what may be until the node is full: 1 or more where it is.
+    /// Usage as a part of the usage at which the node is full. 1 or more if it is full.
     #[must_use]
     pub fn fullness(self) -> f64 {
         self.used as f64 / self.full_from() as f64
     }
 }
 
-/// Says whether one more device fits.
+/// Decides whether a further device fits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Guard {
     is_full: bool,
-    /// Devices that fitted when it was measured last.
+    /// Number of devices that fitted at the last measurement.
     fitting: u64,
-    /// Those that became sessions since then: the next measurement sees them.
+    /// Number of devices that became sessions since then. The next measurement includes them.
     added: u64,
-    /// Those whose place is taken, and of which it is open whether they become sessions.
+    /// Number of acquired permits that are neither committed nor released.
     held: u64,
 }
 
 impl Default for Guard {
-    /// Everybody fits until it is known that they don't.
+    /// Every device fits until the first measurement.
     fn default() -> Self {
         Self {
             is_full: false,
@@ -93,8 +93,8 @@ impl Default for Guard {
 }
 
 impl Guard {
-    /// What was measured of each limit that there is; `None` of one that could not be measured this time: what was said of it last
-    /// still holds. Where there is no limit everybody fits.
+    /// Records the usage of each limit. `None`: the limit could not be measured, and its last usage still applies.
+    /// Without any limit every device fits.
     pub fn handle_measured(&mut self, usages: &[Option<Usage>]) {
         let measured = || usages.iter().flatten();
         let is_complete = usages.iter().all(Option::is_some);
@@ -112,7 +112,7 @@ impl Guard {
         }
     }
 
-    /// How many more fit.
+    /// Number of further devices that fit.
     #[must_use]
     pub const fn room(&self) -> u64 {
         if self.is_full {
@@ -121,21 +121,22 @@ impl Guard {
         self.fitting.saturating_sub(self.added.saturating_add(self.held))
     }
 
-    /// Whether one more fits.
+    /// Whether a further device fits.
     #[must_use]
     pub const fn has_room(&self) -> bool {
         self.room() > 0
     }
 
-    /// Half of what fits is taken by those of whom it is open whether they stay: the other half is for devices that are known.
+    /// Whether undecided handshakes hold half of the room. The other half is for known devices.
     #[must_use]
     pub const fn is_crowded(&self) -> bool {
         self.held >= self.room()
     }
 
-    /// Takes a place for one more; false where it does not fit. Each is [used up](Self::use_up) or [given back](Self::give_back).
+    /// Acquires a permit for a device. Returns `false` if it does not fit. Each permit is [committed](Self::commit) or
+    /// [released](Self::release).
     #[must_use]
-    pub const fn take(&mut self) -> bool {
+    pub const fn try_acquire(&mut self) -> bool {
         let has_room = self.has_room();
         if has_room {
             self.held += 1;
@@ -143,19 +144,19 @@ impl Guard {
         has_room
     }
 
-    /// A device that a place was taken for became a session.
-    pub const fn use_up(&mut self) {
-        self.give_back();
+    /// The device of a permit became a session.
+    pub const fn commit(&mut self) {
+        self.release();
         self.added = self.added.saturating_add(1);
     }
 
-    /// A device that a place was taken for became none.
-    pub const fn give_back(&mut self) {
+    /// The device of a permit did not become a session.
+    pub const fn release(&mut self) {
         debug_assert!(self.held > 0, "taken before");
         self.held = self.held.saturating_sub(1);
     }
 
-    /// Memory is short, until enough of it is free again.
+    /// Whether memory is short. It remains so until enough is free again.
     #[must_use]
     pub const fn is_full(&self) -> bool {
         self.is_full
@@ -181,13 +182,13 @@ mod tests {
     #[test]
     fn everybody_fits_until_something_is_measured_and_where_nothing_can_be() {
         let mut guard = Guard::default();
-        assert!(guard.has_room() && guard.take());
+        assert!(guard.has_room() && guard.try_acquire());
         measured(&mut guard, [of(100 * MIB, 99 * MIB)]);
         assert!(!guard.has_room());
 
         guard.handle_measured(&[]);
 
-        assert!(guard.take() && !guard.is_full());
+        assert!(guard.try_acquire() && !guard.is_full());
     }
 
     #[test]
@@ -195,11 +196,11 @@ mod tests {
         let mut guard = Guard::default();
         measured(&mut guard, [of(1024 * MIB, 900 * MIB), of(4096 * MIB, 0)]);
 
-        let taken = (0..100_000).filter(|_| guard.take()).count();
+        let taken = (0..100_000).filter(|_| guard.try_acquire()).count();
 
         // 921.6 MiB less 900 MiB, by 16 KiB.
         assert_eq!(taken, 1_382);
-        assert!(!guard.is_full(), "nothing is wrong with memory that is used");
+        assert!(!guard.is_full(), "used memory alone does not make it full");
     }
 
     #[test]
@@ -207,9 +208,9 @@ mod tests {
         let mut guard = Guard::default();
         measured(&mut guard, [of(1000 * MIB, 900 * MIB - 4 * DEVICE_BYTES)]);
 
-        assert!(guard.take() && !guard.is_crowded());
-        assert!(guard.take() && guard.is_crowded());
-        guard.use_up();
+        assert!(guard.try_acquire() && !guard.is_crowded());
+        assert!(guard.try_acquire() && guard.is_crowded());
+        guard.commit();
 
         assert!(!guard.is_crowded(), "of three that fit one is held");
     }
@@ -220,13 +221,13 @@ mod tests {
         measured(&mut guard, [of(1000 * MIB, 899 * MIB)]);
         assert!(!guard.is_full());
         measured(&mut guard, [of(1000 * MIB, 901 * MIB)]);
-        assert!(guard.is_full() && !guard.take());
+        assert!(guard.is_full() && !guard.try_acquire());
 
         measured(&mut guard, [of(1000 * MIB, 860 * MIB)]);
-        assert!(guard.is_full() && !guard.take(), "not enough is free");
+        assert!(guard.is_full() && !guard.try_acquire(), "not enough is free");
         measured(&mut guard, [of(1000 * MIB, 849 * MIB)]);
 
-        assert!(!guard.is_full() && guard.take());
+        assert!(!guard.is_full() && guard.try_acquire());
     }
 
     #[test]
@@ -242,16 +243,16 @@ mod tests {
         let mut guard = Guard::default();
         measured(&mut guard, [one_fits, of(1000 * MIB, 0)]);
         guard.handle_measured(&[None, Some(of(1000 * MIB, 0))]);
-        assert!(guard.take());
-        guard.use_up();
+        assert!(guard.try_acquire());
+        guard.commit();
         guard.handle_measured(&[None, Some(of(1000 * MIB, 0))]);
-        assert!(!guard.take(), "one fitted, and came");
+        assert!(!guard.try_acquire(), "one fitted, and became a session");
 
         measured(&mut guard, [of(1000 * MIB, 950 * MIB)]);
         guard.handle_measured(&[None]);
         assert!(guard.is_full());
         measured(&mut guard, [of(1000 * MIB, 0)]);
-        assert!(!guard.is_full() && guard.take());
+        assert!(!guard.is_full() && guard.try_acquire());
     }
 
     #[test]
@@ -275,17 +276,17 @@ mod tests {
         let one_fits = [of(1000 * MIB, 900 * MIB - DEVICE_BYTES)];
         let mut guard = Guard::default();
         measured(&mut guard, one_fits);
-        assert!(guard.take());
+        assert!(guard.try_acquire());
 
         measured(&mut guard, one_fits);
-        assert!(!guard.take(), "it may still become a session");
-        guard.give_back();
+        assert!(!guard.try_acquire(), "it may still become a session");
+        guard.release();
 
-        assert!(guard.take());
-        guard.use_up();
-        assert!(!guard.take(), "not measured yet");
+        assert!(guard.try_acquire());
+        guard.commit();
+        assert!(!guard.try_acquire(), "not measured yet");
         measured(&mut guard, one_fits);
-        assert!(guard.take());
+        assert!(guard.try_acquire());
     }
 
     proptest! {

@@ -1,4 +1,4 @@
-//! What the registry knows of a device. The outcome of a look-up, and all of it that the connect path may see.
+//! Registry data of a device: the result of a lookup, and all that the connect path may use.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,21 +11,22 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceRecord {
     pub id: DeviceId,
-    /// `default` where nobody said otherwise.
+    /// `default` unless set.
     pub tenant: Label,
-    /// The registry's model, used where the device names none.
+    /// The registry's model, used if the device names none.
     pub model: Option<Label>,
     pub secret: SecretHash,
-    /// The credential before the last rotation, and the time from which it no longer counts.
+    /// The credential before the last rotation, and the time at which it becomes invalid.
     pub previous_secret: Option<(SecretHash, WallTime)>,
     pub state: DeviceState,
 }
 
 impl DeviceRecord {
-    /// True where `presented` is the device's secret, or its last one within the overlap of a rotation; or its certificate, which
-    /// has proven already whose it is.
+    /// Whether `presented` is valid for the device: its secret, the previous one within the overlap of a rotation, or a
+    /// certificate, whose owner TLS has verified.
     ///
-    /// Both comparisons run in constant time and always, so that neither the secret nor the fact of a rotation shows in the answer's delay.
+    /// Both comparisons always run, in constant time. So the time of the answer reveals neither the secret nor a
+    /// rotation.
     #[must_use]
     pub fn accepts(&self, presented: &Credential, wall: WallTime) -> bool {
         let presented = match presented {
@@ -38,14 +39,15 @@ impl DeviceRecord {
         is_current | (is_previous & (wall < valid_until))
     }
 
-    /// Whether a session with this credential is still one of the device's: its secret was not replaced since, but for the overlap of a rotation.
+    /// Whether a session with this credential may stay: its secret was not replaced since, or the overlap of the
+    /// rotation has not ended.
     #[must_use]
     pub fn still_accepts(&self, tag: CredentialTag, wall: WallTime) -> bool {
         let is_previous = |(secret, until): &(SecretHash, WallTime)| tag.may_be(secret) && wall < *until;
         tag.may_be(&self.secret) || self.previous_secret.as_ref().is_some_and(is_previous)
     }
 
-    /// When a credential that [is accepted](Self::accepts) ends: that before the last rotation does.
+    /// End of a credential that [is accepted](Self::accepts): the previous secret has one.
     #[must_use]
     pub fn ends(&self, accepted: &Credential) -> Option<WallTime> {
         match accepted {
@@ -57,27 +59,16 @@ impl DeviceRecord {
     }
 }
 
-/// Whether a device may connect.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DeviceState {
-    Enabled,
-    /// For now; the device is told to come back later.
-    Disabled,
-    /// For good; the device is told nothing, and should not come back.
-    Revoked,
-}
-
-impl DeviceState {
-    pub const ALL: [Self; 3] = [Self::Enabled, Self::Disabled, Self::Revoked];
-
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Enabled => "enabled",
-            Self::Disabled => "disabled",
-            Self::Revoked => "revoked",
-        }
+crate::labels! {
+    /// Whether a device may connect.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    pub enum DeviceState {
+        Enabled = "enabled",
+        /// Temporarily; the device is told to return later.
+        Disabled = "disabled",
+        /// Permanently; the device gets no hint, and should not return.
+        Revoked = "revoked",
     }
 }
 
@@ -99,7 +90,7 @@ mod tests {
     #[test]
     fn certificate_is_accepted_and_does_not_end_with_a_secret() {
         let record = record(Some((SecretHash::of(b"old"), WallTime::from_unix_ms(10))));
-        let certificate = Credential::of_certificate(b"der");
+        let certificate = Credential::of_certificate(b"der", crate::id::CertificateTag::of(b"ca", b"1"));
 
         assert!(record.accepts(&certificate, WallTime::from_unix_ms(99)));
         assert_eq!(record.ends(&certificate), None);
@@ -133,7 +124,7 @@ mod tests {
 
         assert!(accepts(b"new", 99) && accepts(b"old", 9));
         assert!(!accepts(b"old", 10) && !accepts(b"stolen", 9));
-        let certificate = Credential::of_certificate(b"der");
+        let certificate = Credential::of_certificate(b"der", crate::id::CertificateTag::of(b"ca", b"1"));
         assert!(record.still_accepts((&certificate).into(), WallTime::from_unix_ms(99)));
     }
 }

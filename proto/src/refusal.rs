@@ -1,218 +1,112 @@
-//! The answer a refused device gets: always HTTP, always before the upgrade, always problem+json (RFC 9457).
+//! The answer that a refused device gets: always HTTP, always before the upgrade, always problem+json (RFC 9457).
 //!
-//! A [`Refusal`] is a value that carries its own labels: the status line, the body, the metric and the log line all come
-//! from it. It never holds what the device sent.
+//! A [`Refusal`] carries its own labels: the status line, the body, the metric and the log line all derive from it. It
+//! never holds what the device sent.
 
 use std::{borrow::Cow, ops::RangeInclusive, time::Duration};
 
 mod crush;
-mod hints;
 mod limit;
 
 use rand::Rng;
 use serde::Serialize;
 
-pub use self::{crush::Crush, hints::Peers, limit::Limit};
-use crate::id::RuleId;
+pub use self::{crush::Crush, limit::Limit};
+pub use crate::hint::{Hint, Peers};
+use crate::{hint, id::RuleId};
 
-/// Why a device is refused. Closed: clients, metrics and the API know these words.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Code {
-    BadRequest,
-    Unauthorized,
-    FirmwareBlocked,
-    DeviceDisabled,
-    NotFound,
-    MethodNotAllowed,
-    UpgradeRequired,
-    RequestTimeout,
-    UriTooLong,
-    HeadersTooLarge,
-    Throttled,
-    Overloaded,
-    RegistryUnavailable,
-    Draining,
+crate::labels! {
+    /// Why a device is refused. A closed set: clients, metrics and the API rely on these values.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+    pub enum Code {
+        BadRequest = "bad_request",
+        Unauthorized = "unauthorized",
+        FirmwareBlocked = "firmware_blocked",
+        DeviceDisabled = "device_disabled",
+        NotFound = "not_found",
+        MethodNotAllowed = "method_not_allowed",
+        UpgradeRequired = "upgrade_required",
+        RequestTimeout = "request_timeout",
+        UriTooLong = "uri_too_long",
+        HeadersTooLarge = "headers_too_large",
+        Throttled = "throttled",
+        Overloaded = "overloaded",
+        RegistryUnavailable = "registry_unavailable",
+        Draining = "draining",
+    }
+}
+
+/// The part of an answer that all refusals of a code share.
+struct Spec {
+    status: u16,
+    reason_phrase: &'static str,
+    title: &'static str,
+    header_lines: &'static str,
+    connection: &'static str,
+}
+
+const fn spec(status: u16, reason_phrase: &'static str, title: &'static str) -> Spec {
+    Spec {
+        status,
+        reason_phrase,
+        title,
+        header_lines: "",
+        connection: "close",
+    }
 }
 
 impl Code {
-    /// Every code, in the order of the enum.
-    pub const ALL: [Self; 14] = [
-        Self::BadRequest,
-        Self::Unauthorized,
-        Self::FirmwareBlocked,
-        Self::DeviceDisabled,
-        Self::NotFound,
-        Self::MethodNotAllowed,
-        Self::UpgradeRequired,
-        Self::RequestTimeout,
-        Self::UriTooLong,
-        Self::HeadersTooLarge,
-        Self::Throttled,
-        Self::Overloaded,
-        Self::RegistryUnavailable,
-        Self::Draining,
-    ];
+    const fn spec(self) -> Spec {
+        const UNAVAILABLE: &str = "Service Unavailable";
+        match self {
+            Self::BadRequest => spec(400, "Bad Request", "The request is malformed"),
+            Self::Unauthorized => Spec {
+                header_lines: "WWW-Authenticate: Bearer realm=\"seawall\"\r\nWWW-Authenticate: Basic realm=\"seawall\"\r\n",
+                ..spec(401, "Unauthorized", "The device could not be authenticated")
+            },
+            Self::FirmwareBlocked => spec(403, "Forbidden", "This firmware is blocked"),
+            Self::DeviceDisabled => spec(403, "Forbidden", "This device is disabled"),
+            Self::NotFound => spec(404, "Not Found", "Nothing here"),
+            Self::MethodNotAllowed => Spec {
+                header_lines: "Allow: GET\r\n",
+                ..spec(405, "Method Not Allowed", "Only GET is allowed here")
+            },
+            Self::UpgradeRequired => Spec {
+                header_lines: "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
+                // `Upgrade` is a hop-by-hop header, so `Connection` must name it (RFC 9110 §7.8).
+                connection: "upgrade, close",
+                ..spec(426, "Upgrade Required", "A WebSocket upgrade is required")
+            },
+            Self::RequestTimeout => spec(408, "Request Timeout", "The request took too long"),
+            Self::UriTooLong => spec(414, "URI Too Long", "The request target is too long"),
+            Self::HeadersTooLarge => spec(431, "Request Header Fields Too Large", "The request head is too large"),
+            Self::Throttled => spec(503, UNAVAILABLE, "Too many attempts"),
+            Self::Overloaded => spec(503, UNAVAILABLE, "The gateway is busy"),
+            Self::RegistryUnavailable => spec(503, UNAVAILABLE, "The device registry is unavailable"),
+            Self::Draining => spec(503, UNAVAILABLE, "This node is leaving"),
+        }
+    }
 
     /// The HTTP status. Never 429: clients in the field treat it as final.
     #[must_use]
     pub const fn status(self) -> u16 {
-        match self {
-            Self::BadRequest => 400,
-            Self::Unauthorized => 401,
-            Self::FirmwareBlocked | Self::DeviceDisabled => 403,
-            Self::NotFound => 404,
-            Self::MethodNotAllowed => 405,
-            Self::RequestTimeout => 408,
-            Self::UriTooLong => 414,
-            Self::UpgradeRequired => 426,
-            Self::HeadersTooLarge => 431,
-            Self::Throttled | Self::Overloaded | Self::RegistryUnavailable | Self::Draining => 503,
-        }
+        self.spec().status
     }
 
-    /// The word in the body, in metrics and in logs.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::BadRequest => "bad_request",
-            Self::Unauthorized => "unauthorized",
-            Self::FirmwareBlocked => "firmware_blocked",
-            Self::DeviceDisabled => "device_disabled",
-            Self::NotFound => "not_found",
-            Self::MethodNotAllowed => "method_not_allowed",
-            Self::UpgradeRequired => "upgrade_required",
-            Self::RequestTimeout => "request_timeout",
-            Self::UriTooLong => "uri_too_long",
-            Self::HeadersTooLarge => "headers_too_large",
-            Self::Throttled => "throttled",
-            Self::Overloaded => "overloaded",
-            Self::RegistryUnavailable => "registry_unavailable",
-            Self::Draining => "draining",
-        }
-    }
-
-    /// The same for every refusal of this code (RFC 9457 §3.1.3).
+    /// The same for all refusals of a code (RFC 9457 §3.1.3).
     #[must_use]
     pub const fn title(self) -> &'static str {
-        match self {
-            Self::BadRequest => "The request is malformed",
-            Self::Unauthorized => "The device could not be authenticated",
-            Self::FirmwareBlocked => "This firmware is blocked",
-            Self::DeviceDisabled => "This device is disabled",
-            Self::NotFound => "Nothing here",
-            Self::MethodNotAllowed => "Only GET is allowed here",
-            Self::UpgradeRequired => "A WebSocket upgrade is required",
-            Self::RequestTimeout => "The request took too long",
-            Self::UriTooLong => "The request target is too long",
-            Self::HeadersTooLarge => "The request head is too large",
-            Self::Throttled => "Too many attempts",
-            Self::Overloaded => "The gateway is busy",
-            Self::RegistryUnavailable => "The device registry is unavailable",
-            Self::Draining => "This node is leaving",
-        }
-    }
-
-    const fn reason_phrase(self) -> &'static str {
-        match self {
-            Self::BadRequest => "Bad Request",
-            Self::Unauthorized => "Unauthorized",
-            Self::FirmwareBlocked | Self::DeviceDisabled => "Forbidden",
-            Self::NotFound => "Not Found",
-            Self::MethodNotAllowed => "Method Not Allowed",
-            Self::RequestTimeout => "Request Timeout",
-            Self::UriTooLong => "URI Too Long",
-            Self::UpgradeRequired => "Upgrade Required",
-            Self::HeadersTooLarge => "Request Header Fields Too Large",
-            Self::Throttled | Self::Overloaded | Self::RegistryUnavailable | Self::Draining => "Service Unavailable",
-        }
-    }
-
-    /// Header lines that belong to the code itself.
-    const fn header_lines(self) -> &'static str {
-        match self {
-            Self::Unauthorized => {
-                "WWW-Authenticate: Bearer realm=\"seawall\"\r\nWWW-Authenticate: Basic realm=\"seawall\"\r\n"
-            }
-            Self::MethodNotAllowed => "Allow: GET\r\n",
-            Self::UpgradeRequired => "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
-            Self::BadRequest
-            | Self::FirmwareBlocked
-            | Self::DeviceDisabled
-            | Self::NotFound
-            | Self::RequestTimeout
-            | Self::UriTooLong
-            | Self::HeadersTooLarge
-            | Self::Throttled
-            | Self::Overloaded
-            | Self::RegistryUnavailable
-            | Self::Draining => "",
-        }
-    }
-
-    /// The `Connection` header: an upgrade offered by 426 is hop by hop, and must be named in it (RFC 9110 §7.8).
-    const fn connection(self) -> &'static str {
-        match self {
-            Self::UpgradeRequired => "upgrade, close",
-            Self::BadRequest
-            | Self::Unauthorized
-            | Self::FirmwareBlocked
-            | Self::DeviceDisabled
-            | Self::NotFound
-            | Self::MethodNotAllowed
-            | Self::RequestTimeout
-            | Self::UriTooLong
-            | Self::HeadersTooLarge
-            | Self::Throttled
-            | Self::Overloaded
-            | Self::RegistryUnavailable
-            | Self::Draining => "close",
-        }
+        self.spec().title
     }
 }
 
-/// When to come back, and what to show then.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Hint {
-    /// From now. Told in whole milliseconds.
-    pub after: Duration,
-    /// A slot token: gives priority at that time.
-    pub slot: Option<Box<str>>,
-}
-
-impl Hint {
-    /// A hint without a slot, drawn uniformly, to the millisecond, so that devices refused together don't return together.
-    pub fn draw(between: RangeInclusive<Duration>, rng: &mut impl Rng) -> Self {
-        Self {
-            after: draw(between, rng),
-            slot: None,
-        }
-    }
-
-    /// The hint in whole milliseconds.
-    #[must_use]
-    pub fn after_ms(&self) -> u64 {
-        millis(self.after)
-    }
-}
-
-/// A uniform draw in whole milliseconds; the bounds are included.
-pub(crate) fn draw(between: RangeInclusive<Duration>, rng: &mut impl Rng) -> Duration {
-    let from = millis(*between.start());
-    let to = millis(*between.end()).max(from);
-    Duration::from_millis(rng.random_range(from..=to))
-}
-
-fn millis(span: Duration) -> u64 {
-    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// A refused attempt: everything the device is told.
+/// A refused attempt: everything that the device is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     pub code: Code,
-    /// Where the code is `throttled`; the device reads it in `detail`.
+    /// Set if the code is `throttled`; `detail` describes it for the device.
     pub limit: Option<Limit>,
-    /// For the people who debug a device. Fixed texts, or an operator's public reason; never what the device sent.
+    /// For people who debug a device. A fixed text or an operator's public reason; never what the device sent.
     pub detail: Cow<'static, str>,
     pub hint: Option<Hint>,
     pub rule: Option<RuleId>,
@@ -247,9 +141,9 @@ impl Refusal {
         Self::plain(Code::BadRequest, detail)
     }
 
-    /// 401: the one answer for an unknown device, a wrong credential and none.
+    /// 401: the same answer for an unknown device, a wrong credential and a missing one.
     pub fn unauthorized(rng: &mut impl Rng) -> Self {
-        let hint = Hint::draw(hints::UNAUTHORIZED, rng);
+        let hint = Hint::draw(hint::UNAUTHORIZED, rng);
         Self::hinted(
             Code::Unauthorized,
             "unknown device, or wrong or missing credential",
@@ -257,7 +151,7 @@ impl Refusal {
         )
     }
 
-    /// 403 by a rule: `reason` is public, and the hint lies between `retry_after` and twice that.
+    /// 403 by a rule. `reason` is public; the hint is between `retry_after` and twice that.
     pub fn firmware_blocked(rule: RuleId, reason: &str, retry_after: Duration, rng: &mut impl Rng) -> Self {
         let detail = match reason {
             "" => Cow::Borrowed("an operator has blocked this firmware"),
@@ -267,14 +161,14 @@ impl Refusal {
             code: Code::FirmwareBlocked,
             limit: None,
             detail,
-            hint: Some(Hint::draw(retry_after..=retry_after.saturating_mul(2), rng)),
+            hint: Some(Hint::draw(hint::up_to_twice(retry_after), rng)),
             rule: Some(rule),
         }
     }
 
     /// 403: the credential was right, the device is disabled.
     pub fn device_disabled(rng: &mut impl Rng) -> Self {
-        let hint = Hint::draw(hints::DISABLED, rng);
+        let hint = Hint::draw(hint::DISABLED, rng);
         Self::hinted(Code::DeviceDisabled, "an operator has disabled this device", hint)
     }
 
@@ -320,17 +214,17 @@ impl Refusal {
         )
     }
 
-    /// 503 by a limit on this address. Without a slot: priority is for devices that kept to the rules.
+    /// 503 by a limit on this address. It has no slot: slots are for devices that kept to the limits.
     pub fn throttled(limit: Limit, rng: &mut impl Rng) -> Self {
-        Self::throttled_until(limit, Hint::draw(hints::THROTTLED, rng))
+        Self::throttled_until(limit, Hint::draw(hint::THROTTLED, rng))
     }
 
-    /// 503: its address holds too many handshakes while others wait. `hint` is what the [`Crush`] says.
+    /// 503: the address holds too many handshakes while others wait. `hint` comes from [`Crush::hint_range`].
     pub fn crowded_out(hint: RangeInclusive<Duration>, rng: &mut impl Rng) -> Self {
         Self::throttled_until(Limit::AddressHandshakes, Hint::draw(hint, rng))
     }
 
-    /// 503 by a limit on this tenant, address, cohort or id.
+    /// 503 by a limit on this address, device id or rule.
     #[must_use]
     pub const fn throttled_until(limit: Limit, hint: Hint) -> Self {
         Self {
@@ -342,27 +236,42 @@ impl Refusal {
         }
     }
 
+    /// 503 by a rule with effect `throttle`: `reason` is public.
+    #[must_use]
+    pub fn throttled_by(rule: RuleId, reason: &str, after: Duration) -> Self {
+        let hint = Hint { after, slot: None };
+        let refusal = Self::throttled_until(Limit::Rule, hint);
+        Self {
+            rule: Some(rule),
+            detail: match reason {
+                "" => refusal.detail,
+                reason => Cow::Owned(reason.to_owned()),
+            },
+            ..refusal
+        }
+    }
+
     /// 503 by admission.
     #[must_use]
     pub const fn overloaded(hint: Hint) -> Self {
         Self::hinted(
             Code::Overloaded,
-            "more devices connect than can be looked up: come back at the time given",
+            "more devices connect than can be looked up: return at the given time",
             hint,
         )
     }
 
-    /// 503: nobody can be verified now.
+    /// 503: no device can be verified now.
     #[must_use]
     pub const fn registry_unavailable(hint: Hint) -> Self {
         Self::hinted(
             Code::RegistryUnavailable,
-            "the device registry can't be reached: come back at the time given",
+            "the device registry can't be reached: return at the given time",
             hint,
         )
     }
 
-    /// 503: this node is leaving.
+    /// 503: this node is draining.
     pub fn draining(peers: Peers, rng: &mut impl Rng) -> Self {
         Self::hinted(
             Code::Draining,
@@ -371,14 +280,14 @@ impl Refusal {
         )
     }
 
-    /// Appends the whole HTTP/1.1 answer: status line, headers, body. The connection is to be closed behind it.
+    /// Appends the whole HTTP/1.1 answer: status line, headers, body. The caller closes the connection after it.
     pub fn write_response(&self, out: &mut Vec<u8>) {
         let body = self.body();
         self.write_head(&body, out);
         out.extend_from_slice(&body);
     }
 
-    /// Appends the answer to a HEAD request: that to GET without its body (RFC 9110 §9.3.2).
+    /// Appends the answer to a HEAD request: the answer to GET without its body (RFC 9110 §9.3.2).
     pub fn write_response_to_head(&self, out: &mut Vec<u8>) {
         self.write_head(&self.body(), out);
     }
@@ -386,14 +295,17 @@ impl Refusal {
     fn write_head(&self, body: &[u8], out: &mut Vec<u8>) {
         let hint_lines = self.hint.as_ref().map(hint_lines).unwrap_or_default();
         out.reserve(HEAD_LEN_TYPICAL + hint_lines.len() + body.len());
+        let Spec {
+            status,
+            reason_phrase,
+            header_lines,
+            connection,
+            ..
+        } = self.code.spec();
         out.extend_from_slice(
             format!(
-                "HTTP/1.1 {} {}\r\nContent-Type: application/problem+json\r\nContent-Length: {}\r\nConnection: {}\r\nCache-Control: no-store\r\n{}{hint_lines}\r\n",
-                self.code.status(),
-                self.code.reason_phrase(),
+                "HTTP/1.1 {status} {reason_phrase}\r\nContent-Type: application/problem+json\r\nContent-Length: {}\r\nConnection: {connection}\r\nCache-Control: no-store\r\n{header_lines}{hint_lines}\r\n",
                 body.len(),
-                self.code.connection(),
-                self.code.header_lines(),
             )
             .as_bytes(),
         );
@@ -413,10 +325,11 @@ impl Refusal {
     }
 }
 
-/// Room for status line and headers in one allocation.
+/// Typical length of status line and headers, so that one allocation suffices.
 const HEAD_LEN_TYPICAL: usize = 256;
 
-/// `Retry-After` knows whole seconds only, and is rounded up: early is worse than late.
+/// `Retry-After` has whole seconds only, and is rounded up: a device that returns too early is worse than one that is
+/// late.
 fn hint_lines(hint: &Hint) -> String {
     let after_ms = hint.after_ms();
     let seconds = after_ms.div_ceil(1000);

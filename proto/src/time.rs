@@ -2,21 +2,21 @@
 
 use std::{
     ops::{Add, AddAssign, Sub},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use serde::{Deserialize, Serialize};
 
 /// Monotonic time, in microseconds since an origin that the caller chose (process start, or the start of a simulation).
 ///
-/// Eight bytes, so that millions of deadlines stay small, and constructible from a number, so that simulated time costs nothing.
+/// Eight bytes, so that millions of deadlines stay small. It can be created from a number, for simulated time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Instant(u64);
 
 impl Instant {
     /// The caller's origin.
     pub const ZERO: Self = Self(0);
-    /// Later than every time that can be reached.
+    /// Later than any real time.
     pub const FAR_FUTURE: Self = Self(u64::MAX);
 
     #[must_use]
@@ -29,7 +29,7 @@ impl Instant {
         self.0
     }
 
-    /// Time from `earlier` to `self`; zero where `earlier` is in fact later.
+    /// Time from `earlier` to `self`; zero if `earlier` is later.
     #[must_use]
     pub const fn saturating_since(self, earlier: Self) -> Duration {
         Duration::from_micros(self.0.saturating_sub(earlier.0))
@@ -60,7 +60,8 @@ impl Sub<Duration> for Instant {
     }
 }
 
-/// Wall-clock time, in milliseconds since the Unix epoch. Only for what leaves the process: tokens, stored rows, API answers, expiry of rules.
+/// Wall-clock time, in milliseconds since the Unix epoch. Only for data that leaves the process: tokens, stored rows,
+/// API answers, expiry of rules.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct WallTime(u64);
@@ -76,10 +77,19 @@ impl WallTime {
         self.0
     }
 
-    /// Time from `earlier` to `self`; zero where `earlier` is in fact later.
+    /// Time from `earlier` to `self`; zero if `earlier` is later.
     #[must_use]
     pub const fn saturating_since(self, earlier: Self) -> Duration {
         Duration::from_millis(self.0.saturating_sub(earlier.0))
+    }
+
+    /// RFC 3339 with milliseconds, in UTC. It can't write a time after the year 9999: that becomes the last
+    /// millisecond of the year.
+    #[must_use]
+    pub fn to_rfc3339(self) -> String {
+        const LAST_MS: u64 = 253_402_300_799_999;
+        let since_epoch = Duration::from_millis(self.0.min(LAST_MS));
+        humantime::format_rfc3339_millis(SystemTime::UNIX_EPOCH + since_epoch).to_string()
     }
 }
 
@@ -91,6 +101,18 @@ impl Add<Duration> for WallTime {
         Self(
             self.0
                 .saturating_add(u64::try_from(span.as_millis()).unwrap_or(u64::MAX)),
+        )
+    }
+}
+
+/// Whole milliseconds; saturates at the Unix epoch.
+impl Sub<Duration> for WallTime {
+    type Output = Self;
+
+    fn sub(self, span: Duration) -> Self {
+        Self(
+            self.0
+                .saturating_sub(u64::try_from(span.as_millis()).unwrap_or(u64::MAX)),
         )
     }
 }

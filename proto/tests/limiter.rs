@@ -1,5 +1,5 @@
-//! What the limit on keys in flight must hold to, whatever happens: production admission before a database with a knee, in virtual
-//! time. How near the limit comes to the best is tested beside it, in `admission/limit/tests`.
+//! Invariants of the limit on keys in flight: production admission before a database with a knee, in virtual time.
+//! `admission/limit/tests` measures how close the limit comes to the optimum.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,30 +9,31 @@ use std::{
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use seawall_proto::{
     admission::{
-        Action, Admission, AdmissionConfig, AdmissionState, Arrival, BatchFailure, BatchId, BreakerState, CohortTag,
-        Decision, LOOKUP_MAX, LimitReason, Ticket, Told,
+        Admission, AdmissionConfig, AdmissionState, Arrival, BatchFailure, BatchId, BreakerState, CohortTag, Decision,
+        LOOKUP_MAX, LimitReason, Output, Ticket, Told,
     },
     id::{DeviceId, Network, Proof},
-    slots::SlotKeys,
+    slots::{SlotKeys, Slots},
     time::{Instant, WallTime},
 };
 use uuid::Uuid;
 
-/// Keys that the database works on side by side at full speed.
+/// Keys that the database processes in parallel at full speed.
 const KNEE: f64 = 32.0;
 /// Time of a key below the knee.
 const KEY: Duration = Duration::from_millis(16);
-/// How much each key beyond the knee slows all of them down.
+/// Slowdown of all keys by each key beyond the knee.
 const CONTENTION: f64 = 0.004;
-/// Devices that wait at a time, where there are as many as can be.
+/// Number of waiting devices under full load.
 const WAITING: usize = 500;
-/// Most that come in a tick.
+/// Maximum number of arrivals per tick.
 const ARRIVING_MAX: usize = 20;
 const TICK: Duration = Duration::from_millis(1);
 const CEILING: u32 = 512;
 
 struct World {
-    admission: Admission<()>,
+    admission: Admission<(), ()>,
+    slots: Slots,
     rng: SmallRng,
     now: Instant,
     running: BTreeMap<BatchId, (Instant, Result<(), BatchFailure>, usize)>,
@@ -58,19 +59,22 @@ fn arrival(number: u128, arrived: Instant) -> Arrival<'static> {
     }
 }
 
-fn admission(keys_in_flight_max: u32) -> Admission<()> {
+fn admission(keys_in_flight_max: u32) -> (Admission<(), ()>, Slots) {
     let config = AdmissionConfig {
         lookups_per_second_max: 100_000,
         keys_in_flight_max,
         ..AdmissionConfig::default()
     };
-    Admission::new(config, SlotKeys::new(1, [7; 32]), Instant::ZERO)
+    let slots = Slots::new(&config.slots(), SlotKeys::new(1, [7; 32]));
+    (Admission::new(config, Instant::ZERO), slots)
 }
 
 impl World {
     fn new(seed: u64) -> Self {
+        let (admission, slots) = admission(CEILING);
         Self {
-            admission: admission(CEILING),
+            admission,
+            slots,
             rng: SmallRng::seed_from_u64(seed),
             now: Instant::ZERO,
             running: BTreeMap::new(),
@@ -85,14 +89,14 @@ impl World {
         self.admission.state(self.now)
     }
 
-    /// Keys answered a second while as many devices wait as can.
+    /// Keys answered per second under full load.
     fn goodput(&mut self, span: Duration) -> f64 {
         self.run(span, |world| {
             WAITING.saturating_sub(world.state().queue).min(ARRIVING_MAX)
         })
     }
 
-    /// Keys answered a second while so many devices come each second.
+    /// Keys answered per second while `per_second` devices arrive.
     fn goodput_of(&mut self, per_second: usize, span: Duration) -> f64 {
         let every = 1_000 / per_second as u64;
         self.run(span, |world| {
@@ -106,8 +110,9 @@ impl World {
             for _ in 0..arriving(self) {
                 self.devices += 1;
                 let arrival = arrival(self.devices, self.now);
+                let times = (self.now, wall(self.now));
                 self.admission
-                    .attempt(&arrival, self.now, wall(self.now), &mut self.rng);
+                    .attempt(&arrival, || (), &mut self.slots, times, &mut self.rng);
             }
             self.settle();
             self.now += TICK;
@@ -129,7 +134,13 @@ impl World {
             self.admission
                 .handle_batch_done(id, outcome.map(|()| |_| Told::Found(())), now);
         }
-        while let Some(batch) = self.admission.poll_batch(now) {
+        loop {
+            let times = (now, wall(now));
+            let batch = match self.admission.poll_output(&mut self.slots, times, &mut self.rng) {
+                Output::Send(batch) => batch,
+                Output::Answer { .. } | Output::Refuse { .. } => continue,
+                Output::Wait(_) => return,
+            };
             let state = self.state();
             assert!(state.in_flight <= state.limit && state.limit <= CEILING, "{state:?}");
             let busy = f64::from(state.in_flight);
@@ -143,7 +154,6 @@ impl World {
             };
             self.running.insert(batch.id, (now + took, outcome, batch.keys.len()));
         }
-        while self.admission.poll_action(now, wall(now), &mut self.rng).is_some() {}
     }
 }
 
@@ -209,17 +219,23 @@ fn calm_hour_neither_moves_the_limit_nor_freezes_it() {
 #[test]
 fn million_abandoned_devices_leak_no_permit() {
     let mut rng = SmallRng::seed_from_u64(1);
-    let mut admission = admission(16);
+    let (mut admission, mut slots) = admission(16);
     let mut now = Instant::ZERO;
     let mut running: BTreeMap<BatchId, usize> = BTreeMap::new();
     let mut answered: BTreeSet<Ticket> = BTreeSet::new();
     for number in 0..1_000_000_u128 {
         now += Duration::from_micros(20);
-        let ticket = match admission.attempt(&arrival(number % 5_000, now), now, wall(now), &mut rng) {
+        let ticket = match admission.attempt(
+            &arrival(number % 5_000, now),
+            || (),
+            &mut slots,
+            (now, wall(now)),
+            &mut rng,
+        ) {
             Decision::Queued(ticket) => ticket,
             Decision::Refused(_) | Decision::KnownAbsent => panic!("there is room"),
         };
-        if let Some(batch) = admission.poll_batch(now) {
+        if let Output::Send(batch) = admission.poll_output(&mut slots, (now, wall(now)), &mut rng) {
             running.insert(batch.id, batch.keys.len());
         }
         admission.abandon(ticket, now);
@@ -228,9 +244,14 @@ fn million_abandoned_devices_leak_no_permit() {
         {
             admission.handle_batch_done(id, Ok(|_| Told::Found(())), now);
         }
-        while let Some(action) = admission.poll_action(now, wall(now), &mut rng) {
-            let (Action::Answer { ticket, .. } | Action::Refuse { ticket, .. }) = action;
-            assert!(answered.insert(ticket), "answered once");
+        loop {
+            match admission.poll_output(&mut slots, (now, wall(now)), &mut rng) {
+                Output::Send(batch) => drop(running.insert(batch.id, batch.keys.len())),
+                Output::Answer { ticket, .. } | Output::Refuse { ticket, .. } => {
+                    assert!(answered.insert(ticket), "answered once");
+                }
+                Output::Wait(_) => break,
+            }
         }
         assert_eq!(admission.state(now).in_flight as usize, running.values().sum::<usize>());
     }

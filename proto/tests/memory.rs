@@ -1,4 +1,4 @@
-//! What slots cost in memory, and that nobody can make them cost more. A binary of its own: it counts bytes.
+//! Memory of slots, and its bound whatever clients do. A separate binary, because it counts bytes.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -7,14 +7,14 @@ use std::{
 
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use seawall_proto::{
-    admission::{Admission, AdmissionConfig, Arrival, CohortTag, Decision},
+    admission::{Admission, AdmissionConfig, Arrival, CohortTag, Decision, Registry},
     id::{DeviceId, Network, Proof},
-    slots::SlotKeys,
+    slots::{SlotKeys, Slots},
     time::{Instant, WallTime},
 };
 use uuid::Uuid;
 
-/// As docs/CONFIG.md says of `admission.slots_max` and `admission.known_max`, in bytes.
+/// The figures of docs/CONFIG.md for `admission.slots_max` and `admission.known_max`, in bytes.
 const SLOT_BYTES_MAX: usize = 75;
 const KNOWN_BYTES_MAX: usize = 65;
 
@@ -44,26 +44,29 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// An admission whose registry is away: everybody gets a slot.
+/// An admission whose registry is away: every device gets a slot.
 struct Node {
-    admission: Admission<()>,
+    admission: Admission<(), ()>,
+    slots: Slots,
     rng: SmallRng,
     refused: u64,
 }
 
 impl Node {
     fn new() -> Self {
-        let keys = SlotKeys::new(1, [7; 32]);
-        let mut admission = Admission::<()>::new(AdmissionConfig::default(), keys, Instant::ZERO);
-        admission.handle_registry_absent(Instant::ZERO);
+        let config = AdmissionConfig::default();
+        let slots = Slots::new(&config.slots(), SlotKeys::new(1, [7; 32]));
+        let mut admission = Admission::new(config, Instant::ZERO);
+        admission.handle_registry(Registry::Absent, Instant::ZERO);
         Self {
             admission,
+            slots,
             rng: SmallRng::seed_from_u64(1),
             refused: 0,
         }
     }
 
-    /// 10,000 of them a second.
+    /// 10,000 devices per second.
     fn refuse(&mut self, device: DeviceId) {
         let now = Instant::from_micros(self.refused * 100);
         self.refused += 1;
@@ -77,7 +80,9 @@ impl Node {
             network: Network::V4(1),
         };
         let wall = WallTime::from_unix_ms(1_800_000_000_000 + now.as_micros() / 1_000);
-        let decision = self.admission.attempt(&arrival, now, wall, &mut self.rng);
+        let decision = self
+            .admission
+            .attempt(&arrival, || (), &mut self.slots, (now, wall), &mut self.rng);
         assert!(matches!(decision, Decision::Refused(refused) if refused.hint.slot.is_some()));
     }
 
@@ -86,14 +91,14 @@ impl Node {
     }
 }
 
-/// Bytes that `work` leaves behind.
+/// Bytes still allocated after `work`.
 fn kept(work: impl FnOnce()) -> usize {
     let before = LIVE.load(Ordering::Relaxed);
     work();
     LIVE.load(Ordering::Relaxed).saturating_sub(before)
 }
 
-/// One test: bytes are counted for the whole process.
+/// A single test, because bytes are counted for the whole process.
 #[test]
 fn slots_cost_what_the_documents_say_and_two_million_random_ids_no_more() {
     let mut node = Node::new();
@@ -101,7 +106,7 @@ fn slots_cost_what_the_documents_say_and_two_million_random_ids_no_more() {
 
     let of_known = kept(|| {
         for device in &devices {
-            node.admission.handle_admitted(*device, "acme");
+            node.slots.handle_admitted(*device, "acme");
         }
     });
     let of_slots = kept(|| {
@@ -109,25 +114,25 @@ fn slots_cost_what_the_documents_say_and_two_million_random_ids_no_more() {
             node.refuse(*device);
         }
     });
-    let strangers_max = AdmissionConfig::default().slots_max / 4;
-    let of_strangers = kept(|| {
+    let unknown_max = AdmissionConfig::default().slots_max / 4;
+    let of_unknown = kept(|| {
         for _ in 0..2_000_000 {
-            let stranger = node.random_device();
-            node.refuse(stranger);
+            let unknown = node.random_device();
+            node.refuse(unknown);
         }
     });
-    let state = node.admission.state(Instant::from_micros(node.refused * 100));
+    let state = node.slots.state();
 
     let each = |bytes: usize| bytes / devices.len();
     println!(
-        "{} B a slot, {} B a known device, {} MiB of strangers",
+        "{} B a slot, {} B a known device, {} MiB of unknown devices",
         each(of_slots),
         each(of_known),
-        of_strangers >> 20
+        of_unknown >> 20
     );
     assert!(each(of_slots) <= SLOT_BYTES_MAX, "{}", each(of_slots));
     assert!(each(of_known) <= KNOWN_BYTES_MAX, "{}", each(of_known));
-    assert!(state.slots <= strangers_max + devices.len(), "{state:?}");
-    assert!(state.slots_stateless > 0, "what finds no room lives in its token");
-    assert!(of_strangers <= strangers_max * 2 * SLOT_BYTES_MAX, "{of_strangers}");
+    assert!(state.remembered <= unknown_max + devices.len(), "{state:?}");
+    assert!(state.stateless > 0, "slots without room are in their tokens only");
+    assert!(of_unknown <= unknown_max * 2 * SLOT_BYTES_MAX, "{of_unknown}");
 }

@@ -1,4 +1,4 @@
-//! The questions that every connecting device costs are answered without allocating. A binary of its own: it counts allocations.
+//! The checks of every connecting device do not allocate. A separate binary, because it counts allocations.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -8,8 +8,8 @@ use std::{
 
 use seawall_proto::{
     firmware::compare,
-    id::{Label, RuleId},
-    rules::{Effect, Match, Rule, RuleSet, RuleSpec, Subject},
+    id::{DeviceId, Label, RuleId},
+    rules::{Effect, Match, Mode, Rule, RuleSet, RuleSpec, Subject},
     time::WallTime,
 };
 use uuid::Uuid;
@@ -24,7 +24,8 @@ struct Counting;
     unsafe_code,
     reason = "an allocator can't be written without; each call is passed on unchanged"
 )]
-// SAFETY: all work is the system allocator's; counting touches a constant-initialised thread local without a destructor.
+// SAFETY: all work is the system allocator's; counting touches a constant-initialised thread local without a
+// destructor.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.with(|count| count.set(count.get() + 1));
@@ -83,21 +84,39 @@ fn the_counter_counts() {
 }
 
 #[test]
-fn evaluating_rules_does_not_allocate() {
-    let set = RuleSet::compile(1, (0..1_000).map(rule).collect());
+fn a_verdict_does_not_allocate() {
+    let with_share = |number: u32| {
+        let mut rule = rule(number);
+        rule.spec.admit_percent = (number % 101) as u8;
+        rule.spec.effect = Effect::ALL[number as usize % Effect::ALL.len()];
+        rule.spec.update = (rule.spec.effect == Effect::Restrict).then(Default::default);
+        rule.spec.allow = (0..u128::from(number % 50))
+            .map(|device| DeviceId::from_uuid(Uuid::from_u128(device)))
+            .collect();
+        if number.is_multiple_of(7) {
+            rule.spec.mode = Mode::DryRun;
+        }
+        rule
+    };
+    let set = RuleSet::compile(1, (0..10_000).map(with_share).collect());
     let mut hits = 0;
 
     let count = allocations(|| {
         for firmware in FIRMWARE {
             for model in [None, Some("camera"), Some("lock")] {
                 for tenant in [None, Some("acme")] {
-                    let subject = Subject {
-                        firmware,
-                        model,
-                        tenant,
-                    };
-                    hits += usize::from(set.evaluate(&subject, WallTime::from_unix_ms(5)).is_some());
-                    black_box(set.evicting(&subject, WallTime::from_unix_ms(5)));
+                    // Each rule admits most devices.
+                    for device in 1..=64 {
+                        let subject = Subject {
+                            device: Some(DeviceId::from_uuid(Uuid::from_u128(device))),
+                            firmware,
+                            model,
+                            tenant,
+                        };
+                        let verdict = set.verdict(&subject, WallTime::from_unix_ms(5));
+                        hits += usize::from(verdict.enforced.or(verdict.dry_run).is_some());
+                        black_box(set.evicting(&subject, WallTime::from_unix_ms(5)));
+                    }
                 }
             }
         }

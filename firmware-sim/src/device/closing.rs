@@ -1,4 +1,4 @@
-//! The end of a session: what each close code asks of the device (contract section 5).
+//! The end of a session: what each close code asks of the device (docs/PROTOCOL.md, "Close codes").
 
 use std::time::Duration;
 
@@ -84,6 +84,7 @@ impl Device {
             Profile::Flapping => Some(up_to(FLAPPING_RETURN_MAX, rng)),
             Profile::WellBehaved
             | Profile::IgnoresHints
+            | Profile::Patient
             | Profile::SlowReader
             | Profile::HalfOpen
             | Profile::DuplicateId => FirstReturn { attempts, cap, rng }.next_backoff(),
@@ -101,7 +102,7 @@ impl Device {
     }
 }
 
-/// The reason of 1012 and of 4000 to 4499. A text that is none of these is no hint.
+/// The reason of 1012 and of 4000 to 4499. A text that is none of these is not a hint.
 #[derive(Deserialize)]
 struct CloseReason {
     #[serde(default)]

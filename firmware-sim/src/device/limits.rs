@@ -7,14 +7,14 @@ use std::time::Duration;
 pub const CONNECT_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 
 /// How long it waits for the answer to its request: longer than any queue of a gateway that keeps its word (3 s), so that it only ends
-/// attempts that nobody answers. overload.md section 4 asks for at least 60 s.
+/// attempts that nobody answers. See docs/design/slots.md.
 pub const ANSWER_TIMEOUT_DEFAULT: Duration = Duration::from_secs(60);
 
 /// A session this long resets the attempts. Reset on connect instead, and a gateway that accepts and then falls over
-/// meets its fleet at the shortest waits, again and again. Contract section 5, overload.md section 4.
+/// meets its fleet at the shortest waits, again and again. See docs/design/slots.md.
 pub const STABLE: Duration = Duration::from_secs(60);
 
-/// Between pings of the gateway, where no welcome named it (a plain session). Contract section 4.
+/// Between pings of the gateway, where no welcome named it (a plain session).
 pub const HEARTBEAT_DEFAULT: Duration = Duration::from_secs(30);
 
 /// Bounds of what a welcome may name: a slip must neither flood the gateway nor silence the device.
@@ -26,13 +26,13 @@ pub const HEARTBEAT_MAX: Duration = Duration::from_secs(3600);
 /// sent both. Well within the three that it may miss.
 pub const HEARTBEAT_SLACK_DIVISOR: u32 = 4;
 
-/// A gateway that was not heard for this many heartbeats, at least [`SILENCE_MIN`], is gone: the contract's own rule for
-/// devices (section 4), turned round.
+/// Number of heartbeats without a frame after which a gateway is gone, at least [`SILENCE_MIN`]. The same limit as the
+/// gateway has for a device (docs/PROTOCOL.md, "Frames of `seawall.v1`").
 pub const HEARTBEATS_MISSED_MAX: u32 = 3;
 /// See [`HEARTBEATS_MISSED_MAX`].
 pub const SILENCE_MIN: Duration = Duration::from_secs(60);
 
-/// Close 4500: stay away for at least a quarter of an hour, with as much again as jitter. Contract section 5.
+/// Close 4500: stay away for at least a quarter of an hour, with as much again as jitter.
 pub const REPLACED_WAIT: (Duration, Duration) = (Duration::from_secs(900), Duration::from_secs(1800));
 
 /// A newer session of this device replaced this one.

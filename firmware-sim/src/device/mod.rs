@@ -1,7 +1,7 @@
 //! The reference device, without its socket: events and `now` in, waits and actions out.
 //!
 //! [`Device`] decides when to connect, what to do with each refusal, frame and close code, and how long to stay away
-//! (contract sections 3 to 5, overload.md section 4). It opens no socket, reads no clock and owns no random source: the
+//! (docs/PROTOCOL.md, docs/design/slots.md). It opens no socket, reads no clock and owns no random source: the
 //! driver runs it on real connections, the simulator ten million of it in virtual time.
 
 mod closing;
@@ -12,7 +12,7 @@ mod tests;
 use std::time::Duration;
 
 use rand::Rng;
-use seawall_proto::{frame::ServerFrame, refusal::Hint, time::Instant};
+use seawall_proto::{frame::ServerFrame, id::RuleId, refusal::Hint, time::Instant};
 
 pub use self::limits::*;
 use crate::{
@@ -56,9 +56,9 @@ struct Online {
     heard_at: Instant,
     /// The device last said something, be it the pong that the socket layer sends for each ping.
     spoke_at: Instant,
-    /// When the profile ends the session by itself.
+    /// When the profile ends the session on its own.
     leave_at: Instant,
-    /// When a `reconnect` frame asked the device to come back.
+    /// When a `reconnect` frame asked the device to return.
     return_at: Option<Instant>,
 }
 
@@ -80,6 +80,14 @@ impl Default for Patience {
     }
 }
 
+/// The notice of a restricted session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UpdateNotice {
+    pub rule: RuleId,
+    /// The JSON object that describes the update.
+    pub update: Box<str>,
+}
+
 /// What the caller must do now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -90,7 +98,10 @@ pub enum Action {
     SendHeartbeat,
     /// Send `{"type":"ack","id":…}`.
     SendAck { id: Box<str> },
-    /// Reset the connection, or give up the attempt under way. Nothing to report: the machine has gone on.
+    /// A rule restricts the device: begin the update, if it proves to be authentic. The gateway closes the session with
+    /// a hint; the machine keeps to it.
+    Update(Box<UpdateNotice>),
+    /// Reset the connection or give up the current attempt. The machine expects no report.
     Abort,
 }
 
@@ -101,7 +112,7 @@ pub enum State {
     Waiting,
     Connecting,
     Online,
-    /// A close code told it not to come back by itself.
+    /// A close code told it not to return on its own.
     Stopped {
         code: u16,
     },
@@ -192,7 +203,7 @@ impl Device {
         }
     }
 
-    /// What is to be done. At most one action waits at a time.
+    /// The action to carry out. At most one action waits at a time.
     pub const fn poll_action(&mut self) -> Option<Action> {
         self.action.take()
     }
@@ -254,6 +265,7 @@ impl Device {
             Profile::ExponentialNoJitter => Exponential { attempts, cap }.next_backoff(),
             Profile::WellBehaved
             | Profile::IgnoresHints
+            | Profile::Patient
             | Profile::SlowReader
             | Profile::HalfOpen
             | Profile::Flapping
@@ -277,6 +289,7 @@ impl Device {
             | Profile::Immediate
             | Profile::IgnoresHints
             | Profile::ExponentialNoJitter
+            | Profile::Patient
             | Profile::SlowReader
             | Profile::DuplicateId => Instant::FAR_FUTURE,
         };
@@ -289,7 +302,7 @@ impl Device {
         });
     }
 
-    /// A text frame came. One that this version does not know says no more than that the gateway lives.
+    /// A text frame came. A frame that this version does not know only proves that the gateway lives.
     pub fn handle_text(&mut self, text: &str, now: Instant) {
         let Phase::Online(online) = &mut self.phase else {
             return;
@@ -317,8 +330,10 @@ impl Device {
                 online.return_at = Some(now + Duration::from_millis(after_ms));
                 self.slot = slot.map(Box::from);
             }
-            // A real device would start its update here; close 4000 with the hint follows either way.
-            Some(ServerFrame::Update { .. }) => {}
+            Some(ServerFrame::Update { rule, update }) => self.act(Action::Update(Box::new(UpdateNotice {
+                rule,
+                update: update.get().into(),
+            }))),
             Some(ServerFrame::Reconnect { .. } | ServerFrame::Ack { .. } | ServerFrame::Error { .. }) | None => {}
         }
     }
@@ -338,7 +353,7 @@ impl Device {
         }
     }
 
-    /// The device itself starts anew, as after an update: its connection is gone, and what it kept in memory too. Its next
+    /// The device itself restarts, as after an update: its connection and its memory are gone. Its next
     /// attempt is `after` from now (a fleet spreads it over [`FIRST_RETURN_MAX`](crate::backoff::FIRST_RETURN_MAX)). A stopped device stays stopped.
     pub fn handle_restart(&mut self, after: Duration, now: Instant) {
         match self.phase {
@@ -379,7 +394,7 @@ impl Device {
     }
 
     fn silence_ends(&self, online: &Online) -> Instant {
-        if self.profile.is_silent() {
+        if !self.profile.gives_up_on_silence() {
             return Instant::FAR_FUTURE;
         }
         let heartbeat = match self.heartbeat_ms {

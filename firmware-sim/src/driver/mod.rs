@@ -1,9 +1,9 @@
-//! Real sockets for device machines: one task a device, from its first attempt to the end.
+//! Real sockets for device machines: one task per device, from its first attempt to its end.
 //!
-//! [`Driver::spawn`] starts a device, [`DeviceHandle`] steers it, an [`Observer`] is told what happens. No policy lives
-//! here: when to connect, what to obey and how long to wait is [`Device`]'s.
+//! [`Driver::spawn`] starts a device, [`DeviceHandle`] controls it, and an [`Observer`] gets its events. [`Device`]
+//! decides when to connect, what to obey and how long to wait.
 
-mod lever;
+mod commands;
 mod session;
 mod task;
 
@@ -18,7 +18,10 @@ use rand::{SeedableRng, rngs::SmallRng};
 use seawall_proto::time::Instant;
 use tokio_util::task::TaskTracker;
 
-use self::{lever::Lever, task::DeviceTask};
+use self::{
+    commands::{Absence, Commands},
+    task::DeviceTask,
+};
 pub use crate::handshake::Refused;
 use crate::{
     device::{Device, Patience},
@@ -28,31 +31,33 @@ use crate::{
     target::Target,
 };
 
-/// What a device tells of itself.
+/// An event of a device.
 #[derive(Clone, Copy, Debug)]
 pub enum Event<'a> {
-    /// It begins to connect. `intended` is when it meant to: a machine that is too busy to start it in time can't hide that.
+    /// It starts to connect. `intended`: when it meant to, so that the delay of a busy machine shows.
     Attempt { intended: Instant },
     /// The gateway answered 101.
     Connected,
-    /// The gateway answered, and said no.
+    /// The gateway refused it.
     Refused(&'a Refused),
     /// No answer: no TCP connection, a reset, silence, no HTTP; or the attempt was given up on an order.
     Failed,
     /// A session ended. `code`: of the close frame that came; `None` where none did. `by_device`: the device ended it, as its
     /// profile does or by an order; otherwise the gateway or the network did, or the device took them for gone.
     Closed { code: Option<u16>, by_device: bool },
-    /// It was told not to come back by itself. Comes after `Closed`.
+    /// It was told not to return on its own. Comes after `Closed`.
     Stopped { code: u16 },
-    /// It has a message of the gateway's, and acks it.
+    /// It got a message, and acknowledges it.
     Message,
+    /// It got an update notice, in a restricted session.
+    Update,
     /// It sent a message of its own.
     Sent,
-    /// The gateway acked one.
+    /// The gateway acknowledged one of its messages.
     Acked,
 }
 
-/// Is told everything that devices do, from many threads: it must be quick and must not block.
+/// Gets the events of all devices, from many threads. It must be quick and must not block.
 pub trait Observer: Send + Sync + 'static {
     /// `device` is the number that the device was spawned with.
     fn observe(&self, device: usize, event: Event<'_>, now: Instant);
@@ -61,23 +66,23 @@ pub trait Observer: Send + Sync + 'static {
 /// One device to run.
 #[derive(Clone, Debug)]
 pub struct DeviceSpec {
-    /// What the observer knows it by.
+    /// Number of the device in events.
     pub number: usize,
     pub identity: Identity,
-    /// `None`: it names no version.
+    /// `None`: it sends no version.
     pub firmware: Option<Arc<str>>,
     pub profile: Profile,
     /// When it first connects, from the driver's start. `None`: when it is [restarted](DeviceHandle::restart).
     pub first_attempt_after: Option<Duration>,
     /// Local address. `None`: the system's choice.
     pub source: Option<IpAddr>,
-    /// Of its own chance. The same seed draws the same waits.
+    /// Seed of its random waits.
     pub seed: u64,
-    /// How long its attempts may take.
+    /// Time limits of its attempts.
     pub patience: Patience,
-    /// Between two messages that it sends while it is connected. `None`: it sends none.
+    /// Time between two messages that it sends while it is connected. `None`: it sends none.
     pub messages_every: Option<Duration>,
-    /// Whether it shows the resume token that it has. Devices of before resume tokens don't.
+    /// Whether it shows the resume token that it has. Devices older than resume tokens do not.
     pub resumes: bool,
 }
 
@@ -85,7 +90,7 @@ pub struct DeviceSpec {
 pub struct Driver {
     context: Arc<Context>,
     tasks: TaskTracker,
-    levers: Mutex<Vec<Arc<Lever>>>,
+    commands: Mutex<Vec<Arc<Commands>>>,
 }
 
 /// What all devices of a driver share.
@@ -106,7 +111,7 @@ impl Context {
 }
 
 impl Driver {
-    /// A driver without devices. Its time begins now.
+    /// Returns a driver without devices. Its time begins now.
     #[must_use]
     pub fn new(target: Target, observer: Arc<dyn Observer>) -> Self {
         Self {
@@ -116,11 +121,11 @@ impl Driver {
                 origin: tokio::time::Instant::now(),
             }),
             tasks: TaskTracker::new(),
-            levers: Mutex::default(),
+            commands: Mutex::default(),
         }
     }
 
-    /// Time since the driver began, as observers are told it.
+    /// Time since the driver began, as in events.
     #[must_use]
     pub fn now(&self) -> Instant {
         self.context.now()
@@ -135,14 +140,14 @@ impl Driver {
             .first_attempt_after
             .map_or(Instant::FAR_FUTURE, |after| Instant::ZERO + after);
         let device = Device::new(spec.profile, first_attempt_at).with_patience(spec.patience);
-        let lever = Arc::new(Lever::new(spec.firmware.clone()));
-        self.levers
+        let commands = Arc::new(Commands::new(spec.firmware.clone()));
+        self.commands
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .push(Arc::clone(&lever));
+            .push(Arc::clone(&commands));
         let task = Box::new(DeviceTask {
             context: Arc::clone(&self.context),
-            lever: Arc::clone(&lever),
+            commands: Arc::clone(&commands),
             device,
             rng: SmallRng::seed_from_u64(spec.seed),
             number: spec.number,
@@ -158,17 +163,18 @@ impl Driver {
             },
             messages_every: spec.messages_every,
             resumes: spec.resumes,
+            absence: None,
             is_ending: false,
         });
         self.tasks.spawn(task.live());
-        DeviceHandle(lever)
+        DeviceHandle(commands)
     }
 
     /// Ends all devices: open sessions say goodbye (1000), attempts are given up. Over in about [`GOODBYE_MAX`], or, where
     /// a gateway takes nothing any more, [`SEND_MAX`].
     pub async fn stop(&self) {
-        for lever in self.levers.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            lever.end();
+        for commands in self.commands.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            commands.end();
         }
         self.tasks.close();
         self.tasks.wait().await;
@@ -190,25 +196,36 @@ pub const GOODBYE_MAX: Duration = Duration::from_secs(1);
 /// A frame that the socket does not take for this long ends the session.
 pub const SEND_MAX: Duration = Duration::from_secs(10);
 
-/// Steers one device. Orders take effect in the device's own task, at once if it runs; of orders not yet seen, the last
-/// restart counts.
+/// Controls one device. Commands take effect in the device's own task, at once if it runs. A later restart replaces one that
+/// the device has not seen yet.
 #[derive(Clone, Debug)]
-pub struct DeviceHandle(Arc<Lever>);
+pub struct DeviceHandle(Arc<Commands>);
 
 impl DeviceHandle {
-    /// Its connection breaks now: reset, no close frame. The device comes back as its profile does. One that has no
-    /// connection is left alone.
+    /// Resets the connection, without a close frame. The device returns as its profile does. Does nothing to a device
+    /// without a connection.
     pub fn drop_connection(&self) {
         self.0.drop_connection();
     }
 
-    /// It starts anew, and connects `after` from now; an open connection is reset. A device that was told not to come back
-    /// stays away.
+    /// Closes the session with 1000. The device stays away until it is restarted.
+    pub fn leave(&self) {
+        self.0.go_away(Absence::Leave);
+    }
+
+    /// Cuts the device's power or its network: it neither reads nor writes, and its socket stays open until it is
+    /// restarted. A device without a connection stays away until then.
+    pub fn cut_power(&self) {
+        self.0.go_away(Absence::PowerCut);
+    }
+
+    /// Restarts the device: it resets an open connection, and connects `after` from now. A device that was told not to
+    /// return stays away.
     pub fn restart(&self, after: Duration) {
         self.0.restart(after);
     }
 
-    /// Its firmware is another now, and it starts anew with it.
+    /// Restarts the device with another firmware version.
     pub fn upgrade(&self, firmware: Option<Arc<str>>, after: Duration) {
         self.0.upgrade(firmware, after);
     }

@@ -7,7 +7,7 @@ use seawall_proto::frame::DeviceFrame;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_tungstenite::tungstenite::{self, Message, protocol, protocol::frame::coding::CloseCode};
 
-use super::{Event, GOODBYE_MAX, SEND_MAX, task::DeviceTask};
+use super::{Event, GOODBYE_MAX, SEND_MAX, commands::Absence, task::DeviceTask};
 use crate::{
     connection::reset,
     device::{Action, CloseFrame, State},
@@ -16,19 +16,21 @@ use crate::{
     profile::Profile,
 };
 
-/// A slow reader takes one message in this time.
+/// Time in which a slow reader takes one message.
 const SLOW_READ_PAUSE: Duration = Duration::from_secs(1);
 
-/// A timer that no machine asks for; then it is looked at again.
+/// Maximum time until a session without a timer wakes up.
 const IDLE_MAX: Duration = Duration::from_secs(3600);
 
 /// A close frame without a code counts as this. RFC 6455 §7.4.1.
 const CODE_NONE: u16 = 1005;
 
-/// What is left to do with the socket once the machine has left the session.
+/// Work left for the socket once the machine has left the session.
 enum Ending {
     /// A close frame came, and its answer goes out.
     Answer { code: u16 },
+    /// Close 1000: an order to leave.
+    Goodbye,
     /// Reset: the device has lost its power, as its profile does or by an order.
     Left,
     /// Reset: the gateway has been silent, or takes nothing.
@@ -40,9 +42,9 @@ enum Ending {
 impl DeviceTask {
     pub(super) async fn session(&mut self, mut socket: Box<Socket>) {
         let ending = self.converse(&mut socket).await;
-        let by_device = matches!(ending, None | Some(Ending::Left));
+        let by_device = matches!(ending, None | Some(Ending::Goodbye | Ending::Left));
         let code = match ending {
-            None => {
+            None | Some(Ending::Goodbye) => {
                 say_goodbye(&mut socket).await;
                 None
             }
@@ -94,7 +96,16 @@ impl DeviceTask {
                     self.device.handle_timeout(self.context.now(), &mut self.rng);
                     timer.as_mut().reset(self.due(messages.as_ref()));
                 }
-                () = self.lever.pulled() => self.obey(),
+                () = self.commands.given() => {
+                    self.obey();
+                    while self.absence == Some(Absence::PowerCut) && !self.is_ending {
+                        self.commands.given().await;
+                        self.obey();
+                    }
+                    if self.absence.take() == Some(Absence::Leave) {
+                        ending = Ending::Goodbye;
+                    }
+                }
             }
             let is_sent = self.act(socket).await && self.say(socket, messages.as_mut()).await;
             if self.device.state() != State::Online {
@@ -148,6 +159,10 @@ impl DeviceTask {
             Some(Action::SendAck { id }) => {
                 self.report(Event::Message);
                 DeviceFrame::Ack { id: Cow::Borrowed(&id) }.to_json()
+            }
+            Some(Action::Update(_)) => {
+                self.report(Event::Update);
+                return true;
             }
             // `Abort` comes with leaving the session, which resets it; `Connect` never comes within one.
             Some(Action::Abort | Action::Connect) | None => return true,

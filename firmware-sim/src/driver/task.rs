@@ -7,7 +7,10 @@ use rand::rngs::SmallRng;
 use seawall_proto::{id::DeviceId, time::Instant};
 use tokio::time::sleep_until;
 
-use super::{Context, Event, SUBPROTOCOL, lever::Lever};
+use super::{
+    Context, Event, SUBPROTOCOL,
+    commands::{Absence, Commands},
+};
 use crate::{
     device::{Action, Device, State},
     handshake::{Credential, Hello, OpenError, Socket, SocketOptions, open, upgrade},
@@ -15,7 +18,7 @@ use crate::{
 
 pub(super) struct DeviceTask {
     pub(super) context: Arc<Context>,
-    pub(super) lever: Arc<Lever>,
+    pub(super) commands: Arc<Commands>,
     pub(super) device: Device,
     pub(super) rng: SmallRng,
     pub(super) number: usize,
@@ -28,6 +31,8 @@ pub(super) struct DeviceTask {
     pub(super) socket: SocketOptions,
     pub(super) messages_every: Option<Duration>,
     pub(super) resumes: bool,
+    /// Its power is cut, or it has to say goodbye to its session.
+    pub(super) absence: Option<Absence>,
     pub(super) is_ending: bool,
 }
 
@@ -48,7 +53,7 @@ impl DeviceTask {
             let due = self.device.poll_timeout();
             tokio::select! {
                 () = self.until(due) => self.device.handle_timeout(self.context.now(), &mut self.rng),
-                () = self.lever.pulled() => self.obey(),
+                () = self.commands.given() => self.obey(),
             }
             if let Some(Action::Connect) = self.device.poll_action() {
                 return due;
@@ -75,7 +80,7 @@ impl DeviceTask {
             tokio::select! {
                 done = &mut work => return Some(done),
                 () = self.until(deadline) => self.device.handle_timeout(self.context.now(), &mut self.rng),
-                () = self.lever.pulled() => self.obey(),
+                () = self.commands.given() => self.obey(),
             }
         }
         // `Abort` asks for what the end of the attempt does: its socket goes with it.
@@ -119,17 +124,26 @@ impl DeviceTask {
         }
     }
 
-    /// Passes waiting orders to the machine.
+    /// Passes waiting commands to the machine.
     pub(super) fn obey(&mut self) {
-        let orders = self.lever.take();
+        let pending = self.commands.take();
         let now = self.context.now();
-        self.is_ending |= orders.end;
-        self.firmware = orders.firmware;
-        if orders.drop_connection {
+        self.is_ending |= pending.end;
+        self.firmware = pending.firmware;
+        if pending.drop_connection {
             self.device.handle_failed(now, &mut self.rng);
             self.device.handle_closed(None, now, &mut self.rng);
         }
-        if let Some(after) = orders.restart_after {
+        match pending.absence {
+            Some(Absence::PowerCut) if self.device.state() == State::Online => self.absence = pending.absence,
+            Some(absence) => {
+                self.absence = (self.device.state() == State::Online).then_some(absence);
+                self.device.handle_restart(Duration::MAX, now);
+            }
+            None => {}
+        }
+        if let Some(after) = pending.restart_after {
+            self.absence = None;
             self.device.handle_restart(after, now);
         }
     }

@@ -7,13 +7,13 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use super::{OpenError, Stream};
 
-/// Longest head of an answer, in bytes; a longer one is none.
+/// Maximum length of an answer's head, in bytes.
 const HEAD_LEN_MAX: usize = 8 * 1024;
 
-/// Most headers of an answer.
+/// Maximum number of headers of an answer.
 const HEADERS_MAX: usize = 64;
 
-/// Read at a time: an answer of the gateway's fits.
+/// Bytes read at a time: an answer of the gateway fits.
 const CHUNK: usize = 1024;
 
 /// The head of an answer.
@@ -25,7 +25,7 @@ pub(super) struct Answer {
 }
 
 impl Answer {
-    /// Reads the head; what came behind it is left in the second value.
+    /// Reads the head. Returns it with the bytes that came after it.
     pub(super) async fn read(stream: &mut Stream) -> Result<(Self, Vec<u8>), OpenError> {
         let mut bytes = Vec::with_capacity(CHUNK);
         loop {
@@ -33,7 +33,7 @@ impl Answer {
                 return Err(OpenError::NoAnswer(io::ErrorKind::UnexpectedEof.into()));
             }
             if let Some((answer, len)) = Self::parse(&bytes)? {
-                // A copy of its own size: the session keeps its buffer for life.
+                // A copy of the exact size: the session keeps its buffer for life.
                 return Ok((answer, bytes.get(len..).unwrap_or_default().to_vec()));
             }
             if bytes.len() > HEAD_LEN_MAX {
@@ -42,13 +42,13 @@ impl Answer {
         }
     }
 
-    /// `None`: there is more to come.
+    /// Parses a head. `None`: it is not complete.
     fn parse(bytes: &[u8]) -> Result<Option<(Self, usize)>, OpenError> {
         let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
         let mut response = httparse::Response::new(&mut headers);
         let parsed = response
             .parse(bytes)
-            .map_err(|_| OpenError::BadAnswer("it is no HTTP"))?;
+            .map_err(|_| OpenError::BadAnswer("not an HTTP response"))?;
         let (httparse::Status::Complete(len), Some(status)) = (parsed, response.code) else {
             return Ok(None);
         };
@@ -73,8 +73,8 @@ impl Answer {
             .map(|(_, value)| value.as_str())
     }
 
-    /// Whether it confirms the upgrade that was asked for with this key and these sub-protocols. A gateway that confirms
-    /// none of them gives a plain session.
+    /// Checks that the answer confirms the upgrade with this key and one of these sub-protocols, or none: then the
+    /// session is plain.
     pub(super) fn check_upgrade(&self, key: &str, offered: Option<&str>) -> Result<(), OpenError> {
         let has_token = |name, token: &str| {
             let list = self.header(name).unwrap_or_default();

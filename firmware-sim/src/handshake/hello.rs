@@ -1,4 +1,4 @@
-//! What a device says of itself: the upgrade request and its headers (contract section 2).
+//! The claims of a device: the upgrade request and its headers (docs/PROTOCOL.md, "Connecting").
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use seawall_proto::id::DeviceId;
@@ -10,7 +10,7 @@ use tokio_tungstenite::tungstenite::{
 use super::OpenError;
 use crate::target::Target;
 
-/// How a device proves who it is. Contract section 2.
+/// How a device proves who it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Credential {
     /// `Authorization: Bearer SECRET`.
@@ -21,7 +21,7 @@ pub enum Credential {
     Missing,
 }
 
-/// What a device says of itself in one attempt.
+/// Claims of a device in one attempt.
 #[derive(Clone, Debug)]
 pub(crate) struct Hello<'a> {
     pub(crate) device: DeviceId,

@@ -1,7 +1,7 @@
-//! From nothing to an open WebSocket: the TCP connection, the upgrade request, and the gateway's answer.
+//! Opening a WebSocket: the TCP connection, the upgrade request, and the gateway's answer.
 //!
-//! The handshake is read here, not by tungstenite: that one leaves its 4 KiB handshake buffer with every session, and the
-//! body of a refusal unread where it does not come with the head.
+//! tungstenite's own handshake leaves a 4 KiB buffer with every session, and does not read the body of a refusal that
+//! arrives after its head. So the handshake is here.
 
 mod answer;
 mod hello;
@@ -31,11 +31,11 @@ pub(crate) use self::hello::Hello;
 pub use self::{hello::Credential, refused::Refused, stream::Stream};
 use crate::target::Target;
 
-/// The sub-protocol of frames. Contract section 4.
+/// The sub-protocol of frames.
 pub const SUBPROTOCOL: &str = "seawall.v1";
 
-/// A session's read buffer, allocated at once and kept: 1 KiB holds every frame but large messages. dependencies.md
-/// section 1 has the measurements.
+/// A session's read buffer, allocated at once and kept: 1 KiB holds every frame but large messages. The default of
+/// tokio-tungstenite would cost 133 KB per connection.
 const READ_BUFFER: usize = 1024;
 /// What a device writes at a time.
 const WRITE_BUFFER: usize = 1024;
@@ -45,7 +45,7 @@ const WRITE_BUFFER_MAX: usize = 64 * 1024;
 const MESSAGE_LEN_MAX: usize = 256 * 1024;
 /// Receive buffer that a slow reader asks for, in bytes; the kernel doubles it.
 const SLOW_RECEIVE_BUFFER: u32 = 4096;
-/// What is read of a refusal's body, in bytes.
+/// Maximum length read of a refusal's body, in bytes.
 const BODY_LEN_MAX: usize = 8 * 1024;
 
 /// An open session's socket.
@@ -130,10 +130,10 @@ async fn body(stream: &mut Stream, answer: &Answer, mut body: Vec<u8>) -> Vec<u8
     body
 }
 
-/// Why there is no session.
+/// Reason why an attempt failed.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The gateway answered, and said no.
+    /// The gateway refused.
     #[error("{0}")]
     Refused(Box<Refused>),
     /// No TCP connection.
@@ -142,16 +142,16 @@ pub enum OpenError {
     /// A connection, and then a reset or its end.
     #[error("the gateway did not answer")]
     NoAnswer(#[source] io::Error),
-    /// Something that is no WebSocket of ours.
-    #[error("the gateway's answer is no use: {0}")]
+    /// The answer is not a valid upgrade.
+    #[error("the gateway's answer is invalid: {0}")]
     BadAnswer(&'static str),
     /// Nothing within this.
     #[error("the gateway did not answer in {0:?}")]
     TimedOut(Duration),
     /// A secret, version or label that can't stand in a header.
-    #[error("what the device says of itself can't stand in a header")]
+    #[error("an identity value of the device is not allowed in a header")]
     BadHello,
-    /// The URL is no use.
+    /// The URL is invalid.
     #[error(transparent)]
     Target(#[from] crate::target::TargetError),
 }

@@ -1,4 +1,4 @@
-//! The gateway's no (contract section 3), as a device reads it.
+//! A refusal (docs/PROTOCOL.md, "Being refused"), as a device reads it.
 
 use std::{fmt, time::Duration};
 
@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::answer::Answer;
 
-/// A refusal, as it came over the wire. Contract section 3.
+/// A refusal, as it came over the wire.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Refused {
     pub status: u16,
@@ -56,7 +56,7 @@ impl Refused {
             .map(|(_, value)| value.as_str())
     }
 
-    /// The code, where it is one of the contract's.
+    /// The code, if docs/PROTOCOL.md lists it under "Being refused".
     #[must_use]
     pub fn known_code(&self) -> Option<Code> {
         let code = self.code.as_deref()?;
@@ -82,7 +82,7 @@ impl fmt::Display for Refused {
             self.code.as_deref().unwrap_or("without a code")
         )?;
         match self.retry_after_ms {
-            Some(ms) => write!(f, ", to come back in {ms} ms"),
+            Some(ms) => write!(f, ", retry in {ms} ms"),
             None => Ok(()),
         }
     }

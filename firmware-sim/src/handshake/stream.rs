@@ -1,4 +1,4 @@
-//! What a device's bytes travel over: TCP, or TLS on it. Plain TCP is no larger for TLS being there.
+//! The transport of a device: TCP, or TLS on it. Support for TLS does not make plain TCP larger.
 
 use std::{
     io,

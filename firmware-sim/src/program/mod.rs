@@ -88,7 +88,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
             _ = ticks.tick() => {
                 runner.check()?;
                 if printer.print(&runner.stats()).is_err() {
-                    // Nobody reads any more.
+                    // The reader has gone.
                     break;
                 }
             }
@@ -169,7 +169,7 @@ impl Runner {
     async fn start(options: &Options, config: FleetConfig) -> Result<Self, Failure> {
         let per_process = limits::devices_per_process(&config.profiles)?;
         if options.part.is_none() && config.devices.len() > per_process {
-            // What is wrong with the fleet is said once, here.
+            // Faults of the fleet are reported once, here.
             config.check()?;
             Target::resolve_trusting(&config.url, &config.trust)
                 .await

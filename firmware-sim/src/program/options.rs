@@ -7,7 +7,7 @@ use firmware_sim::{identity::Lines, messages::PER_MINUTE_MAX, mix::Mix, profile:
 
 /// Simulated devices against a Seawall gateway.
 ///
-/// Prints a line a second. Orders on standard input, where it is no terminal, one a line: `drop` (every connection breaks at once),
+/// Prints a line per second. Orders on standard input, if it is not a terminal, one per line: `drop` (every connection breaks at once),
 /// `firmware 3.8.0-b3=25%` (that share of the fleet is updated, and starts anew), `stop`.
 #[derive(Debug, Parser)]
 #[command(version)]
@@ -17,7 +17,7 @@ pub struct Options {
     #[arg(long, value_name = "URL")]
     pub url: String,
 
-    /// Certificates (PEM) of those who may vouch for a gateway at wss:// [default: the system's]
+    /// CA certificates (PEM) to trust for a gateway at wss:// [default: the system's]
     #[arg(long, value_name = "FILE")]
     pub ca: Option<PathBuf>,
 
@@ -29,8 +29,8 @@ pub struct Options {
     #[arg(long, value_name = "MIX", default_value = "1.0.0")]
     pub firmware_mix: Mix,
 
-    /// How all devices behave: well-behaved, fixed-Ns, immediate, ignores-hints, exponential-no-jitter, slow-reader,
-    /// half-open, flapping, duplicate-id
+    /// How all devices behave: well-behaved, fixed-Ns, immediate, ignores-hints, exponential-no-jitter, patient,
+    /// slow-reader, half-open, flapping, duplicate-id
     #[arg(
         long,
         value_name = "NAME",

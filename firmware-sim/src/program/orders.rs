@@ -1,4 +1,4 @@
-//! Orders on standard input, one a line, so that whoever started the program can steer it.
+//! Orders on standard input, one per line, from the program that started this one.
 
 use std::{
     fmt,
@@ -64,7 +64,7 @@ impl fmt::Display for Order {
 }
 
 pub fn unknown(line: &str) -> Error {
-    anyhow!("{line:?} is no order: expected `drop`, `stop` or `firmware VERSION=SHARE`")
+    anyhow!("{line:?} is not an order: expected `drop`, `stop` or `firmware VERSION=SHARE`")
 }
 
 /// `None` where standard input is a terminal: a shell stops a background job that reads from one.

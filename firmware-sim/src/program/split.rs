@@ -66,11 +66,11 @@ impl Split {
         whole
     }
 
-    /// Says if a part has ended by itself.
+    /// Fails if a part has ended on its own.
     pub fn check(&mut self) -> Result<(), Error> {
         for part in &mut self.parts {
             if let Some(status) = part.child.try_wait().context("looking after a part of the fleet")? {
-                bail!("a part of the fleet has ended by itself: {status}");
+                bail!("a part of the fleet has ended on its own: {status}");
             }
         }
         Ok(())

@@ -30,10 +30,7 @@ async fn refusal_is_read_with_its_code_hint_and_slot() {
         (Some(23_417), Some("slot-1"))
     );
     assert_eq!(refused.header("retry-after"), Some("24"));
-    assert_eq!(
-        error.to_string(),
-        "refused with 503 overloaded, to come back in 23417 ms"
-    );
+    assert_eq!(error.to_string(), "refused with 503 overloaded, retry in 23417 ms");
 }
 
 #[tokio::test]

@@ -284,7 +284,7 @@ async fn fleets_that_make_no_sense_are_refused() {
     let long = "x".repeat(65);
     for (config, words) in [
         (config(&gateway, 2, "1", "nice"), "no profile"),
-        (config(&gateway, 2, &long, "well-behaved"), "no version"),
+        (config(&gateway, 2, &long, "well-behaved"), "not a version"),
         (config(&gateway, 2, "a=1,b=2", "well-behaved"), "add up to 3"),
     ] {
         let error: FleetError = Fleet::start(config).await.unwrap_err();

@@ -105,7 +105,7 @@ impl Attempt {
         Some(Self { tcp, headers })
     }
 
-    /// Refuses as contract section 3 says, with 503.
+    /// Refuses with 503.
     pub async fn refuse(mut self, code: &str, retry_after_ms: u64, slot: &str) {
         let body = format!(
             r#"{{"type":"about:blank","title":"t","status":503,"code":"{code}","detail":"d","retry_after_ms":{retry_after_ms}}}"#

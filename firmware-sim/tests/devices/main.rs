@@ -1,6 +1,6 @@
 //! Devices on real sockets, against a small gateway that each test scripts itself.
 
-#![expect(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot continue has failed")]
 
 mod connection;
 mod fleet;

@@ -1,15 +1,15 @@
-//! `seawall alarms`: what a person should look at now.
+//! `seawall alarms`: the active alarms.
 
 use clap::{Args, ValueEnum};
 
 use super::{Context, Failure, table};
 
-/// Maximum number of alarms that are asked for.
+/// Maximum number of alarms that are requested.
 const ALARMS_MAX: usize = 10_000;
 
 #[derive(Debug, Args)]
 pub struct Alarms {
-    /// The one thing to do, which may be left out
+    /// The default, which may be left out
     #[arg(default_value = "list", hide_possible_values = true)]
     verb: AlarmsVerb,
 }
@@ -30,6 +30,7 @@ pub fn run(ctx: &Context) -> Result<(), Failure> {
                 ("SUBJECT", "subject"),
                 ("SINCE", "since"),
                 ("DETAIL", "detail"),
+                ("ACTION", "action"),
             ],
         )
     })

@@ -1,11 +1,11 @@
-//! `seawall audit`: who changed what, and when.
+//! `seawall audit`: the audit log.
 
 use std::collections::BTreeMap;
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::{Context, Failure, client::Method, rules, table};
+use super::{Context, Failure, client::Method, table, time};
 
 /// Maximum number of lines that one listing shows.
 const LIST_MAX: u64 = 100_000;
@@ -24,7 +24,7 @@ pub struct Audit {
     /// Show all lines, up to 100,000
     #[arg(long, conflicts_with = "limit")]
     all: bool,
-    /// Where to go on, as the previous list says
+    /// Cursor of the next page, as the previous list shows it
     #[arg(long)]
     cursor: Option<String>,
 }
@@ -34,7 +34,7 @@ enum Verb {
     /// Delete old records; the audit log says who did that
     Prune {
         /// Minimum age of the records, as in 90d; at least a day
-        #[arg(long, value_name = "SPAN", value_parser = rules::span)]
+        #[arg(long, value_name = "SPAN", value_parser = time::span)]
         older_than: String,
     },
 }
@@ -72,7 +72,7 @@ fn shown(answer: &Value) -> String {
         let before = line.get("before").unwrap_or(&Value::Null);
         let after = line.get("after").unwrap_or(&Value::Null);
         vec![
-            table::at(line, "at"),
+            time(line),
             actor(line),
             table::at(line, "action"),
             table::at(line, "subject"),
@@ -82,7 +82,16 @@ fn shown(answer: &Value) -> String {
     table::table(&["AT", "ACTOR", "ACTION", "SUBJECT", "CHANGE"], rows)
 }
 
-/// Name of the token, with the end of its id, by which `tokens revoke` finds it.
+/// Returns when the change was made, and when it reached the database if it had to wait for it.
+fn time(line: &Value) -> String {
+    let at = table::at(line, "at");
+    match line.get("arrived_at") {
+        Some(_) => format!("{at} (stored {})", table::at(line, "arrived_at")),
+        None => at,
+    }
+}
+
+/// Returns the token's name, and the end of its id, which `tokens revoke` accepts.
 fn actor(line: &Value) -> String {
     let name = table::at(line, "actor");
     match line.get("actor_id").and_then(Value::as_str) {
@@ -94,7 +103,8 @@ fn actor(line: &Value) -> String {
     }
 }
 
-/// The fields that differ: `state=enabled -> disabled`, `tenant=acme` for one that is new, `was tenant=acme` for one that is gone.
+/// Returns the fields that differ: `state=enabled -> disabled`, `tenant=acme` for a new one, `was tenant=acme` for a
+/// removed one.
 fn change(before: &Value, after: &Value) -> String {
     let (before, after) = (fields(before), fields(after));
     let mut names: Vec<&String> = before.keys().chain(after.keys()).collect();
@@ -117,8 +127,8 @@ fn change(before: &Value, after: &Value) -> String {
     }
 }
 
-/// The fields of an object that have a value, those of objects in it by their path, ready to be shown. Milliseconds since 1970 are
-/// times.
+/// Returns the fields of an object that have a value, nested ones by their path, as text. Milliseconds since 1970
+/// become times.
 fn fields(value: &Value) -> BTreeMap<String, String> {
     let mut shown = BTreeMap::new();
     let mut pending = vec![(String::new(), value)];
@@ -149,6 +159,14 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn record_that_waited_for_the_database_has_both_times() {
+        let line = json!({"at": "2026-01-31T12:00:00Z", "arrived_at": "2026-01-31T12:05:00Z"});
+
+        assert_eq!(time(&line), "2026-01-31T12:00:00Z (stored 2026-01-31T12:05:00Z)");
+        assert_eq!(time(&json!({"at": "2026-01-31T12:00:00Z"})), "2026-01-31T12:00:00Z");
+    }
 
     #[test]
     fn line_says_what_differs_and_times_are_times() {

@@ -3,13 +3,13 @@
 use clap::Subcommand;
 
 use super::{Common, Failure, ServeArgs, table};
-use crate::config::Config;
+use crate::runtime::config::Config;
 
 #[derive(Debug, Subcommand)]
 pub enum ConfigVerb {
     /// Print every setting with its default
     Default,
-    /// Check the configuration of `serve` with these options, and print every setting; passwords are left out
+    /// Check the configuration of `serve` with these options, and print every setting without passwords
     Show(Box<ServeArgs>),
 }
 
@@ -25,11 +25,21 @@ pub fn run(common: &Common, verb: ConfigVerb) -> Result<(), Failure> {
     table::print(&toml::to_string(&config).map_err(Failure::failed)?)
 }
 
-/// The configuration in use, with a database URL that anybody may read.
+/// Returns the configuration without the password of the database URL, and without the path of the webhook: receivers
+/// put a token there.
 fn shown(mut config: Config) -> Config {
-    // What `Display` leaves out is the password.
+    // `Display` leaves the password out.
     config.database.url = config.database_url().to_string().parse().ok();
+    config.webhook.url = config.webhook.url.as_deref().map(origin);
     config
+}
+
+/// Scheme, host and port of a URL.
+fn origin(url: &str) -> String {
+    let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    format!("{scheme}://{host}/…")
 }
 
 #[cfg(test)]
@@ -50,5 +60,21 @@ mod tests {
         let text = toml::to_string(&shown(config)).unwrap();
 
         assert!(text.contains("db.example:6432") && !text.contains("hunter2"), "{text}");
+    }
+
+    #[test]
+    fn address_of_the_webhook_is_shown_without_its_token() {
+        for url in [
+            "https://hooks.example:8443/services/hunter2",
+            "https://u:hunter2@hooks.example:8443/?token=hunter2",
+            "https://hooks.example:8443?hunter2",
+        ] {
+            let mut config = Config::default();
+            config.webhook.url = Some(url.to_owned());
+
+            let shown = shown(config).webhook.url;
+
+            assert_eq!(shown.as_deref(), Some("https://hooks.example:8443/…"));
+        }
     }
 }

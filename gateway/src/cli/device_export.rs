@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{Context, Failure, client::MEMORY};
 
-/// Rows asked for in one request: the API's maximum.
+/// Number of rows of one request: the API's maximum.
 const PAGE_LEN: usize = 1_000;
 const COLUMNS: [(&str, &str); 10] = [
     ("id", "/id"),
@@ -51,7 +51,7 @@ pub fn run(ctx: &Context, args: &Export) -> Result<(), Failure> {
     let file = File::create(&unfinished).map_err(|error| named(&unfinished, error))?;
     let written = write(ctx, args, file);
     if written.is_err() {
-        // The error that is told is why it is not complete.
+        // The first error is the reason.
         let _ = fs::remove_file(&unfinished);
         return written;
     }

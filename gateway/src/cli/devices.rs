@@ -1,4 +1,4 @@
-//! `seawall devices`: the registry, and what its devices do now.
+//! `seawall devices`: the registry, and the state of its devices.
 
 use std::{
     fmt,
@@ -18,15 +18,15 @@ use super::{
     Common, Context, Failure,
     client::{Answer, MEMORY, Method},
     device_change::{self, Ids},
-    device_export, note, rules, seed, table,
+    device_export, note, seed, table, time,
 };
 
-/// Rows that one listing shows at most.
+/// Maximum number of rows of a list.
 const LIST_MAX: usize = 1_000_000;
-/// Bad lines of an import that are shown; the API reports no more.
+/// Maximum number of bad lines that are shown. The API reports no more.
 const BAD_LINES_SHOWN: usize = 100;
 
-/// What stands for itself in a segment of a path.
+/// Bytes that are not escaped in a segment of a path.
 const NON_ALPHANUMERIC_BUT_DASH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 const COLUMNS: [(&str, &str); 8] = [
@@ -40,7 +40,15 @@ const COLUMNS: [(&str, &str); 8] = [
     ("EXTERNAL ID", "external_id"),
 ];
 
-/// What a device is called: its UUID, or with `identity.namespace` any name of at most 64 bytes of printable ASCII.
+const HISTORY_COLUMNS: [(&str, &str); 5] = [
+    ("AT", "at"),
+    ("STATE", "state"),
+    ("REASON", "reason"),
+    ("EVIDENCE", "evidence"),
+    ("EPOCH", "epoch"),
+];
+
+/// A device's id: its UUID, or with `identity.namespace` a name of at most 64 bytes of printable ASCII.
 #[derive(Clone, Debug)]
 pub struct Name(String);
 
@@ -92,7 +100,7 @@ pub enum Devices {
         /// Show all rows, up to 1,000,000
         #[arg(long, conflicts_with = "limit")]
         all: bool,
-        /// Where to go on, as the previous list says
+        /// Cursor of the next page, as the previous list shows it
         #[arg(long)]
         cursor: Option<String>,
     },
@@ -100,6 +108,14 @@ pub enum Devices {
     Show {
         /// Id of the device
         id: Name,
+    },
+    /// Changes of a device's presence, newest first
+    History {
+        /// Id of the device
+        id: Name,
+        /// Maximum number of rows to show
+        #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+        limit: u32,
     },
     /// Register a device; its secret is shown this once
     Add {
@@ -127,11 +143,12 @@ pub enum Devices {
     Import {
         /// The file; `-`: standard input
         file: PathBuf,
-        /// Give devices that are there already the file's credential
+        /// Give registered devices the file's credential, and its name if they have none
         #[arg(long)]
         update: bool,
     },
-    /// Make devices with random secrets: written to a file for `devices import` and firmware-sim, and registered where a gateway answers
+    /// Create devices with random secrets: write them to a file for `devices import` and firmware-sim, and register
+    /// them
     Seed(seed::Seed),
     /// Write all registered devices as CSV, without secrets: a list for reports, not a backup
     Export(device_export::Export),
@@ -139,7 +156,7 @@ pub enum Devices {
     Enable {
         #[command(flatten)]
         ids: Ids,
-        /// Enable devices that are revoked, too
+        /// Also enable revoked devices
         #[arg(long)]
         revoked: bool,
     },
@@ -147,25 +164,32 @@ pub enum Devices {
     Disable {
         #[command(flatten)]
         ids: Ids,
+        /// Do not ask: needed for more than 20 devices, and for ids from standard input
+        #[arg(long)]
+        yes: bool,
     },
-    /// Refuse devices for good, and close their sessions; they do not try again by themselves
+    /// Refuse devices for good, and close their sessions; they do not try again
     Revoke {
         #[command(flatten)]
         ids: Ids,
+        /// Do not ask: needed for more than 20 devices, and for ids from standard input
+        #[arg(long)]
+        yes: bool,
     },
     /// Give a device a new secret, which is shown this once
     Rotate {
         /// Id of the device
         id: Name,
-        /// How long the old secret stays valid, as in 24h [default: it ends at once, and so does the device's session]
-        #[arg(long, value_name = "SPAN", value_parser = rules::span)]
+        /// Time for which the old secret stays valid, as in 24h [default: it ends at once, with the session that uses
+        /// it]
+        #[arg(long, value_name = "SPAN", value_parser = time::span)]
         overlap: Option<String>,
     },
     /// Remove devices from the registry, and close their sessions; asks first on a terminal
     Delete {
         #[command(flatten)]
         ids: Ids,
-        /// Do not ask
+        /// Do not ask: needed for more than 20 devices, and for ids from standard input
         #[arg(long)]
         yes: bool,
     },
@@ -178,7 +202,7 @@ pub enum Devices {
     Send {
         /// Id of the device
         id: Name,
-        /// JSON; anything else is sent as a text
+        /// JSON; anything else is sent as text
         #[arg(required_unless_present = "binary")]
         payload: Option<String>,
         /// A file to send as one binary frame of a plain session; `-`: standard input
@@ -217,14 +241,25 @@ pub fn run(common: &Common, verb: Devices) -> Result<(), Failure> {
             warn_of_memory(&device);
             ctx.show(&device, shown)
         }
+        Devices::History { id, limit } => {
+            let answer = ctx
+                .client
+                .get(&format!("{}/history", path(&id)), &[("limit", limit.to_string())])?;
+            if answer["source"] == MEMORY {
+                note(
+                    "warning: the database does not answer. These are the newest changes only, from the memory of one node",
+                );
+            }
+            ctx.show(&answer, |answer| table::items(answer, &HISTORY_COLUMNS))
+        }
         Devices::Add { id, tenant, model } => add(&ctx, id.as_ref(), tenant, model),
         Devices::Import { file, update } => import(&ctx, &file, update),
         Devices::Seed(args) => seed::run(&ctx, &args),
         Devices::Update { id, tenant, model } => update(&ctx, &id, tenant, model),
         Devices::Export(args) => device_export::run(&ctx, &args),
-        Devices::Enable { ids, revoked } => device_change::set_state(&ctx, ids, "enabled", revoked),
-        Devices::Disable { ids } => device_change::set_state(&ctx, ids, "disabled", false),
-        Devices::Revoke { ids } => device_change::set_state(&ctx, ids, "revoked", false),
+        Devices::Enable { ids, revoked } => device_change::enable(&ctx, ids, revoked),
+        Devices::Disable { ids, yes } => device_change::disable(&ctx, ids, yes),
+        Devices::Revoke { ids, yes } => device_change::revoke(&ctx, ids, yes),
         Devices::Rotate { id, overlap } => {
             let body = overlap.map_or_else(|| json!({}), |overlap| json!({"overlap": overlap}));
             let answer = ctx
@@ -238,7 +273,7 @@ pub fn run(common: &Common, verb: Devices) -> Result<(), Failure> {
     }
 }
 
-/// Path of a device in the API.
+/// Returns the API path of a device.
 pub fn path(id: &Name) -> String {
     format!(
         "/api/v1/devices/{}",
@@ -253,7 +288,7 @@ fn rows(text: &str) -> Result<usize, String> {
     }
 }
 
-/// Says that an answer is not the registry's.
+/// Tells people that an answer is from memory.
 fn warn_of_memory(answer: &Value) {
     if answer["source"] == MEMORY {
         note(
@@ -284,6 +319,8 @@ fn shown(device: &Value) -> String {
         ("as of", table::at(device, "presence.as_of")),
         ("node", table::at(device, "presence.node")),
         ("reason", table::at(device, "presence.reason")),
+        ("cause", table::at(device, "presence.cause")),
+        ("evidence", table::at(device, "presence.evidence")),
         ("old secret until", table::at(device, "previous_secret_until")),
         ("created", table::at(device, "created_at")),
         ("updated", table::at(device, "updated_at")),
@@ -316,7 +353,7 @@ fn shown_rotation(id: &Name, answer: &Value) -> String {
     let mut lines = shown_secret(id.as_str(), answer);
     match answer.get("previous_secret_until").and_then(Value::as_str) {
         Some(until) => lines.push_str(&format!("the old secret is valid until {}\n", table::text(until))),
-        None => lines.push_str("the old secret is not valid any more, and the device's session is closed\n"),
+        None => lines.push_str("the old secret is not valid any more, and a session that used it is closed\n"),
     }
     if let Some(until) = answer.get("ended_overlap_until").and_then(Value::as_str) {
         lines.push_str(&format!(
@@ -357,7 +394,7 @@ fn import(ctx: &Context, file: &Path, update: bool) -> Result<(), Failure> {
     ctx.show(&report, shown_import)
 }
 
-/// Sends a CSV as it is read.
+/// Streams a CSV file to the API.
 pub fn upload(ctx: &Context, lines: &mut dyn Read, update: bool) -> Result<Answer, Failure> {
     let path = if update {
         "/api/v1/devices/import?update=true"
@@ -367,7 +404,7 @@ pub fn upload(ctx: &Context, lines: &mut dyn Read, update: bool) -> Result<Answe
     ctx.client.upload(path, "text/csv", lines)
 }
 
-/// The report of an import. Its bad lines go to standard error; with `--json` they are part of the error.
+/// Prints the result of an import. Bad lines go to standard error; with `--json` they are part of the error.
 pub fn accepted(ctx: &Context, answer: Answer) -> Result<Value, Failure> {
     let bad_lines = match ctx.json {
         true => &[],
@@ -383,7 +420,7 @@ pub fn accepted(ctx: &Context, answer: Answer) -> Result<Value, Failure> {
     answer.ok()
 }
 
-/// One line of counts.
+/// Returns one line of counts.
 pub fn shown_import(report: &Value) -> String {
     let counts = ["added", "updated", "skipped"].map(|key| format!("{key} {}", table::at(report, key)));
     format!("{}\n", counts.join(", "))

@@ -1,22 +1,32 @@
-//! `seawall doctor`: what is wrong with this machine, the configuration and the gateway, in words.
+//! `seawall doctor`: checks of the machine, the configuration and the gateway.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
+use seawall_proto::admission::LOOKUP_MAX;
 use serde_json::Value;
 
 use super::{Common, Failure, ServeArgs, client::Client, serve, table};
 use crate::{
-    clock::Clock,
-    config::{Config, DatabaseKind},
-    data_dir,
+    edge::tls::{self, Files, Note},
+    runtime::{
+        clock::Clock,
+        config::{Config, DatabaseKind},
+        data_dir,
+    },
     store::Store,
-    tls::{self, Files, Note},
 };
 
-/// Below so many open files a gateway takes too few devices to be worth it.
+/// Minimum number of open files. With fewer a gateway takes too few devices to be worth it.
 const FILES_WANTED: u64 = 16_384;
+/// Minimum length of the kernel's queue of connections that wait to be accepted: Linux's default since 5.4.
+const SOMAXCONN_WANTED: u64 = 4_096;
+/// Free space of the data directory below which there is a notice, in bytes.
+const DISK_FREE_WANTED: u64 = 1 << 30;
+/// Difference between the clocks of this machine and of the database from which there is a notice. Rules and tokens end
+/// by the clock.
+const CLOCK_OFFSET_MAX: Duration = Duration::from_secs(5);
 
-/// What was looked at, and what was found.
+/// The results of all checks.
 #[derive(Default)]
 struct Findings {
     lines: Vec<Finding>,
@@ -30,7 +40,7 @@ struct Finding {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Level {
     Fine,
-    /// Works, but a person should know.
+    /// It works, but a person should know.
     Notice,
     Wrong,
 }
@@ -68,23 +78,25 @@ impl Findings {
     }
 }
 
-/// Looks at everything it can reach; changes nothing.
+/// Checks everything it can reach. Changes nothing.
 pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
     let mut findings = Findings::default();
+    let mut is_listening = false;
     match args.load(common.data_dir.as_ref()) {
         Ok(config) => {
             findings.fine("configuration: every setting is known and within its bounds");
             machine(&config, &mut findings);
             certificates(&config, &mut findings);
             let is_running = directory(&config.server.data_dir, &mut findings);
+            is_listening = is_running && matches!(data_dir::read_addresses(&config.server.data_dir), Ok(Some(_)));
             database(&config, is_running, &mut findings)?;
         }
         Err(error) => findings.wrong(format!("configuration: {error}")),
     }
     for name in super::unknown_variables() {
-        findings.notice(format!("environment: no setting is called {name}"));
+        findings.notice(format!("environment: {name} is not a setting"));
     }
-    gateway(common, &mut findings)?;
+    gateway(common, is_listening, &mut findings)?;
     report(common, &findings)
 }
 
@@ -150,9 +162,14 @@ fn machine(config: &Config, findings: &mut Findings) {
     }
 }
 
-/// What the kernel's settings should not be. A setting that can't be read is not judged.
+/// Returns bad settings of the kernel. A setting that can't be read is not judged.
 fn kernel(setting: impl Fn(&'static str) -> Option<u64>, shares_port: bool) -> Vec<&'static str> {
     let mut found = Vec::new();
+    if setting("core/somaxconn").is_some_and(|value| value < SOMAXCONN_WANTED) {
+        found.push(
+            "net.core.somaxconn is below 4096: when many devices connect at once, most try again seconds later: set it to 4096 or more",
+        );
+    }
     if setting("ipv4/tcp_abort_on_overflow").is_some_and(|value| value != 0) {
         found.push("net.ipv4.tcp_abort_on_overflow is on: devices that should wait are reset: set it to 0");
     }
@@ -184,13 +201,61 @@ fn certificates(config: &Config, findings: &mut Findings) {
     }
 }
 
-/// Whether a gateway runs on it.
+fn free_space(free: u64, path: &Path) -> Finding {
+    let text = format!("disk: {} MiB free at {}", free >> 20, path.display());
+    if free < DISK_FREE_WANTED {
+        Finding {
+            level: Level::Notice,
+            text: format!("{text}: on a full disk no change of a rule or a device is taken"),
+        }
+    } else {
+        Finding {
+            level: Level::Fine,
+            text,
+        }
+    }
+}
+
+/// `offset` is the difference to the database's clock.
+fn clock(offset: Duration) -> Finding {
+    let text = format!("clock: {:.1} s from the database's", offset.as_secs_f64());
+    if offset > CLOCK_OFFSET_MAX {
+        Finding {
+            level: Level::Notice,
+            text: format!("{text}: rules and tokens end too early or too late: synchronize the clocks (NTP)"),
+        }
+    } else {
+        Finding {
+            level: Level::Fine,
+            text,
+        }
+    }
+}
+
+/// A finding about a database so far away that lookups take a large part of their time limit. A statement is one round
+/// trip; through a pooler it is four.
+fn round_trip(round_trip: Duration, is_pooled: bool) -> Option<Finding> {
+    let lookup = round_trip * if is_pooled { 4 } else { 1 };
+    let limit = LOOKUP_MAX.as_millis();
+    let text = format!(
+        "database: a lookup takes at least {} ms, and has {limit} ms: put the gateway near the database, or connect past a pooler",
+        lookup.as_millis()
+    );
+    let level = match lookup {
+        lookup if lookup >= LOOKUP_MAX => Level::Wrong,
+        lookup if lookup >= LOOKUP_MAX / 4 => Level::Notice,
+        _ => return None,
+    };
+    Some(Finding { level, text })
+}
+
+/// Checks the data directory. Returns whether a gateway runs on it.
 fn directory(path: &Path, findings: &mut Findings) -> bool {
     let shown = path.display();
     match std::fs::metadata(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             findings.notice(format!(
-                "data directory: {shown} is not there yet; the first start makes it"
+                "data directory: {shown} does not exist yet; the first start creates it"
             ));
             return false;
         }
@@ -210,6 +275,12 @@ fn directory(path: &Path, findings: &mut Findings) -> bool {
         findings.wrong(format!(
             "data directory: {shown} can't be written by this user: {error}"
         ));
+    }
+    // A file system without this figure is not judged.
+    if let Ok(disk) = rustix::fs::statvfs(path) {
+        findings
+            .lines
+            .push(free_space(disk.f_bavail.saturating_mul(disk.f_frsize), path));
     }
     let is_running = match data_dir::is_in_use(path) {
         Ok(is_running) => is_running,
@@ -237,21 +308,23 @@ fn database(config: &Config, is_running: bool, findings: &mut Findings) -> Resul
     if url.kind() == DatabaseKind::Sqlite && !url.sqlite_path().is_some_and(|path| path.exists()) {
         findings.notice(if is_running {
             format!(
-                "database: {url} is not there: the gateway that runs uses another one; give its --config, or its --database"
+                "database: {url} does not exist: the running gateway uses another one; give its --config or --database"
             )
         } else {
-            format!("database: {url} is not there yet; the first start makes it")
+            format!("database: {url} does not exist yet; the first start creates it")
         });
         return Ok(());
     }
     if let Some(what) = Store::unverified_server(&url) {
         findings.notice(format!(
-            "database: {what}: sslmode=verify-full and sslrootcert=FILE in its URL let nobody stand in between"
+            "database: {what}: add sslmode=verify-full and sslrootcert=FILE to its URL"
         ));
     }
     match serve::runtime()?.block_on(Store::probe(&url)) {
         Ok(probe) => {
             findings.fine(format!("database: {url} answers"));
+            findings.lines.extend(probe.clock_offset.map(clock));
+            findings.lines.extend(round_trip(probe.round_trip, probe.is_pooled));
             if probe.is_read_only {
                 findings.wrong("database: it is read-only: point the gateway at the primary");
             }
@@ -267,7 +340,8 @@ fn database(config: &Config, is_running: bool, findings: &mut Findings) -> Resul
     Ok(())
 }
 
-fn gateway(common: &Common, findings: &mut Findings) -> Result<(), Failure> {
+/// `is_listening`: a gateway of this machine's data directory has written its addresses, and still runs.
+fn gateway(common: &Common, is_listening: bool, findings: &mut Findings) -> Result<(), Failure> {
     let client = match Client::for_check(common) {
         Ok(client) => client,
         Err(Failure::Failed(error)) => {
@@ -278,6 +352,10 @@ fn gateway(common: &Common, findings: &mut Findings) -> Result<(), Failure> {
     };
     let ready = match client.get_any("/readyz", &[]) {
         Ok(answer) => answer.body,
+        Err(Failure::Unreachable(error)) if is_listening => {
+            findings.wrong(format!("gateway: it runs, and does not answer: {error}"));
+            return Ok(());
+        }
         Err(Failure::Unreachable(error)) => {
             findings.notice(format!("gateway: {error}"));
             return Ok(());
@@ -295,7 +373,7 @@ fn gateway(common: &Common, findings: &mut Findings) -> Result<(), Failure> {
     match (ready.get("ready").and_then(Value::as_bool), reasons.is_empty()) {
         (Some(true), true) => findings.fine(format!("gateway: {} is ready", client.base())),
         (Some(true), false) => findings.notice(format!("gateway: {} is ready, but: {reasons}", client.base())),
-        (Some(false), _) => findings.wrong(format!("gateway: {} takes no devices: {reasons}", client.base())),
+        (Some(false), _) => findings.wrong(format!("gateway: {} is not ready: {reasons}", client.base())),
         (None, _) => {
             findings.wrong(format!(
                 "gateway: the server at {} is not a Seawall gateway",
@@ -318,7 +396,7 @@ fn gateway(common: &Common, findings: &mut Findings) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What only the API tells.
+/// Checks that need the API.
 fn token_holder(node: &Value, findings: &mut Findings) {
     findings.fine(format!(
         "token: accepted; {} devices are connected",
@@ -327,7 +405,7 @@ fn token_holder(node: &Value, findings: &mut Findings) {
     let breaker = table::at(node, "admission.breaker");
     if !matches!(breaker.as_str(), "closed" | "-") {
         findings.wrong(format!(
-            "look-ups: the breaker is {breaker}: devices can't be verified, and get slots"
+            "lookups: the breaker is {breaker}: devices can't be verified, and get slots"
         ));
     }
     let state = table::at(node, "database.state");
@@ -338,19 +416,21 @@ fn token_holder(node: &Value, findings: &mut Findings) {
             table::at(node, "database.since")
         ));
     } else if reason != "-" {
-        findings.wrong(format!(
-            "database: {reason}: raise the limit, look-ups go first until then"
-        ));
+        findings.wrong(format!("database: {reason}"));
+    }
+    let reasons = node.get("reasons").map(table::list).unwrap_or_default();
+    if reasons.iter().any(|reason| reason == "database_connections_scarce") {
+        findings.wrong("database: too few connections are free: raise its limit; until then lookups go first");
     }
     let plan = table::at(node, "database.plan");
     if !matches!(plan.as_str(), "indexed" | "-") {
         findings.wrong(format!(
-            "database: look-ups of connecting devices are too costly: {plan}"
+            "database: lookups of connecting devices are too costly: {plan}"
         ));
     }
     let drain = table::at(node, "drain.state");
     if matches!(drain.as_str(), "announced" | "draining" | "drained") {
-        findings.notice("drain: devices are sent away; `seawall drain cancel` ends that");
+        findings.notice("drain: devices are refused; `seawall drain cancel` ends that");
     }
 }
 
@@ -359,17 +439,70 @@ mod tests {
     use super::*;
 
     #[test]
+    fn little_space_and_a_wrong_clock_are_noticed() {
+        let path = Path::new("data");
+
+        assert!(free_space(2 << 30, path).level == Level::Fine);
+        let little = free_space(100 << 20, path);
+        assert!(little.level == Level::Notice && little.text.contains("100 MiB free at data"));
+        assert!(clock(Duration::from_millis(300)).level == Level::Fine);
+        let wrong = clock(Duration::from_secs(61));
+        assert!(wrong.level == Level::Notice && wrong.text.contains("61.0 s"));
+    }
+
+    #[test]
+    fn far_database_is_noticed_and_one_beyond_the_limit_of_lookups_is_wrong() {
+        let level =
+            |ms, is_pooled| round_trip(Duration::from_millis(ms), is_pooled).map(|finding| finding.level.word());
+
+        assert_eq!(level(60, false), None);
+        assert_eq!(level(62, true), None);
+        assert_eq!(level(63, true), Some("notice"));
+        assert_eq!(level(250, true), Some("wrong"));
+        assert_eq!(level(250, false), Some("notice"));
+    }
+
+    #[test]
+    fn advice_about_connections_is_given_only_if_they_are_scarce() {
+        let texts = |reason: &str, reasons: &[&str]| {
+            let mut findings = Findings::default();
+            let database = serde_json::json!({"state": "available", "reason": reason});
+            token_holder(
+                &serde_json::json!({"database": database, "reasons": reasons}),
+                &mut findings,
+            );
+            let texts = findings.lines.into_iter().map(|finding| finding.text);
+            texts.collect::<Vec<_>>().join("\n")
+        };
+
+        let refused = texts("permission denied for table devices", &["database_refuses"]);
+        let scarce = texts("too many clients already", &["database_connections_scarce"]);
+
+        assert!(
+            refused.contains("database: permission denied for table devices"),
+            "{refused}"
+        );
+        assert!(!refused.contains("raise its limit"), "{refused}");
+        assert!(
+            scarce.contains("too many clients") && scarce.contains("raise its limit"),
+            "{scarce}"
+        );
+    }
+
+    #[test]
     fn kernel_settings_that_harm_are_named_and_others_are_not() {
         let with = |abort, migrate| {
             move |name| match name {
                 "ipv4/tcp_abort_on_overflow" => abort,
-                _ => migrate,
+                "ipv4/tcp_migrate_req" => migrate,
+                _ => Some(4_096),
             }
         };
 
         assert!(kernel(with(Some(0), Some(0)), false).is_empty());
         assert!(kernel(with(Some(0), Some(1)), true).is_empty());
         assert!(kernel(with(None, None), true).is_empty());
+        assert!(kernel(|name| (name == "core/somaxconn").then_some(128), false)[0].contains("somaxconn"));
         assert!(kernel(with(Some(1), Some(1)), true)[0].contains("tcp_abort_on_overflow"));
         assert!(kernel(with(Some(0), Some(0)), true)[0].contains("tcp_migrate_req"));
     }

@@ -1,24 +1,24 @@
-//! `seawall drain`: send the sessions of a gateway away at a pace.
+//! `seawall drain`: closes the sessions of a gateway at a pace.
 
 use clap::Subcommand;
 use serde_json::{Map, Value};
 
-use super::{Context, Failure, client::Method, rules, table};
+use super::{Context, Failure, client::Method, table, time};
 
 #[derive(Debug, Subcommand)]
 pub enum Drain {
-    /// Refuse new devices and close sessions at a pace; the gateway goes on running
+    /// Refuse new devices and close sessions at a pace; the gateway keeps running
     Start {
-        /// Sessions to close per second [default: as many as the cluster can take back, and as the deadline needs]
+        /// Sessions to close per second [default: the measured capacity, or more if the deadline needs it]
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
         rate: Option<u32>,
         /// Time in which to close them, as in 10m [default: drain.deadline_seconds]
-        #[arg(long, value_name = "SPAN", value_parser = rules::span)]
+        #[arg(long, value_name = "SPAN", value_parser = time::span)]
         deadline: Option<String>,
     },
-    /// How far a drain is
+    /// Show the state of the drain
     Status,
-    /// Stop draining and take devices again
+    /// Stop draining and admit devices again
     Cancel,
 }
 
@@ -55,7 +55,7 @@ pub fn run(ctx: &Context, verb: &Drain) -> Result<(), Failure> {
     ctx.show(&answer, shown)
 }
 
-/// A node that does not drain has nothing else to say.
+/// Returns the state. Without a drain there is nothing else to show.
 fn shown(drain: &Value) -> String {
     let state = table::at(drain, "state");
     let left = table::at(drain, "left");

@@ -1,4 +1,4 @@
-//! `seawall events`: what happens on a gateway, as it happens.
+//! `seawall events`: the events of a gateway, live.
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -9,11 +9,11 @@ use std::{
 use clap::{Args, ValueEnum};
 use serde_json::Value;
 
-use super::{Context, Failure, note, table};
+use super::{Context, Failure, devices::Name, note, table};
 
-/// Longest line of the stream that is kept: a message of a device and its envelope are far below.
+/// Maximum length of a line of the stream, in bytes. A device's message is far below it.
 const LINE_BYTES_MAX: u64 = 4 * 1024 * 1024;
-/// Wait before a lost stream is asked for again; doubled each time in vain.
+/// Wait before a lost stream is reopened. Doubled after each failure.
 const RETRY_WAIT_MIN: Duration = Duration::from_secs(1);
 const RETRY_WAIT_MAX: Duration = Duration::from_secs(15);
 
@@ -28,6 +28,18 @@ pub struct Events {
     /// Begin after the event with this id, a number
     #[arg(long, value_name = "ID", value_parser = clap::value_parser!(u64))]
     after: Option<u64>,
+    /// Only events with these names, as in presence,alarm
+    #[arg(long = "type", value_name = "NAMES")]
+    types: Option<String>,
+    /// Only events of this device
+    #[arg(long, value_name = "ID")]
+    device: Option<Name>,
+    /// Only events of devices of this tenant
+    #[arg(long)]
+    tenant: Option<String>,
+    /// Only events of devices with a version of this range, as in '>=3.8.0-b3'
+    #[arg(long)]
+    firmware: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -48,7 +60,17 @@ pub fn run(ctx: &Context, args: &Events) -> Result<(), Failure> {
     let EventsVerb::Follow = args.verb;
     let mut last = args.after.map(|id| id.to_string());
     let mut left = args.count;
-    let mut stream = ctx.client.stream("/api/v1/events", last.as_deref())?;
+    let filters = [
+        ("type", args.types.as_deref()),
+        ("device", args.device.as_ref().map(Name::as_str)),
+        ("tenant", args.tenant.as_deref()),
+        ("firmware", args.firmware.as_deref()),
+    ];
+    let query: Vec<_> = filters
+        .into_iter()
+        .filter_map(|(name, value)| Some((name, value?)))
+        .collect();
+    let mut stream = ctx.client.stream("/api/v1/events", &query, last.as_deref())?;
     let mut wait = RETRY_WAIT_MIN;
     while left != Some(0) {
         match next(&mut stream) {
@@ -63,7 +85,7 @@ pub fn run(ctx: &Context, args: &Events) -> Result<(), Failure> {
                 stream = loop {
                     thread::sleep(wait);
                     wait = (wait * 2).min(RETRY_WAIT_MAX);
-                    match ctx.client.stream("/api/v1/events", last.as_deref()) {
+                    match ctx.client.stream("/api/v1/events", &query, last.as_deref()) {
                         Ok(stream) => break stream,
                         Err(Failure::Unreachable(_)) => {}
                         Err(refusal) => return Err(refusal),
@@ -97,7 +119,7 @@ fn shown(ctx: &Context, event: &Event) -> String {
     format!("{}  {:10}  {facts}\n", table::at(&data, "at"), table::text(&event.name))
 }
 
-/// The next event of a stream of server-sent events; `None` at its end.
+/// Reads the next server-sent event; `None` at the end of the stream.
 fn next(stream: &mut BufReader<impl Read>) -> std::io::Result<Option<Event>> {
     let mut event = Event::default();
     loop {
@@ -124,7 +146,7 @@ fn next(stream: &mut BufReader<impl Read>) -> std::io::Result<Option<Event>> {
                 }
                 event.data.push_str(value);
             }
-            // Comments keep the connection alive; other fields mean nothing to us.
+            // Comments keep the connection alive. Other fields are not used.
             _ => {}
         }
     }

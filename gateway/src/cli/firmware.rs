@@ -1,52 +1,144 @@
-//! `seawall firmware`: one row a cohort, that is, a model with a firmware version.
+//! `seawall firmware`: one row per cohort, that is, a model with a firmware version.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use clap::Args;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Context, Failure, table};
 
-/// Cohorts that one listing shows at most; a node knows no more.
+/// Maximum number of rows. A node knows no more cohorts.
 const COHORTS_MAX: usize = 10_000;
+/// Bounds of `--during`.
+const DURING_MIN: Duration = Duration::from_secs(1);
+const DURING_MAX: Duration = Duration::from_mins(10);
 
 #[derive(Debug, Args)]
 pub struct Firmware {
-    /// Most rows to show
+    /// Maximum number of rows to show
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=COHORTS_MAX as u64))]
     limit: u64,
+    /// Count for this long, such as 10s, and show what happened per second [default: show totals since the start]
+    #[arg(long, value_name = "DURATION", value_parser = during)]
+    during: Option<Duration>,
+}
+
+fn during(text: &str) -> Result<Duration, String> {
+    let span = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if (DURING_MIN..=DURING_MAX).contains(&span) {
+        Ok(span)
+    } else {
+        Err("expected 1s to 10m".to_owned())
+    }
 }
 
 pub fn run(ctx: &Context, args: &Firmware) -> Result<(), Failure> {
     let limit = usize::try_from(args.limit).unwrap_or(COHORTS_MAX);
-    ctx.show(&ctx.client.list("/api/v1/firmware", &[], limit)?, shown)
+    let list = |limit| ctx.client.list("/api/v1/firmware", &[], limit);
+    let Some(during) = args.during else {
+        return ctx.show(&list(limit)?, shown);
+    };
+    // The order changes, so the first sample needs all cohorts.
+    let before = list(COHORTS_MAX)?;
+    let begun = Instant::now();
+    std::thread::sleep(during);
+    let after = list(limit)?;
+    ctx.show(&rates(&before, &after, begun.elapsed()), shown_rates)
+}
+
+/// Returns the rates of the cohorts of `after` since `before`, per second.
+fn rates(before: &Value, after: &Value, elapsed: Duration) -> Value {
+    let before: HashMap<&str, &Value> = table::list(before)
+        .iter()
+        .filter_map(|cohort| Some((cohort.get("cohort")?.as_str()?, cohort)))
+        .collect();
+    let items = table::list(after).iter().map(|cohort| {
+        let name = cohort.get("cohort").and_then(Value::as_str).unwrap_or_default();
+        let earlier = before.get(name);
+        let per_second = |path: &str| {
+            let at = |cohort: &Value| cohort.pointer(path).and_then(Value::as_f64).unwrap_or_default();
+            // A lower count is that of a restarted gateway.
+            let happened = at(cohort) - earlier.map_or(0.0, |earlier| at(earlier));
+            let rate = if happened < 0.0 { at(cohort) } else { happened } / elapsed.as_secs_f64();
+            (rate * 10.0).round() / 10.0
+        };
+        let outcomes = cohort.get("attempts").and_then(Value::as_object).into_iter().flatten();
+        let attempts: serde_json::Map<String, Value> = outcomes
+            .map(|(outcome, _)| (outcome.clone(), per_second(&format!("/attempts/{outcome}"))))
+            .filter(|(_, rate)| *rate > 0.0)
+            .map(|(outcome, rate)| (outcome, json!(rate)))
+            .collect();
+        json!({
+            "cohort": name,
+            "connected": cohort.get("connected"),
+            "attempts_per_second": attempts,
+            "repeats_per_second": per_second("/repeats"),
+            "lookups_per_second": per_second("/lookup/keys"),
+        })
+    });
+    json!({ "items": items.collect::<Vec<_>>(), "seconds": elapsed.as_secs_f64().round() })
+}
+
+fn shown_rates(answer: &Value) -> String {
+    let rows = table::list(answer).iter().map(|cohort| {
+        vec![
+            table::at(cohort, "cohort"),
+            table::at(cohort, "connected"),
+            attempts(cohort, "attempts_per_second"),
+            table::at(cohort, "repeats_per_second"),
+            table::at(cohort, "lookups_per_second"),
+        ]
+    });
+    table::table(&["COHORT", "CONNECTED", "ATTEMPTS/S", "REPEATS/S", "LOOKUPS/S"], rows)
 }
 
 fn shown(answer: &Value) -> String {
     let rows = table::list(answer).iter().map(|cohort| {
         vec![
             table::at(cohort, "cohort"),
+            table::at(cohort, "breaker"),
             table::at(cohort, "connected"),
-            attempts(cohort),
+            attempts(cohort, "attempts"),
             table::at(cohort, "repeats"),
-            table::at(cohort, "lookup.keys"),
-            table::at(cohort, "lookup.seconds"),
+            compared(cohort, "minute.repeats", "compared.repeats"),
+            compared(cohort, "minute.messages", "compared.messages"),
+            compared(cohort, "minute.lookup_ms", "compared.lookup_ms"),
+            table::at(cohort, "minute.session_seconds"),
         ]
     });
     table::table(
         &[
             "COHORT",
+            "BREAKER",
             "CONNECTED",
             "ATTEMPTS SINCE START",
             "REPEATS",
-            "LOOKUPS",
-            "LOOKUP SECONDS",
+            "REPEATS/S",
+            "MESSAGES/S",
+            "LOOKUP MS",
+            "SESSION S",
         ],
         rows,
     )
 }
 
-/// Outcomes that happened, as in `admitted 20, firmware_blocked 3`.
-fn attempts(cohort: &Value) -> String {
-    let outcomes = cohort.get("attempts").and_then(Value::as_object).into_iter().flatten();
+/// Returns a figure of the last minute, and how it compares with the rest of the fleet, as in `0.5 (12x)`.
+fn compared(cohort: &Value, figure: &str, ratio: &str) -> String {
+    let ratio = table::at(cohort, ratio);
+    let figure = table::at(cohort, figure);
+    if ratio == "-" || ratio.is_empty() {
+        figure
+    } else {
+        format!("{figure} ({ratio}x)")
+    }
+}
+
+/// Returns outcomes that happened, as in `admitted 20, firmware_blocked 3`.
+fn attempts(cohort: &Value, field: &str) -> String {
+    let outcomes = cohort.get(field).and_then(Value::as_object).into_iter().flatten();
     let shown: Vec<String> = outcomes
         .filter(|(_, count)| count.as_u64() != Some(0))
         .map(|(outcome, count)| format!("{} {}", table::text(outcome), table::cell(count)))
@@ -55,5 +147,29 @@ fn attempts(cohort: &Value) -> String {
         "-".to_owned()
     } else {
         shown.join(", ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_what_happened_in_between() {
+        let cohort = |name: &str, admitted: u64, keys: u64| json!({"cohort": name, "connected": 7, "attempts": {"admitted": admitted}, "repeats": 0, "lookup": {"keys": keys}});
+        let before = json!({"items": [cohort("a", 100, 40), cohort("restarted", 900, 900)]});
+        let after = json!({"items": [cohort("a", 150, 45), cohort("restarted", 20, 0), cohort("new", 5, 0)]});
+
+        let rates = rates(&before, &after, Duration::from_secs(10));
+
+        let of = |at: usize| &rates["items"][at];
+        assert_eq!(of(0)["attempts_per_second"], json!({"admitted": 5.0}));
+        assert_eq!(
+            (&of(0)["lookups_per_second"], &of(0)["connected"]),
+            (&json!(0.5), &json!(7))
+        );
+        assert_eq!(of(1)["attempts_per_second"], json!({"admitted": 2.0}));
+        assert_eq!(of(2)["attempts_per_second"], json!({"admitted": 0.5}));
+        assert!(shown_rates(&rates).contains("admitted 0.5"), "{}", shown_rates(&rates));
     }
 }

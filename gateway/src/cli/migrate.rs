@@ -1,12 +1,12 @@
 //! `seawall migrate`: brings the tables of the database to this version, and does nothing else.
 
 use super::{Common, Failure, ServeArgs, serve, table};
-use crate::{data_dir::DataDir, serve::StartError, store::Store};
+use crate::{runtime::data_dir::DataDir, serve::StartError, store::Store};
 
 pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
     let config = args.load(common.data_dir.as_ref())?;
     let url = config.database_url();
-    // A file in the data directory has its directory made, as `serve` would.
+    // Creates the data directory if the file is in it, as `serve` does.
     let is_inside = config.database.url.is_none();
     let _held = is_inside
         .then(|| DataDir::open(&config.server.data_dir))

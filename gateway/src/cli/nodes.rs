@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::{Context, Failure, table};
 
-/// Nodes of one cluster; more than this is not asked for.
+/// Maximum number of nodes that are requested.
 const NODES_MAX: usize = 1_000;
 
 pub fn run(ctx: &Context) -> Result<(), Failure> {

@@ -1,13 +1,13 @@
-//! Rules and previews as people see them.
+//! Rules and previews as text for people.
 
 use std::time::Duration;
 
-use seawall_proto::rules::Rule;
+use seawall_proto::rules::{Mode, Rule};
 use serde_json::Value;
 
 use super::table;
 
-/// Rules, one a row.
+/// Returns rules as a table.
 pub fn shown_rules(rules: &Value) -> String {
     let rows = table::list(rules).iter().map(|rule| {
         vec![
@@ -15,9 +15,13 @@ pub fn shown_rules(rules: &Value) -> String {
             shown_match(rule),
             table::at(rule, "effect"),
             table::at(rule, "state"),
+            table::at(rule, "admit_percent"),
             table::at(rule, "hits.connected"),
             table::at(rule, "hits.refused"),
+            table::at(rule, "hits.restricted"),
+            table::at(rule, "hits.throttled"),
             table::at(rule, "hits.evicted"),
+            table::at(rule, "hits.dry_run"),
             table::at(rule, "evict"),
             table::at(rule, "retry_after"),
             table::at(rule, "expires_at"),
@@ -30,9 +34,13 @@ pub fn shown_rules(rules: &Value) -> String {
             "MATCH",
             "EFFECT",
             "STATE",
+            "ADMIT %",
             "CONNECTED",
             "REFUSED",
+            "RESTRICTED",
+            "THROTTLED",
             "EVICTED",
+            "DRY RUN",
             "EVICT",
             "RETRY AFTER",
             "EXPIRES",
@@ -42,12 +50,13 @@ pub fn shown_rules(rules: &Value) -> String {
     )
 }
 
-/// One rule, a line for each of its fields.
+/// Returns one rule, with a line per field.
 pub fn shown_rule(rule: &Value) -> String {
     let mut facts = vec![("id", table::at(rule, "id")), ("match", shown_match(rule))];
     for (name, path) in [
         ("effect", "effect"),
         ("mode", "mode"),
+        ("admit percent", "admit_percent"),
         ("state", "state"),
         ("problem", "problem"),
         ("reason", "reason"),
@@ -58,20 +67,39 @@ pub fn shown_rule(rule: &Value) -> String {
         ("revision", "revision"),
         ("connected now", "hits.connected"),
         ("refused", "hits.refused"),
+        ("restricted", "hits.restricted"),
+        ("throttled", "hits.throttled"),
         ("evicted", "hits.evicted"),
+        ("would have matched in dry run", "hits.dry_run"),
     ] {
         facts.push((name, table::at(rule, path)));
+    }
+    if rule.get("effect").and_then(Value::as_str) == Some("throttle") {
+        let rate = rule.get("rate_per_second").map_or_else(
+            || "5 % of the capacity of the database".to_owned(),
+            |rate| format!("{rate} per second on each node"),
+        );
+        facts.push(("rate", rate));
+    }
+    if let Some(allowed) = rule.get("allow").and_then(Value::as_array) {
+        let devices: Vec<&str> = allowed.iter().filter_map(Value::as_str).collect();
+        facts.push(("allow", table::text(&devices.join(" "))));
+    }
+    if let Some(update) = rule.get("update") {
+        facts.push(("update", table::text(&update.to_string())));
     }
     table::facts(&facts)
 }
 
-/// Whom a new rule hits, how fast they leave, and what they are told: one line each.
+/// Returns the effect of a new rule: its devices, the pace of the eviction, and the retry hint.
 pub fn rule_effect(rule: &Value, preview: &Value) -> Vec<String> {
     let mut lines = Vec::new();
-    let connected = preview.get("connected").and_then(Value::as_u64);
+    let is_dry_run = rule.get("mode").and_then(Value::as_str) == Some(Mode::DryRun.as_str());
+    let connected = preview.get("affected").and_then(Value::as_u64);
     if let Some(connected) = connected {
         let mut line = format!(
-            "blocked {connected} of {} connected devices",
+            "{} {connected} of {} connected devices",
+            done_by(rule, is_dry_run),
             table::at(preview, "connected_total")
         );
         let versions = preview
@@ -87,36 +115,76 @@ pub fn rule_effect(rule: &Value, preview: &Value) -> Vec<String> {
         if !versions.is_empty() {
             line.push_str(&format!(" ({})", versions.join(", ")));
         }
+        let admitted = rule.get("admit_percent").and_then(Value::as_u64);
+        if let Some(percent) = admitted.filter(|percent| *percent > 0) {
+            line.push_str(&format!(
+                "; it admits {percent} % of the {} that it matches",
+                table::at(preview, "connected")
+            ));
+        }
         lines.push(line);
     }
+    if is_dry_run {
+        lines.push(format!(
+            "it only counts: enforce it with seawall rules edit {} --dry-run false",
+            table::at(rule, "id")
+        ));
+        return lines;
+    }
+    let is_throttle = rule.get("effect").and_then(Value::as_str) == Some("throttle");
     let is_evicting = rule.get("evict").and_then(Value::as_bool) == Some(true);
     let rate = preview.get("evictions_per_second").and_then(Value::as_f64);
     match (is_evicting, connected, rate) {
         (true, Some(connected @ 1..), Some(rate)) if rate > 0.0 => {
             let seconds = (connected as f64 / rate).ceil();
             lines.push(format!(
-                "evicting at {rate:.0} a second on each node, about {seconds:.0} s; devices are told to stay away for {} at first, and for longer the older the rule is",
+                "evicting at {rate:.0} per second on each node, about {seconds:.0} s; devices are told to stay away for {} at first, and for longer the older the rule is",
                 between(told_at_first(rule))
             ));
+        }
+        (false, Some(1..), _) if is_throttle => {
+            lines.push("they stay connected: a throttle closes no sessions".to_owned());
         }
         (false, Some(1..), _) => {
             lines.push("they stay connected until they leave: --evict closes their sessions".to_owned())
         }
         _ => {}
     }
-    if let Some(retry_after) = retry_after(rule) {
+    if let Some(retry_after) = retry_after(rule).filter(|_| !is_throttle) {
         lines.push(format!(
-            "refused devices are told to stay away for {}; an unblock does not call them back sooner",
+            "refused devices are told to stay away for {}; an unblock does not make them return sooner",
             between(retry_after)
         ));
     }
     lines
 }
 
-/// When the devices of a rule that was removed are back.
+/// Returns what a change that the database could not take means.
+pub fn local_note(answer: &Value) -> Option<String> {
+    let is_local = answer.get("state").and_then(Value::as_str) == Some("local");
+    is_local.then(|| {
+        "only on this node, because the database can't take it now: it moves to the database and the other nodes \
+         automatically (seawall alarms)"
+            .to_owned()
+    })
+}
+
+/// Returns the verb of a rule's effect.
+fn done_by(rule: &Value, is_dry_run: bool) -> &'static str {
+    match (rule.get("effect").and_then(Value::as_str), is_dry_run) {
+        (Some("restrict"), false) => "restricted",
+        (Some("restrict"), true) => "would restrict",
+        (Some("throttle"), false) => "throttled",
+        (Some("throttle"), true) => "would throttle",
+        (_, false) => "blocked",
+        (_, true) => "would block",
+    }
+}
+
+/// Returns when the devices of a removed rule reconnect.
 pub fn return_of(rule: &Value) -> String {
     let Some(retry_after) = retry_after(rule) else {
-        return "its devices come back at the time that they were told".to_owned();
+        return "its devices return at the time that they were told".to_owned();
     };
     let refused = format!(
         "devices that it refused are back within {}",
@@ -138,12 +206,12 @@ fn retry_after(rule: &Value) -> Option<Duration> {
     humantime::parse_duration(rule.get("retry_after")?.as_str()?).ok()
 }
 
-/// What a device is told that a rule evicts when it has just been made.
+/// Returns the retry hint of a device that a new rule evicts.
 fn told_at_first(rule: &Value) -> Duration {
     Rule::EVICTED_MIN.min(retry_after(rule).unwrap_or(Rule::EVICTED_MIN))
 }
 
-/// What a device is told that the rule evicts now, at least.
+/// Returns the minimum retry hint of a device that the rule evicts now.
 fn told_now(rule: &Value) -> Duration {
     let made = rule.get("created_at").and_then(Value::as_str);
     let age = made
@@ -163,7 +231,7 @@ fn shown_span(span: Duration) -> String {
     humantime::format_duration(Duration::from_secs(span.as_secs_f64().ceil() as u64)).to_string()
 }
 
-/// What a rule matches, in one line.
+/// Returns a rule's match in one line.
 pub fn shown_match(rule: &Value) -> String {
     let parts = ["firmware", "model", "tenant"].iter().filter_map(|key| {
         let text = rule.pointer(&format!("/match/{key}"))?.as_str()?;
@@ -181,7 +249,7 @@ pub fn shown_match(rule: &Value) -> String {
     }
 }
 
-/// What a rule matches, what it takes to make it, then the versions.
+/// Returns a preview: the matched devices, the confirmation, and the versions.
 pub fn shown_preview(preview: &Value) -> String {
     let number = |key: &str| preview.get(key).and_then(Value::as_u64).unwrap_or_default();
     let mut lines = format!(
@@ -195,6 +263,27 @@ pub fn shown_preview(preview: &Value) -> String {
             nodes => format!("{nodes} nodes"),
         }
     );
+    if number("affected") < number("connected") {
+        lines.push_str(&format!(
+            "affects {} of the connected ones: its admit_percent admits the others\n",
+            number("affected")
+        ));
+    }
+    if number("dark_tenants_total") > 0 {
+        let names = preview.get("dark_tenants").map(table::list).unwrap_or_default();
+        let names: Vec<String> = names.iter().map(table::cell).collect();
+        let more = number("dark_tenants_total") - names.len() as u64;
+        lines.push_str(&format!(
+            "no connected device of {} tenants may connect any more: {}{}\n",
+            number("dark_tenants_total"),
+            names.join(", "),
+            if more > 0 {
+                format!(" and {more} more")
+            } else {
+                String::new()
+            }
+        ));
+    }
     if number("unlisted") > 0 {
         lines.push_str(&format!(
             "{} connected devices have versions that this node does not know: they may match too\n",
@@ -205,10 +294,10 @@ pub fn shown_preview(preview: &Value) -> String {
         lines.push_str(&format!("needs --confirm: {}\n", table::at(preview, "confirmation")));
     }
     let rate = preview.get("evictions_per_second").and_then(Value::as_f64);
-    if let Some(rate) = rate.filter(|rate| *rate > 0.0 && number("connected") > 0) {
+    if let Some(rate) = rate.filter(|rate| *rate > 0.0 && number("affected") > 0) {
         lines.push_str(&format!(
             "with --evict: sessions are closed at {rate:.0} per second on each node, in about {:.0} s\n",
-            (number("connected") as f64 / rate).ceil()
+            (number("affected") as f64 / rate).ceil()
         ));
     }
     let versions = preview.get("by_version").map(table::list).unwrap_or_default();
@@ -235,7 +324,7 @@ mod tests {
     #[test]
     fn preview_is_a_summary_and_a_table_in_the_order_that_people_read() {
         let mut preview = json!({
-            "connected": 30, "connected_total": 100, "known": 45, "known_total": 120, "registered": 500, "nodes": 2,
+            "connected": 30, "affected": 30, "connected_total": 100, "known": 45, "known_total": 120, "registered": 500, "nodes": 2,
             "unconfirmed_rules": 0, "unlisted": 0, "needs_confirmation": false, "evictions_per_second": 20.0,
             "by_version": [{"firmware": "3.8.0-b3", "connected": 30, "known": 45}], "other_versions": 0,
         });
@@ -252,6 +341,15 @@ mod tests {
         );
         preview["needs_confirmation"] = true.into();
         preview["confirmation"] = "the rule would refuse 30 of 40 devices".into();
-        assert!(shown_preview(&preview).contains("needs --confirm: the rule would refuse 30 of 40 devices\n"));
+        preview["dark_tenants"] = json!(["a\u{7}b", "c"]);
+        preview["dark_tenants_total"] = 5.into();
+
+        let shown = shown_preview(&preview);
+
+        assert!(shown.contains("needs --confirm: the rule would refuse 30 of 40 devices\n"));
+        assert!(
+            shown.contains("no connected device of 5 tenants may connect any more: a\\u{7}b, c and 3 more\n"),
+            "{shown}"
+        );
     }
 }

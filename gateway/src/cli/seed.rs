@@ -1,4 +1,4 @@
-//! `seawall devices seed`: devices with random ids and secrets, for trials and load tests.
+//! `seawall devices seed`: creates devices with random ids and secrets, for trials and load tests.
 
 use std::{
     fs::{File, OpenOptions, Permissions},
@@ -14,14 +14,14 @@ use serde_json::json;
 
 use super::{Context, Failure, devices, table};
 
-/// As many lines as one import takes.
+/// Maximum number of devices: the lines of one import.
 const COUNT_MAX: u64 = 1_000_000;
-/// A secret of ours: 256 random bits.
+/// A generated secret: 256 random bits.
 const SECRET_BYTES: usize = 32;
 
 #[derive(Debug, Args)]
 pub struct Seed {
-    /// How many devices
+    /// Number of devices
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=COUNT_MAX))]
     count: u64,
     /// CSV file to write, readable by its owner only; a file with content is never overwritten
@@ -41,7 +41,7 @@ pub struct Seed {
 /// Writes the file, then registers its devices, unless `--offline` is given.
 ///
 /// # Errors
-/// The file can't be written, or the devices could not be registered: the file is there then.
+/// The file can't be written, or the devices could not be registered. Then the file remains.
 pub fn run(ctx: &Context, args: &Seed) -> Result<(), Failure> {
     write(args).map_err(|error| Failure::failed(format!("{}: {error}", args.out.display())))?;
     if !args.offline {
@@ -67,14 +67,14 @@ fn write(args: &Seed) -> io::Result<()> {
         .mode(0o600)
         .open(&args.out)?;
     let metadata = file.metadata()?;
-    // A device, as in /dev/stdout, has no length.
+    // A device such as /dev/stdout has no length.
     if metadata.len() > 0 {
         return Err(io::Error::new(
             io::ErrorKind::AlreadyExists,
             "the file is not empty and may hold secrets: choose another file",
         ));
     }
-    // An empty file may have been there, with a mode of its own.
+    // An existing empty file may have another mode.
     if metadata.is_file() {
         file.set_permissions(Permissions::from_mode(0o600))?;
     }

@@ -1,4 +1,4 @@
-//! `seawall serve`: settings from flags, environment and file, then a gateway until a signal.
+//! `seawall serve`: reads settings from flags, environment and file, and runs a gateway until a signal.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -6,12 +6,14 @@ use clap::Args;
 
 use super::{Common, Failure};
 use crate::{
-    config::{Config, ConfigError, DatabaseUrl, LogFormat, SettingError, listen},
+    runtime::{
+        config::{Config, ConfigError, DatabaseUrl, LogFormat, SettingError, listen},
+        telemetry,
+    },
     serve::{self, StartError},
-    telemetry,
 };
 
-/// Time for blocking work that the gateway's end left behind.
+/// Maximum time for blocking work after the gateway has stopped.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Settings of a gateway; a flag wins over the environment, that over the file, that over the default.
@@ -44,20 +46,20 @@ pub struct ServeArgs {
     /// How log lines are written
     #[arg(long, env = "SEAWALL_LOG_FORMAT", value_name = "FORMAT")]
     log_format: Option<LogFormat>,
-    /// What is logged: a level, or directives such as info,seawall_gateway::lookup=debug
+    /// Log level: a level, or directives such as info,seawall_gateway::lookup=debug
     #[arg(long, env = "SEAWALL_LOG_LEVEL", value_name = "LEVEL")]
     log_level: Option<String>,
 }
 
 impl ServeArgs {
-    /// Whether the database's password stands in the list of processes, which every user of the machine can read.
+    /// Whether the database's password is in the list of processes, which every user of the machine can read.
     fn shows_password(&self) -> bool {
         let is_from_environment = std::env::var("SEAWALL_DATABASE").ok() == self.database;
         let url = self.database.as_deref().and_then(|url| url.parse::<DatabaseUrl>().ok());
         !is_from_environment && url.is_some_and(|url| url.has_password())
     }
 
-    /// Reads the file, puts the flags over it, and looks at the whole.
+    /// Reads the file, applies the flags, and validates the result.
     ///
     /// # Errors
     /// A setting is wrong; the message is one line that names it.
@@ -91,8 +93,11 @@ impl ServeArgs {
         config.ops.insecure |= self.insecure_ops;
         replace(&mut config.logging.format, log_format);
         replace(&mut config.logging.level, log_level);
-        config.validate()?;
-        Ok(config)
+        match (config.validate(), &self.config) {
+            (Ok(()), _) => Ok(config),
+            (Err(error), Some(file)) => Err(Config::locate(error, file)),
+            (Err(error), None) => Err(error.into()),
+        }
     }
 }
 
@@ -140,7 +145,7 @@ pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
     let config = args.load(common.data_dir.as_ref())?;
     let log = telemetry::start(&config.logging, &serve::node_name(&config))?;
     for name in super::unknown_variables() {
-        tracing::warn!(name, "unknown environment variable: no setting is called so");
+        tracing::warn!(name, "unknown environment variable: not a setting");
     }
     if args.shows_password() {
         tracing::warn!(
@@ -151,21 +156,21 @@ pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
     let reload = move || args.load(data_dir.as_ref()).map(|config| config.logging.level);
     let runtime = runtime()?;
     let outcome = runtime.block_on(serve::until_signal(config, reload));
-    // What still blocks a thread, a write to a disk that hangs, must not keep the process.
+    // A blocked thread, such as a write to a disk that hangs, must not keep the process.
     runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
     let Err(error) = outcome else { return Ok(()) };
     let failure = Failure::from(error);
-    // A log of JSON lines has no line of another form.
+    // A JSON log has JSON lines only.
     if log.is_json() && tracing::enabled!(tracing::Level::ERROR) {
         tracing::error!(error = failure.text(), "gateway failed");
         return Err(Failure::Logged(failure.exit_status()));
     }
-    // The last lines of the log come before the one that says why the process ends.
+    // The last lines of the log precede the reason of the exit.
     drop(log);
     Err(failure)
 }
 
-/// A runtime for what a verb does with sockets or a database.
+/// Returns a runtime for a command that uses sockets or a database.
 pub fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     Ok(tokio::runtime::Builder::new_multi_thread()
         .enable_all()

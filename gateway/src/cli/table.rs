@@ -1,4 +1,5 @@
-//! What people and scripts see: tables, JSON, and texts of strangers with nothing in them that a terminal obeys.
+//! Output for people and scripts: tables and JSON. Text of devices and operators is escaped, so that a terminal obeys
+//! none of it.
 
 use std::{
     io::{self, Write},
@@ -10,7 +11,7 @@ use serde_json::Value;
 
 use super::Failure;
 
-/// The text with control characters, and those that reorder or hide text, written as escapes.
+/// Escapes control characters, and characters that reorder or hide text.
 pub fn text(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for character in text.chars() {
@@ -28,7 +29,7 @@ fn is_harmful(character: char) -> bool {
         || matches!(character, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
-/// A value of the API as one cell: texts escaped, nothing for null.
+/// Returns a value of the API as one cell, with escaped text.
 pub fn cell(value: &Value) -> String {
     match value {
         Value::Null => "-".to_owned(),
@@ -38,8 +39,7 @@ pub fn cell(value: &Value) -> String {
     }
 }
 
-/// The value at a path like `presence.state`, as one cell. Times are text, whether the API tells them as text or as
-/// milliseconds since 1970.
+/// Returns the value at a path like `presence.state`, as one cell. Milliseconds since 1970 become text.
 pub fn at(value: &Value, path: &str) -> String {
     let found = path
         .split('.')
@@ -51,7 +51,7 @@ pub fn at(value: &Value, path: &str) -> String {
     }
 }
 
-/// RFC 3339 of milliseconds since 1970. A number that is too great for that stays as it is.
+/// Returns milliseconds since 1970 as RFC 3339. Too large a number stays as it is.
 pub fn time(unix_ms: u64) -> String {
     UNIX_EPOCH
         .checked_add(Duration::from_millis(unix_ms.min(YEAR_9999_UNIX_MS)))
@@ -61,7 +61,7 @@ pub fn time(unix_ms: u64) -> String {
         )
 }
 
-/// End of the year 9999, the last that RFC 3339 has.
+/// End of the year 9999, the last one of RFC 3339.
 const YEAR_9999_UNIX_MS: u64 = 253_402_300_799_000;
 
 fn is_time(path: &str) -> bool {
@@ -69,7 +69,7 @@ fn is_time(path: &str) -> bool {
     matches!(key, "at" | "since" | "as_of") || key.ends_with("_at")
 }
 
-/// Rows under a head, aligned, without borders; a line in words where there are none. Cells must be escaped already.
+/// Returns an aligned table without borders, or a sentence if there are no rows. Cells must be escaped.
 pub fn table(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table
@@ -95,7 +95,7 @@ pub fn table(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Stri
     lines
 }
 
-/// The items of a page as rows, each cell by its path.
+/// Returns the items of a page as rows, with each cell by its path.
 pub fn items(answer: &Value, columns: &[(&str, &str)]) -> String {
     let head: Vec<&str> = columns.iter().map(|(head, _)| *head).collect();
     let rows = list(answer)
@@ -104,7 +104,7 @@ pub fn items(answer: &Value, columns: &[(&str, &str)]) -> String {
     table(&head, rows)
 }
 
-/// `name  value` lines for one thing.
+/// Returns `name  value` lines for one object.
 pub fn facts(facts: &[(&str, String)]) -> String {
     let width = facts.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
     facts
@@ -113,7 +113,7 @@ pub fn facts(facts: &[(&str, String)]) -> String {
         .collect()
 }
 
-/// The items of a page, or of an answer that is a list itself.
+/// Returns the items of a page, or of an answer that is a list.
 pub fn list(answer: &Value) -> &[Value] {
     answer
         .get("items")
@@ -123,13 +123,13 @@ pub fn list(answer: &Value) -> &[Value] {
         .unwrap_or_default()
 }
 
-/// Indented JSON. DEL and the C1 controls, which JSON allows in texts, are escaped too.
+/// Returns indented JSON. DEL and the C1 controls, which JSON allows in strings, are escaped as well.
 pub fn json(value: &Value) -> String {
     let pretty = format!("{value:#}\n");
     escape_json(&pretty)
 }
 
-/// JSON text in which DEL and the C1 controls are escaped: they can only stand inside its strings.
+/// Escapes DEL and the C1 controls in JSON text: they can only occur inside strings.
 pub fn escape_json(json: &str) -> String {
     let mut shown = String::with_capacity(json.len());
     for character in json.chars() {
@@ -145,7 +145,7 @@ pub fn escape_json(json: &str) -> String {
 /// Writes to standard output.
 ///
 /// # Errors
-/// [`Failure::OutputClosed`] where nobody reads it any more.
+/// [`Failure::OutputClosed`]: the reader has closed it.
 pub fn print(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;

@@ -1,21 +1,21 @@
-//! `seawall tokens`: who may use the API, and as what.
+//! `seawall tokens`: access tokens for the API.
 
 use clap::Subcommand;
 use serde_json::{Value, json};
 
 use super::{Context, Failure, client::Method, table};
 
-/// Tokens of one gateway; more than this is not asked for.
+/// Maximum number of tokens that are requested.
 const TOKENS_MAX: usize = 10_000;
-/// Shortest beginning or end of an id that is taken for it.
+/// Minimum length of the beginning or end of an id that is accepted.
 const PART_LEN_MIN: usize = 4;
 const PATH: &str = "/api/v1/tokens";
 
 #[derive(Debug, Subcommand)]
 pub enum Tokens {
-    /// Make a token; it is shown this once. No two valid tokens have one name
+    /// Create a token, which is shown this once; no two valid tokens have the same name
     Create {
-        /// Whose it is, or what for
+        /// Owner or purpose
         name: String,
         /// viewer reads; operator also changes rules, drains and disconnects; admin also manages devices and tokens
         #[arg(long, value_parser = ["viewer", "operator", "admin"])]
@@ -23,7 +23,7 @@ pub enum Tokens {
     },
     /// Every token, without its secret
     List,
-    /// End a token
+    /// Revoke a token
     Revoke {
         /// Id of the token, its beginning or end (4 characters at least), or its name
         #[arg(value_name = "ID|NAME")]
@@ -76,7 +76,7 @@ pub fn run(ctx: &Context, verb: Tokens) -> Result<(), Failure> {
     }
 }
 
-/// The one valid token that an operator named.
+/// Finds the one valid token that the operator named.
 fn find(tokens: &Value, named: &str) -> Result<Value, Failure> {
     let lower = named.to_ascii_lowercase();
     let text = |token: &Value, key: &str| token.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
@@ -114,7 +114,7 @@ mod tests {
         ]});
         let found = |named| find(&tokens, named).map(|token| table::at(&token, "name")).ok();
 
-        assert_eq!(found("ci").as_deref(), Some("ci"), "the revoked one does not count");
+        assert_eq!(found("ci").as_deref(), Some("ci"), "the revoked one is ignored");
         assert_eq!(found("01A2BBBB").as_deref(), Some("ops"));
         assert_eq!(found("cafe").as_deref(), Some("ops"));
         for ambiguous_or_unknown in ["01a2", "afe", "feed", "nobody"] {

@@ -1,7 +1,7 @@
 //! `seawall versions`: the order of firmware versions and their ranges, tried on lists. Needs no gateway.
 //!
-//! Lines go through unchanged, whatever bytes they hold. A line is compared without white space around it; bytes that are not
-//! UTF-8 count as unknown letters. Start with [`sort`] and [`matching`].
+//! Lines are printed unchanged, whatever bytes they hold. They are compared without surrounding white space. Bytes that
+//! are not UTF-8 are unknown letters. Start with [`sort`] and [`matching`].
 
 use std::{
     borrow::Cow,
@@ -15,30 +15,30 @@ use seawall_proto::firmware::{Range, Version};
 
 use super::Failure;
 
-/// Longest list that is sorted, in bytes: all of it is held in memory. A longer one is an error.
+/// Maximum size of a list to sort, in bytes: all of it is in memory. A larger one is an error.
 const SORT_LEN_MAX: u64 = 256 << 20;
 
-/// Longest line that is matched, in bytes. A longer one is an error.
+/// Maximum length of a line to match, in bytes. A longer one is an error.
 const LINE_LEN_MAX: u64 = 1 << 20;
 
 #[derive(Debug, Subcommand)]
 pub enum Versions {
-    /// Print lines in the order of firmware versions; lines of the same place stay as they stand
+    /// Print lines in the order of firmware versions; equal versions keep their order
     Sort {
-        /// File with one version a line [default, and `-`: standard input]
+        /// File with one version per line [default, and `-`: standard input]
         file: Option<PathBuf>,
     },
-    /// Print the lines that a range holds; an empty line is a missing version. Exit status 1 if there is none
+    /// Print the lines that a range matches; an empty line is a missing version. Exit status 1 if there is none
     Match {
         /// Range, such as '>=3.8.0-b3,<3.9', '3.8.*' or '=(none)'
         #[arg(allow_hyphen_values = true)]
         range: String,
-        /// File with one version a line [default, and `-`: standard input]
+        /// File with one version per line [default, and `-`: standard input]
         file: Option<PathBuf>,
     },
 }
 
-/// Runs one verb on standard output.
+/// Runs one command on standard output.
 pub fn run(verb: Versions) -> Result<(), Failure> {
     let out = BufWriter::new(io::stdout().lock());
     let (file, done) = match verb {
@@ -89,7 +89,7 @@ pub fn sort(input: impl Read, mut out: impl Write) -> io::Result<()> {
     out.flush()
 }
 
-/// Writes the lines of `input` that `range` holds, in their order, one by one as they come. Returns whether there was any.
+/// Writes the lines of `input` that `range` matches, in their order, as they arrive. Returns whether there was any.
 ///
 /// # Errors
 /// Reading or writing fails, or a line is longer than 1 MiB.
@@ -116,7 +116,7 @@ pub fn matching(range: &Range, input: impl Read, mut out: impl Write) -> io::Res
             write_line(&mut out, line)?;
         }
         if input.buffer().is_empty() {
-            // The next read may wait for whoever writes the list.
+            // The next read may wait for the writer of the list.
             out.flush()?;
         }
     }

@@ -1,4 +1,4 @@
-//! What comes before the head of a request: a balancer's word on whom it speaks for, and TLS. Start with [`arrive`].
+//! The steps before the head of a request: the PROXY header of a load balancer, and TLS.
 
 use std::{net::SocketAddr, pin::pin};
 
@@ -8,154 +8,135 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::patience::{Hurry, Patience};
+use super::{
+    Early,
+    deadline::{GivenUp, StepDeadline},
+};
 use crate::{
-    door::{Door, Handshake, Sent, TURNED_HEAD_TIME_MAX},
-    proxy,
-    state::Shared,
-    tls::{self, Endpoint},
-    transport::{Transport, has_unread},
+    edge::{
+        limiter::{ConnectionLimiter, HandshakePermit, REJECTED_HEAD_TIME_MAX, Sent},
+        proxy,
+        tls::{self, Endpoint},
+        transport::{Transport, has_unread},
+    },
+    node::Shared,
 };
 
-/// A connection whose request can be read.
-pub(super) struct Arrived {
-    pub(super) stream: Transport,
-    /// What a client certificate says of the device.
-    pub(super) certified: Option<Certified>,
+/// Why there is no request to read.
+pub(super) enum NoRequest {
+    /// The client cannot be answered.
+    Early(Early),
+    /// The client uses HTTP on a TLS listener: it can be answered.
+    PlainHttp(Transport),
 }
 
-/// A connection that never gets so far.
-pub(super) enum Astray {
-    /// Nothing can be said to it.
-    Ended(Ended),
-    /// It speaks HTTP to a listener that speaks TLS: it can be told.
-    Plain(Transport),
+/// `limit` is the limit that already refuses its address.
+fn given_up(outcome: &'static str, why: GivenUp, limit: Option<Limit>) -> NoRequest {
+    let limit = match why {
+        GivenUp::MadeWay => Some(limit.unwrap_or(Limit::AddressHandshakes)),
+        GivenUp::TimedOut => limit,
+    };
+    NoRequest::Early(Early { outcome, limit })
 }
 
-/// How a connection ended to which nothing could be said.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Ended {
-    /// The label of `seawall_connections_total`.
-    pub(super) outcome: &'static str,
-    /// The limit that it was given up for, where there is one.
-    pub(super) limit: Option<Limit>,
+fn silent() -> NoRequest {
+    NoRequest::Early(Early::by_itself("silent"))
 }
 
-impl Ended {
-    const fn by_itself(outcome: &'static str) -> Self {
-        Self { outcome, limit: None }
-    }
-
-    /// `limit` is the one on its address, by which it is refused already.
-    fn given_up(outcome: &'static str, why: Hurry, limit: Option<Limit>) -> Self {
-        let limit = match why {
-            Hurry::MakeWay => Some(limit.unwrap_or(Limit::AddressHandshakes)),
-            Hurry::TimedOut => limit,
-        };
-        Self { outcome, limit }
-    }
-}
-
-/// Whom a balancer that sends PROXY headers speaks for; `None` where it speaks for itself, or is no such balancer.
+/// The origin in a load balancer's PROXY header; `None` if it names none, or the client sends no header.
 ///
 /// # Errors
-/// It was to send a header, and did not, or not in time.
-pub(super) async fn introduce(
+/// A header was required, but was not sent in time.
+pub(super) async fn read_proxy_header(
     shared: &Shared,
-    door: &Door,
+    limiter: &ConnectionLimiter,
     tcp: &TcpStream,
     peer: SocketAddr,
-    handshake: &mut Handshake,
-) -> Result<Option<SocketAddr>, Ended> {
+    permit: &mut HandshakePermit,
+) -> Result<Option<SocketAddr>, NoRequest> {
     if !shared.proxies.sends_header(peer.ip()) {
         return Ok(None);
     }
     let time = shared.config.limits.head_timeout();
-    let mut patience = Patience::begin(door, handshake, time, time);
-    let reading = Box::pin(wait_for(&mut patience, proxy::read_header(tcp)));
+    let mut deadline = StepDeadline::begin(limiter, permit, time, time);
+    let reading = Box::pin(wait_for(&mut deadline, proxy::read_header(tcp)));
     let read = tokio::select! {
         read = reading => read,
-        () = door.closing.cancelled() => return Err(Ended::by_itself("silent")),
+        () = limiter.closing.cancelled() => return Err(silent()),
     };
     match read {
         Ok(Ok(origin)) => Ok(origin),
         Ok(Err(error)) => {
-            tracing::debug!(%error, peer.addr = %peer, "a balancer's connection could not be read");
-            Err(Ended::by_itself("proxy_failed"))
+            tracing::debug!(%error, peer.addr = %peer, "connection of a load balancer not readable");
+            Err(NoRequest::Early(Early::by_itself("proxy_failed")))
         }
-        Err(why) => Err(Ended::given_up("proxy_failed", why, None)),
+        Err(why) => Err(given_up("proxy_failed", why, None)),
     }
 }
 
-/// Where the listener speaks TLS, its handshake. It holds a place at the door like the head, and has a time of its own.
-pub(super) async fn arrive(
+/// Runs the TLS handshake if the listener uses TLS. It holds a handshake permit, and has its own deadline.
+pub(super) async fn secure(
     shared: &Shared,
-    door: &Door,
+    limiter: &ConnectionLimiter,
     tcp: TcpStream,
     limit: Option<Limit>,
-    handshake: &mut Handshake,
-) -> Result<Arrived, Astray> {
+    permit: &mut HandshakePermit,
+) -> Result<(Transport, Option<Certified>), NoRequest> {
     let Some(endpoint) = &shared.tls.devices else {
-        return Ok(Arrived {
-            stream: tcp.into(),
-            certified: None,
-        });
+        return Ok((tcp.into(), None));
     };
     let time_usual = shared.config.tls.handshake_timeout();
-    let time_max = limit.map_or(time_usual, |_| TURNED_HEAD_TIME_MAX);
-    let patience = Patience::begin(door, handshake, time_max, time_usual);
+    let time_max = limit.map_or(time_usual, |_| REJECTED_HEAD_TIME_MAX);
+    let deadline = StepDeadline::begin(limiter, permit, time_max, time_usual);
     tokio::select! {
-        arrived = Box::pin(secure(endpoint, tcp, patience, limit)) => arrived,
-        () = door.closing.cancelled() => Err(Astray::Ended(Ended::by_itself("silent"))),
+        arrived = Box::pin(shake_hands(endpoint, tcp, deadline, limit)) => arrived,
+        () = limiter.closing.cancelled() => Err(silent()),
     }
 }
 
-async fn secure(
+async fn shake_hands(
     endpoint: &Endpoint,
     tcp: TcpStream,
-    mut patience: Patience<'_>,
+    mut deadline: StepDeadline<'_>,
     limit: Option<Limit>,
-) -> Result<Arrived, Astray> {
-    let give_up = |outcome| move |why| Astray::Ended(Ended::given_up(outcome, why, limit));
+) -> Result<(Transport, Option<Certified>), NoRequest> {
+    let give_up = |outcome| move |why| given_up(outcome, why, limit);
     let mut first = [0];
-    // Before anything is set up for it: a peer that sends nothing costs no more than on plain TCP.
-    let peeked = wait_for(&mut patience, tcp.peek(&mut first)).await;
+    // Before any TLS state is allocated: a client that sends nothing costs no more than with plain TCP.
+    let peeked = wait_for(&mut deadline, tcp.peek(&mut first)).await;
     match peeked.map_err(give_up("silent"))? {
         Ok(1..) if tls::is_tls(first[0]) => {}
-        Ok(1..) => return Err(Astray::Plain(tcp.into())),
-        Ok(0) | Err(_) => return Err(Astray::Ended(Ended::by_itself("silent"))),
+        Ok(1..) => return Err(NoRequest::PlainHttp(tcp.into())),
+        Ok(0) | Err(_) => return Err(silent()),
     }
-    while !patience.try_begin() {
-        sleep(patience.span()).await;
-        patience.look(Sent::Nothing, || false).map_err(give_up("tls_failed"))?;
+    while !deadline.try_begin() {
+        sleep(deadline.next_check()).await;
+        deadline.check(Sent::Nothing, || false).map_err(give_up("tls_failed"))?;
     }
     let mut accept = endpoint.accept(tcp);
     loop {
-        if let Ok(accepted) = timeout(patience.span(), &mut accept).await {
+        if let Ok(accepted) = timeout(deadline.next_check(), &mut accept).await {
             let tls = accepted.map_err(|error| {
-                tracing::debug!(%error, "a TLS handshake failed");
-                Astray::Ended(Ended::by_itself("tls_failed"))
+                tracing::debug!(%error, "TLS handshake failed");
+                NoRequest::Early(Early::by_itself("tls_failed"))
             })?;
             let certified = tls::certified(&tls);
-            return Ok(Arrived {
-                stream: tls.into(),
-                certified,
-            });
+            return Ok((tls.into(), certified));
         }
         let is_unread = || accept.get_ref().is_some_and(|io| has_unread(io.tcp()));
-        patience
-            .look(Sent::Something, is_unread)
+        deadline
+            .check(Sent::Something, is_unread)
             .map_err(give_up("tls_failed"))?;
     }
 }
 
-/// Waits for one thing as long as patience lasts.
-async fn wait_for<T>(patience: &mut Patience<'_>, step: impl Future<Output = T>) -> Result<T, Hurry> {
+/// Waits for a step until the deadline.
+async fn wait_for<T>(deadline: &mut StepDeadline<'_>, step: impl Future<Output = T>) -> Result<T, GivenUp> {
     let mut step = pin!(step);
     loop {
-        if let Ok(done) = timeout(patience.span(), &mut step).await {
+        if let Ok(done) = timeout(deadline.next_check(), &mut step).await {
             return Ok(done);
         }
-        patience.look(Sent::Nothing, || false)?;
+        deadline.check(Sent::Nothing, || false)?;
     }
 }

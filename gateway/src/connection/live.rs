@@ -7,15 +7,18 @@ use std::{
     pin::pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use seawall_proto::{
-    close::Close,
+    close::EndReason,
+    cohorts::Figure,
     frame::ErrorCode,
     hello::SessionKind,
     id::SessionId,
+    presence::{groups::GRACE, observer::HEALTH_WORST},
     resume::{Grant, Minted},
-    session::{self, Action, OutBody, Received},
+    session::{self, Action, OutBody, Received, Silence},
 };
 use tokio::{sync::oneshot, time::timeout};
 use tokio_tungstenite::tungstenite::protocol::frame::{
@@ -24,67 +27,28 @@ use tokio_tungstenite::tungstenite::protocol::frame::{
 };
 
 use crate::{
-    address::Share,
-    connection::online::Online,
-    sessions::{Call, Command, Delivery, Outgoing, OutgoingBody},
-    socket::{CLOSE_TIMEOUT, Inbound, Outbound, SendError, Socket},
-    state::Shared,
-    transport::Transport,
+    connection::{end::End, online::Online},
+    edge::{address::Share, transport::Transport},
+    node::Shared,
+    session::{
+        sessions::{Call, Command, Delivery, Outgoing, OutgoingBody},
+        socket::{CLOSE_TIMEOUT, Inbound, Outbound, Socket},
+    },
 };
 
 /// Messages whose delivery somebody waits for. Beyond it the oldest is no longer waited for: it counts as sent.
 const WAITING_MAX: usize = 64;
+
+/// Time for which a device may go offline after the grace of its group, and its last ping.
+const RELEASE_MAX: Duration = Duration::from_mins(2);
+/// Maximum time for which the kernel keeps the last data of a session that has ended.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(120);
 
 /// What a session does that can't be done while it waits for whatever comes.
 enum Step {
     /// The peer reads too slowly for what it is to be told.
     Write,
     End(End),
-}
-
-/// How a session ended.
-enum End {
-    /// We close it.
-    Closed(Close),
-    /// The peer broke the protocol.
-    Failed(Close),
-    /// The peer said goodbye.
-    Goodbye,
-    /// The peer said goodbye because the protocol was broken, or by breaking it.
-    BadGoodbye,
-    /// The connection broke.
-    Gone,
-    /// The peer does not read.
-    Slow,
-    /// The peer did not read in time what would tell it that its session ends for this reason.
-    Unheard {
-        reason: &'static str,
-        /// Bytes written when it began to be waited for.
-        written: u64,
-    },
-}
-
-impl End {
-    /// The label of `seawall_closes_total`.
-    const fn reason(&self) -> &'static str {
-        match self {
-            Self::Closed(close) | Self::Failed(close) => close.as_str(),
-            Self::Goodbye => Close::Normal.as_str(),
-            Self::BadGoodbye => Close::Protocol.as_str(),
-            Self::Gone => "client_gone",
-            Self::Slow => "slow_reader",
-            Self::Unheard { reason, .. } => reason,
-        }
-    }
-}
-
-impl From<SendError> for End {
-    fn from(error: SendError) -> Self {
-        match error {
-            SendError::Slow => Self::Slow,
-            SendError::Gone => Self::Gone,
-        }
-    }
 }
 
 /// An upgraded connection with everything that it needs. Sessions live mostly in waiting, and there are many: what rarely
@@ -103,6 +67,8 @@ pub(super) struct Live {
     has_fed: bool,
     /// The order to end it was taken; [`Online::order`] has its reason.
     is_ordered: bool,
+    /// It waited for its peer to read since the last [`tick`](Self::tick).
+    waited_for_peer: bool,
     /// Its place among the node's connections.
     _connection: Share,
 }
@@ -120,7 +86,7 @@ pub(super) fn machine(
         online.session().id,
         minted.as_ref(),
         Arc::clone(&shared.session_limits),
-        shared.clock.now(),
+        shared.observer.moment(),
         shared.clock.wall(),
         &mut rand::rng(),
     )
@@ -129,10 +95,15 @@ pub(super) fn machine(
 /// Puts what the session says first, where that is text, behind the bytes of its 101.
 pub(super) fn say_at_once(machine: &mut session::Session, bytes: &mut Vec<u8>) {
     if let Some(text) = machine.poll_text() {
-        let frame = Frame::message(text, OpCode::Data(Data::Text), true);
-        // A buffer in memory takes everything.
-        let _ = frame.format(bytes);
+        put_text(text, bytes);
     }
+}
+
+/// Puts a text frame behind the bytes of a 101.
+pub(super) fn put_text(text: String, bytes: &mut Vec<u8>) {
+    let frame = Frame::message(text, OpCode::Data(Data::Text), true);
+    // A buffer in memory takes everything.
+    let _ = frame.format(bytes);
 }
 
 impl Live {
@@ -146,6 +117,9 @@ impl Live {
     ) -> Self {
         let shared = online.shared();
         shared.sessions.call_at(online.session(), machine.poll_timeout());
+        // On a path that broke the kernel would end the connection of a held device, as if it were offline.
+        let silent_max = shared.session_limits.silence_max() * (1 + u32::from(HEALTH_WORST));
+        stream.keep_unacknowledged_for(silent_max + GRACE + RELEASE_MAX);
         Self {
             socket: Socket::new(stream, leftover, Arc::clone(&shared.socket_limits)),
             online,
@@ -153,6 +127,7 @@ impl Live {
             waiting: Vec::new(),
             grant,
             is_ordered: false,
+            waited_for_peer: false,
             messages_in: 0,
             messages_out: 0,
             has_fed: false,
@@ -171,6 +146,7 @@ impl Live {
                 match poll_fn(|cx| self.poll_step(cx)).await {
                     Step::End(end) => break end,
                     Step::Write => {
+                        self.waited_for_peer = true;
                         if let Err(end) = Box::pin(self.act_until_ordered()).await {
                             break end;
                         }
@@ -241,7 +217,7 @@ impl Live {
                 reason: if self.is_ordered {
                     self.online.order()
                 } else {
-                    "slow_reader"
+                    EndReason::SlowReader
                 },
                 written,
             }),
@@ -290,6 +266,10 @@ impl Live {
                     continue;
                 }
                 Action::Close(close) => return Poll::Ready(Err(End::Closed(close))),
+                Action::Silent | Action::Suspect | Action::HeardAgain | Action::AskKernel | Action::AskGroups => {
+                    self.handle_silence(&action);
+                    continue;
+                }
             };
             self.count_bytes("out", outbound.payload_len());
             self.socket.feed(outbound, cx)?;
@@ -314,7 +294,7 @@ impl Live {
             match command {
                 Command::Close(close) => {
                     self.is_ordered = true;
-                    self.online.set_order(close.as_str());
+                    self.online.set_order(close.end_reason());
                     if self.machine.wants_token_before(&close) {
                         self.renew_token("drain");
                     }
@@ -352,7 +332,7 @@ impl Live {
     }
 
     fn hear(&mut self, inbound: Inbound) -> Option<End> {
-        let now = self.online.shared().clock.now();
+        let now = self.online.shared().observer.moment();
         let fragments = self.socket.take_fragments();
         self.machine.handle_fragments(fragments, now);
         match inbound {
@@ -365,7 +345,7 @@ impl Live {
                 self.machine.handle_binary(&bytes, now);
             }
             Inbound::Control => self.machine.handle_control(now),
-            Inbound::Goodbye => return Some(End::Goodbye),
+            Inbound::Goodbye(code) => return Some(End::Goodbye(code)),
             Inbound::BadGoodbye => return Some(End::BadGoodbye),
             Inbound::Broken(close) => return Some(End::Failed(close)),
             Inbound::Gone => return Some(End::Gone),
@@ -376,20 +356,60 @@ impl Live {
     fn count_bytes(&self, direction: &'static str, len: usize) {
         let len = u64::try_from(len).unwrap_or(u64::MAX);
         self.online.shared().metrics.session_bytes.add(direction, len);
+        self.online.session().info.cohort.count(Figure::Bytes, len);
     }
 
     fn tick(&mut self) {
         let shared = self.online.shared();
-        self.machine.handle_timeout(shared.clock.now(), &mut rand::rng());
+        let observer = &shared.observer;
+        // A peer that does not read delays its own pings, and says nothing about this node.
+        if !std::mem::take(&mut self.waited_for_peer) {
+            let lag = observer.note_ping(self.machine.poll_timeout());
+            shared.metrics.heartbeat_lag_seconds.record(lag);
+        }
+        self.machine.handle_timeout(observer.moment(), observer.health());
         shared
             .sessions
             .call_at(self.online.session(), self.machine.poll_timeout());
+    }
+
+    /// What the machine wants done about a device that is silent, or was.
+    fn handle_silence(&mut self, action: &Action) {
+        let (shared, session) = (self.online.shared(), self.online.session());
+        let (silence, now) = (&shared.silence, shared.observer.now());
+        match action {
+            Action::Silent => silence.handle_silent(session),
+            Action::Suspect => silence.handle_suspect(session.id, now),
+            Action::HeardAgain => silence.handle_heard(session.id, || {
+                if !session.is_closing() {
+                    shared.note_resolved(session, shared.clock.wall());
+                }
+            }),
+            Action::AskKernel => {
+                let found = self.machine.handle_kernel(self.socket.kernel_view(), now);
+                shared.metrics.silence_checks.increment(found.as_str());
+            }
+            Action::AskGroups => {
+                let verdict = silence.verdict(session.id, shared.observer.health());
+                self.machine.handle_verdict(verdict, now, &mut rand::rng());
+            }
+            Action::Text(_)
+            | Action::Binary(_)
+            | Action::Ping
+            | Action::Received(_)
+            | Action::Complained(_)
+            | Action::Acked(_)
+            | Action::RenewToken
+            | Action::Close(_) => {}
+        }
+        shared.sessions.call_at(session, self.machine.poll_timeout());
     }
 
     /// Into the event buffer; a full one means no acknowledgement, so that the device keeps its message.
     fn store(&mut self, received: Received) {
         self.messages_in = self.messages_in.saturating_add(1);
         let info = &self.online.session().info;
+        info.cohort.count(Figure::Messages, 1);
         let (device, external_id) = (info.device, info.external_id.as_deref());
         let id = received.id.clone();
         let shared = self.online.shared();
@@ -420,15 +440,27 @@ impl Live {
         }
     }
 
+    /// How long nothing was heard. The kernel knows the real time of it, and the machine what was observed.
+    fn silence(&self) -> Silence {
+        let observed = self.machine.silence(self.online.shared().observer.now());
+        Silence {
+            lasts: self.socket.kernel_view().last_data.unwrap_or(observed.lasts),
+            ..observed
+        }
+    }
+
     /// Offline first, then the courtesies: nobody waits for a peer's goodbye.
     async fn farewell(self, end: End) {
         let reason = end.reason();
         let session = Arc::clone(self.online.session());
-        let now = self.online.shared().clock.now();
-        self.online.end(reason);
+        let shared = self.online.shared();
+        let now = shared.clock.now();
+        let evidence = end.evidence(|| self.silence(), shared.clock.wall());
+        self.online.end(reason, evidence);
+        self.socket.keep_unacknowledged_for(UNACKNOWLEDGED_MAX);
         drop(self.waiting);
         tracing::debug!(
-            reason,
+            reason = reason.as_str(),
             device.id = %session.info.device,
             session.id = %session.id,
             firmware.version = session.info.cohort.firmware.as_deref(),
@@ -441,7 +473,7 @@ impl Live {
         match end {
             End::Closed(close) => self.socket.close(&close).await,
             End::Failed(close) => self.socket.fail(&close).await,
-            End::Goodbye | End::BadGoodbye => self.socket.finish().await,
+            End::Goodbye(_) | End::BadGoodbye => self.socket.finish().await,
             End::Slow => self.socket.abort(),
             End::Unheard { written, .. } => self.socket.give_up(written),
             End::Gone => {}

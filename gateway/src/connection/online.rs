@@ -1,12 +1,23 @@
-//! A device's presence on this node, for as long as its session lives: registered at the beginning, taken back at the end.
+//! A device's presence on this node, for as long as its session lives: registered at the beginning, taken back at the
+//! end.
 
-use std::sync::Arc;
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use seawall_proto::{
+    close::{EndReason, EndedBy},
+    cohorts::{EventKind, Figure, repeats},
+    presence::Evidence,
+    rules::Subject,
+    time::Instant,
+};
 
 use crate::{
-    events::Body,
-    history::Identity,
-    sessions::{Session, SessionInfo},
-    state::Shared,
+    fleet::{breaker::Of, rollouts::is_repeat},
+    node::{Shared, presence::Ended},
+    session::sessions::{Session, SessionInfo},
 };
 
 /// Holds a session registered. Ends it when it is dropped, so that no way out of a task leaves a dead session behind.
@@ -14,26 +25,33 @@ pub(super) struct Online {
     shared: Shared,
     session: Arc<Session>,
     /// A label of `seawall_closes_total`.
-    reason: &'static str,
+    reason: EndReason,
+    has_ended: bool,
     /// Whether the device ever heard of it.
     is_session: bool,
+    /// Whether the device's last session ended a short time ago. Only known where a rollout runs.
+    is_repeat: bool,
 }
 
 impl Online {
     /// Makes this the one session of its device; an older one is told to close.
     pub(super) fn begin(shared: &Shared, info: SessionInfo) -> Self {
         let (since, opened_at) = (info.since, info.opened_at);
+        let is_counting = shared.rollouts.is_counting();
+        let is_repeat = is_counting && {
+            let record = shared.history.record(info.device);
+            is_repeat(record.and_then(|record| record.offline).as_ref(), opened_at)
+        };
         let registered = shared.sessions.register(info, |registered| {
             let session = &registered.session;
-            let identity = Identity {
-                cohort: Arc::clone(&session.info.cohort),
-                tenant: Arc::clone(&session.info.tenant),
-            };
-            if shared.history.came_online(session.info.device, identity, opened_at) {
-                session.info.cohort.repeated();
-            }
-            if registered.replaced.is_none() {
-                shared.events.notice(since, presence(session, "online", "connected"));
+            let returned = shared.note_session(session);
+            // A session that is replaced has not ended yet.
+            let of_replaced = registered
+                .replaced
+                .as_deref()
+                .map(|older| repeats_of(older, EndedBy::Replacement, opened_at));
+            if let Some(repeats) = of_replaced.or(returned) {
+                session.returned.store(repeats.saturating_add(1), Ordering::Relaxed);
             }
         });
         if registered.replaced.is_some() {
@@ -42,12 +60,20 @@ impl Online {
             shared.shared_ids.handle_replaced(registered.session.info.device, now);
         }
         let session = registered.session;
+        shared.breaker.handle_opened(session.info.address);
         shared.metrics.sessions.set(len_of(shared));
+        if is_counting {
+            shared
+                .rollouts
+                .opened(&subject(&session), is_repeat, (opened_at, since));
+        }
         Self {
             shared: Arc::clone(shared),
             session,
-            reason: "shutdown",
+            reason: EndReason::Shutdown,
+            has_ended: false,
             is_session: true,
+            is_repeat,
         }
     }
 
@@ -60,62 +86,114 @@ impl Online {
     }
 
     /// The session was ordered to end, for this reason: it is the reason where the process ends first.
-    pub(super) const fn set_order(&mut self, reason: &'static str) {
+    pub(super) const fn set_order(&mut self, reason: EndReason) {
         self.reason = reason;
     }
 
     /// The reason that was given last.
-    pub(super) const fn order(&self) -> &'static str {
+    pub(super) const fn order(&self) -> EndReason {
         self.reason
     }
 
-    /// The session ended, for this reason: a label of `seawall_closes_total`.
-    pub(super) fn end(mut self, reason: &'static str) {
-        self.reason = reason;
+    /// The session ended, for this reason.
+    pub(super) fn end(mut self, reason: EndReason, evidence: Evidence) {
+        self.finish(reason, evidence);
+    }
+
+    /// Counts a session that ended in its cohort. Returns the number of repeats in a row, this one included.
+    fn account(&self, reason: EndReason, duration: Duration) -> u8 {
+        let (shared, info) = (&self.shared, &self.session.info);
+        info.cohort.count(Figure::SessionsEnded, 1);
+        let millis = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        info.cohort.count(Figure::SessionMillis, millis);
+        let of = Of {
+            device: info.device,
+            address: info.address,
+            cohort: &info.cohort,
+            tenant: Some(&info.tenant),
+        };
+        let by = reason.ended_by();
+        if by == EndedBy::Fault {
+            info.cohort.count(Figure::Errors, 1);
+            shared
+                .breaker
+                .handle_event(EventKind::Error, &of, false, shared.sessions.len());
+        }
+        let repeats = repeats_of(&self.session, by, info.opened_at + duration);
+        if repeats > 0 {
+            info.cohort.count(Figure::Repeats, 1);
+            let is_again = repeats > 1;
+            shared
+                .breaker
+                .handle_event(EventKind::Repeat, &of, is_again, shared.sessions.len());
+        }
+        repeats
     }
 
     /// The device left before it was upgraded: there never was a session.
     pub(super) fn cancel(mut self) {
-        self.reason = "client_gone";
+        self.reason = EndReason::ClientGone;
         self.is_session = false;
     }
-}
 
-impl Drop for Online {
-    fn drop(&mut self) {
+    fn finish(&mut self, reason: EndReason, evidence: Evidence) {
+        self.has_ended = true;
         let shared = &self.shared;
-        if std::thread::panicking() {
-            self.reason = "failed";
-        }
+        shared.silence.handle_ended(self.session.id);
+        let mut repeats = 0;
         if self.is_session {
             let duration = shared.clock.now().saturating_since(self.session.info.opened_at);
-            shared.metrics.closes.increment(self.reason);
+            shared.metrics.closes.increment(reason.as_str());
             shared.metrics.session_duration_seconds.record(duration);
+            repeats = self.account(reason, duration);
+        }
+        shared.breaker.handle_closed(self.session.info.address);
+        if shared.rollouts.is_counting() {
+            let told = self.is_session.then_some(reason);
+            let (opened_at, now) = (self.session.info.opened_at, shared.clock.now());
+            let subject = subject(&self.session);
+            shared.rollouts.closed(&subject, opened_at, self.is_repeat, told, now);
         }
         // A session that was replaced says nothing about its device, which is online in the newer one.
         shared.sessions.unregister(&self.session, || {
-            let (now, wall) = (shared.clock.now(), shared.clock.wall());
-            let device = self.session.info.device;
-            if self.session.is_deleted() {
-                shared.history.forget(device);
-            } else {
-                shared.history.went_offline(device, (now, wall), self.reason);
-            }
-            shared
-                .events
-                .notice(wall, presence(&self.session, "offline", self.reason));
+            let ended = Ended {
+                reason,
+                evidence,
+                repeats,
+            };
+            shared.note_offline(&self.session, ended, shared.clock.wall());
         });
         shared.metrics.sessions.set(len_of(shared));
     }
 }
 
-fn presence(session: &Session, state: &'static str, reason: &'static str) -> Body {
-    Body::Presence {
-        device: session.info.device,
-        external_id: session.info.external_id.as_deref().cloned(),
-        state,
-        reason,
-        cohort: Arc::clone(&session.info.cohort),
+impl Drop for Online {
+    /// Its task ends without a word: the connection ends with it, and no close frame was sent.
+    fn drop(&mut self) {
+        if !self.has_ended {
+            let reason = if std::thread::panicking() {
+                EndReason::Failed
+            } else {
+                self.reason
+            };
+            self.finish(reason, Evidence::Reset);
+        }
+    }
+}
+
+/// Repeats in a row of the device, if this session ended at `now`.
+fn repeats_of(session: &Session, by: EndedBy, now: Instant) -> u8 {
+    let lived = now.saturating_since(session.info.opened_at);
+    repeats(by, lived, session.returned.load(Ordering::Relaxed))
+}
+
+/// The device as rules see it.
+fn subject(session: &Session) -> Subject<'_> {
+    Subject {
+        device: Some(session.info.device),
+        firmware: session.info.cohort.firmware.as_deref(),
+        model: session.info.cohort.model.as_deref(),
+        tenant: Some(&session.info.tenant),
     }
 }
 

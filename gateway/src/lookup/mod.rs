@@ -1,106 +1,49 @@
-//! The gate: where `seawall_proto`'s admission meets the database.
+//! The lookup service: connects `seawall_proto`'s connect machine to the database.
 //!
-//! Connection tasks wait here; [`Workers`](worker) send what admission lets through, each statement in a task of its own, so
-//! that a device which hangs up drops a channel and never a query. A keeper task minds deadlines. Admission is behind a mutex
-//! that is held for a few microseconds at a time, and never across an `.await`.
+//! Connection tasks wait here. Each [`worker`] sends statements in a separate task, so a device that disconnects drops
+//! a channel and never a query. A deadline timer refuses devices that have waited too long. The machine is behind a
+//! mutex that is held for a few microseconds at a time, and never across an `.await`.
 //!
-//! Start with [`Gate`]. No policy is here.
+//! Start with [`Lookups`]. No policy is here.
 
-use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
-use rand::{SeedableRng as _, rngs::SmallRng};
 use seawall_proto::{
-    admission::{
-        AdmissionConfig, AdmissionState, Arrival, Cause, CohortTag, Costly, Refused, STATEMENTS_IN_FLIGHT_MAX,
-    },
-    handshake::{self, Admitted, Unproven},
+    admission::{AdmissionConfig, AdmissionState, Costly, Registry, STATEMENTS_IN_FLIGHT_MAX},
+    connect::{Attempt, Conclusion},
     id::{DeviceId, Network},
-    record::DeviceRecord,
-    refusal::{Code, Hint, Refusal},
-    resume::Generation,
-    rules::OwnedSubject,
-    slots::{Roster, SlotKeys},
-    time::Instant,
+    refusal::{Hint, Refusal},
+    slots::{RegistryIndex, SlotKeys, SlotsState},
 };
-use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
-mod absent;
-mod doubts;
-mod inner;
+mod driver;
 mod worker;
 
-use self::{
-    absent::Absent,
-    doubts::Doubts,
-    inner::{Admission, Core, Entered, Inner, Waiting},
+use self::driver::{Driver, Entered};
+use crate::{
+    fleet::{resume::Resume, rules::Rules},
+    metrics::Metrics,
+    runtime::{clock::Clock, lifecycle::Lifecycle},
+    session::departures::Departures,
+    store::Store,
 };
-use crate::{clock::Clock, lifecycle::Lifecycle, metrics::Metrics, resume::Resume, rules::Rules, store::Store};
 
-/// A device whose credential is wrong comes back not before this, while nobody is told that a device is not registered.
-const UNBELIEVED_FOR: Duration = Duration::from_secs(10);
-
-/// What a look-up came to.
-#[derive(Clone, Debug)]
-pub enum LookUp {
-    /// The registry's record.
-    Found(Found),
-    /// There is no such device.
-    Absent,
-    /// It was not looked up: come back later.
-    Refused(Refused),
-    /// It was not looked up: a firmware rule that came into force while it waited refuses it.
-    Blocked(Refusal),
-}
-
-/// What became of an unproven device.
-#[derive(Debug)]
-pub struct Concluded {
-    pub result: Result<Admitted, Refusal>,
-    /// How long the database took for the statement that found it; `None` where it was not found.
-    pub took: Option<Duration>,
-}
-
-impl Concluded {
-    /// Refused without a look-up.
-    #[must_use]
-    pub const fn refused(refusal: Refusal) -> Self {
-        Self {
-            result: Err(refusal),
-            took: None,
-        }
-    }
-}
-
-/// A record, and what it cost.
-#[derive(Clone, Debug)]
-pub struct Found {
-    pub record: Arc<DeviceRecord>,
-    /// How long the database took for the statement.
-    pub took: Duration,
-    /// The revocations that were known before it was sent.
-    pub as_of: Generation,
-}
-
-/// Parts of the gateway that a gate uses beside the registry.
+/// Dependencies of decisions, beside the registry.
 pub struct Dependencies {
     pub metrics: Arc<Metrics>,
     pub resume: Arc<Resume>,
     pub rules: Arc<Rules>,
+    pub departures: Arc<Departures>,
 }
 
-/// The way to the registry for connecting devices. Clones are the same gate.
+/// Decides on connecting devices, and looks them up. Clones share one service.
 #[derive(Clone)]
-pub struct Gate(Arc<Inner>);
+pub struct Lookups(Arc<Driver>);
 
-impl Gate {
-    /// Starts the gate and its tasks, which end with `life`. Until the store was ready once, devices are refused with slots.
+impl Lookups {
+    /// Starts the service and its tasks, which end with `life`. Until the store is ready, devices are refused with
+    /// slots.
     #[must_use]
     pub fn start(
         config: AdmissionConfig,
@@ -110,218 +53,129 @@ impl Gate {
         dependencies: Dependencies,
         life: &Lifecycle,
     ) -> Self {
-        let Dependencies { metrics, resume, rules } = dependencies;
-        let now = clock.now();
-        let mut admission = Admission::new(config, keys, now);
-        if !store.is_ready() {
-            admission.handle_registry_absent(now);
-        }
-        let gate = Self(Arc::new(Inner {
-            core: Mutex::new(Core {
-                admission,
-                waiting: BTreeMap::new(),
-                rng: SmallRng::from_os_rng(),
-                keeper_wakes: now,
-                screened_by: rules.current(),
-                doubts: Doubts::default(),
-            }),
-            absent: Absent::new(),
-            believes_absence: AtomicBool::new(true),
-            doubted: Notify::new(),
-            work: Notify::new(),
-            rearm: Notify::new(),
-            clock,
-            metrics,
-            resume,
-            rules,
-        }));
-        gate.0.publish(&gate.0.lock(), now);
-        for _ in 0..STATEMENTS_IN_FLIGHT_MAX {
-            life.spawn(
-                "lookup worker",
-                worker::run(Arc::clone(&gate.0), store.lookup_worker(), life.hard().clone()),
-            );
-        }
-        let (inner, hard) = (Arc::clone(&gate.0), life.hard().clone());
-        life.spawn("lookup keeper", async move {
-            tokio::select! {
-                () = inner.keep() => {}
-                () = hard.cancelled() => {}
+        let driver = Arc::new(Driver::new(config, keys, clock, dependencies));
+        driver.change(|connect, now| {
+            if !store.is_ready() {
+                connect.handle_registry(Registry::Absent, now);
             }
         });
-        let (inner, hard, store) = (Arc::clone(&gate.0), life.hard().clone(), store.clone());
+        for _ in 0..STATEMENTS_IN_FLIGHT_MAX {
+            let worker = worker::run(Arc::clone(&driver), store.lookup_worker(), life.hard().clone());
+            life.spawn("lookup worker", worker);
+        }
+        let until = |stop: &CancellationToken| stop.clone().cancelled_owned();
+        let (timer, stopped) = (Arc::clone(&driver), until(life.hard()));
+        life.spawn("lookup deadlines", async move {
+            tokio::select! {
+                () = timer.keep_deadlines() => {}
+                () = stopped => {}
+            }
+        });
+        let (contact, stopped, store) = (Arc::clone(&driver), until(life.hard()), store.clone());
         life.spawn("registry contact", async move {
             tokio::select! {
-                () = inner.heed(&store) => {}
-                () = hard.cancelled() => {}
+                () = contact.follow_database(&store) => {}
+                () = stopped => {}
             }
         });
-        gate
+        Self(driver)
     }
 
-    /// All that is between an unproven device and its session: throttles, admission, look-up, credential, rules by registry
-    /// data. The rules in force are evaluated again while the device waits and after its look-up.
+    /// Decides on one device, from its hello to its answer, in under 3 s from its arrival. The rules in force are
+    /// evaluated again while it waits and after its lookup.
     ///
     /// # Cancel safety
-    /// As for [`look_up`](Self::look_up).
-    pub async fn admit(&self, unproven: Unproven, network: Network, arrived: Instant) -> Concluded {
-        let device = unproven.device();
-        let hello = unproven.hello();
-        if let Some(tenant) = unproven.vouched() {
-            self.0.lock().admission.handle_vouched(device, tenant);
-        }
-        let arrival = Arrival {
-            device,
-            cohort: CohortTag::of(hello.model.as_deref(), hello.firmware.as_deref()),
-            slot_token: hello.slot.as_deref(),
-            arrived,
-            is_known_absent: false,
-            proof: unproven.proof(),
-            network,
-        };
-        let (waiting, answer) = self.ask(arrival, hello.owned_claims()).await;
-        let found = match answer {
-            LookUp::Found(found) => Some(found),
-            LookUp::Absent => None,
-            LookUp::Refused(refused) => return Concluded::refused(refused.into()),
-            LookUp::Blocked(refusal) => return Concluded::refused(refusal),
-        };
-        let record = found.as_ref().map(|found| &*found.record);
-        let as_of = found.as_ref().map(|found| found.as_of).unwrap_or_default();
-        let rules = self.0.rules.current();
-        let result = handshake::conclude(unproven, record, as_of, &rules, self.0.clock.wall(), &mut rand::rng());
-        // Whose absence was known has been counted already.
-        if let Some(waiting) = waiting {
-            match &result {
-                Ok(admitted) => waiting.handle_admitted(device, admitted.tenant()),
-                Err(refusal) if refusal.code == Code::Unauthorized => waiting.handle_wrong_credential(),
-                Err(_) => waiting.handle_right_credential(),
-            }
-        }
-        let is_wrong = |refusal: &Refusal| refusal.code == Code::Unauthorized;
-        let result = match result {
-            // Who is not registered is told this now, and must not be told apart from who is.
-            Err(refusal) if is_wrong(&refusal) && found.is_some() && !self.believes_absence() => Err(
-                Refusal::registry_unavailable(self.slot_for_close(device, UNBELIEVED_FOR)),
-            ),
-            result => result,
-        };
-        Concluded {
-            result,
-            took: found.map(|found| found.took),
+    /// Dropping the future removes the device from the queue. Its key is not sent, unless others wait for it or it is
+    /// in flight.
+    pub async fn connect(&self, attempt: Attempt<'_>) -> Conclusion {
+        let device = attempt.device;
+        match self.0.enter(attempt) {
+            Entered::Concluded(conclusion) => conclusion,
+            Entered::Waiting(waiting) => waiting.answer().await.unwrap_or_else(|| {
+                Conclusion::refused(Refusal::registry_unavailable(
+                    self.slot_for_close(device, Duration::ZERO),
+                ))
+            }),
         }
     }
 
-    /// Looks a device up, if admission lets it, and says nothing of its credential. The answer comes in under 3 s from the arrival.
-    /// `claims` are screened again when other rules come into force while it waits. Whether the device is known to be absent is
-    /// filled in here.
-    ///
-    /// # Cancel safety
-    /// Dropping the future takes the device out of the queue; its key is not sent, unless others wait for it or it is under way.
-    pub async fn look_up(&self, arrival: Arrival<'_>, claims: OwnedSubject) -> LookUp {
-        self.ask(arrival, claims).await.1
-    }
-
-    /// The answer, with what keeps the attempt open until its credential is judged. There is none where nothing was asked.
-    async fn ask(&self, mut arrival: Arrival<'_>, claims: OwnedSubject) -> (Option<Waiting>, LookUp) {
-        arrival.is_known_absent = self.0.absent.contains(arrival.device);
-        let (waiting, answer) = match self.0.enter(&arrival, claims) {
-            Entered::Answered(answer) => return (None, answer),
-            Entered::Waiting(waiting, answer) => (waiting, answer),
-        };
-        let answer = answer.await.unwrap_or_else(|_| {
-            // The sender goes without a word only when the gate itself ends.
-            LookUp::Refused(Refused {
-                cause: Cause::Breaker,
-                hint: self.slot_for_close(arrival.device, Duration::ZERO),
-            })
-        });
-        (Some(waiting), answer)
-    }
-
-    /// The device was authenticated, and is let in. `tenant` is the registry's.
-    pub fn handle_admitted(&self, device: DeviceId, tenant: &str) {
-        self.0.lock().admission.handle_admitted(device, tenant);
-    }
-
-    /// A slot for a device whose session is closed, not before `at_least` from now.
+    /// Gives a slot to a device whose session is closed, not before `at_least` from now.
     #[must_use]
     pub fn slot_for_close(&self, device: DeviceId, at_least: Duration) -> Hint {
-        let (now, wall) = (self.0.clock.now(), self.0.clock.wall());
-        let core = &mut *self.0.lock();
-        core.admission
-            .slot_for_close(device, at_least, now, wall, &mut core.rng)
+        self.slot_for_rejected(device, None, at_least)
     }
 
-    /// A slot for a device that there is no room for, and that may carry one, not before `at_least` from now.
+    /// Gives a slot to a device that the node has no room for, and that may show one, not before `at_least` from now.
     #[must_use]
-    pub fn slot_for_turned(&self, device: DeviceId, slot_token: Option<&str>, at_least: Duration) -> Hint {
+    pub fn slot_for_rejected(&self, device: DeviceId, slot_token: Option<&str>, at_least: Duration) -> Hint {
         let times = (self.0.clock.now(), self.0.clock.wall());
         let core = &mut *self.0.lock();
-        core.admission
-            .slot_for_turned(device, slot_token, at_least, times, &mut core.rng)
+        core.connect
+            .give_slot(device, slot_token, at_least, times, &mut core.rng)
     }
 
     /// Whether a device was seen authenticated, or is registered as far as this node knows.
     #[must_use]
     pub fn is_known(&self, device: DeviceId, slot_token: Option<&str>) -> bool {
         let (now, wall) = (self.0.clock.now(), self.0.clock.wall());
-        self.0.lock().admission.is_known(device, slot_token, now, wall)
+        self.0.lock().connect.slots().is_known(device, slot_token, now, wall)
     }
 
-    /// Whether a device shows by a token of ours that it comes at its slot.
+    /// Whether a device proves by a slot token that it returns at its slot.
     #[must_use]
     pub fn is_at_its_slot(&self, device: DeviceId, slot_token: &str, network: Network) -> bool {
-        let (now, wall) = (self.0.clock.now(), self.0.clock.wall());
-        self.0
-            .lock()
-            .admission
-            .is_at_its_slot(device, slot_token, network, now, wall)
+        let times = (self.0.clock.now(), self.0.clock.wall());
+        let core = self.0.lock();
+        core.connect.is_at_its_slot(device, slot_token, network, times)
     }
 
-    /// A device was registered, or changed: whatever is remembered of its absence and of its attempts no longer counts.
+    /// A device was registered, or changed: its remembered absence and attempts are forgotten.
     pub fn forget(&self, device: DeviceId) {
-        self.0.lock().admission.handle_registered(device);
-        self.0.absent.forget(device);
+        self.0.lock().connect.handle_registered(device);
     }
 
-    /// The registry has the device with this tenant, whatever the roster says.
+    /// Many devices were registered.
+    pub fn forget_all(&self) {
+        self.0.lock().connect.handle_many_registered();
+    }
+
+    /// The registry has the device with this tenant, whatever the registry index says.
     pub fn learn(&self, device: DeviceId, tenant: &str) {
-        self.0.lock().admission.handle_tenant(device, tenant);
+        self.0.lock().connect.handle_tenant(device, tenant);
     }
 
-    /// Who is registered, as far as is known.
+    /// The index of registered devices.
     #[must_use]
-    pub fn roster(&self) -> Arc<Roster> {
-        Arc::clone(self.0.lock().admission.roster())
+    pub fn registry_index(&self) -> Arc<RegistryIndex> {
+        Arc::clone(self.0.lock().connect.slots().registry_index())
     }
 
-    /// Who is registered: everybody else is a stranger until let in.
-    pub fn set_roster(&self, roster: Arc<Roster>) {
-        // The lock is given back before the old one ends, which takes a moment where it is large.
-        let _before = {
-            let mut core = self.0.lock();
-            core.doubts.clear();
-            core.admission.set_roster(roster)
-        };
+    /// Sets the index of registered devices. Every other device is unknown until it is admitted.
+    pub fn set_registry_index(&self, registry_index: Arc<RegistryIndex>) {
+        let previous = self.0.lock().connect.set_registry_index(registry_index);
+        // Outside the lock, because dropping a large index takes a moment.
+        drop(previous);
     }
 
-    /// Whether a device that the registry does not have is not registered; otherwise it is refused as one that can't be verified now.
+    /// Whether lookups have succeeded since the start. A connected store is not enough: until its first probes are
+    /// answered, devices are refused.
+    #[must_use]
+    pub fn had_contact(&self) -> bool {
+        self.0.lock().connect.had_contact()
+    }
+
+    /// Whether a device that the registry does not have is handled as not registered. Otherwise it is refused as one
+    /// that cannot be verified now.
     #[must_use]
     pub fn believes_absence(&self) -> bool {
-        self.0.believes_absence()
+        self.0.lock().connect.believes_absence()
     }
 
-    /// Says it anew.
     pub fn set_believes_absence(&self, is_believed: bool) {
-        self.0.believes_absence.store(is_believed, Ordering::Release);
-        if !is_believed {
-            // What was learnt shortly before may be wrong as well. After the store, or a look-up could learn something in between.
-            self.0.absent.forget_all();
-        }
+        self.0.lock().connect.set_believes_absence(is_believed);
     }
 
-    /// Waits until the registry does not have a device that it had when the roster was read, since the last such wait.
+    /// Waits until the registry lacks a device that it had when the registry index was read, since the last call.
     ///
     /// # Cancel safety
     /// Waiting changes nothing.
@@ -329,64 +183,64 @@ impl Gate {
         self.0.doubted.notified().await;
     }
 
-    /// Number of the last time that a device of the roster was missed.
+    /// Number of the last doubt, which `seawall_proto::connect` counts.
     #[must_use]
     pub fn last_doubt(&self) -> u64 {
-        self.0.lock().doubts.last()
+        self.0.lock().connect.doubts().last()
     }
 
-    /// Whether devices of the roster were missed, and no later count has found the registry whole.
+    /// Whether devices of the registry index were missing, and no later count found the registry complete.
     #[must_use]
     pub fn has_open_doubts(&self) -> bool {
-        self.0.lock().doubts.are_open()
+        self.0.lock().connect.doubts().are_open()
     }
 
-    /// A count that began after the doubt of this number has found the registry whole: devices that were missed before are not registered.
+    /// Records that a count which began after the doubt of this number found the registry complete: devices that were
+    /// missing before are not registered.
     pub fn settle_doubts(&self, last: u64) {
-        self.0.lock().doubts.settle(last);
+        self.0.lock().connect.settle_doubts(last);
     }
 
-    /// Many devices were registered.
-    pub fn forget_all(&self) {
-        self.0.lock().admission.handle_many_registered();
-        self.0.absent.forget_all();
-    }
-
-    /// The plan guard found, or no longer finds, a look-up that reads a whole table: the limit is cut to 2 keys.
+    /// The plan guard found, or no longer finds, a lookup that reads a whole table: the limit is cut to 2 keys.
     pub fn set_limit_cut(&self, is_cut: bool) {
-        let now = self.0.clock.now();
-        let mut core = self.0.lock();
-        core.admission.set_limit_cut(is_cut, now);
-        self.0.publish(&core, now);
+        self.0.change(|connect, now| connect.set_limit_cut(is_cut, now));
     }
 
-    /// The best rate of an earlier life, in keys a second, to give slots out by until one is measured.
+    /// Sets the best rate of a previous process, in keys per second. Slots are issued at this rate until one is
+    /// measured.
     pub fn set_last_known_good(&self, keys_per_second: f64) {
-        self.0.lock().admission.set_last_known_good(keys_per_second);
+        self.0.lock().connect.set_last_known_good(keys_per_second);
     }
 
-    /// To be called once a minute: the figure for [`set_last_known_good`](Self::set_last_known_good) in the next life, if there is news.
+    /// Returns the value for [`set_last_known_good`](Self::set_last_known_good) in the next process, if it is new. Call
+    /// it once per minute.
     #[must_use]
     pub fn take_last_known_good(&self) -> Option<f64> {
         let now = self.0.clock.now();
-        self.0.lock().admission.take_last_known_good(now)
+        self.0.lock().connect.take_last_known_good(now)
     }
 
-    /// Devices a second that can be taken back, on what is known.
+    /// Devices per second that can be readmitted; see [`Admission::k_ref`](seawall_proto::admission::Admission::k_ref).
     #[must_use]
     pub fn k_ref(&self) -> f64 {
         self.state().k_ref
     }
 
-    /// Cohorts that are looked up apart, because their look-ups cost far more than the others'.
+    /// Isolated cohorts, whose lookups cost far more than those of others.
     #[must_use]
     pub fn costly(&self) -> Vec<Costly> {
-        self.0.lock().admission.costly().collect()
+        self.0.lock().connect.costly().collect()
     }
 
-    /// Figures for people.
+    /// Figures of admission, for the API.
     #[must_use]
     pub fn state(&self) -> AdmissionState {
-        self.0.lock().admission.state(self.0.clock.now())
+        self.0.lock().connect.state(self.0.clock.now())
+    }
+
+    /// Figures of slots, for the API.
+    #[must_use]
+    pub fn slots(&self) -> SlotsState {
+        self.0.lock().connect.slots().state()
     }
 }

@@ -1,6 +1,6 @@
-//! `GET /alarms`: what a person should look at now.
+//! `GET /alarms`: the active alarms of this node.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use axum::{Json, extract::State};
 use serde::Serialize;
@@ -13,7 +13,7 @@ use super::{
     extract::{Page, PageParams, Params},
     problem::{Problem, ProblemBody},
 };
-use crate::{alarms::Severity, events::format_time};
+use crate::fleet::alarms::Severity;
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
     OpenApiRouter::new().routes(routes!(list_alarms))
@@ -24,14 +24,17 @@ pub fn routes() -> OpenApiRouter<Arc<Api>> {
 pub struct Alarm {
     /// As in events, the log and `/readyz`.
     kind: &'static str,
-    /// What it is about: `node`, or the name of a part of it.
+    /// The subject: `node`, or the name of a part of it.
     subject: String,
     /// `critical` (devices are refused, or data can be lost) or `warning`.
     severity: &'static str,
     /// RFC 3339.
     since: String,
-    /// What is wrong, and what to do.
+    /// The problem, and what to do.
     detail: String,
+    /// A command that repairs the cause or shows more of it, ready to paste.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    action: Option<Cow<'static, str>>,
 }
 
 /// Active alarms of this node, critical ones first
@@ -56,8 +59,9 @@ async fn list_alarms(
             kind,
             subject,
             severity: Severity::of(kind).as_str(),
-            since: format_time(alarm.since),
+            since: alarm.since.to_rfc3339(),
             detail: alarm.detail,
+            action: alarm.action,
         });
     let page = Page::of_sorted(alarms.collect(), &params, |alarm| {
         format!("{}/{}/{}", alarm.severity, alarm.kind, alarm.subject)

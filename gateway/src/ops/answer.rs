@@ -1,8 +1,8 @@
-//! The body of an answer while it is written: what all of them hold together is bounded, and so is the time that a caller may take to
-//! read one.
+//! The bodies of answers while they are written. Their memory is bounded, and so is the time that a caller has to read
+//! one.
 //!
-//! A long answer stays in memory until its caller has read it. Without a bound, callers that read slowly or not at all would fill the
-//! memory with lists, and devices would be refused for it. Start with [`Share`].
+//! A long answer stays in memory until its caller has read it. Without a bound, slow callers would fill the memory with
+//! lists, and devices would be refused for it. Start with [`Share`].
 
 use std::{
     pin::Pin,
@@ -20,37 +20,38 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::places::Place;
+use super::permits::Permit;
 
 /// Maximum size of all long answers that are not written yet, in bytes. A greater one is allowed alone.
 pub const ANSWERS_BYTES_MAX: usize = 8 * 1024 * 1024;
-/// Maximum length of a piece that is handed to the connection at once, in bytes. An answer is long where it has more than one piece.
+/// Maximum length of a piece that is passed to the connection at once, in bytes. An answer is long if it has more than
+/// one piece.
 const PIECE_LEN: usize = 16 * 1024;
 /// Maximum time for a caller to read a long answer. Then its connection is closed.
 pub const READ_MAX: Duration = Duration::from_mins(1);
 
-/// The share that one answer has of the memory for answers, and of the time to read it.
+/// One answer's permit for memory, and its deadline.
 #[derive(Debug)]
 pub struct Share {
     _permit: OwnedSemaphorePermit,
-    /// Ends the connection once its time is over.
+    /// Ends the connection at the deadline.
     _timer: Option<AbortOnDropHandle<()>>,
 }
 
-/// All answers have as much as they may together.
+/// The answers that are being written take all the memory for answers.
 #[derive(Debug, PartialEq, Eq)]
 pub struct NoRoom;
 
 impl Share {
-    /// A share for this body; `None` for a short one, and for a stream, which bounds itself. `place` is that of the connection, which
-    /// is closed where the body is not read within `read_max`.
+    /// Acquires memory for this body. `None` for a short body, and for a stream, which bounds itself. The
+    /// `connection` is closed if the body is not read within `read_max`.
     ///
     /// # Errors
-    /// There is no room for it now.
+    /// There is not enough memory for it now.
     pub fn of(
         answers: &Arc<Semaphore>,
         body: &Body,
-        place: Option<&Arc<Place>>,
+        connection: Option<&Arc<Permit>>,
         read_max: Duration,
     ) -> Result<Option<Self>, NoRoom> {
         let len = body.size_hint().exact().unwrap_or_default();
@@ -62,12 +63,12 @@ impl Share {
         let permit = Arc::clone(answers)
             .try_acquire_many_owned(permits)
             .map_err(|_| NoRoom)?;
-        let timer = place.map(|place| {
-            let place = Arc::downgrade(place);
+        let timer = connection.map(|connection| {
+            let connection = Arc::downgrade(connection);
             AbortOnDropHandle::new(tokio::spawn(async move {
                 sleep(read_max).await;
-                if let Some(place) = place.upgrade() {
-                    place.evict();
+                if let Some(connection) = connection.upgrade() {
+                    connection.evict();
                 }
             }))
         });
@@ -80,10 +81,10 @@ impl Share {
 
 /// A body, with what its request holds until it is written.
 ///
-/// It is handed on in copied pieces, so that the whole of it is given back when the last piece is taken.
+/// Its pieces are copies, so that all of its memory is free once the last piece was taken.
 pub struct Held<T> {
     body: Body,
-    /// Of the frame that is being handed on.
+    /// The rest of the current frame.
     rest: Bytes,
     _holds: T,
 }
@@ -144,7 +145,7 @@ mod tests {
 
     use tokio::time::timeout;
 
-    use super::{super::places::Places, *};
+    use super::{super::permits::Permits, *};
 
     fn answers() -> Arc<Semaphore> {
         Arc::new(Semaphore::new(ANSWERS_BYTES_MAX))
@@ -186,10 +187,10 @@ mod tests {
 
     #[tokio::test]
     async fn connection_ends_where_a_long_answer_is_not_read_in_time() {
-        let place = Arc::new(Places::new(8).take().await);
+        let permit = Arc::new(Permits::new(8).acquire().await);
         let long = Body::from(vec![0; PIECE_LEN + 1]);
-        let share = || Share::of(&answers(), &long, Some(&place), Duration::ZERO).unwrap();
-        let is_evicted = async |limit| timeout(limit, place.evicted()).await.is_ok();
+        let share = || Share::of(&answers(), &long, Some(&permit), Duration::ZERO).unwrap();
+        let is_evicted = async |limit| timeout(limit, permit.evicted()).await.is_ok();
 
         drop(share());
         assert!(!is_evicted(Duration::from_millis(50)).await, "it was read");

@@ -1,4 +1,4 @@
-//! `/audit`: who changed what, newest first.
+//! `/audit`: the audit log, newest first.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,15 +16,12 @@ use super::{
     extract::{Body, Page, PageParams, Params, Span, SpanDoc},
     problem::{Problem, ProblemBody},
 };
-use crate::{
-    events::format_time,
-    store::{AUDIT_PRUNE_MAX, AuditRecord, TokenRow},
-};
+use crate::store::{AUDIT_PRUNE_MAX, AuditRecord, TokenRow};
 
-/// Time within which a revoked token ends on every node.
+/// Maximum time until a revoked token is refused on every node.
 const REVOKED_WITHIN: Duration = Duration::from_secs(5);
 
-/// Minimum age of records that can be deleted: whoever misuses a token must not remove the traces at once.
+/// Minimum age of records that can be deleted, so that a stolen token can't remove its traces at once.
 const PRUNE_AGE_MIN: Duration = Duration::from_hours(24);
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
@@ -36,17 +33,20 @@ pub fn routes() -> OpenApiRouter<Arc<Api>> {
 /// One change.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct AuditLine {
-    /// Counts up; there may be gaps.
+    /// Rises with each record. There may be gaps.
     seq: i64,
     /// RFC 3339.
     at: String,
+    /// When it reached the database, if it had to wait for it in a node's journal. RFC 3339.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    arrived_at: Option<String>,
     /// Name of the token.
     actor: String,
-    /// Id of the token. Null for the admin token, for the gateway itself, and where it is not known any more.
+    /// Id of the token. Null for the admin token, for the gateway itself, and if it is not known any more.
     actor_id: Option<Uuid>,
     /// `device.create`, `rule.delete`, `drain.start`, …
     action: String,
-    /// What was changed: an id, or a word for what has none.
+    /// The changed object: its id, or a word for an object without one.
     subject: String,
     /// Never a secret or a hash.
     before: Option<Value>,
@@ -59,7 +59,8 @@ impl AuditLine {
         Self {
             seq: record.seq,
             actor_id: actor_id(&record.actor, record.at, tokens),
-            at: format_time(record.at),
+            at: record.at.to_rfc3339(),
+            arrived_at: record.arrived_at.map(WallTime::to_rfc3339),
             actor: record.actor,
             action: record.action,
             subject: record.subject,
@@ -69,7 +70,7 @@ impl AuditLine {
     }
 }
 
-/// The one token that had this name at that time.
+/// Returns the token that had this name at that time.
 fn actor_id(name: &str, at: WallTime, tokens: &[TokenRow]) -> Option<Uuid> {
     let mut valid = tokens.iter().filter(|token| {
         let is_over = token.revoked_at.is_some_and(|end| end + REVOKED_WITHIN < at);
@@ -106,7 +107,7 @@ async fn list_audit(
     }))
 }
 
-/// Which records to delete.
+/// The records to delete.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PruneBody {
@@ -115,15 +116,15 @@ pub struct PruneBody {
     older_than: Span,
 }
 
-/// What was deleted.
+/// The result of a deletion.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Pruned {
     deleted: u64,
-    /// There may be more: call again.
+    /// Whether there may be more records to delete. Then call again.
     more: bool,
 }
 
-/// Delete old records of the audit log, at most 10,000 a call; that is recorded
+/// Delete old records of the audit log, at most 10,000 per call; the deletion is recorded
 #[utoipa::path(
     post, path = "/api/v1/audit/prune", tag = "audit", request_body = PruneBody,
     responses(

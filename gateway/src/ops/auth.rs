@@ -1,6 +1,7 @@
-//! Who asks, and whether they may: the `Authorization` header of a request, as an extractor that each handler names.
+//! Authentication and authorization: the `Authorization` header of a request, as an extractor that each handler names.
 //!
-//! A handler without a [`Caller`] would be open to everybody; a test walks the OpenAPI document and finds it.
+//! A handler without a [`Caller`] would be open to every client. A test calls every path of the OpenAPI document to
+//! find one.
 
 use std::{marker::PhantomData, sync::Arc};
 
@@ -10,6 +11,7 @@ use axum::{
 };
 
 use seawall_proto::id::SecretHash;
+use uuid::Uuid;
 
 use super::{
     Api,
@@ -21,20 +23,20 @@ use crate::{
     tokens::{Principal, Tokens},
 };
 
-/// The least role that a call asks for.
+/// The minimum role that a call needs.
 pub trait AtLeast: Send + Sync {
     const ROLE: Role;
 }
 
-/// Reads.
+/// May read.
 #[derive(Debug)]
 pub enum Viewer {}
 
-/// Also changes rules, drains, disconnects devices and sends them messages.
+/// May also change rules, drain, disconnect devices and send them messages.
 #[derive(Debug)]
 pub enum Operator {}
 
-/// Also manages devices and tokens.
+/// May also manage devices and tokens.
 #[derive(Debug)]
 pub enum Admin {}
 
@@ -50,7 +52,7 @@ impl AtLeast for Admin {
     const ROLE: Role = Role::Admin;
 }
 
-/// Somebody whose token has at least the role `R`.
+/// A caller whose token has at least the role `R`.
 #[derive(Debug)]
 pub struct Caller<R> {
     principal: Principal,
@@ -60,7 +62,7 @@ pub struct Caller<R> {
 }
 
 impl<R: AtLeast> Caller<R> {
-    /// Whether the caller's token is still valid for this: what goes on for long asks again.
+    /// Whether the caller's token is still valid for this call. Long calls check it again.
     pub fn is_allowed(&self, tokens: &Tokens) -> bool {
         tokens
             .principal(&self.token)
@@ -69,12 +71,13 @@ impl<R: AtLeast> Caller<R> {
 }
 
 impl<R> Caller<R> {
-    /// What the audit log will say of a change that this caller makes now.
+    /// Returns the audit data of a change that this caller makes now.
     pub fn audit(&self, api: &Api, action: &'static str) -> Audit {
         if let Some(call) = &self.call {
             call.set_action(action);
         }
         Audit {
+            id: Uuid::now_v7(),
             at: api.state.clock.wall(),
             actor: self.principal.name.as_ref().to_owned(),
             action,
@@ -98,7 +101,7 @@ impl<R: AtLeast> FromRequestParts<Arc<Api>> for Caller<R> {
             return Err(Problem::new(
                 Code::Forbidden,
                 format!(
-                    "this needs the role {}, and the token has {}",
+                    "the call needs the role {}, and the token has {}",
                     R::ROLE.as_str(),
                     principal.role.as_str()
                 ),
@@ -113,7 +116,7 @@ impl<R: AtLeast> FromRequestParts<Arc<Api>> for Caller<R> {
     }
 }
 
-/// The one bearer token of a request.
+/// Returns the one bearer token of a request.
 fn bearer(headers: &HeaderMap) -> Result<&str, Problem> {
     let missing = || Problem::new(Code::Unauthorized, "expected Authorization: Bearer TOKEN");
     let mut values = headers.get_all(header::AUTHORIZATION).iter();

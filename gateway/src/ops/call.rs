@@ -1,4 +1,4 @@
-//! What is around every request of the API: its id, who asks, its place among the connections, and its line in the log.
+//! The context of every API request: its id, its caller, its connection permit and its log line.
 //!
 //! Start with [`Call`]; [`accompany`] is the outermost layer of the router.
 
@@ -20,26 +20,35 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::{
     Api,
     answer::{Held, READ_MAX, Share},
-    places::{Busy, Place},
+    permits::{Busy, Permit},
     problem::{Code, Problem},
 };
 
-/// Header with the id of a request, in both directions.
+/// Header with the request id, in requests and answers.
 const REQUEST_ID: &str = "x-request-id";
-/// Maximum length of an id that a caller gives, in bytes. A longer one is replaced by one of ours.
+/// Maximum length of a caller's request id, in bytes. A longer one is replaced.
 const REQUEST_ID_LEN_MAX: usize = 64;
 /// Maximum length of a path in the log, in bytes.
 const LOGGED_PATH_LEN_MAX: usize = 200;
 
 tokio::task_local! {
-    static CURRENT: Arc<str>;
+    static CURRENT: Current;
 }
 
-/// What the listener knows of a connection. An extension of each of its requests.
+/// The request that is being handled.
+#[derive(Clone, Debug, Default)]
+pub struct Current {
+    /// Empty outside a request.
+    pub id: Arc<str>,
+    /// The request may change something.
+    pub is_change: bool,
+}
+
+/// A connection as the listener knows it. An extension of each of its requests.
 #[derive(Clone, Debug)]
 pub struct Origin {
-    pub place: Arc<Place>,
-    /// The connection came to an address that only this machine reaches.
+    pub permit: Arc<Permit>,
+    /// The connection came to a loopback address.
     pub is_loopback: bool,
 }
 
@@ -47,7 +56,7 @@ pub struct Origin {
 #[derive(Debug)]
 pub struct Call {
     id: Arc<str>,
-    place: Option<Arc<Place>>,
+    permit: Option<Arc<Permit>>,
     busy: OnceLock<Busy>,
     actor: OnceLock<Arc<str>>,
     action: OnceLock<&'static str>,
@@ -55,59 +64,70 @@ pub struct Call {
 }
 
 impl Call {
-    /// Notes who asks. From now on the connection does not make way.
+    /// Records the authenticated caller. From now on the connection is not evicted.
     ///
     /// # Errors
-    /// `busy`: as many calls as may be are carried out already.
+    /// `busy`: the maximum number of calls is running.
     pub fn authenticated(&self, actor: &Arc<str>) -> Result<(), Problem> {
-        if let Some(place) = &self.place {
-            let busy = place.occupy().ok_or_else(|| {
+        if let Some(permit) = &self.permit {
+            let busy = permit.occupy().ok_or_else(|| {
                 Problem::new(
                     Code::Busy,
-                    "ops.connections_max calls are carried out already: try again in a second",
+                    "ops.connections_max calls are running: try again in a second",
                 )
             })?;
-            // A second extractor of the same request finds the first one's.
+            // Another extractor of the same request has set it.
             let _ = self.busy.set(busy);
         }
         let _ = self.actor.set(Arc::clone(actor));
         Ok(())
     }
 
-    /// Notes what is changed, as the audit log names it.
+    /// Whether the caller has shown a valid token.
+    pub fn is_authenticated(&self) -> bool {
+        self.actor.get().is_some()
+    }
+
+    /// Records the action, as the audit log names it.
     pub fn set_action(&self, action: &'static str) {
         let _ = self.action.set(action);
     }
 
-    /// Keeps the share of the memory for bodies until the answer is written, or until [`Self::release_body`].
+    /// Keeps the permit for the body's memory until the answer is written, or until [`Self::release_body`].
     pub fn hold_body(&self, permit: OwnedSemaphorePermit) {
         *self.body.lock().unwrap_or_else(PoisonError::into_inner) = Some(permit);
     }
 
-    /// Gives the share of the memory for bodies back: what was in the body is somewhere else now, with a bound of its own.
+    /// Releases the permit for the body's memory: its content is somewhere else now, with its own bound.
     pub fn release_body(&self) {
         *self.body.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
-/// Id of the request that is handled now; empty outside one.
+/// Returns the request that this task handles.
+#[must_use]
+pub fn current() -> Current {
+    CURRENT.try_with(Clone::clone).unwrap_or_default()
+}
+
+/// Returns the id of the request that this task handles; empty outside one.
 #[must_use]
 pub fn current_id() -> Arc<str> {
-    CURRENT.try_with(Arc::clone).unwrap_or_default()
+    current().id
 }
 
-/// Runs something on behalf of the request with this id.
-pub async fn on_behalf_of<T>(id: Arc<str>, work: impl Future<Output = T>) -> T {
-    CURRENT.scope(id, work).await
+/// Runs `work` on behalf of a request.
+pub async fn on_behalf_of<T>(request: Current, work: impl Future<Output = T>) -> T {
+    CURRENT.scope(request, work).await
 }
 
-/// Gives a request its id, answers 500 for a handler that panics, and writes the line for the log.
+/// Assigns the request id, answers 500 if the handler panics, and writes the log line.
 pub async fn accompany(State(api): State<Arc<Api>>, mut request: Request, next: Next) -> Response {
     let started = api.state.clock.now();
     let origin = request.extensions_mut().remove::<Origin>();
     let call = Arc::new(Call {
         id: id_of(request.headers()),
-        place: origin.as_ref().map(|origin| Arc::clone(&origin.place)),
+        permit: origin.as_ref().map(|origin| Arc::clone(&origin.permit)),
         busy: OnceLock::new(),
         actor: OnceLock::new(),
         action: OnceLock::new(),
@@ -123,22 +143,26 @@ pub async fn accompany(State(api): State<Arc<Api>>, mut request: Request, next: 
             None => match AssertUnwindSafe(next.run(request)).catch_unwind().await {
                 Ok(response) => response,
                 Err(_) => {
-                    api.state.note_panic("a call of the API");
+                    api.state.panics.count("a call of the API");
                     Problem::new(Code::Internal, "the gateway failed: see its log").into_response()
                 }
             },
         }
     };
-    let mut response = on_behalf_of(Arc::clone(&call.id), handled).await;
+    let current = Current {
+        id: Arc::clone(&call.id),
+        is_change: is_change(&method, &path),
+    };
+    let mut response = on_behalf_of(current, handled).await;
     let actor = call.actor.get().map(|actor| &**actor);
-    // Connections of strangers make way instead.
+    // Connections without an authenticated caller are evicted instead.
     let share = match actor {
-        Some(_) => Share::of(&api.answers, response.body(), call.place.as_ref(), READ_MAX),
+        Some(_) => Share::of(&api.answers, response.body(), call.permit.as_ref(), READ_MAX),
         None => Ok(None),
     };
-    // What was changed is told in any case.
+    // A change is always confirmed.
     if share.is_err() && !is_change(&method, &path) {
-        let problem = "answers that were not read yet take all the memory for answers: try again in a second";
+        let problem = "unread answers take all the memory for answers: try again in a second";
         response = Problem::new(Code::Busy, problem).into_response();
     }
     if let Ok(id) = HeaderValue::from_str(&call.id) {
@@ -150,7 +174,7 @@ pub async fn accompany(State(api): State<Arc<Api>>, mut request: Request, next: 
     let labels = [call_label(&method, &path), status_label(response.status())];
     api.state.metrics.api_request_duration_seconds.record(labels, duration);
     let duration_ms = duration.as_secs_f64() * 1e3;
-    // Strangers fill no log: without a valid token a call is no more than a connection.
+    // Callers without a valid token must not fill the log.
     if actor.is_some() && (action.is_some() || is_change(&method, &path)) {
         tracing::info!(request.id = &*call.id, actor, action, %method, path, status, duration_ms, "API change");
     } else {
@@ -183,8 +207,8 @@ fn status_label(status: StatusCode) -> &'static str {
     }
 }
 
-/// Whether a call may change something, or ask a device to.
-fn is_change(method: &Method, path: &str) -> bool {
+/// Whether a call may change something, or send something to a device.
+pub fn is_change(method: &Method, path: &str) -> bool {
     !method.is_safe() && !path.ends_with("/preview")
 }
 
@@ -193,7 +217,7 @@ fn logged(path: &str) -> String {
     path.chars().take(LOGGED_PATH_LEN_MAX).collect()
 }
 
-/// The caller's id where it is short and harmless, else one of ours.
+/// Returns the caller's request id if it is short and harmless, else a random one.
 fn id_of(headers: &HeaderMap) -> Arc<str> {
     let given = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
     let is_harmless = |text: &&str| {
@@ -208,10 +232,10 @@ fn id_of(headers: &HeaderMap) -> Arc<str> {
     }
 }
 
-/// What is wrong with the host that a request names (RFC 9112 §3.2).
+/// Checks the host that a request names (RFC 9112 §3.2).
 ///
-/// On loopback `/metrics` is for this machine alone. A page in a browser can reach it under a name of its own that leads to
-/// 127.0.0.1 (DNS rebinding), so the name must be one of this machine's.
+/// On loopback, `/metrics` is for this machine alone. A web page can reach it under a name that resolves to 127.0.0.1
+/// (DNS rebinding). So the name must be one of this machine's.
 fn host_problem(request: &Request, is_loopback: bool, api: &Api) -> Option<Problem> {
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let host = match (hosts.next(), hosts.next()) {
@@ -224,15 +248,15 @@ fn host_problem(request: &Request, is_loopback: bool, api: &Api) -> Option<Probl
         host => host.parse::<Authority>().ok().map(Some),
     });
     let Some(authority) = authority else {
-        return Some(Problem::new(Code::BadRequest, "Host: expected the name of a host"));
+        return Some(Problem::new(Code::BadRequest, "Host: expected a host name"));
     };
-    // The target may be in absolute form: then its host is meant.
+    // The host of a target in absolute form takes precedence.
     let authority = request.uri().authority().cloned().or(authority);
     let name = authority.as_ref().map_or("", Authority::host);
     if is_loopback && request.uri().path() == "/metrics" && !is_of_this_machine(name, &api.state.node) {
         return Some(Problem::new(
             Code::BadRequest,
-            "Host: on loopback /metrics is answered to localhost, to IP addresses and to this node's name",
+            "Host: on loopback, /metrics is served to localhost, IP addresses and this node's name",
         ));
     }
     None
@@ -241,7 +265,7 @@ fn host_problem(request: &Request, is_loopback: bool, api: &Api) -> Option<Probl
 fn is_of_this_machine(name: &str, node: &str) -> bool {
     let bare = name.trim_start_matches('[').trim_end_matches(']');
     let is_local = |suffix: &str| name.eq_ignore_ascii_case(suffix);
-    // Only a client that is no browser leaves it out.
+    // Every browser sends it.
     name.is_empty()
         || bare.parse::<std::net::IpAddr>().is_ok()
         || is_local("localhost")
@@ -258,7 +282,7 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::{config::Config, serve};
+    use crate::{runtime::config::Config, serve};
 
     #[tokio::test]
     async fn a_handler_that_panics_is_a_500_counted_and_an_alarm() {

@@ -1,13 +1,15 @@
 //! Lines of a device import, cut out of a stream of bytes as they arrive. Start with [`DeviceLines`].
 //!
-//! Files are taken as programs export them: UTF-8 or UTF-16 with a byte order mark; commas, semicolons or tabs, found in the header or
-//! named by a first line `sep=;`; line ends of every system; column names in any letter case.
+//! Files may be UTF-8, or UTF-16 with a byte order mark. Fields are separated by commas, semicolons or tabs: the header
+//! shows it, or a first line `sep=;`. Line ends may be those of any system, and column names may have any letter case.
 //!
-//! No line is ever held whole beyond [`RECORD_BYTES_MAX`], whatever the file says: an unclosed quote is one bad line, not a full memory.
+//! A line takes at most [`RECORD_BYTES_MAX`] of memory. So an unclosed quote is one bad line, and does not fill the
+//! memory.
 
 use std::{borrow::Cow, ops::Range};
 
 use csv_core::{ReadRecordResult, Reader, ReaderBuilder};
+use data_encoding::HEXLOWER_PERMISSIVE;
 use seawall_proto::{
     hello::IdentityNames,
     id::{DeviceId, InvalidLabel, Label, SecretHash},
@@ -16,22 +18,22 @@ use seawall_proto::{
 use super::{csv_text::Decoder, devices::not_a_device};
 use crate::store::{ImportLine, ImportRow};
 
-/// Greatest line, in bytes: the longest values that are allowed take a tenth of it. A longer one is a bad line.
+/// Maximum length of a line, in bytes: ten times the longest values. A longer one is a bad line.
 const RECORD_BYTES_MAX: usize = 4_096;
-/// Most fields of a line.
+/// Maximum number of fields of a line.
 const FIELDS_MAX: usize = 16;
 /// Separators of fields, the default first.
 const SEPARATORS: [u8; 3] = [b',', b';', b'\t'];
-/// How a first line begins that names the separator, as spreadsheets write it.
+/// Prefix of a first line that names the separator, as spreadsheets write it.
 const SEPARATOR_LINE: &[u8] = b"sep=";
-/// Lengths of a device's secret, in bytes (contract section 7).
+/// Lengths of a device's secret, in bytes (docs/OPERATIONS.md, importing devices).
 const SECRET_LEN: std::ops::RangeInclusive<usize> = 16..=128;
 
 /// Reads the file piece by piece.
 pub struct DeviceLines {
     names: IdentityNames,
     decoder: Decoder,
-    /// The beginning of the file, until it has shown which separator it uses. At most [`RECORD_BYTES_MAX`] and one piece.
+    /// The beginning of the file, until the separator is known. At most [`RECORD_BYTES_MAX`] and one piece.
     beginning: Option<Vec<u8>>,
     separator: u8,
     reader: Reader,
@@ -39,7 +41,7 @@ pub struct DeviceLines {
     record_len: usize,
     ends: [usize; FIELDS_MAX],
     ends_len: usize,
-    /// The record was longer than there is room for.
+    /// The record is longer than [`RECORD_BYTES_MAX`].
     is_too_long: bool,
     /// Line ends so far: LF, CR, or CR and LF together.
     lines_ended: u64,
@@ -59,7 +61,7 @@ struct Columns {
     model: Option<usize>,
 }
 
-/// The header is not one of a device import.
+/// The header is not that of a device import.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("line {number}, the header: {problem}")]
 pub struct BadHeader {
@@ -68,7 +70,7 @@ pub struct BadHeader {
 }
 
 impl DeviceLines {
-    /// `names`: which device an id names.
+    /// `names` maps ids to devices.
     pub fn new(names: IdentityNames) -> Self {
         Self {
             names,
@@ -90,7 +92,7 @@ impl DeviceLines {
     /// Takes the next piece of the file and appends the lines that it completes.
     ///
     /// # Errors
-    /// The header is wrong; nothing that follows could be understood.
+    /// The header is wrong.
     pub fn feed(&mut self, piece: &[u8], lines: &mut Vec<ImportLine>) -> Result<(), BadHeader> {
         let text = self.decoder.feed(piece);
         self.take_text(text, lines)
@@ -114,7 +116,7 @@ impl DeviceLines {
         Ok(())
     }
 
-    /// Finds the separator, and returns what there is to read.
+    /// Detects the separator, and returns the text to read.
     fn begin(&mut self) -> Vec<u8> {
         let mut text = self.beginning.take().unwrap_or_default();
         let first = first_line(&text);
@@ -143,7 +145,7 @@ impl DeviceLines {
         text
     }
 
-    /// The file is over: appends the line that had no end, if there is one.
+    /// Ends the file: appends the last line if it had no line end.
     ///
     /// # Errors
     /// There was no header, or a wrong one.
@@ -154,7 +156,7 @@ impl DeviceLines {
             let text = self.begin();
             self.take_text(Cow::Owned(text), lines)?;
         }
-        // Reading nothing means the end: one call for a last line, one that finds none.
+        // Empty input means the end: one call for a last line, one that finds none.
         self.step(&[], lines)?;
         match self.columns {
             Some(_) => Ok(()),
@@ -162,7 +164,7 @@ impl DeviceLines {
         }
     }
 
-    /// Reads up to the end of a record, of the piece, or of the room for a record. Returns the rest of the piece.
+    /// Reads up to the end of the record or of the piece, or the maximum length. Returns the rest of the piece.
     fn step<'a>(&mut self, piece: &'a [u8], lines: &mut Vec<ImportLine>) -> Result<&'a [u8], BadHeader> {
         let (result, read, written, ended) = self.reader.read_record(
             piece,
@@ -264,7 +266,7 @@ impl Columns {
                 b"model" => &mut columns.model,
                 _ => {
                     return Err(format!(
-                        "column {} of {}, separated by {}, is none of id, secret, secret_sha256, tenant, model",
+                        "column {} of {}, separated by {}, is not one of id, secret, secret_sha256, tenant, model",
                         index + 1,
                         header.len(),
                         separator_name(separator)
@@ -282,7 +284,7 @@ impl Columns {
         Ok(columns)
     }
 
-    /// The row, or what is wrong with it, in words that repeat nothing of it.
+    /// Returns the row, or what is wrong with it. The error repeats no value.
     fn row(&self, fields: &[&[u8]], names: &IdentityNames) -> Result<ImportRow, String> {
         if fields.len() != self.count {
             return Err(format!("it has {} fields, the header has {}", fields.len(), self.count));
@@ -313,12 +315,12 @@ impl Columns {
     }
 }
 
-/// Whether the beginning of a file has the line of its header whole.
+/// Whether the beginning of a file has its whole header.
 fn shows_separator(beginning: &[u8]) -> bool {
     let text = beginning.trim_ascii_start();
     let first = first_line(text);
     let rest = &text[first.len()..];
-    // Behind a line that names the separator the header may still be missing: it is not needed.
+    // A first line that names the separator is enough.
     !rest.is_empty()
 }
 
@@ -349,19 +351,8 @@ fn hash_of(secret: &[u8]) -> Result<SecretHash, String> {
 }
 
 fn hash_from(digits: &[u8]) -> Option<SecretHash> {
-    let mut bytes = [0; 32];
-    if digits.len() != 2 * bytes.len() {
-        return None;
-    }
-    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-        let digit = |ascii: u8| {
-            char::from(ascii)
-                .to_digit(16)
-                .and_then(|digit| u8::try_from(digit).ok())
-        };
-        *byte = digit(pair[0])? << 4 | digit(pair[1])?;
-    }
-    Some(SecretHash::from_bytes(bytes))
+    let bytes = HEXLOWER_PERMISSIVE.decode(digits).ok()?;
+    Some(SecretHash::from_bytes(bytes.try_into().ok()?))
 }
 
 fn label(name: &str, field: Option<&[u8]>) -> Result<Option<Label>, String> {

@@ -6,13 +6,13 @@ const UTF_8_MARK: &[u8] = &[0xef, 0xbb, 0xbf];
 const UTF_16_LITTLE_MARK: &[u8] = &[0xff, 0xfe];
 const UTF_16_BIG_MARK: &[u8] = &[0xfe, 0xff];
 
-/// Turns the bytes of a file into UTF-8 as its byte order mark says, and takes the mark away. Without one they stay as they are.
+/// Converts a file to UTF-8 by its byte order mark, and removes the mark. Without one the bytes stay as they are.
 #[derive(Debug)]
 pub struct Decoder(Encoding);
 
 #[derive(Debug)]
 enum Encoding {
-    /// Fewer bytes than tell.
+    /// Too few bytes to detect the encoding.
     Open(Vec<u8>),
     Utf8,
     Utf16 {
@@ -60,12 +60,12 @@ impl Decoder {
                 half: None, high: None, ..
             }
             | Encoding::Utf8 => Vec::new(),
-            // Cut in the middle of a character.
+            // The file ends within a character.
             Encoding::Utf16 { .. } => char::REPLACEMENT_CHARACTER.to_string().into_bytes(),
         }
     }
 
-    /// Settles the encoding by the bytes seen, and returns their text.
+    /// Detects the encoding, and returns the text of the first bytes.
     fn decide(&mut self) -> Vec<u8> {
         let Encoding::Open(seen) = std::mem::replace(&mut self.0, Encoding::Utf8) else {
             return Vec::new();

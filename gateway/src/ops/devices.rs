@@ -1,4 +1,4 @@
-//! `/devices`: the registry of devices, and what each does now. The list is in [`super::device_list`].
+//! `/devices/{id}`: one device of the registry. The list is in [`super::device_list`].
 
 use std::{
     sync::{Arc, OnceLock},
@@ -24,20 +24,20 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     Api,
     auth::{Admin, Caller, Operator, Viewer},
+    device_view::{Device, registry_unavailable, unless_unavailable},
     extract::{Body, Id, OptionalBody, Span, SpanDoc, nullable},
+    presence::elsewhere,
     problem::{Code, Problem, ProblemBody},
-    write_down,
+    record_change,
 };
 use crate::{
-    events::format_time,
-    presence::{Presence, PresenceState},
-    resume::{HANDSHAKE_MAX, end_unwanted_session},
-    state::State as Gateway,
-    store::{Change, DatabaseStatus, DeviceChange, DeviceRow, NewDevice, Rotation, StoreError},
+    fleet::resume::HANDSHAKE_MAX,
+    store::{Change, DeviceChange, DeviceRow, NewDevice, Rotation, StoreError},
+    tasks::revoked_sessions::{end_revoked_session, handle_deleted},
     tokens::random_secret,
 };
 
-/// Longest time for which an old secret may stay valid.
+/// Maximum time for which an old secret stays valid.
 const OVERLAP_MAX: Duration = Duration::from_hours(30 * 24);
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
@@ -46,164 +46,6 @@ pub fn routes() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(show_device, change_device, delete_device))
         .routes(routes!(rotate_secret))
         .routes(routes!(disconnect_device))
-}
-
-/// Where an answer about devices comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Source {
-    /// The registry, which is complete.
-    Database,
-    /// The memory of this node, because the database did not answer. It is not complete: it has the devices with a session on
-    /// this node, and those that had one since its start.
-    Memory,
-}
-
-/// A device, and what this node knows of its connection. `source` says where it comes from.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct Device {
-    #[schema(value_type = uuid::Uuid)]
-    id: DeviceId,
-    /// What the device is called, where that is not a UUID (`identity.namespace`).
-    #[schema(value_type = Option<String>)]
-    external_id: Option<Label>,
-    /// From memory: the tenant of its last session on this node.
-    #[schema(value_type = Option<String>)]
-    tenant: Option<Label>,
-    /// The registry's model. From memory: the model of its last session on this node.
-    #[schema(value_type = Option<String>)]
-    model: Option<Label>,
-    /// The version that it connected with last.
-    #[schema(value_type = Option<String>)]
-    firmware: Option<Arc<str>>,
-    /// `enabled`, `disabled` or `revoked`. Null from memory, which does not know it.
-    state: Option<&'static str>,
-    presence: Presence,
-    /// RFC 3339. Null from memory.
-    created_at: Option<String>,
-    /// RFC 3339. Null from memory.
-    updated_at: Option<String>,
-    /// End of the validity of the secret before the last rotation, RFC 3339. Null if it has ended, and from memory.
-    previous_secret_until: Option<String>,
-    source: Source,
-}
-
-impl Device {
-    pub fn of(row: DeviceRow, gateway: &Gateway) -> Self {
-        let wall = gateway.clock.wall();
-        let DeviceRow {
-            record,
-            external_id,
-            created_at,
-            updated_at,
-        } = row;
-        let session = gateway.sessions.get(record.id);
-        // Registered by its UUID alone, the device itself says what it is called.
-        let stated = session
-            .as_ref()
-            .and_then(|session| session.info.external_id.as_deref().cloned());
-        let firmware = match session {
-            Some(session) => session.info.cohort.firmware.clone(),
-            None => gateway
-                .history
-                .record(record.id)
-                .and_then(|known| known.identity)
-                .and_then(|identity| identity.cohort.firmware.clone()),
-        };
-        Self {
-            presence: Presence::of(record.id, &gateway.sessions, &gateway.history, &gateway.node, wall),
-            id: record.id,
-            external_id: external_id.or(stated),
-            tenant: Some(record.tenant),
-            model: record.model,
-            firmware,
-            state: Some(record.state.as_str()),
-            created_at: Some(format_time(created_at)),
-            updated_at: Some(format_time(updated_at)),
-            previous_secret_until: record
-                .previous_secret
-                .map(|(_, until)| until)
-                .filter(|until| wall < *until)
-                .map(format_time),
-            source: Source::Database,
-        }
-    }
-
-    /// The device as this node remembers it, without the database. `None` if it has neither a session nor an attempt here.
-    pub fn remembered(id: DeviceId, gateway: &Gateway) -> Option<Self> {
-        let session = gateway.sessions.get(id);
-        let record = gateway.history.record(id);
-        if session.is_none() && record.is_none() {
-            return None;
-        }
-        let last = record.and_then(|record| record.identity);
-        let (tenant, cohort) = match &session {
-            Some(session) => (Some(&session.info.tenant), Some(&session.info.cohort)),
-            None => (
-                last.as_ref().map(|last| &last.tenant),
-                last.as_ref().map(|last| &last.cohort),
-            ),
-        };
-        let label = |text: &str| Label::parse(text).ok().flatten();
-        Some(Self {
-            id,
-            external_id: session
-                .as_ref()
-                .and_then(|session| session.info.external_id.as_deref().cloned()),
-            tenant: tenant.and_then(|tenant| label(tenant)),
-            model: cohort.and_then(|cohort| label(cohort.model.as_deref()?)),
-            firmware: cohort.and_then(|cohort| cohort.firmware.clone()),
-            state: None,
-            presence: Presence::of(
-                id,
-                &gateway.sessions,
-                &gateway.history,
-                &gateway.node,
-                gateway.clock.wall(),
-            ),
-            created_at: None,
-            updated_at: None,
-            previous_secret_until: None,
-            source: Source::Memory,
-        })
-    }
-
-    pub const fn tenant(&self) -> Option<&Label> {
-        self.tenant.as_ref()
-    }
-
-    pub const fn model(&self) -> Option<&Label> {
-        self.model.as_ref()
-    }
-
-    pub const fn presence(&self) -> PresenceState {
-        self.presence.state
-    }
-}
-
-/// Reads from the database, unless it is known to be unavailable.
-///
-/// # Errors
-/// `Ok(None)` where the database does not answer; other errors are the caller's.
-pub async fn unless_unavailable<T>(
-    gateway: &Gateway,
-    read: impl Future<Output = Result<T, Problem>>,
-) -> Result<Option<T>, Problem> {
-    if gateway.store.state().status == DatabaseStatus::Away {
-        return Ok(None);
-    }
-    match read.await {
-        Err(problem) if problem.code() == Code::DatabaseUnavailable => Ok(None),
-        done => done.map(Some),
-    }
-}
-
-/// 503 for what only the registry can say.
-pub fn registry_unavailable() -> Problem {
-    Problem::new(
-        Code::DatabaseUnavailable,
-        "the database does not answer, and this node does not remember what was asked for",
-    )
 }
 
 /// A device with its last connection attempts.
@@ -239,18 +81,24 @@ async fn show_device(
 ) -> Result<Json<DeviceWithAttempts>, Problem> {
     let registered = async { Ok(api.state.store.device(id).await?) };
     let device = match unless_unavailable(&api.state, registered).await? {
-        Some(row) => Device::of(row.ok_or_else(no_such_device)?, &api.state),
+        Some(row) => {
+            let mut device = Device::of(row.ok_or_else(no_such_device)?, &api.state);
+            if let Some(newer) = elsewhere(&api.state, id).await {
+                device.take_presence(newer);
+            }
+            device
+        }
         None => Device::remembered(id, &api.state).ok_or_else(registry_unavailable)?,
     };
-    let known = api.state.history.record(id).unwrap_or_default();
+    let attempts = api.state.history.record(id).map(|known| known.attempts);
     Ok(Json(DeviceWithAttempts {
         device,
-        attempts: known
-            .attempts
+        attempts: attempts
+            .unwrap_or_default()
             .iter()
             .rev()
             .map(|attempt| Attempt {
-                at: format_time(attempt.at),
+                at: attempt.at.to_rfc3339(),
                 outcome: attempt.outcome.as_str(),
             })
             .collect(),
@@ -318,9 +166,9 @@ async fn register_device(
     let row = api
         .carry_out(async move {
             let row = state.store.device_insert(&new, &audit).await;
-            state.gate.forget(new.id);
+            state.lookups.forget(new.id);
             if let Ok(row) = &row {
-                state.gate.learn(new.id, &row.record.tenant);
+                state.lookups.learn(new.id, &row.record.tenant);
             }
             row
         })
@@ -334,17 +182,18 @@ async fn register_device(
     ))
 }
 
-/// What to change of a device; what is not given stays.
+/// Changes of a device. Fields that are not given stay as they are.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DevicePatch {
-    /// `enabled`, `disabled` (for now: its session is closed with 4002) or `revoked` (closed with 4501: it does not come back by itself).
+    /// `enabled`, `disabled` (for now: its session is closed with 4002) or `revoked` (closed with 4501: it does not
+    /// reconnect).
     #[schema(value_type = Option<String>, pattern = "^(enabled|disabled|revoked)$")]
     state: Option<DeviceState>,
-    /// 1 to 64 bytes of printable ASCII. A live session keeps the one it came with.
+    /// 1 to 64 bytes of printable ASCII. A live session keeps its tenant.
     #[schema(value_type = Option<String>)]
     tenant: Option<Label>,
-    /// 1 to 64 bytes of printable ASCII; null takes it away.
+    /// 1 to 64 bytes of printable ASCII; null removes it.
     #[serde(default, deserialize_with = "nullable")]
     #[schema(value_type = Option<String>)]
     model: Option<Option<Label>>,
@@ -354,7 +203,7 @@ pub struct DevicePatch {
 #[utoipa::path(
     patch, path = "/api/v1/devices/{id}", tag = "devices", params(("id" = uuid::Uuid, Path)), request_body = DevicePatch,
     responses(
-        (status = 200, description = "As it is now", body = Device),
+        (status = 200, description = "The changed device", body = Device),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
@@ -370,14 +219,12 @@ async fn change_device(
         model: patch.model,
     };
     if change == DeviceChange::default() {
-        return Err(Problem::invalid("name what should change: state, tenant or model"));
+        return Err(Problem::invalid("give at least one of state, tenant and model"));
     }
     let audit = caller.audit(&api, "device.update");
     let store = api.state.store.clone();
-    let row = carry_out(&api, id, Leaves::Row, async move {
-        store.device_update(id, &change, &audit).await
-    })
-    .await?;
+    let change = async move { store.device_update(id, &change, &audit).await };
+    let row = make_change(&api, id, |row| Some(row), change).await?;
     Ok(Json(Device::of(row, &api.state)))
 }
 
@@ -396,19 +243,17 @@ async fn delete_device(
 ) -> Result<StatusCode, Problem> {
     let audit = caller.audit(&api, "device.delete");
     let store = api.state.store.clone();
-    carry_out(&api, id, Leaves::Nothing, async move {
-        store.device_delete(id, &audit).await
-    })
-    .await?;
+    let deletion = async move { store.device_delete(id, &audit).await };
+    make_change(&api, id, |()| None, deletion).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// How to rotate.
+/// Options of a rotation.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RotationBody {
-    /// How long the old secret stays valid: text such as `24h`, or seconds; at most 30 days. Default: it ends at once, and so does the
-    /// device's session (4003).
+    /// Time for which the old secret stays valid: text such as `24h`, or seconds; at most 30 days. Default: it ends at
+    /// once. Then a session that was authenticated with it is closed (4003). A session with a client certificate stays.
     #[schema(value_type = Option<SpanDoc>)]
     overlap: Option<Span>,
 }
@@ -420,9 +265,10 @@ pub struct NewSecret {
     id: DeviceId,
     /// Shown this once.
     secret: String,
-    /// Until then the old secret is valid, too; null where it ended at once. RFC 3339.
+    /// The old secret stays valid until then; null if it ended at once. RFC 3339.
     previous_secret_until: Option<String>,
-    /// End of an earlier rotation's overlap that was still running, RFC 3339. The secret before the old one ended now instead.
+    /// Planned end of an earlier rotation's overlap, RFC 3339. This rotation ended it: the secret before the old one is
+    /// not valid any more.
     ended_overlap_until: Option<String>,
 }
 
@@ -453,7 +299,7 @@ async fn rotate_secret(
     let store = api.state.store.clone();
     let ended_overlap = Arc::new(OnceLock::new());
     let ended = Arc::clone(&ended_overlap);
-    let row = carry_out(&api, id, Leaves::Row, async move {
+    let rotation = async move {
         let rotated = store.device_rotate(id, rotation, &audit).await?;
         Ok(rotated.map(|rotated| {
             if let Some(until) = rotated.ended_overlap {
@@ -462,21 +308,21 @@ async fn rotate_secret(
             }
             rotated.row
         }))
-    })
-    .await?;
-    let previous_secret_until = row.record.previous_secret.map(|(_, until)| format_time(until));
+    };
+    let row = make_change(&api, id, |row| Some(row), rotation).await?;
+    let previous_secret_until = row.record.previous_secret.map(|(_, until)| until.to_rfc3339());
     Ok((
         StatusCode::CREATED,
         Json(NewSecret {
             id,
             secret,
             previous_secret_until,
-            ended_overlap_until: ended_overlap.get().map(|until| format_time(*until)),
+            ended_overlap_until: ended_overlap.get().map(|until| until.to_rfc3339()),
         }),
     ))
 }
 
-/// A session that was told to close.
+/// A session that is being closed.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Disconnected {
     #[schema(value_type = uuid::Uuid)]
@@ -485,11 +331,11 @@ pub struct Disconnected {
     session: String,
 }
 
-/// Close a device's session with 4003; the device comes back
+/// Close a device's session with 4003; the device reconnects
 #[utoipa::path(
     post, path = "/api/v1/devices/{id}/disconnect", tag = "devices", params(("id" = uuid::Uuid, Path)),
     responses(
-        (status = 200, description = "Told to close", body = Disconnected),
+        (status = 200, description = "The session is being closed", body = Disconnected),
         (status = "default", description = "An error; `device_offline` where there is no session", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
@@ -507,7 +353,7 @@ async fn disconnect_device(
     api.carry_out(async move {
         closed.close(Close::disconnected(&mut SmallRng::from_os_rng()));
         let details = serde_json::json!({ "session": closed.id.to_string() });
-        write_down(&state, &audit, Change::to(&id.to_string(), details)).await;
+        record_change(&state, &audit, Change::to(&id.to_string(), details)).await;
     })
     .await?;
     Ok(Json(Disconnected {
@@ -516,7 +362,7 @@ async fn disconnect_device(
     }))
 }
 
-/// What an id has to be.
+/// The expected form of a device's id.
 pub fn not_a_device(names: &IdentityNames) -> &'static str {
     match names.namespace {
         Some(_) => "id: expected a UUID, or 1 to 64 bytes of printable ASCII",
@@ -524,7 +370,7 @@ pub fn not_a_device(names: &IdentityNames) -> &'static str {
     }
 }
 
-/// 404 for a device that is not registered, else 409. While the registry can't be asked, offline is all that is known.
+/// 404 for a device that is not registered, else 409. While the database is unavailable: 409.
 pub async fn offline_or_unknown(api: &Api, id: DeviceId) -> Problem {
     match api.state.store.device(id).await {
         Ok(None) => no_such_device(),
@@ -536,56 +382,43 @@ fn no_such_device() -> Problem {
     Problem::not_found("device")
 }
 
-/// What a change leaves in the registry.
-#[derive(Clone, Copy)]
-enum Leaves {
-    Row,
-    Nothing,
-}
-
-/// Makes a change to the end, whether or not the caller waits, and lets it take effect: what was remembered of the device's absence no longer
-/// counts, nor do its resume tokens, and its session ends where the registry does not want it any more.
-async fn carry_out(
+/// Changes a device in the registry and lets the change take effect, whether or not the caller waits.
+///
+/// The device's absence and its resume tokens are forgotten. Its session ends if the device may not connect any more,
+/// or not with the credential that it has shown. `row` returns the device as it is now; `None` if it was deleted.
+async fn make_change<T: Send + 'static>(
     api: &Arc<Api>,
     id: DeviceId,
-    leaves: Leaves,
-    change: impl Future<Output = Result<Option<DeviceRow>, StoreError>> + Send + 'static,
-) -> Result<DeviceRow, Problem> {
+    row: fn(&T) -> Option<&DeviceRow>,
+    statement: impl Future<Output = Result<Option<T>, StoreError>> + Send + 'static,
+) -> Result<T, Problem> {
     let gateway = Arc::clone(&api.state);
     let changed = api
         .carry_out(async move {
-            let changed = change.await;
-            gateway.gate.forget(id);
+            let changed = statement.await;
+            gateway.lookups.forget(id);
             if !matches!(changed, Ok(None)) {
                 gateway.resume.revoke(id).await;
             }
-            if let Ok(Some(row)) = &changed {
-                let record = match leaves {
-                    Leaves::Row => {
-                        gateway.gate.learn(id, &row.record.tenant);
-                        Some(&row.record)
+            if let Ok(Some(done)) = &changed {
+                match row(done) {
+                    Some(row) => {
+                        gateway.lookups.learn(id, &row.record.tenant);
+                        end_revoked_session(&gateway, id, &row.record);
                     }
-                    Leaves::Nothing => {
-                        if let Some(session) = gateway.sessions.get(id) {
-                            // Its end would be remembered, otherwise.
-                            session.mark_deleted();
-                        }
-                        gateway.history.forget(id);
-                        None
-                    }
-                };
-                end_unwanted_session(&gateway, id, record);
+                    None => handle_deleted(&gateway, id),
+                }
             }
             changed
         })
         .await?;
     if changed.is_err() {
-        // The error may leave open what was done. Not waited for.
+        // The change may have been made all the same. The caller does not wait for this.
         let gateway = Arc::clone(&api.state);
-        api.in_background(async move {
+        api.spawn_background(async move {
             tokio::time::sleep(HANDSHAKE_MAX).await;
             if let Err(error) = gateway.store.revoke_tokens(id, gateway.clock.wall()).await {
-                tracing::warn!(device.id = %id, %error, "a device whose change failed is looked up at each return, until another device is changed");
+                tracing::warn!(device.id = %id, %error, "resume tokens not revoked after a failed change: the device is looked up at each reconnect until another device is changed");
             }
         });
     }

@@ -1,8 +1,12 @@
-//! `/drain`: start, look at and cancel the drain of this gateway.
+//! `/drain`: start, show and cancel the drain of this gateway.
 
 use std::{sync::Arc, time::Duration};
 
 use axum::{Json, extract::State, http::StatusCode};
+use seawall_proto::{
+    departures::{AlreadyDraining, DrainOrder, DrainState},
+    time::WallTime,
+};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -13,45 +17,40 @@ use super::{
     extract::{OptionalBody, Span, SpanDoc},
     node::SUBJECT,
     problem::{Code, Problem, ProblemBody},
-    write_down,
+    record_change,
 };
-use crate::{
-    drain::{AlreadyDraining, DrainState, Order},
-    events::format_time,
-    state::State as Gateway,
-    store::Change,
-};
+use crate::{node::State as Gateway, store::Change};
 
-/// Bounds of a drain's deadline; the same as of the setting.
+/// Bounds of a drain's deadline. Same as those of the setting.
 const DEADLINE: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_hours(24);
-/// Greatest rate; the same as of the setting.
+/// Maximum rate, in sessions per second. Same as that of the setting.
 const RATE_MAX: f64 = 1_000_000.0;
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
     OpenApiRouter::new().routes(routes!(start_drain, show_drain, cancel_drain))
 }
 
-/// Where a drain stands.
+/// The state of a drain.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct DrainView {
-    /// `idle`; `announced`: not ready, so that balancers turn away, and devices that come are let in; `draining`; or `drained`:
-    /// nobody is left, and new devices are refused.
+    /// `idle`; `announced` (`/readyz` is 503, and devices are still admitted); `draining`; or `drained` (no session is
+    /// left, and devices are refused).
     state: &'static str,
-    /// Sessions that are still here.
+    /// Sessions left.
     left: usize,
-    /// Sessions closed a second; 0 before the first is told to leave.
+    /// Sessions closed per second; 0 before the first one.
     rate: f64,
-    /// Sessions when the first was told to leave; null before that.
+    /// Sessions when the first one was closed; null before that.
     total: Option<usize>,
-    /// When the last session has been told to leave, RFC 3339. Null without a drain.
+    /// When the last session is closed at the latest, RFC 3339. Null without a drain.
     deadline: Option<String>,
-    /// Time until the last session is told to leave at this rate, in seconds; null before the first is.
+    /// Time until the last session is closed at this rate, in seconds; null before the first one.
     eta_seconds: Option<f64>,
 }
 
 impl DrainView {
     pub fn of(gateway: &Gateway) -> Self {
-        let status = gateway.drain.status(gateway.sessions.len());
+        let (status, left) = (gateway.departures.drain_status(), gateway.sessions.len());
         Self {
             state: match status.state {
                 DrainState::Idle => "idle",
@@ -59,33 +58,35 @@ impl DrainView {
                 DrainState::Draining => "draining",
                 DrainState::Drained => "drained",
             },
-            left: status.left,
-            rate: status.rate,
-            total: status.total,
-            deadline: status.deadline.map(format_time),
-            eta_seconds: (status.rate > 0.0).then(|| status.left as f64 / status.rate),
+            left,
+            rate: status.rate_per_second,
+            total: status.sessions,
+            deadline: status.deadline.map(WallTime::to_rfc3339),
+            eta_seconds: (status.rate_per_second > 0.0).then(|| left as f64 / status.rate_per_second),
         }
     }
 }
 
-/// How a drain shall go; all of it may be left out.
+/// Options of a drain. All of them are optional.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DrainBody {
-    /// Sessions closed a second. Default: the setting, or as many as admission could take back. More are closed where the deadline needs it.
+    /// Sessions closed per second. Default: the setting, or the measured capacity. More are closed if the deadline
+    /// needs it.
     #[schema(exclusive_minimum = 0, maximum = 1_000_000)]
     rate_per_second: Option<f64>,
-    /// When the last session has been told: text such as `10m`, or seconds; 1 second to 24 hours. Default: the setting.
+    /// Time until the last session is closed: text such as `10m`, or seconds; 1 second to 24 hours. Default: the
+    /// setting.
     #[schema(value_type = Option<SpanDoc>)]
     deadline: Option<Span>,
 }
 
-/// Start: new devices are refused, and sessions are closed at a pace with 1012
+/// Start a drain: new devices are refused, and sessions are closed at a pace with 1012
 #[utoipa::path(
     post, path = "/api/v1/drain", tag = "drain", request_body = Option<DrainBody>,
     responses(
         (status = 201, description = "Started", body = DrainView),
-        (status = 409, description = "One is under way", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 409, description = "A drain is running", body = ProblemBody, content_type = "application/problem+json"),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
@@ -96,7 +97,7 @@ async fn start_drain(
 ) -> Result<(StatusCode, Json<DrainView>), Problem> {
     let config = &api.state.config.drain;
     let configured = (config.rate_per_second > 0).then(|| f64::from(config.rate_per_second));
-    let order = Order {
+    let order = DrainOrder {
         rate_per_second: body.rate_per_second.or(configured),
         announce: config.announce(),
         deadline: body.deadline.map_or_else(|| config.deadline(), |span| span.0),
@@ -111,7 +112,7 @@ async fn start_drain(
     }
     if order.deadline <= order.announce {
         return Err(Problem::invalid(format!(
-            "deadline: expected more than the {} s of drain.announce_seconds",
+            "deadline: expected more than drain.announce_seconds, which is {} s",
             order.announce.as_secs()
         )));
     }
@@ -122,8 +123,8 @@ async fn start_drain(
     let audit = caller.audit(&api, "drain.start");
     let gateway = Arc::clone(&api.state);
     api.carry_out(async move {
-        gateway.drain.start(order)?;
-        write_down(&gateway, &audit, Change::to(SUBJECT, details)).await;
+        gateway.departures.start_drain(order)?;
+        record_change(&gateway, &audit, Change::to(SUBJECT, details)).await;
         Ok::<_, AlreadyDraining>(())
     })
     .await?
@@ -131,11 +132,11 @@ async fn start_drain(
     Ok((StatusCode::CREATED, Json(DrainView::of(&api.state))))
 }
 
-/// How far it is
+/// Show the drain
 #[utoipa::path(
     get, path = "/api/v1/drain", tag = "drain",
     responses(
-        (status = 200, description = "Where it stands", body = DrainView),
+        (status = 200, description = "The state of the drain", body = DrainView),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
@@ -143,12 +144,12 @@ async fn show_drain(_caller: Caller<Viewer>, State(api): State<Arc<Api>>) -> Jso
     Json(DrainView::of(&api.state))
 }
 
-/// Cancel: who is still here stays, and new devices are taken again
+/// Cancel the drain: sessions that are left stay, and devices are admitted again
 #[utoipa::path(
     delete, path = "/api/v1/drain", tag = "drain",
     responses(
         (status = 200, description = "Cancelled", body = DrainView),
-        (status = 409, description = "There is none", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 409, description = "There is no drain", body = ProblemBody, content_type = "application/problem+json"),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
@@ -157,9 +158,9 @@ async fn cancel_drain(caller: Caller<Operator>, State(api): State<Arc<Api>>) -> 
     let gateway = Arc::clone(&api.state);
     let was_on = api
         .carry_out(async move {
-            let was_on = gateway.drain.cancel();
+            let was_on = gateway.departures.cancel_drain();
             if was_on {
-                write_down(&gateway, &audit, Change::of(SUBJECT)).await;
+                record_change(&gateway, &audit, Change::of(SUBJECT)).await;
             }
             was_on
         })

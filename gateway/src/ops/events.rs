@@ -1,4 +1,4 @@
-//! `GET /events`: what happens on this node, as server-sent events, from the bounded buffer of [`crate::events`].
+//! `GET /events`: the events of this node as server-sent events, from the bounded buffer of [`crate::fleet::events`].
 
 use std::{collections::VecDeque, convert::Infallible, sync::Arc, time::Duration};
 
@@ -8,40 +8,127 @@ use axum::{
     response::sse::{self, KeepAlive, Sse},
 };
 use futures_util::{Stream, stream};
+use seawall_proto::{
+    firmware::Range,
+    id::{DeviceId, Label},
+};
+use serde::Deserialize;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio_util::sync::CancellationToken;
+use utoipa::IntoParams;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     Api,
     auth::{Caller, Viewer},
+    device_list::range,
+    devices::not_a_device,
+    extract::{Params, label},
     problem::{Code, Problem, ProblemBody},
 };
-use crate::{events::Event, state::Shared};
+use crate::{
+    fleet::{
+        events::{Event, NAMES},
+        history::groups::Group,
+    },
+    node::{Shared, State as Gateway},
+};
 
-/// A comment goes out when nothing else did for so long: proxies and readers then know that the stream lives.
+/// Maximum time without a byte on a stream. Then a comment is sent, so that proxies and readers know that it is alive.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
-/// Events taken from the buffer at once.
+/// Maximum number of events that are taken from the buffer at once.
 const PAGE_LEN: usize = 256;
-/// Maximum payload of a page, in bytes: what one reader holds, also when it does not read. One greater message is a page of its own.
+/// Maximum payload of a page, in bytes: the memory of one slow reader. A larger message is a page of its own.
 const PAGE_BYTES: usize = 64 * 1024;
-/// Tells a browser when to come back to a stream that broke.
+/// Time after which a browser reopens a broken stream.
 const RETRY: Duration = Duration::from_secs(2);
-/// Name of the event that stands for those that are no longer in the buffer.
+/// Name of the event that replaces those that have left the buffer.
 const MISSED: &str = "missed";
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
     OpenApiRouter::new().routes(routes!(follow_events))
 }
 
-/// What happens on this node, as server-sent events
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct EventParams {
+    /// Only events with these names, separated by commas.
+    #[serde(rename = "type")]
+    names: Option<String>,
+    /// Only events of this device.
+    device: Option<String>,
+    /// Only events of devices of this tenant.
+    tenant: Option<String>,
+    /// Only events of devices with this firmware: a range as in rules (`>=3.8.0-b3`) or one version.
+    firmware: Option<String>,
+}
+
+/// Events that a reader wants.
+#[derive(Debug)]
+struct Filter {
+    /// Empty: all.
+    names: Vec<&'static str>,
+    device: Option<DeviceId>,
+    tenant: Option<Label>,
+    firmware: Option<Range>,
+}
+
+impl Filter {
+    fn of(params: &EventParams, gateway: &Gateway) -> Result<Self, Problem> {
+        let bad = |detail: String| Problem::new(Code::BadRequest, detail);
+        let names = params.names.iter().flat_map(|names| names.split(','));
+        let name = |name: &str| {
+            let found = NAMES.into_iter().find(|known| *known == name.trim());
+            found.ok_or_else(|| bad(format!("type: expected some of {}", NAMES.join(", "))))
+        };
+        let identity = &gateway.config.identity;
+        let device = |text: &String| {
+            let named = identity
+                .device(text)
+                .ok_or_else(|| bad(not_a_device(identity).to_owned()));
+            named.map(|named| named.id)
+        };
+        Ok(Self {
+            names: names.map(name).collect::<Result<_, _>>()?,
+            device: params.device.as_ref().map(device).transpose()?,
+            tenant: label("tenant", params.tenant.as_deref())?,
+            firmware: params.firmware.as_deref().map(range).transpose()?,
+        })
+    }
+
+    fn wants(&self, event: &Event, gateway: &Gateway) -> bool {
+        let is_name = self.names.is_empty() || self.names.contains(&event.body.name());
+        let device = event.body.device();
+        if !is_name || self.device.is_some_and(|wanted| device != Some(wanted)) {
+            return false;
+        }
+        if self.tenant.is_none() && self.firmware.is_none() {
+            return true;
+        }
+        if let Some(group) = event.body.group() {
+            return self.wants_group(group);
+        }
+        let known = device.and_then(|device| gateway.history.record(device)?.group);
+        known.is_some_and(|group| self.wants_group(&group))
+    }
+
+    fn wants_group(&self, group: &Group) -> bool {
+        let is_tenant = |wanted: &Label| wanted.as_str() == &*group.tenant;
+        let is_version = |range: &Range| range.matches(group.cohort.firmware.as_deref());
+        self.tenant.as_ref().is_none_or(is_tenant) && self.firmware.as_ref().is_none_or(is_version)
+    }
+}
+
+/// Events of this node, as server-sent events
 ///
-/// Names: `presence`, `rules`, `alarm`, `drain`, `message`, and `missed` where events went by that are no longer in the buffer. With
-/// `Last-Event-ID` the stream goes on behind that event, without it begins now. A comment is sent every 15 s. `ops.event_readers_max`
-/// readers at a time. The stream ends when its token is no longer valid, or when the reader takes nothing for 30 s.
+/// Names: `presence`, `presence_group`, `rules`, `rollout`, `alarm`, `proposal`, `drain`, `message`. In place of events
+/// that have left the buffer: `missed`, whatever the filter. With `Last-Event-ID` the stream continues after that event.
+/// Without it, it begins now. A comment is sent every 15 s. At most `ops.event_readers_max` readers. The stream ends
+/// when its token is no longer valid, or when the reader takes nothing for 30 s.
 #[utoipa::path(
     get, path = "/api/v1/events", tag = "events",
-    params(("Last-Event-ID" = Option<u64>, Header, description = "`id` of the last event that was read")),
+    params(EventParams, ("Last-Event-ID" = Option<u64>, Header, description = "`id` of the last event that was read")),
     responses(
         (status = 200, description = "The stream", body = String, content_type = "text/event-stream"),
         (status = 503, description = "`too_many_readers`", body = ProblemBody, content_type = "application/problem+json"),
@@ -51,6 +138,7 @@ pub fn routes() -> OpenApiRouter<Arc<Api>> {
 async fn follow_events(
     caller: Caller<Viewer>,
     State(api): State<Arc<Api>>,
+    Params(params): Params<EventParams>,
     headers: HeaderMap,
 ) -> Result<
     (
@@ -59,13 +147,14 @@ async fn follow_events(
     ),
     Problem,
 > {
+    let filter = Filter::of(&params, &api.state)?;
     let mut tokens_changed = api.state.tokens.changes();
     // The token may have ended since it was checked.
     tokens_changed.mark_changed();
     let permit = Arc::clone(&api.event_readers).try_acquire_owned().map_err(|_| {
         Problem::new(
             Code::TooManyReaders,
-            "ops.event_readers_max readers have the stream open: try again when one has left",
+            "ops.event_readers_max streams are open: try again when one is closed",
         )
     })?;
     let newest = api.state.events.subscribe();
@@ -75,7 +164,8 @@ async fn follow_events(
         Some(value) => {
             let id = value.to_str().ok().and_then(|text| text.trim().parse::<u64>().ok());
             let id = id.ok_or_else(|| Problem::new(Code::BadRequest, "Last-Event-ID: expected the id of an event"))?;
-            // A number that was never given here is of a clock that was set back: all that there is may be new to the reader.
+            // After a clock was set back, the reader may name an id that does not exist yet. Then all events may be new
+            // to it.
             if id > newest_id { 0 } else { id }
         }
     };
@@ -86,6 +176,8 @@ async fn follow_events(
         tokens_changed,
         newest,
         after,
+        filter,
+        left_out: None,
         greeting: Some(sse::Event::default().comment("seawall").retry(RETRY)),
         ready: VecDeque::new(),
         _permit: permit,
@@ -95,7 +187,7 @@ async fn follow_events(
         Some((Ok(event), reader))
     });
     let stream = Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE));
-    // Proxies must hand each event on at once: the first is nginx's own word for it.
+    // Proxies must forward each event at once. The first header is nginx's.
     let unbuffered = [
         (HeaderName::from_static("x-accel-buffering"), "no"),
         (header::CACHE_CONTROL, "no-store, no-transform"),
@@ -103,7 +195,7 @@ async fn follow_events(
     Ok((unbuffered, stream))
 }
 
-/// One open stream. Holds no more than a page: a slow reader falls behind in the buffer, not in memory.
+/// One open stream. It holds at most a page: a slow reader loses events instead of taking memory.
 struct Reader {
     gateway: Shared,
     stopping: CancellationToken,
@@ -112,17 +204,20 @@ struct Reader {
     newest: watch::Receiver<u64>,
     /// Number of the last event that was taken.
     after: u64,
+    filter: Filter,
+    /// Number of the last event, where the reader did not want it: it is told the number, to continue there.
+    left_out: Option<u64>,
     greeting: Option<sse::Event>,
-    /// The rest of the page. An event gets its form when its turn comes.
+    /// The rest of the page. Events are serialized one at a time.
     ready: VecDeque<Arc<Event>>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Reader {
-    /// `None` when the gateway ends, or the reader's token is no longer valid.
+    /// Returns the next event. `None`: the gateway stops, or the reader's token is no longer valid.
     ///
     /// # Cancel safety
-    /// What was taken from the buffer is in `ready`.
+    /// Safe: events that were taken from the buffer are in `ready`.
     async fn next(&mut self) -> Option<sse::Event> {
         loop {
             // Fails only when the tokens are gone with the gateway.
@@ -136,10 +231,18 @@ impl Reader {
                 return Some(greeting);
             }
             if let Some(event) = self.ready.pop_front() {
+                if !self.filter.wants(&event, &self.gateway) {
+                    self.left_out = Some(event.id);
+                    continue;
+                }
+                self.left_out = None;
                 match as_sse(&event) {
                     Some(event) => return Some(event),
                     None => continue,
                 }
+            }
+            if let Some(id) = self.left_out.take() {
+                return Some(sse::Event::default().id(id.to_string()));
             }
             // Seen before the buffer is read, so that an event in between wakes us.
             let newest_id = *self.newest.borrow_and_update();
@@ -167,7 +270,7 @@ impl Reader {
     }
 }
 
-/// `None` for an event without a JSON form, which there is none of.
+/// Returns the event as a frame.
 fn as_sse(event: &Event) -> Option<sse::Event> {
     let json = serde_json::to_string(event);
     debug_assert!(json.is_ok(), "events are texts, numbers and JSON");

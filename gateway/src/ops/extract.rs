@@ -1,4 +1,4 @@
-//! What handlers take from a request, with errors in the API's form: bodies, queries, ids in paths, pages.
+//! Extractors with errors in the API's form: bodies, queries, ids in paths, pages.
 
 use std::{borrow::Cow, str::FromStr, sync::Arc, time::Duration};
 
@@ -10,6 +10,7 @@ use axum::{
 };
 use bytes::Bytes;
 use seawall_proto::{
+    cohorts::ProposalId,
     hello::IdentityNames,
     id::{DeviceId, InvalidLabel, Label, RuleId},
 };
@@ -23,12 +24,12 @@ use super::{
     problem::{Code, Problem},
 };
 
-/// Items of a page where the caller does not say.
+/// Default number of items of a page.
 pub const PAGE_DEFAULT: u32 = 100;
-/// Most items of a page.
+/// Maximum number of items of a page.
 pub const PAGE_MAX: u32 = crate::store::PAGE_MAX;
 
-/// A JSON body. Unknown fields, wrong types, a missing media type and too many bytes are told apart.
+/// A JSON body. Unknown fields, wrong types, a missing media type and too many bytes have different errors.
 #[derive(Debug)]
 pub struct Body<T>(pub T);
 
@@ -41,7 +42,7 @@ impl<T: DeserializeOwned> FromRequest<Arc<Api>> for Body<T> {
     }
 }
 
-/// A JSON body that may be left out: an empty one, whatever its media type, and `null` count as `{}`.
+/// An optional JSON body: an empty one, whatever its media type, and `null` are read as `{}`.
 #[derive(Debug)]
 pub struct OptionalBody<T>(pub T);
 
@@ -58,7 +59,7 @@ impl<T: DeserializeOwned + Default> FromRequest<Arc<Api>> for OptionalBody<T> {
     }
 }
 
-/// Reads a body, once there is room for it among the bodies of all calls.
+/// Reads a body, if there is enough memory for it beside the bodies of all other calls.
 async fn read(request: Request, api: &Api) -> Result<(Parts, Bytes), Problem> {
     let (parts, body) = request.into_parts();
     let announced = parts.headers.get(header::CONTENT_LENGTH);
@@ -67,12 +68,12 @@ async fn read(request: Request, api: &Api) -> Result<(Parts, Bytes), Problem> {
     if len > api.body_bytes_max {
         return Err(Problem::of_body(StatusCode::PAYLOAD_TOO_LARGE));
     }
-    // No body is over 4 GiB: the settings have bounds.
+    // The settings bound a body far below 4 GiB.
     let permits = u32::try_from(len).unwrap_or(u32::MAX);
     let permit = Arc::clone(&api.bodies).try_acquire_many_owned(permits).map_err(|_| {
         Problem::new(
             Code::Busy,
-            "the bodies of other requests take all the memory for bodies: try again in a second",
+            "other requests take all the memory for bodies: try again in a second",
         )
     })?;
     if let Some(call) = parts.extensions.get::<Arc<Call>>() {
@@ -82,12 +83,12 @@ async fn read(request: Request, api: &Api) -> Result<(Parts, Bytes), Problem> {
     Ok((parts, bytes))
 }
 
-/// A JSON object. Serde would also take an array of the values of its fields.
+/// Reads a JSON object. Serde would also accept an array of the values of its fields.
 async fn object<T: DeserializeOwned>(parts: Parts, bytes: Bytes) -> Result<T, Problem> {
     let is_array = bytes.trim_ascii_start().first() == Some(&b'[');
     let Json(value) = Json::<T>::from_request(Request::from_parts(parts, bytes.into()), &()).await?;
     if is_array {
-        return Err(Problem::invalid("expected a JSON object, and the body is an array"));
+        return Err(Problem::invalid("expected a JSON object, got an array"));
     }
     Ok(value)
 }
@@ -120,7 +121,7 @@ impl<T: FromPath> FromRequestParts<Arc<Api>> for Id<T> {
     }
 }
 
-/// What stands in a path as a UUID, or for a device as what it is called.
+/// An id that a path names by its UUID, or a device by its external id.
 pub trait FromPath: Sized {
     fn from_path(text: &str, names: &IdentityNames) -> Option<Self>;
 }
@@ -133,8 +134,14 @@ impl FromPath for DeviceId {
 
 impl FromPath for Uuid {
     fn from_path(text: &str, _names: &IdentityNames) -> Option<Self> {
-        // Our own ids are written in one way.
+        // Ids that the gateway assigns have one form.
         DeviceId::from_str(text).ok().map(DeviceId::as_uuid)
+    }
+}
+
+impl FromPath for ProposalId {
+    fn from_path(text: &str, names: &IdentityNames) -> Option<Self> {
+        Uuid::from_path(text, names).map(Self)
     }
 }
 
@@ -144,15 +151,15 @@ impl FromPath for RuleId {
     }
 }
 
-/// Which part of a list.
+/// A part of a list.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct PageParams {
-    /// Most items of the answer: 1 to 1,000. Default 100.
+    /// Maximum number of items: 1 to 1,000. Default 100.
     #[param(minimum = 1, maximum = 1000)]
     pub limit: Option<u32>,
-    /// Where to go on: `next_cursor` of the page before.
+    /// `next_cursor` of the previous page. Default: the first page.
     pub cursor: Option<String>,
 }
 
@@ -164,7 +171,7 @@ impl PageParams {
     }
 
     /// # Errors
-    /// The cursor is none of ours.
+    /// The cursor is not one of this list.
     pub fn cursor<T: FromStr>(&self) -> Result<Option<T>, Problem> {
         page_cursor(self.cursor.as_deref())
     }
@@ -183,12 +190,12 @@ pub fn page_limit(limit: Option<u32>) -> Result<u32, Problem> {
 }
 
 /// # Errors
-/// The cursor is none of ours.
+/// The cursor is not one of this list.
 pub fn page_cursor<T: FromStr>(cursor: Option<&str>) -> Result<Option<T>, Problem> {
     cursor
         .map(|text| {
             text.parse()
-                .map_err(|_| Problem::new(Code::BadRequest, "cursor: expected next_cursor of the page before"))
+                .map_err(|_| Problem::new(Code::BadRequest, "cursor: expected next_cursor of the previous page"))
         })
         .transpose()
 }
@@ -197,12 +204,12 @@ pub fn page_cursor<T: FromStr>(cursor: Option<&str>) -> Result<Option<T>, Proble
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Page<T> {
     pub items: Vec<T>,
-    /// Give it as `cursor` to get the next page; null on the last one.
+    /// The `cursor` of the next page; null on the last page.
     pub next_cursor: Option<String>,
 }
 
 impl<T> Page<T> {
-    /// Of a list that is whole in memory, sorted by `key`.
+    /// Returns a page of a list that is in memory, sorted by `key`.
     pub fn of_sorted<K: FromStr + Ord + ToString>(
         all: Vec<T>,
         params: &PageParams,
@@ -219,17 +226,17 @@ impl<T> Page<T> {
     }
 }
 
-/// Distinguishes a field that is `null` from one that is not there. For `#[serde(default, deserialize_with = …)]`.
+/// Distinguishes a `null` field from a missing one. For `#[serde(default, deserialize_with = …)]`.
 pub fn nullable<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
     deserializer: D,
 ) -> Result<Option<Option<T>>, D::Error> {
     Option::<T>::deserialize(deserializer).map(Some)
 }
 
-/// A filter of a list: a short text.
+/// Parses a filter of a list: a short text.
 ///
 /// # Errors
-/// Empty, too long, or with bytes outside printable ASCII.
+/// The text is empty, longer than allowed, or not printable ASCII.
 pub fn label(name: &'static str, text: Option<&str>) -> Result<Option<Label>, Problem> {
     let Some(text) = text else { return Ok(None) };
     match Label::parse(text) {
@@ -238,7 +245,7 @@ pub fn label(name: &'static str, text: Option<&str>) -> Result<Option<Label>, Pr
     }
 }
 
-/// A span of time in a body: text such as `15m` or `1h 30m`, or a number of seconds.
+/// A duration in a body: text such as `15m` or `1h 30m`, or a number of seconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span(pub Duration);
 
@@ -260,7 +267,7 @@ impl<'de> Deserialize<'de> for Span {
             Seconds(u32),
             Text(#[serde(borrow)] Cow<'a, str>),
         }
-        let wrong = || serde::de::Error::custom("expected a span of time such as \"15m\" or \"1h 30m\", or seconds");
+        let wrong = || serde::de::Error::custom("expected a duration such as \"15m\" or \"1h 30m\", or seconds");
         match Written::deserialize(deserializer).map_err(|_: D::Error| wrong())? {
             Written::Seconds(seconds) => Ok(Self(Duration::from_secs(seconds.into()))),
             Written::Text(text) => humantime::parse_duration(text.trim()).map(Self).map_err(|_| wrong()),

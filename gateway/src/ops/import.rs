@@ -24,9 +24,9 @@ use super::{
 };
 use crate::store::{Import, ImportLine, OnOtherCredential};
 
-/// Greatest file: a million of the longest lines. Then 413.
+/// Maximum size of a file, in bytes: a million of the longest lines. Then 413.
 pub const IMPORT_BYTES_MAX: u64 = 512 << 20;
-/// Lines that are handed to the database at once.
+/// Number of lines that are passed to the database at once.
 const BATCH_LEN: usize = 1_000;
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
@@ -37,23 +37,24 @@ pub fn routes() -> OpenApiRouter<Arc<Api>> {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct ImportParams {
-    /// Give devices that are registered already the file's credential. Default: their lines are bad.
+    /// Give registered devices the file's credential, and its name if they have none. Default: the line of a registered
+    /// device with another credential is bad.
     #[serde(default)]
     #[param(required = false)]
     update: bool,
 }
 
-/// What an import did.
+/// The result of an import.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ImportAnswer {
     added: u64,
-    /// Got another credential.
+    /// Devices that got another credential, or a name that they did not have.
     updated: u64,
-    /// There already, with the same credential.
+    /// Devices that were registered with the same credential.
     skipped: u64,
 }
 
-/// A line that was not taken.
+/// A bad line.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct BadLine {
     /// Its number; the header is line 1.
@@ -63,16 +64,17 @@ pub struct BadLine {
 
 /// Register the devices of a CSV file, all of them or none
 ///
-/// The first line is the header: `id` and `secret` (16 to 128 bytes of visible ASCII) or `secret_sha256` (64 hexadecimal digits), and
-/// optionally `tenant` and `model`, in any letter case. `id` is a UUID, or with `identity.namespace` what the device is called. Fields are
-/// separated by commas, semicolons or tabs; the text is UTF-8, or UTF-16 with a byte order mark. At most 1,000,000 lines. With any bad line
-/// nothing is taken; the first 100 are named.
+/// The first line is the header: `id` and `secret` (16 to 128 bytes of visible ASCII) or `secret_sha256` (64
+/// hexadecimal digits), and optionally `tenant` and `model`, in any letter case. `id` is a UUID, or with
+/// `identity.namespace` the device's name. Fields are separated by commas, semicolons or tabs. The text is UTF-8, or
+/// UTF-16 with a byte order mark. At most 1,000,000 lines. If any line is bad, nothing is imported, and the first 100
+/// bad lines are named.
 #[utoipa::path(
     post, path = "/api/v1/devices/import", tag = "devices", params(ImportParams),
     request_body(content = String, content_type = "text/csv"),
     responses(
-        (status = 200, description = "All of the file was in the registry already, but for credentials", body = ImportAnswer),
-        (status = 201, description = "All of the file is in the registry, and at least one device is new", body = ImportAnswer),
+        (status = 200, description = "Every device of the file was registered", body = ImportAnswer),
+        (status = 201, description = "Imported, and at least one device is new", body = ImportAnswer),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
@@ -89,7 +91,7 @@ async fn import_devices(
     }
     let pieces = Pieces {
         stream: body.into_data_stream(),
-        patience: api.request_timeout(),
+        wait_max: api.request_timeout(),
         taken: 0,
     };
     let import = take(&api, params, pieces).await?;
@@ -97,7 +99,7 @@ async fn import_devices(
     if !caller.is_allowed(&api.state.tokens) {
         return Err(Problem::new(
             Code::Unauthorized,
-            "the token has ended while the file arrived",
+            "the token was revoked during the upload",
         ));
     }
     let audit = caller.audit(&api, "device.import");
@@ -105,11 +107,11 @@ async fn import_devices(
     let report = api
         .carry_out(async move {
             let report = import.finish(&audit).await;
-            // Also after an error that leaves open what was done.
-            state.gate.forget_all();
-            state.roster_wanted.ask();
+            // Even after an error: the import may have been made nevertheless.
+            state.lookups.forget_all();
+            state.registry_index_wanted.ask();
             if let Err(error) = state.resume.poll(&state.store, &state.clock).await {
-                tracing::warn!(%error, "revocations of the import can't be read yet");
+                tracing::warn!(%error, "revocations of the import not read yet");
             }
             report
         })
@@ -140,7 +142,7 @@ async fn import_devices(
     Ok((status, Json(answer)))
 }
 
-/// Everything up to the transaction: what is dropped on the way takes nothing.
+/// Reads the file. Dropping the future imports nothing.
 async fn take(api: &Api, params: ImportParams, mut pieces: Pieces) -> Result<Import, Problem> {
     let on_other_credential = if params.update {
         OnOtherCredential::Update
@@ -162,16 +164,16 @@ async fn take(api: &Api, params: ImportParams, mut pieces: Pieces) -> Result<Imp
     Ok(import)
 }
 
-/// A body as it arrives, bounded in bytes and in the time between two pieces.
+/// A body as it arrives, with a maximum size and a maximum time between two pieces.
 struct Pieces {
     stream: BodyDataStream,
-    patience: Duration,
+    wait_max: Duration,
     taken: u64,
 }
 
 impl Pieces {
     async fn next(&mut self) -> Result<Option<Bytes>, Problem> {
-        match timeout(self.patience, self.stream.next()).await {
+        match timeout(self.wait_max, self.stream.next()).await {
             Ok(Some(Ok(piece))) => {
                 self.taken += piece.len() as u64;
                 if self.taken > IMPORT_BYTES_MAX {
@@ -182,9 +184,9 @@ impl Pieces {
                 }
                 Ok(Some(piece))
             }
-            Ok(Some(Err(_))) => Err(Problem::new(Code::BadRequest, "the file did not arrive whole")),
+            Ok(Some(Err(_))) => Err(Problem::new(Code::BadRequest, "the upload was cut off")),
             Ok(None) => Ok(None),
-            Err(_) => Err(Problem::new(Code::TimedOut, "no more of the file arrived")),
+            Err(_) => Err(Problem::new(Code::TimedOut, "the upload stalled")),
         }
     }
 }

@@ -13,18 +13,18 @@ use super::{
     extract::Body,
     node::SUBJECT,
     problem::{Code, Problem, ProblemBody},
-    write_down,
+    record_change,
 };
 use crate::{
+    runtime::telemetry::{self, LevelError},
     store::Change,
-    telemetry::{self, LevelError},
 };
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
     OpenApiRouter::new().routes(routes!(set_log_level))
 }
 
-/// What to log.
+/// A log level.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LogLevelBody {
@@ -33,15 +33,15 @@ pub struct LogLevelBody {
     level: String,
 }
 
-/// What is logged.
+/// The current and the previous log level.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct LogLevel {
     level: String,
-    /// What was until now.
+    /// The previous level.
     before: String,
 }
 
-/// Change what this gateway logs, until the next change, SIGHUP or restart
+/// Change the log level until the next change, SIGHUP or restart
 #[utoipa::path(
     put, path = "/api/v1/node/log-level", tag = "nodes", request_body = LogLevelBody,
     responses(
@@ -65,7 +65,7 @@ async fn set_log_level(
                     before: Some(serde_json::json!({ "level": change.from })),
                     ..Change::to(SUBJECT, serde_json::json!({ "level": change.to }))
                 };
-                write_down(&gateway, &audit, written).await;
+                record_change(&gateway, &audit, written).await;
             }
             Ok(change)
         })

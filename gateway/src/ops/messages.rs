@@ -1,4 +1,4 @@
-//! `POST /devices/{id}/messages`: one message to one device, and how far it came.
+//! `POST /devices/{id}/messages`: one message to one device, and whether it was delivered.
 
 use std::{
     sync::{Arc, PoisonError},
@@ -21,19 +21,19 @@ use super::{
     devices::offline_or_unknown,
     extract::{Body, Id},
     problem::{Code, Problem, ProblemBody},
-    write_down,
+    record_change,
 };
 use crate::{
-    sessions::{Delivery, Outgoing, OutgoingBody, PostError, Session},
+    session::sessions::{Delivery, Outgoing, OutgoingBody, PostError, Session},
     store::{Audit, Change},
 };
 
-/// Left of a request's time for its answer, where the acknowledgement does not come.
+/// Time that is left for the answer if the acknowledgement does not arrive.
 const ANSWER_RESERVE: Duration = Duration::from_millis(500);
 
-/// Minimum mean time between two messages that the audit log records: a backend may send thousands a second.
+/// Minimum mean time between two messages that the audit log records: a backend may send thousands per second.
 const RECORD_INTERVAL: Duration = Duration::from_millis(100);
-/// Number of messages that the audit log records at once.
+/// Burst of messages that the audit log records.
 const RECORD_BURST: u32 = 20;
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
@@ -57,23 +57,23 @@ fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Box<RawV
     Box::<RawValue>::deserialize(deserializer).map(Some)
 }
 
-/// How far a message came.
+/// Delivery of a message.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Sent {
-    /// The message's, as the device sees it.
+    /// Id of the message, as the device sees it.
     id: String,
-    /// `acked`, or `sent`: no acknowledgement in 10 s (a setting), or a plain session, which has none.
+    /// `acked`; or `sent`: not acknowledged within 10 s (a setting), or to a plain session, which does not acknowledge.
     state: &'static str,
 }
 
 /// Send a message to a device
 ///
-/// It is sent once; the gateway never sends it again.
+/// The gateway sends it once, and never repeats it.
 #[utoipa::path(
     post, path = "/api/v1/devices/{id}/messages", tag = "devices", params(("id" = uuid::Uuid, Path)), request_body = MessageBody,
     responses(
         (status = 200, description = "The device acknowledged it", body = Sent),
-        (status = 202, description = "On its way: not acknowledged in time, or a plain session", body = Sent),
+        (status = 202, description = "Sent, and not acknowledged in time; or sent to a plain session", body = Sent),
         (status = 409, description = "`device_offline`", body = ProblemBody, content_type = "application/problem+json"),
         (status = 429, description = "`mailbox_full`", body = ProblemBody, content_type = "application/problem+json"),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
@@ -113,25 +113,25 @@ async fn send_message(
             PostError::Offline => Problem::new(Code::DeviceOffline, "the device's session is ending"),
             PostError::MailboxFull => Problem::new(
                 Code::MailboxFull,
-                "messages to this device wait already: send it again when they are gone",
+                "too many messages wait for this device: try again later",
             ),
         };
         return Err(counted(&api, problem));
     }
     record(&api, audit, id, details);
-    // The message is in the device's mailbox, which has a bound of its own.
+    // The message is in the device's mailbox, which has its own bound.
     call.release_body();
-    let patience = config
+    let wait_max = config
         .session
         .ack_timeout()
         .min(api.request_timeout().saturating_sub(ANSWER_RESERVE));
-    let (status, state) = match timeout(patience, delivery).await {
+    let (status, state) = match timeout(wait_max, delivery).await {
         Ok(Ok(Delivery::Acked)) => (StatusCode::OK, "acked"),
         Ok(Ok(Delivery::Sent)) | Err(_) => (StatusCode::ACCEPTED, "sent"),
         Ok(Err(_)) => {
             let problem = Problem::new(
                 Code::DeviceOffline,
-                "the session ended before the device acknowledged the message: it may have arrived",
+                "the session ended before an acknowledgement: whether the message arrived is not known",
             );
             return Err(counted(&api, problem));
         }
@@ -140,7 +140,7 @@ async fn send_message(
     Ok((status, Json(Sent { id: message, state })))
 }
 
-/// Writes the message to the audit log, unless too many were written lately. Its sender does not wait for that.
+/// Records the message in the audit log, unless too many were recorded recently. The sender does not wait for it.
 fn record(api: &Arc<Api>, audit: Audit, device: DeviceId, mut details: serde_json::Value) {
     let now = api.state.clock.now();
     let taken = api
@@ -153,16 +153,16 @@ fn record(api: &Arc<Api>, audit: Audit, device: DeviceId, mut details: serde_jso
         details["unrecorded_before"] = unrecorded.into();
     }
     let gateway = Arc::clone(&api.state);
-    let work = async move { write_down(&gateway, &audit, Change::to(&device.to_string(), details)).await };
-    api.tasks.spawn(call::on_behalf_of(call::current_id(), work));
+    let work = async move { record_change(&gateway, &audit, Change::to(&device.to_string(), details)).await };
+    api.tasks.spawn(call::on_behalf_of(call::current(), work));
 }
 
-/// Bound on the messages that the audit log records: [`RECORD_BURST`] at once, then one each [`RECORD_INTERVAL`].
+/// Limit on messages in the audit log: a burst of [`RECORD_BURST`], then one per [`RECORD_INTERVAL`].
 #[derive(Debug)]
 pub struct MessageRecords {
-    /// When nothing of the burst will be used up.
+    /// When the whole burst is available again.
     settled_at: Instant,
-    /// Messages since the last record that have none.
+    /// Unrecorded messages since the last record.
     unrecorded: u64,
 }
 
@@ -174,7 +174,7 @@ impl MessageRecords {
         }
     }
 
-    /// Whether a message of `now` is recorded: then the number of messages since the last record that are not.
+    /// If this message is to be recorded, returns the number of unrecorded ones since the last record.
     fn take(&mut self, now: Instant) -> Option<u64> {
         let settled_at = self.settled_at.max(now);
         if settled_at.saturating_since(now) > RECORD_INTERVAL * (RECORD_BURST - 1) {
@@ -186,7 +186,7 @@ impl MessageRecords {
     }
 }
 
-/// Counts a message that was not sent: each call has one outcome.
+/// Counts a message that was not sent. Each call has one outcome.
 fn counted(api: &Api, problem: Problem) -> Problem {
     let outcome = if problem.code() == Code::DeviceOffline {
         "device_offline"
@@ -219,7 +219,7 @@ fn outgoing(body: MessageBody, session: &Session, bytes_max: usize) -> Result<Ou
             too_large(text.len()).map_or(Ok(OutgoingBody::Json(text)), Err)
         }
         (None, Some(_)) if session.info.speaks_v1 => Err(Problem::invalid(
-            "payload_base64: this device speaks seawall.v1, which has no binary messages",
+            "payload_base64: this device uses seawall.v1, which has no binary messages",
         )),
         (None, Some(base64)) => {
             let bytes = STANDARD
@@ -227,7 +227,7 @@ fn outgoing(body: MessageBody, session: &Session, bytes_max: usize) -> Result<Ou
                 .map_err(|_| Problem::invalid("payload_base64: not base64"))?;
             too_large(bytes.len()).map_or(Ok(OutgoingBody::Binary(bytes.into())), Err)
         }
-        (Some(_), Some(_)) | (None, None) => Err(Problem::invalid("expected payload or payload_base64, one of them")),
+        (Some(_), Some(_)) | (None, None) => Err(Problem::invalid("expected either payload or payload_base64")),
     }
 }
 

@@ -1,13 +1,13 @@
-//! The ops API: everything that operators, tools and the command line ask of a gateway (contract section 6).
+//! The ops API, which operators, tools and the command line use.
 //!
-//! Handlers are thin: they take a request apart, ask the store or a part of the gateway, and put the answer together. No policy is here.
-//! The OpenAPI document is made from the handlers; docs/openapi.json is a copy that a test compares.
+//! Handlers are thin: they parse a request, call the store or a part of the gateway, and build the answer. There is no
+//! policy here. The OpenAPI document is generated from the handlers. A test compares docs/openapi.json with it.
 //!
 //! Start with [`Api`]; [`serve`] puts it on a listener.
 //!
 //! | without a token | |
 //! |---|---|
-//! | `GET /` | the list of what is here |
+//! | `GET /` | the list of paths |
 //! | `GET /healthz` | 200 while the process lives |
 //! | `GET /readyz` | 503 before the first contact with rules and registry, and while draining |
 //! | `GET /metrics` | Prometheus text |
@@ -17,29 +17,35 @@ mod alarms;
 mod answer;
 mod audit;
 mod auth;
-mod bare;
 mod call;
+mod checked_write;
 mod csv;
-mod csv_text;
+pub(crate) mod csv_text;
 mod device_list;
+mod device_view;
 mod devices;
 mod discard;
 mod drain;
 mod events;
 mod extract;
 mod firmware;
+mod hyper_errors;
 mod import;
 mod log_level;
 mod messages;
 mod node;
-mod places;
+mod permits;
+mod presence;
 mod preview;
 mod problem;
+mod proposals;
 mod public;
+mod rollouts;
 mod rule_form;
 mod rules;
 mod server;
 mod tokens;
+mod webhook;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
@@ -50,7 +56,7 @@ use axum::{
     middleware::{self, Next},
     response::Response,
 };
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use utoipa::{
     Modify, OpenApi,
@@ -64,34 +70,32 @@ use utoipa_axum::router::OpenApiRouter;
 use self::problem::{Code, Problem};
 pub use self::server::serve;
 use crate::{
-    state::{Shared, State as Gateway},
+    node::{Shared, State as Gateway},
     store::{Audit, Change},
 };
 
-/// Room for the JSON around a message's payload, and for its escapes.
+/// Space for the JSON around a message's payload, in bytes.
 const MESSAGE_ENVELOPE_BYTES: usize = 16 * 1024;
-/// Maximum size of the bodies of all calls together, in bytes, imports apart; a greater single body that is allowed is allowed alone.
+/// Maximum size of the bodies of all calls together, in bytes, except imports. A single larger body is allowed alone.
 /// A call over it gets 503 `busy`. JSON takes several times its size in memory.
 const BODIES_BYTES_MAX: usize = 8 * 1024 * 1024;
 
 /// What all handlers share.
 pub struct Api {
     state: Shared,
-    /// One permit a reader of the event stream.
+    /// One permit per reader of the event stream.
     event_readers: Arc<Semaphore>,
-    /// One permit a byte of a body.
+    /// One permit per byte of a body.
     bodies: Arc<Semaphore>,
-    /// One permit a byte of a long answer.
+    /// One permit per byte of a long answer.
     answers: Arc<Semaphore>,
-    /// Greatest body that any call but an import takes.
+    /// Maximum size of a body, in bytes, except for imports.
     body_bytes_max: usize,
-    /// The last walk over all devices that this node knows, for the further pages of a list.
-    seen: Mutex<Option<device_list::Seen>>,
     /// Which messages to devices the audit log records.
     message_records: std::sync::Mutex<messages::MessageRecords>,
-    /// Changes that go on when their caller has left. Each is bounded in time by the store.
+    /// Changes that continue after their caller has left. The store bounds the time of each.
     tasks: TaskTracker,
-    /// The gateway ends: streams end, and nothing new is begun in the background.
+    /// Cancelled when the gateway stops: streams end, and no new background work starts.
     stopping: CancellationToken,
 }
 
@@ -103,7 +107,6 @@ impl Api {
             bodies: Arc::new(Semaphore::new(BODIES_BYTES_MAX.max(body_bytes_max))),
             answers: Arc::new(Semaphore::new(answer::ANSWERS_BYTES_MAX)),
             body_bytes_max,
-            seen: Mutex::default(),
             message_records: std::sync::Mutex::new(messages::MessageRecords::new(state.clock.now())),
             event_readers: Arc::new(Semaphore::new(state.config.ops.event_readers_max)),
             tasks: TaskTracker::new(),
@@ -112,49 +115,55 @@ impl Api {
         })
     }
 
-    /// Time for one request, imports and event streams apart.
+    /// Maximum time for one request, except imports and event streams.
     fn request_timeout(&self) -> Duration {
         Duration::from_millis(self.state.config.ops.request_timeout_ms)
     }
 
-    /// Does something to the end, also when the caller hangs up or has waited too long: a change that is in the database must take effect.
+    /// Runs `work` to its end, even if the caller hangs up or has waited too long. A change that is in the database
+    /// must take effect.
     async fn carry_out<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> Result<T, Problem> {
-        let work = call::on_behalf_of(call::current_id(), work);
+        let work = call::on_behalf_of(call::current(), work);
         self.tasks.spawn(work).await.map_err(|error| {
-            tracing::error!(%error, request.id = &*call::current_id(), "a change made through the API failed half way");
-            self.state.note_panic("a change made through the API");
+            tracing::error!(%error, request.id = &*call::current_id(), "a change made through the API panicked");
+            self.state.panics.count("a change made through the API");
             Problem::new(Code::Internal, "the gateway failed: see its log")
         })
     }
 
-    /// Looks at every device that this node knows, which takes tens of milliseconds: on a thread of its own, since the runtime's
-    /// workers have handshakes to do.
-    async fn survey<T: Send + 'static>(&self, look: impl FnOnce(&Gateway) -> T + Send + 'static) -> Result<T, Problem> {
+    /// Scans every device that this node knows. That takes tens of milliseconds, so it runs on a blocking thread: the
+    /// runtime's workers have handshakes to do.
+    async fn scan_devices<T: Send + 'static>(
+        &self,
+        scan: impl FnOnce(&Gateway) -> T + Send + 'static,
+    ) -> Result<T, Problem> {
         let state = Arc::clone(&self.state);
-        tokio::task::spawn_blocking(move || look(&state))
+        tokio::task::spawn_blocking(move || scan(&state))
             .await
             .map_err(|error| {
-                tracing::error!(%error, "a look at all devices failed");
-                self.state.note_panic("a call of the API");
+                tracing::error!(%error, "a scan of all devices panicked");
+                self.state.panics.count("a call of the API");
                 Problem::new(Code::Internal, "the gateway failed: see its log")
             })
     }
 
-    /// Does something that no caller waits for, unless the gateway ends.
-    fn in_background(&self, work: impl Future<Output = ()> + Send + 'static) {
+    /// Runs `work` that no caller waits for, until the gateway stops.
+    fn spawn_background(&self, work: impl Future<Output = ()> + Send + 'static) {
         let stopping = self.stopping.clone();
         self.tasks
             .spawn(async move { stopping.run_until_cancelled(work).await });
     }
 }
 
-/// Writes down a change that is none of the database's. An operator must be able to make it while the database is away: then it is in the log.
-async fn write_down(gateway: &Gateway, audit: &Audit, change: Change) {
+/// Records a change that is not one of the database.
+///
+/// An operator must be able to make it while the database is unavailable. Then the record is in the log.
+async fn record_change(gateway: &Gateway, audit: &Audit, change: Change) {
     if let Err(error) = gateway.store.audit_append(audit, change.clone()).await {
         let Change { subject, before, after } = change;
         let (before, after) = (before.unwrap_or_default(), after.unwrap_or_default());
         let id = call::current_id();
-        tracing::warn!(%error, request.id = &*id, actor = audit.actor, action = audit.action, subject, %before, %after, "the audit log could not be written");
+        tracing::warn!(%error, request.id = &*id, actor = audit.actor, action = audit.action, subject, %before, %after, "audit record not written");
     }
 }
 
@@ -182,17 +191,21 @@ impl Modify for BearerTokens {
     }
 }
 
-/// Calls that need a token; all but streams have a bound on their time.
+/// Calls that need a token: those with a bound on their time, and the streams.
 fn documented(message_body_bytes_max: usize) -> (OpenApiRouter<Arc<Api>>, OpenApiRouter<Arc<Api>>) {
     let messages = messages::routes().layer(DefaultBodyLimit::max(message_body_bytes_max));
     let timed = OpenApiRouter::with_openapi(Document::openapi())
         .merge(device_list::routes())
+        .merge(presence::routes())
         .merge(devices::routes())
         .merge(messages)
         .merge(rules::routes())
+        .merge(rollouts::routes())
         .merge(firmware::routes())
+        .merge(proposals::routes())
         .merge(node::routes())
         .merge(alarms::routes())
+        .merge(webhook::routes())
         .merge(log_level::routes())
         .merge(drain::routes())
         .merge(audit::routes())
@@ -203,7 +216,7 @@ fn documented(message_body_bytes_max: usize) -> (OpenApiRouter<Arc<Api>>, OpenAp
     (timed, streams)
 }
 
-/// The OpenAPI document, as served and as kept in docs/openapi.json.
+/// Returns the OpenAPI document, as served and as stored in docs/openapi.json.
 ///
 /// # Panics
 /// Never: a document of texts and numbers has a JSON form.
@@ -218,7 +231,7 @@ pub fn openapi_json() -> String {
     json
 }
 
-/// Every call, ready for a listener.
+/// Returns the routes of all calls.
 fn router(api: &Arc<Api>) -> Router {
     let ops = &api.state.config.ops;
     let (timed, streams) = documented(api.body_bytes_max);
@@ -229,44 +242,87 @@ fn router(api: &Arc<Api>) -> Router {
         .layer(middleware::from_fn_with_state(Arc::clone(api), within_time))
         .merge(streams)
         .layer(DefaultBodyLimit::max(ops.body_bytes_max))
-        .fallback(async || {
+        .fallback(async || Problem::new(Code::NotFound, "there is nothing at this path: GET / lists all paths"))
+        .method_not_allowed_fallback(async || {
             Problem::new(
-                Code::NotFound,
-                "there is nothing at this path: GET / lists what there is",
+                Code::MethodNotAllowed,
+                "this path does not support the method: see Allow",
             )
         })
-        .method_not_allowed_fallback(async || {
-            Problem::new(Code::MethodNotAllowed, "this path has other methods: see Allow")
-        })
-        .layer(middleware::from_fn(discard::rest))
+        .layer(middleware::from_fn(discard::discard_rest))
         .layer(middleware::from_fn_with_state(Arc::clone(api), call::accompany))
-        .layer(middleware::map_response(never_stored))
+        .layer(middleware::map_response(forbid_caching))
         .with_state(Arc::clone(api))
 }
 
-/// 503 for a request that takes too long. What it asked for goes on where it is a change.
+/// Answers 503 to a request that takes too long. A change continues.
 async fn within_time(State(api): State<Arc<Api>>, request: Request, next: Next) -> Result<Response, Problem> {
+    let detail = if call::is_change(request.method(), request.uri().path()) {
+        "the request took longer than ops.request_timeout_ms: whether the change was made is not known"
+    } else {
+        "the request took longer than ops.request_timeout_ms"
+    };
     tokio::time::timeout(api.request_timeout(), next.run(request))
         .await
-        .map_err(|_| {
-            Problem::new(
-                Code::TimedOut,
-                "the request took longer than ops.request_timeout_ms: whether a change was made is not known",
-            )
-        })
+        .map_err(|_| Problem::new(Code::TimedOut, detail))
 }
 
-/// Greatest body with a message. A string of control characters is six times as long in JSON.
+/// Maximum size of a body with a message, in bytes. A string of control characters is six times as long in JSON.
 fn message_body_bytes_max(state: &Gateway) -> usize {
     state.config.limits.message_bytes_max * 6 + MESSAGE_ENVELOPE_BYTES
 }
 
-/// Answers hold secrets and states of the moment: no cache may keep them, and no browser guess what they are.
-async fn never_stored(mut response: Response) -> Response {
+/// Forbids caching, since answers hold secrets and current states, and the guessing of media types.
+async fn forbid_caching(mut response: Response) -> Response {
     let headers = response.headers_mut();
     headers
         .entry(header::CACHE_CONTROL)
         .or_insert(HeaderValue::from_static("no-store"));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::{
+        body::Body,
+        routing::{get, post},
+    };
+    use hyper::service::Service as _;
+    use hyper_util::service::TowerToHyperService;
+
+    use super::*;
+    use crate::{runtime::config::Config, serve};
+
+    #[tokio::test]
+    async fn only_a_change_that_times_out_leaves_open_whether_it_was_made() {
+        let home = tempfile::tempdir().unwrap();
+        let mut config = Config::default();
+        config.server.data_dir = home.path().to_owned();
+        config.server.listen.set_port(0);
+        config.ops.listen.set_port(0);
+        config.ops.request_timeout_ms = 1;
+        let running = serve::start(config).await.unwrap();
+        let api = Api::new(Arc::clone(&running.state), CancellationToken::new());
+        let router: Router = Router::new()
+            .route(
+                "/api/v1/rules",
+                get(std::future::pending::<()>).post(std::future::pending::<()>),
+            )
+            .route("/api/v1/rules/preview", post(std::future::pending::<()>))
+            .layer(middleware::from_fn_with_state(api, within_time));
+        let router = TowerToHyperService::new(router);
+        let detail = async |request: hyper::http::request::Builder| {
+            let answer = router.call(request.body(Body::empty()).unwrap()).await.unwrap();
+            assert_eq!(answer.status(), 503);
+            let body = axum::body::to_bytes(answer.into_body(), 10_000).await.unwrap();
+            serde_json::from_slice::<serde_json::Value>(&body).unwrap()["detail"].to_string()
+        };
+
+        let doubt = "whether the change was made is not known";
+        assert!(detail(Request::post("/api/v1/rules")).await.contains(doubt));
+        assert!(!detail(Request::get("/api/v1/rules")).await.contains(doubt));
+        assert!(!detail(Request::post("/api/v1/rules/preview")).await.contains(doubt));
+        running.stop().await.unwrap();
+    }
 }

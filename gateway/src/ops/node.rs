@@ -1,8 +1,9 @@
-//! `GET /node` and `GET /nodes`: how a gateway is.
+//! `GET /node` and `GET /nodes`: the state of a gateway.
 
 use std::sync::Arc;
 
 use axum::{Json, extract::State};
+use seawall_proto::presence::groups::Held;
 use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -14,7 +15,7 @@ use super::{
     extract::{Page, PageParams, Params},
     problem::{Problem, ProblemBody},
 };
-use crate::{events::format_time, faults::Fault, roster, state::State as Gateway, store::PlanReport, telemetry};
+use crate::{fleet::faults::Fault, node::State as Gateway, runtime::telemetry, store::PlanReport};
 
 /// This gateway in the audit log.
 pub const SUBJECT: &str = "node";
@@ -32,63 +33,136 @@ pub struct Node {
     version: &'static str,
     /// RFC 3339.
     started_at: String,
-    /// As `/readyz` says.
+    /// As in `/readyz`.
     ready: bool,
-    /// What is not as it should be.
+    /// Problems, as in `/readyz`.
     reasons: Vec<&'static str>,
     /// Live sessions.
     sessions: usize,
+    presence: PresenceView,
+    /// Sessions of devices that a rule restricts. They are not among `sessions`.
+    restricted: RestrictedView,
     admission: AdmissionView,
     database: DatabaseView,
     rules: RulesView,
     resume: ResumeView,
-    roster: RosterView,
+    #[serde(rename = "roster")]
+    registry_index: RegistryIndexView,
     drain: DrainView,
-    /// What is logged. Null: the process has no log of the gateway's.
+    /// The log level. Null if the process has no log of the gateway's.
     log_level: Option<String>,
 }
 
-/// The way to the registry.
+/// How far this node can tell who is connected.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct PresenceView {
+    /// How late this node lately ran. What it knows of devices is as old as this.
+    observer_lag_ms: u64,
+    /// 0 is well, 7 is the worst. From 3 on no device goes offline for silence.
+    local_health: u8,
+    /// Sessions that left two pings unanswered, and are not held.
+    silent: u32,
+    /// Silent sessions whose deadline has passed.
+    suspects: u32,
+    /// Held sessions: their devices are neither online nor offline.
+    unknown: u32,
+    /// Groups of devices that went silent together.
+    groups: Vec<HeldGroupView>,
+}
+
+/// Devices that went silent together.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct HeldGroupView {
+    /// `node`, `tenant` or `address_block`.
+    group: &'static str,
+    /// The tenant or the block; empty for the node.
+    key: String,
+    /// `path` or `node_lagging`.
+    cause: &'static str,
+    /// Members when it was held, silent and not.
+    members: u32,
+    /// Members that were held, all in all.
+    held: u32,
+    /// Those that have been heard again.
+    resolved: u32,
+    /// Those that have not been heard.
+    unknown: u32,
+}
+
+impl PresenceView {
+    fn of(gateway: &Gateway) -> Self {
+        let figures = gateway.silence.figures();
+        let group = |held: Held| HeldGroupView {
+            group: held.group.kind().as_str(),
+            key: held.group.key(),
+            cause: held.cause.as_str(),
+            members: held.members,
+            held: held.held,
+            resolved: held.resolved,
+            unknown: held.left,
+        };
+        Self {
+            observer_lag_ms: u64::try_from(gateway.observer.lag().as_millis()).unwrap_or(u64::MAX),
+            local_health: gateway.observer.health(),
+            silent: figures.silent,
+            suspects: figures.suspects,
+            unknown: figures.unknown,
+            groups: figures.held.into_iter().map(group).collect(),
+        }
+    }
+}
+
+/// Restricted sessions.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct RestrictedView {
+    /// Open now.
+    sessions: usize,
+    /// Maximum at a time: 1 % of the connections, at least 4. Further devices are refused with `firmware_blocked`.
+    max: usize,
+}
+
+/// Admission: how many devices may be looked up.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct AdmissionView {
-    /// Keys that may be with the database at a time.
+    /// Maximum number of keys in flight to the database.
     limit: u32,
-    /// The most that the limit may come to.
+    /// Maximum of the limit.
     limit_ceiling: u32,
-    /// Why the limit is what it is: `start`, `grew`, `held`, `app_limited` (devices ask for less than the database could answer),
-    /// `ceiling` (more in flight would give more answers, but is not allowed), or what made it shrink: `elasticity` (more in flight gave
-    /// hardly more answers), `latency`, `errors`, `outage`, `plan_cut`.
+    /// Reason of the last change of the limit. `start`, `grew` and `held` speak for themselves. `app_limited`: devices
+    /// need less than the database could answer. `ceiling`: more keys in flight would give more answers, but are not
+    /// allowed. `elasticity`: more keys in flight gave hardly more answers. `latency`, `errors`, `outage` and
+    /// `plan_cut` also lowered it.
     limit_reason: &'static str,
-    /// How much of one percent more in flight came out as answers, lately: 1 below the database's knee, 0 at it.
+    /// Recent rise of the throughput, in percent, for 1 % more keys in flight: 1 below the database's knee, 0 at it.
     elasticity: f64,
-    /// Keys answered a second when devices last waited for a second on end; 0 where they never did.
+    /// Keys answered per second when devices last waited for a whole second; 0 if they never did.
     rate: f64,
-    /// Nine of ten statements took no longer, in the last second that had some; in milliseconds.
+    /// 90th percentile of the duration of statements, in the last second that had some; in milliseconds.
     took_p90_ms: f64,
-    /// Keys that are.
+    /// Keys in flight.
     in_flight: u32,
-    /// Devices that wait.
+    /// Waiting devices.
     queue: usize,
-    /// Devices a second that can be taken back.
+    /// Devices that can return, per second.
     k_ref: f64,
-    /// The best rate of the last ten minutes or so, in keys a second.
+    /// The best rate of about the last ten minutes, in keys per second.
     k_peak: f64,
-    /// The best rate known from before, also from before the last restart; 0 where none is.
+    /// The best earlier rate, even from before the last restart; 0 if none is known.
     k_last_known_good: f64,
-    /// `closed`: asking; `open`: the database is not asked; `half_open`: being tried.
+    /// `closed`: lookups are sent; `open`: no lookups are sent; `half_open`: a few lookups are sent as a probe.
     breaker: &'static str,
 }
 
 /// The database.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct DatabaseView {
-    /// `starting`, `available`, `read_only` (look-ups are answered, nothing can be changed) or `unavailable`.
+    /// `starting`, `available`, `read_only` (lookups work, changes do not) or `unavailable`.
     state: &'static str,
     /// RFC 3339.
     since: String,
-    /// Why it is not available, or what is wrong with it while it answers.
+    /// Why it is unavailable, or what is wrong with it while it answers.
     reason: Option<String>,
-    /// `indexed`, what is wrong with the plan of a statement of the connect path, or null before the first look at it.
+    /// `indexed`, or what is wrong with the plan of a statement of the connect path; null before the first check.
     plan: Option<String>,
 }
 
@@ -96,32 +170,34 @@ pub struct DatabaseView {
 #[derive(Debug, Serialize, ToSchema)]
 pub struct RulesView {
     revision: u64,
-    /// The same on every node with the same rules.
+    /// Digest of the rules: equal on all nodes with the same rules.
     digest: String,
     /// Time since the database confirmed them.
     age_seconds: f64,
+    /// Changes of rules that wait in this node's journal for the database.
+    local: usize,
 }
 
-/// What is known of revoked resume tokens.
+/// Known revocations of resume tokens.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ResumeView {
-    /// All revocations up to it are known. Null: none are, and no token counts until the database answers.
+    /// All revocations up to this revision are known. Null: none are, and no token is valid until the database answers.
     revision: Option<u32>,
-    /// Devices whose older tokens don't count.
+    /// Devices whose older tokens are not valid.
     revoked: usize,
     /// Time since the database confirmed this.
     age_seconds: f64,
 }
 
-/// Who is registered, as this node remembers it: whoever is not in it, and was not let in here, is a stranger.
+/// This node's copy of the registered ids. A device that is neither in it nor was admitted here is an unknown device.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct RosterView {
+pub struct RegistryIndexView {
     devices: usize,
-    /// Time since the registry was like that; since the start where nothing was read yet.
+    /// Age of the copy; time since the start if nothing was read yet.
     age_seconds: f64,
 }
 
-/// What is wrong with a database that answers.
+/// Returns what is wrong with a database that answers.
 fn trouble(gateway: &Gateway) -> Option<String> {
     let faults = [
         Fault::DatabaseFile,
@@ -136,16 +212,21 @@ fn trouble(gateway: &Gateway) -> Option<String> {
 impl Node {
     fn of(gateway: &Gateway) -> Self {
         let readiness = gateway.readiness();
-        let admission = gateway.gate.state();
+        let admission = gateway.lookups.state();
         let database = gateway.store.state();
         let rules = gateway.rules.current();
         Self {
-            node: gateway.node.clone(),
+            node: gateway.node.to_string(),
             version: env!("CARGO_PKG_VERSION"),
-            started_at: format_time(gateway.started),
+            started_at: gateway.started.to_rfc3339(),
             ready: readiness.ready,
             reasons: readiness.reasons,
             sessions: gateway.sessions.len(),
+            presence: PresenceView::of(gateway),
+            restricted: RestrictedView {
+                sessions: gateway.restricted.len(),
+                max: gateway.restricted.max(),
+            },
             admission: AdmissionView {
                 limit: admission.limit,
                 limit_ceiling: admission.limit_ceiling,
@@ -162,7 +243,7 @@ impl Node {
             },
             database: DatabaseView {
                 state: database.status.as_str(),
-                since: format_time(database.since),
+                since: database.since.to_rfc3339(),
                 reason: database
                     .reason
                     .or_else(|| trouble(gateway))
@@ -176,15 +257,16 @@ impl Node {
                 revision: rules.revision(),
                 digest: rules.digest_hex(),
                 age_seconds: gateway.rules.age(gateway.clock.now()).as_secs_f64(),
+                local: gateway.rules.local().writes.len(),
             },
             resume: ResumeView {
                 revision: gateway.resume.revision().map(|revision| revision.0),
                 revoked: gateway.resume.revoked_len(),
                 age_seconds: gateway.resume.age(gateway.clock.now()).as_secs_f64(),
             },
-            roster: RosterView {
-                devices: gateway.gate.roster().len(),
-                age_seconds: roster::age(gateway).as_secs_f64(),
+            registry_index: RegistryIndexView {
+                devices: gateway.lookups.registry_index().len(),
+                age_seconds: gateway.registry_index_age().as_secs_f64(),
             },
             drain: DrainView::of(gateway),
             log_level: telemetry::level(),
@@ -192,7 +274,7 @@ impl Node {
     }
 }
 
-/// This gateway
+/// Show this gateway
 #[utoipa::path(
     get, path = "/api/v1/node", tag = "nodes",
     responses(
@@ -204,7 +286,7 @@ async fn show_node(_caller: Caller<Viewer>, State(api): State<Arc<Api>>) -> Json
     Json(Node::of(&api.state))
 }
 
-/// Every gateway that this one knows of: itself, as long as there is no clustering
+/// List the gateways: this one, as long as there is no clustering
 #[utoipa::path(
     get, path = "/api/v1/nodes", tag = "nodes", params(PageParams),
     responses(

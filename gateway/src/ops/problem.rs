@@ -1,4 +1,4 @@
-//! Errors of the API, all in one form: `application/problem+json` (RFC 9457), as devices get them. Start with [`Problem`].
+//! Errors of the API, as `application/problem+json` (RFC 9457). Start with [`Problem`].
 
 use std::borrow::Cow;
 
@@ -15,10 +15,10 @@ use crate::store::StoreError;
 
 /// Media type of every error.
 pub const MEDIA_TYPE: &str = "application/problem+json";
-/// Longest text about a request that could not be read: serde repeats parts of it.
+/// Maximum length of the text about a request that could not be parsed. Serde repeats parts of the request.
 const DETAIL_LEN_MAX: usize = 300;
 
-/// What kind of error it is. A closed set: the word in `code`, and the end of `type`.
+/// The kinds of error: the word in `code`, and the end of `type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Code {
     BadRequest,
@@ -37,6 +37,8 @@ pub enum Code {
     MailboxFull,
     Internal,
     DatabaseUnavailable,
+    /// The database answers, and can't do what the request needs: until somebody repairs it.
+    DatabaseRefuses,
     TimedOut,
     TooManyReaders,
     Busy,
@@ -59,7 +61,7 @@ impl Code {
             Self::Invalid => StatusCode::UNPROCESSABLE_ENTITY,
             Self::MailboxFull => StatusCode::TOO_MANY_REQUESTS,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
-            Self::DatabaseUnavailable | Self::TimedOut | Self::TooManyReaders | Self::Busy => {
+            Self::DatabaseUnavailable | Self::DatabaseRefuses | Self::TimedOut | Self::TooManyReaders | Self::Busy => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
         }
@@ -84,6 +86,7 @@ impl Code {
             Self::MailboxFull => "mailbox_full",
             Self::Internal => "internal",
             Self::DatabaseUnavailable => "database_unavailable",
+            Self::DatabaseRefuses => "database_refuses",
             Self::TimedOut => "timed_out",
             Self::TooManyReaders => "too_many_readers",
             Self::Busy => "busy",
@@ -92,30 +95,31 @@ impl Code {
 
     const fn title(self) -> &'static str {
         match self {
-            Self::BadRequest => "The request can't be understood",
-            Self::Unauthorized => "A valid token is needed",
-            Self::Forbidden => "The token's role does not allow this",
-            Self::NotFound => "There is no such thing",
-            Self::MethodNotAllowed => "This can't be done here",
-            Self::Conflict => "It contradicts what is there",
-            Self::NeedsConfirmation => "So many devices would be refused that it must be confirmed",
-            Self::DeviceOffline => "The device is not connected",
-            Self::TooLarge => "The request is too large",
-            Self::UriTooLong => "The path is too long",
-            Self::HeadersTooLarge => "The head of the request is too large",
-            Self::UnsupportedMediaType => "The request's media type is not taken here",
-            Self::Invalid => "A value is not allowed",
-            Self::MailboxFull => "The device's mailbox is full",
-            Self::Internal => "The gateway failed",
-            Self::DatabaseUnavailable => "The database can't do this now",
-            Self::TimedOut => "It took too long",
-            Self::TooManyReaders => "Too many readers of the event stream",
-            Self::Busy => "Too many requests at once",
+            Self::BadRequest => "Bad request",
+            Self::Unauthorized => "Unauthorized",
+            Self::Forbidden => "Forbidden",
+            Self::NotFound => "Not found",
+            Self::MethodNotAllowed => "Method not allowed",
+            Self::Conflict => "Conflict",
+            Self::NeedsConfirmation => "Confirmation required",
+            Self::DeviceOffline => "Device offline",
+            Self::TooLarge => "Content too large",
+            Self::UriTooLong => "URI too long",
+            Self::HeadersTooLarge => "Request header fields too large",
+            Self::UnsupportedMediaType => "Unsupported media type",
+            Self::Invalid => "Invalid value",
+            Self::MailboxFull => "Mailbox full",
+            Self::Internal => "Internal error",
+            Self::DatabaseUnavailable => "Database unavailable",
+            Self::DatabaseRefuses => "Database refuses",
+            Self::TimedOut => "Timed out",
+            Self::TooManyReaders => "Too many event readers",
+            Self::Busy => "Too many concurrent requests",
         }
     }
 }
 
-/// An error on its way to the caller. Boxed inside, so that results stay small.
+/// An error for the caller. Boxed inside, so that results stay small.
 #[derive(Clone, Debug)]
 pub struct Problem(Box<Parts>);
 
@@ -142,32 +146,32 @@ impl Problem {
         }))
     }
 
-    /// 422: a value of the request.
+    /// 422: a value of the request is not allowed.
     #[must_use]
     pub fn invalid(detail: impl Into<Cow<'static, str>>) -> Self {
         Self::new(Code::Invalid, detail)
     }
 
-    /// 404 for one of ours: `what` is its kind.
+    /// 404: `what` is the kind of the missing object.
     #[must_use]
     pub fn not_found(what: &'static str) -> Self {
         Self::new(Code::NotFound, format!("there is no such {what}"))
     }
 
-    /// 409 with what the rule would hit.
+    /// 409 with the devices that the rule would match.
     #[must_use]
     pub fn needs_confirmation(preview: RulePreview) -> Self {
         let why = preview
             .confirmation
             .as_deref()
             .unwrap_or("the rule would refuse many devices");
-        let detail = format!("{why}: send it again with \"confirm\": true if that is meant");
+        let detail = format!("{why}: repeat with \"confirm\": true if that is intended");
         let mut problem = Self::new(Code::NeedsConfirmation, detail);
         problem.0.preview = Some(preview);
         problem
     }
 
-    /// 422 with the lines that are wrong: `bad` of them, the first ones named.
+    /// 422 with the number of bad lines, and the first ones.
     #[must_use]
     pub fn bad_lines(bad: u64, named: Vec<BadLine>) -> Self {
         let lines = if bad == 1 { "line is" } else { "lines are" };
@@ -184,24 +188,24 @@ pub struct ProblemBody {
     /// `urn:seawall:problem:` and the code.
     #[serde(rename = "type")]
     problem_type: String,
-    /// One sentence, the same for every error of this code.
+    /// The same for every error of this code.
     title: &'static str,
     /// HTTP status.
     status: u16,
     /// The kind of error, for programs.
     code: &'static str,
-    /// What is wrong with this request, for people.
+    /// Description of this error, for people.
     detail: Cow<'static, str>,
     /// `urn:seawall:request:` and the id of the request, as in `X-Request-Id` and in the log.
     #[serde(skip_serializing_if = "Option::is_none")]
     instance: Option<String>,
-    /// With `needs_confirmation`: what the rule would hit.
+    /// With `needs_confirmation`: the devices that the rule would match.
     #[serde(skip_serializing_if = "Option::is_none")]
     preview: Option<RulePreview>,
-    /// With a refused import: how many lines are wrong.
+    /// With a refused import: the number of bad lines.
     #[serde(skip_serializing_if = "Option::is_none")]
     bad: Option<u64>,
-    /// With a refused import: the first lines that are wrong.
+    /// With a refused import: the first bad lines.
     #[serde(skip_serializing_if = "Option::is_none")]
     bad_lines: Option<Vec<BadLine>>,
 }
@@ -231,10 +235,10 @@ impl ProblemBody {
 }
 
 impl Problem {
-    /// Status and body, for whoever writes answers in bytes.
+    /// Returns status and body.
     pub(super) fn into_json(self) -> (StatusCode, String) {
         let status = self.0.code.status();
-        // Texts and numbers have a JSON form; without one the status still says what is wrong.
+        // Texts and numbers always have a JSON form.
         let body = serde_json::to_string(&ProblemBody::of(self)).unwrap_or_default();
         (status, body)
     }
@@ -265,7 +269,11 @@ impl From<StoreError> for Problem {
             StoreError::Invalid(detail) => Self::invalid(detail),
             StoreError::TimedOut => Self::new(
                 Code::DatabaseUnavailable,
-                "the database did not answer in time: whether the change was made is not known",
+                if call::current().is_change {
+                    "the database did not answer in time: whether the change was made is not known"
+                } else {
+                    "the database did not answer in time"
+                },
             ),
             StoreError::Unavailable { .. }
             | StoreError::FileFailed(_)
@@ -276,17 +284,17 @@ impl From<StoreError> for Problem {
             | StoreError::DiskFull(_)
             | StoreError::ReadOnly(_)
             | StoreError::Unreadable(_)
-            | StoreError::NotADatabase(_)
+            | StoreError::FileChanged(_)
+            | StoreError::OnlyRead(_) => Self::new(Code::DatabaseUnavailable, error.to_string()),
+            // It answers: so no answer comes from this node's memory instead.
+            StoreError::NotADatabase(_)
             | StoreError::Damaged(_)
             | StoreError::Unusable(_)
-            | StoreError::FileChanged(_)
-            | StoreError::OnlyRead(_)
             | StoreError::Undecodable(_)
-            | StoreError::Corrupt { .. } => Self::new(Code::DatabaseUnavailable, error.to_string()),
-            StoreError::Open { .. } | StoreError::Migration(..) | StoreError::Unexpected(_) => {
-                tracing::error!(error = %error, source = ?std::error::Error::source(&error), "an API request failed in the database");
-                Self::new(Code::Internal, error.to_string())
-            }
+            | StoreError::Corrupt { .. }
+            | StoreError::Open { .. }
+            | StoreError::Migration(..)
+            | StoreError::Unexpected(_) => Self::new(Code::DatabaseRefuses, error.to_string()),
         }
     }
 }
@@ -334,7 +342,7 @@ impl Problem {
     }
 }
 
-/// Cut between characters; control characters that the caller sent are not sent back.
+/// Returns the text without control characters, cut between characters at the maximum length.
 pub(super) fn shortened(text: &str) -> String {
     let mut short = String::new();
     for character in text.chars() {
@@ -356,6 +364,17 @@ mod tests {
 
         assert!(text.len() <= DETAIL_LEN_MAX);
         assert!(!text.contains(char::is_control));
+    }
+
+    #[test]
+    fn database_that_answers_and_refuses_is_not_called_unavailable() {
+        let refused = Problem::from(StoreError::Unusable("violates a constraint".into()));
+        let away = Problem::from(StoreError::Unavailable("connection refused".into()));
+
+        assert_eq!(refused.code(), Code::DatabaseRefuses);
+        assert_eq!(refused.code().status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert!(refused.into_json().1.contains("violates a constraint"));
+        assert_eq!(away.code(), Code::DatabaseUnavailable);
     }
 
     #[test]

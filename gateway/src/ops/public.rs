@@ -1,4 +1,4 @@
-//! What needs no token: health, readiness, metrics, the OpenAPI document, and a page that says what is here.
+//! Paths that need no token: health, readiness, metrics, the OpenAPI document, and a list of all paths.
 
 use std::{fmt::Write as _, sync::Arc};
 
@@ -12,9 +12,9 @@ use axum::{
 use bytes::Bytes;
 
 use super::Api;
-use crate::{process, state::Readiness};
+use crate::{metrics::process, node::Readiness};
 
-/// Of the Prometheus text format.
+/// Media type of the Prometheus text format.
 const METRICS_MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 pub fn routes(openapi_json: String) -> Router<Arc<Api>> {
@@ -31,7 +31,8 @@ pub fn routes(openapi_json: String) -> Router<Arc<Api>> {
         )
 }
 
-/// Never 503 for overload, a plan alarm or a database lost later: that would move the storm to other nodes.
+/// Answers 503 only if devices must go elsewhere. Never for overload, a plan alarm or a database that is lost later:
+/// that would move the storm to other nodes.
 async fn ready(State(api): State<Arc<Api>>) -> (StatusCode, Json<Readiness>) {
     let readiness = api.state.readiness();
     let status = if readiness.ready {
@@ -50,7 +51,7 @@ async fn metrics(State(api): State<Arc<Api>>) -> ([(HeaderName, &'static str); 1
     ([(header::CONTENT_TYPE, METRICS_MEDIA_TYPE)], text)
 }
 
-/// A page without scripts: what can be called here, from the OpenAPI document.
+/// A page without scripts that lists the calls of the OpenAPI document.
 fn index(openapi_json: &str) -> String {
     let document: serde_json::Value = serde_json::from_str(openapi_json).unwrap_or_default();
     let mut rows = String::new();

@@ -1,11 +1,13 @@
-//! How rules look in the API: as they are asked for, and as they are shown.
+//! Rules in the API: as requests have them, and as answers show them.
 //!
-//! What the fields of a rule may be is written once, in `seawall_proto`; the `…Doc` types describe them for the OpenAPI document,
-//! and a test compares the two.
+//! `seawall_proto` defines the fields of a rule. The `…Doc` types describe them for the OpenAPI document, and a test
+//! compares the two.
 
 use seawall_proto::{
+    hello::IdentityNames,
     id::RuleId,
-    rules::{Rule, RuleSpec, Unsupported},
+    rollout::Plan,
+    rules::{Mode, Rule, RuleSpec, Unsupported},
     time::WallTime,
 };
 use serde::{Deserialize, Serialize};
@@ -13,16 +15,17 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::problem::{Problem, shortened};
-use crate::{
-    events::format_time,
-    rules::{Rules, hits::Hits},
+use super::{
+    devices::not_a_device,
+    problem::{Problem, shortened},
+    rollouts::{self, PlanDoc},
 };
+use crate::fleet::rules::{Rules, hits::Hit};
 
-/// A rule as it is asked for: the fields of a rule, and `confirm`. What a rule's fields may be is written once, in `seawall_proto`.
+/// A rule of a request: the fields of a rule, and `confirm`.
 #[derive(Debug, Deserialize)]
 #[serde(transparent)]
-pub struct Asked(Map<String, Value>);
+pub struct RuleRequest(Map<String, Value>);
 
 /// A rule. Unknown fields are refused.
 #[derive(Deserialize, ToSchema)]
@@ -34,32 +37,48 @@ pub struct Asked(Map<String, Value>);
 )]
 pub struct RuleDoc {
     r#match: MatchDoc,
-    /// What happens to the devices: `block`.
-    #[schema(pattern = "^block$")]
+    /// What happens to the devices. `block`: they are refused. `restrict`: they get an anonymous session with one
+    /// `update` frame, and are closed. `throttle`: they connect at a rate of their own. Of several rules the strictest
+    /// applies, in this order.
+    #[schema(pattern = "^(block|restrict|throttle)$")]
     effect: String,
-    /// Share of the matched devices that is let through, in percent: 0.
-    #[schema(nullable = false, default = 0, maximum = 0)]
+    /// Share of the matched devices that the rule lets through, in percent. Always the same devices: raising it refuses
+    /// nobody who was let through.
+    #[schema(nullable = false, default = 0, maximum = 100)]
     admit_percent: Option<u8>,
-    /// Whether the rule acts: `enforce`.
-    #[schema(nullable = false, default = "enforce")]
+    /// `enforce`, or `dry_run`: the rule counts the attempts that it would apply to, and does nothing else.
+    #[schema(nullable = false, default = "enforce", pattern = "^(enforce|dry_run)$")]
     mode: Option<String>,
-    /// Told to the devices that are refused: public. At most 256 bytes, no control characters.
+    /// Public: refused devices receive it. At most 256 bytes, no control characters.
     #[schema(nullable = false)]
     reason: Option<String>,
-    /// Refused devices come back between this and twice this. 1 second to 7 days.
+    /// Refused devices reconnect after this time at least, and twice this time at most. 1 second to 7 days.
     #[schema(nullable = false, default = "15m")]
     retry_after: Option<String>,
-    /// From then on it matches nothing: not in the past. RFC 3339.
+    /// When the rule ends; not in the past. RFC 3339.
     expires_at: Option<String>,
-    /// Close live sessions that match, too, at a pace.
+    /// Also close live sessions that match, at a pace.
     #[schema(nullable = false, default = false)]
     evict: Option<bool>,
-    /// The caller knows that it refuses over 30 % of the connected devices.
+    /// Needed by effect `restrict`, and not allowed with others. Public: what the devices are told. At most 4 KiB.
+    #[schema(value_type = Option<Object>)]
+    update: Option<Map<String, Value>>,
+    /// With effect `throttle` only: connect attempts per second that each node lets through. Default: a twentieth of
+    /// the lookups per second that the database is known to answer.
+    #[schema(minimum = 1, maximum = 100_000)]
+    rate_per_second: Option<u32>,
+    /// Devices that the rule never applies to, by id. At most 1,000.
+    #[schema(nullable = false, max_items = 1_000)]
+    allow: Option<Vec<String>>,
+    /// Confirms a rule that refuses over 30 % of the connected devices.
     #[schema(nullable = false, default = false)]
     confirm: Option<bool>,
+    /// Enforce the rule in stages: on a growing share of the devices that it matches.
+    #[schema(nullable = false)]
+    rollout: Option<PlanDoc>,
 }
 
-/// Which devices: all that is given must hold.
+/// The devices that a rule matches: every given field must match.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = RuleMatch)]
@@ -77,7 +96,7 @@ pub struct MatchDoc {
     tenant: Option<String>,
 }
 
-/// What to change of a rule; what is not given stays. `match` is replaced as a whole.
+/// Changes of a rule. Fields that are not given stay as they are. `match` is replaced as a whole.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = RulePatch)]
@@ -87,23 +106,32 @@ pub struct PatchDoc {
     r#match: Option<MatchDoc>,
     #[schema(nullable = false)]
     effect: Option<String>,
-    #[schema(nullable = false)]
+    #[schema(nullable = false, maximum = 100)]
     admit_percent: Option<u8>,
-    #[schema(nullable = false)]
+    #[schema(nullable = false, pattern = "^(enforce|dry_run)$")]
     mode: Option<String>,
     #[schema(nullable = false)]
     reason: Option<String>,
     #[schema(nullable = false)]
     retry_after: Option<String>,
-    /// RFC 3339; null takes the expiry away. A rule whose time is over can't be changed without a later one.
+    /// RFC 3339; null removes the expiry. A change of an expired rule needs a later time.
     expires_at: Option<String>,
     #[schema(nullable = false)]
     evict: Option<bool>,
+    /// Null removes it: effects other than `restrict` have none.
+    #[schema(value_type = Option<Object>)]
+    update: Option<Map<String, Value>>,
+    /// Null removes it: effects other than `throttle` have none.
+    #[schema(minimum = 1, maximum = 100_000)]
+    rate_per_second: Option<u32>,
+    /// Replaces the list; empty removes it.
+    #[schema(nullable = false, max_items = 1_000)]
+    allow: Option<Vec<String>>,
     #[schema(nullable = false)]
     confirm: Option<bool>,
 }
 
-/// A rule as it is shown.
+/// A rule of an answer.
 #[derive(Debug, Serialize)]
 pub struct RuleView {
     pub id: RuleId,
@@ -118,28 +146,38 @@ pub struct RuleView {
     hits: HitsView,
 }
 
-/// What a rule is to this node.
+/// The state of a rule on this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 #[schema(as = RuleState)]
 pub enum State {
-    /// It is in force, unless its time is over.
+    /// It is in force until it expires.
     Enforced,
-    /// It is stored, and this version can't enforce it: it refuses nobody here.
+    /// It counts what it would do until it expires.
+    DryRun,
+    /// It is stored, and this version can't enforce it: it refuses no device here.
     Unsupported,
     /// It is in force, and the database has lost it.
     Lost,
+    /// It is in force on this node, and waits in its journal for the database.
+    Local,
 }
 
-/// What a rule did.
+/// Effects of a rule.
 #[derive(Clone, Copy, Debug, Default, Serialize, ToSchema)]
 #[schema(as = RuleHits)]
 pub struct HitsView {
-    /// Connect attempts that it refused on this node, since the rule came into force here or the node was started.
+    /// Connect attempts that it has refused on this node, since it came into force here or the node started.
     refused: u64,
-    /// Sessions that it closed on this node, since then.
+    /// Restricted sessions that it has given on this node, since then.
+    restricted: u64,
+    /// Connect attempts that it has throttled on this node, since then.
+    throttled: u64,
+    /// Sessions that it has closed on this node, since then.
     evicted: u64,
-    /// Devices that are connected to this node and match it now. Absent where it was not counted.
+    /// Connect attempts on this node that it would have applied to in dry-run mode, since then.
+    dry_run: u64,
+    /// Matching devices with a session on this node. Absent if they were not counted.
     #[serde(skip_serializing_if = "Option::is_none")]
     connected: Option<u64>,
 }
@@ -161,11 +199,20 @@ pub struct RuleViewDoc {
     retry_after: String,
     expires_at: Option<String>,
     evict: bool,
+    /// Absent without one.
+    #[schema(value_type = Option<Object>, nullable = false)]
+    update: Option<Map<String, Value>>,
+    /// Absent if the rule sizes itself, and with other effects.
+    #[schema(nullable = false)]
+    rate_per_second: Option<u32>,
+    /// Absent if it is empty.
+    #[schema(nullable = false)]
+    allow: Option<Vec<Uuid>>,
     /// RFC 3339.
     created_at: String,
-    /// Revision of all rules at which this one was changed last.
+    /// Revision of the rule set at the last change of this rule.
     revision: u64,
-    /// With `unsupported`, the fields of the rule are those that the later version has stored.
+    /// With `unsupported`, the fields of the rule are as the later version has stored them.
     state: State,
     /// Why this version can't enforce it.
     problem: Option<String>,
@@ -176,21 +223,35 @@ impl RuleView {
     /// As this node enforces it.
     pub fn of(rule: &Rule, rules: &Rules) -> Self {
         let hits = rules.hits();
-        let hits = hits.of(rule.id);
+        let count = |hit| hits.of(rule.id).map_or(0, |hits| hits.get(hit));
         let is_lost = rules.lost().iter().any(|lost| lost.rule.id == rule.id);
         Self {
             id: rule.id,
             spec: fields(&rule.spec_json()),
-            created_at: format_time(rule.created_at),
+            created_at: rule.created_at.to_rfc3339(),
             revision: rule.revision,
-            state: if is_lost { State::Lost } else { State::Enforced },
+            state: match (rules.local().has(rule.id), is_lost, rule.spec.mode) {
+                (true, ..) => State::Local,
+                (false, true, _) => State::Lost,
+                (false, false, Mode::Enforce) => State::Enforced,
+                (false, false, Mode::DryRun) => State::DryRun,
+            },
             problem: None,
             hits: HitsView {
-                refused: hits.map_or(0, Hits::refused),
-                evicted: hits.map_or(0, Hits::evicted),
+                refused: count(Hit::Refused),
+                restricted: count(Hit::Restricted),
+                throttled: count(Hit::Throttled),
+                evicted: count(Hit::Evicted),
+                dry_run: count(Hit::DryRun),
                 connected: None,
             },
         }
+    }
+
+    /// It waits in the journal, whatever has happened since.
+    pub fn local(mut self) -> Self {
+        self.state = State::Local;
+        self
     }
 
     /// Counts the devices that it matches.
@@ -203,12 +264,12 @@ impl RuleView {
 impl From<&Unsupported> for RuleView {
     fn from(rule: &Unsupported) -> Self {
         let mut spec = fields(&rule.spec);
-        // What is said of each rule is said by this node.
+        // These fields are this node's.
         spec.retain(|name, _| !SHOWN.contains(&name.as_str()));
         Self {
             id: rule.id,
             spec,
-            created_at: format_time(rule.created_at),
+            created_at: rule.created_at.to_rfc3339(),
             revision: rule.revision,
             state: State::Unsupported,
             problem: Some(rule.problem.clone()),
@@ -217,7 +278,7 @@ impl From<&Unsupported> for RuleView {
     }
 }
 
-/// Fields of a rule as it is shown that are not fields of its spec.
+/// Fields of a rule in answers that are not fields of its spec.
 const SHOWN: [&str; 6] = ["id", "created_at", "revision", "state", "problem", "hits"];
 
 fn fields(spec: &str) -> Map<String, Value> {
@@ -228,22 +289,63 @@ fn fields(spec: &str) -> Map<String, Value> {
     })
 }
 
-impl Asked {
-    pub fn into_new(mut self, wall: WallTime) -> Result<(RuleSpec, bool), Problem> {
+impl RuleRequest {
+    /// `names`: how devices without a UUID are named.
+    pub fn into_new(mut self, names: &IdentityNames, wall: WallTime) -> Result<(RuleSpec, bool), Problem> {
         let is_confirmed = self.take_confirm()?;
+        self.resolve_allowed(names)?;
         Ok((spec(self.0, wall)?, is_confirmed))
     }
 
-    pub fn into_change_of(mut self, before: &RuleSpec, wall: WallTime) -> Result<(RuleSpec, bool), Problem> {
+    pub fn into_change_of(
+        mut self,
+        before: &RuleSpec,
+        names: &IdentityNames,
+        wall: WallTime,
+    ) -> Result<(RuleSpec, bool), Problem> {
         let is_confirmed = self.take_confirm()?;
+        self.resolve_allowed(names)?;
         if self.0.is_empty() {
-            return Err(Problem::invalid("name what should change"));
+            return Err(Problem::invalid("give at least one field to change"));
         }
         let Ok(Value::Object(mut fields)) = serde_json::to_value(before) else {
             return Err(Problem::invalid("the rule has no JSON form"));
         };
         fields.extend(self.0);
         Ok((spec(fields, wall)?, is_confirmed))
+    }
+
+    /// Replaces the devices of `allow` by their UUIDs.
+    fn resolve_allowed(&mut self, names: &IdentityNames) -> Result<(), Problem> {
+        let Some(Value::Array(allowed)) = self.0.get_mut("allow") else {
+            return Ok(());
+        };
+        for device in allowed {
+            let text = device.as_str();
+            let named = text.and_then(|text| names.device(text)).ok_or_else(|| {
+                let text = text.map_or_else(|| device.to_string(), str::to_owned);
+                Problem::invalid(shortened(&format!(
+                    "allow: `{text}`: {}",
+                    not_a_device(names).trim_start_matches("id: ")
+                )))
+            })?;
+            *device = named.id.to_string().into();
+        }
+        Ok(())
+    }
+
+    /// Takes the plan of a rule that is to be enforced in stages.
+    pub fn take_rollout(&mut self) -> Result<Option<Plan>, Problem> {
+        let Some(plan) = self.0.remove("rollout") else {
+            return Ok(None);
+        };
+        if !plan.is_object() {
+            return Err(Problem::invalid("rollout: expected an object"));
+        }
+        let plan: Plan = serde_json::from_value(plan)
+            .map_err(|error| Problem::invalid(format!("rollout: {}", shortened(&error.to_string()))))?;
+        plan.validate().map_err(rollouts::invalid)?;
+        Ok(Some(plan))
     }
 
     fn take_confirm(&mut self) -> Result<bool, Problem> {
@@ -282,10 +384,11 @@ mod tests {
 
     #[test]
     fn the_documented_fields_are_those_of_a_rule() {
-        let minimal =
-            serde_json::json!({"match": {"firmware": ">=3.8", "model": "m", "tenant": "t"}, "effect": "block"});
+        let minimal = serde_json::json!({"match": {"firmware": ">=3.8", "model": "m", "tenant": "t"}, "effect": "restrict", "update": {}, "allow": [Uuid::nil()]});
         let Value::Object(minimal) = minimal else { panic!() };
-        let spec = spec(minimal, NOW).unwrap();
+        let mut spec = spec(minimal, NOW).unwrap();
+        // No rule has it beside an update.
+        spec.rate_per_second = Some(1);
         let rule = Rule {
             id: RuleId(Uuid::nil()),
             spec: spec.clone(),
@@ -296,12 +399,15 @@ mod tests {
         let mut body = keys(&serde_json::to_value(&spec).unwrap());
         body.push("confirm".into());
         body.sort();
+        let mut new = body.clone();
+        new.push("rollout".into());
+        new.sort();
 
         let home = tempfile::tempdir().unwrap();
         let mut shown = serde_json::to_value(RuleView::of(&rule, &Rules::open(home.path()))).unwrap();
         shown["problem"] = Value::Null;
 
-        assert_eq!(documented(RuleDoc::schema()), body);
+        assert_eq!(documented(RuleDoc::schema()), new);
         assert_eq!(documented(PatchDoc::schema()), body);
         assert_eq!(documented(RuleViewDoc::schema()), keys(&shown));
         assert_eq!(
@@ -317,21 +423,19 @@ mod tests {
             panic!()
         };
         let before = spec(fields, NOW).unwrap();
-        let asked = |json: Value| serde_json::from_value::<Asked>(json).unwrap();
+        let request = |json: Value| serde_json::from_value::<RuleRequest>(json).unwrap();
 
-        let (after, is_confirmed) = asked(serde_json::json!({"reason": "b", "expires_at": null, "confirm": true}))
-            .into_change_of(&before, NOW)
+        let (after, is_confirmed) = request(serde_json::json!({"reason": "b", "expires_at": null, "confirm": true}))
+            .into_change_of(&before, &IdentityNames::default(), NOW)
             .unwrap();
 
         assert!(is_confirmed);
         assert_eq!((after.reason.as_str(), after.expires_at), ("b", None));
         assert_eq!(after.matches, before.matches);
-        assert!(asked(serde_json::json!({})).into_change_of(&before, NOW).is_err());
-        assert!(
-            asked(serde_json::json!({"colour": 1}))
-                .into_change_of(&before, NOW)
-                .is_err()
-        );
+        for nothing in [serde_json::json!({}), serde_json::json!({"colour": 1})] {
+            let changed = request(nothing).into_change_of(&before, &IdentityNames::default(), NOW);
+            assert!(changed.is_err());
+        }
     }
 
     #[test]
@@ -339,8 +443,9 @@ mod tests {
         let mut before = RuleSpec::new(Match::default(), Effect::Block);
         before.expires_at = Some(NOW);
         let change = |json: Value| {
-            let asked = serde_json::from_value::<Asked>(json).unwrap();
-            asked.into_change_of(&before, NOW).map(|(after, _)| after.expires_at)
+            let request = serde_json::from_value::<RuleRequest>(json).unwrap();
+            let changed = request.into_change_of(&before, &IdentityNames::default(), NOW);
+            changed.map(|(after, _)| after.expires_at)
         };
 
         assert!(change(serde_json::json!({"reason": "b"})).is_err());

@@ -1,18 +1,20 @@
-//! `/rules`: firmware rules. A rule that is written here is in force on this node when the answer is sent.
+//! `/rules`: firmware rules. A written rule is in force on this node when the answer is sent.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use axum::{
     Json,
     extract::State,
     http::{HeaderName, StatusCode, header},
+    response::{IntoResponse as _, Response},
 };
 use seawall_proto::{
-    firmware::Range,
     id::RuleId,
-    rules::{RuleSet, RuleSpec},
+    rules::{Rule, RuleSet, RuleSpec},
 };
-use tokio::time::{Instant, timeout, timeout_at};
+use serde::Serialize;
+use tokio::time::{Instant, timeout_at};
+use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
@@ -20,29 +22,25 @@ use super::{
     Api,
     auth::{Caller, Operator, Viewer},
     call,
+    checked_write::{author, checked, made_or_changed},
     extract::{Body, Id, Page, PageParams, Params},
-    preview::{Checked, RulePreview},
+    preview::{Basis, Checked, RulePreview},
     problem::{Code, Problem, ProblemBody},
-    rule_form::{Asked, PatchDoc, RuleDoc, RuleView, RuleViewDoc},
-    write_down,
+    rollouts,
+    rule_form::{PatchDoc, RuleDoc, RuleRequest, RuleView, RuleViewDoc, State as RuleState},
 };
 use crate::{
-    census::Census,
-    events::Body as Event,
-    rules::Written,
-    state::{Shared, State as Gateway},
-    store::{Change, Consent, StoreError},
+    fleet::rules::Written,
+    node::{
+        State as Gateway,
+        rule_write::{Permission, Place, WRITE_MAX, WriteError, apply, local_write, tell, write},
+    },
+    session::census::Census,
+    store::{Consent, RULES_MAX, StoreError},
 };
 
-/// Time for putting a written rule in force, on a thread of its own. A write has 2 s (contract section 6): 1.8 s of it are the store's,
-/// and ten thousand rules are compiled in a few hundredths of a second.
-const APPLY_MAX: Duration = Duration::from_millis(150);
-
-/// Maximum time of a check and the write after it, [`APPLY_MAX`] included.
-const WRITE_MAX: Duration = Duration::from_millis(1_950);
-
-/// Maximum number of times that a rule is checked where others are written meanwhile.
-const CHECKS_MAX: usize = 3;
+/// Maximum number of devices in the lists of all rules.
+const ALLOWED_MAX: usize = 100_000;
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
     OpenApiRouter::new()
@@ -51,7 +49,7 @@ pub fn routes() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(show_rule, change_rule, delete_rule))
 }
 
-/// Firmware rules, also those that are expired or that this version can't enforce
+/// Firmware rules, including expired ones and those that this version can't enforce
 #[utoipa::path(
     get, path = "/api/v1/rules", tag = "rules", params(PageParams),
     responses(
@@ -70,8 +68,8 @@ async fn list_rules(
     ids.sort_unstable();
     let Page { items, next_cursor } = Page::of_sorted(ids, &params, |id| id.0)?;
     let items = api
-        .survey(move |gateway| {
-            let census = Census::of_connected(gateway);
+        .scan_devices(move |gateway| {
+            let census = Census::of_connected(&gateway.sessions);
             let shown = items.iter().filter_map(|id| view(gateway, &rules, *id, &census));
             shown.collect()
         })
@@ -79,7 +77,7 @@ async fn list_rules(
     Ok(Json(Page { items, next_cursor }))
 }
 
-/// The rule of this id as it is shown, with the devices of `census` that it matches.
+/// Returns the rule with this id, and the number of devices in `census` that it matches.
 fn view(gateway: &Gateway, rules: &RuleSet, id: RuleId, census: &Census) -> Option<RuleView> {
     if let Some(rule) = rules.rules().iter().find(|rule| rule.id == id) {
         let shown = RuleView::of(rule, &gateway.rules);
@@ -107,16 +105,17 @@ async fn show_rule(
 ) -> Result<Json<RuleView>, Problem> {
     let rules = api.state.rules.current();
     let shown = api
-        .survey(move |gateway| view(gateway, &rules, id, &Census::of_connected(gateway)))
+        .scan_devices(move |gateway| view(gateway, &rules, id, &Census::of_connected(&gateway.sessions)))
         .await?;
     shown.map(Json).ok_or_else(no_such_rule)
 }
 
-/// Make a rule; 409 `needs_confirmation` where it would refuse over 30 % of at least 20 connected devices
+/// Create a rule; 409 `needs_confirmation` if it would refuse over 30 % of at least 20 connected devices
 #[utoipa::path(
     post, path = "/api/v1/rules", tag = "rules", request_body = RuleDoc,
     responses(
         (status = 201, description = "In force on this node; on others within a second", body = RuleViewDoc),
+        (status = 202, description = "In force on this node only, until the database can take it: `state` is `local`", body = RuleViewDoc),
         (status = 409, description = "`needs_confirmation`, with the preview; `conflict` where another rule says this already", body = ProblemBody, content_type = "application/problem+json"),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
@@ -124,65 +123,84 @@ async fn show_rule(
 async fn create_rule(
     caller: Caller<Operator>,
     State(api): State<Arc<Api>>,
-    Body(asked): Body<Asked>,
+    Body(mut request): Body<RuleRequest>,
 ) -> Result<(StatusCode, [(HeaderName, String); 1], Json<RuleView>), Problem> {
-    let (spec, is_confirmed) = asked.into_new(api.state.clock.wall())?;
+    let plan = request.take_rollout()?;
+    let (spec, is_confirmed) = request.into_new(&api.state.config.identity, api.state.clock.wall())?;
+    check_allowed(&api.state, &spec, None)?;
     if let Some(other) = same_rule(&api.state, &spec) {
         return Err(Problem::new(
             Code::Conflict,
-            format!("rule {other} says this already: change or delete that one"),
+            format!("rule {other} is the same: change or delete that one"),
         ));
     }
     let id = RuleId(Uuid::now_v7());
-    let (mut checks, deadline) = (0, Instant::now() + WRITE_MAX);
-    let rule = loop {
-        checks += 1;
-        let consent = if is_confirmed {
-            Consent::Given
+    let rollout = match plan {
+        Some(plan) => Some(rollouts::of_new(&api, &spec, plan).await?),
+        None => None,
+    };
+    let (deadline, audit) = (Instant::now() + WRITE_MAX, caller.audit(&api, "rule.create"));
+    let (asked, wanted) = (&*api, &spec);
+    let permission = || async move {
+        if is_confirmed {
+            Ok(Permission::Stored(Consent::Given))
+        } else if wanted.is_harmless() {
+            Ok(Permission::Stored(Consent::NotNeeded))
         } else {
-            check(&api, &spec, None, deadline).await?
-        };
-        let (audit, spec) = (caller.audit(&api, "rule.create"), spec.clone());
-        let gateway = Arc::clone(&api.state);
-        let writing = api.carry_out(async move {
-            let rule = gateway.store.rule_insert(id, spec, consent, &audit).await;
-            if let Ok(rule) = &rule {
-                take_effect(&gateway, Written::Rule(rule.clone()), &audit.actor, "created").await;
-            }
-            rule
-        });
-        // A write that takes longer goes on.
-        let written = timeout_at(deadline, writing)
-            .await
-            .unwrap_or(Ok(Err(StoreError::TimedOut)))?;
-        match written {
-            Err(StoreError::Outdated) if checks < CHECKS_MAX => {}
-            written => break written?,
+            check(asked, wanted, None, deadline).await
         }
     };
-    let location = format!("/api/v1/rules/{}", rule.id);
-    Ok((
-        StatusCode::CREATED,
-        [(header::LOCATION, location)],
-        Json(RuleView::of(&rule, &api.state.rules)),
-    ))
+    let write = |permission| {
+        let change = local_write(id, &audit, is_confirmed, None, Some(spec.clone()));
+        let (audit, spec, gateway) = (audit.clone(), spec.clone(), Arc::clone(&api.state));
+        let rollout = rollout.clone();
+        async move {
+            if gateway.rules.current().rules().len() as u64 >= RULES_MAX.unsigned_abs() {
+                let detail = format!("there are {RULES_MAX} rules already: delete some first");
+                return Err(WriteError::Store(StoreError::Conflict(detail)));
+            }
+            let store = gateway.store.clone();
+            let place = match (rollout, permission) {
+                (None, _) => {
+                    let direct = async |consent| store.rule_insert(id, spec.clone(), consent, &audit).await;
+                    write(&gateway, change, permission, deadline, direct).await?
+                }
+                // The journal has no place for its evidence.
+                (Some(rollout), Permission::Stored(consent)) => {
+                    let made = store.rule_insert_staged(id, spec.clone(), rollout, consent, &audit);
+                    Place::Database(made.await.map_err(WriteError::Store)?)
+                }
+                (Some(_), Permission::Local) => {
+                    let why = "it is not reached, and a rule is only enforced in stages with it".to_owned();
+                    return Err(WriteError::Store(StoreError::Unavailable(why)));
+                }
+            };
+            Ok(made_or_changed(&gateway, id, place, &spec, &audit, "created").await)
+        }
+    };
+    let place = checked(&api, deadline, permission, write).await?;
+    let location = [(header::LOCATION, format!("/api/v1/rules/{id}"))];
+    let (status, view) = answer(&api.state, id, place, StatusCode::CREATED)?;
+    Ok((status, location, view))
 }
 
-/// What a rule would hit now; changes nothing
+/// Preview the devices that a rule would match; changes nothing
 #[utoipa::path(
     post, path = "/api/v1/rules/preview", tag = "rules", request_body = RuleDoc,
     responses(
-        (status = 200, description = "What it would hit", body = RulePreview),
+        (status = 200, description = "The devices that it would match", body = RulePreview),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
 async fn preview_rule(
     _caller: Caller<Viewer>,
     State(api): State<Arc<Api>>,
-    Body(asked): Body<Asked>,
+    Body(mut request): Body<RuleRequest>,
 ) -> Result<Json<RulePreview>, Problem> {
-    let (spec, _) = asked.into_new(api.state.clock.wall())?;
-    let checked = Checked::of(&api, &spec, None, false).await?;
+    // Of all that the rule would match once it is enforced on all.
+    request.take_rollout()?;
+    let (spec, _) = request.into_new(&api.state.config.identity, api.state.clock.wall())?;
+    let checked = Checked::of(&api, &spec, None).await?;
     Ok(Json(checked.preview))
 }
 
@@ -190,7 +208,8 @@ async fn preview_rule(
 #[utoipa::path(
     patch, path = "/api/v1/rules/{id}", tag = "rules", params(("id" = Uuid, Path)), request_body = PatchDoc,
     responses(
-        (status = 200, description = "As it is now", body = RuleViewDoc),
+        (status = 200, description = "The changed rule", body = RuleViewDoc),
+        (status = 202, description = "Changed on this node only, until the database can take it: `state` is `local`", body = RuleViewDoc),
         (status = 409, description = "`needs_confirmation`, with the preview; `conflict` where it changed meanwhile", body = ProblemBody, content_type = "application/problem+json"),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
@@ -199,8 +218,8 @@ async fn change_rule(
     caller: Caller<Operator>,
     State(api): State<Arc<Api>>,
     Id(id): Id<RuleId>,
-    Body(asked): Body<Asked>,
-) -> Result<Json<RuleView>, Problem> {
+    Body(request): Body<RuleRequest>,
+) -> Result<(StatusCode, Json<RuleView>), Problem> {
     let rules = api.state.rules.current();
     if let Some(unsupported) = rules.unsupported().iter().find(|rule| rule.id == id) {
         return Err(Problem::new(
@@ -216,36 +235,49 @@ async fn change_rule(
         .iter()
         .find(|rule| rule.id == id)
         .ok_or_else(no_such_rule)?;
-    let (spec, is_confirmed) = asked.into_change_of(&before.spec, api.state.clock.wall())?;
-    let (revision, hits_others) = (before.revision, hits_others(&before.spec, &spec));
-    let (mut checks, deadline) = (0, Instant::now() + WRITE_MAX);
-    let rule = loop {
-        checks += 1;
-        let consent = match (is_confirmed, hits_others) {
-            (true, _) => Consent::Given,
-            (false, false) => Consent::NotNeeded,
-            (false, true) => check(&api, &spec, Some(id), deadline).await?,
-        };
-        let (audit, spec) = (caller.audit(&api, "rule.update"), spec.clone());
-        let gateway = Arc::clone(&api.state);
-        let writing = api.carry_out(async move {
-            let rule = gateway.store.rule_update(id, revision, spec, consent, &audit).await;
-            if let Ok(Some(rule)) = &rule {
-                take_effect(&gateway, Written::Rule(rule.clone()), &audit.actor, "changed").await;
-            }
-            rule
-        });
-        // A write that takes longer goes on.
-        let written = timeout_at(deadline, writing)
-            .await
-            .unwrap_or(Ok(Err(StoreError::TimedOut)))?;
-        match written {
-            Err(StoreError::Outdated) if checks < CHECKS_MAX => {}
-            written => break written?,
+    let (names, wall) = (&api.state.config.identity, api.state.clock.wall());
+    let (spec, is_confirmed) = request.into_change_of(&before.spec, names, wall)?;
+    check_allowed(&api.state, &spec, Some(id))?;
+    let (revision, hits_others) = (before.revision, spec.is_wider_than(&before.spec));
+    let (deadline, audit) = (Instant::now() + WRITE_MAX, caller.audit(&api, "rule.update"));
+    let (asked, wanted) = (&*api, &spec);
+    let permission = || async move {
+        match (is_confirmed, hits_others) {
+            (true, _) => Ok(Permission::Stored(Consent::Given)),
+            (false, false) => Ok(Permission::Stored(Consent::NotNeeded)),
+            (false, true) => check(asked, wanted, Some(id), deadline).await,
         }
     };
-    rule.map(|rule| Json(RuleView::of(&rule, &api.state.rules)))
-        .ok_or_else(no_such_rule)
+    let write = |permission| {
+        let change = local_write(id, &audit, is_confirmed, Some(before.spec.clone()), Some(spec.clone()));
+        let (audit, spec, gateway) = (audit.clone(), spec.clone(), Arc::clone(&api.state));
+        async move {
+            let store = gateway.store.clone();
+            let direct = async |consent| {
+                let changed = store.rule_update(id, revision, spec.clone(), consent, &audit);
+                changed.await
+            };
+            let place = match write(&gateway, change, permission, deadline, direct).await? {
+                Place::Database(None) => return Ok(None),
+                Place::Database(Some(rule)) => Place::Database(rule),
+                Place::Journal => Place::Journal,
+            };
+            let made = made_or_changed(&gateway, id, place, &spec, &audit, "changed");
+            Ok(Some(made.await))
+        }
+    };
+    let place = checked(&api, deadline, permission, write).await?;
+    let place = place.ok_or_else(no_such_rule)?;
+    answer(&api.state, id, place, StatusCode::OK)
+}
+
+/// The answer to the removal of a rule that the database could not take.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct LocalDeletion {
+    #[schema(value_type = Uuid)]
+    id: RuleId,
+    /// `local`.
+    state: RuleState,
 }
 
 /// Remove a rule
@@ -253,6 +285,7 @@ async fn change_rule(
     delete, path = "/api/v1/rules/{id}", tag = "rules", params(("id" = Uuid, Path)),
     responses(
         (status = 204, description = "Removed"),
+        (status = 202, description = "Removed on this node only, until the database can take it", body = LocalDeletion),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
@@ -260,86 +293,105 @@ async fn delete_rule(
     caller: Caller<Operator>,
     State(api): State<Arc<Api>>,
     Id(id): Id<RuleId>,
-) -> Result<StatusCode, Problem> {
+) -> Result<Response, Problem> {
     let audit = caller.audit(&api, "rule.delete");
-    let gateway = Arc::clone(&api.state);
-    let deleted = api
-        .carry_out(async move {
-            let deleted = gateway.store.rule_delete(id, &audit).await?;
-            if let Some(revision) = deleted {
-                take_effect(
-                    &gateway,
-                    Written::Deleted { rule: id, revision },
-                    &audit.actor,
-                    "deleted",
-                )
-                .await;
+    let (gateway, deadline) = (Arc::clone(&api.state), Instant::now() + WRITE_MAX);
+    let deleting = api.carry_out(async move {
+        let (rules, lost) = (gateway.rules.current(), gateway.rules.lost());
+        let before = rules.rules().iter().find(|rule| rule.id == id).map(|rule| &rule.spec);
+        let store = gateway.store.clone();
+        let direct = async |_| match lost.iter().find(|lost| lost.rule.id == id) {
+            Some(lost) => store.rule_release(&lost.rule, &audit).await.map(Some),
+            None => store.rule_delete(id, &audit).await,
+        };
+        let place = match before {
+            Some(before) => {
+                let change = local_write(id, &audit, true, Some(before.clone()), None);
+                let permission = Permission::Stored(Consent::Given);
+                write(&gateway, change, permission, deadline, direct).await?
             }
-            // A rule that the database has lost is not there to be deleted.
-            let is_released = gateway.rules.release(id, &gateway.clock, &gateway.events).await;
-            if is_released && deleted.is_none() {
-                write_down(&gateway, &audit, Change::of(&id.to_string())).await;
+            // This version can't read it, so it can't wait in the journal. It refuses nobody here.
+            None => Place::Database(direct(Consent::Given).await.map_err(WriteError::Store)?),
+        };
+        let is_local = match place {
+            Place::Database(None) => return Ok(None),
+            Place::Database(Some(revision)) => {
+                apply(&gateway, Written::Deleted { rule: id, revision }).await;
+                false
             }
-            Ok::<_, StoreError>(deleted.is_some() || is_released)
-        })
-        .await??;
-    if deleted {
-        Ok(StatusCode::NO_CONTENT)
-    } else {
-        Err(no_such_rule())
+            Place::Journal => true,
+        };
+        let request = call::current_id();
+        tell(&gateway, id, before, author(&audit, &request), "deleted", is_local);
+        Ok::<_, WriteError>(Some(is_local))
+    });
+    // A write that takes longer continues.
+    match timeout_at(deadline, deleting)
+        .await
+        .map_err(|_| StoreError::TimedOut)???
+    {
+        None => Err(no_such_rule()),
+        Some(false) => Ok(StatusCode::NO_CONTENT.into_response()),
+        Some(true) => {
+            let state = RuleState::Local;
+            Ok((StatusCode::ACCEPTED, Json(LocalDeletion { id, state })).into_response())
+        }
     }
 }
 
-/// Puts a written change in force here, and tells of it. Asks the database nothing.
-async fn take_effect(gateway: &Shared, written: Written, actor: &str, change: &'static str) {
-    let id = written.id();
-    let before = gateway.rules.current();
-    let applying = gateway.rules.apply(&written, &gateway.clock, &gateway.events);
-    if timeout(APPLY_MAX, applying).await.is_err() {
-        tracing::warn!(rule.id = %id, "a written rule is not in force in time: the poll will bring it");
-    }
-    let revision = gateway.rules.current().revision();
-    let event = Event::Rules {
-        revision,
-        rule: Some(id),
-        change,
-    };
-    gateway.events.notice(gateway.clock.wall(), event);
-    // Of a deleted rule, what it was.
-    let spec = match &written {
-        Written::Rule(rule) => Some(&rule.spec),
-        Written::Deleted { .. } => before.rules().iter().find(|rule| rule.id == id).map(|rule| &rule.spec),
-    };
-    let field = |label: Option<&str>| label.unwrap_or("any").to_owned();
-    let matches = spec.map(|spec| &spec.matches);
-    tracing::info!(
-        request.id = &*call::current_id(),
-        rule.id = %id,
-        rule.firmware = field(matches.and_then(|matches| matches.firmware.as_ref()).map(Range::as_str)),
-        rule.model = field(matches.and_then(|matches| matches.model.as_deref())),
-        rule.tenant = field(matches.and_then(|matches| matches.tenant.as_deref())),
-        rule.effect = spec.map(|spec| spec.effect.as_str()),
-        rule.evict = spec.map(|spec| spec.evict),
-        rule.reason = spec.map(|spec| spec.reason.as_str()),
-        rules.revision = revision,
-        actor,
-        change,
-        "firmware rule written"
-    );
-}
-
-/// Checks a rule that nobody has confirmed. `of` is the rule that it changes.
-async fn check(api: &Api, spec: &RuleSpec, of: Option<RuleId>, deadline: Instant) -> Result<Consent, Problem> {
-    let checking = Checked::of(api, spec, of, true);
-    let checked = timeout_at(deadline, checking).await;
-    let Checked { preview, revision } = checked.map_err(|_| StoreError::TimedOut)??;
-    match revision {
-        Some(revision) if !preview.needs_confirmation => Ok(Consent::Checked { revision }),
-        _ => Err(Problem::needs_confirmation(preview)),
+/// Answers with a rule that was made or changed.
+pub(super) fn answer(
+    gateway: &Gateway,
+    id: RuleId,
+    place: Place<Rule>,
+    stored: StatusCode,
+) -> Result<(StatusCode, Json<RuleView>), Problem> {
+    match place {
+        Place::Database(rule) => Ok((stored, Json(RuleView::of(&rule, &gateway.rules)))),
+        Place::Journal => {
+            let rules = gateway.rules.current();
+            let rule = rules.rules().iter().find(|rule| rule.id == id);
+            let rule = rule.ok_or_else(no_such_rule)?;
+            Ok((StatusCode::ACCEPTED, Json(RuleView::of(rule, &gateway.rules).local())))
+        }
     }
 }
 
-/// A rule in force that does the same as `spec`, whatever its reason says.
+/// Checks an unconfirmed rule. `of` is the rule that it changes.
+pub(super) async fn check(
+    api: &Api,
+    spec: &RuleSpec,
+    of: Option<RuleId>,
+    deadline: Instant,
+) -> Result<Permission, Problem> {
+    let checked = timeout_at(deadline, Checked::of(api, spec, of)).await;
+    let Checked { preview, basis } = checked.map_err(|_| StoreError::TimedOut)??;
+    match basis {
+        Basis::Cluster { revision } if !preview.needs_confirmation => {
+            Ok(Permission::Stored(Consent::Checked { revision }))
+        }
+        Basis::Node if !preview.needs_confirmation => Ok(Permission::Local),
+        Basis::Cluster { .. } | Basis::Node | Basis::Unknown => Err(Problem::needs_confirmation(preview)),
+    }
+}
+
+/// Checks that the lists of allowed devices of all rules fit in memory. `of` is the rule that is changed.
+fn check_allowed(gateway: &Gateway, spec: &RuleSpec, of: Option<RuleId>) -> Result<(), Problem> {
+    let rules = gateway.rules.current();
+    let others = rules.rules().iter().filter(|rule| Some(rule.id) != of);
+    let devices = others.map(|rule| rule.spec.allow.len()).sum::<usize>() + spec.allow.len();
+    if spec.allow.is_empty() || devices <= ALLOWED_MAX {
+        return Ok(());
+    }
+    Err(Problem::new(
+        Code::Conflict,
+        format!(
+            "all rules together would allow {devices} devices, more than the maximum of {ALLOWED_MAX}: delete rules that nobody needs"
+        ),
+    ))
+}
+
+/// Returns a rule in force that equals `spec` in all but the reason.
 fn same_rule(gateway: &Gateway, spec: &RuleSpec) -> Option<RuleId> {
     let rules = gateway.rules.current();
     let (lost, wall) = (gateway.rules.lost(), gateway.clock.wall());
@@ -359,16 +411,6 @@ fn same_rule(gateway: &Gateway, spec: &RuleSpec) -> Option<RuleId> {
         .map(|rule| rule.id)
 }
 
-/// Whether a change of a rule may hit other devices than before.
-fn hits_others(before: &RuleSpec, after: &RuleSpec) -> bool {
-    before.matches != after.matches
-        || before.effect != after.effect
-        || before.mode != after.mode
-        || before.admit_percent != after.admit_percent
-        || before.expires_at != after.expires_at
-        || (!before.evict && after.evict)
-}
-
-fn no_such_rule() -> Problem {
+pub(super) fn no_such_rule() -> Problem {
     Problem::not_found("rule")
 }

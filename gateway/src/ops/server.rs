@@ -17,36 +17,40 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Api,
-    bare::{self, Dressed},
     call::Origin,
-    places::Places,
+    hyper_errors::{self, RewriteErrors},
+    permits::Permits,
     problem::{Code, Problem},
     router,
 };
-use crate::{socket::drain, state::Shared, tls::NoTls, transport::Transport};
+use crate::{
+    edge::{tls::NoTls, transport::Transport},
+    node::Shared,
+    session::socket::drain,
+};
 
-/// Time for the head of a request, and for the next request on a connection that is kept. Then the connection is closed.
+/// Maximum time for the head of a request, and between two requests. Then the connection is closed.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
-/// Maximum time for which a peer may acknowledge nothing. Then its connection is closed.
+/// Maximum time without an acknowledgement from the peer (`TCP_USER_TIMEOUT`). Then its connection is closed.
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(30);
-/// Send buffer of a connection in the kernel, in bytes; Linux takes twice as much. Without a bound a peer that does not read costs
-/// up to 4 MiB.
+/// Kernel send buffer of a connection, in bytes. Linux doubles it. Without a bound, a peer that does not read costs up
+/// to 4 MiB.
 const SEND_BUFFER_BYTES: usize = 64 * 1024;
-/// Greatest head of a request.
+/// Maximum size of a request head, in bytes.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
-/// Time for answers and changes under way when the gateway ends: less than it has itself.
+/// Maximum time for running calls and changes when the gateway stops. It is less than the gateway itself has.
 const END_MAX: Duration = Duration::from_millis(1_500);
-/// What is still read from a client that speaks no TLS, and for how long.
+/// Maximum size, in bytes, and time of data that is read from a client that does not use TLS, after the answer.
 const LINGER_LEN_MAX: usize = 64 * 1024;
 const LINGER_TIME: Duration = Duration::from_millis(500);
-/// Wait after a failed accept (too many open files), so that it does not spin.
+/// Pause after a failed accept, such as for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
-/// Serves the API until `stop`; requests under way are answered, streams end, and changes under way are made.
+/// Serves the API until `stop`. Running requests are then answered, streams end, and running changes are completed.
 ///
-/// All of that has [`END_MAX`]; what is left then ends with the process.
+/// All of that has [`END_MAX`]. The rest ends with the process.
 pub async fn serve(listener: TcpListener, state: Shared, stop: CancellationToken) {
-    let places = Places::new(state.config.ops.connections_max);
+    let permits = Permits::new(state.config.ops.connections_max);
     let api = Api::new(state, stop.clone());
     let router = router(&api);
     let connections = TaskTracker::new();
@@ -54,19 +58,19 @@ pub async fn serve(listener: TcpListener, state: Shared, stop: CancellationToken
         let accepted = stop
             .run_until_cancelled(async {
                 let (stream, _) = listener.accept().await?;
-                // While every place is taken, others wait in the backlog.
-                Ok::<_, std::io::Error>((stream, places.take().await))
+                // While all permits are taken, further connections wait in the backlog.
+                Ok::<_, std::io::Error>((stream, permits.acquire().await))
             })
             .await;
         match accepted {
             None => break,
-            Some(Ok((stream, place))) => {
+            Some(Ok((stream, permit))) => {
                 let router = TowerToHyperService::new(router.clone());
                 let (stop, api) = (stop.clone(), Arc::clone(&api));
                 connections.spawn(async move {
-                    let place = Arc::new(place);
+                    let permit = Arc::new(permit);
                     let origin = Origin {
-                        place: Arc::clone(&place),
+                        permit: Arc::clone(&permit),
                         is_loopback: stream
                             .local_addr()
                             .is_ok_and(|local| local.ip().to_canonical().is_loopback()),
@@ -79,9 +83,9 @@ pub async fn serve(listener: TcpListener, state: Shared, stop: CancellationToken
                     let life = AssertUnwindSafe(life).catch_unwind();
                     tokio::select! {
                         ended = life => if ended.is_err() {
-                            api.state.note_panic("the task of an API connection");
+                            api.state.panics.count("the task of an API connection");
                         },
-                        () = place.evicted() => tracing::debug!("an idle API connection made way"),
+                        () = permit.evicted() => tracing::debug!("idle API connection evicted"),
                     }
                 });
             }
@@ -100,11 +104,11 @@ pub async fn serve(listener: TcpListener, state: Shared, stop: CancellationToken
         api.tasks.wait().await;
     };
     if tokio::time::timeout(END_MAX, ended).await.is_err() {
-        tracing::debug!("API requests were under way at the end");
+        tracing::debug!("API requests cut off at the end");
     }
 }
 
-/// The connection with TLS on it, where this listener speaks that.
+/// Completes the TLS handshake if this listener has TLS. `None`: the connection has ended.
 async fn secured(state: &Shared, tcp: TcpStream) -> Option<Transport> {
     let Some(endpoint) = &state.tls.ops else {
         return Some(tcp.into());
@@ -112,15 +116,15 @@ async fn secured(state: &Shared, tcp: TcpStream) -> Option<Transport> {
     match endpoint.accept_within(tcp, state.config.tls.handshake_timeout()).await {
         Ok(stream) => Some(stream),
         Err(NoTls::Plain(mut tcp)) => {
-            let problem = Problem::new(Code::BadRequest, "TLS is spoken here: use https://");
-            if tcp.write_all(&bare::written_out(problem)).await.is_ok() {
+            let problem = Problem::new(Code::BadRequest, "this port uses TLS: use https://");
+            if tcp.write_all(&hyper_errors::written_out(problem)).await.is_ok() {
                 drain(&mut tcp.into(), LINGER_LEN_MAX, LINGER_TIME).await;
             }
             None
         }
         Err(NoTls::Silent) => None,
         Err(NoTls::Failed(error)) => {
-            tracing::debug!(%error, "a TLS handshake of the API failed");
+            tracing::debug!(%error, "API TLS handshake failed");
             None
         }
     }
@@ -142,13 +146,13 @@ async fn connection(
         .and_then(|()| socket.set_send_buffer_size(SEND_BUFFER_BYTES))
         .and_then(|()| socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX)));
     if let Err(error) = tuned {
-        tracing::debug!(%error, "an API connection could not be tuned");
+        tracing::debug!(%error, "API socket options not set");
     }
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(HEAD_BYTES_MAX)
-        .serve_connection(TokioIo::new(Dressed::new(stream)), service);
+        .serve_connection(TokioIo::new(RewriteErrors::new(stream)), service);
     let mut served = std::pin::pin!(served);
     let ended = tokio::select! {
         ended = served.as_mut() => ended,
@@ -158,6 +162,6 @@ async fn connection(
         }
     };
     if let Err(error) = ended {
-        tracing::debug!(%error, "an API connection ended");
+        tracing::debug!(%error, "API connection failed");
     }
 }

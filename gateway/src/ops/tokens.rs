@@ -1,4 +1,4 @@
-//! `/tokens`: who may use the API, and as what.
+//! `/tokens`: access tokens for the API.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use axum::{
     extract::State,
     http::{HeaderName, StatusCode, header},
 };
-use seawall_proto::id::SecretHash;
+use seawall_proto::{id::SecretHash, time::WallTime};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -20,12 +20,11 @@ use super::{
     problem::{Problem, ProblemBody},
 };
 use crate::{
-    events::format_time,
     store::{NewToken, Role, TokenRow, UNKNOWN_ROLE},
     tokens::{ADMIN_TOKEN_NAME, random_secret},
 };
 
-/// Name in the audit log of what the gateway does by itself.
+/// Name in the audit log of the gateway's own actions.
 const GATEWAY: &str = "gateway";
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
@@ -53,17 +52,18 @@ impl From<&TokenRow> for TokenView {
             id: row.id,
             name: row.name.clone(),
             role: row.role.map_or(UNKNOWN_ROLE, Role::as_str),
-            created_at: format_time(row.created_at),
-            revoked_at: row.revoked_at.map(format_time),
+            created_at: row.created_at.to_rfc3339(),
+            revoked_at: row.revoked_at.map(WallTime::to_rfc3339),
         }
     }
 }
 
-/// A token to make.
+/// A token to create.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewTokenBody {
-    /// Whose it is, or what for: 1 to 64 bytes of printable ASCII, and not the name of another valid token. The audit log names it.
+    /// Owner or purpose: 1 to 64 bytes of printable ASCII, and not the name of another valid token. The audit log names
+    /// it.
     name: String,
     #[schema(value_type = String, pattern = "^(viewer|operator|admin)$")]
     role: Role,
@@ -78,7 +78,7 @@ pub struct CreatedToken {
     token: String,
 }
 
-/// Tokens, revoked ones too; the admin token of the data directory is not among them
+/// Tokens, including revoked ones, without the admin token of the data directory
 #[utoipa::path(
     get, path = "/api/v1/tokens", tag = "tokens", params(PageParams),
     responses(
@@ -97,7 +97,7 @@ async fn list_tokens(
     Page::of_sorted(tokens, &params, |token| token.id).map(Json)
 }
 
-/// Make a token; it is in this answer only
+/// Create a token; it is in this answer only
 #[utoipa::path(
     post, path = "/api/v1/tokens", tag = "tokens", request_body = NewTokenBody,
     responses(
@@ -138,7 +138,7 @@ async fn create_token(
     ))
 }
 
-/// End a token, here now and on other nodes within 5 s
+/// Revoke a token, here at once and on other nodes within 5 s
 #[utoipa::path(
     delete, path = "/api/v1/tokens/{id}", tag = "tokens", params(("id" = Uuid, Path)),
     responses(
@@ -156,7 +156,7 @@ async fn revoke_token(
     let revoked = api
         .carry_out(async move {
             let revoked = gateway.store.token_revoke(id, &audit).await?;
-            // Also where the database had none: it may have been revoked on another node.
+            // Even if the database had none: another node may have revoked it.
             gateway.tokens.remove(id).await;
             Ok::<_, Problem>(revoked)
         })

@@ -1,4 +1,4 @@
-//! The audit log: written beside each change, in its transaction; read newest first.
+//! The audit log: each change writes a record in its transaction. It is read newest first.
 
 use seawall_proto::time::WallTime;
 use serde_json::{Value as Json, json};
@@ -16,27 +16,27 @@ const INSERT: Sql =
 
 /// Index: audit's primary key.
 const PAGE: Sql = Sql::both(
-    "SELECT seq, at, actor, action, subject, before, after FROM audit WHERE seq <= $1 ORDER BY seq DESC LIMIT $2",
+    "SELECT seq, at, actor, action, subject, before, after, arrived_at FROM audit WHERE seq <= $1 ORDER BY seq DESC LIMIT $2",
 );
 
-/// The oldest records, as far as they are older. Index: audit's primary key.
+/// Deletes the oldest records that are older than a time. Index: audit's primary key.
 const PRUNE: Sql =
     Sql::both("DELETE FROM audit WHERE at < $1 AND seq IN (SELECT seq FROM audit ORDER BY seq LIMIT $2)");
 
 /// Maximum number of records that one call of [`Store::audit_prune`] deletes.
 pub const AUDIT_PRUNE_MAX: u32 = 10_000;
 
-/// What a change was, in words that hold no secret.
+/// A change, without any secret.
 #[derive(Clone, Debug)]
 pub struct Change {
-    /// An id, or a word for what has none.
+    /// The changed object: its id, or a word for an object without one.
     pub subject: String,
     pub before: Option<Json>,
     pub after: Option<Json>,
 }
 
 impl Change {
-    /// Of something that has no state to tell.
+    /// A change of an object without a state.
     #[must_use]
     pub fn of(subject: &str) -> Self {
         Self {
@@ -46,7 +46,7 @@ impl Change {
         }
     }
 
-    /// To this; what was before goes without saying.
+    /// A change without its previous state.
     #[must_use]
     pub fn to(subject: &str, after: Json) -> Self {
         Self {
@@ -56,26 +56,49 @@ impl Change {
     }
 }
 
-/// Into the transaction that is open on `connection`.
+/// A record of the audit log, as a statement takes it.
+#[derive(Debug)]
+pub(super) struct Record<'a> {
+    audit: &'a Audit,
+    subject: String,
+    before: Option<String>,
+    after: Option<String>,
+}
+
+impl<'a> Record<'a> {
+    pub fn new(audit: &'a Audit, change: Change) -> Self {
+        Self {
+            audit,
+            subject: change.subject,
+            before: change.before.map(|json| json.to_string()),
+            after: change.after.map(|json| json.to_string()),
+        }
+    }
+
+    /// The columns `at, actor, action, subject, before, after`.
+    pub fn values(&self) -> [Value<'_>; 6] {
+        [
+            Value::from(to_ms(self.audit.at)),
+            Value::from(self.audit.actor.as_str()),
+            Value::from(self.audit.action),
+            Value::from(self.subject.as_str()),
+            Value::Text(self.before.as_deref()),
+            Value::Text(self.after.as_deref()),
+        ]
+    }
+}
+
+/// Writes a record into the transaction that is open on `connection`.
 pub(super) async fn record(connection: &mut Connection, audit: &Audit, change: Change) -> Result<(), StoreError> {
-    let before = change.before.map(|json| json.to_string());
-    let after = change.after.map(|json| json.to_string());
-    let values = [
-        Value::from(to_ms(audit.at)),
-        Value::from(audit.actor.as_str()),
-        Value::from(audit.action),
-        Value::from(change.subject.as_str()),
-        Value::Text(before.as_deref()),
-        Value::Text(after.as_deref()),
-    ];
-    connection.run(INSERT, &values).await.map(drop)
+    let record = Record::new(audit, change);
+    connection.run(INSERT, &record.values()).await.map(drop)
 }
 
 impl Store {
-    /// Writes down an action that changes nothing in the database: a drain, a disconnect. It must hold no secret.
+    /// Records an action that changes nothing in the database: a drain, a disconnect. It must not hold a secret.
     ///
     /// # Errors
-    /// The database is away or full.
+    /// The database is unavailable or full.
     #[tracing::instrument(name = "db.audit.insert", level = "debug", skip_all)]
     pub async fn audit_append(&self, audit: &Audit, change: Change) -> Result<(), StoreError> {
         self.bounded(Operation::Write, async {
@@ -87,10 +110,11 @@ impl Store {
         .await
     }
 
-    /// Deletes the oldest records of before `before`, at most [`AUDIT_PRUNE_MAX`], and records that. Returns the number of deleted records.
+    /// Deletes the oldest records that are older than `before`, at most [`AUDIT_PRUNE_MAX`], and records that. Returns
+    /// the number of deleted records.
     ///
     /// # Errors
-    /// The database is away or full.
+    /// The database is unavailable or full.
     #[tracing::instrument(name = "db.audit.prune", level = "debug", skip_all)]
     pub async fn audit_prune(&self, before: WallTime, audit: &Audit) -> Result<u64, StoreError> {
         self.bounded(Operation::Write, async {
@@ -110,10 +134,11 @@ impl Store {
         .await
     }
 
-    /// The audit log, newest first, from `cursor` on; at most [`PAGE_MAX`] records.
+    /// Returns records, newest first, from `cursor` on; at most [`PAGE_MAX`]. A record that can't be read is left
+    /// out.
     ///
     /// # Errors
-    /// The database is away.
+    /// The database is unavailable.
     #[tracing::instrument(name = "db.audit.page", level = "debug", skip_all)]
     pub async fn audit_page(&self, cursor: Option<i64>, limit: u32) -> Result<Page<AuditRecord, i64>, StoreError> {
         let limit = limit.clamp(1, PAGE_MAX);
@@ -124,9 +149,13 @@ impl Store {
                 Value::from(i64::from(limit) + 1),
             ];
             let rows = held.all(PAGE, &values).await?;
-            held.give_back();
-            let records = rows.iter().map(from_row).collect::<Result<_, _>>()?;
-            Ok(Page::from_rows(records, limit, |record: &AuditRecord| record.seq))
+            held.release();
+            let items = self.readable(rows.iter().take(limit as usize), from_row);
+            let next = rows.get(limit as usize).map(|row| row.int("seq")).transpose()?;
+            Ok(Page {
+                items,
+                next_cursor: next.flatten(),
+            })
         })
         .await
     }
@@ -136,20 +165,16 @@ fn from_row(row: &Row) -> Result<AuditRecord, StoreError> {
     Ok(AuditRecord {
         seq: row.int("seq")?.unwrap_or_default(),
         at: from_ms(row.int("at")?.unwrap_or_default()),
+        arrived_at: row.int("arrived_at")?.map(from_ms),
         actor: row.text("actor")?.unwrap_or_default(),
         action: row.text("action")?.unwrap_or_default(),
         subject: row.text("subject")?.unwrap_or_default(),
-        before: parsed(row.text("before")?, "before")?,
-        after: parsed(row.text("after")?, "after")?,
+        before: row.text("before")?.map(parsed),
+        after: row.text("after")?.map(parsed),
     })
 }
 
-fn parsed(text: Option<String>, column: &'static str) -> Result<Option<Json>, StoreError> {
-    text.map(|text| serde_json::from_str(&text))
-        .transpose()
-        .map_err(|error| StoreError::Corrupt {
-            table: "audit",
-            column,
-            detail: error.to_string(),
-        })
+/// Text that is not JSON stays text: the rest of the record is readable.
+fn parsed(text: String) -> Json {
+    serde_json::from_str(&text).unwrap_or(Json::String(text))
 }

@@ -1,7 +1,7 @@
-//! One connection to either database, and the few verbs that every statement is run with.
+//! One connection to either database, and the functions that run every statement.
 //!
-//! A [`Connection`] is owned by whoever uses it. Dropping it closes it: that is what happens to a call that is
-//! cancelled or takes too long, so that no half-done query or transaction can ever be handed to the next caller.
+//! The caller owns its [`Connection`]. Dropping it closes it. This happens to a call that is cancelled or takes too
+//! long, so the next caller never gets an unfinished query or transaction.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ use super::{
     sqlite::{Opening, Sqlite},
 };
 
-/// A statement in the words of each database. Both take `$1`, `$2`, ….
+/// A statement in the dialect of each database. Both take `$1`, `$2`, ….
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sql {
     pub sqlite: &'static str,
@@ -27,7 +27,7 @@ pub(super) struct Sql {
 }
 
 impl Sql {
-    /// A statement that both databases read alike.
+    /// A statement that is the same in both dialects.
     pub const fn both(text: &'static str) -> Self {
         Self {
             sqlite: text,
@@ -36,7 +36,7 @@ impl Sql {
     }
 }
 
-/// A statement's argument. `Option`s say their type, which PostgreSQL wants to know of a null too.
+/// A statement's argument. PostgreSQL needs the type of a null as well.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Value<'a> {
     Uuid(Uuid),
@@ -78,7 +78,7 @@ impl From<i64> for Value<'_> {
     }
 }
 
-/// In SQLite, a transaction takes the write lock at once: one that reads first could otherwise fail half way.
+/// In SQLite, a transaction takes the write lock at once. Otherwise one that reads first could fail at its first write.
 const BEGIN: Sql = Sql {
     sqlite: "BEGIN IMMEDIATE",
     postgres: "BEGIN",
@@ -86,7 +86,7 @@ const BEGIN: Sql = Sql {
 const COMMIT: Sql = Sql::both("COMMIT");
 const ROLLBACK: Sql = Sql::both("ROLLBACK");
 
-/// How to make a connection.
+/// Opens connections.
 #[derive(Debug)]
 pub(super) enum Connector {
     Sqlite(Opening),
@@ -94,8 +94,7 @@ pub(super) enum Connector {
 }
 
 impl Connector {
-    /// A new connection, or an error within the time that one may take: in PostgreSQL. SQLite waits for locks, as long as its busy timeout
-    /// says.
+    /// Opens a connection within the time that PostgreSQL may take, or SQLite's busy timeout.
     ///
     /// # Errors
     /// The database can't be reached or opened.
@@ -108,7 +107,7 @@ impl Connector {
 }
 
 impl Connector {
-    /// A connection made now must not be kept when its work is done.
+    /// Whether a connection that is opened now must not be kept.
     pub fn is_passing(&self) -> bool {
         match self {
             Self::Sqlite(opening) => opening.is_passing(),
@@ -116,10 +115,10 @@ impl Connector {
         }
     }
 
-    /// To be asked before a transaction begins, and before it is committed.
+    /// Checks that the database may be written. Called before a transaction begins, and before it is committed.
     ///
     /// # Errors
-    /// Nothing may be written.
+    /// It may not be written.
     pub async fn check_writable(&self) -> Result<(), StoreError> {
         match self {
             Self::Sqlite(opening) => opening.check_writable().await,
@@ -138,8 +137,9 @@ pub(super) enum Connection {
 #[derive(Debug)]
 pub(super) struct Postgres {
     pub connection: PgConnection,
-    /// What begins a transaction behind a pooler: there every statement needs one. A pooler may hand each transaction to another
-    /// connection of its own, with other settings and with prepared statements of other clients. `None`: the server was reached itself.
+    /// The statements that begin a transaction behind a pooler, where every statement needs one. A pooler may run each
+    /// transaction on another server connection, with other settings and other prepared statements. `None`: there is no
+    /// pooler.
     pub pooled: Option<Arc<str>>,
     is_in_transaction: bool,
 }
@@ -153,12 +153,12 @@ impl Postgres {
         }
     }
 
-    /// Begins a transaction for one statement, if it needs one. Whether it did.
+    /// Begins a transaction for one statement, if it needs one. Returns whether it did.
     async fn enter(&mut self) -> Result<bool, sqlx::Error> {
         let Some(begin) = self.pooled.as_ref().filter(|_| !self.is_in_transaction) else {
             return Ok(false);
         };
-        // The settings of the purpose, and no value of anybody's.
+        // The settings are constants.
         let begin = sqlx::raw_sql(AssertSqlSafe(Arc::clone(begin)));
         self.connection.execute(begin).await?;
         Ok(true)
@@ -189,7 +189,7 @@ impl Postgres {
 }
 
 impl Connection {
-    /// Every row of `sql`.
+    /// Returns every row of `sql`.
     pub async fn all(&mut self, sql: Sql, values: &[Value<'_>]) -> Result<Vec<Row>, StoreError> {
         Ok(match self {
             Self::Sqlite(connection) => {
@@ -203,12 +203,12 @@ impl Connection {
         })
     }
 
-    /// The first row of `sql`, if there is one.
+    /// Returns the first row of `sql`, if there is one.
     pub async fn first(&mut self, sql: Sql, values: &[Value<'_>]) -> Result<Option<Row>, StoreError> {
         Ok(self.all(sql, values).await?.into_iter().next())
     }
 
-    /// Runs `sql`; the number of rows it touched.
+    /// Runs `sql`, and returns the number of affected rows.
     pub async fn run(&mut self, sql: Sql, values: &[Value<'_>]) -> Result<u64, StoreError> {
         Ok(match self {
             Self::Sqlite(connection) => {
@@ -219,7 +219,7 @@ impl Connection {
         })
     }
 
-    /// Runs text without arguments, unprepared. Behind a pooler only in a transaction.
+    /// Runs `sql` without arguments, unprepared. Behind a pooler only in a transaction.
     pub async fn control(&mut self, sql: Sql) -> Result<(), StoreError> {
         match self {
             Self::Sqlite(connection) => connection.execute(sqlx::raw_sql(sql.sqlite)).await.map(drop)?,
@@ -246,6 +246,25 @@ impl Connection {
         self.control(BEGIN).await
     }
 
+    /// Begins a transaction and returns the first row of `sql` in it, which has no arguments. All of it takes one round
+    /// trip.
+    pub async fn begin_with(&mut self, sql: Sql) -> Result<Option<Row>, StoreError> {
+        let script = |begin: &str, sql: &str| sqlx::raw_sql(AssertSqlSafe(format!("{begin}; {sql}")));
+        let row = match self {
+            Self::Sqlite(connection) => {
+                let rows = script(BEGIN.sqlite, sql.sqlite).fetch_all(&mut **connection).await?;
+                rows.into_iter().next().map(Row::Sqlite)
+            }
+            Self::Postgres(postgres) => {
+                let begin = postgres.pooled.as_deref().unwrap_or(BEGIN.postgres);
+                let rows = script(begin, sql.postgres).fetch_all(&mut postgres.connection).await?;
+                postgres.is_in_transaction = true;
+                rows.into_iter().next().map(Row::Postgres)
+            }
+        };
+        Ok(row)
+    }
+
     pub async fn commit(&mut self) -> Result<(), StoreError> {
         self.control(COMMIT).await?;
         self.set_in_transaction(false);
@@ -264,7 +283,7 @@ impl Connection {
         }
     }
 
-    /// Whether what one statement leaves behind (a temporary table) may be missing in the next one, outside a transaction.
+    /// Whether a temporary table may be missing in the next statement, outside a transaction.
     pub const fn is_pooled(&self) -> bool {
         match self {
             Self::Sqlite(_) => false,
@@ -273,7 +292,7 @@ impl Connection {
     }
 
     /// # Errors
-    /// The other side is gone.
+    /// The connection is lost.
     pub async fn ping(&mut self) -> Result<(), StoreError> {
         match self {
             Self::Sqlite(connection) => connection.ping().await?,
@@ -283,7 +302,7 @@ impl Connection {
     }
 }
 
-/// One row of either database. Columns are named, so that the order of a statement's columns means nothing.
+/// One row of either database. Columns are read by name.
 #[derive(Debug)]
 pub(super) enum Row {
     Sqlite(SqliteRow),

@@ -1,7 +1,7 @@
-//! What the check of a new rule reads: how many devices of which kind every node has, and the rules of the last hour that nobody
-//! confirmed.
+//! Data for the check of a new rule: the devices of every node by kind, and the unconfirmed rules of the last hour.
 //!
-//! Each node writes one row, every few seconds, in one statement. Ages are by the database's clock: nodes may disagree about the time.
+//! Each node writes one row, every few seconds, in one statement. Ages are by the database's clock, since the nodes'
+//! clocks may differ.
 
 use std::time::Duration;
 
@@ -16,38 +16,40 @@ use super::{
     rules::{revision, rule},
 };
 
-/// Time for which a row says what is connected. A node writes its row several times in it.
+/// Age up to which a row is current. A node writes its row several times in this time.
 const LIVE_FOR: Duration = Duration::from_secs(30);
-/// Time for which a row is kept, so that a rule made in an outage is compared with the fleet before it.
+/// Time for which a row is kept, so that a rule of an outage is compared with the fleet before it.
 const KEPT_FOR: Duration = Duration::from_hours(24);
+/// Time for which a change of the rules is remembered as made: longer than a node is without the database.
+const RULE_WRITES_KEPT_FOR: Duration = Duration::from_hours(30 * 24);
 /// Time for which an unconfirmed rule is added up with others.
 const RECENT: Duration = Duration::from_hours(1);
 /// Maximum number of rows read and kept: the newest.
 const ROWS_MAX: i64 = 256;
-/// Registered devices are counted up to this number: more than that are known from the roster.
+/// Maximum number of registered devices that is counted. Above it, the registry index has the number.
 const REGISTERED_MAX: i64 = 10_000;
-/// Maximum time of [`Store::rule_check`]: half of the time in which a rule is to be checked and written.
+/// Maximum time of [`Store::rule_check`]: half of the time to check and write a rule.
 const CHECK_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// The devices of one run of a node, as it wrote them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CountedNode {
     pub node: String,
-    /// Written a moment ago: its devices are connected now.
+    /// The row is current: its devices are connected now.
     pub is_live: bool,
     pub counts: String,
 }
 
-/// What a new rule is checked against.
+/// Data for the check of a new rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleCheck {
     /// Revision of the rules.
     pub revision: u64,
     /// Registered devices, counted up to [`REGISTERED_MAX`].
     pub registered: u64,
-    /// Rules made or changed within the last hour that nobody confirmed, as far as this version enforces them.
+    /// Unconfirmed rules, created or changed within the last hour, that this version enforces.
     pub unconfirmed: Vec<Rule>,
-    /// All runs but the caller's, newest first.
+    /// All runs except the caller's, newest first.
     pub nodes: Vec<CountedNode>,
 }
 
@@ -68,8 +70,9 @@ const PRUNE: Sql = Sql {
                OR id IN (SELECT id FROM device_counts ORDER BY at DESC LIMIT 1000000 OFFSET $2)",
 };
 
-/// Reads the rules' table and that of the counts, which are small, and as many devices as it counts at most. One statement: the server may be
-/// far away. Part 0 has the unconfirmed rules and the number of devices, part 1 the nodes and the ages of what they wrote.
+/// Reads the tables of rules and counts, which are small, and at most [`REGISTERED_MAX`] devices. It is one statement
+/// because the server may be far away. Part 0 has the unconfirmed rules and the number of devices, part 1 the nodes and
+/// the ages of their rows.
 const CHECK: Sql = Sql {
     sqlite: "SELECT CAST(0 AS BIGINT) AS part, m.value AS revision, r.id, r.spec, r.created_at, r.revision AS changed_at, \
              NULL AS node, NULL AS counts, \
@@ -89,11 +92,17 @@ const CHECK: Sql = Sql {
              WHERE id <> $2 AND at > CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT) - $3 ORDER BY at DESC LIMIT $4) AS o",
 };
 
+/// Reads the table, which has a row for each change of the rules in the last month.
+const PRUNE_RULE_WRITES: Sql = Sql {
+    sqlite: "DELETE FROM rule_writes WHERE at < CAST(unixepoch('subsec') * 1000 AS INTEGER) - $1",
+    postgres: "DELETE FROM rule_writes WHERE at < CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT) - $1",
+};
+
 impl Store {
-    /// Writes how many devices this run of a node has, in place of what it wrote before.
+    /// Replaces the counts of this run of a node.
     ///
     /// # Errors
-    /// The database is away or full.
+    /// The database is unavailable or full.
     #[tracing::instrument(name = "db.device_counts.write", level = "debug", skip_all)]
     pub async fn counts_write(&self, run: Uuid, node: &str, counts: &str) -> Result<(), StoreError> {
         self.bounded(Operation::Write, async {
@@ -106,29 +115,32 @@ impl Store {
         .await
     }
 
-    /// Drops what nobody reads any more.
+    /// Deletes old rows, and those of old changes of rules.
     ///
     /// # Errors
-    /// The database is away.
+    /// The database is unavailable.
     #[tracing::instrument(name = "db.device_counts.prune", level = "debug", skip_all)]
     pub async fn counts_prune(&self) -> Result<(), StoreError> {
         self.bounded(Operation::Write, async {
             let mut held = self.writes().take().await?;
             held.begin().await?;
             held.run(PRUNE, &[millis(KEPT_FOR), Value::from(ROWS_MAX)]).await?;
+            held.run(PRUNE_RULE_WRITES, &[millis(RULE_WRITES_KEPT_FOR)]).await?;
             held.commit().await
         })
         .await
     }
 
-    /// What a new rule is checked against, but for the devices of `run`, which the caller knows better.
+    /// Returns the data for the check of a new rule, except the devices of `run`, which the caller knows.
     ///
     /// # Errors
     /// The database did not answer within 1 s.
     #[tracing::instrument(name = "db.device_counts.all", level = "debug", skip_all)]
     pub async fn rule_check(&self, run: Uuid) -> Result<RuleCheck, StoreError> {
         self.observed(Operation::Rules, CHECK_TIME_MAX, async {
-            let mut held = self.reads().take().await?;
+            // With less time left, a statement to a server far away would be cut off, and the connection lost each
+            // time.
+            let mut held = self.reads().take_within(CHECK_TIME_MAX / 2).await?;
             let values = [
                 millis(RECENT),
                 Value::Uuid(run),
@@ -137,7 +149,7 @@ impl Store {
                 Value::from(REGISTERED_MAX),
             ];
             let rows = held.all(CHECK, &values).await?;
-            held.give_back();
+            held.release();
             let (mut rules, mut nodes) = (Vec::new(), Vec::new());
             for row in &rows {
                 let number = row.int("number")?.unwrap_or_default();

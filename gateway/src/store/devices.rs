@@ -1,4 +1,4 @@
-//! Devices, as operators see and change them. The connect path's read is in [`super::lookup`].
+//! Devices, as operators see and change them. The read of the connect path is in [`super::lookup`].
 
 use seawall_proto::{
     id::{DeviceId, Label, SecretHash},
@@ -25,7 +25,7 @@ const FIND: Sql = Sql::both(
      FROM devices WHERE id = $1",
 );
 
-/// Index: devices' primary key. The row stays as it is until the transaction ends; SQLite has but one writer.
+/// Index: devices' primary key. Locks the row until the transaction ends; SQLite has one writer.
 const FIND_FOR_UPDATE: Sql = Sql {
     sqlite: FIND.sqlite,
     postgres: "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at, external_id \
@@ -50,7 +50,7 @@ const PAGE_OF_TENANT_AND_MODEL: Sql = Sql::both(
      FROM devices WHERE tenant = $4 AND model = $5 AND id >= $1 AND ($2 IS NULL OR state = $2) ORDER BY id LIMIT $3",
 );
 
-/// Index: devices_not_enabled, which holds few devices: whatever else is asked for, only they are read.
+/// Index: devices_not_enabled, which holds few devices. Other conditions filter them.
 const PAGE_OF_NOT_ENABLED: Sql = Sql::both(
     "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state, created_at, updated_at, external_id \
      FROM devices WHERE state = $2 AND state <> 0 AND id >= $1 AND ($4 IS NULL OR tenant = $4) AND ($5 IS NULL OR model = $5) \
@@ -86,25 +86,26 @@ const UPDATE: Sql = Sql::both(
 const DELETE: Sql = Sql::both("DELETE FROM devices WHERE id = $1");
 
 impl Store {
-    /// One device.
+    /// Returns one device.
     ///
     /// # Errors
-    /// The database is away.
+    /// The database is unavailable.
     #[tracing::instrument(name = "db.devices.find", level = "debug", skip_all)]
     pub async fn device(&self, id: DeviceId) -> Result<Option<DeviceRow>, StoreError> {
         self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
             let row = held.first(FIND, &[id.into()]).await?;
-            held.give_back();
+            held.release();
             row.as_ref().map(device_row).transpose()
         })
         .await
     }
 
-    /// Devices in the order of their ids, from `cursor` on; at most [`PAGE_MAX`].
+    /// Returns devices in the order of their ids, from `cursor` on; at most [`PAGE_MAX`]. A row that can't be read is
+    /// left out, and reported as [`Trouble::Unreadable`](super::Trouble).
     ///
     /// # Errors
-    /// The database is away.
+    /// The database is unavailable, or no row of the first page can be read.
     #[tracing::instrument(name = "db.devices.page", level = "debug", skip_all)]
     pub async fn devices_page(
         &self,
@@ -129,41 +130,64 @@ impl Store {
         self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
             let rows = held.all(sql, &values).await?;
-            held.give_back();
-            let devices = rows.iter().map(device_row).collect::<Result<_, _>>()?;
-            Ok(Page::from_rows(devices, limit, |device: &DeviceRow| device.record.id))
+            held.release();
+            let devices = self.readable(rows.iter().take(limit as usize), device_row);
+            if cursor.is_none() && devices.is_empty() {
+                // Not a few rows: the schema is another one.
+                rows.first().map(device_row).transpose()?;
+            }
+            let next = rows.get(limit as usize).map(|row| row.uuid("id")).transpose()?;
+            Ok(Page {
+                items: devices,
+                next_cursor: next.map(DeviceId::from_uuid),
+            })
         })
         .await
     }
 
-    /// Those of `ids` that are registered, in the order of ids. The caller bounds their number.
+    /// Returns the registered devices among `ids`, in the order of ids. The caller bounds their number. A row that
+    /// can't be read is left out, as in [`devices_page`](Self::devices_page).
     ///
     /// # Errors
-    /// The database is away.
+    /// The database is unavailable.
     #[tracing::instrument(name = "db.devices.among", level = "debug", skip_all)]
     pub async fn devices_among(&self, ids: &[DeviceId]) -> Result<Vec<DeviceRow>, StoreError> {
         self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
             let rows = held.all(AMONG, &[Value::Keys(ids)]).await?;
-            held.give_back();
-            rows.iter().map(device_row).collect()
+            held.release();
+            Ok(self.readable(&rows, device_row))
         })
         .await
     }
 
-    /// Those of `ids` that are registered; `None` for one whose row can't be read.
+    /// Reads rows. A row that can't be read is left out, and reported.
+    pub(super) fn readable<'a, T>(
+        &self,
+        rows: impl IntoIterator<Item = &'a Row>,
+        read: impl Fn(&Row) -> Result<T, StoreError>,
+    ) -> Vec<T> {
+        let read = |row| {
+            read(row)
+                .inspect_err(|error| self.failures().note_unreadable(row, error))
+                .ok()
+        };
+        rows.into_iter().filter_map(read).collect()
+    }
+
+    /// Returns the registered devices among `ids`; `None` for a row that can't be read.
     ///
     /// # Errors
-    /// The database is away, or does not even say whose a row is.
+    /// The database is unavailable, or a row's id can't be read.
     #[tracing::instrument(name = "db.devices.records", level = "debug", skip_all)]
     pub async fn device_records(&self, ids: &[DeviceId]) -> Result<Vec<(DeviceId, Option<DeviceRecord>)>, StoreError> {
         self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
             let rows = held.all(AMONG, &[Value::Keys(ids)]).await?;
-            held.give_back();
+            held.release();
             let records = rows.iter().map(|row| {
                 let read = device_record(row)
-                    .inspect_err(|error| self.failures().note_error(error))
+                    .inspect_err(|error| self.failures().note_unreadable(row, error))
                     .ok();
                 Ok((DeviceId::from_uuid(row.uuid("id")?), read))
             });
@@ -175,7 +199,7 @@ impl Store {
     /// Registers a device, enabled.
     ///
     /// # Errors
-    /// [`StoreError::Conflict`] where the id is registered already. The database is away or full.
+    /// [`StoreError::Conflict`]: the id is registered. The database is unavailable or full.
     #[tracing::instrument(name = "db.devices.insert", level = "debug", skip_all)]
     pub async fn device_insert(&self, new: &NewDevice, audit: &Audit) -> Result<DeviceRow, StoreError> {
         let row = DeviceRow {
@@ -231,10 +255,11 @@ impl Store {
         Ok(row)
     }
 
-    /// Changes state, tenant or model, and revokes the device's resume tokens. `Ok(None)`: there is no such device.
+    /// Changes state, tenant or model, and revokes the device's resume tokens. Does nothing if the device has these
+    /// values already. `Ok(None)`: there is no such device.
     ///
     /// # Errors
-    /// The database is away, full, or another transaction holds the device for too long.
+    /// The database is unavailable, full, or another transaction holds the device for too long.
     #[tracing::instrument(name = "db.devices.update", level = "debug", skip_all)]
     pub async fn device_update(
         &self,
@@ -256,8 +281,8 @@ impl Store {
         .await
     }
 
-    /// Gives a device a new credential, lets the old one go after the overlap, and revokes the resume tokens. A credential from
-    /// before the old one ends at once. `Ok(None)`: there is no such device.
+    /// Gives a device a new credential, and revokes its resume tokens. The old credential ends after the overlap, an
+    /// older one at once. `Ok(None)`: there is no such device.
     ///
     /// # Errors
     /// As [`Store::device_update`].
@@ -280,12 +305,13 @@ impl Store {
         Ok(row.map(|row| Rotated { row, ended_overlap }))
     }
 
-    /// Forgets a device, and revokes its resume tokens. `Ok(None)`: there was none.
+    /// Deletes a device, and revokes its resume tokens, even if its row can't be read. `Ok(None)`: there is no such
+    /// device.
     ///
     /// # Errors
     /// As [`Store::device_update`].
     #[tracing::instrument(name = "db.devices.delete", level = "debug", skip_all)]
-    pub async fn device_delete(&self, id: DeviceId, audit: &Audit) -> Result<Option<DeviceRow>, StoreError> {
+    pub async fn device_delete(&self, id: DeviceId, audit: &Audit) -> Result<Option<()>, StoreError> {
         self.bounded(Operation::Write, async {
             let mut held = self.writes().take().await?;
             held.begin().await?;
@@ -293,22 +319,26 @@ impl Store {
                 held.rollback().await?;
                 return Ok(None);
             };
-            let device = device_row(&row)?;
+            let before = match device_record(&row) {
+                Ok(record) => describe(&record),
+                Err(error) => json!({ "unreadable": error.to_string() }),
+            };
             held.run(DELETE, &[id.into()]).await?;
             let change = Change {
                 subject: id.to_string(),
-                before: Some(describe(&device.record)),
+                before: Some(before),
                 after: None,
             };
             audit::record(&mut held, audit, change).await?;
             revocations::revoke(&mut held, id, audit.at).await?;
             held.commit().await?;
-            Ok(Some(device))
+            Ok(Some(()))
         })
         .await
     }
 
-    /// Reads a device, lets `alter` change it, and writes it back, in one transaction.
+    /// Reads a device, calls `alter`, and writes the device, in one transaction. If `alter` changes nothing, writes
+    /// nothing, and the device's resume tokens stay valid.
     async fn device_replace(
         &self,
         id: DeviceId,
@@ -323,8 +353,12 @@ impl Store {
                 return Ok(None);
             };
             let mut device = device_row(&row)?;
-            let before = describe(&device.record);
+            let (before, record_before) = (describe(&device.record), device.record.clone());
             alter(&mut device.record);
+            if device.record == record_before {
+                held.rollback().await?;
+                return Ok(Some(device));
+            }
             device.updated_at = audit.at;
             let record = &device.record;
             let previous = record.previous_secret.as_ref();
@@ -353,7 +387,7 @@ impl Store {
     }
 }
 
-/// What the audit log may know of a device: everything but its credentials.
+/// A device in the audit log: everything but its credentials.
 pub(super) fn describe(device: &DeviceRecord) -> Json {
     json!({
         "tenant": device.tenant,

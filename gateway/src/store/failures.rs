@@ -1,4 +1,4 @@
-//! Failed calls to the database, counted by what they were for. Start with [`Failures`].
+//! Failed calls to the database, counted by operation. Start with [`Failures`].
 
 use std::{
     sync::{
@@ -10,15 +10,18 @@ use std::{
 
 use seawall_proto::slots::HINT_MAX;
 
-use super::error::{StoreError, in_one_line};
+use super::{
+    connection::Row,
+    error::{StoreError, in_one_line},
+};
 
-/// Time for which a trouble is told after it was last met: calls that would meet it may be few.
+/// Time for which a problem is reported after it was last met: few calls may meet it.
 const TROUBLE_TOLD_FOR: Duration = Duration::from_secs(60);
-/// The same for troubles that only certain devices meet: longer than any of them is told to stay away.
+/// The same for problems that only certain devices meet: longer than any retry hint.
 const RARE_TROUBLE_TOLD_FOR: Duration = Duration::from_mins(15);
 const _: () = assert!(RARE_TROUBLE_TOLD_FOR.as_secs() > HINT_MAX.as_secs());
 
-/// What a call to the database was for. Label `operation` of `seawall_database_errors_total`.
+/// The purpose of a call to the database. Label `operation` of `seawall_database_errors_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// Connecting devices, one statement for many of them.
@@ -27,23 +30,26 @@ pub enum Operation {
     Rules,
     /// Revocations of resume tokens, polled by every node.
     Revocations,
-    /// What the API, the tokens' poll and the roster read.
+    /// Reads of the API, of the tokens' poll and of the registry index.
     Read,
-    /// What the API changes, rules and imports apart.
+    /// Changes by the API, except rules and imports.
     Write,
     Import,
-    /// The plan guard's look at the statements of the connect path.
+    /// Presence of devices, written behind.
+    Presence,
+    /// The plan guard's check of the statements of the connect path.
     Plan,
 }
 
 impl Operation {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Lookup,
         Self::Rules,
         Self::Revocations,
         Self::Read,
         Self::Write,
         Self::Import,
+        Self::Presence,
         Self::Plan,
     ];
 
@@ -56,19 +62,20 @@ impl Operation {
             Self::Read => "read",
             Self::Write => "write",
             Self::Import => "import",
+            Self::Presence => "presence",
             Self::Plan => "plan",
         }
     }
 }
 
-/// What failed calls are a sign of, as far as it does not end by itself.
+/// A lasting problem behind failed calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
-    /// A look-up failed, for whatever reason.
+    /// A lookup failed, for any reason.
     Lookups,
-    /// The database answers, and refuses statements of ours: rights, schema, damage.
+    /// The database answers, and can't run statements of the gateway: rights, schema, damage.
     Refuses,
-    /// Rows hold what can't be read.
+    /// Rows hold values that can't be read.
     Unreadable,
     /// SQLite's file was deleted, emptied or replaced.
     FileChanged,
@@ -87,7 +94,7 @@ impl Trouble {
     }
 }
 
-/// How many calls failed since the start, by operation, and what they were a sign of.
+/// Number of failed calls since the start, by operation, and the problems behind them.
 #[derive(Debug, Default)]
 pub(super) struct Failures {
     counts: [AtomicU64; Operation::ALL.len()],
@@ -95,7 +102,7 @@ pub(super) struct Failures {
 }
 
 impl Failures {
-    /// Takes note of a call's outcome. What the caller did wrong is no failure of the database's.
+    /// Records a call's outcome. An error of the caller is not a failure of the database.
     pub fn observe<T>(&self, operation: Operation, outcome: &Result<T, StoreError>) {
         let Some(error) = self.count(operation, outcome) else {
             return;
@@ -106,18 +113,27 @@ impl Failures {
         self.note_error(error);
     }
 
-    /// Counts a call's outcome, and says nothing about the database. Returns what failed.
+    /// Counts a call's outcome without drawing conclusions about the database. Returns the failure.
     pub fn count<'a, T>(&self, operation: Operation, outcome: &'a Result<T, StoreError>) -> Option<&'a StoreError> {
         let error = outcome.as_ref().err().filter(|error| error.is_failure())?;
         self.counts[operation as usize].fetch_add(1, Ordering::Relaxed);
         Some(error)
     }
 
-    /// What an error is a sign of that does not fail the whole call.
+    /// Records the problem behind an error that does not fail the whole call.
     pub fn note_error(&self, error: &StoreError) {
         if let Some(trouble) = error.trouble() {
             self.note(trouble, in_one_line(error));
         }
+    }
+
+    /// Notes a row that can't be read, with its device if it has one.
+    pub fn note_unreadable(&self, row: &Row, error: &StoreError) {
+        let detail = match row.uuid("id") {
+            Ok(device) => format!("the row of device {device}: {}", in_one_line(error)),
+            Err(_) => in_one_line(error),
+        };
+        self.note(Trouble::Unreadable, detail);
     }
 
     pub fn note(&self, trouble: Trouble, detail: String) {
@@ -129,7 +145,7 @@ impl Failures {
         troubles[trouble as usize] = Some((at, detail));
     }
 
-    /// The trouble as last met; `None` where that is long ago.
+    /// Returns the problem as it was last met; `None` if that is long ago.
     pub fn trouble(&self, trouble: Trouble) -> Option<String> {
         self.trouble_at(trouble, Instant::now())
     }
@@ -190,6 +206,6 @@ mod tests {
         failures.observe(Operation::Write, &Err::<(), _>(StoreError::TimedOut));
 
         let counted = Operation::ALL.map(|operation| failures.of(operation));
-        assert_eq!(counted, [0, 0, 0, 0, 1, 0, 0]);
+        assert_eq!(counted, [0, 0, 0, 0, 1, 0, 0, 0]);
     }
 }

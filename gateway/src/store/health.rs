@@ -10,22 +10,22 @@ use tokio::sync::watch;
 
 use super::error::{StoreError, in_one_line};
 
-/// What is known of the database, from the polls (look-ups have their breaker, which follows this).
+/// The state of the database, as the polls see it. Lookups have their own breaker, which follows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DatabaseState {
     pub status: DatabaseStatus,
-    /// When `status` was reached.
+    /// When `status` began.
     pub since: WallTime,
-    /// Why it is not available: for operators, without a password.
+    /// Why it is not available, for operators. It holds no password.
     pub reason: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DatabaseStatus {
-    /// Not reached yet since the start.
+    /// Not reached since the start.
     Starting,
     Available,
-    /// It answers, and takes no writes: a standby, most likely.
+    /// It answers, and accepts no writes: most likely a standby.
     ReadOnly,
     Away,
 }
@@ -57,7 +57,7 @@ pub(super) struct Health {
     database: String,
     ready: watch::Sender<bool>,
     state: watch::Sender<DatabaseState>,
-    /// As the last answered poll said.
+    /// Result of the last answered poll.
     is_read_only: AtomicBool,
 }
 
@@ -79,7 +79,7 @@ impl Health {
         self.state.borrow().clone()
     }
 
-    /// Tells of each change, and of each call that finds the database away.
+    /// Returns a receiver that is notified of each change, and of each call that finds the database unavailable.
     pub fn subscribe(&self) -> watch::Receiver<DatabaseState> {
         self.state.subscribe()
     }
@@ -93,14 +93,14 @@ impl Health {
         let _ = self.ready.subscribe().wait_for(|ready| *ready).await;
     }
 
-    /// The schema is there. Stays so until the process ends.
+    /// Records that the schema exists, for the life of the process.
     pub fn set_ready(&self) {
         self.set_available();
         self.ready.send_replace(true);
     }
 
-    /// Takes note of a poll's outcome. Only an answer that never came counts against the database: devices are refused by this. Until it
-    /// is ready, what is still missing at the start says more.
+    /// Records a poll's outcome. Only a missing answer makes the database unavailable, since devices are refused then.
+    /// Before it is ready, the start's own error says more.
     pub fn observe<T>(&self, outcome: &Result<T, StoreError>) {
         match outcome {
             _ if !self.is_ready() => {}
@@ -110,7 +110,7 @@ impl Health {
         }
     }
 
-    /// Takes note of whether the server takes writes.
+    /// Records whether the server accepts writes.
     pub fn set_read_only(&self, is_read_only: bool) {
         let was = self.is_read_only.swap(is_read_only, Ordering::Relaxed);
         if was != is_read_only && self.is_ready() {
@@ -155,7 +155,7 @@ impl Health {
             if state.status != status {
                 state.since = now();
             }
-            // At start it matters what it is that is still missing; later, only that the database went away.
+            // At the start the reason matters as well; later, only the change.
             let is_news = state.status != status
                 || (status == DatabaseStatus::Starting && state.reason.as_ref() != Some(&reason));
             if is_news {

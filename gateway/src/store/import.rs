@@ -1,10 +1,11 @@
 //! Import of many devices at once: all of them, or none.
 //!
-//! Rows are first collected in a temporary table of a connection of the import's own, so that a slow upload holds no lock
-//! on the registry. [`Import::finish`] then compares and moves them in one transaction. Dropping an [`Import`] takes nothing.
+//! Rows are first collected in a temporary table, so that a slow upload holds no lock on the registry.
+//! [`Import::finish`] then compares and moves them in one transaction. Dropping an [`Import`] imports nothing.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use data_encoding::HEXLOWER;
 use seawall_proto::id::{DeviceId, Label, SecretHash};
 use serde_json::json;
 use tokio::{sync::OwnedSemaphorePermit, time::timeout};
@@ -15,18 +16,18 @@ use super::{
     connection::{Connection, Sql, Value},
     error::StoreError,
     failures::{Failures, Operation},
-    lane::{Held, Lane},
     model::{Audit, DEFAULT_TENANT, to_ms},
+    pool::{Held, Pool},
     revocations,
 };
 
-/// Most lines of one import, the header aside. The next one fails the import with [`StoreError::Invalid`].
+/// Maximum number of lines of one import, without the header. One more fails the import with [`StoreError::Invalid`].
 pub const LINES_MAX: u64 = 1_000_000;
-/// Most bad lines that a report names; it counts the rest.
+/// Maximum number of bad lines that a report names. It counts the rest.
 const BAD_LINES_NAMED_MAX: usize = 100;
-/// Longest time for one batch of lines.
+/// Maximum time for one batch of lines.
 const PUSH_MAX: Duration = Duration::from_secs(30);
-/// Longest time for comparing and moving a million rows.
+/// Maximum time to compare and move a million rows.
 const FINISH_MAX: Duration = Duration::from_mins(5);
 
 /// One line of the file, as read by the caller.
@@ -34,28 +35,29 @@ const FINISH_MAX: Duration = Duration::from_mins(5);
 pub struct ImportLine {
     /// Number in the file; the header is line 1.
     pub number: u64,
-    /// The row, or what is wrong with the line, in words that repeat no secret.
+    /// The row, or what is wrong with the line. The error repeats no secret.
     pub row: Result<ImportRow, String>,
 }
 
 #[derive(Clone, Debug)]
 pub struct ImportRow {
     pub id: DeviceId,
-    /// What the device is called outside, where that is not a UUID.
+    /// The device's name, if it is not a UUID.
     pub external_id: Option<Label>,
     pub secret: SecretHash,
-    /// `None`: `default` for a new device, left as it is for one that is updated.
+    /// `None`: `default` for a new device, unchanged for an updated one.
     pub tenant: Option<Label>,
-    /// `None`: none for a new device, left as it is for one that is updated.
+    /// `None`: no model for a new device, unchanged for an updated one.
     pub model: Option<Label>,
 }
 
-/// What became of an import. With any bad line nothing was taken, and the other figures are 0.
+/// The result of an import. With any bad line nothing was imported, and the other figures are 0.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ImportReport {
     pub added: u64,
+    /// Devices that got another credential, or a name that they did not have.
     pub updated: u64,
-    /// There already, with the same credential.
+    /// Devices that were already as the file says.
     pub skipped: u64,
     pub bad: u64,
     /// The first 100 bad lines, by number.
@@ -84,7 +86,7 @@ const CREATE: Sql = Sql {
                secret_sha256 BYTEA NOT NULL, external_id TEXT)",
 };
 
-/// Rows as one JSON array of arrays: one statement a batch, in both databases.
+/// Rows are one JSON array of arrays: one statement per batch, in both databases.
 const COLLECT: Sql = Sql {
     sqlite: "INSERT INTO import_rows (id, line, tenant, model, secret_sha256, external_id) \
              SELECT unhex(value->>0), value->>1, value->>2, value->>3, unhex(value->>4), value->>5 \
@@ -101,13 +103,13 @@ const COLLECTED: Sql = Sql {
     postgres: "SELECT id, line, secret_sha256 FROM import_rows WHERE id = ANY($1)",
 };
 
-/// PostgreSQL knows nothing of a temporary table's size until it is told to look; SQLite joins by primary key anyway.
+/// PostgreSQL does not know a temporary table's size without it. SQLite joins by primary key anyway.
 const ANALYZE: Sql = Sql {
     sqlite: "SELECT 1",
     postgres: "ANALYZE import_rows",
 };
 
-/// Index: devices' primary key. Waits for whoever is registering the same id at this moment.
+/// Index: devices' primary key. Waits for a transaction that registers the same id.
 const ADD: Sql = Sql::both(
     "INSERT INTO devices (id, tenant, model, secret_sha256, state, created_at, updated_at, external_id) \
      SELECT id, COALESCE(tenant, $2), model, secret_sha256, 0, $1, $1, external_id FROM import_rows WHERE true \
@@ -151,25 +153,33 @@ const UPDATE_OTHERS: Sql = Sql::both(
      FROM import_rows AS s WHERE s.id = devices.id AND s.secret_sha256 <> devices.secret_sha256",
 );
 
-/// Leaves the devices that are to get another credential: those whose resume tokens are revoked. Index: devices' primary key.
+/// Index: devices' primary key. Names the devices that were registered by their UUIDs. No session or resume token
+/// depends on the name.
+const NAME: Sql = Sql::both(
+    "UPDATE devices SET external_id = s.external_id, updated_at = $1 FROM import_rows AS s \
+     WHERE s.id = devices.id AND s.secret_sha256 = devices.secret_sha256 \
+     AND devices.external_id IS NULL AND s.external_id IS NOT NULL",
+);
+
+/// Keeps the devices that get another credential: their resume tokens are revoked. Index: devices' primary key.
 const KEEP_OTHERS: Sql = Sql::both(
     "DELETE FROM import_rows WHERE NOT EXISTS \
      (SELECT 1 FROM devices AS d WHERE d.id = import_rows.id AND d.secret_sha256 <> import_rows.secret_sha256)",
 );
 
-/// A pooler would keep the table.
+/// A pooler would keep the table otherwise.
 const DROP: Sql = Sql::both("DROP TABLE import_rows");
 
-/// An import under way. Push every line, then finish; dropping it takes nothing.
+/// A running import. Push every line, then finish. Dropping it imports nothing.
 #[derive(Debug)]
 pub struct Import {
-    /// Absent after an error: an import that has failed can't go on.
+    /// `None` after an error: the import has failed.
     connection: Option<Held>,
     on_other_credential: OnOtherCredential,
     lines: u64,
     collected: u64,
     report: ImportReport,
-    lane: Arc<Lane>,
+    pool: Arc<Pool>,
     failures: Arc<Failures>,
     _permit: OwnedSemaphorePermit,
 }
@@ -178,7 +188,7 @@ impl Store {
     /// Begins an import.
     ///
     /// # Errors
-    /// [`StoreError::Conflict`] while another import runs on this node. The database is away.
+    /// [`StoreError::Conflict`] while another import runs on this node. The database is unavailable.
     pub async fn import(&self, on_other_credential: OnOtherCredential) -> Result<Import, StoreError> {
         let permit = self
             .import_permit()
@@ -188,7 +198,7 @@ impl Store {
                 self.imports().check_writable().await?;
                 let mut held = self.imports().take().await?;
                 if held.is_pooled() {
-                    // The temporary table is there only in one server connection: one transaction keeps it.
+                    // The temporary table exists in one server connection only. One transaction keeps that connection.
                     held.begin().await?;
                 }
                 held.control(CREATE).await?;
@@ -197,7 +207,7 @@ impl Store {
             .await?;
         Ok(Import {
             connection: Some(connection),
-            lane: Arc::clone(self.imports()),
+            pool: Arc::clone(self.imports()),
             on_other_credential,
             lines: 0,
             collected: 0,
@@ -209,10 +219,11 @@ impl Store {
 }
 
 impl Import {
-    /// Takes the next lines of the file, in order. About a thousand at a time is best: all of them are in memory at once.
+    /// Adds the next lines of the file, in order. About a thousand at a time is best, since all of them are in memory.
     ///
     /// # Errors
-    /// More than [`LINES_MAX`] lines; the database is away or full. The import is over then, and nothing was taken.
+    /// More than [`LINES_MAX`] lines; the database is unavailable or full. The import has failed then, and nothing was
+    /// imported.
     #[tracing::instrument(name = "db.import_rows.insert", level = "debug", skip_all)]
     pub async fn push(&mut self, lines: Vec<ImportLine>) -> Result<(), StoreError> {
         self.lines += lines.len() as u64;
@@ -243,11 +254,11 @@ impl Import {
         Ok(())
     }
 
-    /// Compares what was pushed with the registry, and takes all of it if every line is good.
+    /// Compares the lines with the registry, and imports all of them if every line is good.
     ///
     /// # Errors
-    /// The database is away, full, or locked for too long: nothing was taken. After [`StoreError::TimedOut`] it is not
-    /// known; importing the same file again is safe then.
+    /// The database is unavailable, full, or locked for too long: nothing was imported. After [`StoreError::TimedOut`]
+    /// this is not known. Then importing the same file again is safe.
     #[tracing::instrument(name = "db.devices.import", level = "debug", skip_all)]
     pub async fn finish(mut self, audit: &Audit) -> Result<ImportReport, StoreError> {
         let mut connection = self.connection.take().ok_or_else(over)?;
@@ -263,15 +274,18 @@ impl Import {
         let at = Value::from(to_ms(audit.at));
         connection.control(ANALYZE).await?;
         connection.begin().await?;
-        // Added first: then every id of the file is there, and nobody can add one with another credential before the comparison.
+        // Added first: then every id of the file exists, and nobody can add one with another credential before the
+        // comparison.
         if self.report.bad == 0 {
             self.report.added = connection.run(ADD, &[at, Value::from(DEFAULT_TENANT)]).await?;
         }
+        let mut named = 0;
         match self.on_other_credential {
             OnOtherCredential::Refuse => self.refuse_others(connection).await?,
             OnOtherCredential::Update if self.report.bad == 0 => {
                 let others = [at, Value::from(audit.actor.as_str()), Value::from(audit.action)];
                 connection.run(AUDIT_OTHERS, &others).await?;
+                named = connection.run(NAME, &[at]).await?;
                 connection.run(KEEP_OTHERS, &[]).await?;
                 self.report.updated = connection.run(UPDATE_OTHERS, &[at]).await?;
             }
@@ -282,6 +296,8 @@ impl Import {
             self.report.skipped = 0;
             return Ok(());
         }
+        let revoked = self.report.updated;
+        self.report.updated += named;
         self.report.skipped += self.collected.saturating_sub(self.report.added + self.report.updated);
         let change = Change {
             subject: "devices".into(),
@@ -293,10 +309,10 @@ impl Import {
             })),
         };
         audit::record(connection, audit, change).await?;
-        if self.report.updated > 0 {
-            revocations::revoke_imported(connection, self.report.updated, audit.at).await?;
+        if revoked > 0 {
+            revocations::revoke_imported(connection, revoked, audit.at).await?;
         }
-        self.lane.check_writable().await?;
+        self.pool.check_writable().await?;
         if connection.is_pooled() {
             connection.control(DROP).await?;
         }
@@ -333,7 +349,7 @@ impl ImportReport {
         self.name_bad(number, reason);
     }
 
-    /// Keeps the first ones by number, whenever they were found.
+    /// Keeps the first ones by number, in whatever order they are found.
     fn name_bad(&mut self, number: u64, reason: String) {
         let place = self.bad_lines.partition_point(|line| line.number <= number);
         if place < BAD_LINES_NAMED_MAX {
@@ -346,7 +362,7 @@ impl ImportReport {
 #[derive(Debug, Default)]
 struct Collected {
     rows: u64,
-    /// Ids that the file names once more, with the same credential.
+    /// Ids that the file repeats with the same credential.
     repeated: u64,
     bad: Vec<(u64, String)>,
 }
@@ -360,7 +376,7 @@ async fn collect(connection: &mut Connection, rows: &[(u64, ImportRow)]) -> Resu
     if collected.rows == rows.len() as u64 {
         return Ok(collected);
     }
-    // Some ids were there: from an earlier line of the file, in this batch or before it.
+    // Some ids are repeated: from an earlier line of the file, in this batch or before it.
     let keys: Vec<_> = rows.iter().map(|(_, row)| row.id).collect();
     let mut first = HashMap::with_capacity(keys.len());
     for row in connection.all(COLLECTED, &[Value::Keys(&keys)]).await? {
@@ -388,23 +404,17 @@ async fn collect(connection: &mut Connection, rows: &[(u64, ImportRow)]) -> Resu
 }
 
 fn over() -> StoreError {
-    StoreError::Invalid("the import has failed already: begin again".into())
+    StoreError::Invalid("the import has failed: start again".into())
 }
 
 fn as_json(rows: &[(u64, ImportRow)]) -> String {
-    let hex = |hash: &SecretHash| {
-        hash.as_bytes()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect::<String>()
-    };
     let rows = rows.iter().map(|(number, row)| {
         json!([
             row.id.as_uuid().simple().to_string(),
             number,
             row.tenant,
             row.model,
-            hex(&row.secret),
+            HEXLOWER.encode(row.secret.as_bytes()),
             row.external_id
         ])
     });

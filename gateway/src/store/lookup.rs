@@ -12,15 +12,15 @@ use super::{
     Store,
     connection::{Row, Sql, Value},
     devices::device_record,
-    error::{StoreError, in_one_line},
-    failures::{Failures, Operation, Trouble},
-    lane::Lane,
+    error::StoreError,
+    failures::{Failures, Operation},
+    pool::Pool,
 };
 
-/// Most keys in one look-up. More is [`StoreError::Invalid`].
+/// Maximum number of keys in one lookup. More is [`StoreError::Invalid`].
 pub const KEYS_MAX: usize = 256;
 
-/// The statement's text, in a form that the plan guard can put its own words in front of.
+/// The statement's text. The plan guard prefixes it.
 macro_rules! find {
     (sqlite) => {
         "SELECT id, tenant, model, secret_sha256, previous_secret_sha256, previous_valid_until, state \
@@ -39,26 +39,27 @@ const FIND: Sql = Sql {
     postgres: find!(postgres),
 };
 
-/// What the registry says of some keys. One that is in neither list is not registered.
+/// The registry's answer for some keys. A key in neither list is not registered.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Answer {
     /// The rows that could be read, in any order.
     pub records: Vec<DeviceRecord>,
-    /// Devices that have a row which can't be read: nothing is known of them.
+    /// Devices whose rows can't be read: nothing is known about them.
     pub unreadable: Vec<DeviceId>,
 }
 
-/// Looks devices up over connections that nothing else uses, made when they are first needed and shared with the other workers.
+/// Looks devices up over connections that are used for nothing else. They are opened on demand, and shared by the
+/// workers.
 ///
-/// A worker runs one look-up at a time; more at a time need more workers. A look-up that fails on the wire or takes too
-/// long closes its connection, and the next one makes a new one: that is why no failure lasts, and none leaks.
+/// A worker runs one lookup at a time. A lookup that fails on the wire or takes too long closes its connection, and the
+/// next one opens another. So no failure lasts.
 #[derive(Debug)]
 pub struct LookupWorker {
-    lane: Arc<Lane>,
+    pool: Arc<Pool>,
     failures: Arc<Failures>,
 }
 
-/// What is known of the connection of an attempt.
+/// The connection of an attempt.
 #[derive(Default)]
 struct FoundIdle {
     is_reused: bool,
@@ -70,24 +71,25 @@ impl Store {
     #[must_use]
     pub fn lookup_worker(&self) -> LookupWorker {
         LookupWorker {
-            lane: Arc::clone(self.lookups()),
+            pool: Arc::clone(self.lookups()),
             failures: Arc::clone(self.failures()),
         }
     }
 }
 
 impl LookupWorker {
-    /// What the registry has of `keys`. Answers within `limit`, time to connect included.
+    /// Returns the registry's answer for `keys` within `limit`, including the time to connect.
     ///
     /// # Errors
-    /// [`StoreError::TimedOut`] after `limit`; [`StoreError::Unavailable`] where the database is away. No error says
-    /// anything about the keys.
+    /// [`StoreError::TimedOut`] after `limit`; [`StoreError::Unavailable`] if the database is unavailable. No error
+    /// says anything about the keys.
     ///
     /// # Cancel safety
-    /// Dropping the future closes the connection. A query that runs goes on in the server until its `statement_timeout`, 1 s.
+    /// Dropping the future closes the connection. A running query continues in the server until its
+    /// `statement_timeout`, 1 s.
     pub async fn find(&mut self, keys: &[DeviceId], limit: Duration) -> Result<Answer, StoreError> {
         if keys.len() > KEYS_MAX {
-            return Err(StoreError::Invalid(format!("more than {KEYS_MAX} keys in one look-up")));
+            return Err(StoreError::Invalid(format!("more than {KEYS_MAX} keys in one lookup")));
         }
         if keys.is_empty() {
             return Ok(Answer::default());
@@ -95,20 +97,19 @@ impl LookupWorker {
         let deadline = Instant::now() + limit;
         let mut found_idle = FoundIdle::default();
         let found = match self.attempt(keys, deadline, &mut found_idle).await {
-            // The server may have closed idle connections, by restarting, or changed what their statements mean: that is no reason to
-            // refuse anybody.
+            // The server may have restarted, or changed what the statements mean. This must not refuse a device.
             Err(
                 StoreError::Unavailable(_)
                 | StoreError::FileFailed(_)
                 | StoreError::Unusable(_)
                 | StoreError::Unexpected(_),
             ) if found_idle.is_reused => {
-                self.lane.close_idle();
+                self.pool.close_idle();
                 self.attempt(keys, deadline, &mut found_idle).await
             }
-            // Something between has dropped idle connections without a word: the others are as dead as this one.
+            // A firewall has silently dropped idle connections: the others are as dead as this one.
             Err(StoreError::TimedOut) if found_idle.may_be_stale => {
-                self.lane.close_idle();
+                self.pool.close_idle();
                 Err(StoreError::TimedOut)
             }
             outcome => outcome,
@@ -124,29 +125,23 @@ impl LookupWorker {
         deadline: Instant,
         found_idle: &mut FoundIdle,
     ) -> Result<Vec<Row>, StoreError> {
-        let begun = Instant::now();
-        let left = deadline.saturating_duration_since(begun);
+        let left = deadline.saturating_duration_since(Instant::now());
         let work = async {
-            let mut held = self.lane.take().await?;
+            // The first statement takes nearly as many round trips as the connection did.
+            let mut held = self.pool.take_within(left / 2).await?;
             *found_idle = FoundIdle {
                 is_reused: held.is_reused(),
                 may_be_stale: held.may_be_stale(),
             };
-            // The server is far away, and the first statement takes nearly as many round trips as the connection did: it would be cut off,
-            // and the connection lost, each time. The next look-up has it from the start.
-            if !held.is_reused() && begun.elapsed() > left / 2 {
-                held.give_back();
-                return Err(StoreError::TimedOut);
-            }
             let rows = held.all(FIND, &[Value::Keys(keys)]).await?;
-            held.give_back();
+            held.release();
             Ok(rows)
         };
         timeout(left, work).await.unwrap_or(Err(StoreError::TimedOut))
     }
 
-    /// A row that can't be read must not take the other devices of its batch down, nor count as one that is not there. One that does not
-    /// even say whose it is could be anybody's.
+    /// An unreadable row must not affect the other devices of its batch, nor be taken for a missing one. A row whose id
+    /// is unreadable could belong to any of them.
     fn read(&self, rows: &[Row]) -> Result<Answer, StoreError> {
         let mut answer = Answer::default();
         for row in rows {
@@ -154,8 +149,7 @@ impl LookupWorker {
                 Ok(record) => answer.records.push(record),
                 Err(error) => {
                     let device = DeviceId::from_uuid(row.uuid("id")?);
-                    let detail = format!("the row of device {device}: {}", in_one_line(&error));
-                    self.failures.note(Trouble::Unreadable, detail);
+                    self.failures.note_unreadable(row, &error);
                     answer.unreadable.push(device);
                 }
             }

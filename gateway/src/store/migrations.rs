@@ -1,7 +1,8 @@
-//! The schema, embedded in the binary: one set of files a database, with equal versions. See migrations/README.md.
+//! The schema, embedded in the binary: one set of files per database, with equal versions. See migrations/README.md.
 
 use std::{collections::BTreeMap, time::Duration};
 
+use data_encoding::HEXLOWER;
 use sqlx::{
     AssertSqlSafe, Connection as _, Executor as _, PgConnection, Row as _, SqlSafeStr,
     migrate::{Migrate as _, MigrateError, Migration, MigrationType, Migrator},
@@ -21,8 +22,8 @@ struct Version {
 }
 
 impl Version {
-    /// Whether it makes PostgreSQL's indexes concurrently. Such statements run one by one, outside a transaction. A failure half way
-    /// runs all of them again, so each index is dropped first if it exists.
+    /// Whether it creates PostgreSQL's indexes concurrently. Such statements run one by one, outside a transaction.
+    /// After a failure all of them run again, so each index is dropped first if it exists.
     fn is_concurrent(&self) -> bool {
         self.postgres.contains(CONCURRENTLY)
     }
@@ -61,27 +62,45 @@ const VERSIONS: &[Version] = &[
         sqlite: include_str!("../../../migrations/sqlite/0005_external_ids.sql"),
         postgres: include_str!("../../../migrations/postgres/0005_external_ids.sql"),
     },
+    Version {
+        number: 6,
+        name: "rollouts",
+        sqlite: include_str!("../../../migrations/sqlite/0006_rollouts.sql"),
+        postgres: include_str!("../../../migrations/postgres/0006_rollouts.sql"),
+    },
+    Version {
+        number: 7,
+        name: "rule_writes",
+        sqlite: include_str!("../../../migrations/sqlite/0007_rule_writes.sql"),
+        postgres: include_str!("../../../migrations/postgres/0007_rule_writes.sql"),
+    },
+    Version {
+        number: 8,
+        name: "presence",
+        sqlite: include_str!("../../../migrations/sqlite/0008_presence.sql"),
+        postgres: include_str!("../../../migrations/postgres/0008_presence.sql"),
+    },
 ];
 
 /// The newest version of the schema that this binary knows.
 pub const SCHEMA_VERSION: i64 = VERSIONS[VERSIONS.len() - 1].number;
 
-/// Size in bytes above which `seawall serve` leaves an index on `devices` to `seawall migrate`: making it takes long, and in a transaction
-/// it blocks writes.
+/// Table size, in bytes, above which `seawall serve` leaves an index on `devices` to `seawall migrate`. Creating it
+/// takes long, and in a transaction it blocks writes.
 const LARGE_TABLE_BYTES: i64 = 256 * 1024 * 1024;
-/// Where sqlx notes what was done.
+/// The table of applied versions, as sqlx names it.
 const TABLE: &str = "_sqlx_migrations";
 const APPLIED: &str = "SELECT version, success, encode(checksum, 'hex') AS checksum FROM _sqlx_migrations";
 const TABLE_SIZE: &str = "SELECT coalesce(pg_total_relation_size(to_regclass('devices')), 0)::bigint";
 /// Time between two attempts to get the lock that another process holds.
 const LOCK_RETRY: Duration = Duration::from_millis(200);
 
-/// Who wants the schema brought up to date.
+/// The caller of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Caller {
-    /// A gateway that starts: what takes long, or is being done by another process, is an error to try again after.
+    /// A starting gateway. Long migrations, and those that another process runs, are errors to retry.
     Serve,
-    /// `seawall migrate`: waits as long as it takes.
+    /// `seawall migrate`: waits.
     Migrate,
 }
 
@@ -124,10 +143,11 @@ async fn migrate_postgres(postgres: &mut Postgres, caller: Caller) -> Result<(),
     }
     let connection = &mut postgres.connection;
     let lock = lock(connection, "pg_try_advisory_lock", caller).await?;
-    // Another process may have been faster.
+    // Another process may have done it.
     let pending = self::pending(connection, &migrator).await?;
     let is_apart = |version: &Version| version.is_concurrent() && is_outside_transaction;
-    // Neighbours are run by one call, each in a transaction of its own: a call costs round trips, and the server may be far away.
+    // Neighbours are run by one call, each in a transaction of its own: a call costs round trips, and the server may be
+    // far away.
     for versions in pending.chunk_by(|one, next| is_apart(one) == is_apart(next)) {
         match versions {
             [first, ..] if is_apart(first) => {
@@ -144,7 +164,7 @@ async fn migrate_postgres(postgres: &mut Postgres, caller: Caller) -> Result<(),
     Ok(())
 }
 
-/// All in one transaction: what is prepared and locked before its end is so in one and the same server connection.
+/// All in one transaction, so that it is prepared and locked in one server connection.
 async fn migrate_pooled(
     connection: &mut PgConnection,
     begin: &str,
@@ -161,7 +181,7 @@ async fn migrate_pooled(
     Ok(())
 }
 
-/// The versions that are not there. All of them where one is there in part, or is another one: sqlx then says which.
+/// Returns the missing versions. All of them if one is incomplete or different: sqlx then names it.
 async fn pending(connection: &mut PgConnection, migrator: &Migrator) -> Result<Vec<&'static Version>, StoreError> {
     let rows = match connection.fetch_all(sqlx::raw_sql(APPLIED)).await {
         Ok(rows) => rows,
@@ -173,10 +193,9 @@ async fn pending(connection: &mut PgConnection, migrator: &Migrator) -> Result<V
         let (is_done, checksum): (bool, String) = (row.try_get("success")?, row.try_get("checksum")?);
         applied.insert(row.try_get::<i64, _>("version")?, is_done.then_some(checksum));
     }
-    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     let is_strange = migrator.iter().any(|migration| {
         let found = applied.get(&migration.version);
-        found.is_some_and(|found| found.as_ref() != Some(&hex(&migration.checksum)))
+        found.is_some_and(|found| found.as_ref() != Some(&HEXLOWER.encode(&migration.checksum)))
     });
     let pending = VERSIONS
         .iter()
@@ -189,8 +208,8 @@ async fn devices_bytes(connection: &mut PgConnection) -> Result<i64, StoreError>
     Ok(row.try_get(0)?)
 }
 
-/// Takes the lock that sqlx takes too, and returns its key. It is asked for again and again instead of waited for: a statement that waits
-/// would hold up `CREATE INDEX CONCURRENTLY` of the process that has the lock, which waits for every statement.
+/// Acquires the lock that sqlx also uses, and returns its key. It polls, because a waiting statement would block the
+/// other process: `CREATE INDEX CONCURRENTLY` waits for every statement.
 async fn lock(connection: &mut PgConnection, function: &str, caller: Caller) -> Result<i64, StoreError> {
     let row = connection
         .fetch_one(sqlx::raw_sql("SELECT current_database()::text"))
@@ -210,7 +229,7 @@ async fn lock(connection: &mut PgConnection, function: &str, caller: Caller) -> 
     }
 }
 
-/// As in sqlx, so that older versions of this program keep out as well.
+/// As in sqlx, so that older versions of this program are excluded as well.
 fn lock_key(database: &str) -> i64 {
     let mut crc = u32::MAX;
     for byte in database.bytes() {
@@ -227,7 +246,7 @@ async fn run_outside_transaction(
     migrator: &Migrator,
     version: &Version,
 ) -> Result<(), StoreError> {
-    // It waits for every transaction that began before: however long those take, nobody waits for it.
+    // It waits for every earlier transaction. Nothing waits for it.
     connection.execute(sqlx::raw_sql("SET lock_timeout = 0")).await?;
     for statement in statements(version.postgres) {
         let done = connection.execute(sqlx::raw_sql(statement)).await;
@@ -235,20 +254,20 @@ async fn run_outside_transaction(
     }
     connection.execute(sqlx::raw_sql("RESET lock_timeout")).await?;
     if let Some(migration) = migrator.iter().find(|migration| migration.version == version.number) {
-        // Notes that it is there.
+        // Records the version.
         connection.skip(TABLE, migration).await?;
     }
     Ok(())
 }
 
-/// The statements of a file in which each ends with `;` at the end of a line.
+/// Splits a file into statements. Each ends with `;` at the end of a line.
 fn statements(sql: &'static str) -> impl Iterator<Item = &'static str> {
     sql.split(";\n")
         .map(str::trim)
         .filter(|statement| !statement.is_empty())
 }
 
-/// The same statements as a transaction allows them.
+/// Returns the same statements in a form that a transaction allows.
 fn in_transaction(sql: &str) -> String {
     sql.replace(CONCURRENTLY, "")
 }
@@ -263,7 +282,7 @@ fn migrator(sql: fn(&Version) -> &'static str) -> Migrator {
             file.into_sql_str(),
             false,
         );
-        // The checksum stays the file's: what is run outside a transaction is noted with the same one.
+        // The checksum stays that of the file.
         migration.sql = AssertSqlSafe(in_transaction(file)).into_sql_str();
         migration
     });

@@ -1,10 +1,11 @@
-//! Everything that is kept: devices, rules, tokens, the audit log; in SQLite (embedded) or PostgreSQL.
+//! The database: devices, rules, tokens, the audit log; in SQLite (embedded) or PostgreSQL.
 //!
-//! All SQL of the gateway is here, and nothing else is: no policy, no caches. Each statement is a constant that names the
-//! index it relies on, in the words of both databases; the code around it is written once, over [`connection::Connection`].
-//! Every call is bounded in time, and a connection whose call failed, was cancelled or took too long is closed, not reused.
+//! All SQL of the gateway is here, without policy or caches. Each statement is a constant in the dialects of both
+//! databases, and names the index it relies on. The code around it is written once, over [`connection::Connection`].
+//! Every call has a maximum time. A connection is closed, not reused, if its call failed, was cancelled or took too
+//! long.
 //!
-//! Start with [`Store`]; the connect path uses [`LookupWorker`] only.
+//! Start with [`Store`]. The connect path only uses [`LookupWorker`].
 
 mod audit;
 mod connection;
@@ -14,14 +15,18 @@ mod error;
 mod failures;
 mod health;
 mod import;
-mod lane;
 mod lookup;
 mod migrations;
 mod model;
 mod plan;
+mod pool;
 mod postgres;
+mod presence;
+mod presence_words;
+mod registry_index;
 mod revocations;
-mod roster;
+mod rollouts;
+mod rule_journal;
 mod rules;
 mod sqlite;
 mod tokens;
@@ -48,8 +53,15 @@ pub use self::{
         Role, Rotated, Rotation, TokenRow, UNKNOWN_ROLE,
     },
     plan::PlanReport,
+    presence::{
+        PRESENCE_HISTORY_MAX, PRESENCE_PRUNE_MAX, PRESENCE_WRITE_MAX, PresenceNode, PresenceWrite, StoredPresence,
+        StoredTransition,
+    },
+    presence_words::{EvidenceText, PresenceState, Reason, cause_of},
+    registry_index::IndexRow,
     revocations::StoredRevocations,
-    roster::RosterRow,
+    rollouts::{ROLLOUTS_OPEN_MAX, RolloutWrite, StoredRollout},
+    rule_journal::{Seen, Settled},
     rules::{Consent, RULES_MAX, StoredRules},
     tokens::TOKENS_MAX,
 };
@@ -58,75 +70,87 @@ use self::{
     error::in_one_line,
     failures::Failures,
     health::Health,
-    lane::{Held, Lane, Rank, Scarcity},
+    pool::{Held, Pool, Rank, Scarcity},
     postgres::Purpose,
 };
-use crate::config::{DatabaseKind, DatabaseUrl};
+use crate::runtime::{
+    clock::Clock,
+    config::{DatabaseKind, DatabaseUrl},
+};
 
-/// Longest that any call takes, but for rules (2 s), look-ups (the caller says) and imports.
+/// Default maximum time of a call. Exceptions: rules (2 s), lookups (set by the caller) and imports.
 const CALL_MAX: Duration = Duration::from_secs(5);
-/// Longest that a call about rules takes.
+/// Maximum time of a call about rules.
 const RULES_TIME_MAX: Duration = Duration::from_secs(2);
-/// Longest that a change of the rules takes: it is to be in force and answered within 2 s.
-const RULES_WRITE_TIME_MAX: Duration = Duration::from_millis(1_800);
-/// Longest that [`Store::ping`] takes.
+/// Maximum time of a change of the rules. It must be in force and answered within 2 s. If the database does not take
+/// it, it must be in the journal by then.
+const RULES_WRITE_TIME_MAX: Duration = Duration::from_millis(1_700);
+/// Maximum time of [`Store::ping`].
 const PING_MAX: Duration = Duration::from_secs(1);
-/// Longest that [`Store::probe`] takes, a `connect_timeout` of the URL aside.
+/// Maximum time of [`Store::probe`], in addition to a `connect_timeout` of the URL.
 const PROBE_MAX: Duration = Duration::from_secs(5);
-/// Connections for the ops API: more callers wait, at most 2 s.
+/// Maximum number of connections for the ops API. More callers wait, at most 2 s.
 const OPS_CONNECTIONS_MAX: usize = 4;
-/// Connections for look-ups: more than there are workers, so that none waits for another's. No more are made than are used at a time.
+/// Maximum number of connections for lookups: more than there are workers, so that none waits. They are opened on
+/// demand.
 const LOOKUP_CONNECTIONS_MAX: usize = 16;
 
 const PING: Sql = Sql::both("SELECT 1 AS one");
 const PROBE: Sql = Sql {
-    sqlite: "SELECT 'off' AS read_only",
-    postgres: "SELECT current_setting('transaction_read_only') AS read_only",
+    sqlite: "SELECT 'off' AS read_only, NULL AS now",
+    postgres: "SELECT current_setting('transaction_read_only') AS read_only, \
+               CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT) AS now",
 };
 
-/// What [`Store::probe`] found of a database that answers.
+/// The result of [`Store::probe`] for a database that answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Probe {
-    /// A pooler is between that does not pass start-up options on: each statement takes three round trips more.
+    /// A pooler in between does not pass start-up options: each statement takes three more round trips.
     pub is_pooled: bool,
-    /// It takes no writes.
+    /// It accepts no writes.
     pub is_read_only: bool,
+    /// Difference between this machine's clock and the server's, including the round trip. `None` for SQLite.
+    pub clock_offset: Option<Duration>,
+    /// Time of one round trip, or less.
+    pub round_trip: Duration,
 }
 
-/// A handle on the database; cloning it is cheap.
+/// A handle to the database. Cloning it is cheap.
 #[derive(Clone, Debug)]
 pub struct Store(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    lookups: Arc<Lane>,
-    imports: Arc<Lane>,
-    /// Connections like the look-ups' own, one at a time, never kept.
-    plans: Arc<Lane>,
-    reads: Arc<Lane>,
-    writes: Arc<Lane>,
-    /// Rules and revocations are written here, never behind anything else; in SQLite a write waits for the one other writer, at most 1.5 s.
-    rules: Arc<Lane>,
-    /// Rules and revocations are polled here, never behind a write. It is the sign of life: only a poll or a ping that fails calls the
-    /// database away.
-    polls: Arc<Lane>,
+    lookups: Arc<Pool>,
+    imports: Arc<Pool>,
+    /// Connections with the settings of lookups, one at a time, never kept.
+    plans: Arc<Pool>,
+    reads: Arc<Pool>,
+    writes: Arc<Pool>,
+    /// Writes of rules and revocations, never behind anything else. In SQLite a write waits for the other writer, at
+    /// most 1.5 s.
+    rules: Arc<Pool>,
+    /// Polls of rules and revocations, never behind a write. Only a failed poll or ping makes the database unavailable.
+    polls: Arc<Pool>,
+    /// Writes of presence, one at a time: they may be slow, and nobody waits for them.
+    presence: Arc<Pool>,
     scarcity: Arc<Scarcity>,
     /// One import at a time.
     import_permit: Arc<Semaphore>,
     health: Arc<Health>,
     failures: Arc<Failures>,
-    /// SQLite's.
+    /// The file of SQLite.
     file: Option<Arc<sqlite::File>>,
-    /// Waits for PostgreSQL, or until SQLite's file can be written; ends with the store.
+    /// Waits for PostgreSQL, or until SQLite's file can be written. Ends with the store.
     _preparing: Option<AbortOnDropHandle<()>>,
 }
 
 impl Store {
-    /// Opens the database. SQLite is created and migrated before this returns. PostgreSQL is not waited for: a task of
-    /// the store's own migrates it as soon as it is reached, and [`Store::is_ready`] says when.
+    /// Opens the database. SQLite is created and migrated before this returns. For PostgreSQL, a task migrates it as
+    /// soon as it is reached, and [`Store::is_ready`] says when.
     ///
     /// # Errors
-    /// SQLite: the file can't be used; the text says why, and what to do. PostgreSQL: the URL is malformed.
+    /// SQLite: the file can't be used. PostgreSQL: the URL is malformed.
     pub async fn open(url: &DatabaseUrl) -> Result<Self, StoreError> {
         let opened = match url.sqlite_path() {
             Some(path) => Self::open_sqlite(url, &path).await,
@@ -153,7 +177,7 @@ impl Store {
         migrated.map_err(|error| in_database(url, error))
     }
 
-    /// Connects and asks for a sign of life. Changes nothing, the schema included.
+    /// Connects, and runs one query. Changes nothing, not even the schema.
     ///
     /// # Errors
     /// The database can't be reached or used.
@@ -165,10 +189,22 @@ impl Store {
             };
             let mut connection = connector.connect().await?;
             let row = connection.first(PROBE, &[]).await?;
+            let here = Clock::start().wall();
+            let pinged = Instant::now();
+            connection.ping().await?;
+            let round_trip = pinged.elapsed();
+            let there = row
+                .as_ref()
+                .map(|row| row.int("now"))
+                .transpose()?
+                .flatten()
+                .map(model::from_ms);
             let read_only = row.map(|row| row.text("read_only")).transpose()?.flatten();
             Ok(Probe {
                 is_pooled: connection.is_pooled(),
                 is_read_only: read_only.as_deref() == Some("on"),
+                clock_offset: there.map(|there| here.saturating_since(there).max(there.saturating_since(here))),
+                round_trip,
             })
         };
         let limit = PROBE_MAX + url.connect_timeout().unwrap_or_default();
@@ -176,7 +212,7 @@ impl Store {
         probed.map_err(|error| in_database(url, error))
     }
 
-    /// What is not safe about the way to the database, if anything.
+    /// Returns what is not secure about the connection to the database.
     #[must_use]
     pub fn unverified_server(url: &DatabaseUrl) -> Option<&'static str> {
         match url.kind() {
@@ -190,7 +226,7 @@ impl Store {
         let preparing = match file.prepare().await {
             Ok(()) => None,
             Err(error) if error.is_unwritable() && file.open_to_read(&error).await.is_ok() => {
-                tracing::warn!(error = in_one_line(&error), "the database can only be read for now");
+                tracing::warn!(error = in_one_line(&error), "database can only be read for now");
                 Some(AbortOnDropHandle::new(tokio::spawn(Arc::clone(&file).await_writable())))
             }
             Err(error) => return Err(error),
@@ -213,7 +249,7 @@ impl Store {
         Ok(Self::new(connectors, None, health, Some(preparing)))
     }
 
-    /// `file` is SQLite's, which has one writer: its reads have connections of their own.
+    /// `file` is that of SQLite, which has one writer. So its reads have their own connections.
     fn new(
         connectors: impl Fn(Purpose) -> Connector,
         file: Option<&Arc<sqlite::File>>,
@@ -221,26 +257,27 @@ impl Store {
         preparing: Option<AbortOnDropHandle<()>>,
     ) -> Self {
         let scarcity = Arc::new(Scarcity::default());
-        let lane = |connector, rank, connections_max| Lane::new(connector, rank, connections_max, &scarcity);
-        let one = |purpose, rank| lane(connectors(purpose), rank, 1);
+        let pool = |connector, rank, connections_max| Pool::new(connector, rank, connections_max, &scarcity);
+        let one = |purpose, rank| pool(connectors(purpose), rank, 1);
         let (reads, writes) = match file {
             Some(file) => {
-                let reads = lane(file.reader(), Rank::Ops, OPS_CONNECTIONS_MAX);
+                let reads = pool(file.reader(), Rank::Ops, OPS_CONNECTIONS_MAX);
                 (reads, one(Purpose::Ops, Rank::Ops))
             }
             None => {
-                let ops = lane(connectors(Purpose::Ops), Rank::Ops, OPS_CONNECTIONS_MAX);
+                let ops = pool(connectors(Purpose::Ops), Rank::Ops, OPS_CONNECTIONS_MAX);
                 (Arc::clone(&ops), ops)
             }
         };
         Self(Arc::new(Inner {
-            lookups: lane(connectors(Purpose::Lookups), Rank::Lookups, LOOKUP_CONNECTIONS_MAX),
+            lookups: pool(connectors(Purpose::Lookups), Rank::Lookups, LOOKUP_CONNECTIONS_MAX),
             imports: one(Purpose::Import, Rank::Spare),
             plans: one(Purpose::Lookups, Rank::Spare),
             reads,
             writes,
             rules: one(Purpose::Rules, Rank::Rules),
             polls: one(Purpose::Polls, Rank::Rules),
+            presence: one(Purpose::Ops, Rank::Spare),
             scarcity,
             import_permit: Arc::new(Semaphore::new(1)),
             health,
@@ -250,7 +287,7 @@ impl Store {
         }))
     }
 
-    /// The schema was there at least once since the start.
+    /// Whether the schema existed at least once since the start.
     #[must_use]
     pub fn is_ready(&self) -> bool {
         self.0.health.is_ready()
@@ -264,52 +301,59 @@ impl Store {
         self.0.health.ready().await;
     }
 
-    /// Whether the database answers, as of the last call, and since when.
+    /// Returns whether the database answers, as of the last call, and since when.
     #[must_use]
     pub fn state(&self) -> DatabaseState {
         self.0.health.state()
     }
 
-    /// The same, with a notice of each change and of each call that finds the database away.
+    /// The same, as a receiver that is notified of each change, and of each call that finds the database unavailable.
     #[must_use]
     pub fn subscribe(&self) -> watch::Receiver<DatabaseState> {
         self.0.health.subscribe()
     }
 
-    /// Why the database refuses further connections, if it did lately.
+    /// Whether a server does not answer polls, so that other calls would wait in vain. Never with SQLite, whose file
+    /// answers each call for itself.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        self.0.file.is_none() && !self.state().status.is_answering()
+    }
+
+    /// Returns why the database has recently refused connections, if it did.
     #[must_use]
     pub fn scarce_connections(&self) -> Option<String> {
         self.0.scarcity.reason()
     }
 
-    /// Calls of this kind that failed since the start.
+    /// Returns the number of failed calls of this kind since the start.
     #[must_use]
     pub fn failed(&self, operation: Operation) -> u64 {
         self.0.failures.of(operation)
     }
 
-    /// What calls have met lately, in one line; `None` where they have not.
+    /// Returns the last error with this problem, in one line, if it is recent.
     #[must_use]
     pub fn trouble(&self, trouble: Trouble) -> Option<String> {
         self.0.failures.trouble(trouble)
     }
 
-    /// Looks whether SQLite's file is still the one that was opened: [`Trouble::FileChanged`] where it is not.
-    pub fn look_at_file(&self) {
+    /// Checks whether SQLite's file is still the one that was opened. If not, records [`Trouble::FileChanged`].
+    pub fn check_file(&self) {
         if let Some(Err(error)) = self.0.file.as_ref().map(|file| file.check()) {
             self.0.failures.note_error(&error);
         }
     }
 
-    /// Asks the database for a sign of life, for at most 1 s.
+    /// Pings the database, for at most 1 s.
     ///
     /// # Errors
-    /// It gave none.
+    /// It did not answer.
     #[tracing::instrument(name = "db.ping", level = "debug", skip_all)]
     pub async fn ping(&self) -> Result<(), StoreError> {
         let ping = async |mut held: Held| {
             held.first(PING, &[]).await?;
-            held.give_back();
+            held.release();
             Ok(())
         };
         self.polled(Operation::Read, PING_MAX, ping).await
@@ -324,8 +368,9 @@ impl Store {
         self.observed(operation, CALL_MAX, work).await
     }
 
-    /// Runs a poll over a connection of its own kind: what comes of it says whether the database answers. Other calls say nothing about
-    /// that: they may wait for a lock, or for one another. A poll that gets no connection in time while they are scarce says nothing either.
+    /// Runs a poll over a connection for polls. Its outcome decides whether the database is available. Other calls may
+    /// wait for a lock or for one another, so they decide nothing. Nor does a poll that gets no connection while they
+    /// are scarce.
     async fn polled<T>(
         &self,
         operation: Operation,
@@ -351,7 +396,7 @@ impl Store {
         if self.is_ready() {
             self.0.failures.observe(operation, outcome);
         } else {
-            // Tables are missing until the schema is made. What hinders that is in [`Store::state`].
+            // Tables are missing until the schema exists. [`Store::state`] has the reason.
             self.0.failures.count(operation, outcome);
         }
     }
@@ -375,48 +420,45 @@ impl Store {
         &self.0.failures
     }
 
-    fn lookups(&self) -> &Arc<Lane> {
+    fn lookups(&self) -> &Arc<Pool> {
         &self.0.lookups
     }
 
-    fn reads(&self) -> &Arc<Lane> {
+    fn reads(&self) -> &Arc<Pool> {
         &self.0.reads
     }
 
-    fn imports(&self) -> &Arc<Lane> {
+    fn imports(&self) -> &Arc<Pool> {
         &self.0.imports
     }
 
-    fn plans(&self) -> &Arc<Lane> {
+    fn plans(&self) -> &Arc<Pool> {
         &self.0.plans
     }
 
-    fn polls(&self) -> &Arc<Lane> {
+    fn polls(&self) -> &Arc<Pool> {
         &self.0.polls
+    }
+
+    fn presence_pool(&self) -> &Arc<Pool> {
+        &self.0.presence
     }
 
     fn import_permit(&self) -> Result<OwnedSemaphorePermit, TryAcquireError> {
         Arc::clone(&self.0.import_permit).try_acquire_owned()
     }
 
-    fn rules_lane(&self) -> &Arc<Lane> {
+    fn rules_pool(&self) -> &Arc<Pool> {
         &self.0.rules
     }
 
-    /// A connection to write a rule over. Where making it took too long for the write to end in time, it is kept for the next write: the
-    /// server is far away, and a write that is cut off would lose the connection each time.
+    /// Returns a connection for a write of rules.
     async fn rules_connection(&self) -> Result<Held, StoreError> {
-        let begun = Instant::now();
-        let held = self.rules_lane().take().await?;
-        // A connection takes 8 round trips, the first write over it 11.
-        if !held.is_reused() && begun.elapsed() > RULES_WRITE_TIME_MAX * 8 / 19 {
-            held.give_back();
-            return Err(StoreError::TimedOut);
-        }
-        Ok(held)
+        // A connection takes 8 round trips, the first write over it at most 7.
+        self.rules_pool().take_within(RULES_WRITE_TIME_MAX * 8 / 15).await
     }
 
-    fn writes(&self) -> &Arc<Lane> {
+    fn writes(&self) -> &Arc<Pool> {
         &self.0.writes
     }
 }

@@ -1,4 +1,4 @@
-//! What goes into the store and comes out of it. Plain values; the statements are in the files beside this one.
+//! The values that the store takes and returns.
 
 use std::time::Duration;
 
@@ -10,25 +10,25 @@ use seawall_proto::{
 use serde::Serialize;
 use uuid::Uuid;
 
-/// Tenant of a device for which nobody named one.
+/// Tenant of a device without one.
 pub const DEFAULT_TENANT: &str = "default";
 
-/// Shown for the role of a token that this version does not know.
+/// Shown for a role that this version does not know.
 pub const UNKNOWN_ROLE: &str = "unknown";
 
-/// Longest page of any list.
+/// Maximum number of items of a page.
 pub const PAGE_MAX: u32 = 1_000;
 
 /// One page of a list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Page<T, C> {
     pub items: Vec<T>,
-    /// Where the next page begins; `None` on the last one.
+    /// The first item of the next page; `None` on the last page.
     pub next_cursor: Option<C>,
 }
 
 impl<T, C> Page<T, C> {
-    /// From up to `limit + 1` rows: the one too many begins the next page.
+    /// Makes a page of up to `limit + 1` rows. The last one begins the next page.
     pub(super) fn from_rows(mut items: Vec<T>, limit: u32, cursor: impl FnOnce(&T) -> C) -> Self {
         let next_cursor = items.get(limit as usize).map(cursor);
         items.truncate(limit as usize);
@@ -36,12 +36,14 @@ impl<T, C> Page<T, C> {
     }
 }
 
-/// Who changes what, and when. The store itself adds subject, before and after, from the rows that it changes, in the
-/// transaction that changes them: so no caller can write a secret there.
+/// The actor, action and time of a change. The store itself adds the subject and its states from the rows that it
+/// changes, so that no caller can write a secret there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Audit {
+    /// Id of the change. A change of the rules with the same id is made at most once.
+    pub id: Uuid,
     pub at: WallTime,
-    /// The token's name, or `gateway` for what it does by itself.
+    /// The token's name, or `gateway` for the gateway's own actions.
     pub actor: String,
     /// `device.create`, `rule.delete`, `drain.start`, …
     pub action: &'static str,
@@ -52,9 +54,11 @@ pub struct Audit {
 pub struct AuditRecord {
     pub seq: i64,
     pub at: WallTime,
+    /// When it reached the database, if it waited in a node's journal.
+    pub arrived_at: Option<WallTime>,
     pub actor: String,
     pub action: String,
-    /// What was changed: an id, or a word for what has none.
+    /// The changed object: its id, or a word for an object without one.
     pub subject: String,
     pub before: Option<serde_json::Value>,
     pub after: Option<serde_json::Value>,
@@ -64,7 +68,7 @@ pub struct AuditRecord {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceRow {
     pub record: DeviceRecord,
-    /// What the device is called outside, where that is not a UUID.
+    /// The device's name, if it is not a UUID.
     pub external_id: Option<Label>,
     pub created_at: WallTime,
     pub updated_at: WallTime,
@@ -73,7 +77,7 @@ pub struct DeviceRow {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewDevice {
     pub id: DeviceId,
-    /// What the device is called outside, where that is not a UUID.
+    /// The device's name, if it is not a UUID.
     pub external_id: Option<Label>,
     /// `default` where `None`.
     pub tenant: Option<Label>,
@@ -81,16 +85,16 @@ pub struct NewDevice {
     pub secret: SecretHash,
 }
 
-/// What to change of a device; `None` leaves it.
+/// Changes of a device. `None` leaves a field as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceChange {
     pub state: Option<DeviceState>,
     pub tenant: Option<Label>,
-    /// `Some(None)` takes the model away.
+    /// `Some(None)` removes the model.
     pub model: Option<Option<Label>>,
 }
 
-/// Which devices a list shows; all conditions at once.
+/// The filter of a list of devices. Every condition must hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceFilter {
     pub tenant: Option<Label>,
@@ -102,7 +106,7 @@ pub struct DeviceFilter {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rotation {
     pub secret: SecretHash,
-    /// How long the old one stays valid beside it; zero ends it at once.
+    /// Time for which the old one stays valid; zero ends it at once.
     pub overlap: Duration,
 }
 
@@ -110,11 +114,11 @@ pub struct Rotation {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rotated {
     pub row: DeviceRow,
-    /// End of an earlier rotation's overlap, which was still running: its credential ended with this one.
+    /// Planned end of an earlier rotation's overlap, which this rotation ended.
     pub ended_overlap: Option<WallTime>,
 }
 
-/// What a token's bearer may do. Each role may do what the ones before it may.
+/// The permissions of a token. Each role includes the ones before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
@@ -135,19 +139,19 @@ impl Role {
         }
     }
 
-    /// The role of this name; `None` where this version has none.
+    /// Returns the role with this name; `None` if this version has none.
     #[must_use]
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|role| role.as_str() == name)
     }
 }
 
-/// An ops token; only the hash of it is stored.
+/// An ops token. Only its hash is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenRow {
     pub id: Uuid,
     pub name: String,
-    /// `None`: a role of a later version, which opens nothing here.
+    /// `None`: a role of a later version, which permits nothing here.
     pub role: Option<Role>,
     pub sha256: SecretHash,
     pub created_at: WallTime,
@@ -167,10 +171,10 @@ pub(super) fn to_ms(at: WallTime) -> i64 {
     i64::try_from(at.as_unix_ms()).unwrap_or(i64::MAX)
 }
 
-/// The end of the year 9999, the last that RFC 3339 can write.
+/// The end of the year 9999, the last one of RFC 3339.
 const LAST_MS: i64 = 253_402_300_799_999;
 
-/// Wall time from how it is stored; times before 1970 become 1970, and those after the year 9999 its end.
+/// Reads a stored wall time. Times before 1970 become 1970, and times after the year 9999 its end.
 pub(super) fn from_ms(ms: i64) -> WallTime {
     WallTime::from_unix_ms(u64::try_from(ms.min(LAST_MS)).unwrap_or(0))
 }
@@ -183,9 +187,6 @@ mod tests {
     fn times_that_no_calendar_has_are_clamped_when_they_are_read() {
         assert_eq!(from_ms(i64::MIN).as_unix_ms(), 0);
         assert_eq!(from_ms(1).as_unix_ms(), 1);
-        assert_eq!(
-            crate::events::format_time(from_ms(i64::MAX)),
-            "9999-12-31T23:59:59.999Z"
-        );
+        assert_eq!(from_ms(i64::MAX).to_rfc3339(), "9999-12-31T23:59:59.999Z");
     }
 }

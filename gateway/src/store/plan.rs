@@ -1,8 +1,8 @@
-//! The plan guard: reads how the database would run the statements of the connect path, before a storm finds out.
+//! The plan guard: checks the query plans of the connect path's statements, before a storm shows a bad one.
 //!
-//! PostgreSQL is asked over a connection with the look-ups' own settings, generic plan included, so that what is judged is
-//! what runs. A plan is good only if every table in it is reached through an index whose first column the statement asks for:
-//! with `enable_seqscan = off` a missing primary key could otherwise hide behind a full read of some other index.
+//! For PostgreSQL the check uses a connection with the settings of lookups, so that it sees the plan that runs. In a
+//! good plan, every table is read through an index whose first column the statement names. With `enable_seqscan = off`,
+//! a missing primary key could otherwise hide behind a full read of another index.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -12,19 +12,19 @@ use tokio::time::timeout;
 
 use super::{Store, connection::Connection, error::StoreError, failures::Operation, lookup::find};
 
-/// A PostgreSQL table below this size, in bytes, holds about a thousand devices or fewer: reading all of it is cheap.
+/// Maximum size, in bytes, of a PostgreSQL table that may be read as a whole: about a thousand devices.
 const SMALL_TABLE_BYTES: i64 = 128 * 1024;
-/// An SQLite table with fewer rows may be read as a whole.
+/// Number of rows from which an SQLite table may not be read as a whole.
 const SMALL_TABLE_ROWS: i64 = 1_000;
-/// Longest time for a whole check, connecting included. Then it counts as not made.
+/// Maximum time of a check, including the time to connect. Then it has no result.
 const CHECK_MAX: Duration = Duration::from_secs(5);
 
-/// What the plan guard found.
+/// The result of a check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PlanReport {
-    /// Every statement of the connect path goes through an index, or reads a small table.
+    /// Every statement of the connect path uses an index, or reads a small table.
     Indexed,
-    /// One does not. The text says which table is read how, for a person to act on.
+    /// A statement does not. The text names the table and how it is read.
     Alarm(String),
 }
 
@@ -37,7 +37,7 @@ impl PlanReport {
 
 const PREPARE: &str = concat!("PREPARE seawall_plan (uuid[]) AS ", find!(postgres));
 
-/// With 1, 64 and 256 keys: a plan may depend on their number.
+/// Numbers of keys to check: a plan may depend on them.
 const EXPLAIN: [&str; 3] = [
     "EXPLAIN (FORMAT JSON) EXECUTE seawall_plan (string_to_array(\
      repeat('00000000-0000-4000-8000-000000000000,', 0) || '00000000-0000-4000-8000-000000000000', ',')::uuid[])",
@@ -47,7 +47,7 @@ const EXPLAIN: [&str; 3] = [
      repeat('00000000-0000-4000-8000-000000000000,', 255) || '00000000-0000-4000-8000-000000000000', ',')::uuid[])",
 ];
 
-/// Relations by name, and of an index the column that it is sorted by first. A size is that of the table.
+/// Relations by name, with an index's first column. The size is that of the table.
 const RELATIONS: &str = "SELECT c.relname::text AS name, pg_get_indexdef(c.oid, 1, true) AS first_column, \
      pg_relation_size(coalesce(x.indrelid, c.oid))::bigint AS size \
      FROM pg_class c LEFT JOIN pg_index x ON x.indexrelid = c.oid WHERE c.relname = ANY($1)";
@@ -56,17 +56,17 @@ const EXPLAIN_SQLITE: &str = concat!("EXPLAIN QUERY PLAN ", find!(sqlite));
 const COUNT_SQLITE: &str = "SELECT count(*) FROM (SELECT 1 FROM devices LIMIT $1)";
 
 impl Store {
-    /// Reads the plans of the connect path, over a connection of its own.
+    /// Reads the plans of the connect path, over a separate connection.
     ///
     /// # Errors
-    /// The database is away, or took longer than 5 s: then nothing is known of its plans.
+    /// The database is unavailable, or took longer than 5 s.
     #[tracing::instrument(name = "db.devices.explain", level = "debug", skip_all)]
     pub async fn plan_check(&self) -> Result<PlanReport, StoreError> {
         let check = async {
-            // Closed at the end, not given back.
+            // Dropped at the end, which closes it.
             let mut held = self.plans().take().await?;
             if held.is_pooled() {
-                // What is prepared outside a transaction may be missing in the next statement.
+                // Behind a pooler, a prepared statement may be missing in the next transaction.
                 held.begin().await?;
             }
             let report = match &mut *held {
@@ -87,7 +87,7 @@ impl Store {
 async fn check_postgres(connection: &mut PgConnection) -> Result<PlanReport, StoreError> {
     sqlx::raw_sql(PREPARE).execute(&mut *connection).await?;
     let report = report_postgres(connection).await?;
-    // A pooler may keep the server's connection for others.
+    // A pooler may reuse the server's connection.
     sqlx::raw_sql("DEALLOCATE seawall_plan")
         .execute(&mut *connection)
         .await?;
@@ -126,7 +126,7 @@ struct Scan {
     node: String,
     /// The table of a sequential scan, the index of an index scan.
     relation: String,
-    /// What an index is asked for.
+    /// The condition on an index.
     condition: Option<String>,
 }
 
@@ -138,7 +138,7 @@ struct Relation {
     size: i64,
 }
 
-/// Every such node of a plan, however deep.
+/// Returns every such node of a plan.
 fn scans(plan: &Json) -> Vec<Scan> {
     let mut found = Vec::new();
     let mut open = vec![plan];
@@ -151,7 +151,7 @@ fn scans(plan: &Json) -> Vec<Scan> {
                 let relation = match kind.as_str() {
                     "Seq Scan" | "Sample Scan" => text("Relation Name"),
                     "Index Scan" | "Index Only Scan" | "Bitmap Index Scan" => text("Index Name"),
-                    // The other nodes read what these deliver.
+                    // The other nodes read their output.
                     _ => None,
                 };
                 if let Some(relation) = relation {
@@ -169,7 +169,7 @@ fn scans(plan: &Json) -> Vec<Scan> {
     found
 }
 
-/// What is wrong with a scan, if anything.
+/// Returns what is wrong with a scan, if anything.
 fn full_read(scan: &Scan, relations: &[Relation]) -> Option<String> {
     let mut named = relations
         .iter()
@@ -218,7 +218,7 @@ async fn check_sqlite(connection: &mut SqliteConnection) -> Result<PlanReport, S
     Ok(PlanReport::Indexed)
 }
 
-/// An automatic index is made for one statement, by reading the whole table.
+/// An automatic index is built for one statement, by a full read of the table.
 fn is_full_read_sqlite(step: &str) -> bool {
     (step.starts_with("SCAN ") && !step.starts_with("SCAN json_each")) || step.contains(" AUTOMATIC ")
 }

@@ -22,24 +22,25 @@ use super::{
     health::Health,
     migrations::{self, Caller},
 };
-use crate::config::{DatabaseUrl, InvalidDatabaseUrl};
+use crate::runtime::config::{DatabaseUrl, InvalidDatabaseUrl};
 
-/// Time between two attempts to reach a PostgreSQL that was away at start.
+/// Time between two attempts to reach PostgreSQL at the start.
 const RETRY: Duration = Duration::from_millis(500);
-/// Time between two attempts to change a table that others use, such as a dump: while one waits for its lock, look-ups wait behind it.
+/// Time between two attempts to change a table that is in use, such as by a dump. While an attempt waits for its lock,
+/// lookups wait behind it.
 const RETRY_LOCKED: Duration = Duration::from_secs(10);
-/// Longest that the migrations at start may take before they are tried again on a new connection.
+/// Maximum time of the migrations at the start. Then they are tried again on a new connection.
 const MIGRATE_MAX: Duration = Duration::from_mins(5);
 
-/// Maximum time for a connection to be made, unless `connect_timeout` in the URL says otherwise: enough for a server 300 ms away, which takes
-/// eight round trips with TLS and SCRAM.
+/// Maximum time to open a connection, unless the URL has a `connect_timeout`. It suffices for a server 300 ms away: TLS
+/// and SCRAM take eight round trips.
 const CONNECT_MAX: Duration = Duration::from_secs(3);
 
-/// A setting of ours, unknown to every server and pooler.
+/// A setting that no server or pooler knows.
 const MARK: &str = "seawall.connection";
 const READ_MARK: &str = "SELECT current_setting('seawall.connection', true)";
 
-/// What a connection is for. Each has settings that fit, and a name in `pg_stat_activity`.
+/// The purpose of a connection. Each has its own settings, and a name in `pg_stat_activity`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Purpose {
     Lookups,
@@ -62,12 +63,12 @@ impl Purpose {
         }
     }
 
-    /// Server settings, milliseconds where they are times. The server's own bound on a statement is what ends the work of a caller
-    /// that has gone: closing a connection does not.
+    /// Server settings; times are in milliseconds. The server's timeout ends the statement of a caller that has left:
+    /// closing the connection does not.
     const fn settings(self) -> &'static [(&'static str, &'static str)] {
         match self {
-            // One generic plan, the one that the plan guard reads, and never a sequential scan where an index will do. Without `jit = off`
-            // the price put on sequential scans would have the server compile whatever scans all the same.
+            // One generic plan, which the plan guard checks, and no sequential scan if there is an index. Without `jit
+            // = off`, the high cost of a remaining sequential scan would make the server compile it.
             Self::Lookups => &[
                 ("statement_timeout", "1000"),
                 ("lock_timeout", "500"),
@@ -97,12 +98,12 @@ impl Purpose {
                 ("jit", "off"),
             ],
             Self::Migrations => &[
-                // Whatever the role or the database has: an index takes its time.
+                // Overrides that of the role or the database: creating an index takes long.
                 ("statement_timeout", "0"),
-                // Whoever asks for the table meanwhile waits behind a lock that is waited for: look-ups allow 500 ms.
+                // Other statements queue behind a waiting lock request, and lookups have 500 ms.
                 ("lock_timeout", "300"),
                 ("idle_in_transaction_session_timeout", "60000"),
-                // Without the notices that a table is there already.
+                // No notices about existing tables.
                 ("client_min_messages", "warning"),
             ],
         }
@@ -110,14 +111,17 @@ impl Purpose {
 }
 
 /// # Errors
-/// The driver does not take the URL. What the driver says is not repeated: it may hold a part of the password.
+/// The driver rejects the URL. Its message is not repeated, since it may hold a part of the password. Or one of the
+/// driver's environment variables is not valid.
 pub(super) fn parse(url: &DatabaseUrl) -> Result<PgConnectOptions, StoreError> {
+    url.check_environment(|name| std::env::var(name).ok())
+        .map_err(|error| StoreError::Invalid(error.to_string()))?;
     PgConnectOptions::from_str(&url.for_driver())
         .map(ConnectOptions::disable_statement_logging)
         .map_err(|_| StoreError::Invalid(InvalidDatabaseUrl::NotEncoded.to_string()))
 }
 
-/// Whether the way to a server elsewhere is encrypted and its certificate is verified, in words where it is not.
+/// Returns what is missing if the connection to a remote server is not encrypted, or its certificate not verified.
 pub(super) fn unverified_server(options: &PgConnectOptions) -> Option<&'static str> {
     let host = options.get_host();
     let is_here = options.get_socket().is_some()
@@ -152,21 +156,21 @@ pub(super) fn connector(options: &PgConnectOptions, connect_timeout: Option<Dura
     }))
 }
 
-/// How to reach PostgreSQL for one purpose, directly or through a pooler.
+/// A connector to PostgreSQL for one purpose, directly or through a pooler.
 #[derive(Debug)]
 pub(super) struct Server {
-    /// Without settings: what every pooler lets through.
+    /// Options without settings, which every pooler accepts.
     plain: PgConnectOptions,
     settings: &'static [(&'static str, &'static str)],
-    /// Begins a transaction with the same settings.
+    /// Statements that begin a transaction with the same settings.
     begin: Arc<str>,
     connect_max: Duration,
-    /// A pooler has refused start-up options once.
+    /// Whether a pooler has refused start-up options.
     refuses_options: AtomicBool,
 }
 
 impl Server {
-    /// A new connection, or an error within the time that one may take.
+    /// Opens a connection, within its maximum time.
     pub async fn connect(&self) -> Result<Postgres, StoreError> {
         let seconds = self.connect_max.as_secs();
         timeout(self.connect_max, self.attempt()).await.unwrap_or_else(|_| {
@@ -176,8 +180,9 @@ impl Server {
         })
     }
 
-    /// Settings are given as start-up options, together with a mark. A server process that knows the mark was started for this very
-    /// connection: its settings are in force, and prepared statements stay. Otherwise a pooler is between, which drops or refuses the options.
+    /// Sends the settings as start-up options, with a mark. A server process that knows the mark serves this connection
+    /// alone: its settings are in force, and prepared statements stay. Otherwise a pooler in between has dropped or
+    /// refused the options.
     async fn attempt(&self) -> Result<Postgres, StoreError> {
         if self.refuses_options.load(Ordering::Relaxed) {
             return self.pooled().await;
@@ -205,12 +210,18 @@ impl Server {
     }
 }
 
-/// The words of PgBouncer, with SQLSTATE 08P01 or none.
 fn is_refused_option(error: &sqlx::Error) -> bool {
-    matches!(error, sqlx::Error::Database(error) if error.message().contains("startup parameter"))
+    matches!(error, sqlx::Error::Database(error) if is_about_options(error.message()))
 }
 
-/// Connects and migrates, until it has succeeded once.
+/// Messages of PgBouncer, with SQLSTATE 08P01 or none, and of Amazon's RDS Proxy, with 0A000.
+fn is_about_options(message: &str) -> bool {
+    ["startup parameter", "command-line options"]
+        .iter()
+        .any(|words| message.contains(words))
+}
+
+/// Connects and migrates, until it succeeds.
 pub(super) async fn prepare(connector: Connector, health: Arc<Health>) {
     loop {
         let outcome = timeout(MIGRATE_MAX, connect_and_migrate(&connector, Caller::Serve))
@@ -231,12 +242,12 @@ pub(super) async fn prepare(connector: Connector, health: Arc<Health>) {
     }
 }
 
-/// As [`connect_and_migrate`], for as long as others use a table that is to be changed.
+/// Like [`connect_and_migrate`], but waits while a table to be changed is in use.
 pub(super) async fn migrate_when_free(connector: &Connector) -> Result<(), StoreError> {
     loop {
         match connect_and_migrate(connector, Caller::Migrate).await {
             Err(StoreError::Locked(cause)) => {
-                tracing::warn!(%cause, "a table to be changed is in use: trying again in 10 s");
+                tracing::warn!(%cause, "migration delayed: a table is in use; next attempt in 10 s");
                 sleep(RETRY_LOCKED).await;
             }
             result => return result,
@@ -266,6 +277,18 @@ mod tests {
         };
 
         assert!(lock_timeout(Purpose::Migrations) < lock_timeout(Purpose::Lookups));
+    }
+
+    #[test]
+    fn poolers_that_refuse_start_up_options_are_known_by_their_words() {
+        for message in [
+            "unsupported startup parameter: options",
+            "unsupported startup parameter in options: statement_timeout",
+            "Feature not supported: RDS Proxy currently doesn\u{2019}t support command-line options.",
+        ] {
+            assert!(is_about_options(message), "{message}");
+        }
+        assert!(!is_about_options("password authentication failed for user \"fleet\""));
     }
 
     #[test]

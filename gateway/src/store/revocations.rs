@@ -1,7 +1,9 @@
-//! Revocations of resume tokens: written with every change of a device, in its transaction, and read by each node by revision.
+//! Revocations of resume tokens: every change of a device writes one in its transaction, and each node reads them by
+//! revision.
 //!
-//! Revisions are given out under a lock that is held until the commit, and taken last: so they become visible in their order, and
-//! a node that has seen one has seen all before it. Rules' lane reads them: a storm of look-ups never delays a revocation.
+//! Revisions are assigned under a lock that is taken last and held until the commit. So they become visible in their
+//! order, and a node that has seen one has seen all before it. They have their own connections, so that a storm of
+//! lookups never delays them.
 
 use std::time::Duration;
 
@@ -15,28 +17,31 @@ use super::{
     Operation, RULES_TIME_MAX, Store,
     connection::{Connection, Row, Sql, Value},
     error::StoreError,
-    lane::Held,
     model::to_ms,
+    pool::Held,
 };
 
-/// How long a revocation is kept: longer than any token lives that was made before it, by several hours.
+/// Time for which a revocation is kept: several hours longer than the life of any older token.
 const KEPT_FOR: Duration = Duration::from_hours(8 * 24);
 const _: () = assert!(KEPT_FOR.as_secs() > AHEAD_MAX.as_secs() + LIFE_MAX.as_secs() + GRACE.as_secs() + SKEW.as_secs());
 const NOT_A_NUMBER: &str = "a revision of the revocations is not a number of 32 bits";
 
-/// What was revoked since a revision.
+/// The revocations since a revision.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredRevocations {
     pub revision: Generation,
-    /// Nobody's token of before it counts.
+    /// Tokens older than this revision are not valid, of any device.
     pub floor: Generation,
-    /// The newest [`REVOKED_MAX`] at most; with that many, older ones may be missing.
+    /// At most the newest [`REVOKED_MAX`]. With that many, older ones may be missing.
     pub devices: Vec<(DeviceId, Generation)>,
+    /// Revision of the last import that changed more devices than are listed; zero before the first.
+    pub unlisted: Generation,
 }
 
 /// Index: meta's primary key.
 const REVISION: Sql = Sql::both(
-    "SELECT r.value AS revision, f.value AS floor FROM meta AS r JOIN meta AS f ON f.key = 'revocations_floor' \
+    "SELECT r.value AS revision, f.value AS floor, COALESCE(u.value, '0') AS unlisted FROM meta AS r \
+     JOIN meta AS f ON f.key = 'revocations_floor' LEFT JOIN meta AS u ON u.key = 'revocations_unlisted' \
      WHERE r.key = 'revocations_revision'",
 );
 
@@ -44,13 +49,13 @@ const REVISION: Sql = Sql::both(
 const SINCE: Sql =
     Sql::both("SELECT revision AS number, device FROM revocations WHERE revision > $1 ORDER BY revision DESC LIMIT $2");
 
-/// Index: meta's primary key. Last in each transaction: whoever changes a device waits here for a commit only.
+/// Index: meta's primary key. Last in each transaction, so that a change of a device only waits here for a commit.
 const NEXT_REVISION: Sql = Sql::both(
     "UPDATE meta SET value = CAST(CAST(value AS BIGINT) + 1 AS TEXT) WHERE key = 'revocations_revision' \
      RETURNING value AS revision",
 );
 
-/// Index: meta's primary key. For a node that knows more than the registry, which came out of a backup then.
+/// Index: meta's primary key. For a node that knows a later revision: the registry was restored from a backup.
 const LEAP: Sql = Sql::both(
     "UPDATE meta SET value = CAST($1 AS TEXT) WHERE key = 'revocations_revision' AND CAST(value AS BIGINT) < $1",
 );
@@ -60,13 +65,19 @@ const RAISE: Sql = Sql::both(
     "UPDATE meta SET value = CAST($1 AS TEXT) WHERE key = 'revocations_floor' AND CAST(value AS BIGINT) < $1",
 );
 
+/// Index: meta's primary key.
+const NOTE_UNLISTED: Sql = Sql::both(
+    "INSERT INTO meta (key, value) VALUES ('revocations_unlisted', CAST($1 AS TEXT)) \
+     ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+);
+
 const INSERT: Sql = Sql::both("INSERT INTO revocations (revision, device, at) VALUES ($1, $2, $3)");
 
-/// Those devices of an import that got another credential; see [`super::import`].
+/// The devices of an import that got another credential; see [`super::import`].
 const INSERT_IMPORTED: Sql =
     Sql::both("INSERT INTO revocations (revision, device, at) SELECT $1, id, $2 FROM import_rows");
 
-/// The newest that is too old, or one too many. Reads the table, which pruning keeps small.
+/// The newest revocation to delete, by age or number. Reads the table, which pruning keeps small.
 const PRUNED: Sql = Sql::both(
     "SELECT max(number) AS number FROM (SELECT max(revision) AS number FROM revocations WHERE at < $1 \
      UNION ALL SELECT number FROM (SELECT revision AS number FROM revocations ORDER BY revision DESC LIMIT 1 OFFSET $2) AS surplus) AS old",
@@ -76,7 +87,7 @@ const PRUNED: Sql = Sql::both(
 const PRUNE: Sql = Sql::both("DELETE FROM revocations WHERE revision <= $1");
 
 impl Store {
-    /// The revision of the revocations, and what came since `known`; no devices where the revision is still that.
+    /// Returns the revision and the revocations since `known`; no devices if the revision is the same.
     ///
     /// # Errors
     /// The database did not answer within 2 s.
@@ -86,6 +97,7 @@ impl Store {
             let row = held.first(REVISION, &[]).await?;
             let revision = generation(row.as_ref(), "revision")?;
             let floor = generation(row.as_ref(), "floor")?;
+            let unlisted = generation(row.as_ref(), "unlisted")?;
             let rows = if known == Some(revision) {
                 Vec::new()
             } else {
@@ -93,25 +105,26 @@ impl Store {
                 let most = Value::from(i64::try_from(REVOKED_MAX).unwrap_or(i64::MAX));
                 held.all(SINCE, &[Value::from(i64::from(since.0)), most]).await?
             };
-            held.give_back();
+            held.release();
             let devices = rows.iter().map(revocation).collect::<Result<Vec<_>, _>>()?;
             Ok(StoredRevocations {
                 revision,
                 floor,
                 devices,
+                unlisted,
             })
         })
         .await
     }
 
-    /// Revokes the tokens of a device whose row was changed by other hands.
+    /// Revokes the tokens of a device whose row was changed directly in the database.
     ///
     /// # Errors
     /// The database did not answer within 2 s.
     #[tracing::instrument(name = "db.revocations.insert", level = "debug", skip_all)]
     pub async fn revoke_tokens(&self, device: DeviceId, at: WallTime) -> Result<(), StoreError> {
         self.observed(Operation::Revocations, RULES_TIME_MAX, async {
-            let mut held = self.rules_lane().take().await?;
+            let mut held = self.rules_pool().take().await?;
             held.begin().await?;
             revoke(&mut held, device, at).await?;
             held.commit().await
@@ -119,7 +132,7 @@ impl Store {
         .await
     }
 
-    /// Revokes the tokens of all devices up to `known`, which the registry has no record of: it came out of a backup.
+    /// Revokes the tokens of all devices up to `known`, after the registry was restored from an older backup.
     ///
     /// # Errors
     /// The database did not answer within 2 s.
@@ -127,7 +140,7 @@ impl Store {
     pub async fn revoke_all_tokens(&self, known: Generation) -> Result<(), StoreError> {
         let next = Value::from(i64::from(known.0.saturating_add(1)));
         self.observed(Operation::Revocations, RULES_TIME_MAX, async {
-            let mut held = self.rules_lane().take().await?;
+            let mut held = self.rules_pool().take().await?;
             held.begin().await?;
             held.run(LEAP, &[next]).await?;
             held.run(RAISE, &[next]).await?;
@@ -136,7 +149,7 @@ impl Store {
         .await
     }
 
-    /// Drops revocations that no living token is older than, and those above [`REVOKED_MAX`]; the floor keeps what they said.
+    /// Deletes revocations that no valid token is older than, and those above [`REVOKED_MAX`]. The floor replaces them.
     ///
     /// # Errors
     /// The database did not answer within 2 s.
@@ -145,7 +158,7 @@ impl Store {
         let kept_since = to_ms(now).saturating_sub(i64::try_from(KEPT_FOR.as_millis()).unwrap_or(i64::MAX));
         let most = i64::try_from(REVOKED_MAX).unwrap_or(i64::MAX);
         self.observed(Operation::Revocations, RULES_TIME_MAX, async {
-            let mut held = self.rules_lane().take().await?;
+            let mut held = self.rules_pool().take().await?;
             held.begin().await?;
             let oldest = held
                 .first(PRUNED, &[Value::from(kept_since), Value::from(most)])
@@ -161,18 +174,20 @@ impl Store {
     }
 }
 
-/// Into the transaction that is open on `connection`, as its last statement but the commit.
+/// Revokes the tokens of a device, as the last statement of the open transaction before the commit.
 pub(super) async fn revoke(connection: &mut Connection, device: DeviceId, at: WallTime) -> Result<(), StoreError> {
     let revision = next_revision(connection).await?;
     let values = [Value::from(revision), device.into(), Value::from(to_ms(at))];
     connection.run(INSERT, &values).await.map(drop)
 }
 
-/// The same for all devices left in an import's rows; for more than a node can remember, for everybody.
+/// The same for all devices left in an import's rows. For more than a node can remember, it revokes the tokens of all
+/// devices.
 pub(super) async fn revoke_imported(connection: &mut Connection, count: u64, at: WallTime) -> Result<(), StoreError> {
     let revision = Value::from(next_revision(connection).await?);
     if count > REVOKED_MAX as u64 {
-        return connection.run(RAISE, &[revision]).await.map(drop);
+        connection.run(RAISE, &[revision]).await?;
+        return connection.run(NOTE_UNLISTED, &[revision]).await.map(drop);
     }
     let values = [revision, Value::from(to_ms(at))];
     connection.run(INSERT_IMPORTED, &values).await.map(drop)
@@ -191,7 +206,7 @@ fn revocation(row: &Row) -> Result<(DeviceId, Generation), StoreError> {
     Ok((DeviceId::from_uuid(row.uuid("device")?), revision))
 }
 
-/// Stored as text, as every value of `meta`.
+/// Reads a revision, which is text like every value of `meta`.
 fn generation(row: Option<&Row>, column: &'static str) -> Result<Generation, StoreError> {
     let text = row.map(|row| row.text(column)).transpose()?.flatten();
     text.and_then(|text| text.parse().ok())

@@ -1,8 +1,10 @@
-//! Firmware rules and their revision, over a connection of their own: a storm of look-ups never delays a rule.
+//! Firmware rules and their revision. They have their own connections, so that a storm of lookups never delays them.
 
+pub use seawall_proto::rules::StoredRules;
 use seawall_proto::{
     id::RuleId,
     rules::{Rule, RuleSpec, Unsupported},
+    time::WallTime,
 };
 use serde_json::Value as Json;
 
@@ -12,27 +14,29 @@ use super::{
     connection::{Connection, Row, Sql, Value},
     error::StoreError,
     failures::Operation,
-    lane::Held,
     model::{Audit, from_ms, to_ms},
+    pool::Held,
 };
 
-/// Most rules. One more is a [`StoreError::Conflict`].
+/// Maximum number of rules. One more is a [`StoreError::Conflict`].
 pub const RULES_MAX: i64 = 10_000;
+/// Maximum number of lost rules whose removal is remembered. A node that was offline for longer keeps an older one.
+const RELEASED_MAX: usize = 1_000;
 
-/// Whether somebody has confirmed a rule that is written.
+/// The confirmation of a rule that is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Consent {
-    /// It is confirmed, so that later rules are not added to it.
+    /// It is confirmed. Later rules are not added up with it.
     Given,
-    /// It needs no confirmation beside the rules of this revision. Later ones are added to it for an hour.
+    /// It needs no confirmation beside the rules of this revision. Later rules are added up with it for an hour.
     Checked { revision: u64 },
-    /// It hits no other devices than before.
+    /// It refuses no other devices than before, or none at all.
     NotNeeded,
 }
 
 impl Consent {
-    /// The time at which the rule counts as unconfirmed: now, never, or as before.
-    const fn code(self) -> i64 {
+    /// Code of the time at which the rule was unconfirmed: now, never, or as before.
+    pub(super) const fn code(self) -> i64 {
         match self {
             Self::Checked { .. } => 1,
             Self::Given => 2,
@@ -41,7 +45,7 @@ impl Consent {
     }
 
     /// Whether rules were written since the check. `next` is the revision of this write.
-    const fn is_outdated(self, next: i64) -> bool {
+    pub(super) const fn is_outdated(self, next: i64) -> bool {
         match self {
             Self::Checked { revision } => next.unsigned_abs() != revision + 1,
             Self::Given | Self::NotNeeded => false,
@@ -49,18 +53,7 @@ impl Consent {
     }
 }
 
-/// Every rule as of one revision.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StoredRules {
-    /// Grows with every change of any rule; 0 before the first.
-    pub revision: u64,
-    /// In the order in which they were made.
-    pub rules: Vec<Rule>,
-    /// Rules that this version can't enforce: of a later version, or changed by hand.
-    pub unsupported: Vec<Unsupported>,
-}
-
-/// Index: meta's primary key. It is polled all the time, and so says too whether the server takes writes.
+/// Index: meta's primary key. It is polled often, and so also says whether the server accepts writes.
 const REVISION: Sql = Sql {
     sqlite: "SELECT value AS revision, 'off' AS read_only FROM meta WHERE key = 'rules_revision'",
     postgres: "SELECT value AS revision, current_setting('transaction_read_only') AS read_only FROM meta \
@@ -73,37 +66,60 @@ const ALL: Sql = Sql::both(
      LEFT JOIN rules AS r ON 1 = 1 WHERE m.key = 'rules_revision' ORDER BY r.created_at, r.id",
 );
 
-/// Index: meta's primary key. First in each transaction: writers of rules queue up here.
+/// Index: meta's primary key. First in each transaction, so that writers of rules queue here.
 const NEXT_REVISION: Sql = Sql::both(
     "UPDATE meta SET value = CAST(CAST(value AS BIGINT) + 1 AS TEXT) WHERE key = 'rules_revision' \
-     RETURNING value AS revision",
+     RETURNING value AS revision, (SELECT count(*) FROM rules) AS count",
 );
 
-const COUNT: Sql = Sql::both("SELECT count(*) AS count FROM rules");
-
 /// Index: rules' primary key.
-const FIND: Sql = Sql::both("SELECT id, spec, created_at, revision AS changed_at FROM rules WHERE id = $1");
+pub(super) const FIND: Sql = Sql::both("SELECT id, spec, created_at, revision AS changed_at FROM rules WHERE id = $1");
 
-const INSERT: Sql = Sql {
-    sqlite: "INSERT INTO rules (id, spec, created_at, revision, unconfirmed_at) \
-             VALUES ($1, $2, $3, $4, CASE WHEN $5 = 1 THEN CAST(unixepoch('subsec') * 1000 AS INTEGER) END)",
-    postgres: "INSERT INTO rules (id, spec, created_at, revision, unconfirmed_at) \
-               VALUES ($1, $2, $3, $4, CASE WHEN $5 = 1 THEN CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT) END)",
+/// Writes the audit record as well, and that the change is made, in the same round trip: the server may be far away.
+pub(super) const INSERT: Sql = Sql {
+    sqlite: "INSERT INTO rules (id, spec, revision, created_at, unconfirmed_at) \
+             VALUES ($9, $10, $11, $1, CASE WHEN $12 = 1 THEN CAST(unixepoch('subsec') * 1000 AS INTEGER) END); \
+             INSERT INTO rule_writes (id, at) VALUES ($7, $1) ON CONFLICT (id) DO NOTHING; \
+             INSERT INTO audit (at, actor, action, subject, before, after, arrived_at) VALUES ($1, $2, $3, $4, $5, $6, $8)",
+    postgres: "WITH made AS (INSERT INTO rules (id, spec, revision, created_at, unconfirmed_at) \
+               VALUES ($9, $10, $11, $1, CASE WHEN $12 = 1 THEN CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT) END)), \
+               noted AS (INSERT INTO rule_writes (id, at) VALUES ($7, $1) ON CONFLICT (id) DO NOTHING) \
+               INSERT INTO audit (at, actor, action, subject, before, after, arrived_at) VALUES ($1, $2, $3, $4, $5, $6, $8)",
 };
 
-/// Index: rules' primary key.
-const UPDATE: Sql = Sql {
-    sqlite: "UPDATE rules SET spec = $2, revision = $3, unconfirmed_at = CASE WHEN $4 = 1 THEN \
-             CAST(unixepoch('subsec') * 1000 AS INTEGER) WHEN $4 = 3 THEN unconfirmed_at END WHERE id = $1",
-    postgres: "UPDATE rules SET spec = $2, revision = $3, unconfirmed_at = CASE WHEN $4 = 1 THEN \
-               CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT) WHEN $4 = 3 THEN unconfirmed_at END WHERE id = $1",
+/// As [`INSERT`]. Index: rules' primary key.
+pub(super) const UPDATE: Sql = Sql {
+    sqlite: "UPDATE rules SET spec = $10, revision = $11, unconfirmed_at = CASE WHEN $12 = 1 THEN \
+             CAST(unixepoch('subsec') * 1000 AS INTEGER) WHEN $12 = 3 THEN unconfirmed_at END WHERE id = $9; \
+             INSERT INTO rule_writes (id, at) VALUES ($7, $1) ON CONFLICT (id) DO NOTHING; \
+             INSERT INTO audit (at, actor, action, subject, before, after, arrived_at) VALUES ($1, $2, $3, $4, $5, $6, $8)",
+    postgres: "WITH changed AS (UPDATE rules SET spec = $10, revision = $11, unconfirmed_at = CASE WHEN $12 = 1 THEN \
+               CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT) WHEN $12 = 3 THEN unconfirmed_at END WHERE id = $9), \
+               noted AS (INSERT INTO rule_writes (id, at) VALUES ($7, $1) ON CONFLICT (id) DO NOTHING) \
+               INSERT INTO audit (at, actor, action, subject, before, after, arrived_at) VALUES ($1, $2, $3, $4, $5, $6, $8)",
 };
 
-/// Index: rules' primary key.
-const DELETE: Sql = Sql::both("DELETE FROM rules WHERE id = $1");
+/// As [`INSERT`]. Deletes the rule's staged change as well. Index: the primary keys.
+pub(super) const DELETE: Sql = Sql {
+    sqlite: "DELETE FROM rules WHERE id = $9; DELETE FROM rollouts WHERE id = $9; DELETE FROM rollout_counts WHERE id = $9; \
+             INSERT INTO rule_writes (id, at) VALUES ($7, $1) ON CONFLICT (id) DO NOTHING; \
+             INSERT INTO audit (at, actor, action, subject, before, after, arrived_at) VALUES ($1, $2, $3, $4, $5, $6, $8)",
+    postgres: "WITH gone AS (DELETE FROM rules WHERE id = $9), rollout AS (DELETE FROM rollouts WHERE id = $9), \
+               counts AS (DELETE FROM rollout_counts WHERE id = $9), \
+               noted AS (INSERT INTO rule_writes (id, at) VALUES ($7, $1) ON CONFLICT (id) DO NOTHING) \
+               INSERT INTO audit (at, actor, action, subject, before, after, arrived_at) VALUES ($1, $2, $3, $4, $5, $6, $8)",
+};
+
+/// Index: meta's primary key. Ids, separated by spaces, oldest first.
+const RELEASED: Sql = Sql::both("SELECT value FROM meta WHERE key = 'rules_released'");
+
+/// Index: meta's primary key.
+const RELEASE: Sql = Sql::both(
+    "INSERT INTO meta (key, value) VALUES ('rules_released', $1) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+);
 
 impl Store {
-    /// The revision of the rule set, to be asked for often.
+    /// Returns the revision of the rule set.
     ///
     /// # Errors
     /// The database did not answer within 2 s.
@@ -111,7 +127,7 @@ impl Store {
     pub async fn rules_revision(&self) -> Result<u64, StoreError> {
         self.polled(Operation::Rules, RULES_TIME_MAX, async |mut held: Held| {
             let row = held.first(REVISION, &[]).await?;
-            held.give_back();
+            held.release();
             let read_only = row.as_ref().map(|row| row.text("read_only")).transpose()?.flatten();
             self.health().set_read_only(read_only.as_deref() == Some("on"));
             revision(row.as_ref())
@@ -119,7 +135,7 @@ impl Store {
         .await
     }
 
-    /// Every rule, and the revision that this is. A rule that this version can't enforce stops none of the others.
+    /// Returns every rule, and their revision. A rule that this version can't enforce does not affect the others.
     ///
     /// # Errors
     /// The database did not answer within 2 s.
@@ -127,7 +143,8 @@ impl Store {
     pub async fn rules(&self) -> Result<StoredRules, StoreError> {
         self.polled(Operation::Rules, RULES_TIME_MAX, async |mut held: Held| {
             let rows = held.all(ALL, &[]).await?;
-            held.give_back();
+            let released = released(&mut held).await?;
+            held.release();
             let revision = revision(rows.first())?;
             // Without rules the join has one row, of nulls.
             let is_empty = matches!(&rows[..], [only] if matches!(only.text("spec"), Ok(None)));
@@ -135,6 +152,7 @@ impl Store {
                 revision,
                 rules: Vec::with_capacity(rows.len()),
                 unsupported: Vec::new(),
+                released,
             };
             for row in rows.iter().filter(|_| !is_empty) {
                 match rule(row)? {
@@ -147,11 +165,11 @@ impl Store {
         .await
     }
 
-    /// Adds a rule. Its revision is that of the rule set from now on.
+    /// Adds a rule. Its revision is the new one of the rule set.
     ///
     /// # Errors
-    /// [`StoreError::Conflict`]: the id is taken, or there are [`RULES_MAX`] rules. [`StoreError::Outdated`]: rules were written since
-    /// it was checked. Not done within 1.8 s.
+    /// [`StoreError::Conflict`]: the id is taken, or there are [`RULES_MAX`] rules. [`StoreError::Outdated`]: rules
+    /// were written since it was checked. Not done within 1.7 s.
     #[tracing::instrument(name = "db.rules.insert", level = "debug", skip_all)]
     pub async fn rule_insert(
         &self,
@@ -161,52 +179,35 @@ impl Store {
         audit: &Audit,
     ) -> Result<Rule, StoreError> {
         self.observed(Operation::Rules, RULES_WRITE_TIME_MAX, async {
-            let mut held = self.rules_connection().await?;
-            held.begin().await?;
-            let revision = next_revision(&mut held).await?;
-            if consent.is_outdated(revision) {
-                held.rollback().await?;
-                return Err(StoreError::Outdated);
-            }
-            let count = held.first(COUNT, &[]).await?;
-            if count
-                .map(|row| row.int("count"))
-                .transpose()?
-                .flatten()
-                .unwrap_or_default()
-                >= RULES_MAX
-            {
-                held.rollback().await?;
-                return Err(StoreError::Conflict(format!(
-                    "there are {RULES_MAX} rules already: delete some first"
-                )));
-            }
-            let text = as_text(&spec)?;
-            let values = [
-                Value::Uuid(id.0),
-                Value::from(text.as_str()),
-                Value::from(to_ms(audit.at)),
-                Value::from(revision),
-                Value::from(consent.code()),
-            ];
-            held.run(INSERT, &values).await?;
-            record(&mut held, audit, id, None, Some(as_json(&spec)?)).await?;
+            let (mut held, revision) = self.begin_insert(consent).await?;
+            let after = as_json(&spec)?;
+            let rule = insert(&mut held, id, spec, after, revision, consent, audit).await?;
             held.commit().await?;
-            Ok(Rule {
-                id,
-                spec,
-                created_at: audit.at,
-                revision: revision.unsigned_abs(),
-            })
+            Ok(rule)
         })
         .await
     }
 
-    /// Replaces a rule's spec, if the rule is still as the caller saw it. `Ok(None)`: there is no such rule.
+    /// Opens a transaction that may add a rule. Returns the revision that it gets.
+    pub(super) async fn begin_insert(&self, consent: Consent) -> Result<(Held, i64), StoreError> {
+        let mut held = self.rules_connection().await?;
+        let Next { revision, rules } = begin(&mut held).await?;
+        if consent.is_outdated(revision) {
+            held.rollback().await?;
+            return Err(StoreError::Outdated);
+        }
+        if rules >= RULES_MAX {
+            let why = format!("there are {RULES_MAX} rules already: delete some first");
+            return conflict(held, &why).await;
+        }
+        Ok((held, revision))
+    }
+
+    /// Replaces a rule's spec, if the rule has not changed since the caller read it. `Ok(None)`: there is no such rule.
     ///
     /// # Errors
-    /// [`StoreError::Conflict`] where the rule is no longer at `seen_revision`, or is not one of this version. [`StoreError::Outdated`]:
-    /// rules were written since it was checked. Not done within 1.8 s.
+    /// [`StoreError::Conflict`]: the rule is no longer at `seen_revision`, or is not one of this version.
+    /// [`StoreError::Outdated`]: rules were written since it was checked. Not done within 1.7 s.
     #[tracing::instrument(name = "db.rules.update", level = "debug", skip_all)]
     pub async fn rule_update(
         &self,
@@ -218,8 +219,7 @@ impl Store {
     ) -> Result<Option<Rule>, StoreError> {
         self.observed(Operation::Rules, RULES_WRITE_TIME_MAX, async {
             let mut held = self.rules_connection().await?;
-            held.begin().await?;
-            let revision = next_revision(&mut held).await?;
+            let Next { revision, .. } = begin(&mut held).await?;
             if consent.is_outdated(revision) {
                 held.rollback().await?;
                 return Err(StoreError::Outdated);
@@ -229,26 +229,24 @@ impl Store {
                 return Ok(None);
             };
             let Ok(before) = rule(&row)? else {
-                held.rollback().await?;
-                return Err(StoreError::Conflict(
-                    "this version can't read the whole rule, and would lose a part of it: change it through a node of the version that wrote it, or delete it".into(),
-                ));
+                return conflict(
+                    held,
+                    "this version can't read the whole rule, and would lose a part of it: change it through a node of the version that wrote it, or delete it",
+                )
+                .await;
             };
             if before.revision != seen_revision {
-                held.rollback().await?;
-                return Err(StoreError::Conflict(
-                    "the rule was changed meanwhile: look at it again".into(),
-                ));
+                return conflict(held, CHANGED).await;
             }
+            let record = record(audit, id, Some(as_json(&before.spec)?), Some(as_json(&spec)?));
             let text = as_text(&spec)?;
-            let values = [
+            let written = [
                 Value::Uuid(id.0),
                 Value::from(text.as_str()),
                 Value::from(revision),
                 Value::from(consent.code()),
             ];
-            held.run(UPDATE, &values).await?;
-            record(&mut held, audit, id, Some(as_json(&before.spec)?), Some(as_json(&spec)?)).await?;
+            held.run(UPDATE, &values(&record, audit, None, &written)).await?;
             held.commit().await?;
             Ok(Some(Rule {
                 spec,
@@ -259,16 +257,15 @@ impl Store {
         .await
     }
 
-    /// Deletes a rule; the revision of the rule set from now on. `Ok(None)`: there is no such rule.
+    /// Deletes a rule. Returns the new revision of the rule set. `Ok(None)`: there is no such rule.
     ///
     /// # Errors
-    /// Not done within 1.8 s.
+    /// Not done within 1.7 s.
     #[tracing::instrument(name = "db.rules.delete", level = "debug", skip_all)]
     pub async fn rule_delete(&self, id: RuleId, audit: &Audit) -> Result<Option<u64>, StoreError> {
         self.observed(Operation::Rules, RULES_WRITE_TIME_MAX, async {
             let mut held = self.rules_connection().await?;
-            held.begin().await?;
-            let revision = next_revision(&mut held).await?;
+            let Next { revision, .. } = begin(&mut held).await?;
             let Some(row) = held.first(FIND, &[Value::Uuid(id.0)]).await? else {
                 held.rollback().await?;
                 return Ok(None);
@@ -277,63 +274,164 @@ impl Store {
                 Ok(rule) => as_json(&rule.spec)?,
                 Err(unsupported) => as_written(&unsupported.spec),
             };
-            held.run(DELETE, &[Value::Uuid(id.0)]).await?;
-            record(&mut held, audit, id, Some(before), None).await?;
+            let record = record(audit, id, Some(before), None);
+            held.run(DELETE, &values(&record, audit, None, &[Value::Uuid(id.0)]))
+                .await?;
             held.commit().await?;
             Ok(Some(revision.unsigned_abs()))
         })
         .await
     }
+
+    /// Removes a rule that the database has lost, or whose row is damaged, on every node that keeps it in force.
+    /// Returns the new revision of the rule set.
+    ///
+    /// # Errors
+    /// Not done within 1.7 s.
+    #[tracing::instrument(name = "db.rules.release", level = "debug", skip_all)]
+    pub async fn rule_release(&self, lost: &Rule, audit: &Audit) -> Result<u64, StoreError> {
+        self.observed(Operation::Rules, RULES_WRITE_TIME_MAX, async {
+            let mut held = self.rules_connection().await?;
+            let Next { revision, .. } = begin(&mut held).await?;
+            release(&mut held, lost.id).await?;
+            let record = record(audit, lost.id, Some(as_json(&lost.spec)?), None);
+            let deleted = [Value::Uuid(lost.id.0)];
+            held.run(DELETE, &values(&record, audit, None, &deleted)).await?;
+            held.commit().await?;
+            Ok(revision.unsigned_abs())
+        })
+        .await
+    }
 }
 
-async fn next_revision(connection: &mut Connection) -> Result<i64, StoreError> {
-    let row = connection.first(NEXT_REVISION, &[]).await?;
-    let revision = revision(row.as_ref())?;
-    i64::try_from(revision).map_err(|_| corrupt("meta", "value", "rules_revision is out of range"))
+/// Removes a rule that the database lacks on every node that keeps it in force.
+pub(super) async fn release(connection: &mut Connection, id: RuleId) -> Result<(), StoreError> {
+    let mut released = released(connection).await?;
+    released.retain(|other| *other != id);
+    released.push(id);
+    let surplus = released.len().saturating_sub(RELEASED_MAX);
+    let ids: Vec<String> = released[surplus..].iter().map(RuleId::to_string).collect();
+    connection
+        .run(RELEASE, &[Value::from(ids.join(" ").as_str())])
+        .await
+        .map(drop)
 }
 
-async fn record(
+/// Why a change of a rule is not made that was decided on another form of it.
+pub(super) const CHANGED: &str = "the rule was changed meanwhile: look at it again";
+
+pub(super) async fn conflict<T>(held: Held, why: &str) -> Result<T, StoreError> {
+    held.rollback().await?;
+    Err(StoreError::Conflict(why.to_owned()))
+}
+
+/// Writes a rule and its audit record, which says `after`, into the open transaction.
+pub(super) async fn insert(
     connection: &mut Connection,
-    audit: &Audit,
     id: RuleId,
-    before: Option<Json>,
-    after: Option<Json>,
-) -> Result<(), StoreError> {
+    spec: RuleSpec,
+    after: Json,
+    revision: i64,
+    consent: Consent,
+    audit: &Audit,
+) -> Result<Rule, StoreError> {
+    let record = record(audit, id, None, Some(after));
+    let text = as_text(&spec)?;
+    let written = [
+        Value::Uuid(id.0),
+        Value::from(text.as_str()),
+        Value::from(revision),
+        Value::from(consent.code()),
+    ];
+    connection.run(INSERT, &values(&record, audit, None, &written)).await?;
+    Ok(Rule {
+        id,
+        spec,
+        created_at: audit.at,
+        revision: revision.unsigned_abs(),
+    })
+}
+
+/// Arguments of [`INSERT`], [`UPDATE`] and [`DELETE`].
+pub(super) fn values<'a>(
+    record: &'a audit::Record<'_>,
+    audit: &Audit,
+    arrived_at: Option<WallTime>,
+    rule: &[Value<'a>],
+) -> Vec<Value<'a>> {
+    let of_write = [Value::Uuid(audit.id), Value::Int(arrived_at.map(to_ms))];
+    [&record.values()[..], &of_write, rule].concat()
+}
+
+async fn released(connection: &mut Connection) -> Result<Vec<RuleId>, StoreError> {
+    let row = connection.first(RELEASED, &[]).await?;
+    let ids = row
+        .map(|row| row.text("value"))
+        .transpose()?
+        .flatten()
+        .unwrap_or_default();
+    // An id that can't be read releases no rule.
+    Ok(ids
+        .split_whitespace()
+        .filter_map(|id| id.parse().ok().map(RuleId))
+        .collect())
+}
+
+/// The beginning of a transaction that writes rules.
+pub(super) struct Next {
+    /// Revision of this write.
+    pub revision: i64,
+    /// Number of rules before it.
+    pub rules: i64,
+}
+
+pub(super) async fn begin(connection: &mut Connection) -> Result<Next, StoreError> {
+    let row = connection.begin_with(NEXT_REVISION).await?;
+    let revision = i64::try_from(revision(row.as_ref())?)
+        .map_err(|_| corrupt("meta", "value", "rules_revision is out of range"))?;
+    let rules = row.map(|row| row.int("count")).transpose()?.flatten();
+    Ok(Next {
+        revision,
+        rules: rules.unwrap_or_default(),
+    })
+}
+
+pub(super) fn record(audit: &Audit, id: RuleId, before: Option<Json>, after: Option<Json>) -> audit::Record<'_> {
     let change = Change {
         subject: id.to_string(),
         before,
         after,
     };
-    audit::record(connection, audit, change).await
+    audit::Record::new(audit, change)
 }
 
-/// The rule of a row, as far as this version knows it. Fails where the table is not one of rules.
+/// Reads the rule of a row. The inner error is a rule that this version can't enforce.
 pub(super) fn rule(row: &Row) -> Result<Result<Rule, Unsupported>, StoreError> {
     let id = RuleId(row.uuid("id")?);
-    // SQLite keeps whatever was written into a column, text or not.
+    // SQLite accepts any type in any column.
     let created_at = from_ms(row.int("created_at").ok().flatten().unwrap_or_default());
     let revision = row.int("changed_at").ok().flatten().unwrap_or_default().unsigned_abs();
     let spec = row.text("spec").ok().flatten().unwrap_or_default();
     Ok(Rule::read(id, &spec, created_at, revision))
 }
 
-/// What a rule says that this version can't read.
-fn as_written(spec: &str) -> Json {
+/// Returns a spec that this version can't read as JSON.
+pub(super) fn as_written(spec: &str) -> Json {
     serde_json::from_str(spec).unwrap_or_else(|_| Json::String(spec.to_owned()))
 }
 
-/// Stored as text, as every value of `meta`.
+/// Reads the revision, which is text like every value of `meta`.
 pub(super) fn revision(row: Option<&Row>) -> Result<u64, StoreError> {
     let text = row.map(|row| row.text("revision")).transpose()?.flatten();
     text.and_then(|text| text.parse().ok())
         .ok_or_else(|| corrupt("meta", "value", "rules_revision is not a number"))
 }
 
-fn as_text(spec: &RuleSpec) -> Result<String, StoreError> {
+pub(super) fn as_text(spec: &RuleSpec) -> Result<String, StoreError> {
     as_json(spec).map(|json| json.to_string())
 }
 
-fn as_json(spec: &RuleSpec) -> Result<Json, StoreError> {
+pub(super) fn as_json(spec: &RuleSpec) -> Result<Json, StoreError> {
     serde_json::to_value(spec).map_err(|error| StoreError::Invalid(format!("the rule can't be written down: {error}")))
 }
 

@@ -25,14 +25,15 @@ use super::{
     migrations::{self, Caller, SCHEMA_VERSION},
 };
 
-/// Longest wait for another process's lock, below the 2 s in which a rule write is answered.
+/// Maximum wait for another process's lock: less than the 2 s of a rule write.
 const BUSY_MAX: Duration = Duration::from_millis(1_500);
-/// Maximum number of connections, each a thread, above the number that the lanes keep. A thread that waits for the disk can't be interrupted
-/// when its caller has gone. While the disk hangs, further calls must not take further threads.
+/// Maximum number of connections, each with a thread, above the number that the pools keep. A thread that waits for the
+/// disk can't be interrupted. While the disk hangs, further calls must not take further threads.
 const CONNECTIONS_MAX: usize = 64;
-/// Time between two attempts to open for writing a file that could only be read at the start.
+/// Time between two attempts to open a read-only file for writing.
 const RETRY: Duration = Duration::from_secs(1);
-/// Instructions of SQLite's virtual machine between two checks whether a statement still has a caller: a millisecond at most.
+/// Instructions of SQLite's virtual machine between two checks whether a statement still has a caller: at most a
+/// millisecond.
 const CHECK_STEPS: i32 = 10_000;
 
 const VERSION: Sql = Sql::both("SELECT max(version) AS number FROM _sqlx_migrations WHERE success");
@@ -41,18 +42,18 @@ const VERSION: Sql = Sql::both("SELECT max(version) AS number FROM _sqlx_migrati
 #[derive(Debug)]
 pub(super) struct File {
     path: PathBuf,
-    /// Device and inode; known once it is open.
+    /// Device and inode, once it is open.
     identity: OnceLock<(u64, u64)>,
-    /// The same of its write-ahead log, where there was one when it was looked at last.
+    /// The same of its write-ahead log, as of the last check.
     log: Mutex<Option<LogIdentity>>,
-    /// Why it can only be read, while that is so.
+    /// Why it can only be read, if so.
     only_read: Mutex<Option<String>>,
     connections: Arc<AtomicUsize>,
-    /// Held while it is looked whether the file is still the same.
+    /// Held during a check whether the file is still the same.
     checking: Arc<tokio::sync::Mutex<()>>,
 }
 
-/// How to open it.
+/// The way to open the file.
 #[derive(Clone, Debug)]
 pub(super) struct Opening {
     file: Arc<File>,
@@ -71,7 +72,7 @@ impl File {
         })
     }
 
-    /// Reads and writes. A commit is on the disk before it is acknowledged: `synchronous = FULL` waits for the disk once a commit.
+    /// Reads and writes. A commit is on the disk before it is acknowledged (`synchronous = FULL`).
     pub fn writer(self: &Arc<Self>) -> Connector {
         let file = Arc::clone(self);
         Connector::Sqlite(Opening { file, is_reader: false })
@@ -85,12 +86,12 @@ impl File {
 
     /// Creates or opens the file, and migrates it.
     pub async fn prepare(self: &Arc<Self>) -> Result<(), StoreError> {
-        // SQLite answers "unable to open" to all of these; the file system knows better.
+        // SQLite reports all of these as "unable to open". The file system has the reason.
         match fs::metadata(&self.path) {
             Ok(metadata) if !metadata.is_file() => return Err(StoreError::Unreadable(None)),
             Ok(_) => {}
-            // Made here, so that nobody else can read the hashes in it; its companion files get the same mode. Where this fails,
-            // so does SQLite, and says why.
+            // Created here, so that no other user can read the hashes in it; its additional files get the same mode. If
+            // this fails, SQLite fails as well, and says why.
             Err(_) => drop(
                 OpenOptions::new()
                     .write(true)
@@ -105,10 +106,10 @@ impl File {
         Ok(())
     }
 
-    /// Opens a file that can't be written now, by a full disk for one, to be read only. Whoever else may write it must not run.
+    /// Opens a file that can't be written now, such as on a full disk, for reading. No other process may write it.
     ///
     /// # Errors
-    /// It can't be read either, its schema is another version's, or what it holds is not all in it.
+    /// It can't be read either, its schema has another version, or its write-ahead log holds more than the file.
     pub async fn open_to_read(self: &Arc<Self>, cause: &StoreError) -> Result<(), StoreError> {
         if fs::metadata(log_of(&self.path)).is_ok_and(|log| log.len() > 0) {
             return Err(StoreError::Unreadable(None));
@@ -145,7 +146,7 @@ impl File {
             };
             if opened.await.is_ok() {
                 self.set_only_read(None);
-                tracing::info!("the database can be written again");
+                tracing::info!("database can be written again");
                 return;
             }
         }
@@ -167,16 +168,16 @@ impl File {
             Ok(metadata) if metadata.len() == 0 => Err(StoreError::FileChanged("emptied")),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(StoreError::FileChanged("deleted")),
             Ok(_) => self.check_log(),
-            // What else is wrong is found out by whoever uses it.
+            // Other errors show when it is used.
             Err(_) => Ok(()),
         }
     }
 
-    /// Whether the write-ahead log is still the one that connections have open. Connections made later would make another, and each group
-    /// would see its own commits only.
+    /// Whether the write-ahead log is still the one that connections have open. Later connections would create another
+    /// one, and each group would only see its own commits.
     ///
-    /// The last connection to close takes the log away itself, so one that is missing proves nothing: where anything has changed, it is
-    /// looked up whether the former one is still open.
+    /// The last connection to close deletes the log, so a missing one proves nothing. After any change, the check is
+    /// whether the former one is still open.
     fn check_log(&self) -> Result<(), StoreError> {
         let path = log_of(&self.path);
         let found = fs::metadata(&path).ok().as_ref().map(LogIdentity::of);
@@ -190,7 +191,7 @@ impl File {
         Ok(())
     }
 
-    /// The same on a thread of its own, one look at a time: a file system that hangs takes no more than one thread.
+    /// The same on a blocking thread, one check at a time: a file system that hangs takes one thread at most.
     async fn check_aside(self: &Arc<Self>) -> Result<(), StoreError> {
         if self.identity.get().is_none() {
             return Ok(());
@@ -241,17 +242,17 @@ fn has_open(path: &Path, known: Option<LogIdentity>) -> bool {
         let Ok(target) = fs::read_link(file.path()) else {
             return false;
         };
-        // One that is in its place was made a moment ago by a new connection.
+        // A file in its place was created a moment ago by a new connection.
         let is_known = known.is_some() && fs::metadata(file.path()).ok().as_ref().map(LogIdentity::of) == known;
         target.as_os_str() == deleted || (is_known && target != here)
     })
 }
 
-/// What tells a file from another one that was given its inode number later: many file systems use a free number again at once.
+/// Identity of a file. Many file systems reuse an inode number at once, so the number alone is not enough.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct LogIdentity {
     file: (u64, u64),
-    /// Where the file system has it.
+    /// Time of creation, if the file system has it.
     created: Option<SystemTime>,
 }
 
@@ -268,7 +269,7 @@ fn identity(metadata: &Metadata) -> (u64, u64) {
     (metadata.dev(), metadata.ino())
 }
 
-/// A connection with a thread of its own. Dropping it interrupts the statement that the thread runs, unless that waits for the disk.
+/// A connection with its own thread. Dropping it interrupts the running statement, unless that waits for the disk.
 #[derive(Debug)]
 pub(super) struct Sqlite {
     connection: SqliteConnection,
@@ -308,7 +309,7 @@ impl Opening {
             .thread_name(|id| format!("sqlite-{id}"))
             .disable_statement_logging();
         let options = if only_read.is_some() {
-            // Without the companion files, for which there is no room.
+            // Without the companion files, for which there is no space.
             options.read_only(true).immutable(true)
         } else if self.is_reader {
             options.read_only(true)
@@ -320,7 +321,8 @@ impl Opening {
         let mut connection = SqliteConnection::connect_with(&options).await?;
         let caller = Arc::new(());
         let waiting = Arc::downgrade(&caller);
-        // The handler is dropped when the connection's thread ends, and the count with it. A statement ends where it returns false.
+        // The handler and its count are dropped when the connection's thread ends. It interrupts a statement by
+        // returning false.
         connection
             .lock_handle()
             .await?
@@ -331,12 +333,12 @@ impl Opening {
         })
     }
 
-    /// A connection made now must not be kept: it does not see what is written later.
+    /// Whether a connection that is opened now must not be kept: it does not see later writes.
     pub fn is_passing(&self) -> bool {
         self.file.only_read().is_some()
     }
 
-    /// Nothing is to be written to a file that is not the one that was opened.
+    /// Fails if the file is not the one that was opened.
     pub async fn check_writable(&self) -> Result<(), StoreError> {
         self.file.check_writable().await
     }
@@ -366,7 +368,7 @@ impl Drop for Counted {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::lane::{Lane, Rank},
+        super::pool::{Pool, Rank},
         *,
     };
 
@@ -389,15 +391,15 @@ mod tests {
 
         file.open_to_read(&full).await.unwrap();
 
-        let lane = Lane::new(file.writer(), Rank::Ops, 1, &Arc::default());
-        let mut held = lane.take().await.unwrap();
+        let pool = Pool::new(file.writer(), Rank::Ops, 1, &Arc::default());
+        let mut held = pool.take().await.unwrap();
         assert!(held.first(VERSION, &[]).await.unwrap().is_some());
         let refused = held.begin().await.unwrap_err();
         assert!(refused.to_string().contains("no room"), "{refused}");
-        held.give_back();
+        held.release();
         assert_eq!(companions(), 0);
         Arc::clone(&file).await_writable().await;
-        let mut held = lane.take().await.unwrap();
+        let mut held = pool.take().await.unwrap();
         held.begin().await.unwrap();
         held.commit().await.unwrap();
     }
@@ -536,10 +538,10 @@ mod tests {
         let file = File::new(&home.path().join("seawall.db"));
         file.prepare().await.unwrap();
         all_threads_end(&file).await;
-        let lane = Lane::new(file.reader(), Rank::Ops, 1, &Arc::default());
+        let pool = Pool::new(file.reader(), Rank::Ops, 1, &Arc::default());
 
         for _ in 0..3 {
-            let mut held = lane.take().await.unwrap();
+            let mut held = pool.take().await.unwrap();
             let call = async move { held.first(ENDLESS, &[]).await.map(|_| held) };
             let ended = tokio::time::timeout(Duration::from_millis(50), call).await;
             assert!(ended.is_err(), "it has no end");

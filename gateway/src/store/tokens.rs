@@ -1,5 +1,5 @@
-//! Ops tokens: names, roles, and the hashes that bearers are checked against. All of them are read at once, into a copy
-//! that outlives the database.
+//! Ops tokens: names, roles and hashes. Each node reads all of them into a copy that it uses while the database is
+//! unavailable.
 
 use seawall_proto::id::SecretHash;
 use serde_json::{Value as Json, json};
@@ -14,10 +14,10 @@ use super::{
     model::{Audit, NewToken, Role, TokenRow, UNKNOWN_ROLE, from_ms, to_ms},
 };
 
-/// Most tokens that are not revoked, so that each node's copy is small. One more is a [`StoreError::Conflict`].
+/// Maximum number of valid tokens, so that each node's copy is small. One more is a [`StoreError::Conflict`].
 pub const TOKENS_MAX: i64 = 1_000;
 
-/// Reads the whole table: it is small, see [`TOKENS_MAX`]; the newest revoked ones are shown too.
+/// Reads the whole table, which is small, see [`TOKENS_MAX`]. Includes the newest revoked tokens.
 const ALL: Sql = Sql::both(
     "SELECT id, name, role, sha256, created_at, revoked_at FROM tokens \
      ORDER BY revoked_at IS NOT NULL, created_at DESC, id LIMIT 2000",
@@ -37,16 +37,16 @@ const REVOKE: Sql = Sql::both(
 );
 
 impl Store {
-    /// Every token that is valid, then the newest revoked ones.
+    /// Returns every valid token, then the newest revoked ones.
     ///
     /// # Errors
-    /// The database is away.
+    /// The database is unavailable.
     #[tracing::instrument(name = "db.tokens.all", level = "debug", skip_all)]
     pub async fn tokens(&self) -> Result<Vec<TokenRow>, StoreError> {
         self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
             let rows = held.all(ALL, &[]).await?;
-            held.give_back();
+            held.release();
             rows.iter().map(token_row).collect()
         })
         .await
@@ -55,7 +55,8 @@ impl Store {
     /// Adds a token.
     ///
     /// # Errors
-    /// [`StoreError::Conflict`] beyond [`TOKENS_MAX`], or where a valid token has the name. The database is away or full.
+    /// [`StoreError::Conflict`] beyond [`TOKENS_MAX`], or a valid token has the name. The database is unavailable or
+    /// full.
     #[tracing::instrument(name = "db.tokens.insert", level = "debug", skip_all)]
     pub async fn token_insert(&self, new: &NewToken, audit: &Audit) -> Result<TokenRow, StoreError> {
         self.bounded(Operation::Write, async {
@@ -108,10 +109,10 @@ impl Store {
         })
     }
 
-    /// Ends a token. `Ok(None)`: there is no such token, or it was revoked before.
+    /// Revokes a token. `Ok(None)`: there is no such token, or it was revoked before.
     ///
     /// # Errors
-    /// The database is away or full.
+    /// The database is unavailable or full.
     #[tracing::instrument(name = "db.tokens.revoke", level = "debug", skip_all)]
     pub async fn token_revoke(&self, id: Uuid, audit: &Audit) -> Result<Option<TokenRow>, StoreError> {
         self.bounded(Operation::Write, async {

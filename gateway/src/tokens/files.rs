@@ -1,5 +1,5 @@
-//! The two files of tokens in the data directory: `admin.token`, and `tokens.json`, the copy of what the database has.
-//! Both are mode 0600; the copy holds hashes only.
+//! The two files of tokens in the data directory: `admin.token`, and `tokens.json`, the copy of the database's tokens.
+//! Both have mode 0600. The copy has hashes only.
 
 use std::{
     fs, io,
@@ -14,25 +14,26 @@ use seawall_proto::id::SecretHash;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::Token;
+use super::{Kept, Token};
 use crate::{
-    data_dir::{read_bounded, write_atomically},
+    runtime::data_dir::{read_bounded, write_atomically},
     store::Role,
 };
 
-/// Greatest copy that is read: [`TOKENS_MAX`](crate::store::TOKENS_MAX) tokens with the longest names need a third of it.
+/// Maximum size of the copy, in bytes: three times [`TOKENS_MAX`](crate::store::TOKENS_MAX) tokens with the longest
+/// names.
 const COPY_BYTES_MAX: u64 = 1 << 20;
-/// Longest admin token that is read, many times the longest that is made.
+/// Maximum length of an admin token, in bytes: many times that of a generated one.
 const ADMIN_TOKEN_BYTES_MAX: u64 = 4 << 10;
-/// Bytes of chance in a secret of ours: 256 bits.
+/// Random bytes of a generated secret: 256 bits.
 const SECRET_BYTES: usize = 32;
-/// Shortest admin token that is believed: a shorter one is a half-written file.
+/// Minimum length of an admin token, in bytes. A shorter one is an incomplete file.
 const ADMIN_TOKEN_LEN_MIN: usize = 32;
 
-/// 256 bits from the operating system, as 43 characters that need no escaping in a URL.
+/// Returns 256 random bits of the operating system, as 43 characters that need no escaping in a URL.
 ///
 /// # Panics
-/// The operating system has no random numbers to give; then no secret can be made at all.
+/// The operating system has no random numbers. Then no secret can be generated.
 #[must_use]
 pub fn random_secret() -> String {
     let mut bytes = [0; SECRET_BYTES];
@@ -42,7 +43,7 @@ pub fn random_secret() -> String {
     URL_SAFE_NO_PAD.encode(bytes)
 }
 
-/// Fails where the file is there already.
+/// Creates a file. Fails if it exists.
 pub(super) fn make_admin_token(path: &Path) -> io::Result<()> {
     let mut file = fs::OpenOptions::new()
         .write(true)
@@ -51,13 +52,13 @@ pub(super) fn make_admin_token(path: &Path) -> io::Result<()> {
         .open(path)?;
     let written = writeln!(file, "{}", random_secret()).and_then(|()| file.sync_all());
     if written.is_err() {
-        // Half a token on a full disk would stop the next start. The first error is the one to tell.
+        // An incomplete token on a full disk would stop the next start. The first error is reported.
         let _ = fs::remove_file(path);
     }
     written
 }
 
-/// `Ok(None)`: there is no file, or no token in it.
+/// Reads the admin token. `Ok(None)`: there is no file, or no token in it.
 pub(super) fn read_admin_token(path: &Path) -> io::Result<Option<SecretHash>> {
     match read_text(path, ADMIN_TOKEN_BYTES_MAX) {
         Ok(text) => {
@@ -73,7 +74,7 @@ pub(super) fn warn_if_open_to_others(path: &Path) {
     if let Ok(metadata) = fs::metadata(path)
         && metadata.permissions().mode() & 0o077 != 0
     {
-        tracing::warn!(path = %path.display(), "the admin token can be read by other users: run chmod 600 on it");
+        tracing::warn!(path = %path.display(), "admin token readable by other users: run chmod 600 on it");
     }
 }
 
@@ -82,33 +83,40 @@ fn read_text(path: &Path, bytes_max: u64) -> io::Result<String> {
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
 }
 
-pub(super) fn read_copy(path: &Path) -> io::Result<Vec<Token>> {
+pub(super) fn read_copy(path: &Path) -> io::Result<Kept> {
     let text = match read_text(path, COPY_BYTES_MAX) {
         Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Kept::default()),
         Err(error) => return Err(error),
     };
     // The text of the parser's error would repeat a hash.
     let copy: CopyFile = serde_json::from_str(&text).map_err(|error| {
-        let problem = format!("line {}: not the JSON that is expected", error.line());
+        let problem = format!("line {}: not the expected JSON", error.line());
         io::Error::new(io::ErrorKind::InvalidData, problem)
     })?;
-    Ok(copy.tokens.into_iter().filter_map(CopiedToken::into_token).collect())
+    Ok(Kept {
+        tokens: copy.tokens.into_iter().filter_map(CopiedToken::into_token).collect(),
+        revoked: copy.revoked,
+    })
 }
 
-/// A revoked token must not come back with the copy of before, whenever the power fails.
-pub(super) fn write_copy(path: &Path, tokens: &[Token]) -> io::Result<()> {
+/// Writes the copy durably: after a power cut, a revoked token must not be valid again through the previous copy.
+pub(super) fn write_copy(path: &Path, kept: &Kept) -> io::Result<()> {
     let copy = CopyFile {
-        tokens: tokens.iter().map(CopiedToken::of).collect(),
+        tokens: kept.tokens.iter().map(CopiedToken::of).collect(),
+        revoked: kept.revoked.clone(),
     };
     write_atomically(path, &serde_json::to_vec(&copy)?, 0o600)
 }
 
-/// A later version may have written it: unknown fields are ignored, and a token whose role is unknown opens nothing. The next
-/// reading of the database brings all of them again.
+/// The copy. A later version may have written it: unknown fields are ignored, and a token with an unknown role permits
+/// nothing. The next read of the database replaces it.
 #[derive(Serialize, Deserialize)]
 struct CopyFile {
     tokens: Vec<CopiedToken>,
+    /// Ids of revoked tokens; earlier versions did not write them.
+    #[serde(default)]
+    revoked: Vec<Uuid>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -116,7 +124,7 @@ struct CopiedToken {
     id: Uuid,
     name: String,
     role: String,
-    /// Of the token, base64url.
+    /// Hash of the token, in base64url.
     sha256: String,
 }
 

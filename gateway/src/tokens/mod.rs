@@ -1,10 +1,11 @@
-//! Who may use the API: the admin token in the data directory, and a copy of the tokens in the database.
+//! Access tokens of the API: the admin token in the data directory, and a copy of the tokens in the database.
 //!
-//! Nothing here asks the database while a request waits. The admin token is checked against `admin.token`, never the database; the
-//! others against a copy in memory, which is kept in `tokens.json` (hashes only) and so outlives both database and process. Start
-//! with [`Tokens`].
+//! A request never waits for the database. The admin token is checked against `admin.token`. The others are checked
+//! against a copy in memory, which is also in `tokens.json` (hashes only), so that it outlives both database and
+//! process. Start with [`Tokens`].
 
 use std::{
+    collections::BTreeSet,
     io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -21,7 +22,10 @@ mod files;
 
 pub use self::files::random_secret;
 use self::files::{make_admin_token, read_admin_token, read_copy, warn_if_open_to_others, write_copy};
-use crate::store::{Role, Store, StoreError, TokenRow};
+use crate::{
+    runtime::lifecycle::blocking,
+    store::{Role, Store, StoreError, TokenRow},
+};
 
 /// File with the admin token, in the data directory, mode 0600.
 pub const ADMIN_TOKEN_FILE: &str = "admin.token";
@@ -29,12 +33,15 @@ pub const ADMIN_TOKEN_FILE: &str = "admin.token";
 pub const ADMIN_TOKEN_NAME: &str = "admin.token";
 /// Copy of the tokens, in the data directory, mode 0600, hashes only.
 const COPY_FILE: &str = "tokens.json";
-/// How long a change of `admin.token` may stay unnoticed.
+/// Maximum number of revoked tokens that are remembered.
+const REVOKED_MAX: usize = 2_000;
+/// Time between two reads of `admin.token`.
 const ADMIN_TOKEN_TRUSTED: Duration = Duration::from_secs(1);
-/// How often the tokens are read from the database: a token revoked on another node counts here for at most so long.
+/// Time between two reads of the tokens from the database. A token that another node has revoked is valid here until
+/// then.
 const POLL: Duration = Duration::from_secs(5);
 
-/// Whose token a request carries.
+/// The owner of a request's token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Principal {
     /// The token's name, as the audit log has it.
@@ -51,23 +58,52 @@ pub struct Tokens {
 #[derive(Debug)]
 struct Inner {
     data_dir: PathBuf,
-    /// The admin token as it was read last; `None`: the file is gone, or holds no token.
+    /// The admin token, as of the last read. `None`: the file is missing, or holds no token.
     admin: Mutex<Option<SecretHash>>,
     issued: Mutex<Issued>,
-    /// Held while `tokens.json` is written, so that an older copy never replaces a newer.
+    /// Held while `tokens.json` is written, so that an older copy never replaces a newer one.
     file: Mutex<()>,
-    /// Woken by every change of the tokens in force.
+    /// Notified of every change of the valid tokens.
     changes: watch::Sender<()>,
+}
+
+/// The tokens of the database, as the copy has them.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Kept {
+    /// Valid ones.
+    tokens: Vec<Token>,
+    /// Ids of revoked tokens, the newest last, at most [`REVOKED_MAX`]. A database out of a backup may have them as
+    /// valid.
+    revoked: Vec<Uuid>,
+}
+
+impl Kept {
+    /// Returns the new copy for these rows of the database. A token that was revoked stays so.
+    fn next(&self, rows: &[TokenRow]) -> Self {
+        let mut revoked = self.revoked.clone();
+        let mut known: BTreeSet<Uuid> = revoked.iter().copied().collect();
+        // The newest come first.
+        let rows_revoked = rows.iter().rev().filter(|row| row.revoked_at.is_some());
+        revoked.extend(rows_revoked.map(|row| row.id).filter(|id| known.insert(*id)));
+        revoked.drain(..revoked.len().saturating_sub(REVOKED_MAX));
+        let valid = rows
+            .iter()
+            .filter(|row| row.revoked_at.is_none() && !known.contains(&row.id));
+        Self {
+            tokens: valid.filter_map(Token::of).collect(),
+            revoked,
+        }
+    }
 }
 
 #[derive(Debug, Default)]
 struct Issued {
-    tokens: Vec<Token>,
-    /// Counts local changes, so that what was read from the database before one never undoes it.
+    kept: Kept,
+    /// Number of local changes, so that an earlier read of the database never undoes one.
     generation: u64,
 }
 
-/// A token of the database's.
+/// A token of the database.
 #[derive(Clone, Debug, PartialEq)]
 struct Token {
     id: Uuid,
@@ -79,18 +115,18 @@ struct Token {
 /// Why the tokens can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TokensError {
-    #[error("the admin token {} can't be read or made: {source}", path.display())]
+    #[error("the admin token {} can't be read or created: {source}", path.display())]
     Unusable { path: PathBuf, source: io::Error },
-    #[error("the admin token {} is not complete: delete the file, the next start makes a new one", path.display())]
+    #[error("the admin token {} is not complete: delete the file; the next start creates a new one", path.display())]
     Damaged { path: PathBuf },
 }
 
 impl Tokens {
-    /// Reads the tokens of a data directory; makes the admin token where there is none.
+    /// Reads the tokens of a data directory. Creates the admin token if there is none.
     ///
     /// # Errors
-    /// `admin.token` can't be read or made, or holds no token. An unusable `tokens.json` is only worth a warning: the database
-    /// has them all.
+    /// `admin.token` can't be read or created, or holds no token. An unusable `tokens.json` is only a warning, since
+    /// the database has all tokens.
     pub fn open(data_dir: &Path) -> Result<Self, TokensError> {
         let path = data_dir.join(ADMIN_TOKEN_FILE);
         let unusable = |source| TokensError::Unusable {
@@ -98,7 +134,7 @@ impl Tokens {
             source,
         };
         match make_admin_token(&path) {
-            Ok(()) => tracing::info!(path = %path.display(), "made an admin token"),
+            Ok(()) => tracing::info!(path = %path.display(), "admin token created"),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => warn_if_open_to_others(&path),
             Err(error) => return Err(unusable(error)),
         }
@@ -106,28 +142,28 @@ impl Tokens {
         if hash.is_none() {
             return Err(TokensError::Damaged { path });
         }
-        let tokens = read_copy(&data_dir.join(COPY_FILE)).unwrap_or_else(|error| {
-            tracing::warn!(error = %error, "the copy of the tokens can't be read: only the admin token works until the database answers");
-            Vec::new()
+        let kept = read_copy(&data_dir.join(COPY_FILE)).unwrap_or_else(|error| {
+            tracing::warn!(error = %error, "copy of the tokens not readable: only the admin token is valid until the database answers");
+            Kept::default()
         });
         Ok(Self {
             inner: Arc::new(Inner {
                 data_dir: data_dir.to_owned(),
                 admin: Mutex::new(hash),
-                issued: Mutex::new(Issued { tokens, generation: 0 }),
+                issued: Mutex::new(Issued { kept, generation: 0 }),
                 file: Mutex::default(),
                 changes: watch::Sender::new(()),
             }),
         })
     }
 
-    /// Whose token this is. Takes as long for a wrong token as for a right one.
+    /// Returns the owner of a token. Takes equally long for a valid and an invalid token.
     #[must_use]
     pub fn authenticate(&self, presented: &str) -> Option<Principal> {
         self.principal(&SecretHash::of(presented.as_bytes()))
     }
 
-    /// Whose token has this hash. Takes as long for a wrong one as for a right one.
+    /// Returns the owner of the token with this hash. Takes equally long for a valid and an invalid one.
     #[must_use]
     pub fn principal(&self, presented: &SecretHash) -> Option<Principal> {
         let is_admin = self
@@ -137,7 +173,7 @@ impl Tokens {
             name: ADMIN_TOKEN_NAME.into(),
             role: Role::Admin,
         });
-        for token in &self.issued().tokens {
+        for token in &self.issued().kept.tokens {
             if bool::from(token.hash.as_bytes().ct_eq(presented.as_bytes())) {
                 found = Some(Principal {
                     name: Arc::clone(&token.name),
@@ -148,16 +184,17 @@ impl Tokens {
         found
     }
 
-    /// Wakes whenever the tokens in force may have changed: what goes on for long under one token asks again then.
+    /// Returns a receiver that is notified when the valid tokens may have changed. Long calls then check their token
+    /// again.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<()> {
         self.inner.changes.subscribe()
     }
 
-    /// Tokens in force, the admin token apart.
+    /// Number of valid tokens, without the admin token.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.issued().tokens.len()
+        self.issued().kept.tokens.len()
     }
 
     /// Whether there is no token but the admin token.
@@ -166,23 +203,28 @@ impl Tokens {
         self.len() == 0
     }
 
-    /// Puts a token that was just created in force, and writes the copy.
+    /// Adds a token that was just created, and writes the copy.
     pub async fn insert(&self, row: &TokenRow) {
-        self.alter(|tokens| {
-            tokens.retain(|token| token.id != row.id);
-            tokens.extend(Token::of(row));
+        self.alter(|kept| {
+            kept.tokens.retain(|token| token.id != row.id);
+            kept.tokens.extend(Token::of(row));
         });
         self.save().await;
     }
 
-    /// Ends a token that was just revoked, and writes the copy.
+    /// Removes a token that was just revoked, and writes the copy.
     pub async fn remove(&self, id: Uuid) {
-        self.alter(|tokens| tokens.retain(|token| token.id != id));
+        self.alter(|kept| {
+            kept.tokens.retain(|token| token.id != id);
+            if !kept.revoked.contains(&id) {
+                kept.revoked.push(id);
+            }
+        });
         self.save().await;
     }
 
-    /// Reads `admin.token` every second, and the tokens from the database every few, until stopped. While the database is away, the
-    /// copy stays in force.
+    /// Reads `admin.token` every second, and the tokens from the database every few seconds, until stopped. While the
+    /// database is unavailable, the copy stays valid.
     pub async fn follow(self, store: Store, stop: CancellationToken) {
         tokio::join!(self.follow_file(stop.clone()), self.follow_database(&store, stop));
     }
@@ -195,7 +237,7 @@ impl Tokens {
                 Ok(()) => was_read = true,
                 Err(error) => {
                     if was_read {
-                        tracing::warn!(error = %error, "admin.token can't be read: the admin token stays as it was");
+                        tracing::warn!(error = %error, "admin.token not readable: the previous admin token stays valid");
                     }
                     was_read = false;
                 }
@@ -210,7 +252,7 @@ impl Tokens {
                 Ok(()) => was_read = true,
                 Err(error) => {
                     if was_read {
-                        tracing::warn!(error = %error, "tokens can't be read from the database: the copy stays in force");
+                        tracing::warn!(error = %error, "tokens not read from the database: the copy stays valid");
                     }
                     was_read = false;
                 }
@@ -221,45 +263,51 @@ impl Tokens {
         }
     }
 
-    /// Takes over what the database has.
+    /// Replaces the tokens with those of the database.
     ///
     /// # Errors
     /// The database did not answer; the copy stays as it was.
     pub async fn refresh(&self, store: &Store) -> Result<(), StoreError> {
         let generation = self.issued().generation;
         let rows = store.tokens().await?;
-        let tokens: Vec<Token> = rows
-            .iter()
-            .filter(|row| row.revoked_at.is_none())
-            .filter_map(Token::of)
-            .collect();
-        if self.replace(generation, tokens) {
+        let before = self.issued().kept.clone();
+        let kept = before.next(&rows);
+        let is_revoked_here = |row: &&TokenRow| row.revoked_at.is_none() && kept.revoked.contains(&row.id);
+        if kept != before
+            && let Some(row) = rows.iter().find(is_revoked_here)
+        {
+            tracing::warn!(
+                token = row.name,
+                "the database has a revoked token as valid: this node refuses it; revoke it again"
+            );
+        }
+        if self.replace(generation, kept) {
             self.save().await;
         }
         Ok(())
     }
 
-    fn alter(&self, change: impl FnOnce(&mut Vec<Token>)) {
+    fn alter(&self, change: impl FnOnce(&mut Kept)) {
         let mut issued = self.issued();
         issued.generation += 1;
-        change(&mut issued.tokens);
+        change(&mut issued.kept);
         drop(issued);
         self.inner.changes.send_replace(());
     }
 
     async fn save(&self) {
         let tokens = self.clone();
-        // What goes wrong is in the log; there is nobody else to tell.
-        let _ = tokio::task::spawn_blocking(move || tokens.write_copy()).await;
+        // A failure is in the log.
+        let _ = blocking(move || tokens.write_copy()).await;
     }
 
-    /// True where that changed something. What was read before a local change is dropped: the next reading has both.
-    fn replace(&self, generation: u64, tokens: Vec<Token>) -> bool {
+    /// Returns whether anything changed. A read that began before a local change is dropped: the next one has both.
+    fn replace(&self, generation: u64, kept: Kept) -> bool {
         let mut issued = self.issued();
-        if issued.generation != generation || issued.tokens == tokens {
+        if issued.generation != generation || issued.kept == kept {
             return false;
         }
-        issued.tokens = tokens;
+        issued.kept = kept;
         drop(issued);
         self.inner.changes.send_replace(());
         true
@@ -269,10 +317,10 @@ impl Tokens {
         *self.inner.admin.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads `admin.token`, off the runtime's workers. A file that is gone or holds no token ends the admin token.
+    /// Reads `admin.token` on a blocking thread. A missing file, or one without a token, ends the admin token.
     ///
     /// # Errors
-    /// The file can't be read now (too many open files, a failing disk); the admin token stays as it was.
+    /// The file can't be read now (too many open files, a failing disk). The admin token stays valid.
     async fn reread_admin_token(&self) -> io::Result<()> {
         let path = self.inner.data_dir.join(ADMIN_TOKEN_FILE);
         let reading = tokio::task::spawn_blocking(move || read_admin_token(&path));
@@ -289,9 +337,9 @@ impl Tokens {
 
     fn write_copy(&self) {
         let _writing = self.inner.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let tokens = self.issued().tokens.clone();
-        if let Err(error) = write_copy(&self.inner.data_dir.join(COPY_FILE), &tokens) {
-            tracing::warn!(error = %error, "the copy of the tokens can't be written: a restart without the database would know an older one");
+        let kept = self.issued().kept.clone();
+        if let Err(error) = write_copy(&self.inner.data_dir.join(COPY_FILE), &kept) {
+            tracing::warn!(error = %error, "copy of the tokens not written: a restart without the database would use an older one");
         }
     }
 
@@ -301,7 +349,7 @@ impl Tokens {
 }
 
 impl Token {
-    /// `None`: this version does not know what its role may do.
+    /// `None`: a role that this version does not know.
     fn of(row: &TokenRow) -> Option<Self> {
         Some(Self {
             id: row.id,
@@ -388,6 +436,39 @@ mod tests {
         assert!(changes.has_changed().unwrap());
     }
 
+    #[tokio::test]
+    async fn revoked_token_stays_revoked_when_the_database_is_an_older_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let secret = random_secret();
+        let valid = row("ci", Role::Viewer, &secret);
+        let tokens = Tokens::open(dir.path()).unwrap();
+        tokens.insert(&valid).await;
+        tokens.remove(valid.id).await;
+
+        let restarted = Tokens::open(dir.path()).unwrap();
+        let older = restarted.issued().kept.next(&[valid]);
+
+        assert_eq!(older.tokens, []);
+        assert_eq!(restarted.authenticate(&secret), None);
+    }
+
+    #[test]
+    fn remembered_revocations_are_bounded_and_the_newest_stay() {
+        let rows: Vec<TokenRow> = (0..2 * REVOKED_MAX)
+            .map(|number| TokenRow {
+                id: Uuid::from_u128(number as u128),
+                revoked_at: Some(WallTime::from_unix_ms(1)),
+                ..row("ci", Role::Viewer, "x")
+            })
+            .collect();
+
+        let kept = Kept::default().next(&rows);
+
+        assert_eq!(kept.revoked.len(), REVOKED_MAX);
+        assert_eq!(kept.revoked.last(), Some(&rows[0].id));
+        assert_eq!(kept.next(&rows[..1]), kept);
+    }
+
     #[test]
     fn an_admin_token_survives_a_restart_and_half_of_one_stops_it() {
         let dir = tempfile::tempdir().unwrap();
@@ -408,7 +489,7 @@ mod tests {
         let path = dir.path().join(COPY_FILE);
         fs::create_dir(&path).unwrap();
 
-        assert!(write_copy(&path, &[]).is_err());
+        assert!(write_copy(&path, &Kept::default()).is_err());
 
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
@@ -482,7 +563,8 @@ mod tests {
 
         tokens.remove(row.id).await;
 
-        assert!(!tokens.replace(generation, vec![Token::of(&row).unwrap()]));
+        let read = Kept::default().next(std::slice::from_ref(&row));
+        assert!(!tokens.replace(generation, read));
         assert_eq!(tokens.authenticate(&secret), None);
     }
 

@@ -1,4 +1,4 @@
-//! Documents that name files name files that are there, and the client that PROTOCOL.md shows survives what networks do.
+//! Files that documents name exist, and the client in PROTOCOL.md survives network failures.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,15 +9,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use seawall_gateway::metrics::CLOSE_REASONS;
+use crate::harness::skip::skip_without_program;
 use seawall_proto::{
-    close::{Close, Restart},
+    close::{Close, EndReason, Restart},
     frame::{DeviceFrame, ErrorCode, ServerFrame},
+    id::RuleId,
     refusal::{Code, Hint},
 };
 use serde_json::{Value, value::RawValue};
 
-/// Longest that the documented client may take to connect, and to come back: its longest wait here is 5 s.
+/// Maximum time for the documented client to connect, and to reconnect. Its maximum wait here is 5 s.
 const CLIENT_TIME_MAX: Duration = Duration::from_secs(30);
 
 #[test]
@@ -84,7 +85,8 @@ fn protocol_lists_the_code_and_reason_of_every_close() {
     ];
     let without_frame = ["client_gone", "slow_reader", "shutdown", "failed"];
     let sent: BTreeSet<_> = closes.iter().map(Close::as_str).collect();
-    let counted = CLOSE_REASONS
+    let counted = EndReason::ALL
+        .map(EndReason::as_str)
         .into_iter()
         .filter(|reason| !without_frame.contains(reason));
     assert_eq!(counted.collect::<BTreeSet<_>>(), sent, "a close is missing here");
@@ -156,6 +158,10 @@ fn schema_of_frames_has_the_fields_of_every_frame() {
             slot: Some("s".into()),
             reason: "r".into(),
         },
+        ServerFrame::Update {
+            rule: RuleId(uuid::Uuid::nil()),
+            update: &payload,
+        },
         ServerFrame::Error {
             code: ErrorCode::BadFrame,
             detail: "d".into(),
@@ -196,10 +202,10 @@ fn schema_of_frames_has_the_fields_of_every_frame() {
     }
 }
 
-/// How a server treats the first connection of a client: what it reads has been a request.
+/// Behaviour of a server on the first connection of a client, whose request it has read.
 type Behaviour = (&'static str, fn(&mut TcpStream, &str) -> std::io::Result<()>);
 
-const BEHAVIOURS: [Behaviour; 11] = [
+const BEHAVIOURS: [Behaviour; 12] = [
     ("closes at once", |_, _| Ok(())),
     ("resets", |stream, _| {
         socket2::SockRef::from(&*stream).set_linger(Some(Duration::ZERO))
@@ -234,6 +240,10 @@ const BEHAVIOURS: [Behaviour; 11] = [
         upgrade(stream, key)?;
         stream.write_all(b"\x88\x18\x0f\xa0{\"retry_after_ms\":200}")
     }),
+    ("closes with a time beyond every number", |stream, key| {
+        upgrade(stream, key)?;
+        stream.write_all(b"\x88\x1a\x0f\xa0{\"retry_after_ms\":1e999}")
+    }),
     ("breaks off in a frame", |stream, key| {
         upgrade(stream, key)?;
         stream.write_all(b"\x81\x7e\xff")
@@ -249,7 +259,7 @@ fn upgrade(stream: &mut TcpStream, key: &str) -> std::io::Result<()> {
     )
 }
 
-/// Reads a request head; its WebSocket key.
+/// Reads a request head. Returns its WebSocket key.
 fn read_request(stream: &TcpStream) -> std::io::Result<String> {
     let mut key = String::new();
     for line in BufReader::new(stream).lines() {
@@ -266,7 +276,7 @@ fn read_request(stream: &TcpStream) -> std::io::Result<String> {
     Ok(key)
 }
 
-/// Accepts within the time.
+/// Accepts a connection within the time.
 fn accept(listener: &TcpListener, time: Duration) -> Option<TcpStream> {
     listener.set_nonblocking(true).unwrap();
     let end = Instant::now() + time;
@@ -280,11 +290,11 @@ fn accept(listener: &TcpListener, time: Duration) -> Option<TcpStream> {
     None
 }
 
-/// A program with the `websockets` package is named by `PYTHON_WEBSOCKETS`; `./test` installs it.
+/// `PYTHON_WEBSOCKETS` names a program with the `websockets` package; `./test` installs it.
 #[test]
 fn documented_client_comes_back_however_a_connection_fails() {
     let Some(python) = std::env::var_os("PYTHON_WEBSOCKETS") else {
-        eprintln!("PYTHON_WEBSOCKETS names no program: the client of PROTOCOL.md is not run");
+        skip_without_program("PYTHON_WEBSOCKETS names no program: the client of PROTOCOL.md is not run");
         return;
     };
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");

@@ -1,7 +1,6 @@
-//! The gate between devices and the database: single flight, what is remembered, and databases that are hurt.
+//! The lookup service between devices and the database: one lookup per key, remembered absences, and failing databases.
 
 use std::{
-    future::Future,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -9,39 +8,43 @@ use std::{
 
 use futures_util::future::join_all;
 use seawall_gateway::{
-    clock::Clock,
-    config::DatabaseUrl,
-    events::Events,
-    lifecycle::Lifecycle,
-    lookup::{Dependencies, Gate, LookUp},
+    fleet::{
+        events::Events,
+        resume::Resume,
+        rules::{Rules, Written},
+    },
+    lookup::{Dependencies, Lookups},
     metrics::Metrics,
-    resume::Resume,
-    rules::{Rules, Written},
+    runtime::{clock::Clock, config::DatabaseUrl, lifecycle::Lifecycle},
+    session::departures::Departures,
     store::{Audit, NewDevice, Store},
 };
 use seawall_proto::{
-    admission::{AdmissionConfig, Arrival, BreakerState, Cause, CohortTag, Refused},
-    id::{DeviceId, Label, Network, Proof, RuleId, SecretHash},
-    refusal::Code,
+    admission::{AdmissionConfig, BreakerState, Cause},
+    connect::{Attempt, Conclusion, Decision, LookUp},
+    id::{DeviceId, Label, Network, RuleId, SecretHash},
+    refusal::{Code, Refusal},
     resume::{self, ResumeKeys},
-    rules::{Effect, Match, OwnedSubject, Rule, RuleSpec},
+    rules::{Effect, Match, Rule, RuleSpec},
     slots::SlotKeys,
     time::WallTime,
 };
 use tempfile::TempDir;
 
-use crate::harness::pg::Cluster;
+use crate::harness::{
+    pg::Cluster,
+    wait::{PATIENCE, eventually_async},
+};
 
-/// Longest that a condition is waited for.
-const WAIT_MAX: Duration = Duration::from_secs(15);
-/// The contract: every device is answered sooner.
+/// Maximum time until a device is answered (docs/PROTOCOL.md, "Being refused").
 const ANSWER_MAX: Duration = Duration::from_secs(3);
-/// The contract: while the database is known to be away.
+/// Maximum time until a device is answered while the database is known to be unavailable (docs/PROTOCOL.md, "Being
+/// refused").
 const ANSWER_AWAY_MAX: Duration = Duration::from_millis(500);
 
-/// A gate on a store, with its own life.
+/// A lookup service on a store, with its own lifecycle.
 struct Fixture {
-    gate: Gate,
+    lookups: Lookups,
     store: Store,
     clock: Clock,
     metrics: Arc<Metrics>,
@@ -66,7 +69,7 @@ impl Fixture {
         let life = Lifecycle::new();
         let keys = SlotKeys::new(1, [7; 32]);
         let rules = Arc::new(Rules::open(Path::new("/nonexistent")));
-        let gate = Gate::start(
+        let lookups = Lookups::start(
             AdmissionConfig::default(),
             keys,
             &store,
@@ -79,11 +82,12 @@ impl Fixture {
                     resume::LIFE,
                 )),
                 rules: Arc::clone(&rules),
+                departures: Arc::new(Departures::new(None, clock)),
             },
             &life,
         );
         Self {
-            gate,
+            lookups,
             store,
             clock,
             metrics,
@@ -93,7 +97,7 @@ impl Fixture {
         }
     }
 
-    /// On a PostgreSQL of its own, with device 1, and contact made.
+    /// On a new PostgreSQL, with device 1, after the first contact.
     async fn postgres() -> (Cluster, Self) {
         let cluster = Cluster::start().unwrap();
         let fixture = Self::on(&cluster.database().await.unwrap()).await;
@@ -110,48 +114,48 @@ impl Fixture {
             secret: SecretHash::of(b"secret"),
         };
         let audit = Audit {
+            id: uuid::Uuid::now_v7(),
             at: WallTime::from_unix_ms(1),
             actor: "alice".into(),
             action: "device.create",
         };
         self.store.device_insert(&device, &audit).await.unwrap();
-        self.gate.forget(device.id);
+        self.lookups.forget(device.id);
     }
 
-    async fn look_up(&self, number: u128) -> LookUp {
-        self.look_up_as(number, OwnedSubject::default()).await
+    async fn look_up(&self, number: u128) -> Conclusion {
+        self.look_up_as(number, None).await
     }
 
-    async fn look_up_as(&self, number: u128, claims: OwnedSubject) -> LookUp {
-        let arrival = Arrival {
+    async fn look_up_as(&self, number: u128, firmware: Option<&Label>) -> Conclusion {
+        let attempt = Attempt {
             device: device(number),
-            cohort: CohortTag::of(None, None),
-            slot_token: None,
-            arrived: self.clock.now(),
-            is_known_absent: false,
-            proof: Proof::Secret,
+            credential: Some(SecretHash::of(b"secret").into()),
+            firmware,
+            model: None,
+            tenant: None,
+            slot: None,
+            resume: None,
             network: Network::V4(1),
+            arrived: self.clock.now(),
         };
-        self.gate.look_up(arrival, claims).await
+        self.lookups.connect(attempt).await
     }
 
-    async fn look_up_timed(&self, number: u128) -> (LookUp, Duration) {
+    async fn look_up_timed(&self, number: u128) -> (Conclusion, Duration) {
         let begun = Instant::now();
         let answer = self.look_up(number).await;
         (answer, begun.elapsed())
     }
 
-    /// Registers the device where it is missing, and looks it up until the answer is its record.
+    /// Registers the device if it is missing, and looks it up until the answer is its record.
     async fn until_found(&self, number: u128) {
-        until(|| async {
-            match self.look_up(number).await {
-                LookUp::Found(_) => true,
-                LookUp::Absent => {
-                    self.register(number).await;
-                    false
-                }
-                LookUp::Refused(_) | LookUp::Blocked(_) => false,
+        eventually_async(async || {
+            let answer = self.look_up(number).await;
+            if is_absent(&answer) {
+                self.register(number).await;
             }
+            is_found(&answer)
         })
         .await;
     }
@@ -174,19 +178,25 @@ fn device(number: u128) -> DeviceId {
     DeviceId::from_uuid(uuid::Uuid::from_u128(number))
 }
 
-fn refused(answer: LookUp) -> Refused {
-    match answer {
-        LookUp::Refused(refused) => refused,
-        LookUp::Found(_) | LookUp::Absent | LookUp::Blocked(_) => panic!("{answer:?}"),
+/// Cause and refusal of a device without an answered lookup.
+fn refused(answer: Conclusion) -> (Cause, Refusal) {
+    match (answer.look_up, answer.decision) {
+        (Some(LookUp::Refused(cause)), Decision::Refused(refusal)) => (cause, refusal),
+        other => panic!("{other:?}"),
     }
 }
 
-async fn until<F: Future<Output = bool>>(condition: impl Fn() -> F) {
-    let begun = Instant::now();
-    while !condition().await {
-        assert!(begun.elapsed() < WAIT_MAX, "not in {WAIT_MAX:?}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+fn is_found(answer: &Conclusion) -> bool {
+    matches!(answer.look_up, Some(LookUp::Found(_))) && matches!(answer.decision, Decision::Admitted(_))
+}
+
+fn is_absent(answer: &Conclusion) -> bool {
+    matches!(answer.look_up, Some(LookUp::Absent | LookUp::RememberedAbsent))
+}
+
+fn is_blocked(answer: &Conclusion) -> bool {
+    let code = |code| matches!(&answer.decision, Decision::Refused(refusal) if refusal.code == code);
+    answer.look_up.is_none() && code(Code::FirmwareBlocked)
 }
 
 #[tokio::test]
@@ -196,18 +206,18 @@ async fn ten_thousand_that_ask_for_one_id_cost_a_handful_of_statements() {
 
     let answers = join_all((0..10_000).map(|_| fixture.look_up(1))).await;
 
-    // A device has one connection or two. The throttle of credentials lets no more than ten at a time compare theirs.
-    let found = answers
-        .iter()
-        .filter(|answer| matches!(answer, LookUp::Found(_)))
-        .count();
+    // A device has one connection or two. The throttle of credentials compares at most ten at a time.
+    let found = answers.iter().filter(|answer| is_found(answer)).count();
     assert!((2..=10).contains(&found), "{found}");
-    // The others are too many for one id, and for no other reason refused.
-    let is_surplus = |answer: &LookUp| {
-        matches!(answer, LookUp::Refused(refused)
-            if matches!(refused.cause, Cause::Throttle | Cause::QueueFull) && refused.hint.slot.is_some())
+    // The others are too many for one id. No other reason refuses them.
+    let is_surplus = |answer: &Conclusion| {
+        let (cause, refusal) = refused(answer.clone());
+        matches!(cause, Cause::Throttle | Cause::QueueFull) && refusal.hint.is_some_and(|hint| hint.slot.is_some())
     };
-    let surplus = answers.iter().filter(|answer| is_surplus(answer)).count();
+    let surplus = answers
+        .iter()
+        .filter(|answer| !is_found(answer) && is_surplus(answer))
+        .count();
     assert_eq!(found + surplus, 10_000);
     let statements = fixture.counted("seawall_lookup_statements_total");
     assert!(statements <= 5.0, "{statements}");
@@ -223,11 +233,8 @@ async fn many_devices_share_statements_and_all_are_answered() {
 
     let answers = join_all((0..200).map(|number| fixture.look_up(number))).await;
 
-    let found = answers
-        .iter()
-        .filter(|answer| matches!(answer, LookUp::Found(_)))
-        .count();
-    let absent = answers.iter().filter(|answer| matches!(answer, LookUp::Absent)).count();
+    let found = answers.iter().filter(|answer| is_found(answer)).count();
+    let absent = answers.iter().filter(|answer| is_absent(answer)).count();
     assert_eq!((found, absent), (20, 180));
     let statements = fixture.counted("seawall_lookup_statements_total");
     assert!(statements <= 10.0, "{statements}");
@@ -240,14 +247,14 @@ async fn many_devices_share_statements_and_all_are_answered() {
 async fn absent_id_is_remembered_and_registering_it_counts_at_once() {
     let fixture = Fixture::sqlite().await;
     for _ in 0..3 {
-        assert!(matches!(fixture.look_up(1).await, LookUp::Absent));
+        assert!(is_absent(&fixture.look_up(1).await));
     }
     assert_eq!(fixture.counted("seawall_lookup_statements_total"), 1.0);
     assert_eq!(fixture.counted("seawall_lookups_total{outcome=\"cached\"}"), 2.0);
 
     fixture.register(1).await;
 
-    assert!(matches!(fixture.look_up(1).await, LookUp::Found(_)));
+    assert!(is_found(&fixture.look_up(1).await));
     fixture.stop().await;
 }
 
@@ -259,17 +266,17 @@ async fn frozen_database_is_answered_in_time_and_recovered_from() {
     let answers = join_all((1..100).map(|number| fixture.look_up_timed(number))).await;
     for (answer, took) in answers {
         assert!(took < ANSWER_MAX, "{took:?}");
-        let refused = refused(answer);
-        assert_eq!(refused.cause.code(), Code::RegistryUnavailable);
-        assert!(refused.hint.slot.is_some());
+        let (_, refusal) = refused(answer);
+        assert_eq!(refusal.code, Code::RegistryUnavailable);
+        assert!(refusal.hint.is_some_and(|hint| hint.slot.is_some()));
     }
     for _ in 0..20 {
         let (answer, took) = fixture.look_up_timed(1).await;
         assert!(took < ANSWER_AWAY_MAX, "{took:?}");
-        assert_eq!(refused(answer).cause, Cause::Breaker);
+        assert_eq!(refused(answer).0, Cause::Breaker);
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let state = fixture.gate.state();
+    let state = fixture.lookups.state();
     assert!(
         state.in_flight <= 3,
         "probes, and what the first second left: {state:?}"
@@ -277,7 +284,7 @@ async fn frozen_database_is_answered_in_time_and_recovered_from() {
     assert_eq!(state.queue, 0);
 
     cluster.thaw().unwrap();
-    until(|| async { fixture.gate.state().breaker == BreakerState::Closed }).await;
+    eventually_async(async || fixture.lookups.state().breaker == BreakerState::Closed).await;
     fixture.until_found(1).await;
     fixture.stop().await;
 }
@@ -290,11 +297,11 @@ async fn killed_database_is_answered_in_time_and_recovered_from() {
     for round in 0..20 {
         let (answer, took) = fixture.look_up_timed(1).await;
         assert!(took < if round == 0 { ANSWER_MAX } else { ANSWER_AWAY_MAX }, "{took:?}");
-        assert_eq!(refused(answer).cause.code(), Code::RegistryUnavailable);
+        assert_eq!(refused(answer).1.code, Code::RegistryUnavailable);
     }
 
     cluster.restart().unwrap();
-    until(|| async { fixture.gate.state().breaker == BreakerState::Closed }).await;
+    eventually_async(async || fixture.lookups.state().breaker == BreakerState::Closed).await;
     fixture.until_found(1).await;
     fixture.stop().await;
 }
@@ -308,10 +315,20 @@ async fn database_away_at_the_start_is_waited_for() {
 
     let (answer, took) = fixture.look_up_timed(1).await;
     assert!(took < ANSWER_AWAY_MAX, "{took:?}");
-    assert_eq!(refused(answer).cause.code(), Code::RegistryUnavailable);
-    assert_eq!(fixture.gate.state().breaker, BreakerState::Absent);
+    assert_eq!(refused(answer).1.code, Code::RegistryUnavailable);
+    assert_eq!(fixture.lookups.state().breaker, BreakerState::Absent);
+    assert!(!fixture.lookups.had_contact());
 
     cluster.restart().unwrap();
+    let contact = async {
+        while !fixture.lookups.had_contact() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, contact).await.unwrap();
+    // Contact means that no device is refused for lack of it: the store connects before the first probes are answered.
+    assert_eq!(fixture.lookups.state().breaker, BreakerState::Closed);
+    assert!(fixture.store.is_ready());
     fixture.until_found(1).await;
     fixture.stop().await;
 }
@@ -321,13 +338,10 @@ async fn device_that_a_rule_refuses_while_it_waits_never_reaches_the_database() 
     const ABSENT: &str = "seawall_lookups_total{outcome=\"not_found\"}";
     let (cluster, fixture) = Fixture::postgres().await;
     let before = fixture.counted(ABSENT);
-    let runs = |version: &str| OwnedSubject {
-        firmware: Label::parse(version).unwrap(),
-        ..OwnedSubject::default()
-    };
+    let [good, bad] = ["3.8.0-b2", "3.8.0-b3"].map(|version| Label::parse(version).unwrap());
     cluster.freeze().unwrap();
     let block = async {
-        until(|| async { fixture.gate.state().queue >= 200 }).await;
+        eventually_async(async || fixture.lookups.state().queue >= 200).await;
         let range = "=3.8.0-b3".parse().unwrap();
         let matches = Match {
             firmware: Some(range),
@@ -341,28 +355,20 @@ async fn device_that_a_rule_refuses_while_it_waits_never_reaches_the_database() 
         };
         let written = Written::Rule(rule);
         fixture.rules.apply(&written, &fixture.clock, &Events::default()).await;
-        until(|| async { fixture.gate.state().queue <= 100 }).await;
+        eventually_async(async || fixture.lookups.state().queue <= 100).await;
         cluster.thaw().unwrap();
     };
-    // Those of one version first, so that the statements under way hold none of the other.
-    let healthy = join_all((1_000..1_100).map(|number| fixture.look_up_as(number, runs("3.8.0-b2"))));
+    // Devices of one version first, so that the statements in flight have none of the other.
+    let healthy = join_all((1_000..1_100).map(|number| fixture.look_up_as(number, good.as_ref())));
     let marked = async {
-        until(|| async { fixture.gate.state().in_flight > 0 }).await;
-        join_all((2_000..2_100).map(|number| fixture.look_up_as(number, runs("3.8.0-b3")))).await
+        eventually_async(async || fixture.lookups.state().in_flight > 0).await;
+        join_all((2_000..2_100).map(|number| fixture.look_up_as(number, bad.as_ref()))).await
     };
 
     let (healthy, marked, ()) = tokio::join!(healthy, marked, block);
 
-    assert!(
-        marked
-            .iter()
-            .all(|answer| matches!(answer, LookUp::Blocked(refusal) if refusal.code == Code::FirmwareBlocked)),
-        "{marked:?}"
-    );
-    assert!(
-        !healthy.iter().any(|answer| matches!(answer, LookUp::Blocked(_))),
-        "{healthy:?}"
-    );
+    assert!(marked.iter().all(is_blocked), "{marked:?}");
+    assert!(!healthy.iter().any(is_blocked), "{healthy:?}");
     let answered = fixture.counted(ABSENT) - before;
     assert!(answered <= 100.0, "no key of a blocked device was sent: {answered}");
     fixture.stop().await;
@@ -377,10 +383,10 @@ async fn devices_that_hang_up_leave_the_queue() {
         let waiting = join_all((1..200).map(|number| fixture.look_up(number)));
         let hung_up = tokio::time::timeout(Duration::from_millis(200), waiting).await;
         assert!(hung_up.is_err());
-        assert_eq!(fixture.gate.state().breaker, BreakerState::Closed);
+        assert_eq!(fixture.lookups.state().breaker, BreakerState::Closed);
     }
 
-    assert_eq!(fixture.gate.state().queue, 0);
+    assert_eq!(fixture.lookups.state().queue, 0);
     cluster.thaw().unwrap();
     fixture.until_found(1).await;
     assert!(fixture.counted("seawall_lookup_statements_total") < 10.0);

@@ -1,6 +1,6 @@
-//! The gateway's integration tests: one binary, a file a capability.
+//! The gateway's integration tests: one binary, one file per capability.
 
-#![expect(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot continue has failed")]
 
 mod cli;
 mod documents;

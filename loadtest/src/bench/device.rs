@@ -1,6 +1,6 @@
 //! A device that costs its side as little as can be: a socket, a request made of text, frames by hand. Start with [`Device`].
 //!
-//! `firmware-sim` is a device as it should be built; this one only carries load, and talks to a server that echoes, too.
+//! `firmware-sim` is a device as it should be built; this one only carries load, and also talks to an echo server.
 
 use std::{
     io::Cursor,
@@ -20,7 +20,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::{
 };
 use uuid::Uuid;
 
-/// So many devices share a source address: far from the ports that Linux has for one, with as many still closing.
+/// Devices that share a source address: far fewer than the ports that Linux has for one, with as many still closing.
 const DEVICES_PER_SOURCE: usize = 1_000;
 /// Greatest answer to an upgrade, welcome included.
 const ANSWER_BYTES_MAX: usize = 16 * 1024;
@@ -80,7 +80,7 @@ pub enum Answer {
         device: Device,
         resume: Option<String>,
     },
-    /// 503: come back.
+    /// 503: return later.
     Later {
         after: Duration,
         slot: Option<String>,
@@ -221,7 +221,7 @@ impl Device {
         loop {
             if let Some(end) = self.unread.windows(4).position(|window| window == b"\r\n\r\n") {
                 let head = self.unread.drain(..end + 4).collect();
-                return String::from_utf8(head).context("an answer that is no text");
+                return String::from_utf8(head).context("an answer that is not text");
             }
             self.read().await?;
         }

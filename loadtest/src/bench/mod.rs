@@ -1,18 +1,19 @@
-//! `loadtest bench`: what a connection costs the gateway, measured beside a bare tokio-tungstenite server in the same run.
+//! `loadtest bench`: cost of a connection, compared with a bare tokio-tungstenite server in the same run.
 //!
-//! [`bench()`] starts the servers in turn, each as a process of its own, and sends the same devices to both. Costs are memory (Pss) and
-//! processor time of the server's process alone, which hardly depend on what else the machine does; only the times of the storms do, and those
-//! stand beside the other server's. Nothing here judges: docs/BENCHMARKS.md shows the figures beside their bounds.
+//! [`bench()`] starts the servers in turn, each in its own process, and connects the same devices to both. Costs are
+//! memory (Pss) and processor time of the server's process: they hardly depend on other load of the machine. Only the
+//! times of the storms do; the report compares them with the other server's. docs/BENCHMARKS.md shows the figures
+//! beside their bounds.
 
-mod course;
-mod crowd;
+mod bystanders;
 mod device;
 mod messages;
 pub mod peer;
+mod pool;
 mod report;
 pub mod scale;
+mod schedule;
 mod usage;
-mod witness;
 
 use std::{fs, net::SocketAddr, path::Path, time::Duration};
 
@@ -24,20 +25,20 @@ use rustls::pki_types::ServerName;
 pub use report::Report;
 
 use self::{
-    course::{Course, Measured},
     peer::Kind,
+    schedule::{Measured, Schedule},
 };
 use crate::{guard::TempDir, postgres::Postgres, programs, progress::Progress, server::Server};
 
-/// Files of this process that are no devices' sockets.
+/// Files of this process that are not devices' sockets.
 const FILES_RESERVED: u64 = 500;
-/// A firmware version that the gateway's rule lets in, and one that it does not.
+/// A firmware version that the gateway's rule admits, and one that it does not.
 const FIRMWARE: &str = "3.8.0-b2";
 const FIRMWARE_BLOCKED: &str = "9.0.0";
-/// Whom the gateway's certificate is for.
+/// Name in the gateway's certificate.
 const CERTIFIED_NAME: &str = "gateway.test";
 
-/// Which registry the gateway asks.
+/// Database of the gateway's registry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Database {
     Postgres,
@@ -49,7 +50,7 @@ pub enum Database {
 pub struct Options {
     pub devices: usize,
     pub database: Database,
-    /// How long the devices only send heartbeats.
+    /// Time for which the devices only send heartbeats.
     pub hold: Duration,
 }
 
@@ -61,8 +62,8 @@ pub async fn bench(options: Options, progress: &Progress) -> Result<Report> {
     programs::build(&["seawall"]).await?;
     ensure_files(options.devices)?;
     let folder = TempDir::new("bench").context("creating a temporary folder")?;
-    let accounts = device::accounts(options.devices + witness::COUNT);
-    let course = |name, is_gateway| Course {
+    let accounts = device::accounts(options.devices + bystanders::COUNT);
+    let schedule = |name, is_gateway| Schedule {
         name,
         is_gateway,
         accounts: &accounts,
@@ -71,17 +72,17 @@ pub async fn bench(options: Options, progress: &Progress) -> Result<Report> {
     };
 
     let (process, address) = peer::start(Kind::Echo, folder.path()).await?;
-    let mut echo = course("echo", false).run(address, process.pid(), None).await?;
+    let mut echo = schedule("echo", false).run(address, process.pid(), None).await?;
     drop(process);
     let (mut process, address) = peer::start(Kind::Refuse, folder.path()).await?;
-    echo.refusal_micros = Some(course("echo", false).refusals(address, process.pid()).await?);
+    echo.refusal_micros = Some(schedule("echo", false).refusals(address, process.pid()).await?);
     process.stop(Signal::TERM, Duration::from_secs(1)).await;
 
     let postgres = match options.database {
         Database::Postgres => Some(Postgres::start(None).await?),
         Database::Sqlite => None,
     };
-    let measured = gateway(&course("gateway", true), folder.path(), postgres.as_ref()).await;
+    let measured = gateway(&schedule("gateway", true), folder.path(), postgres.as_ref()).await;
     if let Some(postgres) = postgres {
         postgres.stop().await;
     }
@@ -93,38 +94,38 @@ pub async fn bench(options: Options, progress: &Progress) -> Result<Report> {
     })
 }
 
-async fn gateway(course: &Course<'_>, folder: &Path, postgres: Option<&Postgres>) -> Result<Measured> {
+async fn gateway(schedule: &Schedule<'_>, folder: &Path, postgres: Option<&Postgres>) -> Result<Measured> {
     let data = folder.join("data");
     let url = postgres.map(Postgres::url);
     let start = || async { Server::gateway(&data, &toml::Table::new(), url.as_deref()).await };
     let server = start().await?;
-    let (ops, csv) = (server.ops().clone(), device::csv(course.accounts));
+    let (ops, csv) = (server.ops().clone(), device::csv(schedule.accounts));
     tokio::task::spawn_blocking(move || {
         ops.import(&csv)?;
         ops.block("=9.0.0", "measured", false, None)
     })
     .await
     .context("the task that registers devices")??;
-    // What the import left in memory would be used again for devices, and hide what they need.
+    // Memory that the import left free would be reused for devices, and hide what they need.
     server.stop().await;
 
     let server = start().await?;
     let address = address_of(&server)?;
     let pid = server.pid().context("the gateway is a process of ours")?;
-    let mut measured = course.run(address, pid, Some(server.ops())).await?;
-    measured.refusal_micros = Some(course.refusals(address, pid).await?);
+    let mut measured = schedule.run(address, pid, Some(server.ops())).await?;
+    measured.refusal_micros = Some(schedule.refusals(address, pid).await?);
     server.stop().await;
 
     let (config, tls) = certified(folder)?;
     let server = Server::gateway(&data, &config, url.as_deref()).await?;
     let pid = server.pid().context("the gateway is a process of ours")?;
-    let (bytes, micros) = course.over_tls(address_of(&server)?, pid, tls).await?;
+    let (bytes, micros) = schedule.over_tls(address_of(&server)?, pid, tls).await?;
     (measured.tls_device_bytes, measured.tls_handshake_micros) = (Some(bytes), Some(micros));
     server.stop().await;
     Ok(measured)
 }
 
-/// A gateway's settings with a certificate of its own (ECDSA P-256), and devices that trust it.
+/// Returns settings of a gateway with its own certificate (ECDSA P-256), and the trust of its devices.
 fn certified(folder: &Path) -> Result<(toml::Table, Tls)> {
     let made = rcgen::generate_simple_self_signed([CERTIFIED_NAME.to_owned()]).context("making a certificate")?;
     let (certificate, key) = (folder.join("certificate.pem"), folder.join("key.pem"));

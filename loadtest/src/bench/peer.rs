@@ -123,7 +123,7 @@ async fn refuse(mut stream: TcpStream) {
         let answer = format!(
             "HTTP/1.1 403 Forbidden\r\nContent-Type: application/problem+json\r\nConnection: close\r\nContent-Length: {REFUSAL_BODY_BYTES}\r\n\r\n{body}"
         );
-        // Whoever has gone is answered by nobody.
+        // A client that has left gets no answer.
         let _ = stream.write_all(answer.as_bytes()).await;
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{fmt::Write as _, fs};
 
-use super::{Database, Options, course::Measured};
+use super::{Database, Options, schedule::Measured};
 
 /// What a bench found.
 #[derive(Clone, Debug)]
@@ -29,7 +29,7 @@ enum Bound {
     Most(f64),
     /// The gateway's over the echo's.
     Over(f64),
-    /// So many times the echo's.
+    /// As a multiple of the echo server's.
     Times(f64),
     None,
 }
@@ -161,7 +161,7 @@ impl Report {
         ]
     }
 
-    /// A table in Markdown, which reads well on a terminal, too.
+    /// A table in Markdown, readable on a terminal as well.
     #[must_use]
     pub fn table(&self) -> String {
         let mut lines = vec![["what", "gateway", "echo", "ratio", "bound", ""].map(str::to_owned)];
@@ -226,26 +226,25 @@ impl Report {
         };
         format!(
             "# Benchmarks\n\n\
-             What a connection costs the gateway, beside a bare tokio-tungstenite server that echoes and knows nobody, in one run. Written by\n\n\
+             Cost of a connection at the gateway, beside a bare tokio-tungstenite echo server without authentication, in one run. Written by\n\n\
              ```\n\
              cargo build --release --bin seawall --bin loadtest\n\
              target/release/loadtest bench --devices {devices} --database {database} --hold {hold} --write docs/BENCHMARKS.md\n\
              ```\n\n\
              on {machine}.\n\n\
              {table}\n\
-             - {devices} devices, authenticated against {registry}, registered and with their presence tracked; servers as their defaults make them, each a\n  \
-               process of its own, one after the other. The devices share the machine with the server and with the database.\n\
-             - Memory is user memory (Pss) of the server's process. Kernel memory, some 5 KB for a socket, comes on top for every server alike.\n\
-             - Times in µs are processor time (user and system) of the server's process for one of them; the database's is its own. Connections are made 256\n  \
-               at a time, messages 64. A message through the API is an HTTP request and its answer, a frame to the device and one back: as many reads and writes\n  \
-               as two messages of the echo.\n\
-             - Over TLS: 1.3, a certificate of ECDSA P-256, 5,000 devices at most, in a process of the gateway's own.\n\
-             - A storm resets all connections, and all devices come back at once, without a pause. Its times are by the clock on the wall, with everything on\n  \
-               one machine: compare them with the echo's, not with another machine's. 200 devices are left out of it, and time heartbeats of their own.\n  \
-               By look-ups it takes as long as the database allows: a device that it has no room for at once comes back at its slot, half a second later at the\n  \
-               soonest.\n\
+             - {devices} devices, authenticated against {registry}, registered and with their presence tracked.\n\
+             - Servers run with their defaults, each in its own process, one after the other. The devices share the machine with the server and the database.\n\
+             - Memory is user memory (Pss) of the server's process. Kernel memory, about 5 KB per socket, comes on top for every server.\n\
+             - Times in µs are CPU time (user and system) of the server's process for one operation. The database's CPU time is not included.\n\
+             - Connections are opened 256 at a time, messages sent 64 at a time.\n\
+             - A message through the API is an HTTP request and its answer, a frame to the device and one back. These are as many reads and writes as two messages of the echo server.\n\
+             - Over TLS: 1.3, an ECDSA P-256 certificate, at most 5,000 devices, in a process of its own.\n\
+             - A storm resets all connections, and all devices return at once, without a pause. Its times are wall-clock times with everything on one machine.\n  \
+               Compare them with the echo server's, not with another machine's. 200 devices are left out of it, and time heartbeats of their own.\n\
+             - With lookups a storm takes as long as the database allows. A device that it has no room for returns at its slot, half a second later at the soonest.\n\
              - Sockets first: the same, but all devices connect before the first of them sends its request. The time is from the first connect to the last session.\n\
-             - The gateway pings each device every 30 s besides, which is in its figures.\n",
+             - The gateway also pings each device every 30 s, which is in its figures.\n",
             database = match database {
                 Database::Postgres => "postgres",
                 Database::Sqlite => "sqlite",

@@ -1,7 +1,7 @@
-//! `loadtest scale`: more devices than one process may have files for. Start with [`scale`].
+//! `loadtest scale`: more devices than one process may open files for. Start with [`scale`].
 //!
-//! Several gateways on one address and one PostgreSQL, and the devices in several processes: this program again ([`serve`]), each steered
-//! by lines on its standard input.
+//! Several gateways share one address and one PostgreSQL. The devices are in several processes of this program
+//! ([`serve`]), which take commands as lines on standard input.
 
 use std::{
     fmt::Write as _,
@@ -18,9 +18,8 @@ use rustix::process::{Pid, Resource, getrlimit};
 use tokio::time::sleep;
 
 use super::{
-    address_of,
-    crowd::{By, Crowd},
-    device,
+    address_of, device,
+    pool::{By, DevicePool},
     report::machine,
     usage::{ProcessorTime, memory_bytes},
 };
@@ -33,40 +32,40 @@ use crate::{
     server::Server,
 };
 
-/// Files of a process that are no devices' sockets: what a gateway keeps for itself, and some.
+/// Files of a process that are not devices' sockets: what a gateway keeps for itself, and some.
 const FILES_RESERVED: u64 = 1_000;
-/// Fewest devices that are worth a process.
+/// Minimum number of devices of a process.
 const EACH_MIN: usize = 1_000;
-/// A gateway is meant to hold no more than this part of what its files allow: the kernel spreads connections by chance.
+/// Maximum part of its open files that a gateway should use, in percent: the kernel spreads connections at random.
 const FILL_PERCENT: usize = 93;
-/// Connections under way, of all processes with devices together.
+/// Concurrent handshakes of all device processes together.
 const AT_ONCE: usize = 1_024;
-/// How often each device sends a heartbeat while they only hold.
+/// Time between two heartbeats of a device while devices only hold.
 const HEARTBEAT_EVERY: Duration = Duration::from_secs(10);
-/// Time for servers to finish what they have begun, before they are looked at.
+/// Time for servers to finish their work before they are measured.
 const SETTLE: Duration = Duration::from_secs(3);
-/// An order is carried out within this.
+/// Maximum time to carry out a command.
 const ORDER_TIME_MAX: Duration = Duration::from_secs(600);
 
 /// What to measure.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     pub devices: usize,
-    /// How long the devices only send heartbeats.
+    /// Time for which the devices only send heartbeats.
     pub hold: Duration,
 }
 
-/// What was found. All gateways together, unless it says otherwise.
+/// Results. All gateways together, unless it says otherwise.
 #[derive(Clone, Debug)]
 pub struct Report {
     options: Options,
     gateways: usize,
-    crowds: usize,
+    pools: usize,
     connect: Duration,
     connect_micros: f64,
     /// Growth of Pss for each device.
     device_bytes: f64,
-    /// Sessions of the gateway with the fewest and of that with the most.
+    /// Sessions of the gateway with the fewest, and of the one with the most.
     sessions: (f64, f64),
     /// A part of one core.
     hold_cores: f64,
@@ -98,10 +97,11 @@ async fn measure(options: Options, folder: &Path, postgres: &Postgres, progress:
         FILES_RESERVED + EACH_MIN as u64
     );
     let gateways = options.devices.div_ceil(each * FILL_PERCENT / 100).max(2);
-    let crowds = options.devices.div_ceil(each);
+    let pools = options.devices.div_ceil(each);
 
     progress.note("devices are registered");
-    // By a gateway that ends then: what the import left in memory would be used again for devices, and hide what they need.
+    // By a gateway that ends then: memory that the import left free would be reused for devices, and hide what they
+    // need.
     let server = start_gateways(1, folder, &postgres.url()).await?.remove(0);
     let (ops, csv) = (server.ops().clone(), device::csv(&device::accounts(options.devices)));
     tokio::task::spawn_blocking(move || ops.import(&csv))
@@ -115,13 +115,13 @@ async fn measure(options: Options, folder: &Path, postgres: &Postgres, progress:
         .map(|server| server.pid().context("a gateway is a process of ours"))
         .collect::<Result<Vec<Pid>>>()?;
     let address = address_of(&servers[0])?;
-    let mut crowds = start_crowds(options.devices, crowds, address, folder)?;
+    let mut pools = start_pools(options.devices, pools, address, folder)?;
     sleep(SETTLE).await;
     let base = memory(&pids)?;
 
     progress.note("devices connect");
     let before = times(&pids)?;
-    let connect = all(&mut crowds, "connect").await?;
+    let connect = all(&mut pools, "connect").await?;
     let connect_micros = used(&pids, &before)?.as_secs_f64() * 1e6 / options.devices as f64;
     sleep(SETTLE).await;
     let idle = memory(&pids)?;
@@ -134,16 +134,16 @@ async fn measure(options: Options, folder: &Path, postgres: &Postgres, progress:
 
     progress.note("devices hold");
     let before = times(&pids)?;
-    let took = all(&mut crowds, &format!("hold {}", options.hold.as_secs())).await?;
+    let took = all(&mut pools, &format!("hold {}", options.hold.as_secs())).await?;
     let hold_cores = used(&pids, &before)?.as_secs_f64() / took.as_secs_f64();
 
     progress.note("all connections are reset");
-    let back = all(&mut crowds, "return").await?;
+    let back = all(&mut pools, "return").await?;
     sleep(SETTLE).await;
     let after = memory(&pids)?;
 
-    for crowd in &mut crowds {
-        crowd.process.kill();
+    for pool in &mut pools {
+        pool.process.kill();
     }
     for server in servers {
         server.stop().await;
@@ -151,7 +151,7 @@ async fn measure(options: Options, folder: &Path, postgres: &Postgres, progress:
     Ok(Report {
         options,
         gateways,
-        crowds: crowds.len(),
+        pools: pools.len(),
         connect,
         connect_micros,
         device_bytes: (idle - base) / options.devices as f64,
@@ -165,7 +165,7 @@ async fn measure(options: Options, folder: &Path, postgres: &Postgres, progress:
     })
 }
 
-/// On one address, with the same keys: what one gives out counts on all.
+/// Starts gateways on one address with the same keys: a token of one is valid on all.
 async fn start_gateways(count: usize, folder: &Path, database: &str) -> Result<Vec<Server>> {
     let mut servers: Vec<Server> = Vec::new();
     for number in 0..count {
@@ -202,28 +202,28 @@ fn used(pids: &[Pid], before: &[ProcessorTime]) -> Result<Duration> {
     pids.iter().zip(before).map(since).sum()
 }
 
-/// Devices in a process of their own.
-struct RemoteCrowd {
+/// Devices in another process.
+struct RemotePool {
     process: Process,
     done: PathBuf,
     orders: usize,
 }
 
-fn start_crowds(devices: usize, count: usize, server: SocketAddr, folder: &Path) -> Result<Vec<RemoteCrowd>> {
+fn start_pools(devices: usize, count: usize, server: SocketAddr, folder: &Path) -> Result<Vec<RemotePool>> {
     let program = std::env::current_exe().context("looking for this program's own file")?;
     let start = |number: usize| {
         let (first, end) = (devices * number / count, devices * (number + 1) / count);
-        let done = folder.join(format!("crowd{number}.done"));
+        let done = folder.join(format!("pool{number}.done"));
         let mut command = Command::new(&program);
         command
-            .args(["bench-crowd", "--server", &server.to_string()])
+            .args(["bench-pool", "--server", &server.to_string()])
             .args(["--first", &first.to_string()])
             .args(["--count", &(end - first).to_string()])
             .args(["--at-once", &AT_ONCE.div_ceil(count).to_string()])
             .arg("--done")
             .arg(&done);
-        let process = Process::start_steered(format!("crowd {number}"), &mut command, &done.with_extension("log"))?;
-        Ok(RemoteCrowd {
+        let process = Process::start_steered(format!("pool {number}"), &mut command, &done.with_extension("log"))?;
+        Ok(RemotePool {
             process,
             done,
             orders: 0,
@@ -232,47 +232,47 @@ fn start_crowds(devices: usize, count: usize, server: SocketAddr, folder: &Path)
     (0..count).map(start).collect()
 }
 
-/// Has all of them carry an order out. Returns how long it took until the last was done.
-async fn all(crowds: &mut [RemoteCrowd], order: &str) -> Result<Duration> {
+/// Passes a command to all device processes. Returns the time until the last has carried it out.
+async fn all(pools: &mut [RemotePool], order: &str) -> Result<Duration> {
     let begun = Instant::now();
-    for crowd in &mut *crowds {
-        crowd.process.order(order)?;
-        crowd.orders += 1;
+    for pool in &mut *pools {
+        pool.process.order(order)?;
+        pool.orders += 1;
     }
-    for crowd in crowds {
-        let (orders, done) = (crowd.orders, &crowd.done);
+    for pool in pools {
+        let (orders, done) = (pool.orders, &pool.done);
         let look = || (fs::read_to_string(done).ok()?.lines().count() >= orders).then_some(());
-        process::await_from(&mut crowd.process, order, ORDER_TIME_MAX, look).await?;
+        process::await_from(&mut pool.process, order, ORDER_TIME_MAX, look).await?;
     }
     Ok(begun.elapsed())
 }
 
-/// Which devices a process of its own has.
+/// The devices of a process.
 #[derive(Clone, Debug, clap::Args)]
-pub struct CrowdArguments {
+pub struct PoolArguments {
     /// The gateways' address.
     #[arg(long)]
     server: SocketAddr,
     /// Number of the first device.
     #[arg(long)]
     first: usize,
-    /// How many there are.
+    /// Number of devices.
     #[arg(long)]
     count: usize,
-    /// Connections under way.
+    /// Concurrent handshakes.
     #[arg(long)]
     at_once: usize,
-    /// File that gets a line for each order that was carried out.
+    /// File that gets a line for each command that was carried out.
     #[arg(long)]
     done: PathBuf,
 }
 
-/// Carries orders out until there are no more: `connect`, `hold SECONDS`, `return` (all connections are reset, and come back by token).
+/// Carries orders out until there are no more: `connect`, `hold SECONDS`, `return` (all connections are reset, and return by token).
 ///
 /// # Errors
 /// An order is none, or a device got an answer that it should not.
-pub async fn serve(arguments: &CrowdArguments) -> Result<()> {
-    let CrowdArguments {
+pub async fn serve(arguments: &PoolArguments) -> Result<()> {
+    let PoolArguments {
         server,
         first,
         count,
@@ -281,29 +281,29 @@ pub async fn serve(arguments: &CrowdArguments) -> Result<()> {
     } = *arguments;
     super::ensure_files(count)?;
     let accounts = device::accounts(first + count);
-    let crowd = Crowd::new(server, true, &accounts[first..]);
+    let pool = DevicePool::new(server, true, &accounts[first..]);
     drop(accounts);
-    let mut done = fs::File::create(&arguments.done).context("creating the file of orders that are done")?;
+    let mut done = fs::File::create(&arguments.done).context("creating the file of finished commands")?;
     loop {
         let order = tokio::task::spawn_blocking(|| std::io::stdin().lock().lines().next()).await?;
-        let Some(order) = order.transpose().context("reading an order")? else {
+        let Some(order) = order.transpose().context("reading a command")? else {
             return Ok(());
         };
         match order.split_once(' ').unwrap_or((&order, "")) {
             ("connect", "") => {
-                crowd.connect(at_once, By::LookUp).await?;
+                pool.connect(at_once, By::LookUp).await?;
             }
             ("hold", seconds) => {
                 let seconds = seconds.parse().context("reading how long to hold")?;
-                crowd.hold(HEARTBEAT_EVERY, Duration::from_secs(seconds)).await?;
+                pool.hold(HEARTBEAT_EVERY, Duration::from_secs(seconds)).await?;
             }
             ("return", "") => {
-                crowd.drop_all().await;
-                crowd.connect(at_once, By::Token).await?;
+                pool.drop_all().await;
+                pool.connect(at_once, By::Token).await?;
             }
-            _ => bail!("{order:?} is no order"),
+            _ => bail!("{order:?} is not an order"),
         }
-        writeln!(done, "{order}").context("telling that an order is done")?;
+        writeln!(done, "{order}").context("reporting a finished command")?;
     }
 }
 
@@ -317,15 +317,15 @@ impl Report {
         let _ = write!(
             text,
             "# Scale\n\n\
-             More devices than one process may have files for: several gateways on one address (`server.share_port`) and one PostgreSQL. Written by\n\n\
+             More devices than one process may have open files for: several gateways on one address (`server.share_port`) and one PostgreSQL. Written by\n\n\
              ```\n\
              cargo build --release --bin seawall --bin loadtest\n\
              target/release/loadtest scale --devices {devices} --hold {hold} --write docs/SCALE.md\n\
              ```\n\n\
              on {machine}.\n\n{table}\n\
-             - Gateways, PostgreSQL and all devices share the machine; each device is registered, authenticated, and has its presence tracked.\n\
-             - Memory is user memory (Pss). Processor time is that of all gateways.\n\
-             - At the end all connections are reset at once, and the devices come back with their resume tokens, which count on every gateway.\n",
+             - Gateways, PostgreSQL and all devices share the machine. Each device is registered, authenticated, and has its presence tracked.\n\
+             - Memory is user memory (Pss). Processor time is the CPU time of all gateways.\n\
+             - At the end all connections are reset at once, and the devices return with their resume tokens, which are valid on every gateway.\n",
             hold = humantime::format_duration(hold),
             machine = machine(),
             table = self.table(),
@@ -339,7 +339,7 @@ impl Report {
         let rows = [
             ("devices", format!("{}", self.options.devices)),
             ("gateways", format!("{}", self.gateways)),
-            ("processes with devices", format!("{}", self.crowds)),
+            ("processes with devices", format!("{}", self.pools)),
             ("all connected after", format!("{:.1} s", self.connect.as_secs_f64())),
             (
                 "processor time of a handshake",

@@ -17,7 +17,7 @@ struct Cli {
     /// When all are connected, drop every socket at once and show the recovery.
     #[arg(long)]
     storm: bool,
-    /// End after so many seconds; exit 0 only if all was well. Without it the demo runs until Ctrl-C.
+    /// End after this many seconds; exit 0 only if all was well. Without it the demo runs until Ctrl-C.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=86_400))]
     seconds: Option<u32>,
 }

@@ -98,7 +98,7 @@ impl Fleet {
         self.sims.iter_mut().try_for_each(Process::check)
     }
 
-    /// Every socket is gone at once; every device comes back by its own policy, within 5 s where nobody tells it otherwise.
+    /// Every socket is gone at once; every device returns by its own policy, within 5 s unless it is told otherwise.
     pub(super) fn drop_all(&mut self, progress: &Progress) -> Result<()> {
         progress.note("storm: every socket is dropped at once");
         self.sims.iter_mut().try_for_each(|sim| sim.order("drop"))

@@ -1,11 +1,11 @@
-//! The demo: a gateway on embedded SQLite and a fleet of devices, as processes of their own, and what they do, live.
+//! The demo: a gateway on embedded SQLite and a fleet of devices, in separate processes, with live figures.
 //!
-//! Start with [`run`]. What it shows it reads from the gateway's `/metrics`, as any monitoring would.
+//! Start with [`run`]. The figures are those of the gateway's `/metrics`.
 
 mod fleet;
-mod story;
 #[cfg(test)]
 mod tests;
+mod timeline;
 
 use std::{
     collections::BTreeMap,
@@ -19,33 +19,33 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     fleet::{Cli, Fleet},
-    story::{Figures, Story},
+    timeline::{Figures, Timeline},
 };
 use crate::{guard::TempDir, programs, progress::Progress, server::Server};
 
-/// What the printed command blocks: over a third of the fleet.
+/// Versions that the printed command blocks: over a third of the fleet.
 const BLOCKED_RANGE: &str = ">=3.8.0-b3";
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
-/// What to show.
+/// Options of the demo.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     pub devices: usize,
-    /// Drop every socket at once when all are connected.
+    /// Drop every socket at once when all devices are connected.
     pub has_storm: bool,
-    /// Ends by itself after this.
+    /// Duration of the demo. `None`: until it is interrupted.
     pub length: Option<Duration>,
 }
 
-/// Runs the demo until it is interrupted, or its time is over. Leaves no process and no file behind.
+/// Runs the demo until it is interrupted or its time is over. Leaves no process and no file behind.
 ///
 /// # Errors
-/// Something could not be started, or died by itself; or its time was over and not all was well.
+/// A process could not be started or died, or the demo did not go well.
 pub async fn run(options: Options, interrupted: &CancellationToken) -> Result<()> {
     let progress = Progress::new();
     progress.note("building the gateway and the simulated devices (the first time takes minutes)");
     let folder = TempDir::new("demo").context("creating a temporary folder")?;
-    // Whatever is awaited when the interrupt comes is dropped, and its processes with it.
+    // An interrupt drops what is awaited, and its processes with it.
     let done = interrupted
         .run_until_cancelled(show(options, folder.path(), &progress))
         .await;
@@ -73,20 +73,20 @@ async fn show(options: Options, folder: &Path, progress: &Progress) -> Result<()
     };
     fleet.start()?;
     let started = Instant::now();
-    let mut story = Story::default();
+    let mut timeline = Timeline::default();
     let mut last = Figures::default();
     loop {
         server.check()?;
         fleet.check()?;
         let ops = server.ops().clone();
-        // A gateway that is busy for a moment misses one look, not the demo.
+        // A gateway that is busy for a moment loses one sample only.
         if let Ok(metrics) = tokio::task::spawn_blocking(move || ops.metrics())
             .await
-            .context("the task that looks")?
+            .context("the task that reads metrics")?
         {
             last = Figures::of(&metrics);
         }
-        if story.advance(options, &last, progress) {
+        if timeline.advance(options, &last, progress) {
             fleet.drop_all(progress)?;
         }
         progress.update(|| status(options.devices, &last, started.elapsed()));
@@ -98,7 +98,7 @@ async fn show(options: Options, folder: &Path, progress: &Progress) -> Result<()
     fleet.stop().await;
     server.stop().await;
     progress.finish();
-    story.judge(options, &last)?;
+    timeline.judge(options, &last)?;
     progress.note("all is well");
     Ok(())
 }

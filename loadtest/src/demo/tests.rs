@@ -2,7 +2,7 @@ use std::fs;
 
 use super::{
     fleet::{quoted, split},
-    story::CALM,
+    timeline::CALM,
     *,
 };
 use crate::metrics::Metrics;
@@ -37,41 +37,41 @@ fn a_demo_ends_well_only_if_everyone_was_there_and_is_back() {
         length: None,
     };
     let progress = Progress::new();
-    let mut story = Story::default();
+    let mut timeline = Timeline::default();
     let with = |connected| Figures {
         connected,
         ..Figures::default()
     };
 
-    assert!(!story.advance(options, &with(9), &progress));
+    assert!(!timeline.advance(options, &with(9), &progress));
     assert!(
-        story
+        timeline
             .judge(options, &with(9))
             .unwrap_err()
             .to_string()
             .contains("9 of 10")
     );
-    assert!(!story.advance(options, &with(10), &progress));
+    assert!(!timeline.advance(options, &with(10), &progress));
     assert!(
-        story
+        timeline
             .judge(options, &with(10))
             .unwrap_err()
             .to_string()
             .contains("no time for the storm")
     );
-    story.all_connected_at = story.all_connected_at.map(|at| at - CALM);
-    assert!(story.advance(options, &with(10), &progress));
-    assert!(!story.advance(options, &with(10), &progress));
+    timeline.all_connected_at = timeline.all_connected_at.map(|at| at - CALM);
+    assert!(timeline.advance(options, &with(10), &progress));
+    assert!(!timeline.advance(options, &with(10), &progress));
     assert!(
-        story.judge(options, &with(10)).is_err(),
+        timeline.judge(options, &with(10)).is_err(),
         "the gateway has not even seen the storm"
     );
-    story.advance(options, &with(0), &progress);
-    story.advance(options, &with(10), &progress);
-    story.judge(options, &with(10)).unwrap();
+    timeline.advance(options, &with(0), &progress);
+    timeline.advance(options, &with(10), &progress);
+    timeline.judge(options, &with(10)).unwrap();
 
     let refused = BTreeMap::from([("unauthorized".to_owned(), 1)]);
-    assert!(story.judge(options, &Figures { refused, ..with(10) }).is_err());
+    assert!(timeline.judge(options, &Figures { refused, ..with(10) }).is_err());
 }
 
 #[test]

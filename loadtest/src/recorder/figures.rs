@@ -21,11 +21,11 @@ pub(super) struct Phase {
     pub(super) missing: u64,
     /// At its start and at its end.
     pub(super) counters: (Counters, Counters),
-    pub(super) groups: Vec<GroupBook>,
+    pub(super) groups: Vec<GroupCounts>,
 }
 
 #[derive(Debug)]
-pub(super) struct GroupBook {
+pub(super) struct GroupCounts {
     pub(super) devices: u64,
     pub(super) connected: u64,
     pub(super) attempts: u64,
@@ -37,8 +37,7 @@ pub(super) struct GroupBook {
     pub(super) latency: Histogram<u64>,
 }
 
-/// What one phase came to.
-impl GroupBook {
+impl GroupCounts {
     pub(super) fn new() -> Self {
         Self {
             devices: 0,
@@ -75,17 +74,17 @@ impl Phase {
         let groups = names
             .iter()
             .zip(&self.groups)
-            .map(|(name, book)| {
+            .map(|(name, counts)| {
                 let group = Group {
-                    devices: book.devices,
-                    connected: book.connected,
-                    attempts: book.attempts,
-                    admitted: book.admitted,
-                    refused: book.refused.clone(),
-                    failed: book.failed,
-                    sent: book.sent,
-                    acked: book.acked,
-                    latency: Latency::of(&book.latency),
+                    devices: counts.devices,
+                    connected: counts.connected,
+                    attempts: counts.attempts,
+                    admitted: counts.admitted,
+                    refused: counts.refused.clone(),
+                    failed: counts.failed,
+                    sent: counts.sent,
+                    acked: counts.acked,
+                    latency: Latency::of(&counts.latency),
                 };
                 (name.clone(), group)
             })
@@ -100,6 +99,7 @@ impl Phase {
             lost_sessions: self.lost_sessions,
             missing: self.missing,
             counters: self.counters.1.since(self.counters.0),
+            presence: None,
             groups,
         }
     }

@@ -1,6 +1,6 @@
 //! Every figure by the flat name that thresholds use.
 
-use super::{Group, MAIN_RUN, Run, Summary};
+use super::{Group, MAIN_RUN, Presence, Run, Summary};
 use crate::threshold::Figures;
 
 impl Summary {
@@ -25,6 +25,15 @@ impl Summary {
             ("rss_max_bytes", self.rss_max_bytes),
             ("rss_growth", ratio(self.rss_max_bytes, self.rss_start_bytes)),
         ]
+    }
+}
+
+impl Summary {
+    /// The same, and the figures of watched presence.
+    fn all_figures(&self) -> impl Iterator<Item = (String, Option<f64>)> {
+        let own = self.figures().map(|(name, value)| (name.to_owned(), value));
+        let presence = self.presence.iter().flat_map(Presence::figures);
+        own.into_iter().chain(presence)
     }
 }
 
@@ -66,22 +75,23 @@ impl Group {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts of a load test are far below 2^52")]
-fn count(value: u64) -> f64 {
+pub(super) fn count(value: u64) -> f64 {
     value as f64
 }
 
 pub(super) fn figures(runs: &[Run]) -> Figures {
     let mut figures = Figures::new();
     for run in runs {
-        for (name, value) in run.summary.figures() {
+        for (name, value) in run.summary.all_figures() {
             if run.name == MAIN_RUN {
-                figures.insert(name.to_owned(), value);
+                figures.insert(name.clone(), value);
             }
             figures.insert(format!("{}.{name}", run.name), value);
         }
         for phase in &run.phases {
             let prefix = format!("{}.{}", run.name, phase.name);
-            for (name, value) in phase.summary.figures() {
+            let drift = phase.drift.unwrap_or_default().figures();
+            for (name, value) in phase.summary.all_figures().chain(drift) {
                 figures.insert(format!("{prefix}.{name}"), value);
             }
             for (group, figures_of) in &phase.groups {

@@ -6,6 +6,7 @@
 
 mod figures;
 mod text;
+mod watch;
 
 use std::collections::BTreeMap;
 
@@ -13,6 +14,7 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use self::figures::figures;
+pub use self::watch::{Drift, Presence, Spread};
 use crate::{
     scenario::{Action, FieldError, Scenario},
     threshold::{Figures, Outcome, Threshold},
@@ -20,6 +22,8 @@ use crate::{
 
 /// The run whose figures also stand at the top.
 pub const MAIN_RUN: &str = "seawall";
+/// The run of the naive server.
+pub const NAIVE_RUN: &str = "naive";
 /// Greatest latency that a histogram tells apart: six hours, in microseconds.
 const LATENCY_MAX_US: u64 = 21_600_000_000;
 
@@ -32,7 +36,7 @@ pub struct Report {
     pub devices: u32,
     pub started_at: String,
     pub passed: bool,
-    /// Those of the run `seawall`.
+    /// Figures of the run `seawall`.
     #[serde(flatten)]
     pub summary: Summary,
     pub thresholds: Vec<Outcome>,
@@ -75,6 +79,9 @@ pub struct PhaseReport {
     pub seconds: f64,
     #[serde(flatten)]
     pub summary: Summary,
+    /// None: time was virtual.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drift: Option<Drift>,
     pub groups: BTreeMap<String, Group>,
 }
 
@@ -84,7 +91,7 @@ pub struct PhaseReport {
 pub struct Summary {
     /// Time until 99 % of the devices that the phase disconnected, or connected first, are connected.
     pub t99_seconds: Option<f64>,
-    /// The same for all of them. Devices that a rule refuses don't count.
+    /// The same for all of them. Devices that a rule refuses are left out.
     pub t100_seconds: Option<f64>,
     /// Their number, divided by the look-ups per second that the server can do.
     pub optimum_seconds: Option<f64>,
@@ -109,6 +116,9 @@ pub struct Summary {
     /// Memory of the server at the start, in bytes. None: it does not run here.
     pub rss_start_bytes: Option<f64>,
     pub rss_max_bytes: Option<f64>,
+    /// None: the scenario has no `[presence]`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub presence: Option<Presence>,
 }
 
 /// Devices that run certain versions, in one phase.
@@ -125,10 +135,10 @@ pub struct Group {
     pub failed: u64,
     /// Messages that they sent of their own accord.
     pub sent: u64,
-    /// Those of them that were acked.
+    /// Messages that were acknowledged.
     pub acked: u64,
     /// From the time at which a device should have been connected until it was, refusals in between included. Devices that never were
-    /// count with the time until the run ended; those that a rule refuses don't count.
+    /// count with the time until the run ended; those that a rule refuses are left out.
     pub latency: Latency,
 }
 
@@ -157,12 +167,20 @@ pub struct Second {
     pub queue: f64,
     pub statements: f64,
     pub rss_bytes: Option<u64>,
+    /// Open files and sockets of the server, and its threads.
+    pub handles: Option<u64>,
+    pub threads: Option<u64>,
+    /// Devices that were due and connected, and the sum of their times.
+    pub connects: u64,
+    pub connect_ms: f64,
+    /// Devices that the server calls online beyond those that are.
+    pub presence_error: Option<f64>,
     /// Devices back, of those that a phase waits for.
     pub returned: u64,
     /// Hints of slots: how many, and their sum in seconds.
     pub hints: u64,
     pub hint_seconds: f64,
-    /// Keys a second that slots are given out by.
+    /// Keys per second that slots are given out by.
     pub k_ref: Option<f64>,
 }
 
@@ -253,11 +271,16 @@ fn outline(scenario: &Scenario) -> Vec<Run> {
         .group_names()
         .map(|name| (name.to_owned(), Group::default()))
         .collect();
+    let summary = Summary {
+        presence: scenario.presence.map(|_| Presence::default()),
+        ..Summary::default()
+    };
     let phases: Vec<PhaseReport> = scenario
         .phases
         .iter()
         .map(|phase| PhaseReport {
             name: phase.name.clone(),
+            summary: summary.clone(),
             groups: groups.clone(),
             ..PhaseReport::default()
         })
@@ -267,6 +290,7 @@ fn outline(scenario: &Scenario) -> Vec<Run> {
         .into_iter()
         .map(|name| Run {
             name: name.to_owned(),
+            summary: summary.clone(),
             phases: phases.clone(),
             ..Run::default()
         })

@@ -49,6 +49,25 @@ impl Report {
                 megabytes(s.rss_start_bytes),
                 megabytes(s.rss_max_bytes),
             )?;
+            if let Some(p) = &s.presence {
+                writeln!(
+                    out,
+                    "  presence: false offline {}  closed by a stall {}  online too long {}  unknown {}  groups {}",
+                    p.false_offline, p.sessions_closed_by_stall, p.false_online_after, p.unknown, p.groups,
+                )?;
+                writeln!(
+                    out,
+                    "  power cut {}, of them offline {} (p50 {}, p99 {}, max {})  closed {}, of them offline {} (max {})",
+                    p.power_cuts,
+                    p.true_offline,
+                    seconds(p.true_offline_seconds.p50),
+                    seconds(p.true_offline_seconds.p99),
+                    seconds(p.true_offline_seconds.max),
+                    p.closes,
+                    p.closed_offline,
+                    seconds(p.closed_offline_seconds.max),
+                )?;
+            }
             writeln!(
                 out,
                 "  {:<16} {:<12} {:>7} {:>9} {:>9} {:>9} {:>8} {:>7} {:>10} {:>10} {:>10}",

@@ -13,7 +13,7 @@ use crate::simulate::settings;
 /// Most rows in the registry.
 const REGISTERED_MAX: u32 = 1_000_000;
 /// Longest phase, in seconds.
-const SECONDS_MAX: f64 = 3_600.0;
+const SECONDS_MAX: f64 = 43_200.0;
 
 impl Executor {
     const fn devices_max(self) -> u32 {
@@ -62,12 +62,56 @@ impl Scenario {
         )?;
         if let Some(naive) = &self.naive {
             check((1..=400).contains(&naive.pool), "naive.pool", "expected 1 to 400")?;
+            for (field, seconds) in [
+                ("naive.heartbeat_seconds", naive.heartbeat_seconds),
+                ("naive.deadline_seconds", naive.deadline_seconds),
+            ] {
+                check((1.0..=3_600.0).contains(&seconds), field, "expected 1 to 3600")?;
+            }
+            check(
+                !self.is_naive_beside || executor == Executor::Simulate || self.devices <= DEVICES_MAX / 2,
+                "devices",
+                format!("expected 1 to {}: the naive server has as many", DEVICES_MAX / 2),
+            )?;
         }
+        self.check_presence()?;
         self.check_fleets()?;
         self.check_versions()?;
         self.check_phases()?;
         self.simulate.check()?;
         self.thresholds().map(drop)
+    }
+
+    fn check_presence(&self) -> Result<(), FieldError> {
+        let Some(presence) = &self.presence else {
+            let is_away = |phase: &&super::Phase| phase.power_cuts_per_second + phase.closes_per_second > 0.0;
+            let field = |phase: &super::Phase| format!("phase.{}", phase.name);
+            return match self.phases.iter().find(is_away) {
+                Some(phase) => Err(problem(field(phase), "power cuts and closes need [presence]")),
+                None => Ok(()),
+            };
+        };
+        for (field, value, least, most) in [
+            ("deadline_seconds", presence.deadline_seconds, 1.0, 3_600.0),
+            ("grace_seconds", presence.grace_seconds, 0.0, 3_600.0),
+            ("away_seconds", presence.away_seconds.unwrap_or(1.0), 1.0, 86_400.0),
+        ] {
+            check(
+                (least..=most).contains(&value),
+                format!("presence.{field}"),
+                format!("expected {least} to {most}"),
+            )?;
+        }
+        let shares_ids = |name: &String| {
+            let profile: Option<Profile> = name.parse().ok();
+            profile.is_some_and(|profile| profile.devices_per_identity() > 1)
+        };
+        let mut profiles = self.fleets.iter().flat_map(|fleet| fleet.profile.keys());
+        check(
+            !profiles.any(shares_ids),
+            "presence",
+            "devices that share an id have no presence of their own",
+        )
     }
 
     fn check_fleets(&self) -> Result<(), FieldError> {
@@ -177,13 +221,19 @@ impl Scenario {
             check(
                 phase.seconds > 0.0 && phase.seconds <= SECONDS_MAX,
                 field("seconds"),
-                "expected more than 0, at most 3600",
+                "expected more than 0, at most 43200",
             )?;
             check(
                 (0.0..=10_000.0).contains(&phase.churn_per_second),
                 field("churn_per_second"),
                 "expected 0 to 10000",
             )?;
+            for (name, rate) in [
+                ("power_cuts_per_second", phase.power_cuts_per_second),
+                ("closes_per_second", phase.closes_per_second),
+            ] {
+                check((0.0..=1_000.0).contains(&rate), field(name), "expected 0 to 1000")?;
+            }
             if let Some(group) = &phase.churn_group {
                 self.check_group(group, &field("churn_group"))?;
             }
@@ -213,18 +263,28 @@ impl Scenario {
                     field,
                     "only a PostgreSQL can be slow, frozen or killed",
                 )?;
-                match trouble {
-                    Trouble::Slow { factor } => {
-                        check((1.5..=100.0).contains(factor), field, "factor: expected 1.5 to 100")
-                    }
-                    Trouble::Frozen | Trouble::Killed => Ok(()),
-                }
+                check_factor(trouble, field)
+            }
+            Action::Gateway(trouble) => {
+                check(
+                    !matches!(trouble, Trouble::Killed),
+                    field,
+                    "a server can be frozen or slow, but not killed",
+                )?;
+                check_factor(trouble, field)
             }
             Action::Block { range, reason, .. } => {
                 check(!range.trim().is_empty(), field, "range: is empty")?;
                 check(!reason.trim().is_empty(), field, "reason: is empty")
             }
         }
+    }
+}
+
+fn check_factor(trouble: &Trouble, field: &str) -> Result<(), FieldError> {
+    match trouble {
+        Trouble::Slow { factor } => check((1.5..=100.0).contains(factor), field, "factor: expected 1.5 to 100"),
+        Trouble::Frozen | Trouble::Killed => Ok(()),
     }
 }
 

@@ -3,6 +3,7 @@
 //! Read [`Scenario`] first. A scenario that parses and passes [`Scenario::check`] names only fleets, groups, versions and figures
 //! that exist.
 
+mod changes;
 mod check;
 mod means;
 #[cfg(test)]
@@ -17,9 +18,11 @@ use std::{
 use firmware_sim::device::{ANSWER_TIMEOUT_DEFAULT, CONNECT_TIMEOUT_DEFAULT, Patience};
 use serde::Deserialize;
 
+pub use self::changes::Changes;
 pub(crate) use self::check::{check, problem};
 pub use self::means::Means;
 use crate::{
+    report::{MAIN_RUN, NAIVE_RUN},
     simulate::settings::Settings,
     threshold::{Threshold, ThresholdError},
 };
@@ -61,9 +64,19 @@ pub struct Scenario {
     pub phases: Vec<Phase>,
     /// What must hold, in the form that [`Threshold`] reads.
     pub thresholds: Vec<String>,
-    /// What the simulator assumes; `run` does not look at it.
+    /// Present: what is published about devices is compared with what they do.
+    pub presence: Option<PresenceWatch>,
+    /// What `--short` changes.
+    pub short: Option<Short>,
+    /// What the simulator assumes. `run` ignores it.
     #[serde(default)]
     pub simulate: Settings,
+    /// Whether the naive server goes through the phases at the same time as the gateway, on the same machine.
+    #[serde(skip)]
+    pub is_naive_beside: bool,
+    /// Thresholds that were left out with a phase, a run or a server.
+    #[serde(skip)]
+    pub not_judged: Vec<String>,
 }
 
 /// What goes through a scenario's phases.
@@ -106,12 +119,65 @@ pub struct Gateway {
     pub config: toml::Table,
 }
 
-/// The server of 2020: one query a connect, no bound.
+/// The server of 2020: one query a connect, no bound, and heartbeats that are stamped when they are processed.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Naive {
     /// Connections of its pool. 1 to 400.
     pub pool: u32,
+    /// Time between two of its pings, in seconds. 1 to 3,600. Default: 30.
+    #[serde(default = "naive_heartbeat")]
+    pub heartbeat_seconds: f64,
+    /// It calls a device offline when the last heartbeat was processed this long ago, in seconds. 1 to 3,600.
+    /// Default: 90.
+    #[serde(default = "naive_deadline")]
+    pub deadline_seconds: f64,
+}
+
+/// How published presence is judged.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PresenceWatch {
+    /// Silence after which the server calls a device offline, in seconds. 1 to 3,600. Default: 90, the gateway's own.
+    pub deadline_seconds: f64,
+    /// What that may take longer, in seconds. 0 to 3,600. Default: 20.
+    pub grace_seconds: f64,
+    /// A device that left or lost its power returns after this time, in seconds. 1 to 86,400. Default: never.
+    pub away_seconds: Option<f64>,
+}
+
+impl Default for PresenceWatch {
+    fn default() -> Self {
+        Self {
+            deadline_seconds: 90.0,
+            grace_seconds: 20.0,
+            away_seconds: None,
+        }
+    }
+}
+
+impl PresenceWatch {
+    /// Age of an ended session above which its device may no longer be called online.
+    #[must_use]
+    pub fn limit(&self) -> Duration {
+        Duration::from_secs_f64(self.deadline_seconds + self.grace_seconds)
+    }
+
+    /// How long devices stay away.
+    #[must_use]
+    pub fn away(&self) -> Option<Duration> {
+        self.away_seconds.map(Duration::from_secs_f64)
+    }
+}
+
+/// A form of a scenario that takes less time.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Short {
+    /// Devices. Default: the scenario's.
+    pub devices: Option<u32>,
+    /// Lengths of phases by name, in seconds. 0 leaves a phase out.
+    pub seconds: BTreeMap<String, f64>,
 }
 
 /// Devices of one kind.
@@ -138,7 +204,7 @@ pub struct Fleet {
     /// Messages that each device sends in a minute while it is connected. 0 to 6,000. Default: none.
     #[serde(default)]
     pub messages_per_minute: f64,
-    /// Whether its devices come back by resume token, past the database. Default: they are looked up, as after their first start.
+    /// Whether its devices return by resume token, without the database. Default: they are looked up, as after their first start.
     #[serde(default)]
     pub resume: bool,
 }
@@ -149,19 +215,25 @@ pub struct Fleet {
 pub struct Phase {
     /// Lower-case letters, digits, `_`: thresholds name it.
     pub name: String,
-    /// How long it lasts, at most. Over 0, up to 3,600.
+    /// How long it lasts, at most. Over 0, up to 43,200.
     pub seconds: f64,
     /// What happens at its start, or all through it.
     #[serde(default)]
     pub action: Action,
     /// Ends it early.
     pub until: Option<Until>,
-    /// Healthy life: so many devices a second, drawn by chance, lose their connection and come back at once. Open loop: the times
+    /// Healthy life: this many random devices per second lose their connection and return at once. Open loop: the times
     /// are drawn beforehand, and latency counts from them.
     #[serde(default)]
     pub churn_per_second: f64,
     /// Which groups churn draws from. Default: `all`.
     pub churn_group: Option<String>,
+    /// This many random devices per second lose their power: they are silent, and their connections stay open.
+    #[serde(default)]
+    pub power_cuts_per_second: f64,
+    /// This many random devices per second close their session with 1000, and stay away.
+    #[serde(default)]
+    pub closes_per_second: f64,
     /// How much longer than `seconds` it lasts: for more devices than the file asks for.
     #[serde(skip, default = "whole")]
     pub stretch: f64,
@@ -179,11 +251,13 @@ pub enum Action {
     DropAll,
     /// The same, of the devices of a group only.
     Drop { group: String },
-    /// Devices change to a version, evenly over the phase, until it has this share of all. Each loses its connection and comes back as
+    /// Devices change to a version, evenly over the phase, until it has this share of all. Each loses its connection and returns as
     /// the new version.
     Grow { firmware: String, to: f64 },
     /// Something is wrong with the database until the phase ends. PostgreSQL only.
     Database(Trouble),
+    /// Something is wrong with the server until the phase ends: the gateway, or the naive one. It can't be killed.
+    Gateway(Trouble),
     /// A firmware rule is made, through the gateway's API.
     Block {
         range: String,
@@ -212,7 +286,7 @@ pub enum Trouble {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Until {
-    /// Every device that can be is connected: those that a rule refuses don't count.
+    /// Every device that can be is connected: those that a rule refuses are left out.
     Connected,
 }
 
@@ -225,7 +299,7 @@ pub enum ScenarioError {
     Invalid { path: PathBuf, problem: String },
 }
 
-/// What is wrong with one setting.
+/// Fault in one setting.
 #[derive(Debug, PartialEq, thiserror::Error)]
 #[error("`{field}`: {problem}")]
 pub struct FieldError {
@@ -237,13 +311,8 @@ impl Scenario {
     /// Reads and checks a file.
     ///
     /// # Errors
-    /// It can't be read, is no scenario, or contradicts itself.
-    pub fn from_file(
-        path: &Path,
-        devices: Option<u32>,
-        seed: Option<u64>,
-        executor: Executor,
-    ) -> Result<Self, ScenarioError> {
+    /// It can't be read, is not a scenario, or contradicts itself.
+    pub fn from_file(path: &Path, changes: &Changes, executor: Executor) -> Result<Self, ScenarioError> {
         let unreadable = |source| ScenarioError::Unreadable {
             path: path.to_owned(),
             source,
@@ -261,28 +330,11 @@ impl Scenario {
         let text = std::fs::read_to_string(path).map_err(unreadable)?;
         let mut scenario: Self =
             toml::from_str(&text).map_err(|error| invalid(error.to_string().trim_end().to_owned()))?;
-        if let Some(devices) = devices {
-            scenario.set_devices(devices, executor);
-        }
-        scenario.seed = seed.unwrap_or(scenario.seed);
+        scenario
+            .change(changes, executor)
+            .map_err(|error| invalid(error.to_string()))?;
         scenario.check(executor).map_err(|error| invalid(error.to_string()))?;
         Ok(scenario)
-    }
-
-    /// Another number of devices. In virtual time, phases that wait for all of them last as much longer as there are more: time costs
-    /// nothing there.
-    fn set_devices(&mut self, devices: u32, executor: Executor) {
-        let factor = f64::from(devices) / f64::from(self.devices.max(1));
-        self.devices = devices;
-        if executor == Executor::Simulate && factor > 1.0 {
-            for phase in self
-                .phases
-                .iter_mut()
-                .filter(|phase| phase.until == Some(Until::Connected))
-            {
-                phase.stretch = factor;
-            }
-        }
     }
 
     /// The thresholds, parsed.
@@ -317,6 +369,7 @@ impl Scenario {
             | Action::DropAll
             | Action::Drop { .. }
             | Action::Database(_)
+            | Action::Gateway(_)
             | Action::Block { .. }
             | Action::Unblock => None,
         });
@@ -335,20 +388,9 @@ impl Scenario {
     #[must_use]
     pub fn run_names(&self) -> Vec<&'static str> {
         match self.naive {
-            Some(_) => vec!["naive", "seawall"],
-            None => vec!["seawall"],
+            Some(_) => vec![NAIVE_RUN, MAIN_RUN],
+            None => vec![MAIN_RUN],
         }
-    }
-
-    /// Takes the naive server out of the scenario, and returns the thresholds that name its figures.
-    pub fn leave_out_naive(&mut self) -> Vec<String> {
-        self.naive = None;
-        let thresholds = std::mem::take(&mut self.thresholds);
-        let (left_out, kept) = thresholds
-            .into_iter()
-            .partition(|threshold| threshold.contains("naive."));
-        self.thresholds = kept;
-        left_out
     }
 
     /// Time that all phases together can take, at most.
@@ -386,6 +428,14 @@ impl Fleet {
             answer: Duration::from_secs_f64(self.answer_timeout_seconds),
         }
     }
+}
+
+const fn naive_heartbeat() -> f64 {
+    30.0
+}
+
+const fn naive_deadline() -> f64 {
+    90.0
 }
 
 const fn whole() -> f64 {

@@ -33,14 +33,60 @@ const GOOD: &str = r#"
 
 #[test]
 fn thresholds_on_the_naive_server_leave_with_it() {
-    let mut scenario =
-        parse(&GOOD.replace("lost_sessions == 0", "lost_sessions == 0\", \"naive.t99_seconds > 1")).unwrap();
-    scenario.naive = Some(Naive { pool: 10 });
+    let text = GOOD.replace("lost_sessions == 0", "lost_sessions == 0\", \"naive.t99_seconds > 1");
+    let text = text.replace(
+        "    groups =",
+        "    naive = { pool = 10 }\n    database = { kind = \"postgres\" }\n    groups =",
+    );
+    let without_naive = Changes {
+        is_without_naive: true,
+        ..Changes::default()
+    };
 
-    let left_out = scenario.leave_out_naive();
+    let scenario = changed(&text, &without_naive).unwrap();
 
-    assert_eq!(left_out, ["naive.t99_seconds > 1"]);
+    assert_eq!(scenario.not_judged, ["naive.t99_seconds > 1"]);
     assert_eq!((scenario.run_names(), scenario.thresholds.len()), (vec!["seawall"], 1));
+}
+
+#[test]
+fn short_form_changes_devices_and_phases_and_leaves_out_what_has_no_phase() {
+    let text = GOOD.replace(
+        "\"lost_sessions == 0\"",
+        "\"lost_sessions == 0\", \"seawall.blocked.missing == 0\"",
+    );
+    let short = "\n[short]\ndevices = 10\nseconds = { connect = 2, blocked = 0 }\n";
+    let is_short = Changes {
+        is_short: true,
+        seconds: vec![("storm".to_owned(), 3.5)],
+        ..Changes::default()
+    };
+
+    let scenario = changed(&(text.clone() + short), &is_short).unwrap();
+
+    assert_eq!((scenario.devices, scenario.phases.len()), (10, 2));
+    assert_eq!(scenario.time_max(), Duration::from_secs_f64(5.5));
+    assert_eq!(scenario.not_judged, ["seawall.blocked.missing == 0"]);
+    for (text, changes, expected) in [
+        (text.clone(), is_short.clone(), "no short form"),
+        (
+            text + "\n[short]\nseconds = { gone = 1 }\n",
+            is_short,
+            "no phase \"gone\"",
+        ),
+        (
+            GOOD.to_owned(),
+            Changes {
+                seconds: vec![("gone".to_owned(), 1.0)],
+                ..Changes::default()
+            },
+            "`--seconds`: there is no phase \"gone\"",
+        ),
+    ] {
+        let error = changed(&text, &changes).unwrap_err();
+
+        assert!(error.contains(expected), "{error}");
+    }
 }
 
 #[test]
@@ -92,6 +138,22 @@ fn each_mistake_is_named() {
             "rude",
         ),
         ("about", "naive = { pool = 10 }\n about", "need \"postgres\""),
+        ("\"drop-all\"", "{ gateway = \"killed\" }", "but not killed"),
+        (
+            "\"drop-all\"",
+            "{ gateway = { slow = { factor = 1 } } }",
+            "expected 1.5 to 100",
+        ),
+        (
+            "action = \"drop-all\"",
+            "power_cuts_per_second = 1",
+            "power cuts and closes need [presence]",
+        ),
+        (
+            "about",
+            "presence = { away_seconds = 0 }\n about",
+            "`presence.away_seconds`",
+        ),
     ] {
         let text = GOOD.replacen(from, to, 1);
         assert_ne!(text, GOOD, "{from} is in the scenario");
@@ -108,8 +170,14 @@ fn devices_and_seed_can_be_overridden() {
     let path = folder.path().join("s.toml");
     std::fs::write(&path, GOOD).unwrap();
 
-    let scenario = Scenario::from_file(&path, Some(7), Some(9), Executor::Run).unwrap();
-    let error = Scenario::from_file(&path, Some(20_000), None, Executor::Run)
+    let devices = |devices: u32| Changes {
+        devices: Some(devices),
+        seed: Some(9),
+        ..Changes::default()
+    };
+
+    let scenario = Scenario::from_file(&path, &devices(7), Executor::Run).unwrap();
+    let error = Scenario::from_file(&path, &devices(20_000), Executor::Run)
         .unwrap_err()
         .to_string();
 
@@ -124,8 +192,15 @@ fn the_scenarios_that_we_deliver_can_be_run() {
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
 
-        let scenario = Scenario::from_file(&path, None, None, Executor::Run).unwrap();
+        let scenario = Scenario::from_file(&path, &Changes::default(), Executor::Run).unwrap();
         crate::report::check_names(&scenario, &scenario.thresholds().unwrap()).unwrap();
+        if scenario.short.is_some() {
+            let is_short = Changes {
+                is_short: true,
+                ..Changes::default()
+            };
+            Scenario::from_file(&path, &is_short, Executor::Run).unwrap();
+        }
 
         assert_eq!(path.file_stem().unwrap().to_str(), Some(scenario.name.as_str()));
         count += 1;
@@ -140,6 +215,13 @@ fn a_threshold_on_a_figure_that_there_is_not_is_a_mistake() {
     let error = crate::report::check_names(&scenario, &scenario.thresholds().unwrap()).unwrap_err();
 
     assert!(error.to_string().contains("no figure `naive.lost_sessions`"), "{error}");
+}
+
+fn changed(text: &str, changes: &Changes) -> Result<Scenario, String> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s.toml");
+    std::fs::write(&path, text).unwrap();
+    Scenario::from_file(&path, changes, Executor::Run).map_err(|error| error.to_string())
 }
 
 fn parse(text: &str) -> Result<Scenario, String> {

@@ -11,7 +11,7 @@ use seawall_proto::{
     time::Instant,
 };
 
-/// Contract section 3: every device is answered in less.
+/// Every device is answered in less (docs/PROTOCOL.md).
 const ANSWER_BELOW: Duration = Duration::from_secs(3);
 /// Told slots are whole milliseconds, of two clocks.
 const SLOT_ROUNDING: Duration = Duration::from_millis(2);
@@ -43,10 +43,12 @@ pub struct Ledger {
     pub refused: u64,
     /// The device hung up.
     pub abandoned: u64,
+    /// Not answered yet.
+    pub waiting: usize,
     /// Keys sent to the database and not answered.
     pub in_flight: usize,
     pub statements_in_flight: usize,
-    /// Keys sent in the second under way.
+    /// Keys sent in the current second.
     pub keys_this_second: u64,
 }
 
@@ -55,12 +57,12 @@ impl Ledger {
     ///
     /// # Errors
     /// The first claim that fails.
-    pub fn check(&self, waiting: usize, state: &AdmissionState, config: &AdmissionConfig) -> Result<(), Violation> {
-        let answered = self.admitted + self.refused + self.abandoned;
+    pub fn check(&self, state: &AdmissionState, config: &AdmissionConfig) -> Result<(), Violation> {
+        let (answered, waiting) = (self.admitted + self.refused + self.abandoned, self.waiting);
         claim(
             self.arrived == answered + waiting as u64,
             "every request is answered, abandoned or waiting",
-            || format!("{self:?}, {waiting} waiting"),
+            || format!("{self:?}"),
         )?;
         claim(state.queue == waiting, "the node knows who waits", || {
             format!("{} by its count, {waiting} by ours", state.queue)
@@ -114,7 +116,7 @@ pub fn none_blocked(blocked: usize) -> Result<(), Violation> {
 /// A statement is about to be sent, where `before` is the state from before it was taken.
 ///
 /// # Errors
-/// It is empty, too large, names a key twice, or is one too many.
+/// The statement is empty, too large, names a key twice, or is one too many.
 pub fn statement(
     batch: &Batch,
     before: &AdmissionState,
@@ -150,7 +152,7 @@ pub fn statement(
     )
 }
 
-/// Virtual time goes on.
+/// Virtual time advances.
 ///
 /// # Errors
 /// It went back.
@@ -174,7 +176,7 @@ pub fn answer(arrived: Instant, now: Instant) -> Result<(), Violation> {
 /// The hint of a slot.
 ///
 /// # Errors
-/// It is out of the contract's bounds.
+/// It is out of the bounds of docs/PROTOCOL.md, "Slots".
 pub fn slot_hint(after: Duration) -> Result<(), Violation> {
     claim(
         (HINT_MIN..=HINT_MAX).contains(&after),
@@ -213,7 +215,7 @@ pub fn answered_once<T>(waiting: Option<T>, ticket: &impl std::fmt::Debug) -> Re
     })
 }
 
-/// A device is let in.
+/// A device is admitted.
 ///
 /// # Errors
 /// It is in already.
@@ -221,7 +223,7 @@ pub fn admitted_once(is_connected: bool, device: usize) -> Result<(), Violation>
     claim(!is_connected, "one admission a device", || format!("device {device}"))
 }
 
-/// So many devices were due in a second that is past, and nothing woke them.
+/// Number of devices that were due in a past second and were not woken.
 ///
 /// # Errors
 /// There are any.
@@ -241,24 +243,24 @@ pub fn unchanged(device: usize, is_unchanged: bool) -> Result<(), Violation> {
     })
 }
 
-/// What the books say of a device is what its machine says.
+/// The recorder and the machine of a device agree on whether it is connected.
 ///
 /// # Errors
 /// They differ.
-pub fn books_agree(device: usize, is_online: bool, is_connected: bool) -> Result<(), Violation> {
+pub fn recorder_agrees(device: usize, is_online: bool, is_connected: bool) -> Result<(), Violation> {
     claim(
         is_online == is_connected,
-        "books and devices agree on who is connected",
+        "recorder and devices agree on who is connected",
         || format!("device {device}: online {is_online}, connected {is_connected}"),
     )
 }
 
-/// So many devices are connected by the books, and by a count of all.
+/// The recorder's number of connected devices, and a count of all.
 ///
 /// # Errors
 /// They differ.
-pub fn counts_add_up(by_books: u64, counted: u64) -> Result<(), Violation> {
-    claim(by_books == counted, "the sum of devices is their number", || {
-        format!("{by_books} by the books, {counted} counted")
+pub fn counts_add_up(by_recorder: u64, counted: u64) -> Result<(), Violation> {
+    claim(by_recorder == counted, "the sum of devices is their number", || {
+        format!("{by_recorder} by the recorder, {counted} counted")
     })
 }

@@ -2,7 +2,7 @@
 //!
 //! A key takes `service` while at most `knee` keys are being looked up. Beyond the knee keys share what there is, and each
 //! one more costs a part `overload` of the rate (contention; 0 for none). A statement's keys are worked on together and
-//! answered together. The figures are those of overload.md section 11; a real database's curve is measured, not assumed.
+//! answered together. The figures are in docs/design/simulation.md; a real database's curve is measured, not assumed.
 //!
 //! Start with [`Database`]. It is told the time, and says when the next statement will be done if nothing changes.
 
@@ -19,7 +19,7 @@ pub const REFUSED_AFTER: Duration = Duration::from_millis(2);
 /// How fast the database is.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Curve {
-    /// Keys a second that it answers from the knee on.
+    /// Keys per second that it answers from the knee on.
     pub keys_per_second: f64,
     /// Keys in flight at which it is as fast as it can be.
     pub knee: f64,
@@ -73,7 +73,7 @@ impl Database {
         self.curve.knee / self.curve.keys_per_second
     }
 
-    /// How fast each key's work goes on, with so many: 1 while there is no trouble and none waits for another.
+    /// How fast each key's work advances, with so many: 1 while there is no trouble and none waits for another.
     #[must_use]
     pub fn speed(&self, keys: u32) -> f64 {
         let keys = f64::from(keys.max(1));
@@ -108,7 +108,7 @@ impl Database {
         self.trouble.is_some()
     }
 
-    /// Takes a statement of so many keys, of which `scan` seconds of work are a scan of the whole table.
+    /// Starts a statement of `keys` keys, which also scans the whole table for `scan` seconds of work.
     pub fn start(&mut self, id: StatementId, keys: u32, scan: f64, now: Instant, rng: &mut impl Rng) {
         self.advance(now);
         let keys = keys.max(1);
@@ -184,7 +184,7 @@ mod tests {
         overload: 0.002,
     };
 
-    /// Keys a second at two statements of `keys` each, over ten seconds.
+    /// Keys per second at two statements of `keys` each, over ten seconds.
     fn rate(curve: Curve, trouble: Option<Trouble>, keys: u32) -> f64 {
         let mut rng = SmallRng::seed_from_u64(7);
         let mut database = Database::new(curve);

@@ -1,7 +1,7 @@
 //! The fleet of a simulation: production's device machines, and what the simulator must know of each, in arrays.
 //!
-//! Ten million devices fit because nothing is kept that follows from a device's number: its id is computed, and version,
-//! profile, tenant and model are its cohort's.
+//! Ten million devices fit because nothing is kept that follows from a device's number: its id is computed, and
+//! version, profile, tenant and model are its cohort's.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -11,22 +11,25 @@ use firmware_sim::{
 };
 use rand::{Rng, seq::SliceRandom};
 use seawall_proto::{
-    admission::CohortTag,
-    id::{DeviceId, Label},
-    slots::{Roster, RosterBuilder},
+    id::{Credential, DeviceId, Label, SecretHash},
+    record::{DeviceRecord, DeviceState},
+    slots::{RegistryIndex, RegistryIndexBuilder},
     time::{Instant, WallTime},
 };
 use uuid::Uuid;
 
 use super::{
     network::Network,
-    roll::{Due, Roll},
+    presence::{Due, Presence},
 };
 use crate::{
     plan::apportion,
     scenario::{FieldError, Scenario, problem},
 };
 
+/// The credential of every simulated device: what it hashes to makes no difference to any decision.
+pub const CREDENTIAL: Credential = Credential::Secret(SECRET);
+const SECRET: SecretHash = SecretHash::from_bytes([7; 32]);
 /// The registry's word for a device without a tenant.
 const TENANT_DEFAULT: &str = "default";
 
@@ -42,8 +45,8 @@ pub struct Cohort {
     pub patience: Patience,
     /// Its devices keep their resume tokens.
     pub resumes: bool,
-    /// What admission knows it by.
-    pub tag: CohortTag,
+    /// What its devices say that they run.
+    pub firmware: Option<Label>,
 }
 
 /// What the simulator knows of a device beside its machine, in one place: an event touches all of it.
@@ -56,10 +59,12 @@ struct Traits {
     /// Attempts so far, modulo 2^16: an event of another attempt is not this one's.
     attempt: u16,
     cohort: u16,
-    /// As the roll has it.
+    /// As in the presence bitmap.
     due: Due,
     /// The node that holds its session, or was asked last.
     home: u8,
+    /// Its session was told to close.
+    is_closing: bool,
 }
 
 /// All devices, by number.
@@ -67,23 +72,24 @@ struct Traits {
 pub struct Devices {
     pub machines: Vec<Machine>,
     traits: Vec<Traits>,
-    roll: Roll,
+    presence: Presence,
     cohorts: Vec<Cohort>,
     versions: Vec<String>,
     seed: u64,
 }
 
 impl Devices {
-    /// The scenario's fleets, shuffled. `None` of them begins by itself.
+    /// The scenario's fleets, shuffled. No device connects on its own.
+    ///
     /// # Errors
-    /// A tenant is none.
+    /// A tenant's name is not valid.
     pub fn new(scenario: &Scenario, network: &Network, rng: &mut impl Rng) -> Result<Self, FieldError> {
         let total = usize::try_from(scenario.devices).unwrap_or(usize::MAX);
         let shares: Vec<f64> = scenario.fleets.iter().map(|fleet| fleet.share).collect();
         let mut devices = Self {
             machines: Vec::with_capacity(total),
             traits: Vec::with_capacity(total),
-            roll: Roll::new(total),
+            presence: Presence::new(total),
             cohorts: Vec::new(),
             versions: Vec::new(),
             seed: scenario.seed,
@@ -105,7 +111,7 @@ impl Devices {
                     model: fleet.model.as_deref().and_then(label),
                     patience: fleet.patience(),
                     resumes: fleet.resume,
-                    tag: CohortTag::of(fleet.model.as_deref(), Some(version)),
+                    firmware: label(version),
                 };
                 cohort_of.push(devices.cohort_number(&cohort));
             }
@@ -118,6 +124,7 @@ impl Devices {
             cohort,
             due: Due::NEVER,
             home: 0,
+            is_closing: false,
         });
         devices.traits.extend(traits);
         for number in 0..total {
@@ -149,7 +156,8 @@ impl Devices {
         &self.versions[version]
     }
 
-    /// Its id looks random, as ids of real fleets do, and belongs to no other: the halves are permutations of its number.
+    /// Its id looks random, as ids of real fleets do, and belongs to no other: the halves are permutations of its
+    /// number.
     #[must_use]
     pub fn id(&self, device: usize) -> DeviceId {
         let number = u64::try_from(device).unwrap_or(u64::MAX);
@@ -159,12 +167,31 @@ impl Devices {
         ))
     }
 
+    /// The registry's record; `None` for an id of nobody's.
+    #[must_use]
+    pub fn record(&self, id: DeviceId) -> Option<DeviceRecord> {
+        let (upper, _) = id.as_uuid().as_u64_pair();
+        let device = usize::try_from(unmixed(upper) ^ self.seed.rotate_left(32)).ok()?;
+        if device >= self.len() || self.id(device) != id {
+            return None;
+        }
+        let cohort = self.cohort(device);
+        Some(DeviceRecord {
+            id,
+            tenant: cohort.tenant.clone(),
+            model: cohort.model.clone(),
+            secret: SECRET,
+            previous_secret: None,
+            state: DeviceState::Enabled,
+        })
+    }
+
     /// All of them, as a gateway reads them from the registry.
     #[must_use]
-    pub fn roster(&self) -> Roster {
-        let mut builder = RosterBuilder::new([1; 16]);
+    pub fn registry_index(&self) -> RegistryIndex {
+        let mut builder = RegistryIndexBuilder::new([1; 16]);
         for device in 0..self.len() {
-            // A simulation has no more devices than a roster.
+            // A simulation has no more devices than a registry index.
             builder.add(self.id(device), self.cohort(device).tenant.as_str());
         }
         builder.finish(WallTime::from_unix_ms(0))
@@ -180,10 +207,11 @@ impl Devices {
         self.traits[device].attempt
     }
 
-    /// It begins its next attempt.
+    /// Counts the next attempt of a device. Returns its number.
     pub fn count_attempt(&mut self, device: usize) -> u16 {
         let traits = &mut self.traits[device];
         traits.attempt = traits.attempt.wrapping_add(1);
+        traits.is_closing = false;
         traits.attempt
     }
 
@@ -196,7 +224,17 @@ impl Devices {
         self.traits[device].home = node;
     }
 
-    /// When it was told to come back, if that was its slot's time.
+    /// Whether its session was told to close.
+    #[must_use]
+    pub fn is_closing(&self, device: usize) -> bool {
+        self.traits[device].is_closing
+    }
+
+    pub fn set_closing(&mut self, device: usize) {
+        self.traits[device].is_closing = true;
+    }
+
+    /// When it was told to return, if that was its slot's time.
     #[must_use]
     pub fn promised(&self, device: usize) -> Option<Instant> {
         let promised = self.traits[device].promised;
@@ -207,23 +245,23 @@ impl Devices {
         self.traits[device].promised = promised.map_or(0, Instant::as_micros);
     }
 
-    /// After an event that concerned its machine: is it online?
-    pub fn enroll(&mut self, device: usize) -> bool {
+    /// Updates the presence bitmap after an event of a device's machine. Returns whether the device is online.
+    pub fn note_presence(&mut self, device: usize) -> bool {
         let (is_online, due) = self.look(device);
         let before = std::mem::replace(&mut self.traits[device].due, due);
-        self.roll.change(device, is_online, before, due);
+        self.presence.change(device, is_online, before, due);
         is_online
     }
 
-    /// What [`enroll`](Self::enroll) noted is still so.
+    /// Whether the presence bitmap still agrees with the machine.
     #[must_use]
-    pub fn is_as_enrolled(&self, device: usize) -> bool {
-        self.look(device) == (self.roll.online().get(device), self.traits[device].due)
+    pub fn is_as_noted(&self, device: usize) -> bool {
+        self.look(device) == (self.presence.online().get(device), self.traits[device].due)
     }
 
     #[must_use]
-    pub const fn roll(&self) -> &Roll {
-        &self.roll
+    pub const fn presence(&self) -> &Presence {
+        &self.presence
     }
 
     fn look(&self, device: usize) -> (bool, Due) {
@@ -236,7 +274,7 @@ impl Devices {
         (state == State::Online, Due::of(due))
     }
 
-    /// Something is about to happen to it: what is known of it comes from memory now, together with others'.
+    /// Loads what is known of a device into the processor's cache, before its event is handled.
     pub fn fetch(&self, device: usize) {
         if let Some(machine) = self.machines.get(device) {
             std::hint::black_box((
@@ -247,11 +285,11 @@ impl Devices {
         }
     }
 
-    /// It runs another version from now on.
+    /// Changes the version of a device.
     pub fn upgrade(&mut self, device: usize, version: &str) {
         let of = self.cohort(device).clone();
         let cohort = Cohort {
-            tag: CohortTag::of(of.model.as_ref().map(Label::as_str), Some(version)),
+            firmware: label(version),
             version: self.version(version),
             ..of
         };
@@ -322,4 +360,26 @@ const fn mixed(number: u64) -> u64 {
     let number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let number = (number ^ (number >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     number ^ (number >> 31)
+}
+
+/// The number that [`mixed`] makes this one of.
+const fn unmixed(mixed: u64) -> u64 {
+    let number = mixed ^ (mixed >> 31) ^ (mixed >> 62);
+    let number = number.wrapping_mul(0x3196_42b2_d24d_8ec3);
+    let number = number ^ (number >> 27) ^ (number >> 54);
+    let number = number.wrapping_mul(0x96de_1b17_3f11_9089);
+    let number = number ^ (number >> 30) ^ (number >> 60);
+    number.wrapping_sub(0x9e37_79b9_7f4a_7c15)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn number_of_a_device_follows_from_its_id() {
+        for number in [0, 1, 2, 1 << 20, u64::MAX, 0x0123_4567_89ab_cdef] {
+            assert_eq!(unmixed(mixed(number)), number);
+        }
+    }
 }

@@ -1,18 +1,18 @@
-//! What happens in a simulation, in eight bytes each; and what is on its way to devices.
+//! Events of a simulation, in eight bytes each, and answers on their way to devices.
 
 use seawall_proto::{
     close::Close,
     refusal::{Code, Hint},
 };
 
-/// What happens.
+/// An event of the simulation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Event {
     /// A device's timer.
     Wake {
         device: u32,
     },
-    /// A device's SYN is at a node's door.
+    /// A device's SYN arrives.
     Syn {
         device: u32,
         attempt: u16,
@@ -24,7 +24,7 @@ pub(super) enum Event {
         attempt: u16,
         node: u8,
     },
-    /// An answer, or a close frame, is at its device.
+    /// An answer or a close frame arrives at its device.
     Letter {
         number: u32,
     },
@@ -38,7 +38,7 @@ pub(super) enum Event {
     Database {
         version: u32,
     },
-    /// A statement has had all the time that it may take.
+    /// A statement has reached its time limit.
     StatementLate {
         statement: u32,
     },
@@ -46,16 +46,16 @@ pub(super) enum Event {
     StatementFailed {
         statement: u32,
     },
-    /// A node's deadlines.
+    /// Deadlines of a node are due.
     Node {
         node: u8,
     },
-    /// A stranger's SYN, and its request.
+    /// An unknown device's SYN, and its request.
     Stranger,
     StrangerRequest {
         node: u8,
     },
-    /// Something of this phase is due.
+    /// An action of this phase is due.
     Act {
         phase: u8,
     },
@@ -63,32 +63,28 @@ pub(super) enum Event {
     PhaseEnd {
         phase: u8,
     },
-    /// A look at how the phase stands.
+    /// A check of whether the phase is over.
     Look {
         phase: u8,
     },
     /// The run is over.
     Finish,
-    /// A node ends sessions that a rule does not want.
-    Evict {
+    /// Departures of a node are due.
+    Depart {
         node: u8,
     },
-    /// Something befalls a node, or devices.
+    /// An incident of the scenario happens.
     Incident {
         number: u8,
     },
-    /// A node that died is there again.
+    /// A node that died accepts connections again.
     Back {
-        node: u8,
-    },
-    /// A node that drains closes sessions.
-    Leave {
         node: u8,
     },
 }
 
 impl Event {
-    /// Whom it concerns, where that is one device.
+    /// The device that it concerns, if it is one.
     pub fn device(&self, letters: &Letters) -> Option<u32> {
         match *self {
             Self::Wake { device }
@@ -106,15 +102,14 @@ impl Event {
             | Self::PhaseEnd { .. }
             | Self::Look { .. }
             | Self::Finish
-            | Self::Evict { .. }
+            | Self::Depart { .. }
             | Self::Incident { .. }
-            | Self::Back { .. }
-            | Self::Leave { .. } => None,
+            | Self::Back { .. } => None,
         }
     }
 }
 
-/// What is on its way to a device.
+/// A message under way to a device.
 #[derive(Debug)]
 pub(super) struct Letter {
     pub device: u32,
@@ -126,12 +121,12 @@ pub(super) struct Letter {
 pub(super) enum Content {
     Connected,
     Refused(Code, Option<Hint>),
-    /// No answer: a reset.
+    /// A reset instead of an answer.
     Reset,
     Closed(Close),
 }
 
-/// Letters under way, by number; numbers are used again.
+/// Letters on their way, by number. Numbers are reused.
 #[derive(Debug, Default)]
 pub(super) struct Letters {
     letters: Vec<Option<Letter>>,
@@ -148,7 +143,7 @@ impl Letters {
         u32::try_from(self.letters.len() - 1).unwrap_or(u32::MAX)
     }
 
-    /// To whom it goes.
+    /// Its recipient.
     pub fn device(&self, number: u32) -> Option<u32> {
         let letter = self.letters.get(number as usize)?.as_ref()?;
         Some(letter.device)

@@ -1,47 +1,36 @@
 //! What the nodes of a simulation do: requests come in, production decides, statements go out, answers go back.
 //!
-//! This stands where the gateway's connection tasks, its gate and its look-up workers stand, and is as thin: it carries decisions of
-//! [`Admission`](seawall_proto::admission::Admission), of the rules and of `seawall_proto::handshake` to devices and database.
+//! This stands where the gateway's connection tasks, its look-up service and its workers stand, and is as thin: it
+//! carries what [`Connect`](seawall_proto::connect::Connect) decides to devices and database.
 
 use std::time::Duration;
 
-use rand::Rng;
+use rand::{Rng, rngs::SmallRng};
 use seawall_proto::{
-    admission::{
-        Action, AdmissionState, Arrival, Batch, BatchFailure, CohortTag, Decision, LOOKUP_MAX, Refused, Ticket, Told,
-    },
-    handshake::{self, Next, Policy},
-    hello::{Hello, SessionKind},
-    id::{DeviceId, Label, Network, Proof, SecretHash, SessionId},
-    record::{DeviceRecord, DeviceState},
-    refusal::{Code, Hint, Peers, Refusal},
-    resume::{self, Generation, Grant, Judge, Revoked},
+    admission::{AdmissionState, BatchFailure, LOOKUP_MAX},
+    connect::{Attempt, Conclusion, Conditions, Decision, Output, Row, Statement, Step, screen},
+    id::{DeviceId, Network, SessionId},
+    refusal::{Hint, Peers, Refusal},
+    resume::{self, Generation, Grant, Revoked, Verifier},
+    rules::Ruling,
+    time::Instant,
 };
 use uuid::Uuid;
 
 use super::{
     checks::{self, Violation},
     database::{REFUSED_AFTER, StatementId, exponential},
+    devices::{CREDENTIAL, Devices},
     event::{Content, Event},
     network::Accepted,
-    node::{Load, STRANGER, Waiting},
+    node::{Load, Node, STRANGER, Waiting},
     world::{ANSWERED_WITHIN, World},
 };
 
-/// The credential of every simulated device: what it hashes to makes no difference to any decision.
-const CREDENTIAL: SecretHash = SecretHash::from_bytes([7; 32]);
 /// Nobody guesses at credentials in a simulation: where a device comes from makes no difference to any decision.
 const NETWORK: Network = Network::V4(0);
 /// No device is revoked in a simulation.
 const GENERATION: Generation = Generation(1);
-
-/// What comes before a look-up came to.
-enum Way {
-    LookUp,
-    /// Its resume token counts.
-    Session,
-    Refused(Refusal),
-}
 
 impl World<'_> {
     /// A device's request is complete.
@@ -51,143 +40,94 @@ impl World<'_> {
         }
         let index = device as usize;
         self.devices.machines[index].handle_opened(self.now);
-        self.devices.enroll(index);
+        self.devices.note_presence(index);
         self.time_out(device, self.now + ANSWERED_WITHIN);
-        self.nodes[usize::from(node)].ledger.arrived += 1;
-        if self.has_died(node) {
-            self.nodes[usize::from(node)].ledger.refused += 1;
+        if self.nodes[usize::from(node)].is_dead() {
+            let ledger = &mut self.nodes[usize::from(node)].ledger;
+            ledger.arrived += 1;
+            ledger.refused += 1;
             self.send(device, attempt, Content::Reset);
             return Ok(());
         }
-        match self.before_look_up(index, node) {
-            Way::LookUp => self.enter(device, attempt, node)?,
-            Way::Session => self.let_in(device, attempt, node)?,
-            Way::Refused(refusal) => self.refuse(device, attempt, node, refusal.code, refusal.hint),
+        self.connect_device(device, attempt, node)
+    }
+
+    fn connect_device(&mut self, device: u32, attempt: u16, node: u8) -> Result<(), Violation> {
+        let now = self.now;
+        let waiting = Waiting {
+            device,
+            attempt,
+            arrived: now,
+        };
+        let unknown = (device == STRANGER).then(|| DeviceId::from_uuid(Uuid::from_u128(self.rng.random())));
+        let step = self.at_node(node, |at, devices, conditions, rng| {
+            at.ledger.arrived += 1;
+            let attempt = match unknown {
+                Some(id) => attempt_of_nobody(id, now),
+                None => attempt_of(devices, device as usize, now),
+            };
+            match screen(attempt, conditions, rng).next {
+                Ok(screened) => at.connect.handle_screened(screened, || waiting, conditions, rng),
+                Err(conclusion) => Step::Concluded(conclusion),
+            }
+        });
+        match step {
+            Step::Waiting(ticket) => self.nodes[usize::from(node)].begin_waiting(ticket, waiting),
+            Step::Concluded(conclusion) => self.answer(waiting, node, conclusion)?,
         }
         self.settle(node)
     }
 
-    /// The device wants to be looked up.
-    fn enter(&mut self, device: u32, attempt: u16, node: u8) -> Result<(), Violation> {
-        let index = device as usize;
-        let (id, now, wall) = (self.devices.id(index), self.now, self.wall_at(node));
+    /// Does something at a node, by what it decides by now.
+    fn at_node<T>(
+        &mut self,
+        node: u8,
+        work: impl FnOnce(&mut Node, &Devices, &Conditions<'_>, &mut SmallRng) -> T,
+    ) -> T {
+        let (now, wall) = (self.now, self.wall_at(node));
         let at = &mut self.nodes[usize::from(node)];
-        let arrival = Arrival {
-            device: id,
-            cohort: self.devices.cohort(index).tag,
-            slot_token: self.devices.machines[index].slot(),
-            arrived: now,
-            is_known_absent: false,
-            proof: Proof::Secret,
-            network: NETWORK,
+        let conditions = Conditions {
+            rules: &self.rules,
+            verifier: Verifier {
+                keys: &self.resume_keys,
+                revoked: &self.revoked,
+                is_stale: self.database.has_trouble(),
+            },
+            // As the gateway, which knows of no others.
+            draining: at.is_out.then_some(Peers::None),
+            now,
+            wall,
         };
-        match at.admission.attempt(&arrival, now, wall, &mut self.rng) {
-            Decision::Queued(ticket) => {
-                let waiting = Waiting {
-                    device,
-                    attempt,
-                    arrived: now,
-                };
-                at.begin_waiting(ticket, waiting);
-            }
-            Decision::Refused(refused) => self.refuse_with_slot(device, attempt, node, refused)?,
-            Decision::KnownAbsent => {
-                let refusal = Refusal::unauthorized(&mut self.rng);
-                self.refuse(device, attempt, node, refusal.code, refusal.hint);
-            }
+        work(at, &self.devices, &conditions, &mut self.rng)
+    }
+
+    fn answer(&mut self, waiting: Waiting, node: u8, conclusion: Conclusion) -> Result<(), Violation> {
+        match conclusion.decision {
+            Decision::Admitted(_) => self.let_in(waiting.device, waiting.attempt, node),
+            // A simulated device has no use for an update.
+            Decision::Restricted(restriction) => self.refuse(waiting, node, restriction.refusal),
+            Decision::Refused(refusal) => self.refuse(waiting, node, refusal),
+        }
+    }
+
+    fn refuse(&mut self, waiting: Waiting, node: u8, refusal: Refusal) -> Result<(), Violation> {
+        let Waiting { device, attempt, .. } = waiting;
+        if let Some(hint) = refusal.hint.as_ref().filter(|hint| hint.slot.is_some()) {
+            self.check_slot(device, hint)?;
+        }
+        self.nodes[usize::from(node)].ledger.refused += 1;
+        if device != STRANGER {
+            // It reads the hint off a header, in whole milliseconds.
+            let told = refusal.hint.map(|hint| Hint {
+                after: Duration::from_millis(hint.after_ms()),
+                slot: hint.slot,
+            });
+            self.send(device, attempt, Content::Refused(refusal.code, told));
         }
         Ok(())
     }
 
-    /// Rules on what the device says of itself, then its resume token. Without rules and token there is nothing to decide.
-    fn before_look_up(&mut self, device: usize, node: u8) -> Way {
-        let is_plain = self.rules.rules().is_empty() && self.devices.machines[device].resume().is_none();
-        if is_plain && !self.nodes[usize::from(node)].is_out {
-            return Way::LookUp;
-        }
-        match self.next_step(self.hello(device), node) {
-            Ok(Next::Session(_)) => Way::Session,
-            Ok(Next::LookUp(_)) => Way::LookUp,
-            Ok(Next::Refused(refusal)) | Err(refusal) => Way::Refused(refusal),
-        }
-    }
-
-    fn next_step(&mut self, hello: Hello, node: u8) -> Result<Next, Refusal> {
-        let device = hello.device;
-        let wall = self.wall_at(node);
-        let policy = Policy {
-            rules: &self.rules,
-            // As the gateway, which knows of no others.
-            draining: self.nodes[usize::from(node)].is_out.then_some(Peers::None),
-            wall,
-        };
-        let judge = Judge {
-            keys: &self.resume_keys,
-            revoked: &self.revoked,
-            is_stale: self.database.has_trouble(),
-        };
-        let screened = handshake::screen(hello, &policy, &mut self.rng)?;
-        let next = handshake::resume(screened, &judge, &self.rules, wall, &mut self.rng).next;
-        if let Next::LookUp(unproven) = &next
-            && let Some(tenant) = unproven.vouched()
-        {
-            let at = &mut self.nodes[usize::from(node)];
-            at.admission.handle_vouched(device, tenant.as_str());
-        }
-        Ok(next)
-    }
-
-    /// The credential, which is right, and rules by what the registry says.
-    fn conclude(&mut self, device: usize, node: u8) -> Result<(), Refusal> {
-        if self.rules.rules().is_empty() {
-            return Ok(());
-        }
-        let hello = Hello {
-            resume: None,
-            ..self.hello(device)
-        };
-        let unproven = match self.next_step(hello, node)? {
-            Next::LookUp(unproven) => unproven,
-            Next::Session(_) => return Ok(()),
-            Next::Refused(refusal) => return Err(refusal),
-        };
-        let cohort = self.devices.cohort(device);
-        let record = DeviceRecord {
-            id: self.devices.id(device),
-            tenant: cohort.tenant.clone(),
-            model: cohort.model.clone(),
-            secret: CREDENTIAL,
-            previous_secret: None,
-            state: DeviceState::Enabled,
-        };
-        let (wall, as_of) = (self.wall_at(node), GENERATION);
-        handshake::conclude(unproven, Some(&record), as_of, &self.rules, wall, &mut self.rng).map(drop)
-    }
-
-    fn hello(&self, device: usize) -> Hello {
-        let cohort = self.devices.cohort(device);
-        Hello {
-            external_id: None,
-            device: self.devices.id(device),
-            credential: Some(CREDENTIAL.into()),
-            firmware: label(self.devices.version_name(cohort.version)),
-            model: cohort.model.clone(),
-            tenant: Some(cohort.tenant.clone()),
-            slot: None,
-            resume: self.devices.machines[device].resume().map(Box::from),
-            session_kind: SessionKind::V1,
-            protocol: None,
-            websocket_key: [b'A'; 24],
-        }
-    }
-
-    fn refuse_with_slot(
-        &mut self,
-        device: u32,
-        attempt: u16,
-        node: u8,
-        Refused { cause, hint }: Refused,
-    ) -> Result<(), Violation> {
+    fn check_slot(&mut self, device: u32, hint: &Hint) -> Result<(), Violation> {
         checks::slot_hint(hint.after)?;
         if device != STRANGER {
             let index = device as usize;
@@ -197,40 +137,9 @@ impl World<'_> {
             checks::slot_kept(promised, self.now + hint.after)?;
             self.devices.set_promised(index, checks::promise(hint.after, self.now));
             let seconds = hint.after.as_secs_f64();
-            self.books.gauge(self.now, |_, second| second.add_hint(seconds));
+            self.recorder.gauge(self.now, |_, second| second.add_hint(seconds));
         }
-        self.refuse(device, attempt, node, cause.code(), Some(hint));
         Ok(())
-    }
-
-    fn refuse(&mut self, device: u32, attempt: u16, node: u8, code: Code, hint: Option<Hint>) {
-        self.nodes[usize::from(node)].ledger.refused += 1;
-        if device != STRANGER {
-            // It reads the hint off a header, in whole milliseconds.
-            let told = hint.map(|hint| Hint {
-                after: Duration::from_millis(hint.after_ms()),
-                slot: hint.slot,
-            });
-            self.send(device, attempt, Content::Refused(code, told));
-        }
-    }
-
-    /// Takes those out of a node's queue that the rules in force refuse.
-    pub(super) fn screen_waiting(&mut self, node: u8) -> Result<(), Violation> {
-        let wall = self.wall_at(node);
-        for (ticket, waiting) in self.nodes[usize::from(node)].all_waiting() {
-            if waiting.device == STRANGER {
-                continue;
-            }
-            let hello = self.hello(waiting.device as usize);
-            if let Some(refusal) = handshake::screen_claims(&hello.claims(), &self.rules, wall, &mut self.rng) {
-                let at = &mut self.nodes[usize::from(node)];
-                at.end_waiting(ticket, self.now)?;
-                at.admission.abandon(ticket, self.now);
-                self.refuse(waiting.device, waiting.attempt, node, refusal.code, refusal.hint);
-            }
-        }
-        self.settle(node)
     }
 
     /// The node learns that a device has gone.
@@ -252,55 +161,37 @@ impl World<'_> {
     }
 
     pub(super) fn stranger_request(&mut self, node: u8) -> Result<(), Violation> {
-        if self.nodes[usize::from(node)].is_out {
+        if self.nodes[usize::from(node)].is_dead() {
             return Ok(());
         }
-        let (now, wall) = (self.now, self.wall_at(node));
-        let id = DeviceId::from_uuid(Uuid::from_u128(self.rng.random()));
-        let at = &mut self.nodes[usize::from(node)];
-        at.ledger.arrived += 1;
-        let arrival = Arrival {
-            device: id,
-            cohort: CohortTag::of(None, None),
-            slot_token: None,
-            arrived: now,
-            is_known_absent: false,
-            proof: Proof::Secret,
-            network: NETWORK,
-        };
-        match at.admission.attempt(&arrival, now, wall, &mut self.rng) {
-            Decision::Queued(ticket) => {
-                let waiting = Waiting {
-                    device: STRANGER,
-                    attempt: 0,
-                    arrived: now,
-                };
-                at.begin_waiting(ticket, waiting);
-            }
-            Decision::Refused(refused) => self.refuse_with_slot(STRANGER, 0, node, refused)?,
-            Decision::KnownAbsent => at.ledger.refused += 1,
-        }
-        self.settle(node)
+        self.connect_device(STRANGER, 0, node)
     }
 
-    /// Sends what may be sent, answers what is owed, and has the node's deadlines in the calendar. After every event at a node.
+    /// Sends what may be sent, answers what is owed, and has the node's deadlines in the calendar. After every event at
+    /// a node.
     pub(super) fn settle(&mut self, node: u8) -> Result<(), Violation> {
-        let (now, wall) = (self.now, self.wall_at(node));
-        loop {
-            let at = &mut self.nodes[usize::from(node)];
-            let before = at.state(now);
-            if let Some(batch) = at.admission.poll_batch(now) {
-                checks::statement(&batch, &before, at.ledger.statements_in_flight, &at.config)?;
-                checks::none_blocked(self.blocked_behind(node, &batch))?;
-                self.send_statement(node, &batch);
-            } else if let Some(action) = at.admission.poll_action(now, wall, &mut self.rng) {
-                self.owed(node, action)?;
-            } else {
-                break;
+        let (now, place) = (self.now, usize::from(node));
+        let due = loop {
+            let before = self.nodes[place].state(now);
+            match self.at_node(node, |at, _, conditions, rng| at.connect.poll_output(conditions, rng)) {
+                Output::Send(statement) => {
+                    let at = &self.nodes[place];
+                    let running = at.ledger.statements_in_flight;
+                    checks::statement(&statement.batch, &before, running, &at.config)?;
+                    checks::none_blocked(self.blocked_behind(node, &statement))?;
+                    self.send_statement(node, statement);
+                }
+                Output::Conclusion { caller, conclusion, .. } => {
+                    self.nodes[place].end_waiting(caller, now)?;
+                    self.answer(caller, node, conclusion)?;
+                }
+                // This registry loses nobody.
+                Output::CountRegistry => {}
+                Output::Wait(due) => break due,
             }
-        }
-        let at = &mut self.nodes[usize::from(node)];
-        if let Some(due) = at.arm(now) {
+        };
+        let at = &mut self.nodes[place];
+        if let Some(due) = due.and_then(|due| at.arm(due, now)) {
             self.calendar.push(due, Event::Node { node });
         }
         let state = at.check(now)?;
@@ -318,7 +209,7 @@ impl World<'_> {
         let before = std::mem::replace(&mut self.nodes[usize::from(node)].load, load);
         self.load = self.load.changed(&before, &load);
         let all = self.load;
-        self.books.gauge(self.now, |gauges, second| {
+        self.recorder.gauge(self.now, |gauges, second| {
             gauges.in_flight_max = gauges.in_flight_max.max(all.in_flight);
             gauges.limit_max = gauges.limit_max.max(all.limit);
             gauges.queue_max = gauges.queue_max.max(all.queue);
@@ -328,42 +219,12 @@ impl World<'_> {
         });
     }
 
-    fn owed(&mut self, node: u8, action: Action<()>) -> Result<(), Violation> {
-        match action {
-            Action::Answer { ticket, .. } => self.answer(node, ticket),
-            Action::Refuse { ticket, refused } => {
-                let waiting = self.nodes[usize::from(node)].end_waiting(ticket, self.now)?;
-                self.refuse_with_slot(waiting.device, waiting.attempt, node, refused)
-            }
-        }
-    }
-
-    fn answer(&mut self, node: u8, ticket: Ticket) -> Result<(), Violation> {
-        let at = &mut self.nodes[usize::from(node)];
-        let Waiting { device, attempt, .. } = at.end_waiting(ticket, self.now)?;
-        if device == STRANGER {
-            at.ledger.refused += 1;
-            at.admission.handle_wrong_credential(ticket, self.now);
-            return Ok(());
-        }
-        at.admission.handle_right_credential(ticket, self.now);
-        let index = device as usize;
-        if let Err(refusal) = self.conclude(index, node) {
-            self.refuse(device, attempt, node, refusal.code, refusal.hint);
-            return Ok(());
-        }
-        self.let_in(device, attempt, node)
-    }
-
-    /// The device was authenticated. It gets its 101 and its welcome, with a resume token where the scenario has it hold one.
+    /// The device was authenticated. It gets its 101 and its welcome, with a resume token where the scenario has it
+    /// hold one.
     fn let_in(&mut self, device: u32, attempt: u16, node: u8) -> Result<(), Violation> {
         let index = device as usize;
-        checks::admitted_once(self.books.is_connected(index), index)?;
-        let at = &mut self.nodes[usize::from(node)];
-        at.ledger.admitted += 1;
-        let id = self.devices.id(index);
-        let tenant = &self.devices.cohort(index).tenant;
-        at.admission.handle_admitted(id, tenant.as_str());
+        checks::admitted_once(self.recorder.is_connected(index), index)?;
+        self.nodes[usize::from(node)].ledger.admitted += 1;
         self.devices.set_home(index, node);
         self.send(device, attempt, Content::Connected);
         Ok(())
@@ -377,7 +238,7 @@ impl World<'_> {
         }
         let grant = Grant {
             device: self.devices.id(device),
-            credential: CREDENTIAL.into(),
+            credential: CREDENTIAL,
             tenant: cohort.tenant.clone(),
             model: cohort.model.clone(),
             generation: GENERATION,
@@ -389,12 +250,19 @@ impl World<'_> {
         Some(minted.text)
     }
 
-    fn send_statement(&mut self, node: u8, batch: &Batch) {
+    fn send_statement(&mut self, node: u8, statement: Statement) {
         self.statement_counter += 1;
         let id = StatementId(self.statement_counter);
-        self.nodes[usize::from(node)].begin_statement(id, batch);
+        let batch = &statement.batch;
+        let scans = if batch.is_probe {
+            0
+        } else {
+            self.scans(node, &batch.keys)
+        };
+        let keys = u32::try_from(batch.keys.len()).unwrap_or(u32::MAX);
+        self.nodes[usize::from(node)].begin_statement(id, statement, self.now);
         self.statements.insert(id, node);
-        self.books.gauge(self.now, |gauges, second| {
+        self.recorder.gauge(self.now, |gauges, second| {
             gauges.statements += 1;
             second.statements += 1.0;
         });
@@ -403,8 +271,6 @@ impl World<'_> {
                 .push(self.now + REFUSED_AFTER, Event::StatementFailed { statement: id.0 });
             return;
         }
-        let scans = if batch.is_probe { 0 } else { self.scans(node, batch) };
-        let keys = u32::try_from(batch.keys.len()).unwrap_or(u32::MAX);
         let scan = f64::from(scans) * self.scenario.simulate.database.scan_ms / 1_000.0;
         self.database.start(id, keys, scan, self.now, &mut self.rng);
         self.calendar
@@ -413,21 +279,24 @@ impl World<'_> {
     }
 
     /// Devices behind a statement that the rules in force refuse by what they say of themselves.
-    fn blocked_behind(&self, node: u8, batch: &Batch) -> usize {
+    fn blocked_behind(&self, node: u8, statement: &Statement) -> usize {
         if self.rules.rules().is_empty() {
             return 0;
         }
         let wall = self.wall_at(node);
         let is_blocked = |device: &u32| {
-            let hello = self.hello(*device as usize);
-            self.rules.evaluate(&hello.claims(), wall).is_some()
+            let attempt = attempt_of(&self.devices, *device as usize, self.now);
+            let enforced = self.rules.verdict(&attempt.claims(), wall).enforced;
+            matches!(enforced, Some(Ruling::Block(_)))
         };
         let at = &self.nodes[usize::from(node)];
-        at.waiting_for(&batch.keys, &self.devices).filter(is_blocked).count()
+        at.waiting_for(&statement.batch.keys, &self.devices)
+            .filter(is_blocked)
+            .count()
     }
 
     /// Keys of devices whose look-up scans the table.
-    fn scans(&mut self, node: u8, batch: &Batch) -> u32 {
+    fn scans(&mut self, node: u8, keys: &[DeviceId]) -> u32 {
         let slow = &self.scenario.database.slow_firmware;
         if slow.is_empty() {
             return 0;
@@ -440,11 +309,8 @@ impl World<'_> {
                     .iter()
                     .any(|version| version == devices.version_name(devices.cohort(device as usize).version))
         };
-        let scans = at
-            .waiting_for(&batch.keys, devices)
-            .filter(|device| is_slow(*device))
-            .count();
-        self.books
+        let scans = at.waiting_for(keys, devices).filter(|device| is_slow(*device)).count();
+        self.recorder
             .gauge(self.now, |gauges, _| gauges.slow_lookups += scans as u64);
         u32::try_from(scans).unwrap_or(u32::MAX)
     }
@@ -486,21 +352,51 @@ impl World<'_> {
         let Some(node) = self.statements.remove(&id) else {
             return Ok(());
         };
-        let at = &mut self.nodes[usize::from(node)];
-        let Some(sent) = at.end_statement(id) else {
+        let Some((statement, took)) = self.nodes[usize::from(node)].end_statement(id, self.now) else {
             return Ok(());
         };
-        at.admission
-            .handle_batch_done(sent.batch, outcome.map(|()| |_| Told::Found(())), self.now);
+        self.at_node(node, |at, devices, conditions, rng| {
+            let now = conditions.now;
+            let row = |device| devices.record(device).map_or(Row::Missing, Row::Found);
+            match outcome {
+                Ok(()) => at.connect.handle_answered(&statement, row, took, now, rng),
+                Err(failure) => at.connect.handle_failed(&statement, failure, now),
+            }
+        });
         self.settle(node)
+    }
+}
+
+/// What a device says when it connects.
+fn attempt_of(devices: &Devices, device: usize, now: Instant) -> Attempt<'_> {
+    let cohort = devices.cohort(device);
+    let machine = &devices.machines[device];
+    Attempt {
+        firmware: cohort.firmware.as_ref(),
+        model: cohort.model.as_ref(),
+        tenant: Some(&cohort.tenant),
+        slot: machine.slot(),
+        resume: machine.resume(),
+        ..attempt_of_nobody(devices.id(device), now)
+    }
+}
+
+/// A credential, and no more.
+const fn attempt_of_nobody<'a>(device: DeviceId, now: Instant) -> Attempt<'a> {
+    Attempt {
+        device,
+        credential: Some(CREDENTIAL),
+        firmware: None,
+        model: None,
+        tenant: None,
+        slot: None,
+        resume: None,
+        network: NETWORK,
+        arrived: now,
     }
 }
 
 /// What every node knows of revocations: that there are none.
 pub(super) fn none_revoked() -> Revoked {
     Revoked::of(GENERATION, Generation::default(), [])
-}
-
-fn label(text: &str) -> Option<Label> {
-    Label::parse(text).ok().flatten()
 }

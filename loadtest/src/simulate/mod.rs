@@ -1,40 +1,43 @@
 //! Scenarios in virtual time: the same phases, fleets and figures as [`crate::run`], without a socket, and up to 16 million devices.
 //!
 //! What decides is production code: each node's `seawall_proto::admission::Admission` with its limit, breaker, slots and tokens, the rules
-//! and `seawall_proto::handshake`, and the device machine of `firmware_sim`. What surrounds it is modelled: the network, the accept edge
+//! and `seawall_proto::connect`, and the device machine of `firmware_sim`. What surrounds it is modelled: the network, the accept edge
 //! (`network`), the database (`database`). docs/SCENARIOS.md says what is not.
 //!
 //! Start with [`simulate`]; `world` has the loop.
 
-mod books;
 mod checks;
-mod database;
+pub mod database;
+mod departures;
 mod devices;
 mod event;
-#[cfg(test)]
-mod figures;
 mod gateway;
 mod incidents;
 mod network;
 mod node;
+mod presence;
 mod progress;
 mod queue;
-mod roll;
+mod recorder;
 mod script;
+pub mod sessions;
 pub mod settings;
 #[cfg(test)]
 mod tests;
 mod world;
 
-use books::PHASES_MAX;
+use std::time::Duration;
+
 use progress::Bar;
+use recorder::PHASES_MAX;
+use sessions::{Publisher, Watched};
 pub use world::Broken;
 use world::World;
 
 use firmware_sim::profile::Profile;
 
 use crate::{
-    report::{self, MAIN_RUN, Report, Run, Simulation},
+    report::{self, MAIN_RUN, NAIVE_RUN, PhaseReport, Report, Run, Simulation},
     run::of_run,
     scenario::{Action, Executor, FieldError, Scenario, check, problem},
     threshold::Threshold,
@@ -42,16 +45,23 @@ use crate::{
 
 /// Most versions that a scenario's devices may run, so that a version is one byte.
 const VERSIONS_MAX: usize = 255;
-/// Figures that only a real process has.
-const REAL_ONLY: [&str; 5] = ["rss_start_bytes", "rss_max_bytes", "rss_growth", ".sent", ".acked"];
+/// Figures that exist only for a real process.
+const REAL_ONLY: [&str; 6] = [
+    "rss_start_bytes",
+    "rss_max_bytes",
+    "rss_growth",
+    ".sent",
+    ".acked",
+    "_per_hour",
+];
 
-/// Why there is no report.
+/// Reason why a simulation has no report.
 #[derive(Debug, thiserror::Error)]
 pub enum SimulateError {
-    /// It can't be simulated.
+    /// The scenario can't be simulated.
     #[error(transparent)]
     Scenario(#[from] FieldError),
-    /// Something that must hold did not.
+    /// An invariant was violated.
     #[error(transparent)]
     Broken(#[from] Broken),
 }
@@ -72,28 +82,72 @@ pub fn simulate(scenario: &Scenario) -> Result<Report, SimulateError> {
     bar.finish();
     let simulation = Simulation {
         nodes: scenario.simulate.nodes,
-        virtual_seconds: std::time::Duration::from_micros(world.now.as_micros()).as_secs_f64(),
+        virtual_seconds: Duration::from_micros(world.now.as_micros()).as_secs_f64(),
         events: world.events,
         trace: format!("{:016x}", world.trace()),
-        attempts_max: world.books.attempts_max(),
+        attempts_max: world.recorder.attempts_max(),
     };
-    let (phases, samples) = world.books.finish(scenario.capacity_per_second, world.now);
-    let run = Run {
+    let (phases, samples) = world.recorder.finish(scenario.capacity_per_second, world.now);
+    let mut run = Run {
         name: MAIN_RUN.to_owned(),
         summary: of_run(scenario, &phases),
         phases,
         samples,
     };
-    let mut report = Report::new(scenario, &judged, started_at, vec![run]);
+    let mut runs = Vec::new();
+    if scenario.presence.is_some() {
+        let reads_per_second = scenario.simulate.reads_per_second;
+        runs.extend(naive_presence(scenario, &run, reads_per_second)?);
+        let watched = sessions::watch(scenario, Publisher::Seawall, reads_per_second)?;
+        add_presence(&mut run, watched);
+    }
+    runs.push(run);
+    let mut report = Report::new(scenario, &judged, started_at, runs);
     report.not_judged = others.iter().map(ToString::to_string).collect();
+    report.not_judged.extend(scenario.not_judged.iter().cloned());
     report.simulation = Some(simulation);
     Ok(report)
+}
+
+/// The naive server's run: its presence, and nothing else.
+fn naive_presence(scenario: &Scenario, like: &Run, reads_per_second: f64) -> Result<Option<Run>, FieldError> {
+    let Some(naive) = &scenario.naive else {
+        return Ok(None);
+    };
+    let publisher = Publisher::Naive {
+        heartbeat: Duration::from_secs_f64(naive.heartbeat_seconds),
+        deadline: Duration::from_secs_f64(naive.deadline_seconds),
+    };
+    let phases = like.phases.iter().map(|phase| PhaseReport {
+        name: phase.name.clone(),
+        action: phase.action.clone(),
+        starts_seconds: phase.starts_seconds,
+        seconds: phase.seconds,
+        ..PhaseReport::default()
+    });
+    let mut run = Run {
+        name: NAIVE_RUN.to_owned(),
+        phases: phases.collect(),
+        ..Run::default()
+    };
+    add_presence(&mut run, sessions::watch(scenario, publisher, reads_per_second)?);
+    Ok(Some(run))
+}
+
+fn add_presence(run: &mut Run, watched: Watched) {
+    run.summary.presence = Some(watched.total);
+    for (phase, presence) in run.phases.iter_mut().zip(watched.phases) {
+        phase.summary.presence = Some(presence);
+    }
 }
 
 /// What a scenario must be beyond what `run` asks of it.
 fn checked(scenario: &Scenario) -> Result<(), FieldError> {
     scenario.check(Executor::Simulate)?;
     settings::admission(scenario)?;
+    if scenario.presence.is_some() {
+        sessions::checked(scenario)?;
+    }
     check(
         scenario.phases.len() <= PHASES_MAX,
         "phase",
@@ -145,6 +199,9 @@ fn checked(scenario: &Scenario) -> Result<(), FieldError> {
 }
 
 fn is_simulated(threshold: &Threshold) -> bool {
-    let is_real = |figure: &&str| figure.starts_with("naive.") || REAL_ONLY.iter().any(|real| figure.ends_with(real));
+    let is_real = |figure: &&str| {
+        let is_naive = figure.starts_with("naive.") && !figure.contains(".presence.");
+        is_naive || REAL_ONLY.iter().any(|real| figure.ends_with(real))
+    };
     !threshold.figures().iter().any(is_real)
 }

@@ -1,4 +1,4 @@
-//! One gateway node of the simulation: production's admission, and what its adapters would hold around it.
+//! One gateway node of the simulation: production's connect machine, and what its adapters would hold around it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,10 +7,11 @@ use std::{
 };
 
 use seawall_proto::{
-    admission::{Admission, AdmissionConfig, AdmissionState, Batch, BatchId, Ticket},
-    drain::{Homecoming, Pacing},
+    admission::{AdmissionConfig, AdmissionState, Ticket},
+    connect::{Connect, Statement},
+    departures::{Departures, DrainState},
     id::DeviceId,
-    slots::{Roster, SlotKeys},
+    slots::{RegistryIndex, SlotKeys},
     time::{Instant, WallTime},
 };
 
@@ -25,7 +26,7 @@ use super::{
 /// How often a node keeps on disk what its database can do. As the gateway.
 const KEEP_EVERY: Duration = Duration::from_secs(60);
 
-/// Whoever asked with an id of nobody's.
+/// An attempt with an unregistered id.
 pub const STRANGER: u32 = u32::MAX;
 
 /// A request that waits for its answer.
@@ -34,20 +35,6 @@ pub struct Waiting {
     pub device: u32,
     pub attempt: u16,
     pub arrived: Instant,
-}
-
-/// A statement under way.
-#[derive(Clone, Copy, Debug)]
-pub struct Sent {
-    pub batch: BatchId,
-    keys: usize,
-}
-
-/// Sessions that a rule or a drain ends, one after the other.
-#[derive(Debug)]
-pub struct Eviction {
-    pub pacing: Pacing,
-    pub left: Vec<u32>,
 }
 
 /// What a node does at a moment; of all nodes, the sums.
@@ -72,44 +59,43 @@ impl Load {
 
 #[derive(Debug)]
 pub struct Node {
-    pub admission: Admission<()>,
+    pub connect: Connect<Waiting>,
     pub edge: Edge,
     pub config: AdmissionConfig,
     pub ledger: Ledger,
-    pub eviction: Option<Eviction>,
-    pub drain: Option<Eviction>,
-    /// When those come back that the drain sends away.
-    pub homecoming: Option<Homecoming>,
-    /// No new connection comes here: it is dead, or drains.
+    pub departures: Departures<u32>,
+    /// When the calendar calls [`departures`](Self::departures).
+    pub departs_at: Instant,
+    /// The balancer sends no new connection here: the node is dead or drains.
     pub is_out: bool,
     /// What its wall clock is wrong by, in milliseconds.
     pub clock_error_ms: i64,
-    /// As the books saw it last.
+    /// As the recorder saw it last.
     pub load: Load,
-    waiting: BTreeMap<Ticket, Waiting>,
     /// Tickets by device and attempt.
     tickets: BTreeMap<(u32, u16), Ticket>,
-    sent: BTreeMap<StatementId, Sent>,
-    /// When the calendar has it look after its deadlines.
+    /// Statements under way, and when each was sent.
+    sent: BTreeMap<StatementId, (Statement, Instant)>,
+    /// When the calendar calls the node for its deadlines.
     armed: Instant,
     keys: SlotKeys,
     edge_settings: EdgeSettings,
-    /// What is on its disk: keys a second, 0 for none, and when it was kept.
+    /// Content of its disk: keys per second, 0 for none, and when it was kept.
     known_good: f64,
     kept_at: Instant,
-    /// On its disk, too.
-    roster: Arc<Roster>,
+    /// On its disk as well.
+    registry_index: Arc<RegistryIndex>,
 }
 
 impl Node {
     /// All nodes share the keys that slots are signed with.
     #[must_use]
-    pub fn new(config: &AdmissionConfig, settings: &Settings, roster: Arc<Roster>, seed: u64) -> Self {
+    pub fn new(config: &AdmissionConfig, settings: &Settings, registry_index: Arc<RegistryIndex>, seed: u64) -> Self {
         let mut secret = [0; 32];
         secret[..8].copy_from_slice(&seed.to_be_bytes());
         let keys = SlotKeys::new(1, secret);
         let known_good = settings.last_known_good_per_second;
-        Self::start(config, settings.edge, keys, known_good, roster, Instant::ZERO)
+        Self::start(config, settings.edge, keys, known_good, registry_index, Instant::ZERO)
     }
 
     fn start(
@@ -117,26 +103,24 @@ impl Node {
         edge_settings: EdgeSettings,
         keys: SlotKeys,
         known_good: f64,
-        roster: Arc<Roster>,
+        registry_index: Arc<RegistryIndex>,
         now: Instant,
     ) -> Self {
-        let mut admission = Admission::<()>::new(config.clone(), keys.clone(), now);
+        let mut connect = Connect::new(config.clone(), keys.clone(), now);
         if known_good > 0.0 {
-            admission.set_last_known_good(known_good);
+            connect.set_last_known_good(known_good);
         }
-        admission.set_roster(Arc::clone(&roster));
+        connect.set_registry_index(Arc::clone(&registry_index));
         Self {
-            admission,
+            connect,
             edge: Edge::new(&edge_settings),
             config: config.clone(),
             ledger: Ledger::default(),
-            eviction: None,
-            drain: None,
-            homecoming: None,
+            departures: Departures::new(None, now),
+            departs_at: Instant::FAR_FUTURE,
             is_out: false,
             clock_error_ms: 0,
             load: Load::default(),
-            waiting: BTreeMap::new(),
             tickets: BTreeMap::new(),
             sent: BTreeMap::new(),
             armed: Instant::FAR_FUTURE,
@@ -144,23 +128,28 @@ impl Node {
             edge_settings,
             known_good,
             kept_at: now,
-            roster,
+            registry_index,
         }
     }
 
-    /// It dies, and begins a new life with what is on its disk. Whoever waited here: nobody answers them.
+    /// It dies, and begins a new life with what is on its disk. Devices that waited here get no answer.
     pub fn crash(&mut self, now: Instant) -> Vec<Waiting> {
         let mut next = Self::start(
             &self.config,
             self.edge_settings,
             self.keys.clone(),
             self.known_good,
-            Arc::clone(&self.roster),
+            Arc::clone(&self.registry_index),
             now,
         );
         (next.load, next.clock_error_ms, next.is_out) = (self.load, self.clock_error_ms, true);
         let before = std::mem::replace(self, next);
-        before.waiting.into_values().collect()
+        before.connect.waiting().copied().collect()
+    }
+
+    #[must_use]
+    pub fn is_dead(&self) -> bool {
+        self.is_out && self.departures.drain_status().state == DrainState::Idle
     }
 
     /// What its wall clock shows at this true time.
@@ -171,11 +160,11 @@ impl Node {
 
     #[must_use]
     pub fn state(&self, now: Instant) -> AdmissionState {
-        self.admission.state(now)
+        self.connect.state(now)
     }
 
     pub fn begin_waiting(&mut self, ticket: Ticket, waiting: Waiting) {
-        self.waiting.insert(ticket, waiting);
+        self.ledger.waiting += 1;
         if waiting.device != STRANGER {
             self.tickets.insert((waiting.device, waiting.attempt), ticket);
         }
@@ -183,26 +172,20 @@ impl Node {
 
     /// # Errors
     /// It did not wait, or has waited too long.
-    pub fn end_waiting(&mut self, ticket: Ticket, now: Instant) -> Result<Waiting, Violation> {
-        let waiting = checks::answered_once(self.waiting.remove(&ticket), &ticket)?;
-        self.tickets.remove(&(waiting.device, waiting.attempt));
-        checks::answer(waiting.arrived, now)?;
-        Ok(waiting)
-    }
-
-    /// All requests that wait here.
-    pub fn all_waiting(&self) -> Vec<(Ticket, Waiting)> {
-        self.waiting
-            .iter()
-            .map(|(ticket, waiting)| (*ticket, *waiting))
-            .collect()
+    pub fn end_waiting(&mut self, waiting: Waiting, now: Instant) -> Result<(), Violation> {
+        let request = (waiting.device, waiting.attempt);
+        self.ledger.waiting = checks::answered_once(self.ledger.waiting.checked_sub(1), &request)?;
+        if waiting.device != STRANGER {
+            checks::answered_once(self.tickets.remove(&request), &request)?;
+        }
+        checks::answer(waiting.arrived, now)
     }
 
     /// The devices behind these keys.
     pub fn waiting_for(&self, keys: &[DeviceId], devices: &Devices) -> impl Iterator<Item = u32> {
         let keys: BTreeSet<DeviceId> = keys.iter().copied().collect();
-        self.waiting
-            .values()
+        self.connect
+            .waiting()
             .map(|waiting| waiting.device)
             .filter(move |device| *device != STRANGER && keys.contains(&devices.id(*device as usize)))
     }
@@ -218,33 +201,33 @@ impl Node {
         let Some(ticket) = self.tickets.remove(&(device, attempt)) else {
             return;
         };
-        if self.waiting.remove(&ticket).is_some() {
-            self.admission.abandon(ticket, now);
+        if self.connect.handle_gone(ticket, now).is_some() {
+            self.ledger.waiting -= 1;
             self.ledger.abandoned += 1;
         }
     }
 
-    pub fn begin_statement(&mut self, id: StatementId, batch: &Batch) {
-        let keys = batch.keys.len();
+    pub fn begin_statement(&mut self, id: StatementId, statement: Statement, now: Instant) {
+        let keys = statement.batch.keys.len();
         self.ledger.in_flight += keys;
         self.ledger.statements_in_flight += 1;
-        if !batch.is_probe {
+        if !statement.batch.is_probe {
             self.ledger.keys_this_second += keys as u64;
         }
-        self.sent.insert(id, Sent { batch: batch.id, keys });
+        self.sent.insert(id, (statement, now));
     }
 
-    /// `None` where it has ended before.
-    pub fn end_statement(&mut self, id: StatementId) -> Option<Sent> {
-        let sent = self.sent.remove(&id)?;
-        self.ledger.in_flight -= sent.keys;
+    /// The statement and the time that it took; `None` where it has ended before.
+    pub fn end_statement(&mut self, id: StatementId, now: Instant) -> Option<(Statement, Duration)> {
+        let (statement, sent_at) = self.sent.remove(&id)?;
+        self.ledger.in_flight -= statement.batch.keys.len();
         self.ledger.statements_in_flight -= 1;
-        Some(sent)
+        Some((statement, now.saturating_since(sent_at)))
     }
 
-    /// When the calendar must have it look after its deadlines, if it does not yet.
-    pub fn arm(&mut self, now: Instant) -> Option<Instant> {
-        let due = self.admission.poll_timeout(now)?.max(now);
+    /// When the calendar must call the node for a deadline; `None` if it will.
+    pub fn arm(&mut self, due: Instant, now: Instant) -> Option<Instant> {
+        let due = due.max(now);
         if due >= self.armed {
             return None;
         }
@@ -252,7 +235,7 @@ impl Node {
         Some(due)
     }
 
-    /// The calendar has it look after its deadlines. False where that was for an earlier arrangement.
+    /// Takes a call of the calendar. False if it is out of date.
     pub fn is_armed(&mut self, now: Instant) -> bool {
         let is_now = self.armed == now;
         if is_now {
@@ -265,7 +248,7 @@ impl Node {
     /// A claim on the node that fails.
     pub fn check(&self, now: Instant) -> Result<AdmissionState, Violation> {
         let state = self.state(now);
-        self.ledger.check(self.waiting.len(), &state, &self.config)?;
+        self.ledger.check(&state, &self.config)?;
         Ok(state)
     }
 
@@ -276,9 +259,9 @@ impl Node {
     pub fn check_second(&mut self, now: Instant) -> Result<(), Violation> {
         if self.kept_at + KEEP_EVERY <= now {
             self.kept_at = now;
-            self.known_good = self.admission.take_last_known_good(now).unwrap_or(self.known_good);
+            self.known_good = self.connect.take_last_known_good(now).unwrap_or(self.known_good);
         }
-        if let Some((_, oldest)) = self.waiting.first_key_value() {
+        if let Some(oldest) = self.connect.waiting().next() {
             checks::answer(oldest.arrived, now)?;
         }
         self.ledger.check_second(&self.config)

@@ -13,7 +13,7 @@ pub(super) struct Bar {
 }
 
 impl Bar {
-    /// Hidden where standard error is no terminal: indicatif sees to that.
+    /// Hidden where standard error is not a terminal: indicatif sees to that.
     pub fn new(scenario: &Scenario) -> Self {
         let bar = ProgressBar::with_draw_target(Some(u64::from(scenario.devices)), ProgressDrawTarget::stderr());
         if let Ok(style) = ProgressStyle::with_template("{wide_bar} {pos}/{len} connected\n{msg}") {
@@ -29,7 +29,7 @@ impl Bar {
         if self.bar.is_hidden() {
             return;
         }
-        let standing = world.books.standing();
+        let standing = world.recorder.standing();
         self.bar.set_position(standing.connected);
         self.bar.set_message(format!(
             "{}  {:.1} s of virtual time  missing {}  blocked {}  in flight {}  queue {}  {:.1} million events in {:.0} s",

@@ -11,7 +11,7 @@ use std::{
 
 use seawall_proto::time::Instant;
 
-/// A bucket is 2^10 µs: at 100,000 events a second it holds about a hundred.
+/// A bucket is 2^10 µs: at 100,000 events per second it holds about a hundred.
 const BUCKET_BITS: u32 = 10;
 /// A page is 2^12 buckets, 4.2 s.
 const PAGE_BITS: u32 = 12;
@@ -20,7 +20,7 @@ const BUCKETS: usize = 1 << PAGE_BITS;
 /// Events in the order of their times; those of one time in the order in which they were put in.
 #[derive(Debug)]
 pub struct Calendar<E> {
-    /// What is left of the bucket under way, and of all before it.
+    /// Rest of the current bucket, and of all before it.
     current: BinaryHeap<Due<E>>,
     /// Its number, counted from time zero.
     bucket: u64,

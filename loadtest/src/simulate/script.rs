@@ -1,14 +1,12 @@
-//! The scenario's phases in virtual time: who connects, drops, churns and changes version, and when. The words mean what they mean to
-//! [`crate::phases`], which does the same to real devices.
+//! The scenario's phases in virtual time: which devices connect, drop, churn and change version, and when. Terms are
+//! those of [`crate::phases`], which does the same with real devices.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use rand::Rng;
 use seawall_proto::{
-    close::Close,
-    drain::Pacing,
-    id::{Label, RuleId},
-    rules::{Effect, Match, Rule, RuleSet, RuleSpec, Subject},
+    id::RuleId,
+    rules::{Effect, Match, Rule, RuleSet, RuleSpec},
     time::Instant,
 };
 use uuid::Uuid;
@@ -16,8 +14,7 @@ use uuid::Uuid;
 use super::{
     checks::Violation,
     database::exponential,
-    event::{Content, Event},
-    node::Eviction,
+    event::Event,
     world::{SWEEP_MAX, World},
 };
 use crate::{
@@ -25,19 +22,17 @@ use crate::{
     scenario::{Action, GROUP_ALL, Phase, Trouble, Until},
 };
 
-/// How often it is looked whether the phase is over. As in a real run.
+/// Time between two checks of whether the phase is over. As in a real run.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// Looks between two sweeps.
+/// Checks between two sweeps.
 const LOOKS_A_SWEEP: u64 = 10;
-/// Tries to find a connected device of a group by chance, before the group is taken to have none. As in a real run.
+/// Maximum number of random draws for a connected device of a group. As in a real run.
 const DRAWS_MAX: u32 = 64;
-/// Shortest time between two looks at which evictions are due. As in the gateway.
-pub(super) const PASS_MIN: Duration = Duration::from_millis(10);
 
-/// Shortest time between the end of the last phase and the end of the run.
+/// Minimum time between the end of the last phase and the end of the run.
 const CLOSING: Duration = Duration::from_millis(100);
 
-/// What is still to be done in the phase under way.
+/// What is left to do in the current phase.
 #[derive(Debug)]
 pub(super) struct Agenda {
     phase: u8,
@@ -49,13 +44,13 @@ pub(super) struct Agenda {
     upgrades: Vec<u32>,
     /// How many of this phase's devices have been told to connect, or to change.
     done: usize,
-    /// They wait for their upgrade: churn leaves them alone.
+    /// Devices that wait for their upgrade. Churn does not touch them.
     set_aside: BTreeSet<u32>,
     churn_next: Option<Instant>,
     looks: u64,
-    /// The last phase is over.
+    /// Whether the last phase is over.
     is_closing: bool,
-    /// And so is the run.
+    /// Whether the run is over.
     pub is_over: bool,
 }
 
@@ -82,7 +77,7 @@ impl World<'_> {
         self.begin_phase(0)
     }
 
-    /// The phase under way.
+    /// The current phase.
     #[must_use]
     pub(super) fn phase(&self) -> &Phase {
         &self.scenario.phases[usize::from(self.agenda.phase)]
@@ -91,7 +86,8 @@ impl World<'_> {
     fn begin_phase(&mut self, number: u8) -> Result<(), Violation> {
         let scenario = self.scenario;
         let phase = &scenario.phases[usize::from(number)];
-        self.books.begin_phase(&phase.name, describe(&phase.action), self.now);
+        self.recorder
+            .begin_phase(&phase.name, describe(&phase.action), self.now);
         self.agenda = Agenda {
             phase: number,
             started: self.now,
@@ -100,7 +96,8 @@ impl World<'_> {
             ..Agenda::default()
         };
         match &phase.action {
-            Action::Hold => {}
+            // Only sessions notice, which are simulated on their own.
+            Action::Hold | Action::Gateway(_) => {}
             Action::Connect { per_second } => self.agenda.connect_per_second = *per_second,
             Action::DropAll => self.drop_group(GROUP_ALL)?,
             Action::Drop { group } => self.drop_group(group)?,
@@ -117,7 +114,7 @@ impl World<'_> {
             } => self.block(range, reason, *evict, retry_after.as_deref())?,
             Action::Unblock => {
                 self.revision += 1;
-                self.rules = RuleSet::compile(self.revision, Vec::new());
+                self.rules = Arc::new(RuleSet::compile(self.revision, Vec::new()));
             }
         }
         let assumed = &scenario.simulate;
@@ -156,27 +153,28 @@ impl World<'_> {
         if usize::from(next) < self.scenario.phases.len() {
             return self.begin_phase(next);
         }
-        // The last books are closed a moment later, as those of a real run, which asks the gateway for its counters first.
+        // The recorder ends a moment later, as in a real run, which reads the gateway's counters first.
         self.agenda.is_closing = true;
         let grace = CLOSING + 4 * (self.network.round_trip + self.network.extra);
         self.calendar.push(self.now + grace, Event::Finish);
         Ok(())
     }
 
-    /// Everything is over.
+    /// Ends the run.
     pub(super) fn finish(&mut self) -> Result<(), Violation> {
         self.agenda.is_over = true;
         self.sweep(usize::MAX)
     }
 
-    /// Ten times a second: gauges, and whether the phase is over. Once a second everything else is looked at.
+    /// Updates gauges and checks whether the phase is over, ten times a second. Once a second it checks everything
+    /// else.
     pub(super) fn look_at_phase(&mut self, phase: u8) -> Result<(), Violation> {
         if phase != self.agenda.phase || self.agenda.is_closing {
             return Ok(());
         }
         self.agenda.looks += 1;
         let k_ref = self.nodes.iter().map(|node| node.state(self.now).k_ref).sum();
-        self.books.gauge(self.now, |_, second| second.k_ref = Some(k_ref));
+        self.recorder.gauge(self.now, |_, second| second.k_ref = Some(k_ref));
         if self.agenda.looks.is_multiple_of(LOOKS_A_SWEEP) {
             self.sweep(SWEEP_MAX)?;
         }
@@ -191,10 +189,10 @@ impl World<'_> {
         let agenda = &self.agenda;
         let has_begun_all = agenda.connect_per_second == 0.0 || self.begun == self.devices.len();
         let has_upgraded_all = agenda.done == agenda.upgrades.len() || agenda.upgrades.is_empty();
-        has_begun_all && has_upgraded_all && self.books.standing().missing == 0
+        has_begun_all && has_upgraded_all && self.recorder.standing().missing == 0
     }
 
-    /// Does what is due now, and has the next in the calendar.
+    /// Does what is due now, and schedules the next action.
     pub(super) fn act_of_phase(&mut self, phase: u8) -> Result<(), Violation> {
         if phase != self.agenda.phase || self.agenda.is_closing {
             return Ok(());
@@ -210,7 +208,7 @@ impl World<'_> {
                 break;
             }
             let device = self.begun;
-            self.books.due(device, at, true);
+            self.recorder.due(device, at, true);
             self.restart(device)?;
             self.begun += 1;
             self.agenda.done += 1;
@@ -232,7 +230,7 @@ impl World<'_> {
                 break;
             }
             if let Some(device) = self.draw_connected() {
-                self.books.due(device, at, false);
+                self.recorder.due(device, at, false);
                 self.restart(device)?;
             }
             let pause = self.pause(self.phase().churn_per_second);
@@ -244,7 +242,7 @@ impl World<'_> {
         Ok(())
     }
 
-    /// The device starts anew, with an attempt at once, and knows nothing of its life before.
+    /// Restarts a device: it forgets everything and connects at once.
     pub(super) fn restart(&mut self, device: usize) -> Result<(), Violation> {
         let number = u32::try_from(device).unwrap_or(u32::MAX);
         self.abort(number);
@@ -254,9 +252,9 @@ impl World<'_> {
     }
 
     fn drop_group(&mut self, group: &str) -> Result<(), Violation> {
-        let group = self.books.group(group).unwrap_or_default();
+        let group = self.recorder.group(group).unwrap_or_default();
         for device in 0..self.begun {
-            if self.books.is_connected(device) && self.books.is_in(device, group) {
+            if self.recorder.is_connected(device) && self.recorder.is_in(device, group) {
                 self.reset(device)?;
             }
         }
@@ -265,7 +263,7 @@ impl World<'_> {
 
     /// The connection of a device is reset.
     pub(super) fn reset(&mut self, device: usize) -> Result<(), Violation> {
-        self.books.due(device, self.now, true);
+        self.recorder.due(device, self.now, true);
         self.devices.machines[device].handle_closed(None, self.now, &mut self.rng);
         self.act(u32::try_from(device).unwrap_or(u32::MAX))
     }
@@ -276,9 +274,9 @@ impl World<'_> {
             self.devices.upgrade(device, firmware);
         }
         let version = self.devices.cohort(device).version;
-        self.books.upgraded(device, version);
+        self.recorder.upgraded(device, version);
         if device < self.begun {
-            self.books.due(device, at, true);
+            self.recorder.due(device, at, true);
             self.restart(device)?;
         }
         Ok(())
@@ -289,11 +287,11 @@ impl World<'_> {
             return None;
         }
         let group = self.phase().churn_group.as_deref().unwrap_or(GROUP_ALL);
-        let group = self.books.group(group)?;
+        let group = self.recorder.group(group)?;
         (0..DRAWS_MAX).find_map(|_| {
             let device = self.rng.random_range(0..self.begun);
             let is_free = u32::try_from(device).is_ok_and(|number| !self.agenda.set_aside.contains(&number));
-            let fits = is_free && self.books.is_connected(device) && self.books.is_in(device, group);
+            let fits = is_free && self.recorder.is_connected(device) && self.recorder.is_in(device, group);
             fits.then_some(device)
         })
     }
@@ -310,7 +308,7 @@ impl World<'_> {
         self.forecast();
     }
 
-    /// As the API would make it; a range that is none makes no rule, and was refused before the start.
+    /// Makes a rule as the API does. A range that is not valid was refused before the start.
     fn block(&mut self, range: &str, reason: &str, evict: bool, retry_after: Option<&str>) -> Result<(), Violation> {
         let Ok(spec) = rule(range, reason, evict, retry_after) else {
             return Ok(());
@@ -324,77 +322,19 @@ impl World<'_> {
         };
         let mut rules = self.rules.rules().to_vec();
         rules.push(made);
-        self.rules = RuleSet::compile(self.revision, rules);
+        self.rules = Arc::new(RuleSet::compile(self.revision, rules));
         for node in (0_u8..).take(self.nodes.len()) {
-            self.screen_waiting(node)?;
-            self.calendar.push(self.now, Event::Evict { node });
+            self.settle(node)?;
+            self.rules_changed(node);
         }
         Ok(())
     }
-
-    /// One look at which sessions of a node are to end now; all over again until none is left.
-    pub(super) fn evict(&mut self, node: u8) {
-        let place = usize::from(node);
-        let mut eviction = match self.nodes[place].eviction.take() {
-            Some(eviction) => eviction,
-            None => {
-                let left = self.to_evict(node);
-                if left.is_empty() {
-                    return;
-                }
-                let k_ref = self.nodes[place].state(self.now).k_ref;
-                Eviction {
-                    pacing: Pacing::evict(k_ref, left.len(), self.now),
-                    left,
-                }
-            }
-        };
-        let due = eviction.pacing.take_due(eviction.left.len(), self.now);
-        for device in eviction.left.drain(..due).collect::<Vec<_>>() {
-            let index = device as usize;
-            if let Some(at_least) = self.evicting(index).filter(|_| self.books.is_connected(index)) {
-                let close = Close::evicted(at_least, &mut self.rng);
-                self.send(device, self.devices.attempt(index), Content::Closed(close));
-            }
-        }
-        let mut next = eviction.pacing.poll_timeout().max(self.now + PASS_MIN);
-        if eviction.left.is_empty() {
-            // The last close is on its way: then it is seen whether others have come.
-            next = self.now + Duration::from_secs(3);
-        } else {
-            self.nodes[place].eviction = Some(eviction);
-        }
-        self.calendar.push(next, Event::Evict { node });
-    }
-
-    fn to_evict(&self, node: u8) -> Vec<u32> {
-        if !self.rules.is_evicting(self.wall()) {
-            return Vec::new();
-        }
-        (0..self.begun)
-            .filter(|device| self.devices.home(*device) == node && self.books.is_connected(*device))
-            .filter(|device| self.evicting(*device).is_some())
-            .filter_map(|device| u32::try_from(device).ok())
-            .collect()
-    }
-
-    /// How long the rule that wants this session gone keeps it away, at least.
-    fn evicting(&self, device: usize) -> Option<Duration> {
-        let cohort = self.devices.cohort(device);
-        let subject = Subject {
-            firmware: Some(self.devices.version_name(cohort.version)),
-            model: cohort.model.as_ref().map(Label::as_str),
-            tenant: Some(cohort.tenant.as_str()),
-        };
-        let rule = self.rules.evicting(&subject, self.wall())?;
-        Some(rule.evicted_for(self.wall().saturating_since(rule.created_at)))
-    }
 }
 
-/// The rule that a phase asks for.
+/// Returns the rule that a phase asks for.
 ///
 /// # Errors
-/// Its range or its `retry_after` is none.
+/// Its range or its `retry_after` is not valid.
 pub fn rule(range: &str, reason: &str, evict: bool, retry_after: Option<&str>) -> Result<RuleSpec, String> {
     let matches = Match {
         firmware: Some(range.parse().map_err(|error| format!("{range:?}: {error}"))?),

@@ -37,8 +37,12 @@ pub struct Settings {
     pub strangers_from: Option<String>,
     /// Look-ups a second that each node remembers from an earlier life. 0: none.
     pub last_known_good_per_second: f64,
-    /// So many of the nodes, from the first on, have no roster of registered devices: their disks are new, and they read none.
-    pub nodes_without_roster: u8,
+    /// So many of the nodes, from the first on, have no registry index: their disks are new, and they read none.
+    #[serde(alias = "nodes_without_roster")]
+    pub nodes_without_registry_index: u8,
+    /// Sockets of its sessions that a node reads in a second, 1 to 1,000,000. It matters to presence alone.
+    /// Default: 20,000.
+    pub reads_per_second: f64,
     /// What part of all connections goes to each node, relative to the others'. Empty: the same to all.
     pub node_shares: Vec<f64>,
     /// What befalls nodes and devices in the middle of a phase.
@@ -67,14 +71,14 @@ pub struct Incident {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum What {
     /// The node's process dies: all its connections are reset, and its memory is gone but for what it keeps on disk: the capacity and the
-    /// roster. It is there
+    /// registry index. It is there
     /// again after so many seconds, 1 to 3,600; until then the others get its connections.
     Crash { seconds: f64 },
-    /// The node drains, within so many seconds, 1 to 3,600. It stays away.
+    /// The node drains, within this many seconds, 1 to 3,600. It stays away.
     Drain { seconds: f64 },
-    /// The node's wall clock is put forward by so many seconds, or back: up to a day.
+    /// The node's wall clock is put forward by this many seconds, or back: up to a day.
     ClockStep { seconds: f64 },
-    /// So great a part of the devices that are not connected start anew: they come at once, and know nothing of a slot.
+    /// So great a part of the devices that are not connected restart: they come at once, and know nothing of a slot.
     Forget { share: f64 },
 }
 
@@ -82,7 +86,7 @@ pub enum What {
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Edge {
-    /// Connections a second that a node accepts and takes to a complete request.
+    /// Connections per second that a node accepts and takes to a complete request.
     pub handshakes_per_second: f64,
     /// Connections that wait for that, as the time which they take.
     pub backlog_seconds: f64,
@@ -104,7 +108,7 @@ pub enum Overflow {
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Database {
-    /// Keys a second. 0: the scenario's `capacity_per_second`, or four times that where the nodes' ceilings allow no more.
+    /// Keys per second. 0: the scenario's `capacity_per_second`, or four times that where the nodes' ceilings allow no more.
     pub keys_per_second: f64,
     /// Keys in flight at which it does so.
     pub knee: f64,
@@ -124,7 +128,8 @@ impl Default for Settings {
             strangers_per_second: 0.0,
             strangers_from: None,
             last_known_good_per_second: 0.0,
-            nodes_without_roster: 0,
+            nodes_without_registry_index: 0,
+            reads_per_second: 20_000.0,
             node_shares: Vec::new(),
             incidents: Vec::new(),
             edge: Edge::default(),
@@ -164,8 +169,8 @@ impl Settings {
             format!("expected 1 to {NODES_MAX}"),
         )?;
         check(
-            self.nodes_without_roster <= self.nodes,
-            "simulate.nodes_without_roster",
+            self.nodes_without_registry_index <= self.nodes,
+            "simulate.nodes_without_registry_index",
             format!("there are {}", self.nodes),
         )?;
         for (field, value, least, most) in [
@@ -173,6 +178,7 @@ impl Settings {
             ("round_trip_extra_ms", self.round_trip_extra_ms, 0.0, 2_000.0),
             ("wake_noise_ms", self.wake_noise_ms, 0.0, 60_000.0),
             ("strangers_per_second", self.strangers_per_second, 0.0, 1_000_000.0),
+            ("reads_per_second", self.reads_per_second, 1.0, 1_000_000.0),
             ("last_known_good_per_second", self.last_known_good_per_second, 0.0, 1e6),
             ("edge.handshakes_per_second", self.edge.handshakes_per_second, 1.0, 1e6),
             ("edge.backlog_seconds", self.edge.backlog_seconds, 0.001, 60.0),

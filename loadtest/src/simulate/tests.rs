@@ -1,9 +1,9 @@
 use std::{path::Path, time::Duration};
 
 use seawall_proto::{
-    admission::{Admission, AdmissionConfig, AdmissionState, Arrival, Batch, BreakerState, CohortTag},
+    admission::{Admission, AdmissionConfig, AdmissionState, Arrival, Batch, BreakerState, CohortTag, Output},
     id::{DeviceId, Network, Proof},
-    slots::SlotKeys,
+    slots::{SlotKeys, Slots},
     time::{Instant, WallTime},
 };
 use uuid::Uuid;
@@ -13,6 +13,7 @@ use super::{
     world::{SWEEP_MAX, World},
     *,
 };
+use crate::scenario::Changes;
 
 /// A storm of a fleet that is back in 10 s at best.
 const STORM: &str = r#"
@@ -90,24 +91,34 @@ fn every_delivered_scenario_can_be_simulated() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
-        let scenario = Scenario::from_file(&path, None, None, Executor::Simulate).unwrap();
+        let scenario = Scenario::from_file(&path, &Changes::default(), Executor::Simulate).unwrap();
         // The longest would take minutes in a debug build.
+        let is_short = Changes {
+            is_short: scenario.short.is_some(),
+            ..Changes::default()
+        };
+        let scenario = Scenario::from_file(&path, &is_short, Executor::Simulate).unwrap();
         let devices = scenario.devices.min(3_000);
         let scenario = Scenario { devices, ..scenario };
 
         let report = simulate(&scenario).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
 
-        assert_eq!(report.runs.len(), 1);
-        assert_eq!(report.runs[0].phases.len(), scenario.phases.len());
-        let of_naive = |threshold: &String| threshold.contains("naive.") || threshold.contains("rss_");
-        assert!(report.not_judged.iter().all(of_naive), "{:?}", report.not_judged);
+        // The naive server has a presence in virtual time, and nothing else.
+        let has_naive = scenario.presence.is_some() && scenario.naive.is_some();
+        assert_eq!(report.runs.len(), 1 + usize::from(has_naive));
+        for run in &report.runs {
+            assert_eq!(run.phases.len(), scenario.phases.len());
+        }
+        let real_only = ["naive.", "rss_", "_per_hour", ".acked"];
+        let is_real_only = |threshold: &String| real_only.iter().any(|part| threshold.contains(part));
+        assert!(report.not_judged.iter().all(is_real_only), "{:?}", report.not_judged);
     }
 }
 
 #[test]
 fn blocked_version_is_evicted_and_refused_and_costs_no_look_up() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios/smoke.toml");
-    let scenario = Scenario::from_file(&path, None, None, Executor::Simulate).unwrap();
+    let scenario = Scenario::from_file(&path, &Changes::default(), Executor::Simulate).unwrap();
 
     let report = simulate(&scenario).unwrap();
 
@@ -236,7 +247,7 @@ fn violated_invariant_ends_the_run_with_seed_time_and_event() {
 }
 
 #[test]
-fn sweep_finds_a_device_that_nobody_wakes_and_one_that_the_books_lost() {
+fn sweep_finds_a_device_that_nobody_wakes_and_one_that_the_recorder_lost() {
     let scenario = scenario(STORM);
     let sweep = |break_it: fn(&mut World<'_>)| {
         let mut world = World::new(&scenario).unwrap();
@@ -253,49 +264,49 @@ fn sweep_finds_a_device_that_nobody_wakes_and_one_that_the_books_lost() {
 
     let forgotten = sweep(|world| {
         world.devices.machines[7] = world.devices.machine_from(7, Instant::ZERO);
-        world.devices.enroll(7);
+        world.devices.note_presence(7);
         world.now = Instant::from_micros(2_000_000);
     });
     let lost = sweep(|world| {
         connect(world);
-        world.devices.enroll(7);
+        world.devices.note_presence(7);
     });
     let changed = sweep(connect);
 
     assert_eq!(forgotten, "no device is forgotten");
-    assert_eq!(lost, "books and devices agree on who is connected");
+    assert_eq!(lost, "recorder and devices agree on who is connected");
     assert_eq!(changed, "only events change a device");
 }
 
 fn state() -> AdmissionState {
-    Admission::<()>::new(AdmissionConfig::default(), SlotKeys::new(1, [0; 32]), Instant::ZERO).state(Instant::ZERO)
+    Admission::<(), ()>::new(AdmissionConfig::default(), Instant::ZERO).state(Instant::ZERO)
 }
 
 #[test]
 fn each_claim_on_a_node_can_fail() {
     let config = AdmissionConfig::default();
     let good = Ledger::default();
-    assert_eq!(good.check(0, &state(), &config), Ok(()));
-    let claim = |ledger: Ledger, waiting: usize, state: AdmissionState| {
-        ledger.check(waiting, &state, &config).unwrap_err().claim
+    assert_eq!(good.check(&state(), &config), Ok(()));
+    let claim = |ledger: Ledger, state: AdmissionState| ledger.check(&state, &config).unwrap_err().claim;
+    let arrived = |arrived: u64, waiting: usize| Ledger {
+        arrived,
+        waiting,
+        ..good
     };
-    let arrived = |arrived: u64| Ledger { arrived, ..good };
 
     let claims = [
-        claim(arrived(1), 0, state()),
-        claim(arrived(1), 1, state()),
+        claim(arrived(1, 0), state()),
+        claim(arrived(1, 1), state()),
         claim(
-            arrived(70_000),
-            70_000,
+            arrived(70_000, 70_000),
             AdmissionState {
                 queue: 70_000,
                 ..state()
             },
         ),
-        claim(Ledger { in_flight: 1, ..good }, 0, state()),
+        claim(Ledger { in_flight: 1, ..good }, state()),
         claim(
             Ledger { in_flight: 513, ..good },
-            0,
             AdmissionState {
                 in_flight: 513,
                 limit: 513,
@@ -303,8 +314,7 @@ fn each_claim_on_a_node_can_fail() {
             },
         ),
         claim(
-            arrived(1),
-            1,
+            arrived(1, 1),
             AdmissionState {
                 queue: 1,
                 breaker: BreakerState::Open,
@@ -329,13 +339,14 @@ fn each_claim_on_a_node_can_fail() {
         ..good
     };
     assert!(busy.check_second(&config).is_err());
-    assert_eq!(busy.check_second(&config), Ok(()), "the next second begins anew");
+    assert_eq!(busy.check_second(&config), Ok(()), "the next second starts again");
 }
 
 #[test]
 fn each_claim_on_a_statement_can_fail() {
     let config = AdmissionConfig::default();
-    let mut admission = Admission::<()>::new(config.clone(), SlotKeys::new(1, [0; 32]), Instant::ZERO);
+    let mut slots = Slots::new(&config.slots(), SlotKeys::new(1, [0; 32]));
+    let mut admission = Admission::<(), ()>::new(config.clone(), Instant::ZERO);
     let mut rng = <rand::rngs::SmallRng as rand::SeedableRng>::seed_from_u64(1);
     let arrival = Arrival {
         device: DeviceId::from_uuid(Uuid::from_u128(1)),
@@ -346,9 +357,12 @@ fn each_claim_on_a_statement_can_fail() {
         proof: Proof::Secret,
         network: Network::V4(1),
     };
-    admission.attempt(&arrival, Instant::ZERO, WallTime::from_unix_ms(0), &mut rng);
+    let times = (Instant::ZERO, WallTime::from_unix_ms(0));
+    admission.attempt(&arrival, || (), &mut slots, times, &mut rng);
     let before = admission.state(Instant::ZERO);
-    let batch = admission.poll_batch(Instant::ZERO).unwrap();
+    let Output::Send(batch) = admission.poll_output(&mut slots, times, &mut rng) else {
+        panic!("nothing is in the way");
+    };
     assert_eq!(checks::statement(&batch, &before, 0, &config), Ok(()));
     let with = |keys: Vec<DeviceId>| Batch { keys, ..batch.clone() };
     let key = arrival.device;
@@ -407,7 +421,7 @@ fn each_claim_on_a_device_can_fail() {
     assert!(checks::admitted_once(false, 1).is_ok() && checks::admitted_once(true, 1).is_err());
     assert!(checks::none_forgotten(0).is_ok() && checks::none_forgotten(1).is_err());
     assert!(checks::unchanged(1, true).is_ok() && checks::unchanged(1, false).is_err());
-    assert!(checks::books_agree(1, true, true).is_ok() && checks::books_agree(1, true, false).is_err());
+    assert!(checks::recorder_agrees(1, true, true).is_ok() && checks::recorder_agrees(1, true, false).is_err());
     assert!(checks::counts_add_up(1, 1).is_ok() && checks::counts_add_up(1, 2).is_err());
 }
 
@@ -432,10 +446,10 @@ fn devices_with_resume_tokens_return_without_a_statement_also_while_the_database
 }
 
 #[test]
-fn strangers_delay_a_fleet_that_two_nodes_have_not_seen_only_where_they_have_no_roster() {
+fn strangers_delay_a_fleet_that_two_nodes_have_not_seen_only_where_they_have_no_registry_index() {
     let ratio = |without: u8| {
         let more = format!(
-            "[simulate]\nnodes = 2\nnodes_without_roster = {without}\nstrangers_per_second = 2500\nstrangers_from = \"storm\"\n"
+            "[simulate]\nnodes = 2\nnodes_without_registry_index = {without}\nstrangers_per_second = 2500\nstrangers_from = \"storm\"\n"
         );
         let text = STORM
             .replacen("[simulate.database]", &format!("{more}[simulate.database]"), 1)

@@ -1,6 +1,6 @@
 //! The world of a simulation: devices, the way to the nodes, the nodes, their database, and the one loop that moves them.
 //!
-//! [`World::run`] takes the next event, hands it to whom it concerns, and checks what must hold. What devices do is here; what nodes do is
+//! [`World::run`] takes the next event, hands it to its target, and checks what must hold. What devices do is here; what nodes do is
 //! in `gateway`, what the scenario does to both in `script`.
 
 use std::{
@@ -21,12 +21,11 @@ use seawall_proto::{
     frame::ServerFrame,
     resume::{ResumeKeys, Revoked},
     rules::RuleSet,
-    slots::Roster,
+    slots::RegistryIndex,
     time::{Instant, WallTime},
 };
 
 use super::{
-    books::{Books, Told},
     checks::{self, Violation},
     database::{Database, StatementId},
     devices::Devices,
@@ -35,6 +34,7 @@ use super::{
     network::{Accepted, Network, ROUND_TRIP_MAX},
     node::{Load, Node},
     queue::Calendar,
+    recorder::{Observation, Recorder},
     script::Agenda,
     settings,
 };
@@ -45,7 +45,7 @@ const WALL_START_MS: u64 = 1_800_000_000_000;
 /// The gateway's defaults, as its welcome says them.
 const HEARTBEAT_MS: u64 = 30_000;
 const BACKOFF_CAP_MS: u64 = 60_000;
-/// Machines that a sweep looks at, each virtual second: all of them up to this number, else the next so many.
+/// Maximum number of device machines that a sweep checks, each virtual second. The next sweep continues from there.
 pub(super) const SWEEP_MAX: usize = 131_072;
 
 pub(super) struct World<'a> {
@@ -62,11 +62,11 @@ pub(super) struct World<'a> {
     /// Which node sent a statement.
     pub statements: BTreeMap<StatementId, u8>,
     pub statement_counter: u32,
-    pub rules: RuleSet,
+    pub rules: Arc<RuleSet>,
     pub revision: u64,
     pub resume_keys: ResumeKeys,
     pub revoked: Revoked,
-    pub books: Books,
+    pub recorder: Recorder,
     pub agenda: Agenda,
     /// Devices that have been told to connect; those behind have not.
     pub begun: usize,
@@ -128,34 +128,34 @@ impl<'a> World<'a> {
             groups_of.resize(groups_of.len().max(number + 1), Vec::new());
             groups_of[number] = groups.collect();
         }
-        let books = Books::new(
+        let recorder = Recorder::new(
             (0..devices.len()).map(|device| devices.cohort(device).version),
             groups_of,
             group_names,
         );
-        let roster = Arc::new(devices.roster());
-        let roster_of = |node: u8| {
-            if node < assumed.nodes_without_roster {
-                Arc::new(Roster::empty())
+        let registry_index = Arc::new(devices.registry_index());
+        let registry_index_of = |node: u8| {
+            if node < assumed.nodes_without_registry_index {
+                Arc::new(RegistryIndex::empty())
             } else {
-                Arc::clone(&roster)
+                Arc::clone(&registry_index)
             }
         };
         Ok(Self {
             now: Instant::ZERO,
             calendar: Calendar::default(),
             nodes: (0..assumed.nodes)
-                .map(|node| Node::new(&config, assumed, roster_of(node), scenario.seed))
+                .map(|node| Node::new(&config, assumed, registry_index_of(node), scenario.seed))
                 .collect(),
             load: Load::default(),
             database: Database::new(settings::curve(scenario, &config)),
             statements: BTreeMap::new(),
             statement_counter: 0,
-            rules: RuleSet::empty(),
+            rules: Arc::new(RuleSet::empty()),
             revision: 0,
             resume_keys: ResumeKeys::new(1, [1; 32]),
             revoked: none_revoked(),
-            books,
+            recorder,
             agenda: Agenda::default(),
             begun: 0,
             events: 0,
@@ -178,11 +178,11 @@ impl<'a> World<'a> {
         let begun = self.begin_first_phase();
         begun.map_err(|violation| self.broken(violation, "start"))?;
         while !self.agenda.is_over {
-            let (devices, books, letters) = (&self.devices, &self.books, &self.letters);
+            let (devices, recorder, letters) = (&self.devices, &self.recorder, &self.letters);
             let announce = |event: &Event| {
                 if let Some(device) = event.device(letters) {
                     devices.fetch(device as usize);
-                    books.fetch(device as usize);
+                    recorder.fetch(device as usize);
                 }
             };
             let Some((at, event)) = self.calendar.pop(announce) else {
@@ -250,35 +250,35 @@ impl<'a> World<'a> {
             Event::PhaseEnd { phase } => return self.phase_over(phase),
             Event::Look { phase } => return self.look_at_phase(phase),
             Event::Finish => return self.finish(),
-            Event::Evict { node } => self.evict(node),
+            Event::Depart { node } => self.departures_due(node),
             Event::Incident { number } => return self.incident(number),
             Event::Back { node } => self.nodes[usize::from(node)].is_out = false,
-            Event::Leave { node } => self.leave(node),
         }
         Ok(())
     }
 
-    /// A device's timer: as its driver does, the machine is asked, and what it did is told to the books.
+    /// Handles a device's timer: calls the machine as its driver does, and records what it did.
     fn wake(&mut self, device: u32) -> Result<(), Violation> {
         let index = device as usize;
         let machine = &mut self.devices.machines[index];
         if machine.poll_timeout().is_none_or(|due| due > self.now) {
-            return Ok(()); // for a wait that something else ended; the one under way has its own
+            return Ok(()); // for an earlier wait; the current one has its own timer
         }
         let before = machine.state();
         machine.handle_timeout(self.now, &mut self.rng);
         match (before, machine.state()) {
-            (State::Connecting, State::Waiting) => self.books.handle(index, Told::Failed, self.now),
+            (State::Connecting, State::Waiting) => self.recorder.handle(index, Observation::Failed, self.now),
             (State::Online, State::Waiting) => {
-                // A flapping or half-open device has left by itself: nobody lost it.
-                self.books.due(index, self.now, false);
+                // A flapping or half-open device ended its session on its own: it is not lost.
+                self.recorder.due(index, self.now, false);
             }
             (State::Waiting | State::Connecting | State::Online | State::Stopped { .. }, _) => {}
         }
         self.act(device)
     }
 
-    /// After every event at a device: does what its machine wants done, has its timer in the calendar, and looks whether the books agree.
+    /// After every event at a device: carries out the actions of its machine, schedules its timer, and checks the
+    /// recorder.
     pub(super) fn act(&mut self, device: u32) -> Result<(), Violation> {
         let index = device as usize;
         while let Some(action) = self.devices.machines[index].poll_action() {
@@ -286,7 +286,7 @@ impl<'a> World<'a> {
                 Action::Connect => self.connect(device),
                 Action::Abort => self.abort(device),
                 // The session is not simulated: pings are answered, and nothing is sent.
-                Action::SendHeartbeat | Action::SendAck { .. } => {}
+                Action::SendHeartbeat | Action::SendAck { .. } | Action::Update { .. } => {}
             }
         }
         let machine = &self.devices.machines[index];
@@ -299,13 +299,13 @@ impl<'a> World<'a> {
             let at = due.max(self.now) + self.network.draw_noise(&mut self.rng);
             self.calendar.push(at, Event::Wake { device });
         }
-        let is_online = self.devices.enroll(index);
-        checks::books_agree(index, is_online, self.books.is_connected(index))
+        let is_online = self.devices.note_presence(index);
+        checks::recorder_agrees(index, is_online, self.recorder.is_connected(index))
     }
 
     fn connect(&mut self, device: u32) {
         let index = device as usize;
-        self.books.handle(index, Told::Attempt, self.now);
+        self.recorder.handle(index, Observation::Attempt, self.now);
         let attempt = self.devices.count_attempt(index);
         let at = self.now + self.devices.half_trip(index);
         let tries = 0;
@@ -328,7 +328,7 @@ impl<'a> World<'a> {
         let index = device as usize;
         let (attempt, node) = (self.devices.attempt(index), self.devices.home(index));
         if !self.nodes[usize::from(node)].is_waiting(device, attempt) {
-            return; // what is still on its way to the node finds nobody behind it
+            return; // a request that is still on its way finds the device gone
         }
         let at = self.now + self.devices.half_trip(index);
         self.calendar.push(at, Event::Hangup { device, attempt, node });
@@ -364,7 +364,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Whom the balancer gives the next connection; `None` where no node is there.
+    /// Node that the load balancer chooses for the next connection; `None` if there is none.
     pub(super) fn draw_node(&mut self) -> Option<u8> {
         let shares = &self.scenario.simulate.node_shares;
         let count = self.scenario.simulate.nodes;
@@ -407,12 +407,13 @@ impl<'a> World<'a> {
         };
         let (device, index, now) = (letter.device, letter.device as usize, self.now);
         let is_current = self.is_current(device, letter.attempt);
-        let has_died = self.has_died(self.devices.home(index));
+        let node = self.devices.home(index);
+        let is_dead = self.nodes[usize::from(node)].is_dead();
         let machine = &mut self.devices.machines[index];
         match letter.content {
-            Content::Connected if is_current && has_died => {
+            Content::Connected if is_current && is_dead => {
                 machine.handle_failed(now, &mut self.rng);
-                self.books.handle(index, Told::Failed, now);
+                self.recorder.handle(index, Observation::Failed, now);
             }
             Content::Connected if is_current => {
                 machine.handle_connected(now, &mut self.rng);
@@ -420,16 +421,17 @@ impl<'a> World<'a> {
                     None => self.devices.machines[index].handle_text(&self.welcome, now),
                     token => self.devices.machines[index].handle_text(&welcome(token.as_deref()), now),
                 }
-                self.books.handle(index, Told::Connected, now);
+                self.recorder.handle(index, Observation::Connected, now);
                 self.devices.set_promised(index, None);
+                self.registered(device, node);
             }
             Content::Refused(code, hint) if is_current => {
                 machine.handle_refused(hint, now, &mut self.rng);
-                self.books.handle(index, Told::Refused(code), now);
+                self.recorder.handle(index, Observation::Refused(code), now);
             }
             Content::Reset if is_current => {
                 machine.handle_failed(now, &mut self.rng);
-                self.books.handle(index, Told::Failed, now);
+                self.recorder.handle(index, Observation::Failed, now);
             }
             Content::Closed(close)
                 if machine.state() == State::Online && self.devices.attempt(index) == letter.attempt =>
@@ -442,9 +444,9 @@ impl<'a> World<'a> {
                 };
                 machine.handle_closed(Some(frame), now, &mut self.rng);
                 if matches!(close, Close::Restart { .. }) {
-                    self.books.due(index, now, true);
+                    self.recorder.due(index, now, true);
                 } else {
-                    self.books.handle(index, Told::Evicted, now);
+                    self.recorder.handle(index, Observation::Evicted, now);
                 }
             }
             Content::Connected | Content::Refused(..) | Content::Reset | Content::Closed(_) => return Ok(()),
@@ -452,20 +454,21 @@ impl<'a> World<'a> {
         self.act(device)
     }
 
-    /// Looks at all nodes, at all devices as the roll and the books have them, and at so many machines, going round.
+    /// Checks all nodes, all devices in the presence bitmap and the recorder, and up to `machines_max` machines, in
+    /// turn.
     pub(super) fn sweep(&mut self, machines_max: usize) -> Result<(), Violation> {
         for node in &mut self.nodes {
             node.check_second(self.now)?;
         }
-        let (roll, connected) = (self.devices.roll(), self.books.connected());
-        checks::none_forgotten(roll.overdue(self.network.wake_noise, self.now))?;
-        if let Some(device) = roll.online().difference(connected) {
-            checks::books_agree(device, roll.online().get(device), connected.get(device))?;
+        let (presence, connected) = (self.devices.presence(), self.recorder.connected());
+        checks::none_forgotten(presence.overdue(self.network.wake_noise, self.now))?;
+        if let Some(device) = presence.online().difference(connected) {
+            checks::recorder_agrees(device, presence.online().get(device), connected.get(device))?;
         }
-        checks::counts_add_up(self.books.standing().connected, connected.count())?;
+        checks::counts_add_up(self.recorder.standing().connected, connected.count())?;
         let all = self.devices.len();
         for _ in 0..all.min(machines_max) {
-            checks::unchanged(self.swept, self.devices.is_as_enrolled(self.swept))?;
+            checks::unchanged(self.swept, self.devices.is_as_noted(self.swept))?;
             self.swept = (self.swept + 1) % all;
         }
         Ok(())

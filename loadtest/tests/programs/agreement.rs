@@ -14,7 +14,7 @@ use crate::{LOADTEST, seawall, told};
 /// time, devices, gateway and PostgreSQL may not keep up with the ceiling, which says nothing of the simulator.
 const TRIES: usize = 2;
 
-/// What is judged of the real run beside agreement. The other thresholds of the scenario, on memory and latency, are for a machine of its own.
+/// Figures of the real run that are judged beside agreement. The other thresholds of the scenario, on memory and latency, are for a machine of its own.
 const JUDGED: [&str; 5] = [
     "t99_over_optimum",
     "statements",
@@ -73,7 +73,7 @@ fn missed(report: &Path) -> Vec<String> {
     missed.map(|figure| (*figure).to_owned()).collect()
 }
 
-/// What `loadtest` says of `reconnect-storm`, with its report in `json`.
+/// The result of `loadtest` for `reconnect-storm`, with its report in `json`.
 fn report(verb: &str, json: &Path) -> Output {
     let scenario = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("scenarios/reconnect-storm.toml");
     let mut command = loadtest();
@@ -83,7 +83,7 @@ fn report(verb: &str, json: &Path) -> Output {
 
 fn loadtest() -> Command {
     let mut command = Command::new(LOADTEST);
-    // Run by cargo, it would build the gateway anew.
+    // Run by cargo, it would build the gateway again.
     without_settings(&mut command).env_remove("CARGO");
     command
 }

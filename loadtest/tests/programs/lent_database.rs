@@ -56,7 +56,7 @@ const SCENARIO: &str = r#"
 fn run(scenario: &Path) -> Command {
     assert!(seawall().exists());
     let mut command = Command::new(LOADTEST);
-    // Run by cargo, it would build the gateway anew.
+    // Run by cargo, it would build the gateway again.
     without_settings(&mut command)
         .env_remove("CARGO")
         .env("SEAWALL_PG_BIN", "/nonexistent")

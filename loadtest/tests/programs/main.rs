@@ -1,6 +1,6 @@
 //! The programs as they are: `loadtest` beside a real `seawall`.
 
-#![expect(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot continue has failed")]
 
 mod agreement;
 mod bench;

@@ -1,4 +1,4 @@
-//! `loadtest scale`, small: two gateways on one address hold all devices, which come back by token to either.
+//! `loadtest scale`, small: two gateways on one address hold all devices, which return by token to either.
 
 use std::{fs, process::Command};
 

@@ -1,28 +1,27 @@
-//! What the benches have done: a device's way in, rules, slots, tokens, look-ups and frames, with figures as a busy gateway sees them.
-//! The same work is timed by `decisions` and counted by `instructions`.
+//! The work of the benches: connecting, rules, slots, tokens, lookups and frames, with the figures of a busy gateway.
+//! `decisions` measures it in time, `instructions` in instructions.
 
-use std::{hint::black_box, time::Duration};
+use std::{hint::black_box, sync::Arc, time::Duration};
 
 use rand::{SeedableRng, rngs::SmallRng};
 use seawall_proto::{
-    admission::{Action, Admission, AdmissionConfig, Arrival, Batch, CohortTag, Decision, Ticket, Told},
+    admission::{self, Admission, AdmissionConfig, Arrival, Batch, CohortTag, Decision, Outcome, Ticket, Told},
+    connect::{self, Admitted, Conclusion, Conditions, Connect, Output, Row, Step},
     firmware::Range,
     frame::{DeviceFrame, ServerFrame},
-    handshake::{self, Admitted, Next, Policy},
     hello::{self, Head, Hello, IdentityNames, Paths, Request},
     id::{DeviceId, Label, Network, Proof, RuleId, SecretHash, SessionId},
     record::{DeviceRecord, DeviceState},
-    refusal::Refusal,
-    resume::{Counted, Generation, Grant, Judge, LIFE, Minted, ResumeKeys, Revoked},
-    rules::{Effect, Match, Rule, RuleSet, RuleSpec, Subject},
-    slots::SlotKeys,
+    resume::{Accepted, Generation, Grant, LIFE, Minted, ResumeKeys, Revoked, Verifier},
+    rules::{Effect, Match, Rule, RuleSet, RuleSpec, Subject, Verdict},
+    slots::{SlotKeys, Slots},
     time::{Instant, WallTime},
 };
 use uuid::Uuid;
 
-/// Rules of a node that has many.
+/// Number of rules of a node with many.
 pub const RULES: u32 = 1_000;
-/// Devices of one look-up.
+/// Number of devices of one lookup.
 pub const KEYS: usize = 64;
 
 const WALL: WallTime = WallTime::from_unix_ms(1_800_000_000_000);
@@ -53,8 +52,24 @@ fn label(text: &str) -> Label {
     Label::parse(text).ok().flatten().expect("a label")
 }
 
-/// So many rules, of which none is for firmware 3.8.0-b2, and one for 3.500.0-b10.
+/// `count` rules, none of which matches firmware 3.8.0-b2, and one 3.500.0-b10.
 pub fn rules(count: u32) -> RuleSet {
+    RuleSet::compile(1, numbered_rules(count).collect())
+}
+
+/// `count` rules, half of which begin with the same versions as the others, and admit half of the devices and ten more.
+pub fn rules_with_shares(count: u32) -> RuleSet {
+    let with_share = |mut rule: Rule| {
+        rule.id = RuleId(Uuid::from_u128(rule.id.0.as_u128() << 64));
+        rule.spec.admit_percent = 50;
+        rule.spec.allow = (1_000..1_010).map(device).collect();
+        rule
+    };
+    let half = || numbered_rules(count / 2);
+    RuleSet::compile(1, half().chain(half().map(with_share)).collect())
+}
+
+fn numbered_rules(count: u32) -> impl Iterator<Item = Rule> {
     let rule = |number: u32| {
         let firmware = format!(">=3.{number}.0-b3,<3.{number}.9").parse().expect("a range");
         let matches = Match {
@@ -68,17 +83,18 @@ pub fn rules(count: u32) -> RuleSet {
             revision: 1,
         }
     };
-    RuleSet::compile(1, (0..count).map(|number| rule(number + 10)).collect())
+    (0..count).map(move |number| rule(number + 10))
 }
 
-/// What a device of this version says of itself, against the rules.
-pub fn evaluate<'a>(rules: &'a RuleSet, firmware: &str) -> Option<&'a Rule> {
+/// The verdict of the rules on a device that claims this version.
+pub fn verdict<'a>(rules: &'a RuleSet, firmware: &str) -> Verdict<'a> {
     let subject = Subject {
+        device: Some(device(1)),
         firmware: Some(firmware),
         model: Some("camera"),
         tenant: Some("acme"),
     };
-    rules.evaluate(black_box(&subject), WALL)
+    rules.verdict(black_box(&subject), WALL)
 }
 
 /// A range with three conditions, against a version.
@@ -94,9 +110,11 @@ pub const VERSIONS: [(&str, &str); 4] = [
     ("2025-11-02", "2025-11-10"),
 ];
 
-/// A gateway's knowledge, and a device at its door.
-pub struct Door {
-    rules: RuleSet,
+/// The connect path of a node, and a device that connects.
+pub struct ConnectPath {
+    connect: Connect<()>,
+    now: Instant,
+    rules: Arc<RuleSet>,
     paths: Paths,
     names: IdentityNames,
     record: DeviceRecord,
@@ -108,7 +126,7 @@ pub struct Door {
     rng: SmallRng,
 }
 
-impl Door {
+impl ConnectPath {
     pub fn new() -> Self {
         let id = DeviceId::from_uuid(ID.parse().expect("a UUID"));
         let secret = SecretHash::of(SECRET.as_bytes());
@@ -124,8 +142,11 @@ impl Door {
         let keys = ResumeKeys::new(1, [1; 32]);
         let revoked = (1..=60_000).map(|number| (device(number.into()), Generation(number)));
         let token = grant.mint(&keys, SessionId(1), LIFE, WALL).expect("a token").text;
+        let slot_keys = SlotKeys::new(1, [7; 32]);
         Self {
-            rules: rules(RULES),
+            connect: Connect::new(AdmissionConfig::default(), slot_keys, Instant::ZERO),
+            now: Instant::ZERO,
+            rules: Arc::new(rules(RULES)),
             paths: Paths::default(),
             names: IdentityNames::default(),
             record: DeviceRecord {
@@ -144,7 +165,7 @@ impl Door {
         }
     }
 
-    /// The head, read.
+    /// Parses the head.
     pub fn parse(&self) -> Hello {
         self.parse_with(&HEADERS)
     }
@@ -162,79 +183,100 @@ impl Door {
         }
     }
 
-    /// The whole way in by a look-up, but for the look-up.
+    /// Runs the whole order with a lookup, without the time of the query.
     pub fn admit(&mut self) -> Admitted {
         let hello = self.parse();
-        match self.next_step(hello) {
-            Ok(Next::LookUp(unproven)) => {
-                let record = Some(black_box(&self.record));
-                let as_of = Generation(60_000);
-                handshake::conclude(unproven, record, as_of, &self.rules, WALL, &mut self.rng).expect("it is welcome")
-            }
-            Ok(Next::Session(_) | Next::Refused(_)) | Err(_) => {
-                unreachable!("it shows no token, and no rule is for it")
-            }
-        }
+        admitted(self.decide(&hello))
     }
 
-    /// The whole way in by a resume token.
-    pub fn resume(&mut self) -> Box<Admitted> {
+    /// Runs the whole order with a resume token.
+    pub fn resume(&mut self) -> Admitted {
         let mut hello = self.parse();
         hello.resume = Some(self.token.clone());
-        match self.next_step(hello) {
-            Ok(Next::Session(admitted)) => admitted,
-            Ok(Next::LookUp(_) | Next::Refused(_)) | Err(_) => unreachable!("its token counts"),
-        }
+        admitted(self.decide(&hello))
     }
 
-    /// The whole way out by a rule: the answer.
+    /// Refuses the device by a rule. Returns the answer.
     pub fn refuse(&mut self) -> Vec<u8> {
         let mut headers = HEADERS;
         headers[8].1 = b"3.500.0-b10";
         let hello = self.parse_with(&headers);
         let mut answer = Vec::new();
-        match self.next_step(hello) {
-            Err(refusal) => refusal.write_response(&mut answer),
-            Ok(_) => unreachable!("a rule is for it"),
+        match self.decide(&hello).decision {
+            connect::Decision::Refused(refusal) => refusal.write_response(&mut answer),
+            connect::Decision::Admitted(_) | connect::Decision::Restricted(_) => unreachable!("a rule blocks it"),
         }
         answer
     }
 
-    fn next_step(&mut self, hello: Hello) -> Result<Next, Refusal> {
-        let policy = Policy {
+    fn decide(&mut self, hello: &Hello) -> Conclusion {
+        self.now += Duration::from_millis(10);
+        let attempt = hello.attempt(Network::V4(1), self.now);
+        let mut conditions = Conditions {
             rules: &self.rules,
+            verifier: Verifier {
+                keys: &self.keys,
+                revoked: &self.revoked,
+                is_stale: false,
+            },
             draining: None,
+            now: self.now,
             wall: WALL,
         };
-        let judge = Judge {
-            keys: &self.keys,
-            revoked: &self.revoked,
-            is_stale: false,
+        let screened = match connect::screen(attempt, &conditions, &mut self.rng).next {
+            Ok(screened) => screened,
+            Err(conclusion) => return conclusion,
         };
-        let screened = handshake::screen(hello, &policy, &mut self.rng)?;
-        Ok(handshake::resume(screened, &judge, &self.rules, WALL, &mut self.rng).next)
+        let (connect, rng) = (&mut self.connect, &mut self.rng);
+        if let Step::Concluded(conclusion) = connect.handle_screened(screened, || (), &conditions, rng) {
+            return conclusion;
+        }
+        loop {
+            match connect.poll_output(&conditions, rng) {
+                Output::Send(statement) => {
+                    let row = |_| Row::Found(black_box(&self.record).clone());
+                    connect.handle_answered(&statement, row, Duration::ZERO, conditions.now, rng);
+                }
+                Output::Conclusion { conclusion, .. } => return conclusion,
+                Output::CountRegistry => unreachable!("the bench has no registry index"),
+                Output::Wait(until) => {
+                    conditions.now = until.expect("it waits for its lookup");
+                    self.now = conditions.now;
+                }
+            }
+        }
     }
 
     pub fn mint(&self) -> Minted {
         self.grant.mint(&self.keys, SessionId(1), LIFE, WALL).expect("a token")
     }
 
-    pub fn weigh(&self) -> Counted {
-        let judge = Judge {
+    pub fn verify(&self) -> Accepted {
+        let verifier = Verifier {
             keys: &self.keys,
             revoked: &self.revoked,
             is_stale: false,
         };
         let token = black_box(&*self.token);
-        judge
-            .weigh(self.grant.device, &self.grant.credential, token, WALL)
+        verifier
+            .verify(self.grant.device, &self.grant.credential, token, WALL)
             .expect("it counts")
     }
 }
 
-/// A node's admission, and devices that come to it.
+fn admitted(conclusion: Conclusion) -> Admitted {
+    match conclusion.decision {
+        connect::Decision::Admitted(admitted) => admitted,
+        other @ (connect::Decision::Refused(_) | connect::Decision::Restricted(_)) => {
+            unreachable!("it should be admitted: {other:?}")
+        }
+    }
+}
+
+/// A node's admission, and devices that connect to it.
 pub struct Node {
-    admission: Admission<()>,
+    admission: Admission<(), ()>,
+    slots: Slots,
     devices: u128,
     now: Instant,
     rng: SmallRng,
@@ -247,7 +289,8 @@ impl Node {
             ..AdmissionConfig::default()
         };
         let mut node = Self {
-            admission: Admission::new(config, SlotKeys::new(1, [7; 32]), Instant::ZERO),
+            slots: Slots::new(&config.slots(), SlotKeys::new(1, [7; 32])),
+            admission: Admission::new(config, Instant::ZERO),
             devices: 0,
             now: Instant::ZERO,
             rng: SmallRng::seed_from_u64(1),
@@ -268,11 +311,12 @@ impl Node {
             arrived: self.now,
             is_known_absent: false,
         };
+        let times = (self.now, wall(self.now));
         self.admission
-            .attempt(&arrival, self.now, wall(self.now), &mut self.rng)
+            .attempt(&arrival, || (), &mut self.slots, times, &mut self.rng)
     }
 
-    /// [`KEYS`] devices come, wait, are looked up and let in.
+    /// [`KEYS`] devices arrive, wait, are looked up and admitted.
     pub fn look_up(&mut self) {
         self.now += Duration::from_millis(10);
         for _ in 0..KEYS {
@@ -282,31 +326,32 @@ impl Node {
         }
         let mut admitted = 0;
         while admitted < KEYS {
-            while let Some(Batch { id, .. }) = self.admission.poll_batch(self.now) {
-                self.admission.handle_batch_done(id, Ok(|_| Told::Found(())), self.now);
+            let times = (self.now, wall(self.now));
+            match self.admission.poll_output(&mut self.slots, times, &mut self.rng) {
+                admission::Output::Send(Batch { id, .. }) => {
+                    self.admission.handle_batch_done(id, Ok(|_| Told::Found(())), self.now);
+                }
+                admission::Output::Answer { answered, .. } => {
+                    let device = answered.device();
+                    self.admission.end(answered, Outcome::Right, self.now);
+                    self.slots.handle_admitted(device, "acme");
+                    admitted += 1;
+                }
+                admission::Output::Wait(until) => self.now = until.unwrap_or(self.now).max(self.now),
+                refused @ admission::Output::Refuse { .. } => unreachable!("no device waits for long: {refused:?}"),
             }
-            while let Some(action) = self.admission.poll_action(self.now, wall(self.now), &mut self.rng) {
-                let Action::Answer { ticket, device, .. } = action else {
-                    unreachable!("nobody waits for long: {action:?}");
-                };
-                self.admission.handle_right_credential(ticket, self.now);
-                self.admission.handle_admitted(device, "acme");
-                admitted += 1;
-            }
-            self.now = self.admission.poll_timeout(self.now).unwrap_or(self.now).max(self.now);
         }
     }
 
-    /// A slot for a device that was connected here, with its token.
+    /// Gives a slot to a device that was connected here. Returns its token.
     pub fn give_slot(&mut self) -> Box<str> {
         let known = device(1);
-        let hint = self
-            .admission
-            .slot_for_close(known, Duration::ZERO, self.now, wall(self.now), &mut self.rng);
+        let (rate, times) = (self.admission.k_ref(self.now), (self.now, wall(self.now)));
+        let hint = self.slots.give(known, None, Duration::ZERO, rate, times, &mut self.rng);
         hint.slot.expect("it has one")
     }
 
-    /// A device comes at its slot, which another node gave it, and leaves while it waits.
+    /// A device returns at its slot, which another node issued, and leaves while it waits.
     pub fn show_slot(&mut self, token: &str) {
         match self.attempt(1, Some(token)) {
             Decision::Queued(ticket) => self.leave(ticket),
@@ -323,12 +368,12 @@ fn wall(now: Instant) -> WallTime {
     WALL + Duration::from_micros(now.as_micros())
 }
 
-/// A device's message, read.
+/// Parses a device's message.
 pub fn read_frame() -> DeviceFrame<'static> {
     DeviceFrame::parse(black_box(MESSAGE)).expect("a frame")
 }
 
-/// The first frame of a session, written.
+/// Encodes the first frame of a session.
 pub fn write_frame() -> String {
     let welcome = ServerFrame::Welcome {
         session: "01f3a2b4c5d6e7f8".into(),

@@ -1,127 +1,131 @@
-//! Admission's other end: the statements that may be sent, and what becomes of them.
+//! The statements of admission: which one may be sent, and what follows from its end.
 
 use super::{
-    APART_PART, Admission, BATCHES_IN_FLIGHT_MAX, Batch, BatchFailure, BatchId, Cause, Owed, Told,
-    cost::{CohortTag, Move, Statement},
-    queue::{Ended, Ran},
+    Admission, BATCHES_IN_FLIGHT_MAX, Batch, BatchFailure, BatchId, Cause, ISOLATED_PART, Told,
+    cost::{CohortTag, Transition},
+    queue::{Kind, Sent},
     to_usize,
 };
 use crate::{id::DeviceId, time::Instant};
 
-impl<R> Admission<R> {
-    /// The next statement to send, if one may be sent now. Call until `None`, after every other call.
-    pub fn poll_batch(&mut self, now: Instant) -> Option<Batch> {
-        self.handle_timeout(now);
+impl<R: Clone, W> Admission<R, W> {
+    /// The next statement, if one may be sent now.
+    pub(super) fn next_batch(&mut self, now: Instant) -> Option<Batch> {
         if !self.breaker.is_closed() {
             let may_probe = self.free_keys() > 0 && self.breaker.take_probe(now);
             return may_probe.then(|| self.queue.probe(now));
         }
-        if let Some(batch) = self.next_apart_batch(now) {
+        if let Some(batch) = self.next_isolated_batch(now) {
             return Some(batch);
         }
         let free = self.free_keys();
         if free == 0 {
             return None;
         }
-        if !self.queue.has_unsent() {
-            self.meter.handle_idle();
-            return None;
-        }
         let keys_max = self.share().min(free);
-        if self.gathering_until(keys_max, now).is_some() {
-            if self.ceiling.blocked_until().is_none() {
-                self.meter.handle_idle();
-            }
+        let has_unsent = self.queue.has_unsent();
+        let is_lingering = has_unsent && self.lingering_until(keys_max, now).is_some();
+        if !has_unsent || (is_lingering && self.ceiling.blocked_until().is_none()) {
+            self.meter.handle_idle(now);
+        } else {
+            self.meter.handle_busy(now);
+        }
+        if !has_unsent || is_lingering {
             return None;
         }
         let allowed = self.ceiling.take(self.queue.next_len().min(keys_max), now);
         let batch = self.queue.next_batch(allowed, now)?;
-        self.gather.handle_sent(batch.keys.len(), now);
-        self.limit
-            .handle_sent(batch.id, batch.keys.len(), self.queue.shared_in_flight(), now);
+        self.linger.handle_sent(batch.keys.len(), now);
+        let probe = self.limit.handle_sent(batch.keys.len(), self.queue.shared_in_flight());
+        self.queue.set_probe(batch.id, probe);
         Some(batch)
     }
 
-    /// Most keys in one statement: half of the limit, so that one can gather while the other runs, however small the limit.
+    /// Maximum number of keys in one statement: half of the limit, so that one can fill while the other runs.
     pub(super) fn share(&self) -> usize {
         let share = to_usize(self.limit.keys()).div_ceil(BATCHES_IN_FLIGHT_MAX);
         share.min(to_usize(self.config.batch_keys_max))
     }
 
-    /// Until when the next statement waits for more keys than are there, if it does.
-    pub(super) fn gathering_until(&self, keys_max: usize, now: Instant) -> Option<Instant> {
+    /// Time until which the next statement waits for more keys, if it does.
+    pub(super) fn lingering_until(&self, keys_max: usize, now: Instant) -> Option<Instant> {
         let is_at_ceiling = self.ceiling.blocked_until().is_some();
         let is_full = self.queue.unsent() >= keys_max;
         if is_full || self.queue.has_retries() {
             return None;
         }
-        Some(self.gather.until(is_at_ceiling, now)).filter(|until| *until > now)
+        Some(self.linger.until(is_at_ceiling, now)).filter(|until| *until > now)
     }
 
-    /// The next statement of a cohort apart, beside those of the others: one at a time, of few keys.
-    fn next_apart_batch(&mut self, now: Instant) -> Option<Batch> {
-        let cohort = self.whose_turn_apart()?;
+    /// The next statement of an isolated cohort, beside those of the others: one at a time, of few keys.
+    fn next_isolated_batch(&mut self, now: Instant) -> Option<Batch> {
+        let cohort = self.next_isolated_cohort()?;
         let free = self.keys_max().saturating_sub(self.queue.in_flight());
-        if self.queue.apart_in_flight() > 0 || free == 0 || now < self.costs.rests_until(cohort) {
+        if self.queue.isolated_in_flight() > 0 || free == 0 || now < self.costs.idle_until(cohort) {
             return None;
         }
-        let keys_max = self.apart_keys().min(free);
-        let allowed = self.ceiling.take(self.queue.apart_len(cohort).min(keys_max), now);
-        self.queue.next_apart_batch(cohort, allowed, now)
+        let keys_max = self.isolated_keys().min(free);
+        let allowed = self.ceiling.take(self.queue.isolated_len(cohort).min(keys_max), now);
+        self.queue.next_isolated_batch(cohort, allowed, now)
     }
 
-    fn whose_turn_apart(&self) -> Option<CohortTag> {
-        let on_trial = self.costs.on_trial().filter(|cohort| self.queue.apart_len(*cohort) > 0);
-        on_trial.or_else(|| self.queue.next_apart())
+    fn next_isolated_cohort(&self) -> Option<CohortTag> {
+        let on_probation = self
+            .costs
+            .on_probation()
+            .filter(|cohort| self.queue.isolated_len(*cohort) > 0);
+        on_probation.or_else(|| self.queue.next_isolated())
     }
 
-    /// When the next statement of a cohort apart may be sent, if it waits for the time alone.
-    pub(super) fn next_apart_at(&self, now: Instant) -> Option<Instant> {
-        if self.queue.apart_in_flight() > 0 || self.keys_max() <= self.queue.in_flight() {
+    /// Time at which the next statement of an isolated cohort may be sent, if it only waits for that.
+    pub(super) fn next_isolated_at(&self, now: Instant) -> Option<Instant> {
+        if self.queue.isolated_in_flight() > 0 || self.keys_max() <= self.queue.in_flight() {
             return None;
         }
-        let rested = self.costs.rests_until(self.whose_turn_apart()?);
+        let idle_until = self.costs.idle_until(self.next_isolated_cohort()?);
         self.ceiling
             .blocked_until()
-            .max(Some(rested).filter(|until| *until > now))
+            .max(Some(idle_until).filter(|until| *until > now))
     }
 
-    /// Keys of cohorts apart that are in flight, or would be next: what the others leave to them.
-    fn apart_keys(&self) -> usize {
-        let in_flight = self.queue.apart_in_flight();
-        match self.whose_turn_apart() {
+    /// Number of keys of isolated cohorts that are in flight, or would be next.
+    fn isolated_keys(&self) -> usize {
+        let in_flight = self.queue.isolated_in_flight();
+        match self.next_isolated_cohort() {
             Some(cohort) if in_flight == 0 => {
-                let part = (to_usize(self.limit.keys()) / APART_PART).max(1);
+                let part = (to_usize(self.limit.keys()) / ISOLATED_PART).max(1);
                 self.costs.keys_at_a_time(cohort).min(part)
             }
             Some(_) | None => in_flight,
         }
     }
 
-    /// Keys that may be in flight in all: the limit, which is found for the others, and what is in flight beside them.
+    /// Maximum number of keys in flight: the limit, which is measured without isolated cohorts, plus their keys.
     pub(super) fn keys_max(&self) -> usize {
         to_usize(self.limit.keys())
-            .saturating_add(self.apart_keys())
+            .saturating_add(self.isolated_keys())
             .min(to_usize(self.limit.bound()))
     }
 
-    /// Keys that may be sent now in a statement for all, the ceiling a second apart.
+    /// Number of keys that may be sent now in a shared statement, regardless of the ceiling per second.
     pub(super) fn free_keys(&self) -> usize {
         if self.queue.batches_in_flight() >= BATCHES_IN_FLIGHT_MAX {
             return 0;
         }
-        let shared_max = self.keys_max().saturating_sub(self.apart_keys());
+        let shared_max = self.keys_max().saturating_sub(self.isolated_keys());
         shared_max.saturating_sub(self.queue.shared_in_flight())
     }
 
-    /// A statement ended. Where it was answered, the function gives what the answer says of a key, once for each device that waits for it. A
-    /// device of which it says nothing can't be verified now: it is refused, with a slot. Harmless where the statement had ended before.
+    /// A statement ended. If it was answered, the function returns what the answer says about a key. It is called once
+    /// for each key, whether a device still waits for it or not. A device without a reliable answer is refused with a
+    /// slot. Does nothing if the statement had ended before.
     pub fn handle_batch_done(
         &mut self,
         id: BatchId,
         result: Result<impl FnMut(DeviceId) -> Told<R>, BatchFailure>,
         now: Instant,
     ) {
+        self.settled_at = None;
         match result {
             Ok(told) => self.handle_answered(id, told, now),
             Err(failure) => self.handle_failed(id, failure, now),
@@ -129,102 +133,93 @@ impl<R> Admission<R> {
     }
 
     fn handle_answered(&mut self, id: BatchId, mut told: impl FnMut(DeviceId) -> Told<R>, now: Instant) {
-        match self.queue.handle_answered(id) {
-            Ended::Unknown => {}
-            Ended::Probe => {
-                if self.breaker.handle_probed(true, now) {
-                    self.limit.handle_recovered(now);
-                }
+        let Some(sent) = self.queue.take_sent(id) else {
+            return;
+        };
+        if sent.kind == Kind::Probe {
+            if self.breaker.handle_probed(true, now) {
+                self.limit.handle_recovered(now);
+                self.meter.handle_recovered();
             }
-            Ended::Ran { statement, waiters } => {
-                for (ticket, device) in waiters {
-                    let Some(waiter) = self.queue.finish(ticket) else {
-                        continue;
-                    };
-                    let record = match told(device) {
-                        Told::Found(record) => Some(record),
-                        Told::Absent => None,
-                        Told::Nothing => {
-                            let cause = Cause::LookupUntold;
-                            self.owed.push_back(Owed::Refuse { ticket, waiter, cause });
-                            continue;
-                        }
-                    };
-                    self.owed.push_back(Owed::Answer { ticket, waiter, record });
-                }
-                self.breaker.handle_outcome(true, now);
-                self.learn_cost(&statement, now);
-                self.measure(id, Some(statement.keys), now);
-            }
+            return;
         }
+        for device in &sent.keys {
+            let outcome = match told(*device) {
+                Told::Found(record) => Ok(Some(record)),
+                Told::Absent => Ok(None),
+                Told::Nothing => Err(Cause::LookupUntold),
+            };
+            let waiters = self.queue.take_waiters(&sent, *device);
+            let outcomes = std::iter::repeat_n(outcome, waiters.len());
+            self.pending.extend(waiters.into_iter().zip(outcomes));
+        }
+        self.breaker.handle_outcome(true, now);
+        self.learn_cost(&sent, now);
+        self.measure(&sent, true, now);
     }
 
     pub(super) fn handle_failed(&mut self, id: BatchId, failure: BatchFailure, now: Instant) {
+        let Some(sent) = self.queue.take_sent(id) else {
+            return;
+        };
+        if sent.kind == Kind::Probe {
+            self.breaker.handle_probed(false, now);
+            if self.breaker.is_suspected() {
+                // Until then only other calls had reported the failure.
+                self.limit.handle_outage(now);
+            }
+            return;
+        }
         let (may_retry, cause) = match failure {
             BatchFailure::Failed => (self.breaker.is_closed(), Cause::LookupFailed),
             BatchFailure::TimedOut => (false, Cause::LookupTimedOut),
         };
-        let (ended, is_retried) = self.queue.handle_failed(id, may_retry, now);
-        match ended {
-            Ended::Unknown => {}
-            Ended::Probe => {
-                self.breaker.handle_probed(false, now);
-                if self.breaker.is_said_away() {
-                    // Until now there was only the word of others.
-                    self.limit.handle_outage(now);
-                }
-            }
-            Ended::Ran { statement, waiters } => {
-                for (ticket, _) in waiters {
-                    if let Some(waiter) = self.queue.finish(ticket) {
-                        self.owed.push_back(Owed::Refuse { ticket, waiter, cause });
-                    }
-                }
-                // That a cohort apart is too slow is why it is apart.
-                let is_expected = statement.apart.is_some() && failure == BatchFailure::TimedOut;
-                // Its halves will tell whether it was the database or a single key.
-                if !is_retried && !is_expected && self.breaker.handle_outcome(false, now) {
-                    self.limit.handle_outage(now);
-                    self.refuse_all_waiting();
-                }
-                // One that failed at once says nothing of its keys' cost.
-                if failure == BatchFailure::TimedOut {
-                    self.learn_cost(&statement, now);
-                }
-                self.measure(id, None, now);
-            }
+        let (waiters, is_retried) = self.queue.handle_failed(&sent, may_retry, now);
+        self.refuse_later(waiters, cause);
+        // An isolated cohort is expected to be slow.
+        let is_expected = sent.is_isolated() && failure == BatchFailure::TimedOut;
+        // If it is retried, its halves show whether the cause was the database or a single key.
+        if !is_retried && !is_expected && self.breaker.handle_outcome(false, now) {
+            self.limit.handle_outage(now);
+            self.refuse_all_waiting();
         }
+        // A statement that failed at once says nothing about the cost of its keys.
+        if failure == BatchFailure::TimedOut {
+            self.learn_cost(&sent, now);
+        }
+        self.measure(&sent, false, now);
     }
 
-    /// Adjusts the limit and the rates after a statement; `answered` is the number of its keys where it was answered.
-    fn measure(&mut self, id: BatchId, answered: Option<usize>, now: Instant) {
-        let Some(took) = self.limit.handle_ended(id, answered.is_some(), now) else {
+    /// Adjusts the limit and the rates after a shared statement.
+    fn measure(&mut self, sent: &Sent, is_answered: bool, now: Instant) {
+        if sent.is_isolated() {
             return;
-        };
-        self.gather.handle_ended(took);
-        if let Some(window) = self.meter.handle_ended(answered.unwrap_or(0), took, now)
+        }
+        let took = now.saturating_since(sent.sent_at);
+        self.limit
+            .handle_ended(sent.probe, sent.keys.len(), is_answered, took, now);
+        self.linger.handle_ended(took);
+        let answered = if is_answered { sent.keys.len() } else { 0 };
+        if let Some(window) = self.meter.handle_ended(answered, took, now)
             && window.is_backlogged
         {
             self.reference.handle_measured(window.rate(), now);
         }
     }
 
-    fn learn_cost(&mut self, ran: &Ran, now: Instant) {
-        let statement = Statement {
-            cohorts: &ran.cohorts,
-            took: now.saturating_since(ran.sent_at),
+    fn learn_cost(&mut self, sent: &Sent, now: Instant) {
+        let took = now.saturating_since(sent.sent_at);
+        let transition = match sent.kind {
+            Kind::Isolated(cohort) => self.costs.handle_isolated(cohort, &sent.cohorts, took, now),
+            Kind::Shared { .. } | Kind::Probe => self.costs.handle_shared(&sent.cohorts, took, now),
         };
-        let moved = match ran.apart {
-            Some(cohort) => self.costs.handle_apart(cohort, &statement, now),
-            None => self.costs.handle_shared(&statement, now),
-        };
-        self.follow(moved);
+        self.follow(transition);
     }
 
-    pub(super) fn follow(&mut self, moved: Option<Move>) {
-        match moved {
-            Some(Move::Apart(cohort)) => self.queue.set_apart(cohort, true),
-            Some(Move::Back(cohort)) => self.queue.set_apart(cohort, false),
+    pub(super) fn follow(&mut self, transition: Option<Transition>) {
+        match transition {
+            Some(Transition::Isolated(cohort)) => self.queue.set_isolated(cohort, true),
+            Some(Transition::Released(cohort)) => self.queue.set_isolated(cohort, false),
             None => {}
         }
     }

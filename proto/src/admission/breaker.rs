@@ -1,7 +1,9 @@
-//! The breaker: while the database is away nobody waits for it. Probes, that carry no device, find out when it is back.
+//! The breaker: while the database does not answer, no device waits for it. Probes that carry no device find out
+//! when it does.
 //!
-//! It opens by what becomes of statements for devices, or on the word of the gateway's other calls: where no device comes, they are
-//! the first to know. Their word is weaker, since they have connections and tables of their own: see [`Word`].
+//! It opens when statements for devices fail, or on a report of the gateway's other calls: while no device connects,
+//! they notice an outage first. A report has less weight, because those calls have connections and tables of their own:
+//! see [`Registry::Suspected`].
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -9,71 +11,74 @@ use rand::Rng;
 
 use crate::time::Instant;
 
-/// Outcomes of statements are judged over this span.
+/// Span over which failures are counted.
 const WINDOW: Duration = Duration::from_secs(1);
-/// The last so many count however old they are: one failure after an answer is no outage.
+/// Minimum number of outcomes in the window, whatever their age: one failure after an answer is not an outage.
 const OUTCOMES_MIN: usize = 2;
-/// Outcomes kept; older ones go. Two statements under way at a time can hardly reach it.
+/// Maximum number of outcomes that are kept. With two statements at a time it is hardly ever reached.
 const OUTCOMES_MAX: usize = 4_096;
-/// Time between two probes that fail. One that succeeds is followed by the next at once.
+/// Time between two probes that fail. An answered probe is followed by the next one at once.
 const PROBE_EVERY: Duration = Duration::from_secs(1);
-/// Probes in a row that close the breaker. overload.md section 1.
+/// Probes in a row that close the breaker. See docs/design/admission.md.
 const PROBE_SUCCESSES: u8 = 3;
-/// Hints grow with the age of the outage up to this,
+/// Maximum of the shortest hint, which grows with the age of the outage.
 const FLOOR_MAX: Duration = Duration::from_secs(30);
-/// by this part of it: so much longer than the outage a small fleet is away, at most.
+/// Part of the outage's age that the shortest hint is: a small fleet is away for at most this much longer than the
+/// outage.
 const FLOOR_PART: u32 = 4;
 
-/// What the breaker says of the registry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum BreakerState {
-    /// Look-ups go through.
-    Closed,
-    /// The registry failed: every device is refused at once, one probe a second is sent.
-    Open,
-    /// A probe was answered: more follow, devices are still refused.
-    HalfOpen,
-    /// There was no contact yet: refused at once, and no probes, until the registry is said to be there.
-    Absent,
-}
-
-impl BreakerState {
-    pub const ALL: [Self; 4] = [Self::Closed, Self::Open, Self::HalfOpen, Self::Absent];
-
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Closed => "closed",
-            Self::Open => "open",
-            Self::HalfOpen => "half_open",
-            Self::Absent => "absent",
-        }
+crate::labels! {
+    /// State of the breaker.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+    pub enum BreakerState {
+        /// Lookups go through.
+        Closed = "closed",
+        /// The registry failed: every device is refused at once, and one probe a second is sent.
+        Open = "open",
+        /// A probe was answered: more follow, devices are still refused.
+        HalfOpen = "half_open",
+        /// There was no contact yet: every device is refused at once, and no probe is sent.
+        Absent = "absent",
     }
 }
 
-/// What the gateway's other calls to the database say of it.
+/// State of the registry as reported by calls other than lookups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Word {
-    /// Nothing that matters.
+pub enum Registry {
+    /// There was no contact yet: every device is refused at once.
+    Absent,
+    /// There was a first contact: lookups go through once a few probes are answered.
+    Present,
+    /// Calls other than lookups had no answer. If no lookup was answered within the last second either, every device is
+    /// refused at once, until probes are answered.
+    Suspected,
+    /// Calls other than lookups are answered.
+    Confirmed,
+}
+
+/// Result of the [`Registry::Suspected`] and [`Registry::Confirmed`] reports so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Suspicion {
     None,
-    /// It gives no answer.
-    Away,
-    /// The same, and probes were answered all the same: from then on statements alone count.
+    Held,
+    /// Probes were answered nevertheless: only statements are considered until the next [`Registry::Confirmed`].
     Refuted,
 }
 
 #[derive(Debug)]
 pub(super) struct Breaker {
     state: BreakerState,
-    /// When it left `Closed`.
+    /// Whether it was closed since the last [`Registry::Absent`].
+    had_contact: bool,
+    /// Time at which it left `Closed`.
     since: Instant,
     outcomes: VecDeque<(Instant, bool)>,
     failures: usize,
     probes_answered: u8,
     next_probe: Instant,
     is_probing: bool,
-    word: Word,
-    /// When a statement was answered last.
+    suspicion: Suspicion,
+    /// Time of the last answer to a statement.
     answered_at: Option<Instant>,
 }
 
@@ -81,13 +86,14 @@ impl Breaker {
     pub const fn new(now: Instant) -> Self {
         Self {
             state: BreakerState::Closed,
+            had_contact: true,
             since: now,
             outcomes: VecDeque::new(),
             failures: 0,
             probes_answered: 0,
             next_probe: now,
             is_probing: false,
-            word: Word::None,
+            suspicion: Suspicion::None,
             answered_at: None,
         }
     }
@@ -96,11 +102,16 @@ impl Breaker {
         self.state
     }
 
+    pub const fn had_contact(&self) -> bool {
+        self.had_contact
+    }
+
     pub fn is_closed(&self) -> bool {
         self.state == BreakerState::Closed
     }
 
-    /// A statement for devices ended. True if that opened the breaker: more than half of the last second's failed.
+    /// A statement for devices ended. Returns whether that opened the breaker: more than half of the last second's
+    /// failed.
     pub fn handle_outcome(&mut self, is_answered: bool, now: Instant) -> bool {
         self.note_answer(is_answered, now);
         if self.state != BreakerState::Closed {
@@ -122,50 +133,49 @@ impl Breaker {
         true
     }
 
-    /// There is no contact with the registry yet. True if that stopped look-ups.
-    pub fn handle_absent(&mut self, now: Instant) -> bool {
-        let was_closed = self.is_closed();
-        if was_closed {
-            self.leave_closed(BreakerState::Absent, now);
-        } else {
-            self.state = BreakerState::Absent;
+    /// Returns whether the report opened the breaker.
+    pub fn handle_registry(&mut self, registry: Registry, now: Instant) -> bool {
+        match registry {
+            Registry::Absent => {
+                self.had_contact = false;
+                let was_closed = self.is_closed();
+                if was_closed {
+                    self.leave_closed(BreakerState::Absent, now);
+                } else {
+                    self.state = BreakerState::Absent;
+                }
+                was_closed
+            }
+            Registry::Present => {
+                if self.state == BreakerState::Absent {
+                    self.state = BreakerState::Open;
+                    self.next_probe = now;
+                }
+                false
+            }
+            Registry::Suspected if self.suspicion == Suspicion::Refuted => false,
+            Registry::Suspected => {
+                self.suspicion = Suspicion::Held;
+                // A statement that was answered within the last second has more weight.
+                let is_served = self.answered_at.is_some_and(|at| now < at + WINDOW);
+                let opens = self.is_closed() && !is_served;
+                if opens {
+                    self.leave_closed(BreakerState::Open, now);
+                }
+                opens
+            }
+            Registry::Confirmed => {
+                self.suspicion = Suspicion::None;
+                false
+            }
         }
-        was_closed
     }
 
-    /// The registry is there for the first time: probes decide.
-    pub fn handle_present(&mut self, now: Instant) {
-        if self.state == BreakerState::Absent {
-            self.state = BreakerState::Open;
-            self.next_probe = now;
-        }
+    pub fn is_suspected(&self) -> bool {
+        self.suspicion == Suspicion::Held
     }
 
-    /// Another call to the registry had no answer. True if that opened the breaker: a statement that was answered within the last
-    /// second counts for more.
-    pub fn handle_said_away(&mut self, now: Instant) -> bool {
-        if self.word == Word::Refuted {
-            return false;
-        }
-        self.word = Word::Away;
-        let is_served = self.answered_at.is_some_and(|at| now < at + WINDOW);
-        let opens = self.is_closed() && !is_served;
-        if opens {
-            self.leave_closed(BreakerState::Open, now);
-        }
-        opens
-    }
-
-    pub fn is_said_away(&self) -> bool {
-        self.word == Word::Away
-    }
-
-    /// The registry's other callers are answered.
-    pub const fn handle_said_there(&mut self) {
-        self.word = Word::None;
-    }
-
-    /// A probe was answered, or not. True if that closed the breaker.
+    /// A probe ended. Returns whether that closed the breaker.
     pub fn handle_probed(&mut self, is_answered: bool, now: Instant) -> bool {
         self.is_probing = false;
         self.note_answer(is_answered, now);
@@ -185,14 +195,15 @@ impl Breaker {
                 self.state = BreakerState::Open;
             }
         }
-        let is_refuted = self.is_closed() && self.word == Word::Away;
+        self.had_contact |= self.is_closed();
+        let is_refuted = self.is_closed() && self.suspicion == Suspicion::Held;
         if is_refuted {
-            self.word = Word::Refuted;
+            self.suspicion = Suspicion::Refuted;
         }
         self.is_closed()
     }
 
-    /// Whether a probe is due; it counts as sent.
+    /// Marks a due probe as sent. Returns whether there was one.
     pub fn take_probe(&mut self, now: Instant) -> bool {
         let is_due = self.poll_timeout().is_some_and(|due| now >= due);
         if is_due {
@@ -202,7 +213,7 @@ impl Breaker {
         is_due
     }
 
-    /// When the next probe is due.
+    /// Time of the next probe.
     pub const fn poll_timeout(&self) -> Option<Instant> {
         match self.state {
             BreakerState::Open | BreakerState::HalfOpen if !self.is_probing => Some(self.next_probe),
@@ -210,7 +221,8 @@ impl Breaker {
         }
     }
 
-    /// The shortest hint now: longer, the longer the outage lasts, so that a short queue doesn't bounce the same few devices.
+    /// Shortest hint now. It grows with the outage, so that a short virtual queue does not send the same few
+    /// devices away again and again.
     pub fn floor(&self, now: Instant, rng: &mut impl Rng) -> Duration {
         if self.is_closed() {
             return Duration::ZERO;
@@ -231,7 +243,7 @@ impl Breaker {
         self.outcomes.clear();
         self.failures = 0;
         self.probes_answered = 0;
-        // A probe at once: a single bad statement must not shut devices out for a second.
+        // A probe at once: a single failed statement must not keep devices out for a second.
         self.next_probe = now;
     }
 }
@@ -303,7 +315,7 @@ mod tests {
         assert_eq!(breaker.poll_timeout(), None);
     }
 
-    /// As many probes as close it.
+    /// Answers as many probes as close it.
     fn answer_probes(breaker: &mut Breaker, now: Instant) {
         for _ in 0..PROBE_SUCCESSES {
             assert!(breaker.take_probe(now));
@@ -317,8 +329,11 @@ mod tests {
         let mut breaker = Breaker::new(at(0));
         breaker.handle_outcome(true, at(0));
 
-        assert!(breaker.handle_said_away(at(1_000)));
-        assert!(!breaker.handle_said_away(at(1_400)), "it is open already");
+        assert!(breaker.handle_registry(Registry::Suspected, at(1_000)));
+        assert!(
+            !breaker.handle_registry(Registry::Suspected, at(1_400)),
+            "it is open already"
+        );
 
         answer_probes(&mut breaker, at(5_000));
     }
@@ -328,42 +343,56 @@ mod tests {
         let mut breaker = Breaker::new(at(0));
         for ms in (0..10_000).step_by(900) {
             breaker.handle_outcome(true, at(ms));
-            assert!(!breaker.handle_said_away(at(ms + 899)));
+            assert!(!breaker.handle_registry(Registry::Suspected, at(ms + 899)));
         }
 
-        assert!(breaker.handle_said_away(at(10_900)), "the last one is a second ago");
+        assert!(
+            breaker.handle_registry(Registry::Suspected, at(10_900)),
+            "the last one is a second ago"
+        );
     }
 
     #[test]
     fn what_probes_have_refuted_is_not_believed_again_until_it_was_taken_back() {
         let mut breaker = Breaker::new(at(0));
-        assert!(breaker.handle_said_away(at(0)));
+        assert!(breaker.handle_registry(Registry::Suspected, at(0)));
         answer_probes(&mut breaker, at(3));
-        assert!(!(1..60).any(|second| breaker.handle_said_away(at(second * 1_000))));
+        assert!(!(1..60).any(|second| breaker.handle_registry(Registry::Suspected, at(second * 1_000))));
 
-        breaker.handle_said_there();
+        breaker.handle_registry(Registry::Confirmed, at(0));
 
-        assert!(breaker.handle_said_away(at(60_000)));
+        assert!(breaker.handle_registry(Registry::Suspected, at(60_000)));
     }
 
     #[test]
     fn what_was_taken_back_before_the_probes_were_answered_is_believed_the_next_time() {
         let mut breaker = Breaker::new(at(0));
-        breaker.handle_said_away(at(0));
-        breaker.handle_said_there();
+        breaker.handle_registry(Registry::Suspected, at(0));
+        breaker.handle_registry(Registry::Confirmed, at(0));
         answer_probes(&mut breaker, at(3));
 
-        assert!(breaker.handle_said_away(at(10_000)));
+        assert!(breaker.handle_registry(Registry::Suspected, at(10_000)));
     }
 
     #[test]
     fn absent_registry_is_not_probed_until_it_is_said_to_be_there() {
         let mut breaker = Breaker::new(at(0));
-        assert!(breaker.handle_absent(at(0)));
+        assert!(breaker.handle_registry(Registry::Absent, at(0)));
         assert!(!breaker.take_probe(at(60_000)));
 
-        breaker.handle_present(at(61_000));
+        breaker.handle_registry(Registry::Present, at(61_000));
 
         assert!(breaker.take_probe(at(61_000)));
+        breaker.handle_probed(true, at(61_001));
+        assert!(!breaker.had_contact(), "one answer is not enough");
+        for _ in 1..PROBE_SUCCESSES {
+            assert!(breaker.take_probe(at(61_001)));
+            breaker.handle_probed(true, at(61_001));
+        }
+        assert!(breaker.had_contact() && breaker.is_closed());
+        for n in 0..2 {
+            breaker.handle_outcome(false, at(62_000 + n));
+        }
+        assert!(breaker.had_contact() && !breaker.is_closed());
     }
 }

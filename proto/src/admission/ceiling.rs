@@ -1,119 +1,81 @@
-//! The ceiling: keys looked up a second, node-wide. A hard figure, never adapted upward. `governor` on a clock that is told.
+//! Maximum rate of lookups: keys per second on this node. A hard figure, never adapted upward.
 
-use std::{
-    num::NonZeroU32,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
+use super::{linger::WAIT_MAX, to_u32, to_usize};
+use crate::{
+    rate::{Gcra, Rate},
+    time::Instant,
 };
 
-use governor::{
-    InsufficientCapacity, Quota, RateLimiter,
-    clock::Clock,
-    middleware::NoOpMiddleware,
-    nanos::Nanos,
-    state::{InMemoryState, NotKeyed},
-};
-
-use super::{gather::WAIT_MAX, to_usize};
-use crate::time::Instant;
-
-/// Keys that an idle ceiling lets through at once, as a part of a second's: a tenth, so that no second has more than 1.1 times its share.
+/// Keys that an idle ceiling admits at once, as a part of a second's: a tenth, so that no second has more than 1.1
+/// times its share.
 const BURST_PART: u32 = 10;
-
-/// Shows the time it was last told.
-#[derive(Clone, Debug, Default)]
-struct ToldClock(Arc<AtomicU64>);
-
-impl Clock for ToldClock {
-    type Instant = Nanos;
-
-    fn now(&self) -> Nanos {
-        Nanos::from(self.0.load(Ordering::Relaxed))
-    }
-}
 
 #[derive(Debug)]
 pub(super) struct Ceiling {
-    clock: ToldClock,
-    limiter: RateLimiter<NotKeyed, InMemoryState, ToldClock, NoOpMiddleware<Nanos>>,
-    /// Most keys that are waited for together.
-    at_once: NonZeroU32,
-    /// When keys may go that may not now.
+    rate: Rate,
+    gcra: Gcra,
+    /// Maximum number of keys that a statement waits for.
+    at_once: u32,
+    /// Time from which blocked keys are admitted.
     blocked_until: Option<Instant>,
 }
 
 impl Ceiling {
-    pub fn new(keys_per_second: u32, now: Instant) -> Self {
-        let clock = ToldClock::default();
-        clock.0.store(nanos(now), Ordering::Relaxed);
-        let rate = NonZeroU32::new(keys_per_second).unwrap_or(NonZeroU32::MIN);
-        let burst = NonZeroU32::new(keys_per_second / BURST_PART).unwrap_or(NonZeroU32::MIN);
-        let quota = Quota::per_second(rate).allow_burst(burst);
+    pub fn new(keys_per_second: u32) -> Self {
+        let burst = (keys_per_second / BURST_PART).max(1);
         Self {
-            limiter: RateLimiter::direct_with_clock(quota, clock.clone()),
-            clock,
-            at_once: at_once(rate).min(burst),
+            rate: Rate::per_second(keys_per_second, burst),
+            gcra: Gcra::default(),
+            at_once: at_once(keys_per_second).min(burst),
             blocked_until: None,
         }
     }
 
-    /// How many of the keys of one statement may go now; they count as gone. All or none, as far as [`WAIT_MAX`] fills the ceiling: a
-    /// statement of what it just leaves would cost the database as much as one of them all, a moment later.
+    /// Changes the rate. Keys that were admitted earlier are accounted at their time.
+    pub fn set_rate(&mut self, keys_per_second: u32) {
+        *self = Self {
+            gcra: self.gcra,
+            ..Self::new(keys_per_second)
+        };
+    }
+
+    /// Takes the keys of one statement that are admitted now: all or none, up to the number that fills within
+    /// [`WAIT_MAX`]. A statement of the few keys that are left would cost the database as much as one of them all, a
+    /// moment later.
     pub fn take(&mut self, keys: usize, now: Instant) -> usize {
-        if self.blocked_until.is_some_and(|until| now < until) {
+        let wanted = to_u32(keys).min(self.at_once);
+        if wanted == 0 || self.blocked_until.is_some_and(|until| now < until) {
             return 0;
         }
-        let wanted = u32::try_from(keys).unwrap_or(u32::MAX);
-        let Some(wanted) = NonZeroU32::new(wanted.min(self.at_once.get())) else {
-            return 0;
-        };
-        self.clock.0.store(nanos(now), Ordering::Relaxed);
-        match self.limiter.check_n(wanted) {
-            Ok(Ok(())) => {
-                self.blocked_until = None;
-                to_usize(wanted.get())
-            }
-            Ok(Err(not_until)) => {
-                let micros = not_until.earliest_possible().as_u64().div_ceil(1_000);
-                self.blocked_until = Some(Instant::from_micros(micros).max(now + Duration::from_micros(1)));
-                0
-            }
-            // Never: `at_once` is within the burst.
-            Err(InsufficientCapacity(_)) => 0,
+        self.blocked_until = self.gcra.take(wanted, self.rate, now).err();
+        match self.blocked_until {
+            Some(_) => 0,
+            None => to_usize(wanted),
         }
     }
 
-    /// When keys may go, if the last were stopped.
+    /// Time from which keys are admitted, if the last ones were blocked.
     pub const fn blocked_until(&self) -> Option<Instant> {
         self.blocked_until
     }
 }
 
 /// Keys that fill up within [`WAIT_MAX`], at least one.
-fn at_once(keys_per_second: NonZeroU32) -> NonZeroU32 {
-    let millis = u32::try_from(WAIT_MAX.as_millis()).unwrap_or(u32::MAX);
-    let keys = u64::from(keys_per_second.get()) * u64::from(millis) / 1_000;
-    u32::try_from(keys)
-        .ok()
-        .and_then(NonZeroU32::new)
-        .unwrap_or(NonZeroU32::MIN)
-}
-
-fn nanos(now: Instant) -> u64 {
-    now.as_micros().saturating_mul(1_000)
+fn at_once(keys_per_second: u32) -> u32 {
+    let keys = u128::from(keys_per_second) * WAIT_MAX.as_millis() / 1_000;
+    u32::try_from(keys).unwrap_or(u32::MAX).max(1)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
-    /// Asks for `keys` at a time for ten seconds; the keys that went, and the statements.
+    /// Asks for `keys` at a time for ten seconds. Returns the keys admitted, and the statements.
     fn ask_for_ten_seconds(keys: usize) -> (usize, usize) {
         let mut now = Instant::ZERO + Duration::from_secs(5);
-        let mut ceiling = Ceiling::new(1_000, now);
+        let mut ceiling = Ceiling::new(1_000);
         let end = now + Duration::from_secs(10);
         let (mut taken, mut statements) = (0, 0);
         while now < end {

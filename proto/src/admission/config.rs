@@ -1,121 +1,142 @@
-//! The settings of admission, with their bounds. Spans that the contract fixes are constants in [`super`], not settings.
+//! The settings of admission, with their bounds. Spans that docs/PROTOCOL.md fixes are constants in [`super`].
 
 use std::{collections::BTreeMap, ops::RangeInclusive};
 
 use serde::{Deserialize, Serialize};
 
+use crate::slots::SlotsConfig;
+
 /// Section `[admission]` of the configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AdmissionConfig {
-    /// Most keys looked up a second, on this node. Never exceeded, whatever the limit on keys in flight finds.
+    /// Maximum number of keys looked up a second by this node, or by all nodes of which
+    /// [`Admission::handle_peers`](super::Admission::handle_peers) was told. Never exceeded, whatever the limit on keys
+    /// in flight is.
     pub lookups_per_second_max: u32,
-    /// Most distinct keys sent to the database and not answered.
+    /// Maximum number of distinct keys sent to the database and not answered, by the same nodes.
     pub keys_in_flight_max: u32,
-    /// Most keys in one statement.
+    /// Maximum number of keys in one statement.
     pub batch_keys_max: u32,
-    /// Most devices waiting for a look-up, several a key counted singly. Then a device gets a slot.
+    /// Maximum number of devices that wait for a lookup. Further ones get a slot.
     pub waiting_max: usize,
-    /// Most devices whose slot is remembered here. Then a slot is in its token only.
+    /// Maximum number of devices whose slot is remembered here. Further slots are in their token only.
     pub slots_max: usize,
-    /// Most devices remembered that were let in or registered here and are not in the roster. Then the one not seen longest is a stranger again.
+    /// Maximum number of known devices beside the registry index. Then the one not seen longest becomes unknown.
     pub known_max: usize,
-    /// Most tenants with a queue of their own at a time. Then the rest share one.
+    /// Maximum number of tenants with a queue of their own. Further tenants share one.
     pub tenants_max: usize,
-    /// Weight of a tenant in the queue of slots, by name. A tenant that is not named weighs 1.
+    /// Weight of a tenant in the queue of slots, by name. A tenant that is not named has weight 1.
     pub tenant_weights: BTreeMap<String, u32>,
 }
 
 impl Default for AdmissionConfig {
     fn default() -> Self {
+        let SlotsConfig {
+            slots_max,
+            known_max,
+            tenants_max,
+            tenant_weights,
+        } = SlotsConfig::default();
         Self {
             lookups_per_second_max: 10_000,
             keys_in_flight_max: 512,
             batch_keys_max: 256,
             waiting_max: 65_536,
-            slots_max: 2_000_000,
-            known_max: 1_000_000,
-            tenants_max: 1_024,
-            tenant_weights: BTreeMap::new(),
+            slots_max,
+            known_max,
+            tenants_max,
+            tenant_weights,
         }
     }
 }
 
-/// One figure of [`AdmissionConfig`]: what the configuration's documentation shows of it.
+/// One figure of [`AdmissionConfig`], as the documentation of the configuration shows it.
 #[derive(Clone, Debug)]
 pub struct Figure {
-    /// Its key in the section.
+    /// Key in the section.
     pub name: &'static str,
     /// What it does.
     pub text: &'static str,
     /// What it counts.
     pub unit: &'static str,
-    /// Smallest and greatest value allowed.
+    /// Minimum and maximum.
     pub bounds: RangeInclusive<u64>,
-    /// Its value.
+    /// Current value.
     pub value: u64,
 }
 
-/// A setting out of its bounds.
+/// A setting that is out of its bounds.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("admission.{setting}: {reason}")]
 pub struct InvalidAdmission {
-    /// Its key in the section.
+    /// Key in the section.
     pub setting: String,
     pub reason: String,
 }
 
 impl AdmissionConfig {
-    /// Every figure, in the order of the struct.
+    /// The part that concerns slots.
+    #[must_use]
+    pub fn slots(&self) -> SlotsConfig {
+        SlotsConfig {
+            slots_max: self.slots_max,
+            known_max: self.known_max,
+            tenants_max: self.tenants_max,
+            tenant_weights: self.tenant_weights.clone(),
+        }
+    }
+
+    /// All figures, in the order of the struct.
     #[must_use]
     pub fn figures(&self) -> [Figure; 7] {
         let wide = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
         [
             Figure {
                 name: "lookups_per_second_max",
-                text: "Most keys looked up a second on this node. Never exceeded. Slots are given out at a quarter of it at least.",
-                unit: "keys a second",
+                text: "Maximum rate of lookups on this node. Never exceeded. Slots are issued at a quarter of it at least.",
+                unit: "keys per second",
                 bounds: 1..=1_000_000,
                 value: u64::from(self.lookups_per_second_max),
             },
             Figure {
                 name: "keys_in_flight_max",
-                text: "Most distinct keys sent to the database and not answered.",
+                text: "Maximum number of distinct keys sent to the database and not answered.",
                 unit: "keys",
                 bounds: 2..=65_536,
                 value: u64::from(self.keys_in_flight_max),
             },
             Figure {
                 name: "batch_keys_max",
-                text: "Most keys in one statement.",
+                text: "Maximum number of keys in one statement.",
                 unit: "keys",
                 bounds: 1..=256,
                 value: u64::from(self.batch_keys_max),
             },
             Figure {
                 name: "waiting_max",
-                text: "Most devices waiting for a look-up. Then a device gets a slot.",
+                text: "Maximum number of devices that wait for a lookup. Beyond it a device gets a slot.",
                 unit: "devices",
                 bounds: 1..=10_000_000,
                 value: wide(self.waiting_max),
             },
             Figure {
                 name: "slots_max",
-                text: "Most devices whose slot this node remembers, about 70 bytes each, a quarter of them strangers. Then a slot is in its token only.",
+                text: "Maximum number of slots that this node remembers, about 70 bytes each, at most a quarter of them for unknown devices. Beyond it a slot is in its token only.",
                 unit: "devices",
                 bounds: 1..=16_000_000,
                 value: wide(self.slots_max),
             },
             Figure {
                 name: "known_max",
-                text: "Most devices remembered that were let in or registered here and are not in the roster, about 60 bytes each. Then the one not seen longest counts as a stranger.",
+                text: "Maximum number of remembered devices that were admitted or registered here and are not in the registry index, about 60 bytes each. Beyond it the least recently seen is unknown again.",
                 unit: "devices",
                 bounds: 1..=16_000_000,
                 value: wide(self.known_max),
             },
             Figure {
                 name: "tenants_max",
-                text: "Most tenants with a queue of their own at a time. Then the rest share one. Each refusal reads all of them.",
+                text: "Maximum number of tenants with their own virtual queue. Beyond it the rest share one. Each refusal reads all of them.",
                 unit: "tenants",
                 bounds: 1..=4_096,
                 value: wide(self.tenants_max),

@@ -1,79 +1,70 @@
-//! What look-ups cost, by cohort: one firmware version whose look-ups scan a table must not slow down everybody else's.
+//! Cost of lookups by cohort: one firmware version whose lookups scan a table must not slow down all others.
 //!
-//! A statement's keys are of many cohorts, and its time says nothing of one of them. So a cohort under suspicion is *tried*: its
-//! keys are sent in statements of their own for a moment, one at a time, beside those of the others. If they take much longer than the
-//! others' do meanwhile, the cohort stays apart until they no longer do; if all are slow, it is the database, and the cohort goes back.
-//! Start with [`Costs`]. It sends nothing; see [`super::Admission`]. Why: the incident of overload.md section 0.
+//! The keys of a statement are of many cohorts, so its time says nothing about one of them. A suspected cohort is put
+//! on *probation*: its keys are sent in statements of their own, beside those of the others. If they take much longer
+//! at the same time, the cohort stays isolated until they no longer do. If all are slow, the cause is the database, and
+//! the cohort is released. docs/design/admission.md has the steps and the figures.
+//!
+//! Start with [`Costs`]. It sends nothing; see [`super::Admission`].
 
 use std::{collections::BTreeMap, time::Duration};
 
+pub use crate::cohort::CohortTag;
 use crate::{
-    slots::{Pace, Tail},
+    bounded::Bounded,
+    slots::{Pace, QueueEnd},
     time::Instant,
 };
 
-/// Most cohorts watched. Then the half not seen longest is forgotten.
+/// Maximum number of cohorts watched. Then the one not seen longest is forgotten.
 const COHORTS_MAX: usize = 1_024;
-/// A faster statement is never slow.
+/// Minimum time of a slow statement.
 const SLOW_MIN: Duration = Duration::from_millis(10);
-/// A statement is slow if it takes this many times what is usual for its number of keys.
+/// Minimum ratio of a slow statement's time to the usual time for its number of keys.
 const SLOW_FACTOR: f64 = 4.0;
-/// Most cohorts apart at a time. Further ones stay among the others.
-const APART_MAX: usize = 64;
-/// Slow statements in a row that bring a cohort under suspicion.
+/// Maximum number of isolated cohorts. Further ones stay among the others.
+const ISOLATED_MAX: usize = 64;
+/// Number of slow statements in a row after which a cohort is suspected.
 const SLOW_RUN: u8 = 3;
-/// What is usual is an average of as many statements. The fastest instead would be a lucky one, beside which many are slow.
+/// Number of statements that the usual time is averaged over. The fastest statement alone would be an outlier, and many
+/// would be slow compared with it.
 const USUAL_STATEMENTS: u32 = 32;
-/// Fewer statements than this tell nothing of what is usual: one of them may be a lucky one.
+/// Minimum number of statements for a usual time: fewer may be outliers.
 const USUAL_MIN: u32 = 4;
-/// Time constant with which the usual time rises while statements are slow. Slow statements are not averaged: a morning of them must
-/// not become usual at once.
+/// Time constant with which the usual time rises while statements are slow. Slow statements are not averaged, so
+/// that a slow morning does not become usual at once.
 const USUAL_RISES: Duration = Duration::from_secs(600);
-/// Longest time between two slow statements that counts as slow time. A calm night says nothing about what is usual.
+/// Maximum time between two slow statements that counts as slow time. A calm night says nothing about what is usual.
 const SLOW_GAP_MAX: Duration = Duration::from_secs(1);
-/// Statements that a trial is decided by, of either side.
-const TRIAL_STATEMENTS: u32 = 2;
-/// Keys of a cohort on trial in one statement.
-const TRIAL_KEYS: usize = 8;
-/// A trial without a verdict ends after this: nobody else was there to be protected.
-const TRIAL_MAX: Duration = Duration::from_secs(2);
-/// The same where nobody else was looked up at all meanwhile.
-const TRIAL_ALONE_MAX: Duration = Duration::from_millis(500);
-/// A cohort found innocent is not tried again for this long, and twice as long each time after that.
-const IMMUNITY_MIN: Duration = Duration::from_secs(10);
-/// See [`IMMUNITY_MIN`].
-const IMMUNITY_MAX: Duration = Duration::from_secs(320);
-/// A cohort is costly if its statements take this many times as long as those of the others with as many keys.
+/// Number of statements of either side that decide a probation.
+const PROBATION_STATEMENTS: u32 = 2;
+/// Maximum number of keys of a cohort on probation in one statement.
+const PROBATION_KEYS: usize = 8;
+/// Maximum time of a probation. If it ends without a verdict, there are no others to protect.
+const PROBATION_MAX: Duration = Duration::from_secs(2);
+/// Maximum time of a probation during which no other cohort is looked up.
+const PROBATION_ALONE_MAX: Duration = Duration::from_millis(500);
+/// Time for which a cleared cohort is not suspected again. It doubles with each further probation.
+const COOL_DOWN_MIN: Duration = Duration::from_secs(10);
+/// Maximum of the doubled [`COOL_DOWN_MIN`].
+const COOL_DOWN_MAX: Duration = Duration::from_secs(320);
+/// Minimum ratio of a costly cohort's time to that of the others, for as many keys.
 const COSTLY_FACTOR: f64 = 3.0;
-/// Statements in a row that show a cohort apart to be cheap, or without anybody else, before it goes back.
+/// Number of cheap statements in a row after which an isolated cohort is released.
 const CHEAP_RUN: u8 = 3;
-/// A cohort apart that asked for nothing in this time goes back.
-const APART_IDLE_MAX: Duration = Duration::from_secs(600);
-/// Time that a statement of a cohort apart shall take: well below the longest allowed, so that its devices are answered.
-const APART_STATEMENT: Duration = Duration::from_millis(250);
-/// While others are looked up too, a statement of a cohort apart is followed by a rest of this many times as long: the database belongs to
-/// them for most of the time. A quarter of it still lets the cohort in.
-const APART_RESTS: u32 = 3;
-/// A cohort apart that had no statement in this time does not count among those that take turns.
-const APART_TURN_MAX: Duration = Duration::from_secs(60);
-/// Buckets of statements by the number of keys: 1, 2, 3–4, 5–8, … 129–256.
+/// Time without a lookup after which an isolated cohort is released.
+const ISOLATED_UNUSED_MAX: Duration = Duration::from_secs(600);
+/// Intended time of an isolated cohort's statement: well below the longest allowed, so that its devices are answered.
+const ISOLATED_STATEMENT: Duration = Duration::from_millis(250);
+/// Ratio of the idle span after an isolated cohort's statement to the statement itself, while others are looked up
+/// as well. So the cohort has the database for a quarter of the time.
+const ISOLATED_IDLE_FACTOR: u32 = 3;
+/// Time without a statement after which an isolated cohort has no share of that quarter.
+const ISOLATED_SHARE_MAX: Duration = Duration::from_secs(60);
+/// Number of buckets of statements, by the number of keys: 1, 2, 3–4, 5–8, … 129–256.
 const BUCKETS: usize = 9;
 
-/// A model with a firmware version, as the device names them, in eight bytes. Never shown, never kept on disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct CohortTag(u64);
-
-impl CohortTag {
-    #[must_use]
-    pub fn of(model: Option<&str>, firmware: Option<&str>) -> Self {
-        use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-        let mut hasher = DefaultHasher::new();
-        (model, firmware).hash(&mut hasher);
-        Self(hasher.finish())
-    }
-}
-
-/// A cohort whose look-ups are sent apart, because they cost far more than the others'.
+/// A cohort that is isolated because its lookups cost far more than those of others.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Costly {
     pub cohort: CohortTag,
@@ -81,42 +72,49 @@ pub struct Costly {
     pub per_key: Duration,
 }
 
-/// One ended statement.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Statement<'a> {
-    /// Its cohorts, with their keys.
-    pub cohorts: &'a [(CohortTag, u32)],
-    pub took: Duration,
+/// Number of keys of a statement, by cohort.
+type Cohorts = [(CohortTag, u32)];
+
+fn keys_of(cohorts: &Cohorts) -> u32 {
+    cohorts.iter().map(|(_, keys)| keys).sum()
 }
 
-impl Statement<'_> {
-    fn keys(&self) -> u32 {
-        self.cohorts.iter().map(|(_, keys)| keys).sum()
-    }
-}
-
-/// A cohort whose queue changes.
+/// A cohort that changes its queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Move {
-    Apart(CohortTag),
-    Back(CohortTag),
+pub(super) enum Transition {
+    Isolated(CohortTag),
+    Released(CohortTag),
 }
 
-/// What is known of the cohorts whose devices were looked up lately.
-#[derive(Debug, Default)]
+/// Costs of the cohorts whose devices were looked up lately.
+#[derive(Debug)]
 pub(super) struct Costs {
-    cohorts: BTreeMap<CohortTag, Cohort>,
-    /// At most [`APART_MAX`].
-    apart: BTreeMap<CohortTag, Apart>,
-    /// What statements usually take, by bucket.
+    cohorts: Bounded<CohortTag, Cohort>,
+    /// At most [`ISOLATED_MAX`].
+    isolated: BTreeMap<CohortTag, Isolated>,
+    /// Usual times of statements, by bucket.
     usual: [Usual; BUCKETS],
     /// When the latest slow statement ended.
     slow_at: Instant,
-    trial: Option<Trial>,
-    /// Statements of all who are not apart, lately.
+    probation: Option<Probation>,
+    /// Recent statements without an isolated cohort.
     others: Option<Sample>,
-    /// No statement of a cohort apart is sent before.
-    rests_until: Instant,
+    /// Before this time no statement of an isolated cohort is sent, except on probation.
+    idle_until: Instant,
+}
+
+impl Default for Costs {
+    fn default() -> Self {
+        Self {
+            cohorts: Bounded::new(COHORTS_MAX),
+            isolated: BTreeMap::new(),
+            usual: Default::default(),
+            slow_at: Instant::ZERO,
+            probation: None,
+            others: None,
+            idle_until: Instant::ZERO,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -133,7 +131,7 @@ impl Usual {
         debug_assert!(self.seconds.is_finite());
     }
 
-    /// Rises by this factor, at most to the time that a slow statement took.
+    /// Raises the time by `factor`, at most to the time of a slow statement.
     fn rise(&mut self, factor: f64, took_seconds: f64) {
         if self.seconds < took_seconds {
             self.seconds = (self.seconds * factor).min(took_seconds);
@@ -142,32 +140,32 @@ impl Usual {
     }
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Cohort {
     seen: Instant,
     slow_run: u8,
-    immune_until: Instant,
-    immunity: Duration,
+    cool_until: Instant,
+    cool_down: Duration,
 }
 
 #[derive(Debug)]
-struct Apart {
+struct Isolated {
     seen: Instant,
     seconds_per_key: f64,
     is_proven: bool,
     cheap_run: u8,
-    tail: Tail,
+    queue_end: QueueEnd,
 }
 
 #[derive(Debug)]
-struct Trial {
+struct Probation {
     cohort: CohortTag,
     began: Instant,
     own: Option<Sample>,
     others: Option<Sample>,
 }
 
-/// Statements, averaged: the later ones count more.
+/// Moving average of statements. Later ones have more weight.
 #[derive(Clone, Copy, Debug)]
 struct Sample {
     seconds: f64,
@@ -191,7 +189,7 @@ impl Sample {
         so_far.at = now;
     }
 
-    /// How many times longer than `others`, with as many keys.
+    /// Ratio to the time of `others`, for as many keys.
     fn slower_than(&self, others: &Self) -> f64 {
         let scale = (self.keys / others.keys.max(1.0)).max(1.0);
         self.seconds / (others.seconds * scale).max(1e-6)
@@ -199,178 +197,193 @@ impl Sample {
 }
 
 impl Costs {
-    pub fn is_apart(&self, cohort: CohortTag) -> bool {
-        self.apart.contains_key(&cohort)
+    pub fn is_isolated(&self, cohort: CohortTag) -> bool {
+        self.isolated.contains_key(&cohort)
     }
 
-    /// Apart for good: its devices wait, and come back, at the pace of its own look-ups. One on trial keeps to everybody's.
+    /// Whether the cohort is isolated and not on probation: its devices wait and return at the pace of its own
+    /// lookups.
     pub fn is_costly(&self, cohort: CohortTag) -> bool {
-        self.apart.get(&cohort).is_some_and(|apart| apart.is_proven)
+        self.isolated.get(&cohort).is_some_and(|isolated| isolated.is_proven)
     }
 
-    /// Cohorts watched, for tests of the bound.
+    /// Number of watched cohorts.
     #[cfg(test)]
     pub fn watched(&self) -> usize {
         self.cohorts.len()
     }
 
-    /// Cohorts found costly.
+    /// Cohorts that are isolated and not on probation.
     pub fn costly(&self) -> impl Iterator<Item = Costly> {
-        self.apart
+        self.isolated
             .iter()
-            .filter(|(_, apart)| apart.is_proven)
-            .map(|(cohort, apart)| Costly {
+            .filter(|(_, isolated)| isolated.is_proven)
+            .map(|(cohort, isolated)| Costly {
                 cohort: *cohort,
-                per_key: Duration::from_secs_f64(apart.seconds_per_key),
+                per_key: Duration::from_secs_f64(isolated.seconds_per_key),
             })
     }
 
-    /// Keys of a cohort apart that one statement may hold.
+    /// Maximum number of keys of an isolated cohort in one statement.
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         reason = "positive, and a float too large saturates"
     )]
     pub fn keys_at_a_time(&self, cohort: CohortTag) -> usize {
-        match self.apart.get(&cohort) {
-            Some(apart) if apart.is_proven => ((APART_STATEMENT.as_secs_f64() / apart.seconds_per_key) as usize).max(1),
-            Some(_) | None => TRIAL_KEYS,
+        match self.isolated.get(&cohort) {
+            Some(isolated) if isolated.is_proven => {
+                ((ISOLATED_STATEMENT.as_secs_f64() / isolated.seconds_per_key) as usize).max(1)
+            }
+            Some(_) | None => PROBATION_KEYS,
         }
     }
 
-    /// The cohort on trial. It goes before those that are convicted, or its trial would end without a verdict.
-    pub fn on_trial(&self) -> Option<CohortTag> {
-        self.trial.as_ref().map(|trial| trial.cohort)
+    /// The cohort on probation. It is served before other isolated ones, or its probation would end without a
+    /// verdict.
+    pub fn on_probation(&self) -> Option<CohortTag> {
+        self.probation.as_ref().map(|probation| probation.cohort)
     }
 
-    /// When a cohort apart may send its next statement.
-    pub fn rests_until(&self, cohort: CohortTag) -> Instant {
-        if self.on_trial() == Some(cohort) {
+    /// Time from which an isolated cohort may send its next statement.
+    pub fn idle_until(&self, cohort: CohortTag) -> Instant {
+        if self.on_probation() == Some(cohort) {
             return Instant::ZERO;
         }
-        self.rests_until
+        self.idle_until
     }
 
-    /// Keys a second that are answered for a cohort apart, its rests included.
+    /// Keys per second that are answered for an isolated cohort, idle spans included.
     pub fn rate(&self, cohort: CohortTag, now: Instant) -> f64 {
-        let part = self.part(now);
-        self.apart
+        let share = self.share(now);
+        self.isolated
             .get(&cohort)
-            .map_or(f64::MAX, |apart| part / apart.seconds_per_key)
+            .map_or(f64::MAX, |isolated| share / isolated.seconds_per_key)
     }
 
-    /// The part of the time that each of the cohorts apart has the database for.
-    fn part(&self, now: Instant) -> f64 {
-        let is_there = |apart: &&Apart| apart.is_proven && apart.seen + APART_TURN_MAX > now;
-        let turns = self.apart.values().filter(is_there).count().max(1) as f64;
+    /// Share of the time for which each isolated cohort has the database.
+    fn share(&self, now: Instant) -> f64 {
+        let is_there = |isolated: &&Isolated| isolated.is_proven && isolated.seen + ISOLATED_SHARE_MAX > now;
+        let sharing = self.isolated.values().filter(is_there).count().max(1) as f64;
         match self.others_lately(now) {
-            Some(_) => 1.0 / (turns * f64::from(1 + APART_RESTS)),
-            None => 1.0 / turns,
+            Some(_) => 1.0 / (sharing * f64::from(1 + ISOLATED_IDLE_FACTOR)),
+            None => 1.0 / sharing,
         }
     }
 
     fn others_lately(&self, now: Instant) -> Option<Sample> {
-        self.others.filter(|others| others.at + TRIAL_MAX > now)
+        self.others.filter(|others| others.at + PROBATION_MAX > now)
     }
 
-    /// Where the slots of a cohort's devices are taken from: `shared` places a second, or a queue of its own if it is apart.
+    /// Pace of the slots of a cohort's devices: `shared` slots per second, or a virtual queue of its own if it is
+    /// costly.
     pub fn pace(&mut self, cohort: CohortTag, shared: f64, overbooking: f64, now: Instant) -> Pace<'_> {
-        let part = self.part(now);
-        match self.apart.get_mut(&cohort).filter(|apart| apart.is_proven) {
-            Some(apart) => Pace::Apart {
-                tail: &mut apart.tail,
-                rate: (overbooking * part / apart.seconds_per_key).min(shared),
+        let share = self.share(now);
+        match self.isolated.get_mut(&cohort).filter(|isolated| isolated.is_proven) {
+            Some(isolated) => Pace::Isolated {
+                queue_end: &mut isolated.queue_end,
+                rate: (overbooking * share / isolated.seconds_per_key).min(shared),
             },
             None => Pace::Shared(shared),
         }
     }
 
-    /// A statement of cohorts that are not apart ended.
-    pub fn handle_shared(&mut self, statement: &Statement<'_>, now: Instant) -> Option<Move> {
-        let is_slow = self.is_slow(statement, now);
-        let has_apart = statement.cohorts.iter().any(|(cohort, _)| self.is_apart(*cohort));
-        if !has_apart {
-            Sample::add(&mut self.others, statement.keys(), statement.took, now);
-            if let Some(trial) = &mut self.trial {
-                Sample::add(&mut trial.others, statement.keys(), statement.took, now);
+    /// A shared statement ended.
+    pub fn handle_shared(&mut self, cohorts: &Cohorts, took: Duration, now: Instant) -> Option<Transition> {
+        let keys = keys_of(cohorts);
+        let is_slow = self.is_slow(keys, took, now);
+        let has_isolated = cohorts.iter().any(|(cohort, _)| self.is_isolated(*cohort));
+        if !has_isolated {
+            Sample::add(&mut self.others, keys, took, now);
+            if let Some(probation) = &mut self.probation {
+                Sample::add(&mut probation.others, keys, took, now);
             }
         }
-        for (cohort, _) in statement.cohorts {
+        for (cohort, _) in cohorts {
             let entry = self.entry(*cohort, now);
             if is_slow {
                 entry.slow_run = entry.slow_run.saturating_add(1);
             } else {
                 entry.slow_run = 0;
-                entry.immunity = Duration::ZERO;
+                entry.cool_down = Duration::ZERO;
             }
         }
-        self.judge(now)
-            .or_else(|| is_slow.then(|| self.suspect(statement, now)).flatten())
+        self.decide(now)
+            .or_else(|| is_slow.then(|| self.suspect(cohorts, took, now)).flatten())
     }
 
-    /// A statement of a cohort apart ended.
-    pub fn handle_apart(&mut self, cohort: CohortTag, statement: &Statement<'_>, now: Instant) -> Option<Move> {
-        let keys = statement.keys();
-        let per_key = statement.took.as_secs_f64() / f64::from(keys.max(1));
+    /// A statement of an isolated cohort ended.
+    pub fn handle_isolated(
+        &mut self,
+        cohort: CohortTag,
+        cohorts: &Cohorts,
+        took: Duration,
+        now: Instant,
+    ) -> Option<Transition> {
+        let keys = keys_of(cohorts);
+        let per_key = took.as_secs_f64() / f64::from(keys.max(1));
         let others = self.others_lately(now);
-        let apart = self.apart.get_mut(&cohort)?;
-        apart.seen = now;
-        if let Some(trial) = self.trial.as_mut().filter(|trial| trial.cohort == cohort) {
-            apart.seconds_per_key = per_key.max(1e-6);
-            Sample::add(&mut trial.own, keys, statement.took, now);
-            let is_heard = trial.own.is_some_and(|own| own.statements >= TRIAL_STATEMENTS);
-            if is_heard && trial.others.is_none() && trial.began + TRIAL_ALONE_MAX <= now {
-                return Some(self.acquit(cohort, now));
+        let isolated = self.isolated.get_mut(&cohort)?;
+        isolated.seen = now;
+        if let Some(probation) = self.probation.as_mut().filter(|probation| probation.cohort == cohort) {
+            isolated.seconds_per_key = per_key.max(1e-6);
+            Sample::add(&mut probation.own, keys, took, now);
+            let has_enough = probation.own.is_some_and(|own| own.statements >= PROBATION_STATEMENTS);
+            if has_enough && probation.others.is_none() && probation.began + PROBATION_ALONE_MAX <= now {
+                return Some(self.clear(cohort, now));
             }
-            return self.judge(now);
+            return self.decide(now);
         }
         if others.is_some() {
-            self.rests_until = now + statement.took * APART_RESTS;
+            self.idle_until = now + took * ISOLATED_IDLE_FACTOR;
         }
-        apart.seconds_per_key = (apart.seconds_per_key + (per_key - apart.seconds_per_key) / 4.0).max(1e-6);
+        isolated.seconds_per_key = (isolated.seconds_per_key + (per_key - isolated.seconds_per_key) / 4.0).max(1e-6);
         let mut own = None;
-        Sample::add(&mut own, keys, statement.took, now);
-        let is_dear = match (own, others) {
-            (Some(own), Some(others)) => own.slower_than(&others) >= COSTLY_FACTOR && statement.took >= SLOW_MIN,
-            // Nobody else is there, so it slows nobody down; while it is costly it stays where it is.
+        Sample::add(&mut own, keys, took, now);
+        let is_costly = match (own, others) {
+            (Some(own), Some(others)) => own.slower_than(&others) >= COSTLY_FACTOR && took >= SLOW_MIN,
+            // Without others it slows down no other. It stays isolated while it is costly.
             (own, _) => own.is_some_and(|own| own.seconds >= SLOW_MIN.as_secs_f64()),
         };
-        apart.cheap_run = if is_dear { 0 } else { apart.cheap_run + 1 };
-        (apart.cheap_run >= CHEAP_RUN).then(|| self.release(cohort, now))
+        isolated.cheap_run = if is_costly { 0 } else { isolated.cheap_run + 1 };
+        (isolated.cheap_run >= CHEAP_RUN).then(|| self.release(cohort, now))
     }
 
-    /// Time has passed: trials without a verdict end, and cohorts apart that are no longer there are forgotten.
-    pub fn handle_timeout(&mut self, now: Instant) -> Option<Move> {
-        let late = self.trial.as_ref().filter(|trial| trial.began + TRIAL_MAX <= now);
-        if let Some(cohort) = late.map(|trial| trial.cohort) {
-            return Some(self.acquit(cohort, now));
+    /// Ends a probation without a verdict, and releases an isolated cohort that is no longer looked up.
+    pub fn handle_timeout(&mut self, now: Instant) -> Option<Transition> {
+        let late = self
+            .probation
+            .as_ref()
+            .filter(|probation| probation.began + PROBATION_MAX <= now);
+        if let Some(cohort) = late.map(|probation| probation.cohort) {
+            return Some(self.clear(cohort, now));
         }
         let idle = self
-            .apart
+            .isolated
             .iter()
-            .find(|(_, apart)| apart.seen + APART_IDLE_MAX <= now)
+            .find(|(_, isolated)| isolated.seen + ISOLATED_UNUSED_MAX <= now)
             .map(|(cohort, _)| *cohort);
         idle.map(|cohort| self.release(cohort, now))
     }
 
-    /// Slower than usual for its number of keys. Learns what is usual.
-    fn is_slow(&mut self, statement: &Statement<'_>, now: Instant) -> bool {
-        let keys = statement.keys().max(1);
-        let seconds = statement.took.as_secs_f64();
+    /// Whether a statement took longer than usual for its number of keys. Updates the usual times.
+    fn is_slow(&mut self, keys: u32, took: Duration, now: Instant) -> bool {
+        let keys = keys.max(1);
+        let seconds = took.as_secs_f64();
         let bucket =
             usize::try_from(keys.next_power_of_two().trailing_zeros()).map_or(0, |bucket| bucket.min(BUCKETS - 1));
-        // Smaller ones tell an upper bound, as many times as long as they have fewer keys.
+        // A statement of fewer keys gives an upper bound: its time, scaled to this number of keys.
         let usual = (0..=bucket)
             .filter(|smaller| self.usual[*smaller].statements >= USUAL_MIN)
             .map(|smaller| self.usual[smaller].seconds * f64::from(1_u32 << (bucket - smaller)))
             .reduce(f64::min);
-        let is_slow = statement.took >= SLOW_MIN && usual.is_some_and(|usual| seconds >= SLOW_FACTOR * usual);
+        let is_slow = took >= SLOW_MIN && usual.is_some_and(|usual| seconds >= SLOW_FACTOR * usual);
         if is_slow {
             let slow_time = now.saturating_since(self.slow_at).min(SLOW_GAP_MAX);
             self.slow_at = now;
             let factor = (slow_time.as_secs_f64() / USUAL_RISES.as_secs_f64()).exp();
             for (smaller, usual) in self.usual[..=bucket].iter_mut().enumerate() {
-                // What so many keys took says of fewer that each took its part, and no more.
+                // Fewer keys take at most their part of this time.
                 usual.rise(factor, seconds / f64::from(1_u32 << (bucket - smaller)));
             }
         } else {
@@ -379,95 +392,85 @@ impl Costs {
         is_slow
     }
 
-    /// Puts the cohort on trial that was in slow statements longest; of several the one with the fewest keys.
-    fn suspect(&mut self, statement: &Statement<'_>, now: Instant) -> Option<Move> {
-        if self.trial.is_some() || self.apart.len() >= APART_MAX {
+    /// Puts the cohort with the longest run of slow statements on probation; of several, the one with the fewest
+    /// keys.
+    fn suspect(&mut self, cohorts: &Cohorts, took: Duration, now: Instant) -> Option<Transition> {
+        if self.probation.is_some() || self.isolated.len() >= ISOLATED_MAX {
             return None;
         }
-        let (cohort, keys) = *statement
-            .cohorts
+        let (cohort, keys) = *cohorts
             .iter()
             .filter(|(cohort, _)| {
                 let entry = self.cohorts.get(cohort);
-                entry.is_some_and(|entry| entry.slow_run >= SLOW_RUN && entry.immune_until <= now)
-                    && !self.is_apart(*cohort)
+                entry.is_some_and(|entry| entry.slow_run >= SLOW_RUN && entry.cool_until <= now)
+                    && !self.is_isolated(*cohort)
             })
             .filter(|(cohort, _)| self.has_others(*cohort, now))
             .max_by_key(|(cohort, keys)| {
                 let run = self.cohorts.get(cohort).map_or(0, |entry| entry.slow_run);
                 (run, std::cmp::Reverse(*keys))
             })?;
-        let seconds_per_key = statement.took.as_secs_f64() / f64::from(keys.max(1));
-        let apart = Apart {
+        let seconds_per_key = took.as_secs_f64() / f64::from(keys.max(1));
+        let isolated = Isolated {
             seen: now,
             seconds_per_key: seconds_per_key.max(1e-6),
             is_proven: false,
             cheap_run: 0,
-            tail: Tail::empty(1.0),
+            queue_end: QueueEnd::empty(1.0),
         };
-        self.apart.insert(cohort, apart);
-        self.trial = Some(Trial {
+        self.isolated.insert(cohort, isolated);
+        self.probation = Some(Probation {
             cohort,
             began: now,
             own: None,
             others: None,
         });
-        Some(Move::Apart(cohort))
+        Some(Transition::Isolated(cohort))
     }
 
-    /// Another cohort was looked up a moment ago: there is somebody to protect, and to compare with.
+    /// Whether another cohort was looked up a moment ago, so that there are devices to protect, and a time to compare
+    /// with.
     fn has_others(&self, cohort: CohortTag, now: Instant) -> bool {
         self.cohorts
             .iter()
-            .any(|(other, entry)| *other != cohort && entry.seen + TRIAL_MAX > now && !self.is_apart(*other))
+            .any(|(other, entry)| *other != cohort && entry.seen + PROBATION_MAX > now && !self.is_isolated(*other))
     }
 
-    /// Ends the trial, if both sides have been heard.
-    fn judge(&mut self, now: Instant) -> Option<Move> {
-        let trial = self.trial.as_ref()?;
-        let (own, others) = (trial.own?, trial.others?);
-        if own.statements < TRIAL_STATEMENTS || others.statements < TRIAL_STATEMENTS {
+    /// Ends the probation if there are enough statements of both sides.
+    fn decide(&mut self, now: Instant) -> Option<Transition> {
+        let probation = self.probation.as_ref()?;
+        let (own, others) = (probation.own?, probation.others?);
+        if own.statements < PROBATION_STATEMENTS || others.statements < PROBATION_STATEMENTS {
             return None;
         }
-        let cohort = trial.cohort;
+        let cohort = probation.cohort;
         if own.slower_than(&others) < COSTLY_FACTOR || own.seconds < SLOW_MIN.as_secs_f64() {
-            return Some(self.acquit(cohort, now));
+            return Some(self.clear(cohort, now));
         }
-        self.trial = None;
-        if let Some(apart) = self.apart.get_mut(&cohort) {
-            apart.is_proven = true;
+        self.probation = None;
+        if let Some(isolated) = self.isolated.get_mut(&cohort) {
+            isolated.is_proven = true;
         }
         None
     }
 
-    fn acquit(&mut self, cohort: CohortTag, now: Instant) -> Move {
-        self.trial = None;
+    fn clear(&mut self, cohort: CohortTag, now: Instant) -> Transition {
+        self.probation = None;
         let entry = self.entry(cohort, now);
-        entry.immunity = (entry.immunity * 2).clamp(IMMUNITY_MIN, IMMUNITY_MAX);
-        entry.immune_until = now + entry.immunity;
+        entry.cool_down = (entry.cool_down * 2).clamp(COOL_DOWN_MIN, COOL_DOWN_MAX);
+        entry.cool_until = now + entry.cool_down;
         self.release(cohort, now)
     }
 
-    fn release(&mut self, cohort: CohortTag, now: Instant) -> Move {
-        self.apart.remove(&cohort);
+    fn release(&mut self, cohort: CohortTag, now: Instant) -> Transition {
+        self.isolated.remove(&cohort);
         self.entry(cohort, now).slow_run = 0;
-        Move::Back(cohort)
+        Transition::Released(cohort)
     }
 
     fn entry(&mut self, cohort: CohortTag, now: Instant) -> &mut Cohort {
-        if self.cohorts.len() >= COHORTS_MAX && !self.cohorts.contains_key(&cohort) {
-            // Half at once: devices may invent cohorts, and each must cost little.
-            let mut seen: Vec<Instant> = self.cohorts.values().map(|entry| entry.seen).collect();
-            let (_, median, _) = seen.select_nth_unstable(COHORTS_MAX / 2);
-            let median = *median;
-            self.cohorts.retain(|_, entry| entry.seen > median);
-        }
-        let entry = self.cohorts.entry(cohort).or_insert(Cohort {
-            seen: now,
-            slow_run: 0,
-            immune_until: Instant::ZERO,
-            immunity: Duration::ZERO,
-        });
+        self.cohorts.renew(&cohort);
+        let entry = self.cohorts.entry(cohort, Cohort::default);
         entry.seen = now;
         entry
     }
@@ -478,15 +481,7 @@ mod tests {
     use super::*;
 
     fn is_slow(costs: &mut Costs, keys: u32, ms: u64, now: Instant) -> bool {
-        let cohorts = [(CohortTag::of(None, None), keys)];
-        let took = Duration::from_millis(ms);
-        costs.is_slow(
-            &Statement {
-                cohorts: &cohorts,
-                took,
-            },
-            now,
-        )
+        costs.is_slow(keys, Duration::from_millis(ms), now)
     }
 
     #[test]

@@ -1,11 +1,12 @@
-//! The words of admission: what it is asked, what it says, and what the caller owes.
+//! Input and output of admission.
 
 use std::time::Duration;
 
-use super::{BreakerState, CohortTag, LimitReason, Ticket};
+use super::{Batch, BreakerState, CohortTag, LimitReason, Ticket, throttle::Claim};
 use crate::{
     id::{DeviceId, Network, Proof},
     refusal::{Code, Hint, Limit, Refusal},
+    slots::Standing,
     time::Instant,
 };
 
@@ -13,74 +14,65 @@ use crate::{
 #[derive(Clone, Copy, Debug)]
 pub struct Arrival<'a> {
     pub device: DeviceId,
-    /// What it says it is. One whose look-ups cost far more than the others' is looked up apart.
+    /// The cohort that it claims. A costly one is isolated.
     pub cohort: CohortTag,
     pub slot_token: Option<&'a str>,
-    /// When its request was complete. Deadlines count from here.
+    /// Time at which its request was complete. Deadlines count from here.
     pub arrived: Instant,
-    /// The caller remembers that there is no such device. Throttles come first all the same.
+    /// Whether the caller remembers that there is no such device. The throttle is checked first nevertheless.
     pub is_known_absent: bool,
-    /// What its claim rests on. What strangers try with the id of a device never counts against its certificate.
+    /// The kind of its credential. Wrong secrets are never counted against a certificate.
     pub proof: Proof,
-    /// Where it comes from. What is tried from one network with the id of a device counts little against it elsewhere.
+    /// The network that it comes from. Wrong credentials from one network have little effect on the id elsewhere.
     pub network: Network,
 }
 
-/// More devices than one part in this many of the limit: then look-ups need the database's time.
+/// Part of the limit above which waiting devices need the database's time.
 const TO_SPARE_PART: usize = 4;
 
-/// What admission says of an arrival.
+/// Decision on an arrival.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// It waits. An [`Action`] with this ticket follows, unless [`abandon`](super::Admission::abandon) is called before.
+    /// It waits. An [`Output`] with this ticket follows, unless [`abandon`](super::Admission::abandon) is called
+    /// before.
     Queued(Ticket),
-    /// There is no such device; nothing was asked of the database.
+    /// There is no such device. The database was not queried.
     KnownAbsent,
-    /// To be answered now.
+    /// It is refused now.
     Refused(Refused),
 }
 
-/// A refusal that names the limit which refused.
+/// A refusal, with its cause.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refused {
     pub cause: Cause,
-    /// With a slot, always.
+    /// It always has a slot.
     pub hint: Hint,
 }
 
-/// Why admission refuses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Cause {
-    /// Wrong credentials too often with this id.
-    Throttle,
-    /// Too many devices wait.
-    QueueFull,
-    /// It waited too long for its turn.
-    Deadline,
-    /// The database is away, or was never there.
-    Breaker,
-    /// The look-up failed twice.
-    LookupFailed,
-    /// The look-up was answered, and the answer says nothing of this device that can be relied on.
-    LookupUntold,
-    /// The look-up was not answered in time.
-    LookupTimedOut,
+crate::labels! {
+    /// Why admission refuses.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+    pub enum Cause {
+        /// Too many wrong credentials for this id.
+        Throttle = "throttle",
+        /// Too many devices wait.
+        QueueFull = "queue_full",
+        /// It waited too long.
+        Deadline = "deadline",
+        /// The database does not answer, or there was no contact yet.
+        Breaker = "breaker",
+        /// The lookup failed twice.
+        LookupFailed = "lookup_failed",
+        /// The lookup was answered, without reliable data about this device. The attempt counts as one with a wrong
+        /// credential.
+        LookupUntold = "lookup_untold",
+        /// The lookup was not answered in time.
+        LookupTimedOut = "lookup_timed_out",
+    }
 }
 
 impl Cause {
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Throttle => "throttle",
-            Self::QueueFull => "queue_full",
-            Self::Deadline => "deadline",
-            Self::Breaker => "breaker",
-            Self::LookupFailed => "lookup_failed",
-            Self::LookupUntold => "lookup_untold",
-            Self::LookupTimedOut => "lookup_timed_out",
-        }
-    }
-
     #[must_use]
     pub const fn code(self) -> Code {
         match self {
@@ -103,82 +95,100 @@ impl From<Refused> for Refusal {
     }
 }
 
-/// What the caller owes a waiting device.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Action<R> {
-    /// Answer it. `None`: the registry does not have the device. Then report the result of its credential with
-    /// [`handle_right_credential`](super::Admission::handle_right_credential),
-    /// [`handle_wrong_credential`](super::Admission::handle_wrong_credential) or [`abandon`](super::Admission::abandon).
+/// The caller's next action.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Output<R, W> {
+    /// Send this statement, and report its end with [`handle_batch_done`](super::Admission::handle_batch_done).
+    Send(Batch),
+    /// Answer a device that waits. `None`: the registry does not have it. Then report the result of its credential
+    /// check with [`end`](super::Admission::end).
     Answer {
         ticket: Ticket,
-        device: DeviceId,
+        kept: W,
         record: Option<R>,
+        answered: Answered,
     },
-    /// Refuse it.
-    Refuse { ticket: Ticket, refused: Refused },
+    /// Refuse a device that waits.
+    Refuse { ticket: Ticket, kept: W, refused: Refused },
+    /// Nothing for now. Call again at this time, or when something else happens.
+    Wait(Option<Instant>),
 }
 
-/// What an answered statement says of one key.
+/// The attempt of a device that was looked up, and whose credential is not verified yet. It is counted as wrong until
+/// it [ends](super::Admission::end).
+#[derive(Debug, PartialEq, Eq)]
+#[must_use]
+pub struct Answered {
+    pub(super) claim: Claim,
+    pub(super) network: Network,
+    pub(super) cohort: CohortTag,
+    pub(super) standing: Standing,
+}
+
+impl Answered {
+    #[must_use]
+    pub const fn device(&self) -> DeviceId {
+        self.claim.0
+    }
+}
+
+/// Content of an answered statement for one key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Told<R> {
     /// The device's record.
     Found(R),
     /// The registry does not have the device.
     Absent,
-    /// Nothing that can be relied on: the record cannot be read, or its absence is not to be believed now.
+    /// No reliable data: the record cannot be read, or its absence is not believed now.
     Nothing,
 }
 
 /// Why a statement was not answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BatchFailure {
-    /// It failed, and says nothing about its keys.
+    /// It failed, which says nothing about its keys.
     Failed,
-    /// No answer within [`LOOKUP_MAX`](super::LOOKUP_MAX). Not tried again: there would be no time.
+    /// No answer within [`LOOKUP_MAX`](super::LOOKUP_MAX). Not retried: there would be no time.
     TimedOut,
 }
 
 /// Figures for people and metrics.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdmissionState {
-    /// Keys that may be in flight. Where the limit has shrunk, it falls as what was sent before is answered.
+    /// Maximum number of keys in flight. After the limit has shrunk, it falls as earlier statements are answered.
     pub limit: u32,
-    /// The most that the limit may come to.
+    /// Maximum that the limit may reach.
     pub limit_ceiling: u32,
-    /// Why the limit is what it is.
+    /// Why the limit has its value.
     pub limit_reason: LimitReason,
-    /// The ceiling holds throughput back: for 10 s and more devices have waited, and more in flight would have given more answers.
+    /// Whether the ceiling holds throughput back: devices have waited for 10 s, and more keys in flight would have
+    /// given more answers.
     pub is_ceiling_too_low: bool,
-    /// How much of one percent more in flight came out as answers, lately: 1 below the database's knee, 0 at it.
+    /// Growth of the answers in percent for one percent more in flight: 1 below the database's knee, 0 at it.
     pub elasticity: f64,
-    /// Keys answered a second when devices last waited for a second on end; 0 where they never did.
+    /// Keys answered a second, in the last second in which devices waited nearly all the time. Zero before the first.
     pub rate: f64,
-    /// Nine of ten statements took no longer in the last second that had some, to the accuracy of a fifth; 0 where there were none yet.
+    /// 90th percentile of the time of a statement in the last second that had one, to within a fifth. Zero before
+    /// the first.
     pub took_p90: Duration,
-    /// Keys sent and not answered.
+    /// Number of keys sent and not answered.
     pub in_flight: u32,
-    /// Devices waiting for an answer.
+    /// Number of devices that wait for an answer.
     pub queue: usize,
-    /// Keys a second that slots are given out by.
+    /// Reference capacity in keys per second: the rate at which slots are given out.
     pub k_ref: f64,
-    /// The best rate measured in the last minutes, in keys a second; 0 where none was.
+    /// Best rate measured in the last minutes, in keys per second. Zero if none was.
     pub k_peak: f64,
-    /// The best rate known from before, in keys a second; 0 where none is.
+    /// Best rate known from a previous process, in keys per second. Zero if none is.
     pub k_last_known_good: f64,
     pub breaker: BreakerState,
-    /// Devices whose slot is remembered.
-    pub slots: usize,
-    /// Slots given out so far that live in their token alone.
-    pub slots_stateless: u64,
-    /// Devices that are no strangers although the roster does not have them so.
-    pub known: usize,
-    /// Cohorts that are looked up apart, because their look-ups cost far more than the others'.
+    /// Number of isolated cohorts whose lookups were found to cost far more than those of others.
     pub cohorts_apart: usize,
 }
 
 impl AdmissionState {
-    /// Whether look-ups leave the database time for work that nobody waits for. While one cohort's look-ups cost far more than
-    /// the others', they don't: whatever makes them costly may make other reads costly.
+    /// Whether lookups leave the database time for background work. They do not while a cohort is isolated: the
+    /// cause of its cost may make other reads costly as well.
     #[must_use]
     pub fn has_time_to_spare(&self) -> bool {
         let limit = usize::try_from(self.limit).unwrap_or(usize::MAX);

@@ -1,485 +1,370 @@
-//! Admission: who may be looked up in the registry now, and when everybody else should come back.
+//! Admission: which devices may be looked up in the registry now, and when the others should return.
 //!
-//! Four bounds, each independent of the others: a ceiling on keys a second, a limit on keys in flight, queues bounded in
-//! time, and a deadline for each device. A breaker in front answers at once while the database is away. Whoever is refused
-//! gets a slot (see [`crate::slots`]).
+//! Four bounds, each independent of the others: a ceiling on keys per second, a limit on keys in flight, queues
+//! bounded in time, and a deadline for each device. A breaker in front answers at once while the database is away.
+//! A refused device gets a slot (see [`crate::slots`]). docs/design/admission.md has the reasons.
 //!
-//! Start with [`Admission`]. It runs no query: the caller sends each [`Batch`] that [`Admission::poll_batch`] gives, and
-//! carries out each [`Action`]. It authenticates nobody, and knows neither rules nor connections.
+//! Start with [`Admission`]. It runs no query: the caller does what [`Admission::poll_output`] returns. It does not
+//! authenticate devices, and knows neither rules nor connections.
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::VecDeque, num::NonZeroU32, time::Duration};
 
 use rand::Rng;
 
 mod batches;
 mod breaker;
 mod ceiling;
+mod classes;
 mod config;
 mod cost;
 mod decision;
-mod gather;
 mod limit;
+mod linger;
 mod queue;
 mod throttle;
 
-pub use breaker::BreakerState;
+pub use breaker::{BreakerState, Registry};
 pub use config::{AdmissionConfig, Figure, InvalidAdmission};
 pub use cost::{CohortTag, Costly};
-pub use decision::{Action, AdmissionState, Arrival, BatchFailure, Cause, Decision, Refused, Told};
+pub use decision::{AdmissionState, Answered, Arrival, BatchFailure, Cause, Decision, Output, Refused, Told};
 pub use limit::LimitReason;
 pub use queue::{Batch, BatchId, Ticket};
+pub use throttle::Outcome;
 
 use self::{
     breaker::Breaker,
     ceiling::Ceiling,
     cost::Costs,
-    gather::Gather,
-    limit::{Limit, Meter, OVERBOOKING, Reference},
-    queue::{Class, Late, Queue, Waiter},
-    throttle::{Throttle, Verdict},
+    limit::{Limiter, Meter, OVERBOOKING, Reference},
+    linger::Linger,
+    queue::{Late, Queue},
+    throttle::Throttle,
 };
 use crate::{
+    hint::{self, draw},
     id::{DeviceId, Network, Proof},
-    refusal::{Hint, draw},
-    slots::{HINT_MIN, Pace, Roster, STRANGERS_SHARE, SlotKeys, Slots, Standing, Weights},
+    slots::{HINT_MIN, Slots, Standing, Weights},
     time::{Instant, WallTime},
 };
 
-/// Slot holders waiting are bounded to what the reference capacity answers in this time, the longest that they may wait. Then they get
-/// a new slot at once.
-const HOLDERS_QUEUE: Duration = SEND_WITHIN;
-/// Devices sent away so often that they are served by seniority. overload.md section 4.
-const EXPRESS_BOUNCES: u8 = 3;
-/// The part of the holders' bound that they have for themselves.
-const EXPRESS_PART: usize = 4;
-/// The same for devices without a due slot: they use what holders leave.
-const WALK_INS_QUEUE: Duration = Duration::from_millis(100);
-/// A device is looked up at most this long after its arrival: a look-up of [`LOOKUP_MAX`] then still ends in time.
+/// Maximum time from a device's arrival to its lookup: a lookup of [`LOOKUP_MAX`] then still ends in time.
 pub const SEND_WITHIN: Duration = Duration::from_millis(1_800);
-/// A device is answered at the latest this long after its arrival. The contract allows 3 s.
+/// Maximum time from a device's arrival to its answer. docs/PROTOCOL.md promises 3 s.
 pub const ANSWER_WITHIN: Duration = Duration::from_millis(2_800);
-/// Longest look-up statement. The caller enforces it, and reports [`BatchFailure::TimedOut`] then.
+/// Maximum time of a lookup statement. The caller enforces it, and reports [`BatchFailure::TimedOut`] then.
 pub const LOOKUP_MAX: Duration = Duration::from_secs(1);
-/// A statement whose end was not reported after this time is handled as timed out: otherwise its keys would stay in flight for ever. Nobody waits
-/// for it any more.
+/// Time after which a statement whose end was not reported is handled as timed out. No device waits for it by then, and
+/// its keys must not stay in flight for ever.
 const STATEMENT_LOST_AFTER: Duration = ANSWER_WITHIN;
-/// A device of which an answer says nothing comes back not before a time drawn from here, doubled with each refusal up to
-/// [`UNTOLD_DOUBLINGS_MAX`] times: the database answers, and more questions do not help it.
-const UNTOLD_FOR: std::ops::RangeInclusive<Duration> = Duration::from_secs(5)..=Duration::from_secs(15);
+/// Maximum number of times that [`hint::UNTOLD`] is doubled.
 const UNTOLD_DOUBLINGS_MAX: u32 = 4;
-/// Statements in flight, those of cohorts apart left out. Two: while one runs, the next gathers.
+/// Maximum number of shared statements in flight: while one runs, the next one fills.
 const BATCHES_IN_FLIGHT_MAX: usize = 2;
-/// Statements in flight in all: one more, for cohorts whose look-ups cost far more than the others'.
+/// Maximum number of statements in flight: one more, for isolated cohorts.
 pub const STATEMENTS_IN_FLIGHT_MAX: usize = BATCHES_IN_FLIGHT_MAX + 1;
-/// The part of the limit that one statement of a cohort apart may take.
-const APART_PART: usize = 4;
-/// A throttled device gets a slot not before a time drawn from here.
-const THROTTLED_FOR: std::ops::RangeInclusive<Duration> = Duration::from_secs(5)..=Duration::from_secs(15);
+/// Part of the limit that one statement of an isolated cohort may take.
+const ISOLATED_PART: usize = 4;
 
-/// An answer that waits to be fetched.
+/// The lookups of one node: limit, queue, breaker and throttle. `R` is the result of a lookup, `W` the caller's data
+/// for a device that waits.
 #[derive(Debug)]
-enum Owed<R> {
-    Answer {
-        ticket: Ticket,
-        waiter: Waiter,
-        record: Option<R>,
-    },
-    Refuse {
-        ticket: Ticket,
-        waiter: Waiter,
-        cause: Cause,
-    },
-}
-
-/// Everything between "the rules have nothing against it" and "here is its record", for one node. `R` is what a look-up finds.
-#[derive(Debug)]
-pub struct Admission<R> {
+pub struct Admission<R, W> {
     config: AdmissionConfig,
-    slots: Slots,
-    queue: Queue,
-    limit: Limit,
+    /// Number of nodes that share the database.
+    nodes: u32,
+    queue: Queue<W>,
+    limit: Limiter,
     meter: Meter,
     reference: Reference,
     ceiling: Ceiling,
     breaker: Breaker,
     throttle: Throttle,
     costs: Costs,
-    gather: Gather,
-    /// Bounded by the devices that wait.
-    owed: VecDeque<Owed<R>>,
-    /// Devices that were answered, and whose credential was not judged yet. Bounded by the caller's connections.
-    unjudged: BTreeMap<Ticket, Waiter>,
+    linger: Linger,
+    /// Answers that the caller has not fetched: a record, or why there is none. Bounded by the devices that wait, and
+    /// those that left since the last call of [`poll_output`](Self::poll_output).
+    pending: VecDeque<(Ticket, Result<Option<R>, Cause>)>,
+    /// Time at which nothing was due and no statement could be sent; `None` after any change since.
+    settled_at: Option<Instant>,
 }
 
-impl<R> Admission<R> {
-    /// Look-ups go through from the start; where there was no contact with the registry yet, call
-    /// [`handle_registry_absent`](Self::handle_registry_absent).
+impl<R: Clone, W> Admission<R, W> {
+    /// Lookups are allowed from the start, unless [`Registry::Absent`] is reported.
     #[must_use]
-    pub fn new(config: AdmissionConfig, keys: SlotKeys, now: Instant) -> Self {
+    pub fn new(config: AdmissionConfig, now: Instant) -> Self {
         Self {
             queue: Queue::new(Weights::new(&config.tenant_weights)),
-            slots: Slots::new(&config, keys),
-            limit: Limit::new(config.keys_in_flight_max, config.batch_keys_max, now),
+            limit: Limiter::new(config.keys_in_flight_max, config.batch_keys_max, now),
             meter: Meter::default(),
             reference: Reference::new(config.lookups_per_second_max, now),
-            ceiling: Ceiling::new(config.lookups_per_second_max, now),
+            ceiling: Ceiling::new(config.lookups_per_second_max),
             breaker: Breaker::new(now),
             throttle: Throttle::default(),
             costs: Costs::default(),
-            gather: Gather::new(now),
-            owed: VecDeque::new(),
-            unjudged: BTreeMap::new(),
+            linger: Linger::new(now),
+            pending: VecDeque::new(),
+            settled_at: None,
+            nodes: 1,
             config,
         }
     }
 
-    /// A device wants to be looked up.
-    pub fn attempt(&mut self, arrival: &Arrival<'_>, now: Instant, wall: WallTime, rng: &mut impl Rng) -> Decision {
+    /// Decides on a device that needs a lookup. `kept` is called if it waits. If it is refused, its slot comes from
+    /// `slots`.
+    pub fn attempt(
+        &mut self,
+        arrival: &Arrival<'_>,
+        kept: impl FnOnce() -> W,
+        slots: &mut Slots,
+        (now, wall): (Instant, WallTime),
+        rng: &mut impl Rng,
+    ) -> Decision {
         self.limit.seed(rng);
         let device = arrival.device;
-        let standing = self.slots.standing(device, arrival.slot_token, now, wall);
+        let standing = slots.standing(device, arrival.slot_token, now, wall);
         let claim = (device, arrival.proof);
-        if self.throttle.is_throttled(claim, arrival.network, standing.is_due, now) {
-            let at_least = draw(THROTTLED_FOR, rng);
+        let (cause, at_least) = if self.throttle.is_throttled(claim, arrival.network, standing.is_due, now) {
+            let at_least = draw(hint::THROTTLED, rng);
             if standing.is_due {
-                // Anybody can name the device at its slot. So this must not move the slot that is remembered.
-                let hint = self.slots.hint_apart(device, &standing, at_least, (now, wall), rng);
+                // Anybody can name this device id, so the remembered slot does not change.
+                let hint = slots.hint_without_slot(device, &standing, at_least, (now, wall), rng);
                 let cause = Cause::Throttle;
                 return Decision::Refused(Refused { cause, hint });
             }
-            return self.refuse(arrival, &standing, Cause::Throttle, at_least, (now, wall), rng);
-        }
-        if arrival.is_known_absent {
+            (Cause::Throttle, at_least)
+        } else if arrival.is_known_absent {
             self.throttle.begin(claim, arrival.network);
-            self.throttle.end(claim, arrival.network, Verdict::Wrong, now);
+            self.throttle.end(claim, arrival.network, Outcome::Wrong, now);
             return Decision::KnownAbsent;
-        }
-        if !self.breaker.is_closed() {
-            let at_least = self.breaker.floor(now, rng);
-            return self.refuse(arrival, &standing, Cause::Breaker, at_least, (now, wall), rng);
-        }
-        match self.admit_to_queue(arrival, &standing, now) {
-            Some(ticket) => {
-                self.throttle.begin(claim, arrival.network);
-                Decision::Queued(ticket)
-            }
-            None => self.refuse(arrival, &standing, Cause::QueueFull, HINT_MIN, (now, wall), rng),
-        }
-    }
-
-    fn admit_to_queue(&mut self, arrival: &Arrival<'_>, standing: &Standing, now: Instant) -> Option<Ticket> {
-        if self.queue.len() >= self.config.waiting_max {
-            return None;
-        }
-        let device = arrival.device;
-        let is_apart = self.costs.is_apart(arrival.cohort);
-        let class = self.class_with_room(arrival, standing, now);
-        let waiter = Waiter {
-            device,
-            proof: arrival.proof,
-            network: arrival.network,
-            cohort: arrival.cohort,
-            standing: *standing,
-            send_by: arrival.arrived + SEND_WITHIN,
-            answer_by: arrival.arrived + ANSWER_WITHIN,
-        };
-        if self.queue.holds(device) {
-            let joined = self.queue.join(waiter, class, is_apart)?;
-            let cause = Cause::QueueFull;
-            let refused = |(ticket, waiter)| Owed::Refuse { ticket, waiter, cause };
-            self.owed.extend(joined.displaced.map(refused));
-            return Some(joined.ticket);
-        }
-        let class = class.or_else(|| self.make_room(arrival, standing, now));
-        class.map(|class| self.queue.enqueue(waiter, class, is_apart))
-    }
-
-    /// Where holders fill their line, a due device of a tenant with fewer of them takes the place of the longest tenant's newest.
-    fn make_room(&mut self, arrival: &Arrival<'_>, standing: &Standing, now: Instant) -> Option<Class> {
-        let is_entitled = standing.is_due && self.is_trusted(arrival, standing, now);
-        if !is_entitled || self.costs.is_apart(arrival.cohort) {
-            return None;
-        }
-        let gone = self.queue.make_room(Class::Holder, standing.tenant);
-        let cause = Cause::QueueFull;
-        let has_room = !gone.is_empty();
-        let refused = |(ticket, waiter)| Owed::Refuse { ticket, waiter, cause };
-        self.owed.extend(gone.into_iter().map(refused));
-        has_room.then_some(Class::Holder)
-    }
-
-    fn is_trusted(&self, arrival: &Arrival<'_>, standing: &Standing, now: Instant) -> bool {
-        standing.tenant.is_some() && !self.is_disputed(arrival, now)
-    }
-
-    fn is_disputed(&self, arrival: &Arrival<'_>, now: Instant) -> bool {
-        let claim = (arrival.device, arrival.proof);
-        self.throttle.is_disputed(claim, arrival.network, now)
-    }
-
-    /// The best class that the device may wait in, if any has room.
-    fn class_with_room(&self, arrival: &Arrival<'_>, standing: &Standing, now: Instant) -> Option<Class> {
-        let cohort = arrival.cohort;
-        if self.costs.is_costly(cohort) {
-            return self.class_apart(cohort, standing, now);
-        }
-        let on_trial = self.queue.apart_len(cohort);
-        let reference = self.reference.keys_per_second(now);
-        let holders_max = keys_in(HOLDERS_QUEUE, reference);
-        let walk_ins_max = keys_in(WALK_INS_QUEUE, reference);
-        let is_bounced = standing.slot.is_some_and(|slot| slot.bounces >= EXPRESS_BOUNCES);
-        let len = |classes: &[Class]| self.queue.line_len(classes) + on_trial;
-        let known = len(&[Class::Holder, Class::Express, Class::WalkIn]);
-        let all = len(&Class::ALL);
-        let first = |candidates: &[(bool, Class, bool)]| {
-            let found = candidates
-                .iter()
-                .find(|(is_entitled, _, has_room)| *is_entitled && *has_room);
-            found.map(|(_, class, _)| *class)
-        };
-        if self.is_trusted(arrival, standing, now) {
-            let has_express_room = len(&[Class::Express]) < holders_max.div_ceil(EXPRESS_PART);
-            first(&[
-                (standing.is_due && is_bounced, Class::Express, has_express_room),
-                (standing.is_due, Class::Holder, len(&[Class::Holder]) < holders_max),
-                (true, Class::WalkIn, known < walk_ins_max),
-            ])
+        } else if !self.breaker.is_closed() {
+            (Cause::Breaker, self.breaker.floor(now, rng))
+        } else if let Some(ticket) = self.admit_to_queue(arrival, kept, &standing, now) {
+            self.throttle.begin(claim, arrival.network);
+            self.settled_at = None;
+            return Decision::Queued(ticket);
         } else {
-            // What holders leave, and at least their share: it must not end where holders fill their queue.
-            let guaranteed = (holders_max as f64 * STRANGERS_SHARE).ceil();
-            let has_room = (len(&[Class::StrangerHolder]) as f64) < guaranteed
-                || len(&[Class::Holder, Class::StrangerHolder]) < holders_max;
-            first(&[
-                (standing.is_due, Class::StrangerHolder, has_room),
-                (true, Class::StrangerWalkIn, all < walk_ins_max),
-            ])
-        }
-    }
-
-    /// The same for a cohort apart: its line is bounded in time by what its own look-ups cost.
-    fn class_apart(&self, cohort: CohortTag, standing: &Standing, now: Instant) -> Option<Class> {
-        let (rate, len) = (self.costs.rate(cohort, now), self.queue.apart_len(cohort));
-        let (holder, walk_in) = match standing.tenant {
-            Some(_) => (Class::Holder, Class::WalkIn),
-            None => (Class::StrangerHolder, Class::StrangerWalkIn),
+            (Cause::QueueFull, HINT_MIN)
         };
-        if standing.is_due && len < keys_in(HOLDERS_QUEUE, rate) {
-            return Some(holder);
-        }
-        (len < keys_in(WALK_INS_QUEUE, rate)).then_some(walk_in)
-    }
-
-    fn refuse(
-        &mut self,
-        arrival: &Arrival<'_>,
-        standing: &Standing,
-        cause: Cause,
-        at_least: Duration,
-        times: (Instant, WallTime),
-        rng: &mut impl Rng,
-    ) -> Decision {
-        let rate = self.reference.keys_per_second(times.0);
-        let pace = self.costs.pace(arrival.cohort, rate, OVERBOOKING, times.0);
-        let hint = self.slots.refuse(arrival.device, standing, at_least, pace, times, rng);
+        let pace = self.costs.pace(arrival.cohort, self.k_ref(now), OVERBOOKING, now);
+        let hint = slots.refuse(device, &standing, at_least, pace, (now, wall), rng);
         Decision::Refused(Refused { cause, hint })
     }
 
-    /// The device has gone. Unless its key is under way already, or others wait for it, it never reaches the database. Harmless where the
-    /// device was refused, or its credential was judged.
-    pub fn abandon(&mut self, ticket: Ticket, now: Instant) {
+    /// The devices that wait, by arrival.
+    pub fn waiting(&self) -> impl ExactSizeIterator<Item = (Ticket, &W)> {
+        self.queue.waiting()
+    }
+
+    /// The device has left. Its key is not sent, unless others wait for it or it is in flight. Returns `None` if it no
+    /// longer waits.
+    pub fn abandon(&mut self, ticket: Ticket, now: Instant) -> Option<W> {
         let is_asked = self.queue.is_sent(ticket);
-        match self.queue.leave(ticket) {
-            Some(waiter) => {
-                let verdict = if is_asked { Verdict::Left } else { Verdict::Open };
-                self.end_attempt(&waiter, verdict, now);
-            }
-            None => self.judge(ticket, Verdict::Left, now),
-        }
+        self.queue.leave(ticket);
+        let waiter = self.queue.take(ticket)?;
+        let outcome = if is_asked { Outcome::Left } else { Outcome::Open };
+        self.throttle
+            .end((waiter.device, waiter.proof), waiter.network, outcome, now);
+        self.settled_at = None;
+        Some(waiter.kept)
     }
 
-    fn judge(&mut self, ticket: Ticket, verdict: Verdict, now: Instant) {
-        if let Some(waiter) = self.unjudged.remove(&ticket) {
-            self.end_attempt(&waiter, verdict, now);
-        }
-    }
-
-    fn end_attempt(&mut self, waiter: &Waiter, verdict: Verdict, now: Instant) {
-        let claim = (waiter.device, waiter.proof);
-        self.throttle.end(claim, waiter.network, verdict, now);
+    /// Reports the result of an answered device's credential check; [`Outcome::Wrong`] for an unregistered device as
+    /// well. A wrong proof of one kind is counted for that kind alone.
+    pub fn end(&mut self, answered: Answered, outcome: Outcome, now: Instant) {
+        let Answered { claim, network, .. } = answered;
+        self.throttle.end(claim, network, outcome, now);
     }
 
     fn refuse_all_waiting(&mut self) {
-        let cause = Cause::Breaker;
         let waiting = self.queue.drain();
-        self.owed.extend(
-            waiting
-                .into_iter()
-                .map(|(ticket, waiter)| Owed::Refuse { ticket, waiter, cause }),
-        );
+        self.refuse_later(waiting, Cause::Breaker);
     }
 
-    /// There is no contact with the registry yet: everybody is refused at once.
-    pub fn handle_registry_absent(&mut self, now: Instant) {
-        if self.breaker.handle_absent(now) {
+    fn refuse_later(&mut self, waiting: impl IntoIterator<Item = Ticket>, cause: Cause) {
+        self.pending
+            .extend(waiting.into_iter().map(|ticket| (ticket, Err(cause))));
+    }
+
+    /// Reports the state of the registry as seen by calls other than lookups. If that opens the breaker, all waiting
+    /// devices are refused.
+    pub fn handle_registry(&mut self, registry: Registry, now: Instant) {
+        self.settled_at = None;
+        if self.breaker.handle_registry(registry, now) {
             self.refuse_all_waiting();
         }
     }
 
-    /// The registry is there: once a few probes are answered, look-ups go through.
-    pub fn handle_registry_present(&mut self, now: Instant) {
-        self.breaker.handle_present(now);
-    }
-
-    /// Calls to the registry other than look-ups had no answer. Where no look-up was answered lately either, everybody is refused at once,
-    /// until probes are answered.
-    pub fn handle_registry_said_away(&mut self, now: Instant) {
-        if self.breaker.handle_said_away(now) {
-            self.refuse_all_waiting();
-        }
-    }
-
-    /// Calls to the registry other than look-ups are answered.
-    pub const fn handle_registry_said_there(&mut self) {
-        self.breaker.handle_said_there();
-    }
-
-    /// The device was authenticated, and is let in. Its slot is used; it is no stranger from now on. `tenant` is the registry's.
-    pub fn handle_admitted(&mut self, device: DeviceId, tenant: &str) {
-        self.slots.handle_admitted(device, tenant);
-    }
-
-    /// The registry has the device with this tenant, whatever the roster says: it was registered, or changed.
-    pub fn handle_tenant(&mut self, device: DeviceId, tenant: &str) {
-        self.slots.handle_tenant(device, tenant);
-    }
-
-    /// The device has shown a token of ours which says that it is this tenant's, and which does not let it in any more: it is no stranger.
-    pub fn handle_vouched(&mut self, device: DeviceId, tenant: &str) {
-        self.slots.handle_vouched(device, tenant);
-    }
-
-    /// Who is registered, as far as is known.
+    /// Whether lookups have succeeded. [`Registry::Present`] alone is not enough: until the first probes are answered,
+    /// devices are refused.
     #[must_use]
-    pub const fn roster(&self) -> &Arc<Roster> {
-        self.slots.roster()
+    pub const fn had_contact(&self) -> bool {
+        self.breaker.had_contact()
     }
 
-    /// Who is registered: whoever is not, and was not seen authenticated, is a stranger. The roster of before, whose end takes a moment
-    /// where it is large.
-    pub fn set_roster(&mut self, roster: Arc<Roster>) -> Arc<Roster> {
-        self.slots.set_roster(roster)
-    }
-
-    /// The credential of an answered device was right, whether or not it is let in.
-    pub fn handle_right_credential(&mut self, ticket: Ticket, now: Instant) {
-        self.judge(ticket, Verdict::Right, now);
-    }
-
-    /// An answered device was not authenticated: wrong credential, or no such device. What was wrong with one kind of proof counts
-    /// against that kind alone.
-    pub fn handle_wrong_credential(&mut self, ticket: Ticket, now: Instant) {
-        self.judge(ticket, Verdict::Wrong, now);
-    }
-
-    /// The device was registered, or given another credential: it must not wait for its attempts before that.
+    /// The device was registered, or got another credential: its earlier attempts are forgotten.
     pub fn handle_registered(&mut self, device: DeviceId) {
         self.throttle.forgive(device);
     }
 
-    /// Any number of devices were registered.
+    /// Many devices were registered: all earlier attempts are forgotten.
     pub fn handle_many_registered(&mut self) {
         self.throttle.forgive_all();
     }
 
-    /// A slot for a device whose session is closed, not before `now + at_least`.
-    pub fn slot_for_close(
-        &mut self,
-        device: DeviceId,
-        at_least: Duration,
-        now: Instant,
-        wall: WallTime,
-        rng: &mut impl Rng,
-    ) -> Hint {
-        self.slot_for_turned(device, None, at_least, (now, wall), rng)
-    }
-
-    /// A slot for a device that is not even queued, because this node has no room for it, not before `now + at_least`. Where the slot
-    /// that it carries is still ahead it is given that again, and its seniority counts either way.
-    pub fn slot_for_turned(
-        &mut self,
-        device: DeviceId,
-        slot_token: Option<&str>,
-        at_least: Duration,
-        (now, wall): (Instant, WallTime),
-        rng: &mut impl Rng,
-    ) -> Hint {
-        let standing = self.slots.standing(device, slot_token, now, wall);
-        let rate = self.reference.keys_per_second(now);
-        self.slots
-            .refuse(device, &standing, at_least, Pace::Shared(rate), (now, wall), rng)
-    }
-
-    /// Whether a device was seen authenticated, or is registered as far as this node knows. Anybody may name its id.
-    #[must_use]
-    pub fn is_known(&self, device: DeviceId, slot_token: Option<&str>, now: Instant, wall: WallTime) -> bool {
-        self.slots.standing(device, slot_token, now, wall).tenant.is_some()
-    }
-
-    /// Whether a device shows by a token of ours that it comes at its slot: then how often others come from where it is doesn't matter.
+    /// Whether a device proves by a slot token that it returns at its slot. The limits on its address then do not
+    /// apply.
     #[must_use]
     pub fn is_at_its_slot(
         &self,
+        slots: &Slots,
         device: DeviceId,
         slot_token: &str,
         network: Network,
-        now: Instant,
-        wall: WallTime,
+        (now, wall): (Instant, WallTime),
     ) -> bool {
-        // Whoever would be throttled all the same gains nothing, and could come as often as it likes.
+        // A throttled device gains nothing by its slot, and could otherwise return without limit.
         let is_throttled = self.throttle.is_throttled((device, Proof::Secret), network, true, now);
-        !is_throttled && self.slots.shows_due(device, slot_token, now, wall)
+        !is_throttled && slots.shows_due(device, slot_token, now, wall)
     }
 
-    /// Cohorts whose look-ups are sent apart, because they cost far more than the others'.
+    /// Isolated cohorts whose lookups were found to cost far more than those of others.
     pub fn costly(&self) -> impl Iterator<Item = Costly> {
         self.costs.costly()
     }
 
-    /// The plan guard found, or no longer finds, a look-up that reads a whole table: the limit is cut to 2.
+    /// The plan guard found, or no longer finds, a lookup that reads a whole table: the limit is cut to 2 keys.
     pub fn set_limit_cut(&mut self, is_cut: bool, now: Instant) {
+        self.settled_at = None;
         self.limit.set_cut(is_cut, now);
     }
 
-    /// The best rate of an earlier life, in keys a second, to give slots out by until one is measured.
-    /// A figure that is no rate counts as none.
+    /// Reports the number of nodes that share the database, this one included. It is one until then. Each has an equal
+    /// share of `lookups_per_second_max`, of `keys_in_flight_max` and of the measured capacity.
+    pub fn handle_peers(&mut self, nodes: NonZeroU32, now: Instant) {
+        if nodes.get() != self.nodes {
+            let change = f64::from(self.nodes) / f64::from(nodes.get());
+            self.nodes = nodes.get();
+            self.reference.scale(change);
+            self.share_bounds(now);
+        }
+    }
+
+    /// Changes the bounds of all nodes together.
+    pub fn set_bounds(&mut self, lookups_per_second_max: u32, keys_in_flight_max: u32, now: Instant) {
+        self.config.lookups_per_second_max = lookups_per_second_max;
+        self.config.keys_in_flight_max = keys_in_flight_max;
+        self.share_bounds(now);
+    }
+
+    fn share_bounds(&mut self, now: Instant) {
+        self.settled_at = None;
+        let per_second = (self.config.lookups_per_second_max / self.nodes).max(1);
+        let in_flight = (self.config.keys_in_flight_max / self.nodes).max(1);
+        self.ceiling.set_rate(per_second);
+        self.reference.set_ceiling(per_second);
+        self.limit.set_ceiling(in_flight, self.config.batch_keys_max, now);
+    }
+
+    /// Sets the best rate of a previous process, in keys per second. Slots are issued at this rate until one is
+    /// measured. A value that is not a rate is ignored.
     pub fn set_last_known_good(&mut self, keys_per_second: f64) {
         self.reference.set_last_known_good(keys_per_second);
     }
 
-    /// To be called once a minute: the best rate measured lately becomes the last known good. The figure to keep for
-    /// [`set_last_known_good`](Self::set_last_known_good) in the next life, if there is news.
+    /// Makes the recent best rate the last known good. Call it once per minute. Returns the value to keep for
+    /// [`set_last_known_good`](Self::set_last_known_good), if it is new.
     pub fn take_last_known_good(&mut self, now: Instant) -> Option<f64> {
         self.reference.take_last_known_good(now)
     }
 
-    /// Time has passed: devices whose deadline is over are refused.
-    pub fn handle_timeout(&mut self, now: Instant) {
+    /// Returns the caller's next action. Call it until [`Output::Wait`], after every other call and at the time that it
+    /// names. A caller that stops earlier, to release a lock for a moment, calls again at once.
+    pub fn poll_output(
+        &mut self,
+        slots: &mut Slots,
+        (now, wall): (Instant, WallTime),
+        rng: &mut impl Rng,
+    ) -> Output<R, W> {
+        if self.settled_at != Some(now) {
+            self.handle_timeout(now);
+            if let Some(batch) = self.next_batch(now) {
+                return Output::Send(batch);
+            }
+            self.settled_at = Some(now);
+        }
+        while let Some((ticket, outcome)) = self.pending.pop_front() {
+            // It may have left meanwhile.
+            let Some(waiter) = self.queue.take(ticket) else {
+                continue;
+            };
+            let kept = waiter.kept;
+            let answered = Answered {
+                claim: (waiter.device, waiter.proof),
+                network: waiter.network,
+                cohort: waiter.cohort,
+                standing: waiter.standing,
+            };
+            let cause = match outcome {
+                Ok(record) => {
+                    return Output::Answer {
+                        ticket,
+                        kept,
+                        record,
+                        answered,
+                    };
+                }
+                Err(cause) => cause,
+            };
+            let refused = self.refuse(answered, cause, slots, (now, wall), rng);
+            return Output::Refuse { ticket, kept, refused };
+        }
+        Output::Wait(self.next_timeout(now))
+    }
+
+    /// Refuses a device that waited, with a slot. With [`Cause::LookupUntold`] its attempt ends as one with a wrong
+    /// credential: nobody learns by the throttle, or by the hint, whether an id is registered.
+    pub fn refuse(
+        &mut self,
+        answered: Answered,
+        cause: Cause,
+        slots: &mut Slots,
+        (now, wall): (Instant, WallTime),
+        rng: &mut impl Rng,
+    ) -> Refused {
+        let device = answered.device();
+        let Answered {
+            claim,
+            network,
+            cohort,
+            standing,
+        } = answered;
+        let mut at_least = self.breaker.floor(now, rng).max(HINT_MIN);
+        let outcome = if cause == Cause::LookupUntold {
+            at_least = at_least.max(untold_for(&standing, rng));
+            Outcome::Wrong
+        } else {
+            Outcome::Open
+        };
+        self.throttle.end(claim, network, outcome, now);
+        let pace = self.costs.pace(cohort, self.k_ref(now), OVERBOOKING, now);
+        let hint = slots.refuse(device, &standing, at_least, pace, (now, wall), rng);
+        Refused { cause, hint }
+    }
+
+    /// Refuses devices whose deadline has passed, and ends lost statements and probations.
+    fn handle_timeout(&mut self, now: Instant) {
         while let Some((id, _)) = self.lost_statement().filter(|(_, lost_at)| *lost_at <= now) {
             self.handle_failed(id, BatchFailure::TimedOut, now);
         }
-        while let Some((ticket, waiter, late)) = self.queue.pop_late(now) {
+        while let Some((ticket, late)) = self.queue.pop_late(now) {
             let cause = match late {
                 Late::NotSent => Cause::Deadline,
                 Late::NotAnswered => Cause::LookupTimedOut,
             };
-            self.owed.push_back(Owed::Refuse { ticket, waiter, cause });
+            self.refuse_later([ticket], cause);
         }
-        let moved = self.costs.handle_timeout(now);
-        self.follow(moved);
+        let transition = self.costs.handle_timeout(now);
+        self.follow(transition);
     }
 
     /// The statement that is lost first, and when.
@@ -488,51 +373,28 @@ impl<R> Admission<R> {
         Some((id, sent_at + STATEMENT_LOST_AFTER))
     }
 
-    /// When to call [`poll_batch`](Self::poll_batch) and [`poll_action`](Self::poll_action) next, if nothing else happens.
-    #[must_use]
-    pub fn poll_timeout(&self, now: Instant) -> Option<Instant> {
+    /// Time at which something is due if nothing else happens before.
+    fn next_timeout(&self, now: Instant) -> Option<Instant> {
         let free = self.free_keys();
         let may_send = free > 0 && self.queue.has_unsent();
-        let gathered = self.gathering_until(self.share().min(free), now);
+        let linger = self.lingering_until(self.share().min(free), now);
         let allowed = self.ceiling.blocked_until();
         [
-            Some(now).filter(|_| !self.owed.is_empty()),
             self.lost_statement().map(|(_, lost_at)| lost_at),
             self.queue.next_deadline(),
             self.breaker.poll_timeout().filter(|_| free > 0),
-            gathered.or(allowed).filter(|_| may_send),
-            self.next_apart_at(now),
+            linger.or(allowed).filter(|_| may_send),
+            self.next_isolated_at(now),
         ]
         .into_iter()
         .flatten()
         .min()
     }
 
-    /// The next thing owed to a device. Call until `None`, after every other call.
-    pub fn poll_action(&mut self, now: Instant, wall: WallTime, rng: &mut impl Rng) -> Option<Action<R>> {
-        match self.owed.pop_front()? {
-            Owed::Answer { ticket, waiter, record } => {
-                let device = waiter.device;
-                self.unjudged.insert(ticket, waiter);
-                Some(Action::Answer { ticket, device, record })
-            }
-            Owed::Refuse { ticket, waiter, cause } => {
-                self.end_attempt(&waiter, Verdict::Open, now);
-                let at_least = self.breaker.floor(now, rng).max(HINT_MIN);
-                let at_least = if cause == Cause::LookupUntold {
-                    at_least.max(untold_for(&waiter.standing, rng))
-                } else {
-                    at_least
-                };
-                let rate = self.reference.keys_per_second(now);
-                let pace = self.costs.pace(waiter.cohort, rate, OVERBOOKING, now);
-                let hint = self
-                    .slots
-                    .refuse(waiter.device, &waiter.standing, at_least, pace, (now, wall), rng);
-                let refused = Refused { cause, hint };
-                Some(Action::Refuse { ticket, refused })
-            }
-        }
+    /// Reference capacity in keys per second: the rate at which slots are issued.
+    #[must_use]
+    pub fn k_ref(&self, now: Instant) -> f64 {
+        self.reference.keys_per_second(now)
     }
 
     /// Figures for people and metrics.
@@ -543,7 +405,7 @@ impl<R> Admission<R> {
             limit: to_u32(self.keys_max()).max(in_flight),
             in_flight,
             queue: self.queue.len(),
-            k_ref: self.reference.keys_per_second(now),
+            k_ref: self.k_ref(now),
             k_peak: self.reference.peak(now),
             k_last_known_good: self.reference.last_known_good(),
             limit_ceiling: self.limit.ceiling(),
@@ -553,27 +415,14 @@ impl<R> Admission<R> {
             rate: self.meter.rate(),
             took_p90: self.meter.took_p90(),
             breaker: self.breaker.state(),
-            slots: self.slots.remembered(),
-            slots_stateless: self.slots.stateless(),
-            known: self.slots.known(),
             cohorts_apart: self.costs.costly().count(),
         }
     }
 }
 
 fn untold_for(standing: &Standing, rng: &mut impl Rng) -> Duration {
-    let bounces = standing.slot.map_or(0, |slot| u32::from(slot.bounces));
-    draw(UNTOLD_FOR, rng) * (1 << bounces.min(UNTOLD_DOUBLINGS_MAX))
-}
-
-/// Keys answered in `span` at `rate` a second; at least one, or a slow registry would let nobody in.
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "positive, and a float too large saturates"
-)]
-fn keys_in(span: Duration, rate: f64) -> usize {
-    ((span.as_secs_f64() * rate) as usize).max(1)
+    let refusals = standing.slot.map_or(0, |slot| u32::from(slot.refusals));
+    draw(hint::UNTOLD, rng) * (1 << refusals.min(UNTOLD_DOUBLINGS_MAX))
 }
 
 fn to_usize(number: u32) -> usize {

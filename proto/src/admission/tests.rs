@@ -6,14 +6,16 @@ use uuid::Uuid;
 use super::*;
 use crate::{
     id::{Network, Proof},
-    refusal::Code,
+    refusal::{Code, Hint},
+    slots::SlotKeys,
 };
 
 mod any_order;
 mod costly;
 mod failing;
 mod fairness;
-mod gathering;
+mod lingering;
+mod shares;
 
 fn device(n: u128) -> DeviceId {
     DeviceId::from_uuid(Uuid::from_u128(n + 1))
@@ -42,10 +44,15 @@ fn arrival(n: u128, now: Instant) -> Arrival<'static> {
     }
 }
 
-/// Admission of one node, with what a caller keeps.
+/// Admission of one node, with the caller's data.
 struct Node {
-    admission: Admission<()>,
+    admission: Admission<(), ()>,
+    slots: Slots,
     rng: SmallRng,
+    /// Statements to send that no test has read.
+    unsent: Vec<Batch>,
+    /// Answers and refusals that no test has read.
+    untold: Vec<Output<(), ()>>,
 }
 
 impl Node {
@@ -55,8 +62,11 @@ impl Node {
 
     fn with(config: AdmissionConfig) -> Self {
         Self {
-            admission: Admission::new(config, SlotKeys::new(1, [7; 32]), at(0)),
+            slots: Slots::new(&config.slots(), SlotKeys::new(1, [7; 32])),
+            admission: Admission::new(config, at(0)),
             rng: SmallRng::seed_from_u64(1),
+            unsent: Vec::new(),
+            untold: Vec::new(),
         }
     }
 
@@ -65,7 +75,12 @@ impl Node {
             slot_token: token,
             ..arrival(n, now)
         };
-        self.admission.attempt(&arrival, now, wall(now), &mut self.rng)
+        self.arrive(&arrival, now)
+    }
+
+    fn arrive(&mut self, arrival: &Arrival<'_>, now: Instant) -> Decision {
+        self.admission
+            .attempt(arrival, || (), &mut self.slots, (now, wall(now)), &mut self.rng)
     }
 
     fn queued(&mut self, n: u128, now: Instant) -> Ticket {
@@ -82,7 +97,8 @@ impl Node {
         }
     }
 
-    /// So many attempts with a wrong credential, each looked up and judged before the next. Returns how many were compared.
+    /// Makes `times` attempts with a wrong credential, each looked up and compared before the next. Returns how many
+    /// were compared.
     fn guess(&mut self, n: u128, times: usize, now: Instant) -> usize {
         let mut compared = 0;
         for _ in 0..times {
@@ -91,8 +107,8 @@ impl Node {
             };
             for batch in self.batches(now) {
                 for action in self.done(&batch, Ok(()), now) {
-                    if let Action::Answer { ticket, .. } = action {
-                        self.admission.handle_wrong_credential(ticket, now);
+                    if let Output::Answer { answered, .. } = action {
+                        self.admission.end(answered, Outcome::Wrong, now);
                         compared += 1;
                     }
                 }
@@ -101,21 +117,37 @@ impl Node {
         compared
     }
 
+    /// Polls until there is nothing to do. Returns the time of the next call.
+    fn poll(&mut self, now: Instant) -> Option<Instant> {
+        loop {
+            match self
+                .admission
+                .poll_output(&mut self.slots, (now, wall(now)), &mut self.rng)
+            {
+                Output::Send(batch) => self.unsent.push(batch),
+                told @ (Output::Answer { .. } | Output::Refuse { .. }) => self.untold.push(told),
+                Output::Wait(until) => return until,
+            }
+        }
+    }
+
     fn batches(&mut self, now: Instant) -> Vec<Batch> {
-        std::iter::from_fn(|| self.admission.poll_batch(now)).collect()
+        self.poll(now);
+        std::mem::take(&mut self.unsent)
     }
 
-    fn actions(&mut self, now: Instant) -> Vec<Action<()>> {
-        std::iter::from_fn(|| self.admission.poll_action(now, wall(now), &mut self.rng)).collect()
+    fn actions(&mut self, now: Instant) -> Vec<Output<(), ()>> {
+        self.poll(now);
+        std::mem::take(&mut self.untold)
     }
 
-    fn done(&mut self, batch: &Batch, outcome: Result<(), BatchFailure>, now: Instant) -> Vec<Action<()>> {
+    fn done(&mut self, batch: &Batch, outcome: Result<(), BatchFailure>, now: Instant) -> Vec<Output<(), ()>> {
         self.admission
             .handle_batch_done(batch.id, outcome.map(|()| |_| Told::Found(())), now);
         self.actions(now)
     }
 
-    /// Two statements under way that block the way of all others.
+    /// Two statements in flight that block all others.
     fn block(&mut self, now: Instant) -> Vec<Batch> {
         let blocking: Vec<Batch> = (0..2)
             .flat_map(|n| {
@@ -128,12 +160,12 @@ impl Node {
     }
 }
 
-fn causes(actions: &[Action<()>]) -> BTreeSet<Cause> {
+fn causes(actions: &[Output<(), ()>]) -> BTreeSet<Cause> {
     actions
         .iter()
         .map(|action| match action {
-            Action::Refuse { refused, .. } => refused.cause,
-            Action::Answer { .. } => panic!("{action:?}"),
+            Output::Refuse { refused, .. } => refused.cause,
+            other @ (Output::Answer { .. } | Output::Send(_) | Output::Wait(_)) => panic!("{other:?}"),
         })
         .collect()
 }
@@ -152,14 +184,18 @@ fn idle_registry_is_asked_at_once() {
     assert_eq!(batches.len(), 1);
     assert_eq!(batches[0].keys, [device(1)]);
     let answered = node.done(&batches[0], Ok(()), at(5));
-    assert_eq!(
-        answered,
-        [Action::Answer {
-            ticket,
-            device: device(1),
+    let [
+        Output::Answer {
+            ticket: told,
             record: Some(()),
-        }]
-    );
+            answered,
+            ..
+        },
+    ] = &answered[..]
+    else {
+        panic!("{answered:?}");
+    };
+    assert_eq!((*told, answered.device()), (ticket, device(1)));
 }
 
 #[test]
@@ -187,19 +223,20 @@ fn answer_that_says_nothing_of_a_device_refuses_it_with_a_slot_and_no_other() {
     assert_eq!(actions.len(), 3);
     for action in actions {
         match action {
-            Action::Answer {
+            Output::Answer {
                 ticket,
                 record: Some(()),
                 ..
             } => assert_eq!(ticket, told),
-            Action::Answer {
+            Output::Answer {
                 ticket, record: None, ..
             } => assert_eq!(ticket, absent),
-            Action::Refuse { ticket, refused } => {
+            Output::Refuse { ticket, refused, .. } => {
                 assert_eq!((ticket, refused.cause), (untold, Cause::LookupUntold));
                 assert!(refused.hint.slot.is_some());
-                assert!(refused.hint.after_ms() >= 5_000, "to ask again at once is of no use");
+                assert!(refused.hint.after_ms() >= 5_000, "an immediate retry is useless");
             }
+            Output::Send(_) | Output::Wait(_) => panic!("no action: {action:?}"),
         }
     }
     let breaker = node.admission.state(at(5)).breaker;
@@ -226,8 +263,9 @@ fn ten_thousand_that_ask_for_one_key_cost_one_key() {
     assert_eq!(answered.len(), 8, "more do not wait for one key");
     assert_eq!(displaced.len(), tickets.len() - 8);
     assert_eq!(causes(&displaced), [Cause::QueueFull].into());
-    let told = |action: &Action<()>| match action {
-        Action::Answer { ticket, .. } | Action::Refuse { ticket, .. } => *ticket,
+    let told = |action: &Output<(), ()>| match action {
+        Output::Answer { ticket, .. } | Output::Refuse { ticket, .. } => *ticket,
+        other @ (Output::Send(_) | Output::Wait(_)) => panic!("{other:?}"),
     };
     let all: BTreeSet<Ticket> = answered.iter().chain(&displaced).map(told).collect();
     assert_eq!(all, tickets);
@@ -333,13 +371,13 @@ fn device_whose_deadline_passed_is_refused_with_a_slot_and_never_sent() {
     let mut node = Node::new();
     let blocking = node.block(at(0));
     let ticket = node.queued(1, at(0));
-    assert_eq!(node.admission.poll_timeout(at(0)), Some(at(1_800)));
+    assert_eq!(node.poll(at(0)), Some(at(1_800)));
 
     let batches = node.batches(at(1_800));
     let actions = node.actions(at(1_800));
 
     assert!(batches.is_empty());
-    assert!(matches!(&actions[..], [Action::Refuse { ticket: refused, .. }] if *refused == ticket));
+    assert!(matches!(&actions[..], [Output::Refuse { ticket: refused, .. }] if *refused == ticket));
     assert_eq!(causes(&actions), [Cause::Deadline].into());
     node.done(&blocking[0], Ok(()), at(1_900));
     assert!(node.batches(at(1_900)).is_empty());
@@ -351,9 +389,7 @@ fn look_up_without_an_answer_ends_for_the_device_before_three_seconds() {
     node.queued(1, at(0));
     assert_eq!(node.batches(at(0)).len(), 1);
 
-    node.admission.handle_timeout(at(2_799));
     assert!(node.actions(at(2_799)).is_empty());
-    node.admission.handle_timeout(at(2_800));
 
     assert_eq!(causes(&node.actions(at(2_800))), [Cause::LookupTimedOut].into());
 }
@@ -365,7 +401,7 @@ fn walk_ins_are_bounded_to_a_tenth_of_a_second_and_holders_to_what_is_sent_befor
     let reference = 2_500;
     let blocking = node.block(at(0));
     for n in 0..20_000 {
-        node.admission.handle_admitted(device(n), "default");
+        node.slots.handle_admitted(device(n), "default");
     }
 
     let walked_in = (0..20_000)
@@ -373,13 +409,12 @@ fn walk_ins_are_bounded_to_a_tenth_of_a_second_and_holders_to_what_is_sent_befor
         .count();
     assert_eq!(walked_in, reference / 10);
 
-    // All slots are due by then, and those who walked in have been refused.
+    // All slots are due by then, and the walk-ins have been refused.
     let now = at(20_000);
     for batch in &blocking {
         node.admission
             .handle_batch_done(batch.id, Ok(|_| Told::Found(())), at(2_000));
     }
-    node.admission.handle_timeout(now);
     node.actions(now);
     node.block(now);
     let held = (250..20_000)
@@ -394,10 +429,10 @@ fn holder_goes_before_those_who_walked_in_earlier() {
     node.admission.set_last_known_good(2_000.0);
     let blocking = node.block(at(0));
     for n in 0..1_000 {
-        node.admission.handle_admitted(device(n), "default");
+        node.slots.handle_admitted(device(n), "default");
         node.attempt(n, None, at(0));
     }
-    // 999 was refused, and comes back at its slot; the queue of walk-ins is full again.
+    // 999 was refused, and returns at its slot; the queue of walk-ins is full again.
     let now = at(1_700);
     node.queued(999, now);
 
@@ -411,8 +446,8 @@ fn holder_goes_before_those_who_walked_in_earlier() {
 #[test]
 fn key_that_walked_in_moves_ahead_when_its_holder_comes() {
     let mut node = Node::new();
-    node.admission.handle_admitted(device(1), "default");
-    node.admission.handle_registry_absent(at(0));
+    node.slots.handle_admitted(device(1), "default");
+    node.admission.handle_registry(Registry::Absent, at(0));
     let token = node.refused(1, None, at(0)).hint.slot;
     let slot = at(500);
     let mut later = Node::new();
@@ -420,7 +455,7 @@ fn key_that_walked_in_moves_ahead_when_its_holder_comes() {
     for n in 100..200 {
         later.queued(n, slot);
     }
-    // Somebody else uses the id, without the token.
+    // Another client uses the id, without the token.
     later.queued(1, slot);
 
     assert!(matches!(later.attempt(1, token.as_deref(), slot), Decision::Queued(_)));
@@ -431,21 +466,21 @@ fn key_that_walked_in_moves_ahead_when_its_holder_comes() {
 }
 
 #[test]
-fn due_strangers_get_a_twentieth_while_known_devices_wait() {
+fn due_unknown_devices_get_a_twentieth_while_known_devices_wait() {
     let mut node = Node::with(AdmissionConfig {
         keys_in_flight_max: 512,
         lookups_per_second_max: 1_000_000,
         ..AdmissionConfig::default()
     });
-    node.admission.handle_registry_absent(at(0));
+    node.admission.handle_registry(Registry::Absent, at(0));
     for n in 0..2_000 {
         if n < 1_000 {
-            node.admission.handle_admitted(device(n), "default");
+            node.slots.handle_admitted(device(n), "default");
         }
         node.refused(n, None, at(0));
     }
     let mut later = node;
-    later.admission.handle_registry_present(at(30_000));
+    later.admission.handle_registry(Registry::Present, at(30_000));
     for _ in 0..3 {
         let probe = later.batches(at(30_000)).remove(0);
         assert!(probe.is_probe);
@@ -464,8 +499,8 @@ fn due_strangers_get_a_twentieth_while_known_devices_wait() {
         }
     }
 
-    let strangers = sent.iter().take(500).filter(|key| **key > device(999)).count();
-    assert_eq!(strangers, 25);
+    let unknown = sent.iter().take(500).filter(|key| **key > device(999)).count();
+    assert_eq!(unknown, 25);
 }
 
 #[test]
@@ -483,6 +518,6 @@ fn time_to_spare_ends_where_more_than_a_quarter_of_the_limit_waits_or_the_regist
     assert!(within && !beyond);
     let mut node = Node::new();
     assert!(node.admission.state(at(0)).has_time_to_spare());
-    node.admission.handle_registry_absent(at(0));
+    node.admission.handle_registry(Registry::Absent, at(0));
     assert!(!node.admission.state(at(0)).has_time_to_spare());
 }

@@ -1,113 +1,113 @@
-//! The throttle of wrong credentials, by device id: GCRAs in bounded memory.
+//! The throttle for wrong credentials, by device id: GCRAs in bounded memory. docs/design/admission.md has the
+//! reasons.
 //!
-//! An attempt is counted when it is let into the queue, and taken back when its credential was right or never compared. So no
-//! number of connections at a time gets more credentials compared than the budget allows.
+//! An attempt is counted when it enters the queue, and refunded if its credential was right or was never compared. So
+//! parallel connections get no more credentials compared than the budget allows.
 //!
-//! Guesses from other networks can't lock a device out. Who comes at a due slot has a budget of its own for each network: what
-//! others have tried from elsewhere does not count against it, and what was right costs nothing. Anybody can have a slot for any id,
-//! so this budget is small. Within one network it is shared: who guesses there once a second delays a device that has neither a
-//! resume token nor a certificate.
-//!
-//! An id that someone guesses at is *disputed* for the network that the guesses come from: it loses its priority there for a
-//! while, or guessing would be a way to the front. The device itself, elsewhere, keeps it.
-//!
-//! Secrets and certificates are counted apart: anybody can send a wrong secret, and it says nothing of a device that its
-//! certificate proves. What counts there is a certificate of a device that the registry does not have, or no longer.
+//! Guesses from other networks do not lock a device out: at a due slot each network has its own budget. It is
+//! small, because any client can get a slot for any id. An id that is guessed at is *disputed* for the guessing
+//! network: it loses its priority there. Secrets and certificates are counted separately.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
 use crate::{
+    bounded::Bounded,
     id::{DeviceId, Network, Proof},
+    rate::{Gcra, Rate},
     time::Instant,
 };
 
-/// Wrong credentials in a row that are looked up without delay.
+/// Wrong credentials that are looked up without delay: [`BURST`] in a row, and then one per 30 s. A device that follows
+/// the hints of 401 (1 to 5 min) never reaches the throttle.
+const WRONG: Rate = Rate::every(Duration::from_secs(30), BURST);
 const BURST: u32 = 10;
-/// One more is forgiven each. A device that keeps to the hints of 401 (1 to 5 min) never reaches the throttle.
-const FORGIVEN_EVERY: Duration = Duration::from_secs(30);
-/// Wrong credentials in a row that one network may try at due slots, once [`BURST`] is used up. One more is forgiven each
-/// [`FORGIVEN_EVERY`]. More than one: a device may connect anew before its first attempt is answered.
+/// Budget of one network at due slots, once [`WRONG`] is exhausted. More than one: a device may reconnect before its
+/// first attempt is answered.
+const WRONG_DUE: Rate = Rate::every(Duration::from_secs(30), DUE_BURST);
 const DUE_BURST: u32 = 3;
-/// The same for all networks together: the bound on guesses from many networks.
+/// Budget of all networks together at due slots. It refills faster than [`WRONG`]: only an attacker with dozens of
+/// networks exhausts it, and then delays the device.
+const WRONG_DUE_ALL: Rate = Rate::every(Duration::from_secs(1), DUE_BURST_ALL);
 const DUE_BURST_ALL: u32 = 10;
-/// One more of [`DUE_BURST_ALL`] is forgiven each. Shorter than [`FORGIVEN_EVERY`]: only an attacker with dozens of networks uses
-/// it up, and then delays the device.
-const DUE_FORGIVEN_EVERY: Duration = Duration::from_secs(1);
-/// Look-ups of one id that a network may leave before they are answered; with more the id is disputed for it. One more is forgiven each
-/// [`LEFT_FORGIVEN_EVERY`]. A device on a bad line leaves a few.
+/// Lookups of one id that a network may abandon before they are answered. With more than half of the burst the id is
+/// disputed for it. A device on a bad line abandons a few.
+const LEFT: Rate = Rate::every(Duration::from_secs(1), LEFT_BURST * 2);
 const LEFT_BURST: u32 = 10;
-const LEFT_FORGIVEN_EVERY: Duration = Duration::from_secs(1);
-/// Networks watched for one id. Then the one with the fewest wrong credentials is forgotten.
+/// Maximum number of networks watched for one id. A further one replaces the one with the fewest wrong credentials, and
+/// inherits the highest count of any replaced one. This is the Space-Saving algorithm (Metwally et al., 2005). So an
+/// attacker gains nothing by alternating between many networks.
 const NETWORKS_MAX: usize = 4;
-/// Maximum number of ids that are watched, about 290 bytes each. Then the one watched longest is forgotten: an attacker with more ids
-/// is slowed by the small queue of unknown devices instead.
+/// Maximum number of ids that are watched, about 300 bytes each. Beyond it the one with the fewest wrong credentials is
+/// forgotten: invented ids, each guessed once, do not renew the budget of another. An attacker with more ids is slowed
+/// by the small queue of unknown devices instead.
 const IDS_MAX: usize = 65_536;
 
-/// An id, and what the claim to be it rests on.
+/// A device id, and the kind of its credential.
 pub(super) type Claim = (DeviceId, Proof);
 
-/// What became of an attempt that was let into the queue.
+/// Result of an attempt that was admitted to the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub enum Outcome {
     /// The credential was right.
     Right,
     /// It was wrong, or there is no such device: the two must look the same.
     Wrong,
-    /// It was never compared, and nothing was asked of the registry that is not of use to others.
+    /// It was never compared, and its lookup was useful for others.
     Open,
-    /// The device left after its look-up was sent, before its credential was compared.
+    /// The device left after its lookup was sent, before its credential was compared.
     Left,
 }
 
-/// Wrong credentials lately, as the time at which all are forgiven.
+/// Why an id is disputed for a network.
 #[derive(Clone, Copy, Debug, Default)]
-struct Wrong {
-    clean_at: Instant,
+struct Dispute {
+    wrong: Gcra,
+    /// Lookups whose answer no device waited for.
+    left: Gcra,
 }
 
-impl Wrong {
-    /// Wrong credentials that are not forgiven yet; a part of one counts as one.
-    fn len(self, every: Duration, now: Instant) -> u32 {
-        let left = self.clean_at.saturating_since(now).as_micros();
-        u32::try_from(left.div_ceil(every.as_micros())).unwrap_or(u32::MAX)
+impl Dispute {
+    fn is_on(&self, now: Instant) -> bool {
+        self.wrong.owed(WRONG, now) > 1 || self.left.owed(LEFT, now) > LEFT_BURST
     }
 
-    fn add(&mut self, every: Duration, burst: u32, now: Instant) {
-        self.clean_at = (self.clean_at.max(now) + every).min(now + every * burst);
+    fn is_clean(&self, now: Instant) -> bool {
+        self.wrong.is_clean(now) && self.left.is_clean(now)
+    }
+
+    fn raise_to(&mut self, other: &Self) {
+        self.wrong = self.wrong.max(other.wrong);
+        self.left = self.left.max(other.left);
     }
 }
 
 #[derive(Clone, Copy, Debug)]
 struct FromNetwork {
     network: Network,
-    /// All of them: the id is disputed for this network by these.
-    wrong: Wrong,
-    /// Those since the budget of all is used up: the budget at due slots.
-    wrong_due: Wrong,
-    /// Look-ups that nobody waited for in the end.
-    left: Wrong,
-    /// Attempts that are not judged yet.
+    dispute: Dispute,
+    /// Wrong credentials since [`WRONG`] of the id is exhausted.
+    wrong_due: Gcra,
+    /// Number of attempts without an outcome.
     open: u32,
 }
 
 impl FromNetwork {
     fn is_clean(&self, now: Instant) -> bool {
-        let clean_at = self.wrong.clean_at.max(self.wrong_due.clean_at).max(self.left.clean_at);
-        self.open == 0 && clean_at <= now
+        self.open == 0 && self.dispute.is_clean(now) && self.wrong_due.is_clean(now)
     }
 }
 
-/// What was tried with one claim.
+/// Attempts with one claim.
 #[derive(Debug, Default)]
 struct Account {
-    wrong: Wrong,
-    /// Beyond the budget of all, at due slots.
-    wrong_due: Wrong,
-    /// Attempts that are not judged yet.
+    wrong: Gcra,
+    /// Further wrong credentials, at due slots.
+    wrong_due: Gcra,
+    /// Number of attempts without an outcome.
     open: u32,
     networks: [Option<FromNetwork>; NETWORKS_MAX],
-    /// Its key in [`Throttle::order`].
-    entered: u64,
+    /// Highest count of a network that was replaced. It applies to every network that is not watched.
+    others: Dispute,
 }
 
 impl Account {
@@ -115,56 +115,64 @@ impl Account {
         self.networks.iter().flatten().find(|from| from.network == network)
     }
 
-    /// The entry of a network, in the place of the one that matters least where there is none.
+    /// The entry of a network. If there is none, a new one replaces the least important entry.
     fn of_mut(&mut self, network: Network) -> &mut FromNetwork {
         let own = |from: &Option<FromNetwork>| from.is_some_and(|from| from.network == network);
         let at = self.networks.iter().position(own).unwrap_or_else(|| {
-            let weight = |from: Option<FromNetwork>| from.map(|from| (from.open > 0, from.wrong.clean_at));
+            let weight = |from: Option<FromNetwork>| from.map(|from| (from.open > 0, from.dispute.wrong));
             let least = (0..NETWORKS_MAX).min_by_key(|at| weight(self.networks[*at]));
             let at = least.unwrap_or(0);
-            self.networks[at] = None;
+            if let Some(replaced) = self.networks[at].take() {
+                self.others.raise_to(&replaced.dispute);
+            }
             at
         });
         self.networks[at].get_or_insert(FromNetwork {
             network,
-            wrong: Wrong::default(),
-            wrong_due: Wrong::default(),
-            left: Wrong::default(),
+            dispute: self.others,
+            wrong_due: Gcra::default(),
             open: 0,
         })
     }
 
     fn has_room(&self, now: Instant) -> bool {
-        self.wrong.len(FORGIVEN_EVERY, now).saturating_add(self.open) < BURST
+        self.wrong.owed(WRONG, now).saturating_add(self.open) < BURST
     }
 
     fn has_room_when_due(&self, network: Network, now: Instant) -> bool {
-        // Open attempts count against the budget of all first.
-        let left = BURST.saturating_sub(self.wrong.len(FORGIVEN_EVERY, now));
+        // Open attempts first use the budget of all networks.
+        let left = BURST.saturating_sub(self.wrong.owed(WRONG, now));
         let open = self.open.saturating_sub(left);
-        let from_network = self.of(network).map_or(0, |from| {
-            from.wrong_due.len(FORGIVEN_EVERY, now).saturating_add(from.open)
-        });
-        from_network < DUE_BURST && self.wrong_due.len(DUE_FORGIVEN_EVERY, now).saturating_add(open) < DUE_BURST_ALL
+        let from_network = self
+            .of(network)
+            .map_or(0, |from| from.wrong_due.owed(WRONG_DUE, now).saturating_add(from.open));
+        from_network < DUE_BURST && self.wrong_due.owed(WRONG_DUE_ALL, now).saturating_add(open) < DUE_BURST_ALL
     }
 
     fn is_clean(&self, now: Instant) -> bool {
         self.open == 0
-            && self.wrong.clean_at.max(self.wrong_due.clean_at) <= now
+            && self.wrong.is_clean(now)
+            && self.wrong_due.is_clean(now)
+            && self.others.is_clean(now)
             && self.networks.iter().flatten().all(|from| from.is_clean(now))
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Throttle {
-    accounts: BTreeMap<Claim, Account>,
-    /// Claims in the order in which they came to be watched.
-    order: BTreeMap<u64, Claim>,
-    counter: u64,
+    accounts: Bounded<Claim, Account>,
+}
+
+impl Default for Throttle {
+    fn default() -> Self {
+        Self {
+            accounts: Bounded::new(IDS_MAX),
+        }
+    }
 }
 
 impl Throttle {
-    /// An attempt is let into the queue. [`end`](Self::end) follows.
+    /// An attempt is admitted to the queue. A call of [`end`](Self::end) follows.
     pub fn begin(&mut self, claim: Claim, network: Network) {
         let account = self.account(claim);
         account.open = account.open.saturating_add(1);
@@ -172,54 +180,52 @@ impl Throttle {
         from.open = from.open.saturating_add(1);
     }
 
-    /// An attempt was judged, or never will be.
-    pub fn end(&mut self, claim: Claim, network: Network, verdict: Verdict, now: Instant) {
-        let account = match verdict {
-            Verdict::Wrong | Verdict::Left => self.account(claim),
-            Verdict::Right | Verdict::Open => match self.accounts.get_mut(&claim) {
+    /// An attempt has its result.
+    pub fn end(&mut self, claim: Claim, network: Network, outcome: Outcome, now: Instant) {
+        let account = match outcome {
+            Outcome::Wrong | Outcome::Left => self.account(claim),
+            Outcome::Right | Outcome::Open => match self.accounts.get_mut(&claim) {
                 Some(account) => account,
-                // Others pushed it out meanwhile.
+                // Other ids displaced it meanwhile.
                 None => return,
             },
         };
         account.open = account.open.saturating_sub(1);
         let from = account.of_mut(network);
         from.open = from.open.saturating_sub(1);
-        if verdict == Verdict::Left {
-            from.left.add(LEFT_FORGIVEN_EVERY, LEFT_BURST * 2, now);
-        } else if verdict == Verdict::Wrong {
-            from.wrong.add(FORGIVEN_EVERY, BURST, now);
-            // Each fills both budgets, so that with and without a slot there is one more each 30 s, and not two.
-            let has_filled = account.wrong.len(FORGIVEN_EVERY, now) + 1 >= BURST;
+        if outcome == Outcome::Left {
+            from.dispute.left.charge(LEFT, now);
+        } else if outcome == Outcome::Wrong {
+            from.dispute.wrong.charge(WRONG, now);
+            // Each fills both budgets, so that there is one more attempt per 30 s with and without a slot, not two.
+            let has_filled = account.wrong.owed(WRONG, now) + 1 >= BURST;
             if has_filled {
-                account.of_mut(network).wrong_due.add(FORGIVEN_EVERY, DUE_BURST, now);
+                account.of_mut(network).wrong_due.charge(WRONG_DUE, now);
             }
-            if account.wrong.len(FORGIVEN_EVERY, now) >= BURST {
-                account.wrong_due.add(DUE_FORGIVEN_EVERY, DUE_BURST_ALL, now);
+            if account.wrong.owed(WRONG, now) >= BURST {
+                account.wrong_due.charge(WRONG_DUE_ALL, now);
             }
-            account.wrong.add(FORGIVEN_EVERY, BURST, now);
+            account.wrong.charge(WRONG, now);
+            let rank = account.wrong.clean_at_ns();
+            self.accounts.rank(&claim, rank);
         } else if account.is_clean(now) {
-            let entered = account.entered;
             self.accounts.remove(&claim);
-            self.order.remove(&entered);
         }
     }
 
-    /// The device was registered, or given another credential: what was wrong before says nothing now.
+    /// The device was registered, or got another credential: earlier attempts are forgotten.
     pub fn forgive(&mut self, device: DeviceId) {
         for claim in [(device, Proof::Secret), (device, Proof::Certificate)] {
-            if let Some(account) = self.accounts.remove(&claim) {
-                self.order.remove(&account.entered);
-            }
+            self.accounts.remove(&claim);
         }
     }
 
-    /// Any number of devices were registered.
+    /// Many devices were registered: all earlier attempts are forgotten.
     pub fn forgive_all(&mut self) {
-        *self = Self::default();
+        self.accounts.clear();
     }
 
-    /// Too many, too lately. `is_due`: it comes at its slot.
+    /// Whether there were too many wrong credentials lately. `is_due`: the device returns at its slot.
     pub fn is_throttled(&self, claim: Claim, network: Network, is_due: bool, now: Instant) -> bool {
         self.accounts.get(&claim).is_some_and(|account| {
             let has_room = account.has_room(now) || (is_due && account.has_room_when_due(network, now));
@@ -227,29 +233,17 @@ impl Throttle {
         })
     }
 
-    /// More than one wrong credential came from this network lately, or it made the registry answer for nobody again and again.
+    /// Whether more than one wrong credential came from this network lately, or too many lookups that no device waited
+    /// for. All networks that are not watched share one count.
     pub fn is_disputed(&self, claim: Claim, network: Network, now: Instant) -> bool {
-        let from = self.accounts.get(&claim).and_then(|account| account.of(network));
-        from.is_some_and(|from| {
-            from.wrong.len(FORGIVEN_EVERY, now) > 1 || from.left.len(LEFT_FORGIVEN_EVERY, now) > LEFT_BURST
+        self.accounts.get(&claim).is_some_and(|account| {
+            let dispute = account.of(network).map_or(&account.others, |from| &from.dispute);
+            dispute.is_on(now)
         })
     }
 
     fn account(&mut self, claim: Claim) -> &mut Account {
-        if !self.accounts.contains_key(&claim) {
-            if self.accounts.len() >= IDS_MAX
-                && let Some((_, oldest)) = self.order.pop_first()
-            {
-                self.accounts.remove(&oldest);
-            }
-            self.counter += 1;
-            self.order.insert(self.counter, claim);
-        }
-        let entered = self.counter;
-        self.accounts.entry(claim).or_insert_with(|| Account {
-            entered,
-            ..Account::default()
-        })
+        self.accounts.entry(claim, Account::default)
     }
 }
 
@@ -261,10 +255,10 @@ mod tests {
     const ELSEWHERE: Network = Network::V4(2);
 
     #[test]
-    fn watched_id_takes_about_290_bytes() {
-        let watched = size_of::<(Claim, Account)>() + size_of::<(u64, Claim)>();
+    fn watched_id_takes_about_300_bytes() {
+        let watched = size_of::<(Claim, Account, (u64, u64))>() + size_of::<((u64, u64), Claim)>();
 
-        assert!((260..=300).contains(&watched), "{watched}");
+        assert!((260..=320).contains(&watched), "{watched}");
     }
 
     fn device(n: u128) -> Claim {
@@ -281,7 +275,7 @@ mod tests {
 
     impl Throttle {
         pub(in crate::admission) fn has_none_open(&self) -> bool {
-            self.accounts.values().all(|account| {
+            self.accounts.iter().all(|(_, account)| {
                 let networks = account.networks.iter().flatten();
                 account.open == 0 && networks.map(|from| from.open).sum::<u32>() == 0
             })
@@ -289,10 +283,10 @@ mod tests {
 
         fn wrong(&mut self, claim: Claim, network: Network, now: Instant) {
             self.begin(claim, network);
-            self.end(claim, network, Verdict::Wrong, now);
+            self.end(claim, network, Outcome::Wrong, now);
         }
 
-        /// Lets an attempt begin if it may.
+        /// Begins an attempt if it is allowed.
         fn try_begin(&mut self, claim: Claim, network: Network, is_due: bool, now: Instant) -> bool {
             let may = !self.is_throttled(claim, network, is_due, now);
             if may {
@@ -334,7 +328,7 @@ mod tests {
         assert!(!throttle.is_refused(device(1), Instant::ZERO));
         throttle.forgive(device(1).0);
         assert!(!throttle.is_refused(certified(1), Instant::ZERO));
-        assert!(throttle.order.is_empty());
+        assert_eq!(throttle.accounts.len(), 0);
     }
 
     #[test]
@@ -349,7 +343,7 @@ mod tests {
         assert!(!throttle.is_refused(device(1), Instant::ZERO));
         assert!(!throttle.is_disputed(device(1), HERE, Instant::ZERO));
         assert!(throttle.is_refused(device(2), Instant::ZERO));
-        assert_eq!(throttle.order.len(), throttle.accounts.len());
+        assert_eq!(throttle.accounts.len(), 1);
         throttle.forgive_all();
         assert!(!throttle.is_refused(device(2), Instant::ZERO));
     }
@@ -364,7 +358,7 @@ mod tests {
 
         assert!(throttle.is_refused(device(1), Instant::ZERO));
         assert!(!throttle.is_refused(device(2), Instant::ZERO));
-        assert!(!throttle.is_refused(device(1), Instant::ZERO + FORGIVEN_EVERY));
+        assert!(!throttle.is_refused(device(1), at(30)));
     }
 
     #[test]
@@ -379,7 +373,7 @@ mod tests {
             "a due slot adds nothing for a network that used up the budget of all"
         );
         for _ in 0..begun {
-            throttle.end(device(1), HERE, Verdict::Wrong, at(1));
+            throttle.end(device(1), HERE, Outcome::Wrong, at(1));
         }
 
         assert!(throttle.is_refused(device(1), at(1)));
@@ -395,7 +389,7 @@ mod tests {
                 .filter(|_| throttle.try_begin(device(1), HERE, true, at(second)))
                 .count();
             for _ in 0..begun {
-                throttle.end(device(1), HERE, Verdict::Wrong, at(second));
+                throttle.end(device(1), HERE, Outcome::Wrong, at(second));
             }
             compared += begun;
         }
@@ -408,7 +402,7 @@ mod tests {
         let mut throttle = Throttle::default();
         for _ in 0..50 {
             if throttle.try_begin(device(1), HERE, false, at(0)) {
-                throttle.end(device(1), HERE, Verdict::Wrong, at(0));
+                throttle.end(device(1), HERE, Outcome::Wrong, at(0));
             }
         }
 
@@ -421,9 +415,9 @@ mod tests {
         let mut throttle = Throttle::default();
         let mut admitted = 0;
         for second in 0..300 {
-            // The slot belongs to the id, so the guesser is due whenever the device is.
+            // The slot belongs to the id, so the attacker is due whenever the device is.
             while throttle.try_begin(device(1), HERE, true, at(second)) {
-                throttle.end(device(1), HERE, Verdict::Wrong, at(second));
+                throttle.end(device(1), HERE, Outcome::Wrong, at(second));
             }
             let is_let_in = throttle.try_begin(device(1), HERE, true, at(second));
             admitted += u32::from(is_let_in);
@@ -437,7 +431,7 @@ mod tests {
         let mut throttle = Throttle::default();
         for _ in 0..1_000 {
             assert!(throttle.try_begin(device(1), HERE, false, at(0)));
-            throttle.end(device(1), HERE, Verdict::Left, at(0));
+            throttle.end(device(1), HERE, Outcome::Left, at(0));
         }
 
         assert!(throttle.is_disputed(device(1), HERE, at(0)));
@@ -454,7 +448,7 @@ mod tests {
             for network in 0..1_000 {
                 let network = Network::V4(network);
                 while throttle.try_begin(device(1), network, true, at(second)) {
-                    throttle.end(device(1), network, Verdict::Wrong, at(second));
+                    throttle.end(device(1), network, Outcome::Wrong, at(second));
                     compared += 1;
                 }
             }
@@ -470,14 +464,14 @@ mod tests {
         for second in 0..1_000 {
             let now = at(second);
             while throttle.try_begin(device(1), HERE, true, now) {
-                throttle.end(device(1), HERE, Verdict::Wrong, now);
+                throttle.end(device(1), HERE, Outcome::Wrong, now);
             }
             assert!(throttle.is_refused(device(1), now) || second % 30 < 2);
             for _ in 0..3 {
                 assert!(throttle.try_begin(device(1), ELSEWHERE, true, now));
             }
             for _ in 0..3 {
-                throttle.end(device(1), ELSEWHERE, Verdict::Right, now);
+                throttle.end(device(1), ELSEWHERE, Outcome::Right, now);
             }
         }
     }
@@ -487,13 +481,13 @@ mod tests {
         let mut throttle = Throttle::default();
 
         for n in 0..100 {
-            for verdict in [Verdict::Right, Verdict::Open] {
+            for outcome in [Outcome::Right, Outcome::Open] {
                 throttle.begin(device(n), HERE);
-                throttle.end(device(n), HERE, verdict, Instant::ZERO);
+                throttle.end(device(n), HERE, outcome, Instant::ZERO);
             }
         }
 
-        assert!(throttle.accounts.is_empty() && throttle.order.is_empty());
+        assert_eq!(throttle.accounts.len(), 0);
     }
 
     #[test]
@@ -502,6 +496,28 @@ mod tests {
 
         assert!(throttle.is_disputed(device(1), HERE, Instant::ZERO));
         assert!(!throttle.is_disputed(device(1), ELSEWHERE, Instant::ZERO));
+    }
+
+    #[test]
+    fn guesses_from_more_networks_in_turn_than_are_watched_dispute_the_id_for_each() {
+        let mut throttle = Throttle::default();
+        let networks = || (0..=NETWORKS_MAX).map(|network| Network::V4(u32::try_from(network).unwrap()));
+        for second in 0..4 {
+            for network in networks() {
+                throttle.wrong(device(1), network, at(second));
+            }
+        }
+
+        assert!(networks().all(|network| throttle.is_disputed(device(1), network, at(4))));
+        for network in networks() {
+            throttle.wrong(device(1), network, at(5));
+            assert!(throttle.is_disputed(device(1), network, at(5)), "{network:?}");
+        }
+        assert!(!networks().any(|network| throttle.is_disputed(device(1), network, at(400))));
+        throttle.wrong(device(1), HERE, at(400));
+        throttle.begin(device(1), HERE);
+        throttle.end(device(1), HERE, Outcome::Right, at(460));
+        assert_eq!(throttle.accounts.len(), 0);
     }
 
     #[test]
@@ -524,6 +540,16 @@ mod tests {
         }
 
         assert_eq!(throttle.accounts.len(), IDS_MAX);
-        assert_eq!(throttle.order.len(), IDS_MAX);
+    }
+
+    #[test]
+    fn invented_ids_do_not_renew_the_budget_of_an_id_that_is_guessed_at() {
+        let mut throttle = guessed_at();
+
+        for n in 0..200_000 {
+            throttle.wrong(device(1_000 + n), HERE, at(10));
+        }
+
+        assert!(throttle.is_refused(device(1), at(20)));
     }
 }

@@ -1,7 +1,7 @@
 //! Firmware versions as fleets write them: their order, and ranges over it.
 //!
-//! This module gives a text its place and says which texts a range holds. It does not know rules, devices or refusals
-//! (see [`crate::rules`]). Read [`Version`] first.
+//! This module orders version texts and tells which of them a range contains. It does not know rules, devices or
+//! refusals (see [`crate::rules`]). Read [`Version`] first.
 
 mod range;
 mod token;

@@ -1,4 +1,4 @@
-//! The order of versions: what the contract says of it, lists from the field, and its laws.
+//! The order of versions: its documented rules, lists from the field, and its laws.
 
 use std::cmp::Ordering;
 
@@ -24,7 +24,7 @@ fn assert_ascending(rows: &[&str]) {
     }
 }
 
-/// Sorts, then looks at each pair: were the order not total or not transitive, some pair would stand against the sorted list.
+/// Sorts, then checks each pair: an order that is not total or not transitive contradicts the sorted list somewhere.
 fn assert_total_preorder(mut texts: Vec<String>) {
     texts.sort_by(|left, right| compare(left, right));
     let mut place = 0;
@@ -566,6 +566,19 @@ proptest! {
     #[test]
     fn the_order_is_a_total_preorder(texts in prop::collection::vec(any_text(), 0..24)) {
         assert_total_preorder(texts);
+    }
+
+    #[test]
+    fn equal_versions_and_no_others_share_their_canonical_text(texts in prop::collection::vec(any_text(), 0..24)) {
+        let canonical = |text: &str| {
+            let mut canonical = String::new();
+            Version::of(text).write_canonical(&mut canonical).map(|()| canonical)
+        };
+        for left in &texts {
+            for right in &texts {
+                prop_assert_eq!(canonical(left) == canonical(right), compare(left, right).is_eq(), "{} {}", left, right);
+            }
+        }
     }
 
     #[test]

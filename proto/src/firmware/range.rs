@@ -1,6 +1,6 @@
-//! Ranges of firmware versions: `>=3.8.0-b3,<3.9`, `3.8.*`, `=(none)`. They mean the order and nothing else.
+//! Ranges of firmware versions: `>=3.8.0-b3,<3.9`, `3.8.*`, `=(none)`. They compare by the order of versions alone.
 //!
-//! Read [`Range`] first. A range is parsed once into spans of the order; conditions are never walked through again.
+//! Read [`Range`] first. A range is parsed once into spans of the order; matching never evaluates its conditions again.
 
 use std::{cmp::Ordering, fmt, str::FromStr};
 
@@ -11,14 +11,14 @@ use super::{
     version::{Numbered, Stage, Version},
 };
 
-/// How a range names a device that states no firmware version. A device that states this very text is taken at its word.
+/// Name of a missing firmware version in a range. A device that states this text is treated as if it stated none.
 pub const MISSING: &str = "(none)";
 
 /// Conditions on a firmware version that must all hold, joined by commas.
 ///
-/// `=`, `!=`, `<`, `<=`, `>`, `>=` compare in the order of [`Version`]; `3.8.*` holds each version whose release numbers begin
-/// 3.8, pre-releases included, and `!=3.8.*` all others. Versions without a digit are held by `=` and the same text only
-/// (letter case and build metadata do not count there either), missing versions by `=(none)` only.
+/// The operators compare in the order of [`Version`]. `3.8.*` matches each version whose release numbers begin with
+/// 3.8, pre-releases included, and `!=3.8.*` all others. A version without a digit is matched only by `=` and the same
+/// text, regardless of letter case and build metadata. A missing version is matched only by `=(none)`.
 #[derive(Clone, Debug)]
 pub struct Range {
     text: Box<str>,
@@ -32,15 +32,15 @@ enum Holds {
     Spans(Vec<Span>),
 }
 
-/// What is no place in the order of numbered versions.
+/// A version without a place in the order of numbered versions.
 #[derive(Clone, Debug)]
 pub(crate) enum Exact {
     Missing,
-    /// A text without a digit, as written, but for its build metadata.
+    /// A text without a digit, without its build metadata.
     Text(Box<str>),
 }
 
-/// Neighbouring places in the order, from `start` on and before `end`; open where there is none.
+/// The versions from `start` (included) to `end` (excluded). A missing end is open.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Span {
     pub(crate) start: Option<Cut>,
@@ -50,7 +50,7 @@ pub(crate) struct Span {
 /// A place between versions.
 #[derive(Clone, Debug)]
 pub(crate) struct Cut {
-    /// A version from its first digit on.
+    /// A version, from its first digit.
     text: Box<str>,
     release_len: usize,
     stage: Stage,
@@ -59,23 +59,23 @@ pub(crate) struct Cut {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Side {
-    /// Before all pre-releases of the release; what follows the release numbers does not count.
+    /// Before all pre-releases of the release; only the release numbers are compared.
     Floor,
     Before,
     After,
 }
 
 impl Range {
-    /// Longest text of a range, in bytes. Longer ones are refused.
+    /// Maximum length of a range, in bytes. A longer text is an error.
     pub const LEN_MAX: usize = 512;
 
-    /// As it was written, without white space around it.
+    /// The text as written, without surrounding white space.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.text
     }
 
-    /// Whether the range holds this version; `None` and blank text are a missing one. Allocates nothing.
+    /// Whether the range contains this version. `None` and blank text mean a missing version. Allocates nothing.
     #[must_use]
     pub fn matches(&self, firmware: Option<&str>) -> bool {
         let firmware = firmware.map_or("", str::trim);
@@ -102,7 +102,7 @@ impl Range {
     }
 }
 
-/// The same text. Ranges that are written differently may well hold the same versions.
+/// Compares the text. Ranges that are written differently may contain the same versions.
 impl PartialEq for Range {
     fn eq(&self, other: &Self) -> bool {
         self.text == other.text
@@ -161,7 +161,7 @@ impl FromStr for Range {
 }
 
 impl Holds {
-    /// What both hold.
+    /// The intersection.
     fn and(self, other: Self) -> Self {
         match (self, other) {
             (Self::Exact(left), Self::Exact(right)) if left == right => Self::Exact(left),
@@ -177,7 +177,7 @@ impl Holds {
 // === impl Exact ===
 
 impl Exact {
-    /// `firmware` is trimmed; empty means missing.
+    /// `firmware` is trimmed; an empty text means missing.
     pub(crate) fn is(&self, firmware: &str) -> bool {
         match self {
             Self::Missing => firmware.is_empty() || firmware.eq_ignore_ascii_case(MISSING),
@@ -219,7 +219,7 @@ impl Span {
             (Some(left), Some(right)) => Some(left.min(right)),
             (left, right) => left.as_ref().or(right.as_ref()),
         };
-        // `None` is the least option, as an open start is the least start.
+        // `None` sorts before every start, as an open start does.
         Self::new(self.start.as_ref().max(other.start.as_ref()).cloned(), end.cloned())
     }
 }
@@ -236,7 +236,7 @@ impl Cut {
         }
     }
 
-    /// Whether `version` stands behind this place.
+    /// Whether `version` sorts after this place.
     pub(crate) fn is_reached(&self, version: &Numbered<'_>) -> bool {
         let own = self.version();
         let order = own.compare_release(version).then_with(|| match self.side {
@@ -345,7 +345,7 @@ fn parse_condition(text: &str, start: usize, part: &str) -> Result<Holds, RangeE
     }
 }
 
-/// Where an operator begins inside a version: a comma is missing in front of it.
+/// Position of an operator inside a version: a comma is missing before it.
 fn find_second_operator(operand: &str) -> Option<usize> {
     let mut is_after_space = false;
     for (at, character) in operand.char_indices() {
@@ -369,12 +369,12 @@ fn compared(operator: Operator, version: Numbered<'_>) -> Vec<Span> {
     }
 }
 
-/// The two sides of a span that has both ends.
+/// The two spans outside of a span that has both ends.
 fn outside(inside: Span) -> [Span; 2] {
     [Span::new(None, inside.start), Span::new(inside.end, None)]
 }
 
-/// `3.8.*`: release numbers, then `.*`, nothing else behind them.
+/// `3.8.*`: release numbers, then `.*`, and nothing else.
 fn wildcard(operand: &str) -> Option<Span> {
     let release = operand.strip_suffix(".*")?;
     if release.contains(['*', '+']) {
@@ -392,7 +392,7 @@ fn wildcard(operand: &str) -> Option<Span> {
     ))
 }
 
-/// Adds one to the last release number, however long it is.
+/// Adds one to the last release number, which may have any length.
 fn next_release(release: &str) -> String {
     let last = release.rfind(|character: char| !character.is_ascii_digit());
     let (head, number) = release.split_at(last.map_or(0, |at| at + 1));
@@ -406,7 +406,7 @@ fn next_release(release: &str) -> String {
 
 // === errors ===
 
-/// What is wrong with the text of a range, and where.
+/// An error in the text of a range, and its position.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("at character {position}: {problem}")]
 pub struct RangeError {
@@ -425,7 +425,7 @@ impl RangeError {
     }
 }
 
-/// What is wrong with the text of a range.
+/// An error in the text of a range.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Problem {
     #[error("the range is empty; leave it out to match every version")]

@@ -1,4 +1,4 @@
-//! What ranges hold, and what is said about broken ones.
+//! Which versions a range matches, and which errors a malformed one gives.
 
 use proptest::prelude::*;
 

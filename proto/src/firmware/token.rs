@@ -2,38 +2,38 @@
 
 use std::{cmp::Ordering, ops::RangeInclusive};
 
-/// Words that sort before all other words: what is built every day comes before what was meant for somebody.
+/// Words that sort before all other words: daily builds come before builds that were meant for somebody.
 const EARLY_WORDS: [&str; 3] = ["dev", "nightly", "snapshot"];
 
-/// Words that begin what comes after a release.
+/// Words that mark a build made after the release.
 const POST_WORDS: [&str; 7] = ["fix", "hotfix", "p", "patch", "post", "r", "rev"];
 
-/// Words that begin what comes after a release where a number follows them.
+/// Words that mark a build made after the release if a number follows them.
 const NUMBERED_POST_WORDS: [&str; 5] = ["build", "hf", "sp", "u", "update"];
 
-/// Pre-release words of two letters: directly behind a digit they are not a patch level such as OpenSSL's `1.0.2za`.
+/// Pre-release words of two letters. Directly after a digit they are not a patch level such as OpenSSL's `1.0.2za`.
 const SHORT_PRE_WORDS: [&str; 4] = ["cr", "ea", "pr", "rc"];
 
-/// Words that say that a version is the release. At the end they are not compared.
+/// Words that mark the release itself. At the end they are not compared.
 const RELEASE_WORDS: [&str; 6] = ["final", "ga", "lts", "prod", "release", "stable"];
 
-/// Hexadecimal digits of a commit hash: behind a `g`, and without one.
+/// Number of hexadecimal digits of a commit hash after a `g`, and without one.
 const MARKED_HASH_LEN: RangeInclusive<usize> = 6..=40;
 const HASH_LEN: RangeInclusive<usize> = 7..=40;
 
-/// One piece of what stands behind the release numbers. Everything between pieces (dots, hyphens, spaces) only separates them.
+/// One piece of the text after the release numbers. Dots, hyphens and spaces only separate pieces.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Token<'a> {
-    /// `~`: before everything, even before the end.
+    /// `~`: sorts before everything, even before the end of the text.
     Tilde,
     /// A run of ASCII digits.
     Number(&'a str),
-    /// A run of anything else that is no ASCII punctuation, space or control character.
+    /// A run of characters other than ASCII digits, ASCII punctuation, spaces and control characters.
     Word(&'a str),
 }
 
 impl Token<'_> {
-    /// Ranks the kinds: `~`, then the end of the text, then numbers, then words.
+    /// Ranks the kinds: `~`, the end of the text, numbers, words.
     const fn rank(token: Option<Self>) -> u8 {
         match token {
             Some(Token::Tilde) => 0,
@@ -44,11 +44,11 @@ impl Token<'_> {
     }
 }
 
-/// Walks through the pieces of a text, without what [`counted`] leaves out in front of each `~` and at the end.
+/// Iterates over the pieces of a text, without what [`counted`] drops before each `~` and at the end.
 #[derive(Clone, Debug)]
 pub(super) struct Tokens<'a> {
     rest: &'a str,
-    /// What follows `rest`, from the next `~` on.
+    /// The text after `rest`, from the next `~`.
     after: &'a str,
 }
 
@@ -61,7 +61,7 @@ impl<'a> Tokens<'a> {
         }
     }
 
-    /// What has not been walked through up to the next `~`, separators included.
+    /// The remaining text up to the next `~`, separators included.
     pub(super) const fn rest(&self) -> &'a str {
         self.rest
     }
@@ -92,7 +92,8 @@ impl<'a> Iterator for Tokens<'a> {
     }
 }
 
-/// Compares two rows of pieces; where one row is the beginning of the other, the shorter one is first, but for a `~`.
+/// Compares two sequences of pieces. If one is the beginning of the other, the shorter one sorts first, unless a `~`
+/// follows.
 pub(super) fn compare_tokens(mut left: Tokens<'_>, mut right: Tokens<'_>) -> Ordering {
     loop {
         let (a, b) = (left.next(), right.next());
@@ -114,7 +115,7 @@ pub(super) fn compare_numbers(left: &str, right: &str) -> Ordering {
     left.len().cmp(&right.len()).then_with(|| left.cmp(right))
 }
 
-/// Compares letter by letter, in lower case.
+/// Compares character by character, in lower case.
 pub(super) fn compare_text(left: &str, right: &str) -> Ordering {
     if left.is_ascii() && right.is_ascii() {
         return left
@@ -127,12 +128,12 @@ pub(super) fn compare_text(left: &str, right: &str) -> Ordering {
         .cmp(right.chars().flat_map(char::to_lowercase))
 }
 
-/// Whether what follows a release under this word is later than the release. `next`: what follows the word.
+/// Whether this word marks a build made after the release. `next` is the piece after the word.
 pub(super) fn is_post_word(word: &str, next: Option<Token<'_>>) -> bool {
     is_one_of(&POST_WORDS, word) || (is_one_of(&NUMBERED_POST_WORDS, word) && matches!(next, Some(Token::Number(_))))
 }
 
-/// Whether a word directly behind a digit and at the end is a patch level, as in `1.1.1d` and `1.0.2za`.
+/// Whether a word directly after a digit, and at the end, is a patch level, as in `1.1.1d` and `1.0.2za`.
 pub(super) fn is_patch_level(word: &str) -> bool {
     match word.chars().count() {
         1 => true,
@@ -141,8 +142,8 @@ pub(super) fn is_patch_level(word: &str) -> bool {
     }
 }
 
-/// The part of a version, without a `~` in it, that is compared: not the commit hashes, the remarks in round brackets and
-/// the words for a release at its end. Takes time in proportion to its length.
+/// The compared part of a version without `~`: without the commit hashes, remarks in round brackets and release words
+/// at its end. Takes time in proportion to its length.
 pub(super) fn counted(part: &str) -> &str {
     let mut counted = part;
     loop {
@@ -158,14 +159,14 @@ pub(super) fn counted(part: &str) -> &str {
     }
 }
 
-/// What stands in front of a remark in round brackets at the end of `text`. One of digits only is a build number, not a remark.
+/// The text before a remark in round brackets at the end of `text`. Digits alone are a build number, not a remark.
 pub(super) fn without_remark(text: &str) -> Option<&str> {
     let mut open = 0_usize;
     for (at, byte) in text.bytes().enumerate().rev() {
         match byte {
             b')' => open += 1,
             b'~' => return None,
-            // The last character is the first one seen.
+            // The first character seen is the last one of the text.
             _ if open == 0 => return None,
             b'(' if open == 1 => {
                 let is_remark = text[at..].bytes().any(is_word_byte);
@@ -178,7 +179,8 @@ pub(super) fn without_remark(text: &str) -> Option<&str> {
     None
 }
 
-/// What stands in front of a commit hash at the end of `text`. The hash of git describe is part of a count of commits.
+/// The text before a commit hash at the end of `text`. The hash of `git describe` belongs to a count of commits, and
+/// stays.
 fn without_hash(text: &str) -> Option<&str> {
     let longest = text.len() - text.len().min(*HASH_LEN.end() + 2);
     let tail = &text.as_bytes()[longest..];
@@ -186,7 +188,7 @@ fn without_hash(text: &str) -> Option<&str> {
     let (head, hash) = (&text[..at], &text.as_bytes()[at + 1..]);
     let is_hash = match hash {
         [b'g' | b'G', digits @ ..] if is_hexadecimal(digits, &MARKED_HASH_LEN) => !ends_in_count(head),
-        // `b20251102` is a beta, and `a7` an alpha, however long the number.
+        // `b20251102` is a beta and `a7` an alpha, whatever the length of the number.
         [b'a' | b'b' | b'A' | b'B', digits @ ..] if digits.iter().all(u8::is_ascii_digit) => false,
         digits => {
             is_hexadecimal(digits, &HASH_LEN)
@@ -201,13 +203,13 @@ fn is_hexadecimal(digits: &[u8], len: &RangeInclusive<usize>) -> bool {
     len.contains(&digits.len()) && digits.iter().all(u8::is_ascii_hexdigit)
 }
 
-/// Whether `text` ends in a hyphen and a number, as in front of the hash of git describe.
+/// Whether `text` ends in a hyphen and a number, as before the hash of `git describe`.
 fn ends_in_count(text: &str) -> bool {
     let head = text.trim_end_matches(|character: char| character.is_ascii_digit());
     head.len() < text.len() && head.ends_with('-')
 }
 
-/// What stands in front of a word for a release at the end of `text`.
+/// The text before a release word at the end of `text`.
 fn without_release_word(text: &str) -> Option<&str> {
     RELEASE_WORDS.iter().find_map(|word| {
         let at = text.len().checked_sub(word.len())?;
@@ -221,7 +223,8 @@ fn is_one_of(words: &[&str], word: &str) -> bool {
     words.iter().any(|one| word.eq_ignore_ascii_case(one))
 }
 
-/// Whether `text` begins with the hash of `git describe`: `g` and at least two hexadecimal digits (so that `ga` stays a word), nothing glued to them.
+/// Whether `text` begins with the hash of `git describe`: `g` and at least two hexadecimal digits (so that `ga` stays a
+/// word), with no letter or digit directly after them.
 pub(super) fn starts_with_git_hash(text: &str) -> bool {
     let bytes = text.as_bytes();
     if !matches!(bytes.first(), Some(b'g' | b'G')) {
@@ -245,7 +248,7 @@ fn run(bytes: &[u8], belongs: impl Fn(u8) -> bool) -> usize {
     bytes.iter().position(|byte| !belongs(*byte)).unwrap_or(bytes.len())
 }
 
-/// Bytes of characters beyond ASCII are part of words, so that a run of them always ends between two characters.
+/// Bytes of characters beyond ASCII are part of words, so that a word always ends at a character boundary.
 const fn is_word_byte(byte: u8) -> bool {
     byte.is_ascii_alphabetic() || !byte.is_ascii()
 }

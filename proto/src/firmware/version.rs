@@ -1,25 +1,26 @@
-//! The order of firmware versions (docs/VERSIONS.md): what people mean, not SemVer. Any text has a place in it.
+//! The order of firmware versions (docs/VERSIONS.md): what people mean, not SemVer. Every text has a place in it.
 //!
-//! Read [`Version`] first. A text is split into the parts that count, and versions compare part by part: as every part
-//! has a total order, so have versions.
+//! Read [`Version`] first. A text is split into its compared parts, and versions compare part by part. Each part has a
+//! total order, so versions have one.
 
-use std::cmp::Ordering;
+use std::{cmp::Ordering, fmt};
 
 use super::token::{
     Token, Tokens, compare_numbers, compare_text, compare_tokens, counted, is_patch_level, is_post_word,
     starts_with_git_hash, without_remark,
 };
 
-/// Compares two firmware texts: [`Version`]s, taken apart on the fly. Total for any text, never fails, allocates nothing,
-/// takes time in proportion to the length of the texts.
+/// Compares two firmware texts as [`Version`]s. Total for any text, never fails, allocates nothing, takes time in
+/// proportion to the length of the texts.
 #[must_use]
 pub fn compare(left: &str, right: &str) -> Ordering {
     Version::of(left).cmp(&Version::of(right))
 }
 
-/// A firmware text, taken apart: what it compares by, borrowed from the text.
+/// The compared parts of a firmware text, borrowed from the text.
 ///
-/// Equality is that of the order: `v3.8` and `3.8.0+build5` are equal. A total preorder over texts, a total order over what counts in them.
+/// Equality is that of the order: `v3.8` and `3.8.0+build5` are equal. A total preorder over texts, and a total order
+/// over their compared parts.
 #[derive(Clone, Copy, Debug)]
 pub struct Version<'a> {
     form: Form<'a>,
@@ -27,7 +28,7 @@ pub struct Version<'a> {
 
 #[derive(Clone, Copy, Debug)]
 enum Form<'a> {
-    /// A text without a digit: first of all, by its lower-case text.
+    /// A text without a digit. It sorts before all numbered versions, by its lower-case text.
     Text(&'a str),
     Numbered(Numbered<'a>),
 }
@@ -38,11 +39,11 @@ pub(crate) struct Numbered<'a> {
     /// From the first digit to the last digit of the release numbers.
     pub(super) release: &'a str,
     pub(super) stage: Stage,
-    /// All that follows, up to the build metadata, with what [`counted`] leaves out.
+    /// The text after the release numbers, without build metadata, with what [`counted`] drops.
     pub(super) suffix: &'a str,
 }
 
-/// Where a version stands to its own release.
+/// Position of a version relative to its own release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Stage {
     Before,
@@ -51,7 +52,8 @@ pub(crate) enum Stage {
 }
 
 impl<'a> Version<'a> {
-    /// Takes `text` apart. White space around it, letter case and build metadata (from the first `+` behind other text) do not count.
+    /// Parses `text`. Surrounding white space, letter case and build metadata (from the first `+` after other text) are
+    /// ignored.
     #[must_use]
     pub fn of(text: &'a str) -> Self {
         let text = without_metadata(without_last_remark(text.trim()));
@@ -62,12 +64,12 @@ impl<'a> Version<'a> {
         Self { form }
     }
 
-    /// A text that is known to be without a digit and build metadata.
+    /// A text that is known to have no digit and no build metadata.
     pub(crate) const fn of_text(text: &'a str) -> Self {
         Self { form: Form::Text(text) }
     }
 
-    /// Whether the text has release numbers; those without sort first, and only an exact range holds them.
+    /// Whether the text has release numbers. Texts without them sort first, and only an exact range matches them.
     #[must_use]
     pub const fn is_numbered(&self) -> bool {
         matches!(self.form, Form::Numbered(_))
@@ -80,7 +82,18 @@ impl<'a> Version<'a> {
         }
     }
 
-    /// What counts of a text without a digit.
+    /// Writes a text that is the same for two versions if and only if they are equal.
+    ///
+    /// # Errors
+    /// Writing to `text` failed.
+    pub(crate) fn write_canonical(&self, text: &mut impl fmt::Write) -> fmt::Result {
+        match &self.form {
+            Form::Text(stated) => write_lower_case(stated, text),
+            Form::Numbered(version) => version.write_canonical(text),
+        }
+    }
+
+    /// The compared part of a text without a digit.
     pub(crate) const fn text(self) -> Option<&'a str> {
         match self.form {
             Form::Text(text) => Some(text),
@@ -92,7 +105,7 @@ impl<'a> Version<'a> {
 impl<'a> Numbered<'a> {
     /// `text` begins with a digit and has no build metadata.
     pub(super) fn of(text: &'a str) -> Self {
-        // A commit hash behind a dot, or in a date behind a hyphen, would look like a release number.
+        // A commit hash after a dot, or after the hyphen of a date, would look like a release number.
         let first = counted(text.split('~').next().unwrap_or_default());
         let (release_len, ends_in_build_number) = scan_release(first.as_bytes());
         let (release, suffix) = text.split_at(release_len);
@@ -100,12 +113,52 @@ impl<'a> Numbered<'a> {
         Self { release, stage, suffix }
     }
 
-    /// By release numbers only.
+    /// `3.8=`, `3.8<.b.3`, `3.8>.4`: release numbers without trailing zeros, the stage, and the pieces of the suffix.
+    fn write_canonical(&self, text: &mut impl fmt::Write) -> fmt::Result {
+        let mut zeros = 0;
+        let mut separator = "";
+        for digits in release_numbers(self.release) {
+            if digits.is_empty() {
+                zeros += 1;
+                continue;
+            }
+            for part in std::iter::repeat_n("0", std::mem::take(&mut zeros)).chain([digits]) {
+                text.write_str(separator)?;
+                text.write_str(part)?;
+                separator = ".";
+            }
+        }
+        // No text without a digit has this form.
+        if separator.is_empty() {
+            text.write_str("0")?;
+        }
+        text.write_str(match self.stage {
+            Stage::Before => "<",
+            Stage::Release => "=",
+            Stage::After => ">",
+        })?;
+        for token in Tokens::of(self.suffix) {
+            match token {
+                Token::Tilde => text.write_str("~")?,
+                Token::Number(digits) => {
+                    text.write_str(".")?;
+                    text.write_str(digits.trim_start_matches('0'))?;
+                }
+                Token::Word(word) => {
+                    text.write_str(".")?;
+                    write_lower_case(word, text)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares the release numbers only.
     pub(super) fn compare_release(&self, other: &Self) -> Ordering {
         compare_releases(self.release, other.release)
     }
 
-    /// By what follows the release numbers; of use only where these are equal.
+    /// Compares what follows the release numbers. Meaningful only if these are equal.
     pub(super) fn compare_suffix(&self, other: &Self) -> Ordering {
         self.stage
             .cmp(&other.stage)
@@ -140,7 +193,13 @@ impl PartialEq for Version<'_> {
 
 impl Eq for Version<'_> {}
 
-/// Cuts a remark in round brackets off the end of a version: a `+` in it does not begin build metadata.
+fn write_lower_case(word: &str, text: &mut impl fmt::Write) -> fmt::Result {
+    word.chars()
+        .flat_map(char::to_lowercase)
+        .try_for_each(|character| text.write_char(character))
+}
+
+/// Removes a remark in round brackets from the end of a version: a `+` in it does not begin build metadata.
 fn without_last_remark(text: &str) -> &str {
     match without_remark(text) {
         Some(head) if head.contains(|character: char| character.is_ascii_digit()) => head.trim_end(),
@@ -148,7 +207,7 @@ fn without_last_remark(text: &str) -> &str {
     }
 }
 
-/// Cuts at the first `+` that has something in front of it: a leading `+` is a prefix like any other.
+/// Cuts at the first `+` that has text before it: a leading `+` is a prefix like any other.
 fn without_metadata(text: &str) -> &str {
     let signs = text.len() - text.trim_start_matches('+').len();
     match text[signs..].find('+') {
@@ -157,9 +216,10 @@ fn without_metadata(text: &str) -> &str {
     }
 }
 
-/// Length of the release numbers at the start of `bytes`, and whether a hyphen stands before the last of them.
+/// Length of the release numbers at the start of `bytes`, and whether a hyphen precedes the last of them.
 ///
-/// Parts are divided by dots, and where the first number has four digits (a year) by a hyphen, `_` or `/` between digits, too.
+/// Numbers are separated by dots. If the first one has four digits (a year), a hyphen, `_` or `/` between digits
+/// separates as well.
 fn scan_release(bytes: &[u8]) -> (usize, bool) {
     let digits_from = |start: usize| bytes[start..].iter().take_while(|byte| byte.is_ascii_digit()).count();
     let mut end = digits_from(0);
@@ -178,9 +238,9 @@ fn scan_release(bytes: &[u8]) -> (usize, bool) {
     }
 }
 
-/// Stage of a version by what follows its release numbers; a `~` ends what is looked at here.
+/// Stage of a version, by the text after its release numbers up to a `~`.
 ///
-/// `after_build_number`: the last number of the release came with a hyphen, so that a hash behind it is git describe's.
+/// `after_build_number`: a hyphen precedes the last release number, so a hash after it is that of `git describe`.
 fn stage_of(suffix: &str, after_build_number: bool) -> Stage {
     let mut tokens = Tokens::of(suffix);
     let mut has_build_number = false;
@@ -208,19 +268,23 @@ fn stage_of(suffix: &str, after_build_number: bool) -> Stage {
     }
 }
 
-/// Part by part as numbers; a part that is not there is zero.
+/// The numbers of a release without leading zeros; zero is the empty text.
+fn release_numbers(release: &str) -> impl Iterator<Item = &str> {
+    release
+        .split(|character: char| !character.is_ascii_digit())
+        .filter(|digits| !digits.is_empty())
+        .map(|digits| digits.trim_start_matches('0'))
+}
+
+/// Compares number by number; a missing number is zero.
 fn compare_releases(left: &str, right: &str) -> Ordering {
-    let (mut left, mut right) = (Tokens::of(left), Tokens::of(right));
+    let (mut left, mut right) = (release_numbers(left), release_numbers(right));
     loop {
         let (a, b) = (left.next(), right.next());
         if a.is_none() && b.is_none() {
             return Ordering::Equal;
         }
-        let number = |token| match token {
-            Some(Token::Number(digits)) => digits,
-            None | Some(Token::Tilde | Token::Word(_)) => "",
-        };
-        let order = compare_numbers(number(a), number(b));
+        let order = compare_numbers(a.unwrap_or_default(), b.unwrap_or_default());
         if order.is_ne() {
             return order;
         }

@@ -1,11 +1,11 @@
-//! Whom a request comes from, as the balancers on its way say.
+//! The address that a request comes from, according to the load balancers on its way.
 
 use std::net::{IpAddr, SocketAddr};
 
 use super::values;
 
-/// The last address of `X-Forwarded-For` that is no balancer of ours: what stands before it is anybody's word. `None`: there is
-/// no such header, or what stands there is no address.
+/// The last address of `X-Forwarded-For` that is not a trusted load balancer. The addresses before it can be forged.
+/// `None`: the header is missing, or does not hold an address there.
 pub fn forwarded_for(headers: &[(&str, &[u8])], is_trusted: impl Fn(IpAddr) -> bool) -> Option<IpAddr> {
     let mut last = None;
     let lines: Vec<&[u8]> = values(headers, "X-Forwarded-For").collect();

@@ -1,4 +1,4 @@
-//! Who a device says it is. For each fact the first source that is present decides, even if it is malformed.
+//! The identity that a device claims. For each fact the first source that is present decides, even if it is malformed.
 
 use base64::{
     Engine, alphabet,
@@ -12,7 +12,7 @@ use crate::{
     refusal::Refusal,
 };
 
-/// Longest slot or resume token looked at, in bytes. A longer one can't be ours, and is ignored like any that does not count.
+/// Maximum length of a slot or resume token, in bytes. A longer one is ignored, like any invalid token.
 const TOKEN_LEN_MAX: usize = 256;
 const _: () = assert!(crate::resume::TOKEN_TEXT_LEN_MAX <= TOKEN_LEN_MAX);
 
@@ -36,7 +36,7 @@ pub(super) struct Identity {
 
 type Headers<'a> = &'a [(&'a str, &'a [u8])];
 
-/// Where a device may say who it is.
+/// The parts of a request that may hold the identity.
 #[derive(Clone, Copy)]
 pub(super) struct Places<'a> {
     pub(super) headers: Headers<'a>,
@@ -99,7 +99,7 @@ pub(super) fn parse(
     })
 }
 
-/// Header, then Basic user name, then path, then query; `None` where there is none of them.
+/// Header, then Basic user name, then path, then query. `None` if the request has none of them.
 fn device(
     header: Option<&[u8]>,
     authorization: &Authorization,
@@ -123,7 +123,7 @@ fn device(
         .transpose()
 }
 
-/// White space around an id means nothing, wherever the id stands.
+/// White space around an id is ignored, in every source.
 fn device_from(bytes: &[u8], names: &IdentityNames) -> Result<NamedDevice, Refusal> {
     let problem = names.namespace.map_or(BAD_DEVICE, |_| BAD_EXTERNAL);
     std::str::from_utf8(bytes.trim_ascii())
@@ -132,7 +132,7 @@ fn device_from(bytes: &[u8], names: &IdentityNames) -> Result<NamedDevice, Refus
         .ok_or(Refusal::bad_request(problem))
 }
 
-/// Header, then query. Present but empty means that the device names none.
+/// Header, then query. A value that is present but empty means "none".
 fn label(
     headers: Headers<'_>,
     query: &str,
@@ -152,7 +152,7 @@ fn label(
     }
 }
 
-/// The percent-decoded value of a query parameter. `+` stays `+`: versions have it (`3.8.0+build`).
+/// The percent-decoded value of a query parameter. `+` stays `+`, because versions contain it (`3.8.0+build`).
 fn parameter(query: &str, name: &str) -> Result<Option<Vec<u8>>, Refusal> {
     let mut values = query.split('&').filter_map(|pair| {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -174,7 +174,7 @@ fn token(value: Option<&[u8]>) -> Option<Box<str>> {
         .map(Box::from)
 }
 
-/// What `Authorization` holds. A scheme that is not ours is no credential.
+/// The content of `Authorization`. Other schemes are ignored.
 enum Authorization {
     None,
     Bearer(Vec<u8>),
@@ -182,7 +182,7 @@ enum Authorization {
         user: Vec<u8>,
         password: Vec<u8>,
     },
-    /// `:SECRET`, from clients that put the id elsewhere.
+    /// `:SECRET`, from clients that send the id elsewhere.
     BasicWithoutUser {
         password: Vec<u8>,
     },
@@ -190,7 +190,7 @@ enum Authorization {
     BrokenBasic,
 }
 
-/// Some firmware leaves the padding out.
+/// Some firmware omits the padding.
 const BASIC_BASE64: GeneralPurpose = GeneralPurpose::new(
     &alphabet::STANDARD,
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
@@ -213,7 +213,7 @@ impl Authorization {
         Self::None
     }
 
-    /// `user:password`; a colon in the password belongs to it (RFC 7617 §2).
+    /// `user:password`. A colon in the password is part of it (RFC 7617 §2).
     fn parse_basic(base64: &[u8]) -> Self {
         let Ok(pair) = BASIC_BASE64.decode(base64) else {
             return Self::BrokenBasic;
@@ -233,7 +233,7 @@ impl Authorization {
         }
     }
 
-    /// The credential; an empty one is none.
+    /// The credential; an empty one is treated as missing.
     fn secret(&self) -> Option<&[u8]> {
         let secret = match self {
             Self::Bearer(secret) => secret,

@@ -1,7 +1,8 @@
-//! What a device says when it connects: from the head of an HTTP request to a [`Hello`] (contract section 2).
+//! What a device says when it connects: from the head of an HTTP request to a [`Hello`] (docs/PROTOCOL.md,
+//! "Connecting").
 //!
-//! Parsing happens once, here; nothing behind it sees a header again. Start with [`parse`]. Any bytes at all may come in,
-//! and none of them ever appear in a refusal.
+//! Parsing happens once, here; later steps never see a header. Start with [`parse`]. It accepts any bytes as input, and
+//! no part of the input ever appears in a refusal.
 
 mod forwarded;
 mod identity;
@@ -14,24 +15,25 @@ pub use names::{IdentityNames, InvalidName, NamedDevice};
 pub use paths::{InvalidPath, Paths};
 
 use crate::{
-    id::{Credential, DeviceId, Label},
+    connect::Attempt,
+    id::{Credential, DeviceId, Label, Network},
     refusal::Refusal,
-    rules::{OwnedSubject, Subject},
+    time::Instant,
 };
 
-/// Longest request head and longest target, in bytes (contract section 3). The reader of the socket enforces them.
+/// Maximum length of a request head, and of a target, in bytes. The reader of the socket enforces both.
 pub const HEAD_LEN_MAX: usize = 8 * 1024;
 
-/// The sub-protocol whose frames are ours (contract section 4).
+/// The sub-protocol with Seawall's own frames.
 pub const SEAWALL_V1: &str = "seawall.v1";
 
-/// The head of a request, as it came off the socket.
+/// The head of a request as read from the socket.
 #[derive(Clone, Copy, Debug)]
 pub struct Head<'a> {
     pub method: &'a str,
     /// Path and query, or the absolute form that a proxy sends.
     pub target: &'a str,
-    /// 0 or 1: the digit behind `HTTP/1.`.
+    /// 0 or 1: the digit after `HTTP/1.`.
     pub http_minor: u8,
     pub headers: &'a [(&'a str, &'a [u8])],
 }
@@ -40,27 +42,27 @@ pub struct Head<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
     Connect(Hello),
-    /// `GET` or `HEAD` of `/readyz`, from a balancer: answered with a status only.
+    /// `GET` or `HEAD` of `/readyz`, from a load balancer. The answer is a status only.
     Ready,
-    /// `GET` or `HEAD` of `/healthz`, likewise.
+    /// `GET` or `HEAD` of `/healthz`. The answer is a status only.
     Health,
 }
 
-/// A device's own claims. Nothing in it is proven.
+/// The device's own claims, none of them verified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
     pub device: DeviceId,
-    /// What the device calls itself, where that is not a UUID.
+    /// The name that the device uses for itself, if it is not a UUID.
     pub external_id: Option<Label>,
-    /// Its certificate where that names the device, else the secret shown; neither itself is kept.
+    /// Its certificate if that names the device, otherwise the secret it showed, both as a hash.
     pub credential: Option<Credential>,
     pub firmware: Option<Label>,
     pub model: Option<Label>,
-    /// The tenant it claims. After the look-up the registry's counts.
+    /// The claimed tenant. After the lookup the registry's tenant is used.
     pub tenant: Option<Label>,
-    /// A reconnect slot. One that does not count is ignored, never refused.
+    /// A reconnect slot. An invalid one is ignored, never refused.
     pub slot: Option<Box<str>>,
-    /// A resume token. One that does not count is ignored, never refused.
+    /// A resume token. An invalid one is ignored, never refused.
     pub resume: Option<Box<str>>,
     pub session_kind: SessionKind,
     /// The sub-protocol to confirm in the 101, exactly as it was offered.
@@ -70,47 +72,43 @@ pub struct Hello {
 }
 
 impl Hello {
-    /// The device by its own words, for firmware rules.
+    /// The fields that the decision needs.
     #[must_use]
-    pub fn claims(&self) -> Subject<'_> {
-        Subject {
-            firmware: self.firmware.as_deref(),
-            model: self.model.as_deref(),
-            tenant: self.tenant.as_deref(),
-        }
-    }
-
-    /// A copy of the device's claims, to keep while it waits.
-    #[must_use]
-    pub fn owned_claims(&self) -> OwnedSubject {
-        OwnedSubject {
-            firmware: self.firmware.clone(),
-            model: self.model.clone(),
-            tenant: self.tenant.clone(),
+    pub fn attempt(&self, network: Network, arrived: Instant) -> Attempt<'_> {
+        Attempt {
+            device: self.device,
+            credential: self.credential,
+            firmware: self.firmware.as_ref(),
+            model: self.model.as_ref(),
+            tenant: self.tenant.as_ref(),
+            slot: self.slot.as_deref(),
+            resume: self.resume.as_deref(),
+            network,
+            arrived,
         }
     }
 }
 
-/// What a client certificate, verified by TLS, says of the device.
+/// The devices that a client certificate names, verified by TLS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Certified {
     /// It names one device: certificate and private key are its credential.
     Device { device: DeviceId, credential: Credential },
-    /// It names several: nobody can tell whose it is.
+    /// It names several devices, so it is not known which one uses it.
     Ambiguous,
 }
 
-/// Who speaks first, and what data frames mean.
+/// Which side may send first, and what data frames mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SessionKind {
-    /// `seawall.v1`: JSON frames of section 4.
+    /// `seawall.v1`: JSON frames.
     V1,
-    /// Anything else: data frames are opaque messages, the gateway sends nothing of its own but pings, pongs and closes.
+    /// Anything else: data frames are opaque messages, and the gateway sends only pings, pongs and closes.
     Plain,
 }
 
 impl SessionKind {
-    /// The word in logs and in the API.
+    /// Value in logs and in the API.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -120,11 +118,11 @@ impl SessionKind {
     }
 }
 
-/// Reads the form of a request: which resource, whether it is a WebSocket upgrade, and who says to be there. `paths`: where devices
-/// connect. `certified`: what the client's certificate says, where TLS has verified one that names a device.
+/// Parses a request: the resource, whether it is a WebSocket upgrade, and the claimed identity. `paths`: where devices
+/// connect. `certified`: the devices that the client's certificate names, if TLS has verified one.
 ///
-/// `Host` is not looked at. RFC 9112 §3.2 asks for 400 where it is missing or given twice; devices in the field leave it out, and
-/// nothing here depends on it: there is one host, and one request on a connection.
+/// `Host` is ignored. RFC 9112 §3.2 requires 400 if it is missing or given twice, but devices in the field leave it
+/// out. Nothing depends on it: there is one host, and one request per connection.
 ///
 /// # Errors
 /// The refusal to answer with: `not_found`, `method_not_allowed`, `bad_request` or `upgrade_required`.
@@ -190,7 +188,7 @@ fn values<'a>(headers: &'a [(&'a str, &'a [u8])], name: &'a str) -> impl Iterato
         .map(|(_, value)| *value)
 }
 
-/// The value of a header that may come once at most.
+/// The value of a header that may occur at most once.
 fn single<'a>(
     headers: &'a [(&'a str, &'a [u8])],
     name: &'a str,

@@ -1,4 +1,5 @@
-//! `[identity]`: where this fleet puts its identity. Firmware in the field can't be changed, so the names can.
+//! `[identity]`: names of the headers and parameters that carry the identity. They are configurable, because firmware
+//! in the field is not.
 
 use serde::{Deserialize, Serialize};
 use sha1::{Digest as _, Sha1};
@@ -30,16 +31,16 @@ pub struct IdentityNames {
     pub resume_header: String,
     /// Reconnect slot. Default `Seawall-Slot`.
     pub slot_header: String,
-    /// Accepts device ids that are not UUIDs: the device is then the UUIDv5 (RFC 9562 §5.5) of the text in this namespace.
-    /// Default: none, so that every id is a UUID.
+    /// Accepts device ids that are not UUIDs: the device is then the UUIDv5 (RFC 9562 §5.5) of the text in this
+    /// namespace. Default: none, so that every id is a UUID.
     pub namespace: Option<Uuid>,
 }
 
-/// A device as it was named.
+/// A device by its name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedDevice {
     pub id: DeviceId,
-    /// The name, where it is not a UUID.
+    /// The name, if it is not a UUID.
     pub external_id: Option<Label>,
 }
 
@@ -62,11 +63,11 @@ impl Default for IdentityNames {
 }
 
 impl IdentityNames {
-    /// Longest name, in bytes.
+    /// Maximum length of a name, in bytes.
     pub const NAME_LEN_MAX: usize = 64;
 
-    /// The device that a text names: a UUID in any of its forms, or with a namespace 1 to 64 bytes of printable ASCII, in which
-    /// letter case counts.
+    /// The device that a text names: a UUID in any of its forms or, with a namespace, 1 to 64 bytes of printable ASCII
+    /// in which letter case matters.
     #[must_use]
     pub fn device(&self, text: &str) -> Option<NamedDevice> {
         if let Ok(id) = text.parse() {
@@ -84,10 +85,10 @@ impl IdentityNames {
         })
     }
 
-    /// Says whether every name can be sent, and means one thing only.
+    /// Checks that every name is valid and used for one purpose only.
     ///
     /// # Errors
-    /// The setting that is wrong, and why.
+    /// The invalid setting, and the reason.
     pub fn validate(&self) -> Result<(), InvalidName> {
         let headers = [
             ("device_header", &self.device_header),
@@ -130,7 +131,7 @@ fn first_double(names: &[(&'static str, &String)], same: impl Fn(&str, &str) -> 
     Ok(())
 }
 
-/// A setting of `[identity]` that can't work.
+/// An invalid setting of `[identity]`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("identity.{setting}: {reason}")]
 pub struct InvalidName {
@@ -144,7 +145,7 @@ impl InvalidName {
     }
 }
 
-/// Headers that HTTP, WebSocket or authentication give a meaning to.
+/// Headers whose meaning HTTP, WebSocket or authentication define.
 const RESERVED: &[&str] = &[
     "Authorization",
     "Connection",
@@ -158,7 +159,7 @@ const RESERVED: &[&str] = &[
     "Upgrade",
 ];
 
-/// A token of RFC 9110 §5.6.2: header names and sub-protocols.
+/// A token of RFC 9110 §5.6.2, as in header names and sub-protocols.
 pub(super) fn is_token(text: &str) -> bool {
     !text.is_empty()
         && text

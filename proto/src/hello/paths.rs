@@ -5,10 +5,10 @@ use serde::{Deserialize, Serialize};
 /// Segment that stands for the device id.
 const DEVICE: &str = "{device}";
 
-/// Paths of probes, which are not a device's.
+/// Paths of probes. Devices cannot connect there.
 const PROBES: [&str; 2] = ["/healthz", "/readyz"];
 
-/// Accepted paths of device requests, in order. Repeated slashes count as one, in a request and here.
+/// Accepted paths of device requests, in order. Repeated slashes are treated as one, in requests and here.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<String>", into = "Vec<String>")]
 pub struct Paths(Vec<String>);
@@ -19,7 +19,7 @@ impl Paths {
     /// Maximum length of a path, in bytes.
     pub const LEN_MAX: usize = 256;
 
-    /// Whether `path` is one of these, and the text of its device segment, still percent-encoded.
+    /// Whether `path` is one of these, and its device segment, still percent-encoded.
     pub(super) fn find<'a>(&self, path: &'a str) -> Option<Option<&'a str>> {
         self.0.iter().find_map(|pattern| matched(pattern, path))
     }
@@ -63,7 +63,7 @@ impl From<Paths> for Vec<String> {
     }
 }
 
-/// A list of paths that can't be used.
+/// An invalid list of paths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("paths: {0}")]
 pub struct InvalidPath(&'static str);

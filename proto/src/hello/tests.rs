@@ -24,7 +24,7 @@ fn parse_with(method: &str, target: &str, http_minor: u8, headers: &[(&str, &str
     parse(&head, &Paths::default(), &IdentityNames::default(), None)
 }
 
-/// An upgrade with these headers besides.
+/// An upgrade with these headers added.
 fn hello(target: &str, extra: &[(&str, &str)]) -> Result<Hello, Refusal> {
     let headers: Vec<_> = UPGRADE.into_iter().chain(extra.iter().copied()).collect();
     match parse_with("GET", target, 1, &headers)? {
@@ -33,7 +33,7 @@ fn hello(target: &str, extra: &[(&str, &str)]) -> Result<Hello, Refusal> {
     }
 }
 
-/// An upgrade of a device with a header replaced, or left out.
+/// An upgrade of a device with a header replaced, or removed.
 fn upgrade_with(name: &str, value: Option<&str>) -> Result<Request, Refusal> {
     let headers: Vec<_> = UPGRADE
         .into_iter()
@@ -52,7 +52,7 @@ fn basic(pair: &str) -> String {
     format!("Basic {}", STANDARD.encode(pair))
 }
 
-/// An upgrade with these headers besides, over TLS with a client certificate.
+/// An upgrade with these headers added, over TLS with a client certificate.
 fn certified_hello(certified: Certified, extra: &[(&str, &str)]) -> Result<Hello, Refusal> {
     let headers: Vec<(&str, &[u8])> = UPGRADE
         .into_iter()
@@ -73,7 +73,7 @@ fn certified_hello(certified: Certified, extra: &[(&str, &str)]) -> Result<Hello
 
 #[test]
 fn certificate_is_id_and_credential_and_a_different_id_beside_it_is_refused() {
-    let credential = Credential::of_certificate(b"der");
+    let credential = Credential::of_certificate(b"der", crate::id::CertificateTag::of(b"ca", b"1"));
     let certified = Certified::Device {
         device: ID.parse().unwrap(),
         credential,
@@ -456,7 +456,7 @@ fn refusals_never_echo_what_was_sent() {
     }
 }
 
-/// Headers that mean something, with values from nonsense to nearly right.
+/// Headers with a meaning, with values from nonsense to nearly valid.
 fn any_header() -> impl Strategy<Value = (String, Vec<u8>)> {
     let name = prop_oneof![
         prop::sample::select(vec![

@@ -26,7 +26,7 @@ pub(super) fn parse(head: &Head<'_>) -> Result<Upgrade, Refusal> {
     })
 }
 
-/// A body behind the head would be read as frames.
+/// A body after the head would be read as frames.
 fn refuse_body(head: &Head<'_>) -> Result<(), Refusal> {
     let has_body = values(head.headers, "Transfer-Encoding").next().is_some()
         || values(head.headers, "Content-Length").any(|length| length.trim_ascii() != b"0");
@@ -37,7 +37,7 @@ fn refuse_body(head: &Head<'_>) -> Result<(), Refusal> {
 }
 
 fn require_upgrade(head: &Head<'_>) -> Result<(), Refusal> {
-    // An HTTP/1.0 request can't upgrade, whatever its headers say (RFC 9110 §7.8).
+    // An HTTP/1.0 request cannot upgrade, whatever its headers say (RFC 9110 §7.8).
     let is_upgrade = head.http_minor >= 1
         && lists(head, "Connection", |token| token.eq_ignore_ascii_case(b"upgrade"))
         && lists(head, "Upgrade", |token| token.eq_ignore_ascii_case(b"websocket"));
@@ -57,14 +57,14 @@ fn require_upgrade(head: &Head<'_>) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// True where one element of a comma-separated header, spread over any number of lines, is what `is_wanted` looks for.
+/// Whether `is_wanted` accepts an element of a comma-separated header, which may be spread over several lines.
 fn lists(head: &Head<'_>, name: &str, is_wanted: impl Fn(&[u8]) -> bool) -> bool {
     values(head.headers, name)
         .flat_map(|value| value.split(|&byte| byte == b','))
         .any(|token| is_wanted(token.trim_ascii()))
 }
 
-/// Unused bits in the last character do no harm: firmware that draws 22 random characters connects.
+/// Unused bits in the last character are accepted: some firmware draws 22 random characters.
 const KEY_BASE64: GeneralPurpose = GeneralPurpose::new(
     &alphabet::STANDARD,
     GeneralPurposeConfig::new()
@@ -78,14 +78,14 @@ fn websocket_key(head: &Head<'_>) -> Result<[u8; 24], Refusal> {
     <[u8; 24]>::try_from(value.trim_ascii())
         .ok()
         .filter(|key| {
-            // Room for the estimate of the decoder, which counts padding as data.
+            // The decoder's estimate of the length counts padding as data.
             let mut decoded = [0; 18];
             KEY_BASE64.decode_slice(key, &mut decoded) == Ok(16)
         })
         .ok_or(Refusal::bad_request("Sec-WebSocket-Key is not base64 of 16 bytes"))
 }
 
-/// `seawall.v1` wins wherever it stands; else the first offer is confirmed.
+/// `seawall.v1` wins at any position; otherwise the first offer is confirmed.
 fn protocol(head: &Head<'_>) -> Result<(SessionKind, Option<Box<str>>), Refusal> {
     let mut first = None;
     let mut is_v1 = false;
@@ -98,7 +98,7 @@ fn protocol(head: &Head<'_>) -> Result<(SessionKind, Option<Box<str>>), Refusal>
             .ok()
             .filter(|offer| is_token(offer))
             .ok_or(Refusal::bad_request(
-                "Sec-WebSocket-Protocol has an element that is no token",
+                "Sec-WebSocket-Protocol has an element that is not a token",
             ))?;
         is_v1 |= offer == SEAWALL_V1;
         first.get_or_insert(offer);

@@ -4,25 +4,25 @@ use std::{ops::RangeInclusive, time::Duration};
 
 use crate::time::Instant;
 
-/// Shortest and longest of the hints.
+/// Minimum and maximum hint.
 const HINTS: RangeInclusive<Duration> = Duration::from_millis(500)..=Duration::from_secs(10);
-/// Time over which the pace of handshakes is measured, at least; at most about twice as long.
+/// Minimum time over which the rate of handshakes is measured. The maximum is about twice as long.
 const WINDOW: Duration = Duration::from_secs(1);
 
 /// A time in which handshakes wait for a permit: how long it has lasted, and how fast handshakes complete.
 ///
-/// The pace is that of the last seconds. An average since the beginning would keep a fleet away that gets in again after an attack,
-/// and would call an attack back at the pace of the fleet before it.
+/// The rate is that of the last seconds. An average since the beginning would be too low for a fleet after an attack,
+/// and too high for an attack after a fleet.
 #[derive(Clone, Copy, Debug)]
 pub struct Crush {
     began_at: Instant,
-    /// The beginning of the window.
+    /// Beginning of the window.
     window: Checkpoint,
-    /// The beginning of the next window.
+    /// Beginning of the next window.
     next: Checkpoint,
 }
 
-/// How many handshakes had completed at a time.
+/// Number of handshakes that had completed by a time.
 #[derive(Clone, Copy, Debug)]
 struct Checkpoint {
     at: Instant,
@@ -30,7 +30,8 @@ struct Checkpoint {
 }
 
 impl Crush {
-    /// A crush that begins now. `completed` counts all handshakes that have ever completed, here and below.
+    /// A crush that begins now. `completed` is the number of handshakes completed since the process started, here and
+    /// below.
     #[must_use]
     pub const fn begin(now: Instant, completed: u64) -> Self {
         let checkpoint = Checkpoint { at: now, completed };
@@ -41,7 +42,7 @@ impl Crush {
         }
     }
 
-    /// Moves the window on. To be called while handshakes wait.
+    /// Advances the window. Call it while handshakes wait.
     pub const fn note(&mut self, now: Instant, completed: u64) {
         if now.saturating_since(self.next.at).as_micros() >= WINDOW.as_micros() {
             self.window = self.next;
@@ -49,9 +50,9 @@ impl Crush {
         }
     }
 
-    /// Time that a handshake which is given up should stay away: as long as the `under_way` ones take at the present pace, and never longer
-    /// than the crush has lasted. While none completes it is that time, so that a new crush sends nobody away for long, and an attack keeps
-    /// its peers away.
+    /// Hint for a handshake that is given up: the time that the `under_way` handshakes take at the current rate, at
+    /// most the age of the crush. While none completes it is that age: a new crush sends devices away briefly only, and
+    /// an attack keeps its own devices away.
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "counts of handshakes are far below 2^53")]
     pub fn hint_range(&self, now: Instant, completed: u64, under_way: usize) -> RangeInclusive<Duration> {

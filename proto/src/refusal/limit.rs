@@ -1,44 +1,30 @@
 //! Which limit refused a device that is told `throttled`.
 
-/// The limit that a `throttled` device has met. Closed: label `limit` of `seawall_throttled_total`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Limit {
-    /// Its address holds its share of the connections.
-    AddressConnections,
-    /// Its address holds more than its share of the handshakes under way, and others wait for one.
-    AddressHandshakes,
-    /// Its address began too many handshakes, by the operator's figure.
-    AddressRate,
-    /// Wrong credentials came too often with its id.
-    Credential,
+crate::labels! {
+    /// The limit behind a `throttled` answer. A closed set: label `limit` of `seawall_throttled_total`.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+    pub enum Limit {
+        /// The address holds its share of the connections.
+        AddressConnections = "address_connections",
+        /// The address holds more than its share of the handshakes, while others wait for a permit.
+        AddressHandshakes = "address_handshakes",
+        /// The address began more handshakes per second than the configured maximum.
+        AddressRate = "address_rate",
+        /// Too many wrong credentials for the device id.
+        Credential = "credential",
+        /// The rate of a firmware rule with effect `throttle`.
+        Rule = "rule",
+    }
 }
 
 impl Limit {
-    /// Every limit, in the order of the enum.
-    pub const ALL: [Self; 4] = [
-        Self::AddressConnections,
-        Self::AddressHandshakes,
-        Self::AddressRate,
-        Self::Credential,
-    ];
-
-    /// The word in metrics.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::AddressConnections => "address_connections",
-            Self::AddressHandshakes => "address_handshakes",
-            Self::AddressRate => "address_rate",
-            Self::Credential => "credential",
-        }
-    }
-
-    /// What the device is told.
+    /// Value of `detail` in the answer.
     pub(super) const fn detail(self) -> &'static str {
         match self {
             Self::AddressConnections => "too many connections from this address",
             Self::AddressHandshakes => "too many unfinished requests from this address while others wait",
             Self::AddressRate => "too many attempts from this address",
+            Self::Rule => "an operator limits how often devices of this firmware connect",
             Self::Credential => "too many attempts with wrong credentials for this id",
         }
     }

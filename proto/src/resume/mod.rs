@@ -1,11 +1,12 @@
-//! Resume tokens: after its first connection a device comes back without any query, also while the database is away.
+//! Resume tokens: after its first connection a device reconnects without a query, even while the database is away.
 //!
-//! A token stands beside the credential, never instead of it: its MAC covers the hash of the credential it was issued to. It
-//! says what the registry said of the device, and as of which revision of the revocations; [`Revoked`] says what was changed
-//! since. Rules, disabling, revoking and rotating a secret win over it. A token that does not count is ignored, never refused.
+//! A token accompanies the credential and never replaces it: its MAC covers the hash of the credential that it was
+//! issued to. It holds the device's registry data as of a revision of the revocations. [`Revoked`] holds the changes
+//! since then. Rules, and disabling, revoking and rotating a secret, take precedence over it. A token that is not valid
+//! is ignored, never refused.
 //!
-//! Start with [`Judge`], which weighs a token that a device shows, and [`Grant`], from which the next one is made. Where in the
-//! order of decisions that happens is in [`crate::handshake`].
+//! Start with [`Verifier`], which verifies a token that a device shows, and [`Grant`], from which the next one is made.
+//! [`crate::connect`] has the order of decisions.
 
 use std::time::Duration;
 
@@ -16,63 +17,68 @@ use crate::{
     time::WallTime,
 };
 
-mod drill;
+mod revalidation;
 mod revoked;
 mod token;
 
-pub use drill::{DRILL_INTERVAL, DRILL_SHARE, DRILLS_WAITING_MAX, Drills, Finding, Offered};
+pub use crate::keyring::Keyring as ResumeKeys;
+pub use revalidation::{
+    Finding, Offered, REVALIDATION_INTERVAL, REVALIDATION_SHARE, REVALIDATIONS_WAITING_MAX, Revalidations,
+};
 pub use revoked::{Generation, REVOKED_MAX, Revoked};
-pub use token::{EPOCH, ResumeKeys, TOKEN_TEXT_LEN_MAX};
+pub use token::{EPOCH, TOKEN_TEXT_LEN_MAX};
 
 use self::token::Claims;
 
-/// How long a token counts by default. overload.md section 3.
+/// Validity of a token, by default. See docs/design/static-stability.md.
 pub const LIFE: Duration = Duration::from_hours(24);
-/// The longest that it may be made to count.
+/// Maximum validity that can be configured.
 pub const LIFE_MAX: Duration = Duration::from_hours(6 * 24);
-/// How long it counts beyond that, while this node can't learn of revocations. overload.md section 3.
+/// Additional validity while this node cannot learn of revocations.
 pub const GRACE: Duration = Duration::from_hours(8);
-/// How much the wall clocks of two nodes may differ, where a life ends. overload.md section 3, tests.
+/// Tolerated difference between the wall clocks of two nodes at the end of a token's validity.
 pub const SKEW: Duration = Duration::from_mins(5);
-/// A token may have been issued so long after now: then this node's clock, or another's, has been set back since. No longer, so that
-/// a clock that was years ahead for a moment leaves no tokens that count for years.
+/// Maximum time by which a token may have been issued in the future, because this node's clock, or another's, was set
+/// back. The bound makes tokens of a clock that was years ahead for a moment invalid.
 pub const AHEAD_MAX: Duration = Duration::from_hours(24);
-/// The revocations known to this node are stale when the database has not confirmed them for this long.
+/// Time without a confirmation by the database after which this node's revocations are stale.
 pub const STALE_AFTER: Duration = Duration::from_secs(5);
-/// A token is renewed after this part of its life at the earliest, and [`RENEW_SPREAD`] more at the latest.
+/// Part of its validity after which a token is renewed, at the earliest. [`RENEW_SPREAD`] is the maximum delay after
+/// that.
 const RENEW_FROM: f64 = 0.5;
 /// See [`RENEW_FROM`].
 const RENEW_SPREAD: f64 = 0.25;
 
-// The key before counts for a whole epoch: no token outlives it.
+// The previous key is accepted for a whole epoch, so no token outlives it.
 const _: () = assert!(EPOCH.as_secs() >= LIFE_MAX.as_secs() + GRACE.as_secs() + SKEW.as_secs());
 
-/// What is known of an authenticated device, and as of when. Tokens are made from it.
+/// The registry data of an authenticated device, as of a revision. Tokens are made from it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
     pub device: DeviceId,
     /// The credential that the device showed, and must show again.
     pub credential: Credential,
-    /// The registry's.
+    /// The tenant in the registry.
     pub tenant: Label,
-    /// The registry's, whatever the device says.
+    /// The model in the registry, whatever the device claims.
     pub model: Option<Label>,
-    /// All revocations up to this revision are accounted for.
+    /// All revocations up to this revision are included.
     pub generation: Generation,
-    /// Set where the credential was replaced, and ends then.
+    /// End of a credential that was replaced; `None` for the current one.
     pub credential_until: Option<WallTime>,
 }
 
-/// A token, fresh.
+/// A new token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Minted {
     pub text: Box<str>,
-    /// When the device should get the next one; `None` where a later one could not count for longer.
+    /// Time after which the device gets the next token. `None` if a later one would not be valid for longer.
     pub renew_after: Option<Duration>,
 }
 
 impl Grant {
-    /// A token for the session that this device has now. It counts for `life`, or as long as the credential. `None` where that is over.
+    /// Creates a token for the device's current session. It is valid for `life`, at most until the credential ends.
+    /// Returns `None` if that time has passed.
     #[must_use]
     pub fn mint(&self, keys: &ResumeKeys, session: SessionId, life: Duration, wall: WallTime) -> Option<Minted> {
         let by_life = wall + life;
@@ -81,7 +87,7 @@ impl Grant {
             return None;
         }
         let is_final = expires < by_life;
-        let text = keys.sign(
+        let text = keys.sign_resume(
             self.credential.hash(),
             &Claims {
                 device: self.device,
@@ -99,8 +105,8 @@ impl Grant {
         Some(Minted { text, renew_after })
     }
 
-    /// Takes the revocations of now into account. False where one concerns this device: it gets no other token, and is looked up
-    /// when it comes back.
+    /// Includes the revocations known by now. Returns `false` if one concerns this device: it gets no further token,
+    /// and is looked up when it reconnects.
     #[must_use]
     pub fn refresh(&mut self, revoked: &Revoked) -> bool {
         let is_good = revoked.allows(self.device, self.generation);
@@ -111,8 +117,8 @@ impl Grant {
     }
 }
 
-/// Between a half and three quarters of `life`, always the same for one device: a fleet that got its tokens within a second
-/// does not renew them within a second.
+/// Between a half and three quarters of `life`, always the same for one device: a fleet that got its tokens within a
+/// second does not renew them within a second.
 fn renewal(device: DeviceId, life: Duration) -> Duration {
     let digest = Sha256::new_with_prefix(b"seawall renewal")
         .chain_update(device.as_bytes())
@@ -121,38 +127,39 @@ fn renewal(device: DeviceId, life: Duration) -> Duration {
     life.mul_f64(RENEW_FROM + RENEW_SPREAD * f64::from(drawn) / f64::from(u32::MAX))
 }
 
-/// What a node weighs tokens by.
+/// The data that tokens are verified with.
 #[derive(Clone, Copy, Debug)]
-pub struct Judge<'a> {
+pub struct Verifier<'a> {
     pub keys: &'a ResumeKeys,
     pub revoked: &'a Revoked,
-    /// The database has not confirmed `revoked` for [`STALE_AFTER`]: tokens get their grace.
+    /// Whether the database has not confirmed `revoked` for [`STALE_AFTER`]. Tokens then get their grace.
     pub is_stale: bool,
 }
 
-/// A token that counts.
+/// A valid token.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Counted {
+pub struct Accepted {
     pub grant: Grant,
-    /// The session that it was issued in.
+    /// The session in which it was issued.
     pub session: SessionId,
-    /// Its life is over: it counts by grace.
+    /// Whether its validity has ended, and it is accepted by grace.
     pub is_graced: bool,
 }
 
-/// Why a token does not count.
+/// Why a token is not valid.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Unusable {
-    /// Not ours, or another device's, another credential's, damaged, or from beyond [`AHEAD_MAX`].
+pub enum Rejected {
+    /// Signed by another key, for another device or credential, damaged, or issued beyond [`AHEAD_MAX`].
     Invalid,
-    /// Its life is over. It says that its device was this tenant's.
+    /// Its validity has ended. It names the device's tenant at that time.
     Expired(Label),
-    /// The device was changed in the registry since, or this node can't tell. It says that its device was this tenant's.
+    /// The device changed in the registry since then, or this node cannot tell. It names the device's tenant at that
+    /// time.
     Revoked(Label),
 }
 
-impl Unusable {
-    /// The tenant that the registry had the device with, once.
+impl Rejected {
+    /// The tenant that the device had when the token was issued.
     #[must_use]
     pub const fn tenant(&self) -> Option<&Label> {
         match self {
@@ -162,23 +169,23 @@ impl Unusable {
     }
 }
 
-impl Judge<'_> {
-    /// Weighs the token that `device` shows beside `credential`.
+impl Verifier<'_> {
+    /// Verifies the token that `device` shows beside `credential`.
     ///
     /// # Errors
-    /// It does not count.
-    pub fn weigh(
+    /// The token is not valid.
+    pub fn verify(
         &self,
         device: DeviceId,
         credential: &Credential,
         token: &str,
         wall: WallTime,
-    ) -> Result<Counted, Unusable> {
+    ) -> Result<Accepted, Rejected> {
         let claims = self
             .keys
-            .verify(credential.hash(), token, wall)
+            .verify_resume(credential.hash(), token, wall)
             .filter(|claims| claims.device == device && claims.issued <= wall + AHEAD_MAX)
-            .ok_or(Unusable::Invalid)?;
+            .ok_or(Rejected::Invalid)?;
         let is_graced = wall > claims.expires + SKEW;
         let is_over = if claims.is_final {
             wall >= claims.expires
@@ -186,7 +193,7 @@ impl Judge<'_> {
             is_graced && (!self.is_stale || wall > claims.expires + GRACE + SKEW)
         };
         if is_over {
-            return Err(Unusable::Expired(claims.tenant));
+            return Err(Rejected::Expired(claims.tenant));
         }
         let mut grant = Grant {
             device,
@@ -197,9 +204,9 @@ impl Judge<'_> {
             credential_until: claims.is_final.then_some(claims.expires),
         };
         if !grant.refresh(self.revoked) {
-            return Err(Unusable::Revoked(grant.tenant));
+            return Err(Rejected::Revoked(grant.tenant));
         }
-        Ok(Counted {
+        Ok(Accepted {
             grant,
             session: claims.session,
             is_graced,

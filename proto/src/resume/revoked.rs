@@ -1,19 +1,20 @@
-//! Whose tokens no longer count: a bounded set of devices, and a floor below which nobody's do.
+//! Devices whose earlier tokens are not valid: a bounded set, and a floor that applies to all devices.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::id::DeviceId;
 
-/// Most devices in the set, about 80 bytes each. With one more the oldest revocation leaves it, and the floor rises to its
-/// revision: every token as old as that is looked up once, none is let in wrongly.
+/// Maximum number of devices in the set, about 80 bytes each. Beyond it the oldest revocation leaves the set, and the
+/// floor rises to its revision. Devices with older tokens are then looked up once; none is admitted wrongly.
 pub const REVOKED_MAX: usize = 65_536;
 
-/// A revision of the revocations in the registry. It grows with every change of a device that tokens of before must not outlive.
+/// A revision of the revocations in the registry. It increases with each change of a device that invalidates earlier
+/// tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Generation(pub u32);
 
 impl Generation {
-    /// Above every revision of a registry: as a floor, no token counts.
+    /// Above every revision of a registry: as a floor, it makes every token invalid.
     pub const MAX: Self = Self(u32::MAX);
 }
 
@@ -27,7 +28,7 @@ pub struct Revoked {
 }
 
 impl Revoked {
-    /// Nothing is known: no token counts until the registry was asked.
+    /// No token is valid until the registry has been read.
     #[must_use]
     pub const fn unknown() -> Self {
         Self {
@@ -38,7 +39,7 @@ impl Revoked {
         }
     }
 
-    /// What a node knew at an earlier time, or what the registry says. Bounded as ever.
+    /// The revocations that this node or the registry had at an earlier time. Bounded by [`REVOKED_MAX`].
     #[must_use]
     pub fn of(known: Generation, floor: Generation, devices: impl IntoIterator<Item = (DeviceId, Generation)>) -> Self {
         let mut revoked = Self {
@@ -52,13 +53,13 @@ impl Revoked {
         revoked
     }
 
-    /// Whether a token of `device` counts that accounts for all revocations up to `generation`.
+    /// Whether a token of `device` is valid that includes all revocations up to `generation`.
     #[must_use]
     pub fn allows(&self, device: DeviceId, generation: Generation) -> bool {
         generation >= self.floor && self.devices.get(&device).is_none_or(|at| generation >= *at)
     }
 
-    /// Tokens of `device` that don't account for `at` no longer count.
+    /// Invalidates the tokens of `device` that do not include the revision `at`.
     pub fn revoke(&mut self, device: DeviceId, at: Generation) {
         let before = self.devices.get(&device).copied();
         if at <= self.floor || before.is_some_and(|before| at <= before) {
@@ -76,15 +77,16 @@ impl Revoked {
         }
     }
 
-    /// Tokens of `device` that this node could have signed up to now no longer count. For a change whose revision is not known yet,
-    /// or that may not have been made: at worst the device is looked up once more. The revision that it counts as.
+    /// Invalidates the tokens of `device` that this node could have signed so far, and returns the revision used for
+    /// it. For a change whose revision is not known yet, or that may not have been made: at worst the device is looked
+    /// up once more.
     pub fn revoke_now(&mut self, device: DeviceId) -> Generation {
         let at = Generation(self.known.0.saturating_add(1));
         self.revoke(device, at);
         at
     }
 
-    /// Nobody's token counts that does not account for `floor`.
+    /// Invalidates the tokens of all devices that do not include `floor`.
     pub fn raise(&mut self, floor: Generation) {
         if floor <= self.floor {
             return;
@@ -96,12 +98,12 @@ impl Revoked {
         }
     }
 
-    /// All revocations up to `through` were told.
+    /// Records that all revocations up to `through` have been read.
     pub fn confirm(&mut self, through: Generation) {
         self.known = self.known.max(through);
     }
 
-    /// All revocations up to here are in this set.
+    /// All revocations up to this revision are in the set.
     #[must_use]
     pub const fn known(&self) -> Generation {
         self.known
@@ -112,7 +114,7 @@ impl Revoked {
         self.floor
     }
 
-    /// The set, by device.
+    /// The set, ordered by device.
     pub fn devices(&self) -> impl ExactSizeIterator<Item = (DeviceId, Generation)> {
         self.devices.iter().map(|(device, at)| (*device, *at))
     }

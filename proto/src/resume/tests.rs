@@ -21,7 +21,7 @@ fn credential() -> Credential {
     SecretHash::of(b"right").into()
 }
 
-/// A Monday, a while ago.
+/// A Monday.
 fn start() -> WallTime {
     WallTime::from_unix_ms(1_767_225_600_000)
 }
@@ -53,7 +53,7 @@ fn mint(grant: &Grant, wall: WallTime) -> Minted {
     grant.mint(&keys(), SessionId(9), LIFE, wall).unwrap()
 }
 
-struct Weighed<'a> {
+struct Shown<'a> {
     keys: ResumeKeys,
     revoked: Revoked,
     is_stale: bool,
@@ -63,7 +63,7 @@ struct Weighed<'a> {
     wall: WallTime,
 }
 
-impl<'a> Weighed<'a> {
+impl<'a> Shown<'a> {
     fn of(token: &'a str) -> Self {
         Self {
             keys: keys(),
@@ -76,13 +76,13 @@ impl<'a> Weighed<'a> {
         }
     }
 
-    fn verdict(&self) -> Result<Counted, Unusable> {
-        let judge = Judge {
+    fn verdict(&self) -> Result<Accepted, Rejected> {
+        let verifier = Verifier {
             keys: &self.keys,
             revoked: &self.revoked,
             is_stale: self.is_stale,
         };
-        judge.weigh(self.device, &self.credential, self.token, self.wall)
+        verifier.verify(self.device, &self.credential, self.token, self.wall)
     }
 }
 
@@ -90,11 +90,11 @@ impl<'a> Weighed<'a> {
 fn token_says_what_the_registry_said() {
     let token = mint(&grant(), start()).text;
 
-    let counted = Weighed::of(&token).verdict().unwrap();
+    let counted = Shown::of(&token).verdict().unwrap();
 
     assert_eq!(
         counted,
-        Counted {
+        Accepted {
             grant: grant(),
             session: SessionId(9),
             is_graced: false
@@ -114,43 +114,43 @@ fn longest_token_fits_its_header() {
     let token = mint(&longest, start()).text;
 
     assert_eq!(token.len(), TOKEN_TEXT_LEN_MAX);
-    assert_eq!(Weighed::of(&token).verdict().unwrap().grant, longest);
+    assert_eq!(Shown::of(&token).verdict().unwrap().grant, longest);
 }
 
 #[test]
 fn token_of_another_device_credential_root_or_form_does_not_count() {
     let token = mint(&grant(), start()).text;
-    let shown = || Weighed::of(&token);
+    let shown = || Shown::of(&token);
     let long = token.repeat(100);
 
     let others = [
-        Weighed {
+        Shown {
             device: device(2),
             ..shown()
         },
-        Weighed {
+        Shown {
             credential: SecretHash::of(b"other").into(),
             ..shown()
         },
-        Weighed {
+        Shown {
             keys: ResumeKeys::new(1, [2; 32]),
             ..shown()
         },
-        Weighed {
+        Shown {
             keys: ResumeKeys::new(2, SECRET),
             ..shown()
         },
-        Weighed::of(""),
-        Weighed::of("="),
-        Weighed::of(&token[..token.len() - 1]),
-        Weighed::of(&token[..60]),
-        Weighed::of(&token[4..]),
-        Weighed::of(&long),
-        Weighed::of("\u{e9}\u{e9}\u{e9}\u{e9}"),
+        Shown::of(""),
+        Shown::of("="),
+        Shown::of(&token[..token.len() - 1]),
+        Shown::of(&token[..60]),
+        Shown::of(&token[4..]),
+        Shown::of(&long),
+        Shown::of("\u{e9}\u{e9}\u{e9}\u{e9}"),
     ];
 
     for other in others {
-        assert_eq!(other.verdict(), Err(Unusable::Invalid));
+        assert_eq!(other.verdict(), Err(Rejected::Invalid));
     }
 }
 
@@ -163,7 +163,7 @@ fn token_with_any_changed_character_does_not_count() {
         forged[at] = if forged[at] == b'A' { b'B' } else { b'A' };
         let forged = String::from_utf8(forged).unwrap();
 
-        assert_eq!(Weighed::of(&forged).verdict(), Err(Unusable::Invalid), "at {at}");
+        assert_eq!(Shown::of(&forged).verdict(), Err(Rejected::Invalid), "at {at}");
     }
 }
 
@@ -171,12 +171,12 @@ fn token_with_any_changed_character_does_not_count() {
 fn token_lives_a_day_and_eight_hours_more_only_while_the_database_is_away() {
     let token = mint(&grant(), start()).text;
     let verdict = |wall, is_stale| {
-        let weighed = Weighed {
+        let shown = Shown {
             wall,
             is_stale,
-            ..Weighed::of(&token)
+            ..Shown::of(&token)
         };
-        weighed.verdict().map(|counted| counted.is_graced)
+        shown.verdict().map(|accepted| accepted.is_graced)
     };
     let second = Duration::from_secs(1);
 
@@ -184,13 +184,13 @@ fn token_lives_a_day_and_eight_hours_more_only_while_the_database_is_away() {
     assert_eq!(verdict(after(LIFE + SKEW), false), Ok(false));
     assert_eq!(
         verdict(after(LIFE + SKEW + second), false),
-        Err(Unusable::Expired(tenant()))
+        Err(Rejected::Expired(tenant()))
     );
     assert_eq!(verdict(after(LIFE + SKEW + second), true), Ok(true));
     assert_eq!(verdict(after(LIFE + GRACE + SKEW), true), Ok(true));
     assert_eq!(
         verdict(after(LIFE + GRACE + SKEW + second), true),
-        Err(Unusable::Expired(tenant()))
+        Err(Rejected::Expired(tenant()))
     );
 }
 
@@ -199,8 +199,8 @@ fn token_counts_after_the_clock_was_set_back_by_a_day_and_no_more() {
     let token = mint(&grant(), after(AHEAD_MAX)).text;
     let too_far = mint(&grant(), after(AHEAD_MAX + Duration::from_secs(1))).text;
 
-    assert!(Weighed::of(&token).verdict().is_ok());
-    assert_eq!(Weighed::of(&too_far).verdict(), Err(Unusable::Invalid));
+    assert!(Shown::of(&token).verdict().is_ok());
+    assert_eq!(Shown::of(&too_far).verdict(), Err(Rejected::Invalid));
 }
 
 #[test]
@@ -214,19 +214,19 @@ fn keys_change_by_themselves_and_refuse_no_token_that_lives() {
         let token = mint(&grant(), minted_at).text;
         roots.insert(token[..4].to_owned());
         for age in [Duration::ZERO, LIFE, oldest] {
-            let weighed = Weighed {
+            let shown = Shown {
                 wall: minted_at + age,
                 is_stale: true,
-                ..Weighed::of(&token)
+                ..Shown::of(&token)
             };
-            assert!(weighed.verdict().is_ok(), "{minutes} {age:?}");
+            assert!(shown.verdict().is_ok(), "{minutes} {age:?}");
         }
-        // A node whose clock is behind, or was set back.
+        // A node whose clock is slow, or was set back.
         for ahead in [SKEW, Duration::from_hours(1), AHEAD_MAX] {
             let ahead = u64::try_from(ahead.as_millis()).unwrap();
-            let behind = Weighed {
+            let behind = Shown {
                 wall: WallTime::from_unix_ms(minted_at.as_unix_ms() - ahead),
-                ..Weighed::of(&token)
+                ..Shown::of(&token)
             };
             assert!(behind.verdict().is_ok(), "{minutes} {ahead}");
         }
@@ -244,15 +244,15 @@ fn a_new_root_accepts_tokens_of_the_one_before() {
     let newer = grant().mint(&rotated, SessionId(9), LIFE, start()).unwrap().text;
 
     let by = |keys: &ResumeKeys, token| {
-        Weighed {
+        Shown {
             keys: keys.clone(),
-            ..Weighed::of(token)
+            ..Shown::of(token)
         }
         .verdict()
         .is_ok()
     };
     assert!(by(&rotated, &token));
-    assert!(by(&prepared, &newer), "a node that has not changed over yet");
+    assert!(by(&prepared, &newer), "a node that still signs with the previous root");
     assert!(!by(&keys(), &newer));
 }
 
@@ -267,14 +267,14 @@ fn token_of_a_credential_that_was_replaced_ends_with_it_without_grace() {
     let minted = mint(&replaced, start());
 
     assert_eq!(minted.renew_after, None);
-    let at = |wall| Weighed {
+    let at = |wall| Shown {
         wall,
         is_stale: true,
-        ..Weighed::of(&minted.text)
+        ..Shown::of(&minted.text)
     };
     let just_before = at(after(overlap - Duration::from_secs(1))).verdict().unwrap();
     assert_eq!(just_before.grant, replaced, "and so do the tokens made from it");
-    assert_eq!(at(after(overlap)).verdict(), Err(Unusable::Expired(tenant())));
+    assert_eq!(at(after(overlap)).verdict(), Err(Rejected::Expired(tenant())));
     assert_eq!(replaced.mint(&keys(), SessionId(9), LIFE, after(overlap)), None);
 }
 
@@ -291,19 +291,19 @@ fn token_of_before_a_change_does_not_count_and_one_of_after_it_does() {
     let since = mint(&later, start()).text;
 
     let verdict = |token, revoked: &Revoked| {
-        Weighed {
+        Shown {
             revoked: revoked.clone(),
-            ..Weighed::of(token)
+            ..Shown::of(token)
         }
         .verdict()
         .map(|counted| counted.grant.generation)
     };
 
-    assert_eq!(verdict(&before, &revoked), Err(Unusable::Revoked(tenant())));
+    assert_eq!(verdict(&before, &revoked), Err(Rejected::Revoked(tenant())));
     assert_eq!(verdict(&since, &revoked), Ok(Generation(8)));
-    assert_eq!(verdict(&before, &Revoked::unknown()), Err(Unusable::Revoked(tenant())));
+    assert_eq!(verdict(&before, &Revoked::unknown()), Err(Rejected::Revoked(tenant())));
     revoked.raise(Generation(9));
-    assert_eq!(verdict(&since, &revoked), Err(Unusable::Revoked(tenant())));
+    assert_eq!(verdict(&since, &revoked), Err(Rejected::Revoked(tenant())));
 }
 
 #[test]
@@ -351,7 +351,8 @@ fn full_set_raises_the_floor_instead_of_forgetting() {
 }
 
 proptest! {
-    /// Against a plain list: whatever happens in whatever order, a revocation is never forgotten, and one told twice or late changes nothing.
+    /// Compares with a plain list: a revocation is never forgotten in any order of events, and a repeated or late one
+    /// changes nothing.
     #[test]
     fn revocations_count_in_any_order(
         told in prop::collection::vec((0_u128..8, 1_u32..50), 0..60),
@@ -377,6 +378,6 @@ proptest! {
 
     #[test]
     fn no_text_of_another_makes_a_token(text in "[A-Za-z0-9_-]{0,300}") {
-        prop_assert_eq!(Weighed::of(&text).verdict(), Err(Unusable::Invalid));
+        prop_assert_eq!(Shown::of(&text).verdict(), Err(Rejected::Invalid));
     }
 }

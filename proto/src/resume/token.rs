@@ -1,59 +1,44 @@
-//! The token itself: its layout, its MAC, and the keys.
+//! Resume tokens: layout, MAC and keys.
 //!
-//! `version 1 | root id 1 | epoch 1 | flags 1 | issued, unix s 4 | expires, unix s 4 | device 16 | session 8 | generation 4 |
-//! tenant's length 1 and name | model's length 1 and name | MAC 16`, all of it in base64url. The names are those that rules by
-//! registry data ask for. The MAC (HMAC-SHA-256, cut) covers the hash of the credential too, which is not in the token. Nothing
-//! but the first three bytes, which say which key to try, is read before the MAC is right.
+//! `version 1 | root id 1 | epoch 1 | flags 1 | issued, unix s 4 | expires, unix s 4 | device 16 | session 8 |
+//! generation 4 | tenant's length 1 and name | model's length 1 and name | MAC 16`, all of it in base64url. Tenant and
+//! model are included because rules match on them. The MAC (HMAC-SHA-256, truncated) also covers the hash of the
+//! credential, which is not in the token. Before the MAC is verified, only the first three bytes are read. They select
+//! the key.
 //!
-//! Keys change by themselves: each [`EPOCH`] has its own, derived from a root. Nodes that share the root need not talk about it.
+//! Keys rotate on their own: each [`EPOCH`] has its own, derived from a root. Nodes that share the root need no other
+//! coordination.
 
-use std::{fmt, time::Duration};
+use std::time::Duration;
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use hmac::{Hmac, KeyInit, Mac};
+use hmac::{Hmac, Mac};
 use sha2::Sha256;
 
 use super::{AHEAD_MAX, Generation};
 use crate::{
     id::{DeviceId, Label, SecretHash, SessionId},
+    keyring::{Keyring, keyed},
     time::WallTime,
 };
 
-/// How long a key signs. It is accepted for as long again, more than any token's life and grace.
+/// Time for which a key signs. It is accepted for as long again, which exceeds any token's validity and grace.
 pub const EPOCH: Duration = Duration::from_hours(7 * 24);
 
 const VERSION: u8 = 1;
-/// It ends with a credential that was replaced: no grace.
+/// The token ends with a credential that was replaced, and has no grace.
 const FLAG_FINAL: u8 = 1;
-/// Up to the names.
+/// Length of the part before the names.
 const HEAD_LEN: usize = 40;
 const MAC_LEN: usize = 16;
 const TOKEN_LEN_MIN: usize = HEAD_LEN + 2 + MAC_LEN;
 const TOKEN_LEN_MAX: usize = TOKEN_LEN_MIN + 2 * Label::LEN_MAX;
-/// Longest token, in characters.
+/// Maximum length of a token, in characters.
 pub const TOKEN_TEXT_LEN_MAX: usize = TOKEN_LEN_MAX.div_ceil(3) * 4;
-/// Keeps the keys apart from others of the same root.
+/// Separates the keys from others derived from the same root.
 const KEY_PURPOSE: &[u8] = b"seawall resume key 1";
 const MAC_DOMAIN: &[u8] = b"seawall resume 1";
-/// Most roots that are accepted beside the newest.
-const OLDER_MAX: usize = 3;
-
-/// The roots of the keys that tokens are signed with. Nodes that share them accept each other's tokens.
-#[derive(Clone)]
-pub struct ResumeKeys {
-    newest: (u8, [u8; 32]),
-    older: Vec<(u8, [u8; 32])>,
-}
-
-impl fmt::Debug for ResumeKeys {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ResumeKeys")
-            .field("root_id", &self.newest.0)
-            .finish_non_exhaustive()
-    }
-}
-
-/// What a token says.
+/// Content of a token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Claims {
     pub device: DeviceId,
@@ -66,32 +51,13 @@ pub(super) struct Claims {
     pub model: Option<Label>,
 }
 
-impl ResumeKeys {
-    /// A single root. `root_id` is in every token.
-    #[must_use]
-    pub const fn new(root_id: u8, secret: [u8; 32]) -> Self {
-        Self {
-            newest: (root_id, secret),
-            older: Vec::new(),
-        }
-    }
-
-    /// Accepts tokens of another root, too; at most three, then the one given first is forgotten.
-    #[must_use]
-    pub fn with_older(mut self, root_id: u8, secret: [u8; 32]) -> Self {
-        if self.older.len() == OLDER_MAX {
-            self.older.remove(0);
-        }
-        self.older.push((root_id, secret));
-        self
-    }
-
-    /// Signs with the key of now.
-    pub(super) fn sign(&self, credential: &SecretHash, claims: &Claims, wall: WallTime) -> Box<str> {
-        let (root_id, secret) = &self.newest;
+impl Keyring {
+    /// Signs with the key of the current epoch.
+    pub(super) fn sign_resume(&self, credential: &SecretHash, claims: &Claims, wall: WallTime) -> Box<str> {
+        let (root_id, secret) = self.newest();
         let epoch = epoch(wall);
         let mut token = Vec::with_capacity(TOKEN_LEN_MAX);
-        token.extend_from_slice(&[VERSION, *root_id, low_byte(epoch)]);
+        token.extend_from_slice(&[VERSION, root_id, low_byte(epoch)]);
         token.push(if claims.is_final { FLAG_FINAL } else { 0 });
         token.extend_from_slice(&seconds(claims.issued).to_be_bytes());
         token.extend_from_slice(&seconds(claims.expires).to_be_bytes());
@@ -109,8 +75,9 @@ impl ResumeKeys {
         URL_SAFE_NO_PAD.encode(token).into()
     }
 
-    /// What the token says, if one of our keys signed it for this credential. Whether it still counts is the caller's to judge.
-    pub(super) fn verify(&self, credential: &SecretHash, text: &str, wall: WallTime) -> Option<Claims> {
+    /// Returns the content of the token if one of the keys signed it for this credential. The caller decides whether it
+    /// is still valid.
+    pub(super) fn verify_resume(&self, credential: &SecretHash, text: &str, wall: WallTime) -> Option<Claims> {
         if text.len() > TOKEN_TEXT_LEN_MAX {
             return None;
         }
@@ -124,9 +91,7 @@ impl ResumeKeys {
         if version != VERSION || body.len() < HEAD_LEN {
             return None;
         }
-        let (_, secret) = std::iter::once(&self.newest)
-            .chain(&self.older)
-            .find(|(known, _)| *known == root_id)?;
+        let secret = self.secret(root_id)?;
         let epoch = accepted(wall)
             .into_iter()
             .find(|epoch| low_byte(*epoch) == epoch_byte)?;
@@ -137,7 +102,7 @@ impl ResumeKeys {
     }
 }
 
-/// Reads a body whose MAC is right.
+/// Parses a body whose MAC is valid.
 fn parse(body: &[u8]) -> Option<Claims> {
     let (head, names) = body.split_at_checked(HEAD_LEN)?;
     let (tenant, rest) = name(names)?;
@@ -156,7 +121,7 @@ fn parse(body: &[u8]) -> Option<Claims> {
     })
 }
 
-/// A name, and what follows it.
+/// Parses a name. Returns it with the remaining bytes.
 fn name(bytes: &[u8]) -> Option<(Option<Label>, &[u8])> {
     let (len, rest) = bytes.split_first()?;
     let (name, rest) = rest.split_at_checked(usize::from(*len))?;
@@ -175,11 +140,8 @@ fn mac(root: &[u8; 32], epoch: u64, credential: &SecretHash, body: &[u8]) -> Hma
     mac
 }
 
-fn keyed(key: &[u8; 32]) -> Hmac<Sha256> {
-    Hmac::<Sha256>::new_from_slice(key).expect("HMAC takes keys of any length")
-}
-
-/// The epochs whose keys count now: this one, the one before, and the next where a clock may have been there already.
+/// The epochs whose keys are accepted: the current and the previous one, and the next one because another node's clock
+/// may be ahead.
 fn accepted(wall: WallTime) -> [u64; 3] {
     let now = epoch(wall);
     [now, now.saturating_sub(1), epoch(wall + AHEAD_MAX)]
@@ -194,7 +156,7 @@ fn low_byte(epoch: u64) -> u8 {
     low
 }
 
-/// Rounded down. A token's times end in the year 2106, where they saturate.
+/// Rounded down. The times of a token saturate in 2106.
 fn seconds(wall: WallTime) -> u32 {
     u32::try_from(wall.as_unix_ms() / 1_000).unwrap_or(u32::MAX)
 }

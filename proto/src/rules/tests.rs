@@ -1,4 +1,4 @@
-//! Rule sets against a matcher that looks at every rule, specs as they are written, previews.
+//! Rule sets compared with a matcher that checks every rule, parsing of rules, previews.
 
 use std::time::Duration;
 
@@ -6,9 +6,9 @@ use proptest::prelude::*;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{Beside, Effect, Match, Mode, Preview, Rule, RuleSet, RuleSpec, Seen, SpecError, Subject};
+use super::{Beside, Effect, Match, Mode, Preview, Rule, RuleSet, RuleSpec, Ruling, Seen, SpecError, Subject, Verdict};
 use crate::{
-    id::{Label, RuleId},
+    id::{DeviceId, Label, RuleId},
     time::WallTime,
 };
 
@@ -43,7 +43,9 @@ fn stating(firmware: &str) -> Subject<'_> {
 }
 
 fn found(set: &RuleSet, subject: Subject<'_>, wall: WallTime) -> Option<u128> {
-    set.evaluate(&subject, wall).map(|rule| rule.id.0.as_u128())
+    set.verdict(&subject, wall)
+        .enforced
+        .map(|ruling| ruling.rule().id.0.as_u128())
 }
 
 #[test]
@@ -90,6 +92,7 @@ fn rules_ask_for_model_and_tenant_of_the_very_same_text() {
     );
     let asked = |firmware, model, tenant| {
         let subject = Subject {
+            device: None,
             firmware: Some(firmware),
             model,
             tenant,
@@ -133,11 +136,12 @@ fn missing_versions_and_versions_without_a_digit_meet_their_own_rules_only() {
 #[test]
 fn a_rule_that_this_version_can_not_enforce_refuses_nobody_and_is_kept_as_it_was_written() {
     let written = [
+        r#"{"match":{"firmware":">=0"},"effect":"throttle","rate":1.5}"#,
         r#"{"match":{"firmware":">=0"},"effect":"throttle","evict":true}"#,
         r#"{"match":{"firmware":">=0"},"effect":"restrict","evict":true}"#,
+        r#"{"match":{"firmware":">=0"},"effect":"restrict","update":7}"#,
         r#"{"match":{"firmware":">=0"},"effect":"explode"}"#,
-        r#"{"match":{"firmware":">=0"},"effect":"block","admit_percent":90,"evict":true}"#,
-        r#"{"match":{"firmware":">=0"},"effect":"block","mode":"dry_run","evict":true}"#,
+        r#"{"match":{"firmware":">=0"},"effect":"block","admit_percent":101,"evict":true}"#,
         r#"{"match":{"firmware":">=0"},"effect":"block","mode":"sample"}"#,
         r#"{"match":{"firmware":">=0"},"effect":"block", "update":{"url":"https://example.com/1"}}"#,
         r#"{"match":{"firmware":">=0","site":"a"},"effect":"block"}"#,
@@ -168,7 +172,7 @@ fn a_rule_that_this_version_can_not_enforce_refuses_nobody_and_is_kept_as_it_was
 #[test]
 fn a_rule_that_goes_past_the_checks_of_the_api_refuses_nobody() {
     let beyond = RuleSpec {
-        admit_percent: 90,
+        admit_percent: 101,
         evict: true,
         ..blocks(">=0")
     };
@@ -177,34 +181,6 @@ fn a_rule_that_goes_past_the_checks_of_the_api_refuses_nobody() {
 
     assert_eq!(found(&set, stating("1"), NOON), None);
     assert_eq!((set.rules().len(), set.unsupported().len()), (0, 1));
-}
-
-#[test]
-fn an_older_version_has_the_digest_of_a_newer_one() {
-    let known = blocks(">=1");
-    let digest = |spec: &str| match Rule::read(RuleId(Uuid::from_u128(1)), spec, NOON, 5) {
-        Ok(rule) => RuleSet::compile(5, vec![rule]).digest(),
-        Err(unsupported) => RuleSet::compile_stored(5, Vec::new(), vec![unsupported]).digest(),
-    };
-
-    // A later version writes its new field only where it says something; this one hashes the rule as it is stored.
-    let later = r#"{"effect":"block","match":{"firmware":">=1"},"update":1}"#;
-    let other = r#"{"effect":"block","match":{"firmware":">=1"},"update":2}"#;
-    let with_defaults = r#"{"admit_percent":0,"effect":"block","evict":false,"expires_at":null,"match":{"firmware":">=1"},"mode":"enforce","reason":"","retry_after":"15m","update":1}"#;
-
-    assert_eq!(digest(later), digest(with_defaults));
-    assert_ne!(digest(later), digest(other));
-    assert_eq!(
-        digest(r#"{"effect":"block","match":{"firmware":">=1"}}"#),
-        RuleSet::compile(
-            5,
-            vec![Rule {
-                revision: 5,
-                ..rule(1, NOON.as_unix_ms(), known)
-            }]
-        )
-        .digest()
-    );
 }
 
 #[test]
@@ -245,25 +221,57 @@ fn a_rule_that_evicts_is_found_behind_one_that_does_not() {
 }
 
 #[test]
-fn the_digest_tells_what_rules_say_in_whatever_order_they_come() {
-    let (first, second) = (rule(1, 1, blocks(">=1")), rule(2, 2, blocks(">=2")));
-    let set = RuleSet::compile(1, vec![first.clone(), second.clone()]);
+fn a_device_in_the_share_of_a_rule_meets_the_next() {
+    let device = |number| DeviceId::from_uuid(Uuid::from_u128(number));
+    let with_share = |id, firmware: &str| {
+        let spec = RuleSpec {
+            admit_percent: 50,
+            ..blocks(firmware)
+        };
+        rule(id, 1, spec)
+    };
+    let throttle = RuleSpec {
+        effect: Effect::Throttle,
+        ..blocks(">=3")
+    };
+    let (first, second, third) = (with_share(1, ">=3.8"), with_share(2, "3.8.*"), rule(3, 1, throttle));
+    let rules = vec![first.clone(), second.clone(), third.clone()];
+    let set = RuleSet::compile(1, rules);
 
-    assert_eq!(
-        set.digest(),
-        RuleSet::compile(9, vec![second.clone(), first.clone()]).digest()
-    );
-    assert_ne!(set.digest(), RuleSet::compile(1, vec![first.clone()]).digest());
-    assert_ne!(
-        set.digest(),
-        RuleSet::compile(1, vec![first, rule(2, 2, blocks(">=3"))]).digest()
-    );
-    assert_eq!(RuleSet::empty().digest_hex(), "e3b0c44298fc1c149afbf4c8996fb924");
-    assert_eq!(set.digest_hex(), PINNED_DIGEST);
+    for number in 0..100 {
+        let subject = Subject {
+            device: Some(device(number)),
+            ..stating("3.8.1")
+        };
+        let expected = match (first.admits(device(number)), second.admits(device(number))) {
+            (false, _) => Ruling::Block(&first),
+            (true, false) => Ruling::Block(&second),
+            (true, true) => Ruling::Throttle(&third),
+        };
+        assert_eq!(set.verdict(&subject, NOON).enforced, Some(expected));
+    }
+    // A group of devices: the first rule applies to some of them.
+    assert_eq!(found(&set, stating("3.8.1"), NOON), Some(1));
 }
 
-/// All processes and versions must agree on it: nodes compare digests.
-const PINNED_DIGEST: &str = "c4dec832ba05f54e6ad7a0c7cd4ab444";
+#[test]
+fn a_dry_run_says_what_it_would_do_and_does_nothing() {
+    let dry_run = RuleSpec {
+        mode: Mode::DryRun,
+        evict: true,
+        ..blocks(">=3.8")
+    };
+    let (real, trial) = (rule(1, 1, blocks("=3.8")), rule(2, 1, dry_run));
+    let set = RuleSet::compile(1, vec![real.clone(), trial.clone()]);
+    let verdict = |firmware| set.verdict(&stating(firmware), NOON);
+    let (block, would_block) = (Some(Ruling::Block(&real)), Some(Ruling::Block(&trial)));
+
+    assert_eq!(verdict("3.7"), Verdict::default());
+    assert_eq!((verdict("3.8").enforced, verdict("3.8").dry_run), (block, would_block));
+    assert_eq!((verdict("3.9").enforced, verdict("3.9").dry_run), (None, would_block));
+    assert_eq!(set.evicting(&stating("3.9"), NOON), None);
+    assert!(!set.is_evicting(NOON));
+}
 
 #[test]
 fn a_spec_has_the_documented_defaults() {
@@ -299,12 +307,16 @@ fn a_broken_spec_is_refused_by_name() {
         ("match", json!({"model": " "}), "printable ASCII"),
         ("match", json!(null), "invalid type"),
         ("effect", json!("ban"), "unknown variant `ban`"),
-        ("retry_after", json!("soon"), "`soon` is no span of time"),
+        ("retry_after", json!("soon"), "`soon` is not a span of time"),
         ("retry_after", json!(15), "invalid type"),
-        ("expires_at", json!("tomorrow"), "`tomorrow` is no point in time"),
-        ("expires_at", json!("2026-13-01T00:00:00Z"), "is no point in time"),
-        ("expires_at", json!("1969-12-31T23:59:59Z"), "is no point in time"),
-        ("expires_at", json!("2026-11-21T04:07:00\u{e9}"), "is no point in time"),
+        ("expires_at", json!("tomorrow"), "`tomorrow` is not a point in time"),
+        ("expires_at", json!("2026-13-01T00:00:00Z"), "is not a point in time"),
+        ("expires_at", json!("1969-12-31T23:59:59Z"), "is not a point in time"),
+        (
+            "expires_at",
+            json!("2026-11-21T04:07:00\u{e9}"),
+            "is not a point in time",
+        ),
         ("admit_percent", json!(-1), "invalid value"),
         ("confirmed", json!(true), "unknown field `confirmed`"),
     ] {
@@ -326,7 +338,7 @@ fn a_broken_spec_is_refused_by_name() {
 }
 
 #[test]
-fn what_later_versions_bring_is_refused_in_words() {
+fn a_spec_that_says_something_wrong_is_refused_by_field() {
     let valid = blocks(">=1");
     assert_eq!(valid.validate(), Ok(()));
     let broken = |change: &dyn Fn(&mut RuleSpec)| {
@@ -336,29 +348,33 @@ fn what_later_versions_bring_is_refused_in_words() {
         (error.field(), error.to_string())
     };
 
-    for effect in [Effect::Restrict, Effect::Throttle] {
-        let (field, said) = broken(&|spec| spec.effect = effect);
-        assert_eq!(
-            (field, said),
-            (
-                "effect",
-                format!(
-                    "effect `{}` is not available in this version; use `block`",
-                    effect.as_str()
-                )
-            )
-        );
+    let update = |text: &str| Some(serde_json::from_str(text).unwrap());
+    assert_eq!(broken(&|spec| spec.effect = Effect::Restrict).0, "update");
+    assert_eq!(broken(&|spec| spec.update = update("{}")).0, "update");
+    let long = format!(r#"{{"a":"{}"}}"#, "x".repeat(RuleSpec::UPDATE_LEN_MAX - 7));
+    let nested = |levels: usize| format!(r#"{{"a":{}{}}}"#, "[".repeat(levels - 1), "]".repeat(levels - 1));
+    let too_deep = nested(RuleSpec::UPDATE_LEVELS_MAX + 1);
+    let (field, said) = broken(&|spec| (spec.effect, spec.update) = (Effect::Restrict, update(&too_deep)));
+    assert!(field == "update" && said.contains("32 objects"), "{said}");
+    let deep = RuleSpec {
+        effect: Effect::Restrict,
+        update: update(&nested(RuleSpec::UPDATE_LEVELS_MAX)),
+        ..valid.clone()
+    };
+    assert_eq!(deep.validate(), Ok(()));
+    let (field, said) = broken(&|spec| (spec.effect, spec.update) = (Effect::Restrict, update(&long)));
+    assert!(field == "update" && said.contains("4097 bytes"), "{said}");
+    assert_eq!(broken(&|spec| spec.rate_per_second = Some(1)).0, "rate_per_second");
+    for rate in [0, RuleSpec::RATE_MAX + 1] {
+        let (field, _) = broken(&|spec| (spec.effect, spec.rate_per_second) = (Effect::Throttle, Some(rate)));
+        assert_eq!(field, "rate_per_second");
     }
-    let (field, said) = broken(&|spec| spec.mode = Mode::DryRun);
-    assert!(
-        field == "mode" && said.contains("not available in this version"),
-        "{said}"
+    assert_eq!(
+        broken(&|spec| (spec.effect, spec.evict) = (Effect::Throttle, true)).0,
+        "evict"
     );
-    let (field, said) = broken(&|spec| spec.admit_percent = 5);
-    assert!(
-        field == "admit_percent" && said.contains("not available in this version"),
-        "{said}"
-    );
+    let devices = |count| (0..count).map(|number| DeviceId::from_uuid(Uuid::from_u128(number)));
+    assert_eq!(broken(&|spec| spec.allow = devices(1_001).collect()).0, "allow");
     assert_eq!(
         broken(&|spec| spec.admit_percent = 101).1,
         SpecError::AdmitPercent(101).to_string()
@@ -378,7 +394,7 @@ fn a_preview_counts_devices_by_version() {
         subject: Subject {
             firmware,
             model: Some("cam"),
-            tenant: None,
+            ..Subject::default()
         },
         devices,
     };
@@ -406,6 +422,136 @@ fn a_preview_counts_devices_by_version() {
         Preview::of(&blocks("=(none)"), &Beside::default(), rows).by_version[0].firmware,
         "(none)"
     );
+}
+
+#[test]
+fn a_change_is_wider_if_it_may_refuse_more() {
+    let throttle = |rate_per_second| RuleSpec {
+        effect: Effect::Throttle,
+        rate_per_second,
+        ..blocks("=1")
+    };
+    let evicting = RuleSpec {
+        evict: true,
+        ..blocks("=1")
+    };
+    let trial = RuleSpec {
+        mode: Mode::DryRun,
+        ..blocks("=1")
+    };
+    for (before, after, is_wider) in [
+        (throttle(Some(10)), throttle(Some(11)), false),
+        (throttle(Some(10)), throttle(Some(9)), true),
+        (throttle(Some(10)), throttle(None), true),
+        (throttle(None), throttle(Some(10)), true),
+        (blocks("=1"), throttle(Some(10)), false),
+        (throttle(Some(10)), blocks("=1"), true),
+        (blocks("=1"), evicting.clone(), true),
+        (evicting, blocks("=1"), false),
+        (blocks("=1"), blocks("=2"), true),
+        (trial.clone(), blocks("=1"), true),
+        (blocks("=1"), trial, false),
+    ] {
+        assert_eq!(after.is_wider_than(&before), is_wider, "{before:?} {after:?}");
+    }
+}
+
+#[test]
+fn a_preview_names_the_tenants_that_lose_all_their_devices() {
+    let seen = |tenant, firmware, devices| Seen {
+        subject: Subject {
+            firmware: Some(firmware),
+            tenant: Some(tenant),
+            ..Subject::default()
+        },
+        devices,
+    };
+    let rows = [
+        seen("all", "1", 3),
+        seen("all", "1.0", 1),
+        seen("some", "1", 9),
+        seen("some", "2", 1),
+        seen("none", "2", 1),
+        seen("away", "1", 0),
+    ];
+    let few = RuleSpec {
+        admit_percent: 50,
+        ..blocks("=1")
+    };
+
+    let preview = Preview::of(&blocks("=1"), &Beside::default(), rows);
+
+    assert_eq!((preview.dark_tenants, preview.dark), (vec!["all".to_owned()], 1));
+    assert_eq!(Preview::of(&few, &Beside::default(), rows).dark, 0);
+    let tenants: Vec<String> = (0..100).map(|number| format!("tenant-{number:03}")).collect();
+    let many = Preview::of(
+        &blocks("=1"),
+        &Beside::default(),
+        tenants.iter().map(|tenant| seen(tenant, "1", 1)),
+    );
+    assert_eq!((many.dark_tenants.len(), many.dark), (Preview::TENANTS_MAX, 100));
+    assert_eq!(many.dark_tenants[0], "tenant-000");
+    let with = |change: fn(&mut RuleSpec)| {
+        let mut spec = blocks("=1");
+        change(&mut spec);
+        let rows = tenants.iter().map(|tenant| seen(tenant, "1", 1));
+        Preview::of(&spec, &Beside::default(), rows)
+    };
+    let tenth = with(|spec| spec.admit_percent = 90);
+    assert_eq!(
+        (tenth.affected, tenth.added, tenth.together, tenth.dark),
+        (10, 10, 10, 0),
+        "the sum is rounded, not each group"
+    );
+    assert!(!tenth.needs_confirmation());
+    assert_eq!(with(|spec| spec.admit_percent = 10).dark, 100);
+    assert_eq!(with(|spec| spec.effect = Effect::Throttle).dark, 0);
+    assert_eq!(with(|spec| spec.mode = Mode::DryRun).dark, 0);
+}
+
+#[test]
+fn a_preview_counts_the_share_that_is_refused() {
+    let seen = |firmware, devices| Seen {
+        subject: stating(firmware),
+        devices,
+    };
+    let rows = [seen("1", 50), seen("2", 50)];
+    let admitting = |percent| RuleSpec {
+        admit_percent: percent,
+        ..blocks("=1")
+    };
+    let of = |spec: &RuleSpec, rules: &[&RuleSpec]| {
+        let beside = Beside {
+            rules,
+            ..Beside::default()
+        };
+        Preview::of(spec, &beside, rows)
+    };
+
+    let shares = [0, 39, 40, 99, 100].map(|percent| {
+        let preview = of(&admitting(percent), &[]);
+        (preview.matched, preview.affected, preview.needs_confirmation())
+    });
+    assert_eq!(
+        shares,
+        [
+            (50, 50, true),
+            (50, 31, true),
+            (50, 30, false),
+            (50, 1, false),
+            (50, 0, false)
+        ]
+    );
+    // Half of the devices that another rule admits half of.
+    let half = admitting(50);
+    let together = of(&half, &[&half]);
+    assert_eq!((together.affected, together.added, together.together), (25, 13, 38));
+    assert!(together.needs_confirmation());
+    let trial = RuleSpec {
+        mode: Mode::DryRun,
+        ..blocks(">=0")
+    };
+    assert!(trial.is_harmless() && admitting(100).is_harmless() && !admitting(99).is_harmless());
 }
 
 #[test]
@@ -442,13 +588,13 @@ fn rules_that_nobody_confirmed_are_added_up_with_a_new_one() {
     let together = of(&beside(&firsts, 0, 0), &cohorts);
     assert_eq!((together.matched, together.added, together.together), (25, 25, 50));
     assert!(together.needs_confirmation());
-    // The first has closed its sessions already.
+    // The first has already closed its sessions.
     let gone = of(&beside(&firsts, 25, 0), &cohorts[1..]);
     assert_eq!((gone.total, gone.together), (100, 50));
     assert!(gone.needs_confirmation());
-    // It hits nobody that the first does not.
+    // It affects no device that the first does not.
     assert!(!of(&beside(&seconds, 0, 0), &cohorts).needs_confirmation());
-    // Whom nobody can tell apart counts as hit.
+    // Devices that are not listed are counted as affected.
     assert!(of(&beside(&[], 0, 20), &cohorts).needs_confirmation());
 }
 
@@ -468,12 +614,26 @@ fn a_preview_of_a_tenth_of_the_registered_devices_stands_for_all() {
     assert!(!of(0).is_blind(19));
 }
 
-/// The rule that counts, found by looking at each.
-fn naive<'r>(rules: &'r [Rule], subject: &Subject<'_>, wall: WallTime) -> Option<&'r Rule> {
+/// The rule that applies, found by checking each.
+fn naive<'r>(
+    rules: &'r [Rule],
+    is_in: impl Fn(&RuleSpec) -> bool,
+    subject: &Subject<'_>,
+    wall: WallTime,
+) -> Option<&'r Rule> {
     let lasts_until = |rule: &Rule| rule.spec.expires_at.map_or(u64::MAX, WallTime::as_unix_ms);
+    let is_let_through = |rule: &Rule| {
+        let is_allowed = |device| rule.spec.allow.iter().any(|allowed| *allowed == device);
+        rule.spec.admit_percent == 100
+            || subject
+                .device
+                .is_some_and(|device| is_allowed(device) || rule.admits(device))
+    };
     rules
         .iter()
-        .filter(|rule| rule.spec.validate().is_ok() && !rule.is_expired(wall) && rule.spec.is_for(subject))
+        .filter(|rule| {
+            is_in(&rule.spec) && !rule.is_expired(wall) && rule.spec.is_for(subject) && !is_let_through(rule)
+        })
         .min_by_key(|rule| {
             (
                 rule.spec.effect,
@@ -526,31 +686,40 @@ fn names() -> impl Strategy<Value = Option<&'static str>> {
 fn any_rule() -> impl Strategy<Value = Rule> {
     let effect = prop::sample::select(vec![Effect::Block, Effect::Restrict, Effect::Throttle]);
     let expiry = prop_oneof![2 => Just(None), 3 => (0_u64..6).prop_map(Some)];
+    let share = prop_oneof![3 => Just(0), 3 => 1_u8..100, 1 => Just(100)];
+    let mode = prop_oneof![3 => Just(Mode::Enforce), 1 => Just(Mode::DryRun)];
     (
-        any::<u8>(),
-        0_u64..4,
+        (any::<u8>(), 0_u64..4),
         prop::option::weighted(0.8, ranges()),
         names(),
         names(),
         effect,
         expiry,
-        0_u8..8,
-        any::<bool>(),
+        share,
+        mode,
+        (any::<bool>(), prop_oneof![4 => Just(0), 1 => 1_u128..8]),
     )
-        .prop_map(|(id, created, firmware, model, tenant, effect, expires, mode, evict)| {
-            let matches = Match {
-                firmware: firmware.map(|text| text.parse().unwrap()),
-                model: model.map(label),
-                tenant: tenant.map(label),
-            };
-            let spec = RuleSpec {
-                mode: if mode == 0 { Mode::DryRun } else { Mode::Enforce },
-                expires_at: expires.map(WallTime::from_unix_ms),
-                evict,
-                ..RuleSpec::new(matches, effect)
-            };
-            rule(u128::from(id), created, spec)
-        })
+        .prop_map(
+            |((id, created), firmware, model, tenant, effect, expires, admit_percent, mode, (evict, allowed))| {
+                let matches = Match {
+                    firmware: firmware.map(|text| text.parse().unwrap()),
+                    model: model.map(label),
+                    tenant: tenant.map(label),
+                };
+                let spec = RuleSpec {
+                    admit_percent,
+                    mode,
+                    expires_at: expires.map(WallTime::from_unix_ms),
+                    evict: evict && effect != Effect::Throttle,
+                    update: (effect == Effect::Restrict).then(Default::default),
+                    allow: (0..allowed)
+                        .map(|number| DeviceId::from_uuid(Uuid::from_u128(number)))
+                        .collect(),
+                    ..RuleSpec::new(matches, effect)
+                };
+                rule(u128::from(id), created, spec)
+            },
+        )
 }
 
 proptest! {
@@ -561,18 +730,24 @@ proptest! {
         model in names(),
         tenant in names(),
         wall_ms in 0_u64..7,
+        device in prop::option::weighted(0.9, prop_oneof![any::<u128>(), 0_u128..8]),
     ) {
         rules.sort_by_key(|rule| rule.id);
         rules.dedup_by_key(|rule| rule.id);
         let set = RuleSet::compile(1, rules.clone());
-        let evicting: Vec<Rule> = rules.iter().filter(|rule| rule.spec.evict).cloned().collect();
+        prop_assert_eq!(set.unsupported().len(), 0);
+        let is_enforced = |spec: &RuleSpec| spec.mode == Mode::Enforce;
+        let device = device.map(|number| DeviceId::from_uuid(Uuid::from_u128(number)));
         let wall = WallTime::from_unix_ms(wall_ms);
         let firmware = FIRMWARE.iter().map(|text| Some(*text)).chain([None]);
 
         for firmware in firmware {
-            let subject = Subject { firmware, model, tenant };
-            prop_assert_eq!(set.evaluate(&subject, wall), naive(&rules, &subject, wall));
-            prop_assert_eq!(set.evicting(&subject, wall), naive(&evicting, &subject, wall));
+            let subject = Subject { device, firmware, model, tenant };
+            let Verdict { enforced, dry_run } = set.verdict(&subject, wall);
+            prop_assert_eq!(enforced.map(Ruling::rule), naive(&rules, is_enforced, &subject, wall));
+            prop_assert_eq!(dry_run.map(Ruling::rule), naive(&rules, |spec| !is_enforced(spec), &subject, wall));
+            let evicting = |spec: &RuleSpec| is_enforced(spec) && spec.evict;
+            prop_assert_eq!(set.evicting(&subject, wall), naive(&rules, evicting, &subject, wall));
         }
     }
 }

@@ -1,7 +1,7 @@
-//! How spans and points in time are written in a rule: `15m`, `2026-11-21T04:07:00Z`. For `#[serde(with = …)]`.
+//! Text forms of spans and times in a rule: `15m`, `2026-11-21T04:07:00Z`. For `#[serde(with = …)]`.
 
 /// Spans, as `15m` or `1h 30m`.
-pub(super) mod span {
+pub(crate) mod span {
     use std::{borrow::Cow, time::Duration};
 
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
@@ -14,7 +14,7 @@ pub(super) mod span {
         let text = Cow::<'de, str>::deserialize(deserializer)?;
         humantime::parse_duration(text.trim()).map_err(|error| {
             D::Error::custom(format!(
-                "`{text}` is no span of time such as `15m` or `1h 30m`: {error}"
+                "`{text}` is not a span of time such as `15m` or `1h 30m`: {error}"
             ))
         })
     }
@@ -22,33 +22,28 @@ pub(super) mod span {
 
 /// Points in time, in RFC 3339 with any offset; written in UTC.
 pub(super) mod time {
-    use std::{
-        borrow::Cow,
-        time::{Duration, SystemTime},
-    };
+    use std::{borrow::Cow, time::SystemTime};
 
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
     use crate::time::WallTime;
 
-    /// 9999-12-31T23:59:59.999Z, the last point in time that RFC 3339 can write.
-    const UNIX_MS_MAX: u64 = 253_402_300_799_999;
-
     pub fn serialize<S: Serializer>(time: &Option<WallTime>, serializer: S) -> Result<S::Ok, S::Error> {
         let Some(time) = time else {
             return serializer.serialize_none();
         };
-        let since_epoch = Duration::from_millis(time.as_unix_ms().min(UNIX_MS_MAX));
-        let text = humantime::format_rfc3339_millis(SystemTime::UNIX_EPOCH + since_epoch).to_string();
-        serializer.serialize_str(&text.replace(".000Z", "Z"))
+        serializer.serialize_str(&time.to_rfc3339().replace(".000Z", "Z"))
     }
 
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<WallTime>, D::Error> {
         let Some(text) = Option::<Cow<'de, str>>::deserialize(deserializer)? else {
             return Ok(None);
         };
-        let time = parse(&text)
-            .ok_or_else(|| D::Error::custom(format!("`{text}` is no point in time such as `2026-11-21T04:07:00Z`")))?;
+        let time = parse(&text).ok_or_else(|| {
+            D::Error::custom(format!(
+                "`{text}` is not a point in time such as `2026-11-21T04:07:00Z`"
+            ))
+        })?;
         Ok(Some(time))
     }
 

@@ -4,17 +4,16 @@ use crate::{
     close::Close,
     frame::{BadFrame, DeviceFrame, ErrorCode, ServerFrame},
     hello::SessionKind,
-    session::{Action, BadFrames, Payload, Received, Session},
-    time::Instant,
+    session::{Action, BadFrames, Moment, Payload, Received, Session},
 };
 
 /// Fragments that count as one message. 64 KiB in pieces of 64 bytes are one message and no more.
 const FRAGMENTS_PER_MESSAGE: u32 = 1_024;
 
 impl Session {
-    /// A message came in this many fragments. Each of them costs time, however short it is: so many short ones count as messages of
-    /// their own. To be called before the message itself is handled.
-    pub fn handle_fragments(&mut self, fragments: u32, now: Instant) {
+    /// A message came in this many fragments. Each of them costs time, however short it is: so many short ones count as
+    /// messages of their own. To be called before the message itself is handled.
+    pub fn handle_fragments(&mut self, fragments: u32, now: Moment) {
         for _ in 0..fragments.saturating_sub(1) / FRAGMENTS_PER_MESSAGE {
             if !self.heard(now) {
                 return;
@@ -23,7 +22,7 @@ impl Session {
     }
 
     /// A text frame came in, already checked to be UTF-8.
-    pub fn handle_text(&mut self, text: &str, now: Instant) {
+    pub fn handle_text(&mut self, text: &str, now: Moment) {
         if self.is_closing {
             return;
         }
@@ -33,7 +32,7 @@ impl Session {
                 if self.acks_expected > 0 && matches!(frame, Ok(DeviceFrame::Ack { .. })) {
                     // The device did not choose how many messages an operator sends it.
                     self.acks_expected -= 1;
-                    self.note_alive(now);
+                    self.note_heard(now.observed);
                 } else if !self.heard(now) {
                     return;
                 }
@@ -51,7 +50,7 @@ impl Session {
     }
 
     /// A binary frame came in. `seawall.v1` has none.
-    pub fn handle_binary(&mut self, bytes: &[u8], now: Instant) {
+    pub fn handle_binary(&mut self, bytes: &[u8], now: Moment) {
         if !self.heard(now) {
             return;
         }
@@ -63,12 +62,12 @@ impl Session {
 
     /// Notes that the device lives. False where nothing more is to be done with the frame: the session is ending, or now
     /// ends because the device sends too fast.
-    pub(super) fn heard(&mut self, now: Instant) -> bool {
+    pub(super) fn heard(&mut self, now: Moment) -> bool {
         if self.is_closing {
             return false;
         }
-        self.note_alive(now);
-        if self.rate.allows(&self.limits, now) {
+        self.note_heard(now.observed);
+        if self.rate.take(&self.limits, now.real) {
             return true;
         }
         self.actions.push_back(Action::Complained(ErrorCode::RateLimited));
@@ -80,12 +79,6 @@ impl Session {
         }
         self.handle_close(Close::Policy);
         false
-    }
-
-    /// A frame came: the device lives, and has answered what it was sent.
-    const fn note_alive(&mut self, now: Instant) {
-        self.last_heard = now;
-        self.pings_unanswered = 0;
     }
 
     fn handle_frame(&mut self, frame: DeviceFrame<'_>) {
@@ -100,10 +93,10 @@ impl Session {
         }
     }
 
-    fn handle_bad_frame(&mut self, bad: BadFrame, now: Instant) {
+    fn handle_bad_frame(&mut self, bad: BadFrame, now: Moment) {
         self.actions.push_back(Action::Complained(ErrorCode::BadFrame));
         let bad_frames = self.bad_frames.get_or_insert_with(Box::<BadFrames>::default);
-        if bad_frames.is_too_many(now) {
+        if bad_frames.is_too_many(now.real) {
             self.handle_close(Close::Policy);
         } else {
             self.say(&ServerFrame::Error {

@@ -2,33 +2,25 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use crate::{session::SessionLimits, time::Instant};
+use crate::{
+    rate::{Gcra, Rate},
+    session::SessionLimits,
+    time::Instant,
+};
 
-/// The cell rate algorithm (GCRA) in one word: the time at which the device has used up nothing of its burst.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct MessageRate {
-    settled_at: Instant,
-}
+/// What a session has used up of its message rate.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct MessageRate(Gcra);
 
 impl MessageRate {
-    pub(super) const fn new(now: Instant) -> Self {
-        Self { settled_at: now }
-    }
-
-    /// Takes one frame from the budget. False where there is none left; that frame costs nothing.
-    pub(super) fn allows(&mut self, limits: &SessionLimits, now: Instant) -> bool {
-        let interval = Duration::from_secs(1) / limits.messages_per_second.max(1);
-        let tolerance = interval.saturating_mul(limits.messages_burst.saturating_sub(1));
-        let settled_at = self.settled_at.max(now);
-        if settled_at.saturating_since(now) > tolerance {
-            return false;
-        }
-        self.settled_at = settled_at + interval;
-        true
+    /// Takes one frame from the budget. Returns whether there was one left; a frame too many costs nothing.
+    pub(super) fn take(&mut self, limits: &SessionLimits, now: Instant) -> bool {
+        let rate = Rate::per_second(limits.messages_per_second, limits.messages_burst);
+        self.0.take(1, rate, now).is_ok()
     }
 }
 
-/// The tenth bad frame within a minute ends a session (contract section 4).
+/// The tenth bad frame within a minute ends a session (docs/PROTOCOL.md).
 const BAD_FRAMES_MAX: usize = 9;
 const BAD_FRAMES_WINDOW: Duration = Duration::from_secs(60);
 
@@ -71,10 +63,10 @@ mod tests {
             messages_burst: 5,
             ..SessionLimits::default()
         };
-        let mut rate = MessageRate::new(at(0));
+        let mut rate = MessageRate::default();
 
-        let passed = (0..20).filter(|_| rate.allows(&limits, at(0))).count();
-        let later = (1..=100).filter(|n| rate.allows(&limits, at(n * 100))).count();
+        let passed = (0..20).filter(|_| rate.take(&limits, at(0))).count();
+        let later = (1..=100).filter(|n| rate.take(&limits, at(n * 100))).count();
 
         assert_eq!(passed, 5);
         assert_eq!(later, 100);

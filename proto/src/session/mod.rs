@@ -1,10 +1,12 @@
-//! One live session: what to answer to each frame, when to ping, and when to give up (contract sections 4 and 5).
+//! One live session: what to answer to each frame, when to ping, and when to give up (docs/PROTOCOL.md).
 //!
-//! Start with [`Session`]: `handle_*` what happened, then `poll_action` until it has nothing more to do, and come back at
-//! `poll_timeout`. It holds no socket, no registry and no event buffer; what it wants done with them is an [`Action`].
+//! Start with [`Session`]: `handle_*` what happened, then `poll_action` until it has nothing more to do, and come
+//! back at `poll_timeout`. It holds no socket, no registry and no event buffer; what it wants done with them is an
+//! [`Action`].
 
 mod inbound;
 mod limit;
+mod silence;
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
@@ -16,20 +18,28 @@ use crate::{
     frame::{ErrorCode, ServerFrame},
     hello::SessionKind,
     id::SessionId,
+    presence::observer::Observed,
     resume::Minted,
     time::{Instant, WallTime},
 };
 use limit::{BadFrames, MessageRate};
+use silence::Standing;
+pub use silence::{Finding, KernelView, Silence};
 
-/// A session is given up after this many heartbeats without a frame from the device.
+/// A session is given up after this many heartbeats without a byte from the device.
 const HEARTBEATS_MISSED_MAX: u32 = 3;
-
-/// Pings that a device must have left unanswered before its session is given up, the last of them for a heartbeat. The clock alone does
-/// not prove silence: a process that was stopped for minutes, or a machine that slept, sent no pings meanwhile.
-const PINGS_UNANSWERED_MIN: u8 = 2;
 
 /// But never sooner than this: phones and modems sleep.
 const SILENCE_MIN: Duration = Duration::from_secs(60);
+
+/// One moment on the two clocks of a session.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moment {
+    /// For what a device pays for: its message rate. And for what others decide by: its resume token.
+    pub real: Instant,
+    /// For pings and silence.
+    pub observed: Observed,
+}
 
 /// What all sessions of a node have in common.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,7 +66,7 @@ impl Default for SessionLimits {
 }
 
 impl SessionLimits {
-    /// Time without a frame from a device after which its session is given up, if it left pings unanswered.
+    /// Observed time without a byte from a device after which it is suspect, if it left pings unanswered.
     #[must_use]
     pub fn silence_max(&self) -> Duration {
         self.heartbeat.saturating_mul(HEARTBEATS_MISSED_MAX).max(SILENCE_MIN)
@@ -80,6 +90,16 @@ pub enum Action {
     Acked(Box<str>),
     /// The device's resume token is due for renewal: make another and call [`Session::handle_token`] with it.
     RenewToken,
+    /// The device left two pings unanswered: it counts in the group test from now on.
+    Silent,
+    /// The device's deadline has passed, and its kernel buffer holds nothing of it.
+    Suspect,
+    /// The device was [silent](Self::Silent), and was heard.
+    HeardAgain,
+    /// Ask the kernel what it has of the device, and call [`Session::handle_kernel`] with the answer.
+    AskKernel,
+    /// Ask the group test for a verdict, and call [`Session::handle_verdict`] with it.
+    AskGroups,
     /// Send a close frame with this code and reason, and end the session. Nothing follows.
     Close(Close),
 }
@@ -129,17 +149,18 @@ pub enum Unsendable {
 pub struct Session {
     kind: SessionKind,
     is_closing: bool,
-    /// Pings since the last frame from the device; stops at [`PINGS_UNANSWERED_MIN`].
+    standing: Standing,
+    /// Pings since the device was last heard; stops at 255.
     pings_unanswered: u8,
     /// Messages to the device that it has not acknowledged: so many acknowledgements are free. Stops at 65,535.
     acks_expected: u16,
+    last_heard: Observed,
+    next_ping: Observed,
+    /// Earliest time of the next step towards its end. Only for a device that is silent.
+    next_step: Observed,
+    /// In seconds of monotonic time; [`NEVER`] where there is nothing to renew.
+    renew_at_seconds: u32,
     limits: Arc<SessionLimits>,
-    last_heard: Instant,
-    next_ping: Instant,
-    /// When the last ping that [`pings_unanswered`](Self::pings_unanswered) counts was sent.
-    unanswered_since: Instant,
-    /// [`Instant::FAR_FUTURE`] where there is nothing to renew.
-    renew_at: Instant,
     rate: MessageRate,
     /// Made at the first bad frame: most sessions have none.
     bad_frames: Option<Box<BadFrames>>,
@@ -147,32 +168,34 @@ pub struct Session {
 }
 
 impl Session {
-    /// A session that has just been upgraded. The welcome, where there is one, is its first action, and carries `resume`. A plain
-    /// session has no frame for it.
+    /// A session that has just been upgraded. The welcome, where there is one, is its first action, and carries
+    /// `resume`. A plain session has no frame for it.
     ///
-    /// The first ping comes at a time drawn from the first heartbeat, so that sessions opened together don't ping together.
+    /// The first ping comes at a time drawn from the first heartbeat, so that sessions opened together don't ping
+    /// together.
     pub fn open(
         kind: SessionKind,
         id: SessionId,
         resume: Option<&Minted>,
         limits: Arc<SessionLimits>,
-        now: Instant,
+        now: Moment,
         wall: WallTime,
         rng: &mut impl Rng,
     ) -> Self {
         let phase_micros = u64::try_from(limits.heartbeat.as_micros()).unwrap_or(u64::MAX).max(1);
-        let next_ping = now + Duration::from_micros(rng.random_range(1..=phase_micros));
+        let next_ping = now.observed + Duration::from_micros(rng.random_range(1..=phase_micros));
         let mut session = Self {
             kind,
             is_closing: false,
+            standing: Standing::Heard,
             pings_unanswered: 0,
             acks_expected: 0,
-            limits,
-            last_heard: now,
+            last_heard: now.observed,
             next_ping,
-            unanswered_since: now,
-            renew_at: Instant::FAR_FUTURE,
-            rate: MessageRate::new(now),
+            next_step: Observed::ZERO,
+            renew_at_seconds: NEVER,
+            limits,
+            rate: MessageRate::default(),
             bad_frames: None,
             actions: VecDeque::new(),
         };
@@ -182,15 +205,15 @@ impl Session {
                 heartbeat_ms: millis(session.limits.heartbeat),
                 backoff_cap_ms: millis(session.limits.backoff_cap),
                 resume: resume.map(|minted| (&*minted.text).into()),
-                server_time: rfc3339(wall).into(),
+                server_time: wall.to_rfc3339().into(),
             });
-            session.plan_renewal(resume, now);
+            session.plan_renewal(resume, now.real);
         }
         session
     }
 
     /// A ping or a pong came in.
-    pub fn handle_control(&mut self, now: Instant) {
+    pub fn handle_control(&mut self, now: Moment) {
         self.heard(now);
     }
 
@@ -258,44 +281,35 @@ impl Session {
         self.actions.push_back(Action::Close(close));
     }
 
-    /// The time that [`poll_timeout`](Self::poll_timeout) named has come. Harmless at any other time.
-    pub fn handle_timeout(&mut self, now: Instant, rng: &mut impl Rng) {
+    /// The time that [`poll_timeout`](Self::poll_timeout) named has come. Harmless at any other time. `health`: local
+    /// health of the node, by which the deadline is stretched.
+    pub fn handle_timeout(&mut self, now: Moment, health: u8) {
         if self.is_closing {
             return;
         }
-        if now >= self.next_ping + self.limits.heartbeat {
-            // A whole ping was missed: this process stood still. What the device sent meanwhile may not be read yet.
-            self.pings_unanswered = 0;
-        }
-        if now >= self.silent_until() {
-            return self.handle_close(Close::heartbeat_missed(rng));
-        }
-        if now >= self.next_ping {
-            self.actions.push_back(Action::Ping);
-            if self.pings_unanswered < PINGS_UNANSWERED_MIN {
-                self.pings_unanswered += 1;
-                self.unanswered_since = now;
-            }
-            self.next_ping += self.limits.heartbeat;
-            if self.next_ping <= now {
-                self.next_ping = now + self.limits.heartbeat;
+        self.handle_silence(now.observed, health);
+        if now.observed >= self.next_ping {
+            self.ping(now.observed);
+            self.next_ping = self.next_ping + self.limits.heartbeat;
+            if self.next_ping <= now.observed {
+                self.next_ping = now.observed + self.limits.heartbeat;
             }
         }
-        if now >= self.renew_at {
-            self.renew_at = Instant::FAR_FUTURE;
+        if seconds(now.real) >= self.renew_at_seconds {
+            self.renew_at_seconds = NEVER;
             self.actions.push_back(Action::RenewToken);
         }
     }
 
-    /// When to call [`handle_timeout`](Self::handle_timeout). Frames only ever move it later, so that a timer need not be
-    /// set anew for each of them: let it fire, ask again, and set it to what this says then. A new resume token moves it, too; its
-    /// renewal may wait for the ping before.
+    /// When to call [`handle_timeout`](Self::handle_timeout). Frames only ever move it later, so that a timer need
+    /// not be set anew for each of them: let it fire, ask again, and set it to what this says then. A resume token is
+    /// renewed with the ping behind its time.
     #[must_use]
-    pub fn poll_timeout(&self) -> Instant {
+    pub fn poll_timeout(&self) -> Observed {
         if self.is_closing {
-            return Instant::FAR_FUTURE;
+            return Observed::FAR_FUTURE;
         }
-        self.next_ping.min(self.renew_at).min(self.silent_until())
+        self.next_ping.min(self.silent_until())
     }
 
     /// The next thing to do. Gives the queue's memory back when it was the last.
@@ -307,8 +321,8 @@ impl Session {
         action
     }
 
-    /// The next thing to do where that is to send text; `None` otherwise. What a session says first fits behind the bytes of its
-    /// 101.
+    /// The next thing to do where that is to send text; `None` otherwise. What a session says first fits behind the
+    /// bytes of its 101.
     pub fn poll_text(&mut self) -> Option<String> {
         if !matches!(self.actions.front(), Some(Action::Text(_))) {
             return None;
@@ -332,18 +346,9 @@ impl Session {
     }
 
     fn plan_renewal(&mut self, minted: Option<&Minted>, now: Instant) {
-        self.renew_at = minted
+        self.renew_at_seconds = minted
             .and_then(|minted| minted.renew_after)
-            .map_or(Instant::FAR_FUTURE, |after| now + after);
-    }
-
-    /// When the session is given up, if nothing is heard until then.
-    fn silent_until(&self) -> Instant {
-        if self.pings_unanswered < PINGS_UNANSWERED_MIN {
-            return Instant::FAR_FUTURE;
-        }
-        let answerable_until = self.unanswered_since + self.limits.heartbeat;
-        answerable_until.max(self.last_heard + self.limits.silence_max())
+            .map_or(NEVER, |after| seconds(now + after).saturating_add(1));
     }
 
     fn say(&mut self, frame: &ServerFrame<'_>) {
@@ -351,16 +356,15 @@ impl Session {
     }
 }
 
-fn millis(span: Duration) -> u64 {
-    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
+/// Seconds of monotonic time that are never reached.
+const NEVER: u32 = u32::MAX;
+
+fn seconds(at: Instant) -> u32 {
+    u32::try_from(at.as_micros() / 1_000_000).unwrap_or(NEVER - 1)
 }
 
-/// The last millisecond that RFC 3339 can write: the year has four digits.
-const RFC3339_MAX: Duration = Duration::from_millis(253_402_300_799_999);
-
-fn rfc3339(wall: WallTime) -> String {
-    let since_epoch = Duration::from_millis(wall.as_unix_ms()).min(RFC3339_MAX);
-    humantime::format_rfc3339_millis(std::time::SystemTime::UNIX_EPOCH + since_epoch).to_string()
+fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
-//! What this node remembers of devices: the slot each was given, and which have been seen authenticated. Both bounded.
+//! What this node remembers of devices: their slots, and which were authenticated. Both are bounded.
 //!
-//! Both are hash maps in the order of entry, so that nothing depends on the hash. Their key is secret: ids come from outside, and
-//! whoever could choose them to fall into one place would make every look there slow.
+//! Both are hash maps in the order of insertion, so that nothing depends on the hash. The key of the hash is
+//! secret: ids come from outside, and must not be chosen to collide.
 
 use std::hash::BuildHasher;
 
@@ -11,11 +11,12 @@ use siphasher::sip::SipHasher13;
 use super::{SLOT_GOOD_FOR, Slot, token::TenantTag};
 use crate::{id::DeviceId, time::Instant};
 
-/// Strangers fill at most one part in this many of the memory of slots: they are free to invent.
-const STRANGERS_PART: usize = 4;
-/// Remembered slots looked at a call, going round. A call adds one at most: so what is past goes faster than new ones come.
+/// Part of the memory of slots that unknown devices may fill, because their ids can be invented freely.
+const UNKNOWN_PART: usize = 4;
+/// Number of remembered slots that each call checks in turn. A call adds at most one, so past slots are removed faster
+/// than new ones are added.
 const EXPIRE_STEPS: usize = 4;
-/// Second chances that a call gives to acquaintances: then the next goes, seen again or not.
+/// Maximum number of second chances in a call. Then the next device is removed, referenced or not.
 const CHANCES_MAX: usize = 7;
 
 type Map<V> = IndexMap<DeviceId, V, Keyed>;
@@ -44,13 +45,13 @@ impl std::fmt::Debug for Keyed {
     }
 }
 
-/// Slots by device. Holds at most `slots_max`; a slot that finds no room lives in its token alone.
+/// Slots by device, at most `slots_max`. A further slot is in its token only.
 #[derive(Debug)]
 pub(super) struct SlotMemory {
     slots: Map<Slot>,
-    /// The place at which to look next for slots that are past.
+    /// Index at which the next check for past slots begins.
     hand: usize,
-    strangers: usize,
+    unknown: usize,
     slots_max: usize,
 }
 
@@ -59,7 +60,7 @@ impl SlotMemory {
         Self {
             slots: Map::with_hasher(Keyed::new(key)),
             hand: 0,
-            strangers: 0,
+            unknown: 0,
             slots_max,
         }
     }
@@ -73,28 +74,28 @@ impl SlotMemory {
         self.slots.get(&device).copied().filter(|slot| !is_past(slot, now))
     }
 
-    /// `false` where there is no room.
+    /// Returns `false` if there is no room.
     pub fn put(&mut self, device: DeviceId, slot: Slot, now: Instant) -> bool {
         self.expire(now);
         if let Some(remembered) = self.slots.get_mut(&device) {
-            self.strangers -= usize::from(remembered.is_strangers());
-            self.strangers += usize::from(slot.is_strangers());
+            self.unknown -= usize::from(remembered.is_unknown());
+            self.unknown += usize::from(slot.is_unknown());
             *remembered = slot;
             return true;
         }
-        let is_full = self.slots.len() >= self.slots_max
-            || (slot.is_strangers() && self.strangers >= self.slots_max / STRANGERS_PART);
+        let is_full =
+            self.slots.len() >= self.slots_max || (slot.is_unknown() && self.unknown >= self.slots_max / UNKNOWN_PART);
         if is_full {
             return false;
         }
-        self.strangers += usize::from(slot.is_strangers());
+        self.unknown += usize::from(slot.is_unknown());
         self.slots.insert(device, slot);
         true
     }
 
     pub fn remove(&mut self, device: DeviceId) {
         if let Some(removed) = self.slots.swap_remove(&device) {
-            self.strangers -= usize::from(removed.is_strangers());
+            self.unknown -= usize::from(removed.is_unknown());
         }
     }
 
@@ -106,8 +107,8 @@ impl SlotMemory {
                 return;
             };
             if is_past(slot, now) {
-                self.strangers -= usize::from(slot.is_strangers());
-                // The last one comes here, and is looked at next.
+                self.unknown -= usize::from(slot.is_unknown());
+                // The last entry moves to this index, and is checked next.
                 self.slots.swap_remove_index(self.hand);
             } else {
                 self.hand += 1;
@@ -120,23 +121,23 @@ fn is_past(slot: &Slot, now: Instant) -> bool {
     now > slot.at + SLOT_GOOD_FOR
 }
 
-/// Devices that were seen authenticated, and their tenants. At most `known_max`: the one not seen longest goes first, found by
-/// giving each a second chance in the order of coming.
+/// Devices that were authenticated or registered here, with their tenants. At most `known_max`: beyond it a device that
+/// was not seen lately is removed by the CLOCK algorithm (second chance).
 #[derive(Debug)]
-pub(super) struct Known {
-    devices: Map<Acquaintance>,
-    /// Who has to go next, once there is no room.
+pub(super) struct KnownDevices {
+    devices: Map<KnownDevice>,
+    /// Index of the clock hand.
     hand: usize,
     known_max: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Acquaintance {
+struct KnownDevice {
     tenant: TenantTag,
-    seen_again: bool,
+    is_referenced: bool,
 }
 
-impl Known {
+impl KnownDevices {
     pub fn new(known_max: usize, key: [u8; 16]) -> Self {
         Self {
             devices: Map::with_hasher(Keyed::new(key)),
@@ -153,35 +154,35 @@ impl Known {
         self.devices.get(&device).map(|known| known.tenant)
     }
 
-    pub fn meet(&mut self, device: DeviceId, tenant: TenantTag) {
+    pub fn insert(&mut self, device: DeviceId, tenant: TenantTag) {
         if let Some(known) = self.devices.get_mut(&device) {
             known.tenant = tenant;
-            known.seen_again = true;
+            known.is_referenced = true;
             return;
         }
-        let seen_again = false;
+        let is_referenced = false;
         if self.devices.len() < self.known_max {
-            self.devices.insert(device, Acquaintance { tenant, seen_again });
+            self.devices.insert(device, KnownDevice { tenant, is_referenced });
             return;
         }
-        self.pass_over();
-        // The last one comes to its place; then the new one and the last one change theirs.
+        self.sweep();
+        // The last entry moves to this index; then the new one and the last one swap.
         self.devices.swap_remove_index(self.hand);
-        let (last, _) = self.devices.insert_full(device, Acquaintance { tenant, seen_again });
+        let (last, _) = self.devices.insert_full(device, KnownDevice { tenant, is_referenced });
         self.devices.swap_indices(self.hand, last);
         self.step();
     }
 
-    /// Who comes last takes its place in the order.
+    /// Forgets a device. The last entry moves to its index.
     pub fn forget(&mut self, device: DeviceId) {
         self.devices.swap_remove(&device);
     }
 
-    /// Goes on to one that was not seen again, or past as many as a call may.
-    fn pass_over(&mut self) {
+    /// Advances the hand to a device that was not referenced, at most by [`CHANCES_MAX`].
+    fn sweep(&mut self) {
         for _ in 0..CHANCES_MAX {
             match self.devices.get_index_mut(self.hand) {
-                Some((_, known)) if known.seen_again => known.seen_again = false,
+                Some((_, known)) if known.is_referenced => known.is_referenced = false,
                 Some(_) | None => return,
             }
             self.step();
@@ -201,7 +202,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::slots::Place;
+    use crate::slots::Ownership;
 
     const KEY: [u8; 16] = [7; 16];
     /// Time after which a slot of time zero is past, whatever the rounding.
@@ -215,9 +216,9 @@ mod tests {
         Slot {
             at,
             first_unix_s: 0,
-            bounces: 0,
+            refusals: 0,
             tenant: tenant.map(TenantTag::of),
-            place: Place::Kept,
+            ownership: Ownership::Sole,
         }
     }
 
@@ -253,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_leave_room_for_the_known() {
+    fn unknown_devices_leave_room_for_known_ones() {
         let mut memory = SlotMemory::new(1_000, KEY);
         for n in 0..5_000 {
             memory.put(device(n), slot(Instant::ZERO, None), Instant::ZERO);
@@ -273,22 +274,22 @@ mod tests {
             memory.remove(device(n / 2));
         }
 
-        // 600 come in the minute for which a slot is good; strangers have room for 250.
+        // 600 arrive in the minute for which a slot is valid; there is room for 250 unknown devices.
         assert!((1..=250).contains(&memory.len()), "{}", memory.len());
-        assert_eq!(memory.strangers, memory.len());
+        assert_eq!(memory.unknown, memory.len());
     }
 
     #[test]
     fn memory_acts_alike_whatever_its_key() {
         let lives = [KEY, [8; 16]].map(|key| {
             let mut memory = SlotMemory::new(100, key);
-            let mut known = Known::new(100, key);
+            let mut known = KnownDevices::new(100, key);
             let mut stored = Vec::new();
             for n in 0..10_000 {
                 let now = Instant::from_micros(n * 1_000_000);
                 let id = device(u128::from(n * n % 977));
                 stored.push(memory.put(id, slot(now, Some("a")), now));
-                known.meet(id, TenantTag::of("a"));
+                known.insert(id, TenantTag::of("a"));
                 memory.remove(device(u128::from(n % 31)));
             }
             let met: Vec<bool> = (0..977).map(|n| known.tenant_of(device(n)).is_some()).collect();
@@ -300,12 +301,12 @@ mod tests {
 
     #[test]
     fn acquaintances_are_bounded_and_those_seen_again_stay() {
-        let mut known = Known::new(100, KEY);
+        let mut known = KnownDevices::new(100, KEY);
         let tenant = TenantTag::of("a");
-        known.meet(device(0), tenant);
+        known.insert(device(0), tenant);
         for n in 1..250 {
-            known.meet(device(n), tenant);
-            known.meet(device(0), tenant);
+            known.insert(device(n), tenant);
+            known.insert(device(0), tenant);
         }
 
         assert_eq!(known.len(), 100);

@@ -1,167 +1,207 @@
-//! Reconnect slots: the time at which a refused device should come back, so that the fleet returns at the rate that the
-//! database can take. A slot gives priority at its time, and never authenticates.
+//! Reconnect slots: the time at which a refused device should return, so that the fleet returns at the rate that
+//! the database can take. A slot gives priority at its time, and never authenticates. docs/design/slots.md has the
+//! reasons.
 //!
-//! Start with [`Slots`]. It does not decide who is refused; see [`crate::admission`].
+//! Start with [`Slots`]. It does not decide which device is refused; see [`crate::admission`].
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use rand::Rng;
 
 mod memory;
-mod roster;
+mod registry_index;
 mod tenants;
 mod token;
 
-pub use roster::{DamagedRoster, ROSTER_BYTES_MAX, ROSTER_MAX, Roster, RosterBuilder, believable_len};
-pub(crate) use tenants::{STRANGERS_SHARE, Tail, Weights};
-pub use token::{SlotKeys, TOKEN_TEXT_LEN, TenantTag};
+pub use crate::keyring::Keyring as SlotKeys;
+pub use registry_index::{
+    DamagedIndex, REGISTRY_INDEX_BYTES_MAX, REGISTRY_INDEX_MAX, RegistryIndex, RegistryIndexBuilder, believable_len,
+};
+pub(crate) use tenants::{QueueEnd, UNKNOWN_SHARE, Weights};
+pub use token::{TOKEN_TEXT_LEN, TenantTag};
 
 use self::{
-    memory::{Known, SlotMemory},
+    memory::{KnownDevices, SlotMemory},
     tenants::Tenants,
     token::Claims,
 };
 use crate::{
-    admission::AdmissionConfig,
+    hint::{Hint, draw},
     id::DeviceId,
-    refusal::{Hint, draw},
     time::{Instant, WallTime},
 };
 
-/// A slot helps from this long before its time. Contract section 3.
+/// Time before a slot from which it gives priority.
 pub const SLOT_EARLY: Duration = Duration::from_millis(300);
-/// A slot helps until this long after its time. Contract section 3.
+/// Time after a slot until which it gives priority.
 pub const SLOT_GOOD_FOR: Duration = Duration::from_secs(60);
-/// Shortest hint of a slot.
+/// Minimum hint of a slot.
 pub const HINT_MIN: Duration = Duration::from_millis(500);
-/// Longest hint of a slot. A slot further ahead is told by a hint drawn from [`HINT_FAR_MIN`] to this.
+/// Maximum hint of a slot. The hint of a slot further ahead is drawn between [`HINT_FAR_MIN`] and this.
 pub const HINT_MAX: Duration = Duration::from_secs(600);
 /// See [`HINT_MAX`].
 pub const HINT_FAR_MIN: Duration = Duration::from_secs(450);
-/// A slot at least this far ahead is kept on an early retry; a nearer one counts as used.
+/// Minimum time before a slot at which an early retry keeps it. A nearer slot is used up.
 const SLOT_KEPT: Duration = Duration::from_millis(200);
-/// A device that comes back by more than this before the time it was told does not keep to slots, and most probably won't be there at its
-/// own: the place is given to one more device, or the database would idle where many such places follow each other. Its slot stays.
+/// Minimum time before a slot at which a retry shows that the device does not follow hints. Its time in the virtual
+/// queue is then given to one more device. Its slot stays.
 const SLOT_EARLY_FAR: Duration = Duration::from_secs(2);
-/// How much the wall clocks of two nodes may differ for tokens to count in full. overload.md section 4.
+/// Tolerated difference between the wall clocks of two nodes for tokens to have full effect. See docs/design/slots.md.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(5);
 
-/// A place in the virtual queue.
+/// A slot of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Slot {
     pub at: Instant,
-    /// When the device was first refused, for seniority.
+    /// Time of the device's first refusal, for seniority.
     pub first_unix_s: u32,
-    /// How often it has been given a slot; stops at 255.
-    pub bounces: u8,
-    /// `None`: a stranger's.
+    /// Number of refusals; stops at 255.
+    pub refusals: u8,
+    /// `None` for an unknown device.
     pub tenant: Option<TenantTag>,
-    /// What has become of its place in the queue.
-    pub place: Place,
+    /// Whether its time in the virtual queue is the device's alone.
+    pub ownership: Ownership,
 }
 
-/// A place in the queue is meant for one device. See [`SLOT_EARLY_FAR`].
+/// Whether a time in the virtual queue belongs to one device. See [`SLOT_EARLY_FAR`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
-    Kept,
-    /// The device was told to come before its slot, because the slot is beyond the longest hint.
+pub(crate) enum Ownership {
+    Sole,
+    /// The device was told to return before its slot, because the slot is beyond the longest hint.
     Far,
-    /// The device does not do as told, so that somebody else was given the place too.
+    /// The device does not follow hints, so that the time was given to another one as well.
     Shared,
 }
 
 impl Slot {
-    pub const fn is_strangers(&self) -> bool {
+    pub const fn is_unknown(&self) -> bool {
         self.tenant.is_none()
     }
 
-    /// Whether this slot, carried by a token, counts instead of the one remembered here: of two the later, so that none is shortened,
-    /// whichever node gave it out. One slot, by two clocks, is not two.
+    /// Whether this slot, from a token, replaces the remembered one. The later of two slots is used, so that none is
+    /// shortened. The same slot by two clocks is one.
     fn replaces(&self, remembered: &Self) -> bool {
-        let is_another = self.bounces > remembered.bounces || self.at > remembered.at + CLOCK_TOLERANCE;
+        let is_another = self.refusals > remembered.refusals || self.at > remembered.at + CLOCK_TOLERANCE;
         is_another && self.at > remembered.at
     }
 }
 
-/// Where an arriving device stands.
-#[derive(Clone, Copy, Debug)]
+/// State of an arriving device, from memory and token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Standing {
-    /// `None`: a stranger, never seen authenticated.
+    /// `None` for an unknown device.
     pub tenant: Option<TenantTag>,
     pub slot: Option<Slot>,
-    /// Its slot helps it now.
+    /// Whether its slot gives it priority now.
     pub is_due: bool,
 }
 
-/// Where a new slot is taken from.
+/// The virtual queue from which a new slot is taken.
 #[derive(Debug)]
 pub(crate) enum Pace<'a> {
-    /// The queues of tenants and strangers, which share this many places a second.
+    /// The queues of all tenants and of unknown devices, which share this number of slots per second.
     Shared(f64),
-    /// A queue of its own, whoever is in it.
-    Apart { tail: &'a mut Tail, rate: f64 },
+    /// The queue of an isolated cohort.
+    Isolated { queue_end: &'a mut QueueEnd, rate: f64 },
 }
 
-/// All slots given out here, and the tokens to take elsewhere.
+/// Bounds of [`Slots`], and the weights of tenants: the part of
+/// [`AdmissionConfig`](crate::admission::AdmissionConfig) that concerns slots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotsConfig {
+    /// Maximum number of devices whose slot is remembered. Further slots are in their token only.
+    pub slots_max: usize,
+    /// Maximum number of known devices beside the registry index.
+    pub known_max: usize,
+    /// Maximum number of tenants with a queue of their own. Further tenants share one.
+    pub tenants_max: usize,
+    /// Weight of a tenant in the queue of slots, by name. A tenant that is not named has weight 1.
+    pub tenant_weights: BTreeMap<String, u32>,
+}
+
+impl Default for SlotsConfig {
+    fn default() -> Self {
+        Self {
+            slots_max: 2_000_000,
+            known_max: 1_000_000,
+            tenants_max: 1_024,
+            tenant_weights: BTreeMap::new(),
+        }
+    }
+}
+
+/// Figures of [`Slots`] for people and metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotsState {
+    /// Number of devices whose slot is remembered.
+    pub remembered: usize,
+    /// Number of slots issued so far that found no room in memory, and are in their token only.
+    pub stateless: u64,
+    /// Number of known devices that the registry index does not have with their tenant.
+    pub known: usize,
+}
+
+/// All slots issued here, and their tokens for other nodes.
 #[derive(Debug)]
 pub struct Slots {
     keys: SlotKeys,
     memory: SlotMemory,
-    known: Known,
-    roster: Arc<Roster>,
+    known: KnownDevices,
+    registry_index: Arc<RegistryIndex>,
     tenants: Tenants,
-    /// Slots that found no room in memory.
+    /// Number of slots that found no room in memory.
     stateless: u64,
 }
 
 impl Slots {
     #[must_use]
-    pub fn new(config: &AdmissionConfig, keys: SlotKeys) -> Self {
+    pub fn new(config: &SlotsConfig, keys: SlotKeys) -> Self {
         Self {
             memory: SlotMemory::new(config.slots_max, keys.memory_key()),
-            known: Known::new(config.known_max, keys.memory_key()),
-            roster: Arc::new(Roster::empty()),
+            known: KnownDevices::new(config.known_max, keys.memory_key()),
+            registry_index: Arc::new(RegistryIndex::empty()),
             keys,
             tenants: Tenants::new(&config.tenant_weights, config.tenants_max),
             stateless: 0,
         }
     }
 
-    /// Slots remembered here.
     #[must_use]
-    pub fn remembered(&self) -> usize {
-        self.memory.len()
+    pub fn state(&self) -> SlotsState {
+        SlotsState {
+            remembered: self.memory.len(),
+            stateless: self.stateless,
+            known: self.known.len(),
+        }
     }
 
-    /// Devices that are no strangers although the roster does not have them so.
+    /// The registered devices known to this node.
     #[must_use]
-    pub fn known(&self) -> usize {
-        self.known.len()
+    pub const fn registry_index(&self) -> &Arc<RegistryIndex> {
+        &self.registry_index
     }
 
-    /// Slots given out so far that found no room in memory, and live in their token alone.
-    #[must_use]
-    pub const fn stateless(&self) -> u64 {
-        self.stateless
+    /// Replaces the registered devices. Returns the previous ones, so that the caller can drop them outside its lock:
+    /// dropping a large index takes a moment.
+    pub fn set_registry_index(&mut self, registry_index: Arc<RegistryIndex>) -> Arc<RegistryIndex> {
+        std::mem::replace(&mut self.registry_index, registry_index)
     }
 
-    pub(crate) const fn roster(&self) -> &Arc<Roster> {
-        &self.roster
-    }
-
-    /// Who is registered, from now on; the roster of before, whose end takes a moment where it is large.
-    pub(crate) fn set_roster(&mut self, roster: Arc<Roster>) -> Arc<Roster> {
-        std::mem::replace(&mut self.roster, roster)
-    }
-
-    /// `None`: a stranger's. What was seen here is newer than the roster.
+    /// `None` for an unknown device. An authentication here is newer than the registry index.
     fn tenant_of(&self, device: DeviceId) -> Option<TenantTag> {
-        self.known.tenant_of(device).or_else(|| self.roster.tenant_of(device))
+        self.known
+            .tenant_of(device)
+            .or_else(|| self.registry_index.tenant_of(device))
     }
 
-    /// What memory and token say of a device. A token that doesn't count is ignored.
+    /// State of a device, from memory and token. An invalid token is ignored.
     pub(crate) fn standing(&self, device: DeviceId, token: Option<&str>, now: Instant, wall: WallTime) -> Standing {
         let carried = token.and_then(|text| self.carried(device, text, now, wall));
+        self.standing_with(device, carried, now)
+    }
+
+    /// The same, with the slot of a valid token.
+    fn standing_with(&self, device: DeviceId, carried: Option<Slot>, now: Instant) -> Standing {
         let remembered = self.memory.get(device, now);
         let tenant = [remembered, carried].into_iter().flatten().find_map(|slot| slot.tenant);
         let (slot, early) = match (remembered, carried) {
@@ -176,13 +216,22 @@ impl Slots {
         }
     }
 
-    /// Whether the device shows a token of ours for a slot that helps it now. What is only remembered of the id doesn't count: anybody may name one.
+    /// Whether a device was seen authenticated, or is registered as far as this node knows. The id alone decides, and
+    /// anybody can name one.
+    #[must_use]
+    pub fn is_known(&self, device: DeviceId, token: Option<&str>, now: Instant, wall: WallTime) -> bool {
+        self.standing(device, token, now, wall).tenant.is_some()
+    }
+
+    /// Whether the device shows a token for a slot that gives it priority now. A remembered slot is not enough: anybody
+    /// can name the id.
     pub(crate) fn shows_due(&self, device: DeviceId, token: &str, now: Instant, wall: WallTime) -> bool {
-        self.carried(device, token, now, wall).is_some() && self.standing(device, Some(token), now, wall).is_due
+        let carried = self.carried(device, token, now, wall);
+        carried.is_some() && self.standing_with(device, carried, now).is_due
     }
 
     fn carried(&self, device: DeviceId, text: &str, now: Instant, wall: WallTime) -> Option<Slot> {
-        let claims = self.keys.verify(device, text)?;
+        let claims = self.keys.verify_slot(device, text)?;
         let is_from_the_future =
             claims.issued_unix_s > unix_s(wall).saturating_add(u32::try_from(CLOCK_TOLERANCE.as_secs()).unwrap_or(0));
         let is_past = wall > claims.slot + SLOT_GOOD_FOR + CLOCK_TOLERANCE;
@@ -192,15 +241,32 @@ impl Slots {
         Some(Slot {
             at: now + claims.slot.saturating_since(wall) - wall.saturating_since(claims.slot),
             first_unix_s: claims.first_unix_s,
-            bounces: claims.bounces,
+            refusals: claims.refusals,
             tenant: claims.tenant,
-            // The node that gave it out may have shared it already.
-            place: Place::Shared,
+            // The issuing node may have shared it already.
+            ownership: Ownership::Shared,
         })
     }
 
-    /// Tells a refused device when to come back: at the slot it has, if that is still ahead, else at a new one, not before
-    /// `now + at_least`.
+    /// Gives a slot to a device that does not ask for a lookup: its session is closed, or the node has no room for it.
+    /// The slot is not before `now + at_least`. A slot in `token` that is still ahead is kept. `keys_per_second` is
+    /// [`Admission::k_ref`](crate::admission::Admission::k_ref).
+    pub fn give(
+        &mut self,
+        device: DeviceId,
+        token: Option<&str>,
+        at_least: Duration,
+        keys_per_second: f64,
+        (now, wall): (Instant, WallTime),
+        rng: &mut impl Rng,
+    ) -> Hint {
+        let standing = self.standing(device, token, now, wall);
+        let pace = Pace::Shared(keys_per_second);
+        self.refuse(device, &standing, at_least, pace, (now, wall), rng)
+    }
+
+    /// Returns when a refused device should return: at the slot that it has, if that is still ahead, otherwise at a
+    /// new one, not before `now + at_least`.
     pub(crate) fn refuse(
         &mut self,
         device: DeviceId,
@@ -210,7 +276,7 @@ impl Slots {
         (now, wall): (Instant, WallTime),
         rng: &mut impl Rng,
     ) -> Hint {
-        // Memory is asked again: another connection of the device may have been refused since it was asked first.
+        // Another connection of the device may have been refused since the standing was read.
         let newest = match (self.memory.get(device, now), standing.slot) {
             (Some(remembered), Some(slot)) if slot.replaces(&remembered) => Some(slot),
             (Some(remembered), _) => Some(remembered),
@@ -220,7 +286,7 @@ impl Slots {
             Some(slot) if slot.at > now + SLOT_KEPT => self.kept(slot, &pace, now),
             previous => {
                 let from = now + HINT_MIN;
-                let place = match pace {
+                let time = match pace {
                     Pace::Shared(rate) => {
                         let at_least = from.max(now + at_least);
                         let shared = standing
@@ -228,22 +294,22 @@ impl Slots {
                             .and_then(|tenant| self.tenants.take_shared(tenant, from, at_least));
                         shared.unwrap_or_else(|| self.tenants.take(standing.tenant, from, rate))
                     }
-                    Pace::Apart { tail, rate } => tail.take(from, rate),
+                    Pace::Isolated { queue_end, rate } => queue_end.take(from, rate),
                 };
                 Slot {
-                    at: place.max(now + at_least),
+                    at: time.max(now + at_least),
                     first_unix_s: previous.map_or(unix_s(wall), |slot| slot.first_unix_s),
-                    bounces: previous.map_or(0, |slot| slot.bounces.saturating_add(1)),
+                    refusals: previous.map_or(0, |slot| slot.refusals.saturating_add(1)),
                     tenant: standing.tenant,
-                    place: Place::Kept,
+                    ownership: Ownership::Sole,
                 }
             }
         };
         let is_far = slot.at > now + HINT_MAX;
-        slot.place = match slot.place {
-            Place::Shared => Place::Shared,
-            Place::Kept | Place::Far if is_far => Place::Far,
-            Place::Kept | Place::Far => Place::Kept,
+        slot.ownership = match slot.ownership {
+            Ownership::Shared => Ownership::Shared,
+            Ownership::Sole | Ownership::Far if is_far => Ownership::Far,
+            Ownership::Sole | Ownership::Far => Ownership::Sole,
         };
         if !self.memory.put(device, slot, now) {
             self.stateless += 1;
@@ -251,8 +317,9 @@ impl Slots {
         self.hint(device, &slot, now, wall, rng)
     }
 
-    /// Tells a device when to come back, at the earliest after `at_least`, without a change to its slot or to its tenant's queue.
-    pub(crate) fn hint_apart(
+    /// Returns when a device should return, not before `now + at_least`, without changing its slot or its tenant's
+    /// queue.
+    pub(crate) fn hint_without_slot(
         &self,
         device: DeviceId,
         standing: &Standing,
@@ -263,43 +330,45 @@ impl Slots {
         let slot = Slot {
             at: now + at_least,
             first_unix_s: standing.slot.map_or(unix_s(wall), |slot| slot.first_unix_s),
-            bounces: standing.slot.map_or(0, |slot| slot.bounces),
+            refusals: standing.slot.map_or(0, |slot| slot.refusals),
             tenant: standing.tenant,
-            place: Place::Shared,
+            ownership: Ownership::Shared,
         };
         self.hint(device, &slot, now, wall, rng)
     }
 
-    /// The slot of a device that came too early.
+    /// The slot of a device that returns too early.
     fn kept(&mut self, mut slot: Slot, pace: &Pace<'_>, now: Instant) -> Slot {
-        let is_disobeyed = slot.place == Place::Kept && slot.at > now + SLOT_EARLY_FAR;
+        let is_disobeyed = slot.ownership == Ownership::Sole && slot.at > now + SLOT_EARLY_FAR;
         if let (true, Pace::Shared(_), Some(tenant)) = (is_disobeyed, pace, slot.tenant) {
             self.tenants.share(tenant, slot.at, now);
-            slot.place = Place::Shared;
+            slot.ownership = Ownership::Shared;
         }
         slot
     }
 
-    /// A device was authenticated and admitted: its slot is used, and it is known from now on.
-    pub(crate) fn handle_admitted(&mut self, device: DeviceId, tenant: &str) {
+    /// A device was authenticated and is admitted: its slot is used, and it is known from now on. `tenant` is the
+    /// registry's.
+    pub fn handle_admitted(&mut self, device: DeviceId, tenant: &str) {
         self.memory.remove(device);
         self.handle_tenant(device, tenant);
     }
 
-    /// The registry has a device with this tenant: it is no stranger from now on.
-    pub(crate) fn handle_tenant(&mut self, device: DeviceId, tenant: &str) {
+    /// The registry has the device with this tenant, whatever the registry index says: it is known from now on.
+    pub fn handle_tenant(&mut self, device: DeviceId, tenant: &str) {
         let tenant = TenantTag::of(tenant);
-        if self.roster.tenant_of(device) == Some(tenant) {
+        if self.registry_index.tenant_of(device) == Some(tenant) {
             self.known.forget(device);
         } else {
-            self.known.meet(device, tenant);
+            self.known.insert(device, tenant);
         }
     }
 
-    /// What was signed here once says that a device is this tenant's: enough for a place in its queue, where nothing newer is known.
-    pub(crate) fn handle_vouched(&mut self, device: DeviceId, tenant: &str) {
+    /// A resume token signed here, which no longer admits the device, names this tenant. That is enough for a slot from
+    /// the tenant's queue, unless newer data is known.
+    pub fn handle_hinted_tenant(&mut self, device: DeviceId, tenant: &str) {
         if self.tenant_of(device).is_none() {
-            self.known.meet(device, TenantTag::of(tenant));
+            self.known.insert(device, TenantTag::of(tenant));
         }
     }
 
@@ -313,13 +382,13 @@ impl Slots {
         let claims = Claims {
             slot: wall + wait,
             first_unix_s: slot.first_unix_s,
-            bounces: slot.bounces,
+            refusals: slot.refusals,
             tenant: slot.tenant,
             issued_unix_s: unix_s(wall),
         };
         Hint {
             after,
-            slot: Some(self.keys.sign(device, &claims)),
+            slot: Some(self.keys.sign_slot(device, &claims)),
         }
     }
 }

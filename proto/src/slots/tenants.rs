@@ -1,7 +1,7 @@
-//! The virtual queues that slots are taken from: one a tenant, weighted, and one for all strangers.
+//! The virtual queues from which slots are taken: one for each tenant, weighted, and one for all unknown devices.
 //!
-//! Taking a place is a GCRA that commits although the device is refused: the committed time is its slot. A tenant is slowed
-//! down only by tenants that are still backlogged at the time in question, so that the whole rate is given out.
+//! A virtual queue is a GCRA that commits its time although the device is refused: this time is the slot. A tenant
+//! is slowed down only by tenants that are still backlogged at that time, so that the whole rate is given out.
 
 use std::{
     cmp::Reverse,
@@ -12,19 +12,20 @@ use std::{
 use super::token::TenantTag;
 use crate::time::Instant;
 
-/// Share of the rate that strangers get while tenants are backlogged. At most 20 % is asked for, and that the fleet is back within 1.1 times
-/// the optimum beside 10,000 random ids a second: with 20 % it is not, with a twentieth it is.
-pub(crate) const STRANGERS_SHARE: f64 = 0.05;
-/// A place further ahead than this is given to several strangers: their ids are free to invent, and must not fill the queue for days.
-const STRANGERS_HORIZON: Duration = Duration::from_secs(3_600);
-/// The same for tenants, whose queue moves once a slot and device: reached only if the memory of slots is full.
+/// Share of the rate that unknown devices get while tenants are backlogged. With 5 % the fleet returns within 1.1
+/// times the optimum beside 10,000 random ids a second, with 20 % it does not.
+pub(crate) const UNKNOWN_SHARE: f64 = 0.05;
+/// Maximum length of the unknown devices' queue. A time beyond it is issued several times: their ids can be invented
+/// freely.
+const UNKNOWN_HORIZON: Duration = Duration::from_secs(3_600);
+/// Maximum length of a tenant's queue. It is reached only if the memory of slots is full.
 const TENANTS_HORIZON: Duration = Duration::from_secs(24 * 3_600);
 
-/// Places to be given twice, of all tenants together; further ones are given once.
+/// Maximum number of times to issue once more, of all tenants. Further ones are issued once.
 const SHARED_MAX: usize = 65_536;
-/// Where there are as many, past ones are looked for this often.
+/// Minimum time between two purges of past ones while the maximum is reached.
 const PURGE_EVERY: Duration = Duration::from_secs(1);
-/// Past places dropped a call, so that no call takes long.
+/// Maximum number of past times dropped in a call.
 const PURGE_STEPS: usize = 64;
 
 /// Weights of tenants, as configured.
@@ -41,7 +42,7 @@ impl Weights {
         )
     }
 
-    /// At least 1; that of strangers and of tenants that are not named.
+    /// Weight of a tenant, at least 1. That of unknown devices and of tenants that are not named is 1.
     pub fn of(&self, tenant: Option<TenantTag>) -> u32 {
         tenant
             .and_then(|tenant| self.0.get(&tenant))
@@ -49,39 +50,39 @@ impl Weights {
     }
 }
 
-/// The tails of all virtual queues.
+/// All virtual queues.
 #[derive(Debug)]
 pub(super) struct Tenants {
-    /// Only tenants that were backlogged lately; bounded by `tenants_max`.
-    tails: BTreeMap<TenantTag, Tail>,
-    /// Tenants beyond `tenants_max`, together.
-    rest: Tail,
-    strangers: Tail,
+    /// Tenants that were backlogged lately, at most `tenants_max`.
+    ends: BTreeMap<TenantTag, QueueEnd>,
+    /// Tenants beyond `tenants_max`.
+    rest: QueueEnd,
+    unknown: QueueEnd,
     weights: Weights,
     tenants_max: usize,
-    /// Places to be given once more, whose devices don't keep to them; the earliest first. Of at most [`SHARED_MAX`] places.
+    /// Times to issue once more, whose devices do not follow hints; the earliest first. At most [`SHARED_MAX`].
     shared: BTreeMap<TenantTag, BinaryHeap<Reverse<Instant>>>,
     shared_len: usize,
-    /// The next place whose device does not keep to it is given once more; see [`Tenants::share`].
+    /// Whether the next such time is issued once more; see [`Tenants::share`].
     is_next_shared: bool,
     purged_at: Instant,
 }
 
-/// The end of one queue. Nanoseconds: at a million slots a second, microseconds would round by too much.
+/// End of a virtual queue. In nanoseconds: at a million slots per second, microseconds would round by too much.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Tail {
+pub(crate) struct QueueEnd {
     nanos: u64,
     weight: f64,
 }
 
-impl Tail {
+impl QueueEnd {
     pub const fn empty(weight: f64) -> Self {
         Self { nanos: 0, weight }
     }
 
-    /// The next place not before `from` in a queue that has `rate` places a second to itself.
+    /// Takes the next time not before `from`, in a queue that has `rate` slots per second to itself.
     pub fn take(&mut self, from: Instant, rate: f64) -> Instant {
-        let base = self.base(from, STRANGERS_HORIZON);
+        let base = self.base(from, UNKNOWN_HORIZON);
         self.nanos = base.saturating_add(step(rate));
         Instant::from_micros(base / 1_000)
     }
@@ -94,9 +95,9 @@ impl Tail {
 impl Tenants {
     pub fn new(weights: &BTreeMap<String, u32>, tenants_max: usize) -> Self {
         Self {
-            tails: BTreeMap::new(),
-            rest: Tail::empty(1.0),
-            strangers: Tail::empty(1.0),
+            ends: BTreeMap::new(),
+            rest: QueueEnd::empty(1.0),
+            unknown: QueueEnd::empty(1.0),
             weights: Weights::new(weights),
             tenants_max,
             shared: BTreeMap::new(),
@@ -106,46 +107,46 @@ impl Tenants {
         }
     }
 
-    /// The device that has this place does not keep to it. Every other such place is given once more: their devices come all the same, a few
-    /// seconds late. With all of them the queue is full when those come: a fleet with a fifth of such devices is back after 1.10 of the
-    /// optimum; with half of them after 1.07, and the obedient after 0.92 (simulated).
-    pub fn share(&mut self, tenant: TenantTag, place: Instant, now: Instant) {
+    /// The device of this time does not follow hints. Every other such time is issued once more; docs/design/slots.md
+    /// has the figures.
+    pub fn share(&mut self, tenant: TenantTag, time: Instant, now: Instant) {
         self.is_next_shared = !self.is_next_shared;
         if self.is_next_shared {
             return;
         }
         if self.shared_len >= SHARED_MAX && self.purged_at + PURGE_EVERY <= now {
             self.purged_at = now;
-            self.shared.retain(|_, places| {
-                while places.peek().is_some_and(|Reverse(place)| *place < now) {
-                    places.pop();
+            self.shared.retain(|_, times| {
+                while times.peek().is_some_and(|Reverse(time)| *time < now) {
+                    times.pop();
                 }
-                !places.is_empty()
+                !times.is_empty()
             });
             self.shared_len = self.shared.values().map(BinaryHeap::len).sum();
         }
         if self.shared_len < SHARED_MAX {
-            self.shared.entry(tenant).or_default().push(Reverse(place));
+            self.shared.entry(tenant).or_default().push(Reverse(time));
             self.shared_len += 1;
         }
     }
 
-    /// Places that wait to be given once more.
+    /// Number of times to issue once more.
     #[cfg(test)]
     pub const fn shared(&self) -> usize {
         self.shared_len
     }
 
-    /// The earliest of the tenant's places to be given once more, if it is not before `at_least`. Those before `from` are past.
+    /// Takes the earliest of the tenant's times to issue once more, if it is not before `at_least`. Times before `from`
+    /// are past.
     pub fn take_shared(&mut self, tenant: TenantTag, from: Instant, at_least: Instant) -> Option<Instant> {
-        let places = self.shared.get_mut(&tenant)?;
+        let times = self.shared.get_mut(&tenant)?;
         let mut found = None;
         for _ in 0..PURGE_STEPS {
-            match places.peek() {
-                Some(Reverse(place)) if *place < from => drop(places.pop()),
-                Some(Reverse(place)) if *place >= at_least => {
-                    found = Some(*place);
-                    places.pop();
+            match times.peek() {
+                Some(Reverse(time)) if *time < from => drop(times.pop()),
+                Some(Reverse(time)) if *time >= at_least => {
+                    found = Some(*time);
+                    times.pop();
                 }
                 Some(_) | None => break,
             }
@@ -154,67 +155,64 @@ impl Tenants {
                 break;
             }
         }
-        if places.is_empty() {
+        if times.is_empty() {
             self.shared.remove(&tenant);
         }
         found
     }
-    /// The next place not before `from` in the queue of `tenant` (of the strangers if `None`), where `rate` places a second
-    /// are given out in all.
+
+    /// Takes the next time not before `from` in the queue of `tenant` (of unknown devices if `None`). All queues
+    /// together have `rate` slots per second.
     pub fn take(&mut self, tenant: Option<TenantTag>, from: Instant, rate: f64) -> Instant {
         let Some(tenant) = tenant else {
-            return self.take_as_stranger(from, rate);
+            return self.take_as_unknown(from, rate);
         };
         let queue = self.queue_of(tenant, from);
-        let own = *self.tail(queue);
+        let own = *self.end(queue);
         let base = own.base(from, TENANTS_HORIZON);
-        let all: f64 = self
-            .queues()
-            .filter(|tail| tail.nanos > base)
-            .map(|tail| tail.weight)
-            .sum();
-        // The own tail is not after its own base, unless the horizon cut it: then it is among the rivals already.
+        let all: f64 = self.queues().filter(|end| end.nanos > base).map(|end| end.weight).sum();
+        // The own end is not after its base, unless the horizon cut it: then it is among the rivals already.
         let all = if own.nanos > base { all } else { all + own.weight };
-        let tail = self.tail(queue);
-        tail.nanos = base.saturating_add(step(rate * own.weight / all));
+        let end = self.end(queue);
+        end.nanos = base.saturating_add(step(rate * own.weight / all));
         Instant::from_micros(base / 1_000)
     }
 
-    /// Strangers don't move a tenant's tail, and tenants that are backlogged leave them a small share.
-    fn take_as_stranger(&mut self, from: Instant, rate: f64) -> Instant {
-        let base = self.strangers.base(from, STRANGERS_HORIZON);
-        let contended = self.queues().any(|tail| tail.nanos > base);
-        let share = if contended { STRANGERS_SHARE } else { 1.0 };
-        self.strangers.nanos = base.saturating_add(step(rate * share));
+    /// Unknown devices do not move a tenant's end. Backlogged tenants leave them a small share.
+    fn take_as_unknown(&mut self, from: Instant, rate: f64) -> Instant {
+        let base = self.unknown.base(from, UNKNOWN_HORIZON);
+        let contended = self.queues().any(|end| end.nanos > base);
+        let share = if contended { UNKNOWN_SHARE } else { 1.0 };
+        self.unknown.nanos = base.saturating_add(step(rate * share));
         Instant::from_micros(base / 1_000)
     }
 
-    /// `None`: the shared queue of the rest.
+    /// `None` for the shared queue of the rest.
     fn queue_of(&mut self, tenant: TenantTag, from: Instant) -> Option<TenantTag> {
-        if self.tails.contains_key(&tenant) {
+        if self.ends.contains_key(&tenant) {
             return Some(tenant);
         }
-        if self.tails.len() >= self.tenants_max {
+        if self.ends.len() >= self.tenants_max {
             let from = nanos(from);
-            self.tails.retain(|_, tail| tail.nanos > from);
+            self.ends.retain(|_, end| end.nanos > from);
         }
-        if self.tails.len() >= self.tenants_max {
+        if self.ends.len() >= self.tenants_max {
             return None;
         }
         let weight = f64::from(self.weights.of(Some(tenant)));
-        self.tails.insert(tenant, Tail::empty(weight));
+        self.ends.insert(tenant, QueueEnd::empty(weight));
         Some(tenant)
     }
 
-    fn tail(&mut self, queue: Option<TenantTag>) -> &mut Tail {
+    fn end(&mut self, queue: Option<TenantTag>) -> &mut QueueEnd {
         match queue {
-            Some(tenant) => self.tails.entry(tenant).or_insert(Tail::empty(1.0)),
+            Some(tenant) => self.ends.entry(tenant).or_insert(QueueEnd::empty(1.0)),
             None => &mut self.rest,
         }
     }
 
-    fn queues(&self) -> impl Iterator<Item = &Tail> {
-        self.tails.values().chain([&self.rest])
+    fn queues(&self) -> impl Iterator<Item = &QueueEnd> {
+        self.ends.values().chain([&self.rest])
     }
 }
 
@@ -222,7 +220,7 @@ fn nanos(at: Instant) -> u64 {
     at.as_micros().saturating_mul(1_000)
 }
 
-/// Nanoseconds between two places at `rate` a second.
+/// Nanoseconds between two slots at `rate` slots per second.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -282,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_never_move_a_tenants_tail() {
+    fn unknown_devices_never_move_the_end_of_a_tenants_queue() {
         let mut tenants = tenants(16);
         for _ in 0..100_000 {
             tenants.take(None, Instant::ZERO, RATE);
@@ -292,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_get_the_whole_rate_alone_and_a_small_share_under_contention() {
+    fn unknown_devices_get_the_whole_rate_alone_and_a_small_share_under_contention() {
         let mut alone = tenants(16);
         let mut contended = tenants(16);
         last_of(&mut contended, "a", 50_000);
@@ -310,16 +308,16 @@ mod tests {
             last_of(&mut tenants, &format!("t{n}"), 2);
         }
 
-        assert_eq!(tenants.tails.len(), 4);
+        assert_eq!(tenants.ends.len(), 4);
     }
 
     #[test]
-    fn endless_strangers_stay_within_the_horizon() {
+    fn endless_unknown_devices_stay_within_the_horizon() {
         let mut tenants = tenants(4);
 
         let last = (0..100_000).map(|_| tenants.take(None, Instant::ZERO, 1.0)).last();
 
-        assert!(last <= Some(Instant::ZERO + STRANGERS_HORIZON), "{last:?}");
+        assert!(last <= Some(Instant::ZERO + UNKNOWN_HORIZON), "{last:?}");
     }
 
     #[test]
@@ -343,12 +341,12 @@ mod tests {
     fn shared_place_too_early_for_one_is_left_to_another() {
         let mut tenants = tenants(4);
         let tenant = TenantTag::of("a");
-        let place = Instant::ZERO + Duration::from_secs(3);
-        tenants.share(tenant, place, Instant::ZERO);
+        let time = Instant::ZERO + Duration::from_secs(3);
+        tenants.share(tenant, time, Instant::ZERO);
 
         let (now, later) = (Instant::ZERO, Instant::ZERO + Duration::from_secs(5));
 
         assert_eq!(tenants.take_shared(tenant, now, later), None);
-        assert_eq!(tenants.take_shared(tenant, now, now), Some(place));
+        assert_eq!(tenants.take_shared(tenant, now, now), Some(time));
     }
 }

@@ -20,7 +20,7 @@ fn wall(now: Instant) -> WallTime {
     WALL + now.saturating_since(Instant::ZERO)
 }
 
-/// One node, and the time its clocks show.
+/// One node, with its clocks.
 struct Node {
     slots: Slots,
     rng: SmallRng,
@@ -28,10 +28,10 @@ struct Node {
 
 impl Node {
     fn new() -> Self {
-        Self::with(&AdmissionConfig::default())
+        Self::with(&SlotsConfig::default())
     }
 
-    fn with(config: &AdmissionConfig) -> Self {
+    fn with(config: &SlotsConfig) -> Self {
         Self {
             slots: Slots::new(config, SlotKeys::new(1, [7; 32])),
             rng: SmallRng::seed_from_u64(1),
@@ -58,11 +58,11 @@ impl Node {
         self.slots.standing(device(n), token, now, wall(now)).is_due
     }
 
-    fn meet(&mut self, n: u128) {
+    fn insert(&mut self, n: u128) {
         self.slots.handle_admitted(device(n), "default");
     }
 
-    /// Refuses many others of the same tenant, so that the queue is `ms` long.
+    /// Refuses many others of the same tenant, until the queue is `ms` long.
     fn fill(&mut self, ms: u64) {
         for n in 0..u128::from(ms / 10) {
             self.slots.handle_admitted(device((1 << 64) + n), "default");
@@ -79,7 +79,7 @@ fn due_slot_is_shown_by_its_own_token_alone() {
 
     assert!(shows(&node, 1, &token, 500));
     assert!(!shows(&node, 1, &token, 100), "it is still ahead");
-    assert!(!shows(&node, 1, "", 500), "that it is remembered is no proof");
+    assert!(!shows(&node, 1, "", 500), "a remembered slot does not prove anything");
     assert!(!shows(&node, 2, &token, 500), "another's");
     assert!(!shows(&node, 1, &token, 70_000), "long ago");
     let later = node.refuse(1, Some(&token), at(500)).slot.unwrap();
@@ -100,7 +100,7 @@ fn hints_follow_each_other_at_the_rate_and_are_never_under_half_a_second() {
 fn early_return_gets_the_same_slot_by_memory_and_by_token() {
     let mut node = Node::new();
     let mut other = Node::new();
-    node.meet(1);
+    node.insert(1);
     node.fill(20_000);
     let first = node.refuse(1, None, at(0));
     assert_eq!(first.after_ms(), 20_500);
@@ -117,7 +117,7 @@ fn early_return_gets_the_same_slot_by_memory_and_by_token() {
 #[test]
 fn slot_helps_from_300_ms_before_to_60_s_after_its_time() {
     let mut node = Node::new();
-    node.meet(1);
+    node.insert(1);
     node.fill(20_000);
     let slot = 500 + 20_000;
     node.refuse(1, None, at(0));
@@ -137,7 +137,7 @@ fn slot_helps_from_300_ms_before_to_60_s_after_its_time() {
 fn token_holds_on_another_node_whose_clock_differs_by_five_seconds() {
     let mut node = Node::new();
     let other = Node::new();
-    node.meet(1);
+    node.insert(1);
     node.fill(60_000);
     let hint = node.refuse(1, None, at(0));
     let now = at(hint.after_ms());
@@ -154,7 +154,7 @@ fn token_holds_on_another_node_whose_clock_differs_by_five_seconds() {
 fn token_that_is_forged_expired_anothers_or_of_a_stepped_clock_is_as_none() {
     let mut node = Node::new();
     let other = Node::new();
-    node.meet(1);
+    node.insert(1);
     node.fill(20_000);
     let token = node.refuse(1, None, at(0)).slot.unwrap();
     let now = at(20_500);
@@ -191,7 +191,7 @@ fn token_that_is_forged_expired_anothers_or_of_a_stepped_clock_is_as_none() {
 #[test]
 fn stepped_wall_clock_changes_no_remembered_slot() {
     let mut node = Node::new();
-    node.meet(1);
+    node.insert(1);
     node.fill(20_000);
     node.refuse(1, None, at(0));
 
@@ -221,7 +221,7 @@ fn first_token_can_not_be_used_again_after_a_second_was_given() {
 fn far_slot_is_not_shortened_by_the_token_of_a_node_with_a_shorter_queue() {
     let mut node = Node::new();
     let mut idle = Node::new();
-    node.meet(1);
+    node.insert(1);
     node.fill(400_000);
     let far = node.refuse(1, None, at(0));
     // Without its token, as after a loss of power.
@@ -237,11 +237,11 @@ fn far_slot_is_not_shortened_by_the_token_of_a_node_with_a_shorter_queue() {
 }
 
 #[test]
-fn tenant_of_a_token_counts_where_the_device_was_a_stranger() {
+fn tenant_of_a_token_is_used_if_the_device_was_unknown() {
     let mut node = Node::new();
     let mut other = Node::new();
     node.refuse(1, None, at(0));
-    other.meet(1);
+    other.insert(1);
     let token = other.refuse(1, None, at(0)).slot;
 
     let standing = node.slots.standing(device(1), token.as_deref(), at(100), wall(at(100)));
@@ -283,7 +283,7 @@ fn attempts_until_a_far_slot_stay_under_one_in_450_seconds_and_a_few() {
             attempts += 1.0;
             now += node.refuse(1, None, now).after;
         }
-        // The one that is let in.
+        // The attempt that is admitted.
         attempts += 1.0;
 
         let most = 2.5 + slot_s as f64 / 450.0;
@@ -295,14 +295,14 @@ fn attempts_until_a_far_slot_stay_under_one_in_450_seconds_and_a_few() {
 fn only_the_authenticated_are_known_and_a_token_tells_other_nodes() {
     let mut node = Node::new();
     let other = Node::new();
-    let strangers = node.refuse(1, None, at(0)).slot.unwrap();
+    let of_unknown = node.refuse(1, None, at(0)).slot.unwrap();
     node.slots.handle_admitted(device(1), "acme");
-    let knowns = node.refuse(1, None, at(0)).slot.unwrap();
+    let of_known = node.refuse(1, None, at(0)).slot.unwrap();
 
     let tenant_there = |token: &str| other.slots.standing(device(1), Some(token), at(0), WALL).tenant;
 
-    assert_eq!(tenant_there(&strangers), None);
-    assert_eq!(tenant_there(&knowns), Some(TenantTag::of("acme")));
+    assert_eq!(tenant_there(&of_unknown), None);
+    assert_eq!(tenant_there(&of_known), Some(TenantTag::of("acme")));
 }
 
 #[test]
@@ -318,11 +318,11 @@ fn admission_clears_the_slot() {
 
 #[test]
 fn hammering_with_millions_of_ids_stays_bounded_and_leaves_tokens_that_work() {
-    let config = AdmissionConfig {
+    let config = SlotsConfig {
         slots_max: 20_000,
         known_max: 1_000,
         tenant_weights: BTreeMap::new(),
-        ..AdmissionConfig::default()
+        ..SlotsConfig::default()
     };
     let mut node = Node::with(&config);
     let mut last = None;
@@ -332,9 +332,12 @@ fn hammering_with_millions_of_ids_stays_bounded_and_leaves_tokens_that_work() {
         node.slots.handle_admitted(device(u128::MAX - n), "default");
     }
 
-    assert!(node.slots.remembered() <= 5_000, "a quarter is for strangers");
-    assert_eq!(node.slots.known(), 1_000);
-    assert!(node.slots.stateless() >= 195_000);
+    assert!(
+        node.slots.state().remembered <= 5_000,
+        "a quarter is for unknown devices"
+    );
+    assert_eq!(node.slots.state().known, 1_000);
+    assert!(node.slots.state().stateless >= 195_000);
     let standing = node.slots.standing(device(199_999), last.as_deref(), at(0), WALL);
     assert!(standing.slot.is_some_and(|slot| slot.at > at(600_000)));
 }
@@ -362,7 +365,7 @@ fn place_of_a_device_that_comes_back_early_is_given_to_one_more() {
     let mut node = Node::new();
     node.fill(10_000);
     for n in 1..=3 {
-        node.meet(n);
+        node.insert(n);
     }
     let told = node.refuse(1, None, at(0)).after_ms();
 
@@ -374,15 +377,15 @@ fn place_of_a_device_that_comes_back_early_is_given_to_one_more() {
     assert_eq!(told, 10_500);
     assert_eq!(again + 5_000, told, "its slot stays");
     assert_eq!(second + 6_000, told, "the same place");
-    assert_eq!(third + 6_000, told + 10, "a place is given twice, not three times");
+    assert_eq!(third + 6_000, told + 10, "a time is issued twice, not three times");
 }
 
 #[test]
 fn device_that_was_told_to_come_before_its_slot_keeps_its_place_to_itself() {
     let mut node = Node::new();
     node.fill(900_000);
-    node.meet(1);
-    node.meet(2);
+    node.insert(1);
+    node.insert(2);
     let told = node.refuse(1, None, at(0)).after_ms();
 
     node.refuse(1, None, at(told));
@@ -397,7 +400,7 @@ fn device_that_was_told_to_come_before_its_slot_keeps_its_place_to_itself() {
 fn device_that_wakes_up_a_little_early_keeps_its_place_to_itself() {
     let mut node = Node::new();
     node.fill(10_000);
-    node.meet(1);
+    node.insert(1);
     node.refuse(1, None, at(0));
 
     node.refuse(1, None, at(9_000));
@@ -405,8 +408,8 @@ fn device_that_wakes_up_a_little_early_keeps_its_place_to_itself() {
     assert_eq!(node.slots.tenants.shared(), 0);
 }
 
-fn roster(devices: std::ops::Range<u128>, tenant: &str) -> Arc<Roster> {
-    let mut builder = RosterBuilder::new([1; 16]);
+fn registry_index(devices: std::ops::Range<u128>, tenant: &str) -> Arc<RegistryIndex> {
+    let mut builder = RegistryIndexBuilder::new([1; 16]);
     for n in devices {
         assert!(builder.add(device(n), tenant));
     }
@@ -414,9 +417,9 @@ fn roster(devices: std::ops::Range<u128>, tenant: &str) -> Arc<Roster> {
 }
 
 #[test]
-fn device_of_the_roster_is_no_stranger_to_a_node_that_never_saw_it() {
+fn device_of_the_registry_index_is_known_to_a_node_that_never_saw_it() {
     let mut node = Node::new();
-    node.slots.set_roster(roster(0..100, "acme"));
+    node.slots.set_registry_index(registry_index(0..100, "acme"));
 
     let tenant_of = |n| node.slots.standing(device(n), None, at(0), WALL).tenant;
 
@@ -425,9 +428,9 @@ fn device_of_the_roster_is_no_stranger_to_a_node_that_never_saw_it() {
 }
 
 #[test]
-fn strangers_never_delay_devices_of_the_roster_that_the_node_never_saw() {
+fn unknown_devices_never_delay_devices_of_the_registry_index_that_the_node_never_saw() {
     let mut node = Node::new();
-    node.slots.set_roster(roster(0..100, "acme"));
+    node.slots.set_registry_index(registry_index(0..100, "acme"));
     for n in 1_000..11_000 {
         node.refuse(n, None, at(0));
     }
@@ -438,28 +441,28 @@ fn strangers_never_delay_devices_of_the_roster_that_the_node_never_saw() {
 }
 
 #[test]
-fn memory_holds_only_what_the_roster_does_not() {
+fn memory_holds_only_what_the_registry_index_does_not() {
     let mut node = Node::new();
-    node.slots.set_roster(roster(0..100, "acme"));
+    node.slots.set_registry_index(registry_index(0..100, "acme"));
     for n in 0..101 {
         node.slots.handle_admitted(device(n), "acme");
     }
-    assert_eq!(node.slots.known(), 1);
+    assert_eq!(node.slots.state().known, 1);
 
     node.slots.handle_tenant(device(0), "moved");
     let moved = node.slots.standing(device(0), None, at(0), WALL).tenant;
     node.slots.handle_tenant(device(0), "acme");
 
     assert_eq!(moved, Some(TenantTag::of("moved")));
-    assert_eq!(node.slots.known(), 1);
+    assert_eq!(node.slots.state().known, 1);
 }
 
 #[test]
 fn what_a_token_says_counts_only_where_nothing_newer_is_known() {
     let mut node = Node::new();
-    node.slots.set_roster(roster(0..1, "acme"));
+    node.slots.set_registry_index(registry_index(0..1, "acme"));
     for n in 0..2 {
-        node.slots.handle_vouched(device(n), "former");
+        node.slots.handle_hinted_tenant(device(n), "former");
     }
 
     let tenants = [0, 1].map(|n| node.slots.standing(device(n), None, at(0), WALL).tenant);

@@ -1,25 +1,29 @@
-//! Slot tokens: a slot that the device carries itself, so that any node with the keys knows it, after a restart too.
+//! Slot tokens: a slot that the device carries itself, so that any node with the keys knows it, even after a restart.
 //!
-//! A token gives priority at a time, to one device. It is never authentication. 39 bytes, 52 characters of base64url:
-//! `version 1 | key id 1 | slot, unix ms 6 | issued, unix s 4 | sealed 11 | MAC 16`. Sealed are
-//! `first refusal, unix s 4 | bounces 1 | tenant 6`; the tenant of an unknown device is zero.
-//! The MAC (HMAC-SHA-256, cut) covers the plain text and the device's id, which is not in the token. It is also the nonce of
-//! the seal (a synthetic nonce, as in RFC 5297): anybody can have a token made for any id, and must not learn from it whether the
-//! id is registered, or whose it is.
+//! A token gives priority at a time, to one device. It never authenticates. 39 bytes, 52 characters of base64url:
+//! `version 1 | key id 1 | slot, unix ms 6 | issued, unix s 4 | sealed 11 | MAC 16`. The sealed part is `first refusal,
+//! unix s 4 | refusals 1 | tenant 6`; the tenant of an unknown device is zero. The MAC (HMAC-SHA-256, truncated) covers
+//! the plain text and the device's id, which is not in the token. It is also the nonce of the seal (a synthetic nonce,
+//! as in RFC 5297). Anybody can get a token for any id, and must not learn from it whether the id is registered, or its
+//! tenant.
 //!
 //! Version 1 had all fields in clear, and a flag for a known device. Its tokens are read, and no longer issued.
 
-use std::{fmt, num::NonZeroU64};
+use std::num::NonZeroU64;
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use hmac::{Hmac, KeyInit, Mac};
+use hmac::{Hmac, Mac};
 use sha2::{Digest, Sha256};
 
-use crate::{id::DeviceId, time::WallTime};
+use crate::{
+    id::DeviceId,
+    keyring::{Keyring, keyed},
+    time::WallTime,
+};
 
 /// Version of the tokens that are issued, in the high half of the first byte.
 const VERSION: u8 = 2;
-/// Version that is still read: a token of the previous release is good until its slot is past.
+/// Version that is still accepted: a token of the previous release is valid until its slot is past.
 const VERSION_CLEAR: u8 = 1;
 /// Flag of version 1: the device had been seen authenticated when the token was issued.
 const FLAG_KNOWN: u8 = 1;
@@ -30,55 +34,18 @@ const MAC_LEN: usize = 16;
 const TOKEN_LEN: usize = BODY_LEN + MAC_LEN;
 /// Length of every slot token, in characters.
 pub const TOKEN_TEXT_LEN: usize = 52;
-/// Keeps this MAC apart from others made with keys of the same root.
+/// Separates this MAC from others made with keys of the same root.
 const MAC_DOMAIN: &[u8] = b"seawall slot 2";
 /// The MAC of version 1.
 const CLEAR_MAC_DOMAIN: &[u8] = b"seawall slot 1";
-/// Keeps the seal apart from all MACs.
+/// Separates the seal from all MACs.
 const SEAL_DOMAIN: &[u8] = b"seawall seal 2";
-/// Sets the key of [`SlotKeys::memory_key`] apart from all MACs.
+/// Separates the key of [`Keyring::memory_key`] from all MACs.
 const MEMORY_DOMAIN: &[u8] = b"seawall memory 1";
-/// Most keys that are accepted beside the newest.
-const OLDER_MAX: usize = 3;
-
-/// The keys that slot tokens are signed with. Nodes that share them accept each other's tokens.
-#[derive(Clone)]
-pub struct SlotKeys {
-    newest: (u8, [u8; 32]),
-    older: Vec<(u8, [u8; 32])>,
-}
-
-impl fmt::Debug for SlotKeys {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SlotKeys")
-            .field("key_id", &self.newest.0)
-            .finish_non_exhaustive()
-    }
-}
-
-impl SlotKeys {
-    /// A single key. `key_id` is in every token signed with it.
-    #[must_use]
-    pub const fn new(key_id: u8, secret: [u8; 32]) -> Self {
-        Self {
-            newest: (key_id, secret),
-            older: Vec::new(),
-        }
-    }
-
-    /// Accepts tokens signed with an older key, too; at most three, then the one given first is forgotten.
-    #[must_use]
-    pub fn with_older(mut self, key_id: u8, secret: [u8; 32]) -> Self {
-        if self.older.len() == OLDER_MAX {
-            self.older.remove(0);
-        }
-        self.older.push((key_id, secret));
-        self
-    }
-
-    /// Where memory puts a device is as secret as its tokens: nobody can choose ids that fall into one place.
+impl Keyring {
+    /// Key of the hash maps in memory: it is secret, so that ids cannot be chosen to collide.
     pub(super) fn memory_key(&self) -> [u8; 16] {
-        let (_, secret) = &self.newest;
+        let (_, secret) = self.newest();
         let mut mac = keyed(secret);
         mac.update(MEMORY_DOMAIN);
         let mut key = [0; 16];
@@ -86,15 +53,15 @@ impl SlotKeys {
         key
     }
 
-    pub(super) fn sign(&self, device: DeviceId, claims: &Claims) -> Box<str> {
-        let (key_id, secret) = &self.newest;
+    pub(super) fn sign_slot(&self, device: DeviceId, claims: &Claims) -> Box<str> {
+        let (key_id, secret) = self.newest();
         let mut token = [0; TOKEN_LEN];
         token[0] = VERSION << 4;
-        token[1] = *key_id;
+        token[1] = key_id;
         token[2..8].copy_from_slice(&low_bytes(claims.slot.as_unix_ms()));
         token[8..12].copy_from_slice(&claims.issued_unix_s.to_be_bytes());
         token[12..16].copy_from_slice(&claims.first_unix_s.to_be_bytes());
-        token[16] = claims.bounces;
+        token[16] = claims.refusals;
         token[17..23].copy_from_slice(&low_bytes(claims.tenant.map_or(0, TenantTag::as_u64)));
         let mac = mac(secret, MAC_DOMAIN, device, &token[..BODY_LEN])
             .finalize()
@@ -104,8 +71,9 @@ impl SlotKeys {
         URL_SAFE_NO_PAD.encode(token).into()
     }
 
-    /// What the token says, if one of our keys signed it for this device. The caller decides whether its time is past.
-    pub(super) fn verify(&self, device: DeviceId, text: &str) -> Option<Claims> {
+    /// Returns the content of the token if one of the keys signed it for this device. The caller decides whether its
+    /// time is past.
+    pub(super) fn verify_slot(&self, device: DeviceId, text: &str) -> Option<Claims> {
         if text.len() != TOKEN_TEXT_LEN {
             return None;
         }
@@ -114,9 +82,7 @@ impl SlotKeys {
         if len != TOKEN_LEN {
             return None;
         }
-        let (_, secret) = std::iter::once(&self.newest)
-            .chain(&self.older)
-            .find(|(key_id, _)| *key_id == token[1])?;
+        let secret = self.secret(token[1])?;
         let domain = match token[0] >> 4 {
             VERSION => {
                 apply_seal(secret, &mut token);
@@ -133,7 +99,7 @@ impl SlotKeys {
                 slot: WallTime::from_unix_ms(number(&token[2..8])),
                 issued_unix_s: u32::from_be_bytes([token[8], token[9], token[10], token[11]]),
                 first_unix_s: u32::from_be_bytes([token[12], token[13], token[14], token[15]]),
-                bounces: token[16],
+                refusals: token[16],
                 tenant: TenantTag::from_u64(number(&token[17..23])),
             }
         } else {
@@ -141,7 +107,7 @@ impl SlotKeys {
             Claims {
                 slot: WallTime::from_unix_ms(number(&token[2..8])),
                 first_unix_s: u32::from_be_bytes([token[8], token[9], token[10], token[11]]),
-                bounces: token[12],
+                refusals: token[12],
                 tenant: known.then(|| TenantTag::from_u64(number(&token[13..19]))).flatten(),
                 issued_unix_s: u32::from_be_bytes([token[19], token[20], token[21], token[22]]),
             }
@@ -159,13 +125,13 @@ fn apply_seal(secret: &[u8; 32], token: &mut [u8; TOKEN_LEN]) {
     }
 }
 
-/// What a token says.
+/// Content of a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Claims {
     pub slot: WallTime,
     pub first_unix_s: u32,
-    pub bounces: u8,
-    /// The tenant of a known device; `None` for a stranger.
+    pub refusals: u8,
+    /// Tenant of a known device; `None` for an unknown one.
     pub tenant: Option<TenantTag>,
     pub issued_unix_s: u32,
 }
@@ -188,10 +154,6 @@ impl TenantTag {
     pub(super) fn from_u64(tag: u64) -> Option<Self> {
         NonZeroU64::new(tag).map(Self)
     }
-}
-
-fn keyed(secret: &[u8; 32]) -> Hmac<Sha256> {
-    Hmac::<Sha256>::new_from_slice(secret).expect("HMAC takes keys of any length")
 }
 
 fn mac(secret: &[u8; 32], domain: &[u8], device: DeviceId, body: &[u8]) -> Hmac<Sha256> {
@@ -226,7 +188,7 @@ mod tests {
         Claims {
             slot: WallTime::from_unix_ms(1_800_000_012_345),
             first_unix_s: 1_800_000_000,
-            bounces: 3,
+            refusals: 3,
             tenant: Some(TenantTag::of("acme")),
             issued_unix_s: 1_800_000_001,
         }
@@ -234,26 +196,26 @@ mod tests {
 
     #[test]
     fn token_says_what_was_signed_and_fits_a_close_reason() {
-        let keys = SlotKeys::new(7, [1; 32]);
+        let keys = Keyring::new(7, [1; 32]);
 
-        let token = keys.sign(device(1), &claims());
+        let token = keys.sign_slot(device(1), &claims());
 
         assert_eq!(token.len(), TOKEN_TEXT_LEN);
-        assert_eq!(keys.verify(device(1), &token), Some(claims()));
+        assert_eq!(keys.verify_slot(device(1), &token), Some(claims()));
     }
 
     #[test]
     fn bearer_cannot_tell_an_unknown_device_from_a_registered_one_nor_one_tenant_from_another() {
-        let keys = SlotKeys::new(7, [1; 32]);
+        let keys = Keyring::new(7, [1; 32]);
         let decoded = |n: u128, tenant: Option<&str>| {
             let claims = Claims {
                 tenant: tenant.map(TenantTag::of),
                 ..claims()
             };
-            URL_SAFE_NO_PAD.decode(&*keys.sign(device(n), &claims)).unwrap()
+            URL_SAFE_NO_PAD.decode(&*keys.sign_slot(device(n), &claims)).unwrap()
         };
 
-        // Over many devices each bit of the sealed part is as often set as not, whatever the token says.
+        // Over many devices each bit of the sealed part is set as often as not, whatever the content.
         for tenant in [None, Some("acme"), Some("default")] {
             for at in SEALED {
                 for bit in 0..8 {
@@ -271,7 +233,7 @@ mod tests {
             decoded(1, Some("a"))[..SEALED.start],
             decoded(2, Some("b"))[..SEALED.start]
         );
-        // Two tokens that differ in the tenant alone share no pad, which would show the difference.
+        // Two tokens that differ only in the tenant share no pad, which would reveal the difference.
         let (one, other) = (decoded(1, None), decoded(1, Some("acme")));
         assert_ne!(
             one[SEALED.start..SEALED.start + 5],
@@ -281,7 +243,7 @@ mod tests {
 
     #[test]
     fn token_of_the_previous_release_is_read() {
-        let keys = SlotKeys::new(7, [1; 32]);
+        let keys = Keyring::new(7, [1; 32]);
         let claims = claims();
         for tenant in [claims.tenant, None] {
             let mut token = [0; TOKEN_LEN];
@@ -289,7 +251,7 @@ mod tests {
             token[1] = 7;
             token[2..8].copy_from_slice(&low_bytes(claims.slot.as_unix_ms()));
             token[8..12].copy_from_slice(&claims.first_unix_s.to_be_bytes());
-            token[12] = claims.bounces;
+            token[12] = claims.refusals;
             token[13..19].copy_from_slice(&low_bytes(tenant.map_or(0, TenantTag::as_u64)));
             token[19..23].copy_from_slice(&claims.issued_unix_s.to_be_bytes());
             let mac = mac(&[1; 32], CLEAR_MAC_DOMAIN, device(1), &token[..BODY_LEN])
@@ -297,29 +259,29 @@ mod tests {
                 .into_bytes();
             token[BODY_LEN..].copy_from_slice(&mac[..MAC_LEN]);
 
-            let read = keys.verify(device(1), &URL_SAFE_NO_PAD.encode(token));
+            let read = keys.verify_slot(device(1), &URL_SAFE_NO_PAD.encode(token));
 
             assert_eq!(read, Some(Claims { tenant, ..claims }));
             token[0] = VERSION << 4;
-            assert_eq!(keys.verify(device(1), &URL_SAFE_NO_PAD.encode(token)), None);
+            assert_eq!(keys.verify_slot(device(1), &URL_SAFE_NO_PAD.encode(token)), None);
         }
     }
 
     #[test]
     fn token_of_another_device_or_key_or_with_any_changed_character_does_not_count() {
-        let keys = SlotKeys::new(7, [1; 32]);
-        let token = keys.sign(device(1), &claims());
+        let keys = Keyring::new(7, [1; 32]);
+        let token = keys.sign_slot(device(1), &claims());
 
-        assert_eq!(keys.verify(device(2), &token), None);
-        assert_eq!(SlotKeys::new(7, [2; 32]).verify(device(1), &token), None);
-        assert_eq!(SlotKeys::new(8, [1; 32]).verify(device(1), &token), None);
+        assert_eq!(keys.verify_slot(device(2), &token), None);
+        assert_eq!(Keyring::new(7, [2; 32]).verify_slot(device(1), &token), None);
+        assert_eq!(Keyring::new(8, [1; 32]).verify_slot(device(1), &token), None);
         for at in 0..token.len() {
             let mut forged = token.as_bytes().to_vec();
             forged[at] = if forged[at] == b'A' { b'B' } else { b'A' };
-            assert_eq!(keys.verify(device(1), std::str::from_utf8(&forged).unwrap()), None);
+            assert_eq!(keys.verify_slot(device(1), std::str::from_utf8(&forged).unwrap()), None);
         }
         for text in ["", "x", &"=".repeat(52), &"\u{e9}".repeat(26), &token[..51]] {
-            assert_eq!(keys.verify(device(1), text), None);
+            assert_eq!(keys.verify_slot(device(1), text), None);
         }
     }
 
@@ -328,8 +290,8 @@ mod tests {
         fn no_text_but_the_token_itself_counts(
             changes in prop::collection::vec((any::<prop::sample::Index>(), any::<char>(), 0_u8..3), 1..4),
         ) {
-            let keys = SlotKeys::new(7, [1; 32]);
-            let token = keys.sign(device(1), &claims());
+            let keys = Keyring::new(7, [1; 32]);
+            let token = keys.sign_slot(device(1), &claims());
             let mut forged: Vec<char> = token.chars().collect();
             for (at, character, way) in changes {
                 let at = at.index(forged.len() + 1);
@@ -341,15 +303,15 @@ mod tests {
             }
             let forged: String = forged.into_iter().collect();
 
-            prop_assert_eq!(keys.verify(device(1), &forged).is_some(), *forged == *token, "{}", forged);
+            prop_assert_eq!(keys.verify_slot(device(1), &forged).is_some(), *forged == *token, "{}", forged);
         }
     }
 
     #[test]
     fn rotated_keys_accept_older_tokens() {
-        let token = SlotKeys::new(1, [1; 32]).sign(device(1), &claims());
-        let rotated = SlotKeys::new(2, [2; 32]).with_older(1, [1; 32]);
+        let token = Keyring::new(1, [1; 32]).sign_slot(device(1), &claims());
+        let rotated = Keyring::new(2, [2; 32]).with_older(1, [1; 32]);
 
-        assert_eq!(rotated.verify(device(1), &token), Some(claims()));
+        assert_eq!(rotated.verify_slot(device(1), &token), Some(claims()));
     }
 }

@@ -1,9 +1,11 @@
-//! Whatever peers and operators send: nothing panics, what is accepted says the same when it is said again, and nothing takes long.
+//! Input from peers and operators: nothing panics, accepted input survives a round trip, and nothing takes long.
 //!
-//! `PROPTEST_CASES=1000000 cargo test --release -p seawall-proto --test fuzz` for a long run. See [`mutate`] for the corpus.
+//! A long run: `PROPTEST_CASES=1000000 cargo test --release -p seawall-proto --test fuzz`. See [`mutate`] for the
+//! corpus.
 
-#![expect(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot continue has failed")]
 
+#[expect(clippy::disallowed_methods, reason = "not a decision: it reads what the parsers get")]
 mod mutate;
 
 use std::{
@@ -16,20 +18,20 @@ use std::{
 use proptest::{prelude::*, test_runner::TestRunner};
 use rand::{SeedableRng, rngs::SmallRng};
 use seawall_proto::{
-    admission::{Admission, AdmissionConfig, Arrival, CohortTag, Decision},
+    admission::{Admission, AdmissionConfig, Arrival, CohortTag, Decision, Registry},
     firmware::{Range, Version, compare},
     frame::{DeviceFrame, ServerFrame},
     hello::{self, Head, Hello, IdentityNames, Paths, Request},
     id::{Credential, DeviceId, Label, Network, Proof, SecretHash, SessionId},
-    resume::{Generation, Grant, Judge, ResumeKeys, Revoked},
+    resume::{Generation, Grant, ResumeKeys, Revoked, Verifier},
     rules::{Rule, RuleSet, RuleSpec, Subject},
-    slots::SlotKeys,
+    slots::{SlotKeys, Slots},
     time::{Instant as Moment, WallTime},
 };
 
 use crate::mutate::{inputs, settings};
 
-/// No single input may take longer, on a machine that has other things to do; the work is microseconds.
+/// Maximum time of a single input, on a machine with other load. The work takes microseconds.
 const TIME_MAX: Duration = Duration::from_secs(1);
 
 fn folder(kind: &str) -> PathBuf {
@@ -38,8 +40,11 @@ fn folder(kind: &str) -> PathBuf {
         .join(kind)
 }
 
-/// Tries what `kind`'s corpus gives rise to.
-#[expect(clippy::disallowed_methods, reason = "this is no policy: it times what policy takes")]
+/// Runs `check` on inputs made from the corpus of `kind`.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "not a decision: it measures the time of decisions"
+)]
 fn try_all(kind: &str, check: impl Fn(&[u8]) -> Result<(), TestCaseError>) {
     let settings = settings(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fuzz/failures.txt"));
     let mut runner = TestRunner::new(settings);
@@ -54,7 +59,7 @@ fn try_all(kind: &str, check: impl Fn(&[u8]) -> Result<(), TestCaseError>) {
     }
 }
 
-/// As far as it is text.
+/// The input as text, lossily.
 fn text(input: &[u8]) -> String {
     String::from_utf8_lossy(input).into_owned()
 }
@@ -88,7 +93,7 @@ fn heads() {
         let headers: Vec<_> = lines.iter().map(|(name, value)| (*name, value.as_bytes())).collect();
         let again = hello::parse(&head("GET", "/v1/connect", &headers), &Paths::default(), &names, None);
         let expected = Hello {
-            // Only its hash is kept, so that it can't be said again.
+            // Only its hash is kept, so it cannot be sent again.
             credential: None,
             ..hello
         };
@@ -97,7 +102,7 @@ fn heads() {
     });
 }
 
-/// The headers of a device that says just this.
+/// The headers of a device with exactly these claims.
 fn said_again(hello: &Hello) -> Vec<(&'static str, String)> {
     let key = String::from_utf8(hello.websocket_key.to_vec()).unwrap();
     let mut lines = vec![
@@ -212,11 +217,12 @@ fn rules_say_the_same_again() {
         };
         let set = RuleSet::compile(1, vec![rule]);
         let subject = Subject {
+            device: None,
             firmware: Some("3.8.0-b3"),
             model: Some("display"),
             tenant: Some("default"),
         };
-        let _ = set.evaluate(&subject, WallTime::from_unix_ms(1_800_000_000_000));
+        let _ = set.verdict(&subject, WallTime::from_unix_ms(1_800_000_000_000));
         Ok(())
     });
 }
@@ -242,28 +248,31 @@ fn no_resume_token_but_the_one_that_was_given_counts() {
         .unwrap()
         .text;
     let revoked = Revoked::of(Generation(0), Generation(0), []);
-    let judge = Judge {
+    let verifier = Verifier {
         keys: &KEYS,
         revoked: &revoked,
         is_stale: false,
     };
-    try_token(&token, |text| judge.weigh(device, &credential, text, WALL).is_ok());
+    try_token(&token, |text| verifier.verify(device, &credential, text, WALL).is_ok());
 }
 
 #[test]
 fn slot_tokens_of_nobody_change_nothing() {
-    // The signature itself is tried beside it; here, that nothing in admission trips over one.
+    // Here only admission's handling of the token matters. The signature has its own test.
     let device = DeviceId::from_uuid(uuid::Uuid::from_u128(7));
     let now = Moment::from_micros(0);
-    let mut admission = Admission::<()>::new(AdmissionConfig::default(), SlotKeys::new(1, [7; 32]), now);
-    admission.handle_registry_absent(now);
+    let config = AdmissionConfig::default();
+    let mut slots = Slots::new(&config.slots(), SlotKeys::new(1, [7; 32]));
+    let mut admission = Admission::<(), ()>::new(config, now);
+    admission.handle_registry(Registry::Absent, now);
     let mut rng = SmallRng::seed_from_u64(1);
-    let hint = admission.slot_for_close(device, Duration::from_secs(30), now, WALL, &mut rng);
+    let (at_least, rate) = (Duration::from_secs(30), admission.k_ref(now));
+    let hint = slots.give(device, None, at_least, rate, (now, WALL), &mut rng);
     let token = hint.slot.unwrap();
-    let state = std::cell::RefCell::new((admission, rng));
+    let state = std::cell::RefCell::new((admission, slots, rng));
     try_token(&token, |text| {
-        let (admission, rng) = &mut *state.borrow_mut();
-        // A stranger each time: its own slot is what would be remembered.
+        let (admission, slots, rng) = &mut *state.borrow_mut();
+        // A new unknown device each time: only its own slot would be remembered.
         let arrival = Arrival {
             device: DeviceId::from_uuid(uuid::Uuid::from_u128(rand::Rng::random(rng))),
             cohort: CohortTag::of(None, None),
@@ -273,13 +282,17 @@ fn slot_tokens_of_nobody_change_nothing() {
             proof: Proof::Secret,
             network: Network::V4(1),
         };
-        let decision = admission.attempt(&arrival, now, WALL, rng);
+        let decision = admission.attempt(&arrival, || (), slots, (now, WALL), rng);
         assert!(matches!(decision, Decision::Refused(refused) if refused.hint.slot.is_some()));
         text == &*token
     });
 }
 
-/// `counts` must say no to everything but the token itself.
+/// `counts` must reject everything except the token itself.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "not a decision: it writes what the parsers get"
+)]
 fn try_token(token: &str, counts: impl Fn(&str) -> bool) {
     let home = tempfile::tempdir().unwrap();
     std::fs::write(home.path().join("token"), token).unwrap();

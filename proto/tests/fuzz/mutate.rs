@@ -1,15 +1,15 @@
-//! Inputs made from a kept corpus: its files cut, doubled, spliced and spoilt. Start with [`inputs`].
+//! Inputs made from a kept corpus: its files cut, doubled, spliced and damaged. Start with [`inputs`].
 //!
-//! `PROPTEST_CASES` says how many are tried of each kind (256 otherwise). A run that fails prints the smallest input that does: keep it as a
-//! file of the corpus, and it is tried in every run from then on.
+//! `PROPTEST_CASES` sets how many of each kind are tried (default 256). A run that fails prints the smallest failing
+//! input. Keep it as a file of the corpus, so that every later run tries it.
 
 use std::{fs, path::Path};
 
 use proptest::{prelude::*, sample::Index, test_runner::FileFailurePersistence};
 
-/// Longest input, in bytes: over every limit of what is tried here.
+/// Maximum length of an input, in bytes: above every limit of the parsers.
 const LEN_MAX: usize = 96 * 1024;
-/// What parsers trip over, whatever they parse.
+/// Sequences that often break parsers.
 const TOKENS: [&[u8]; 24] = [
     b"\0",
     b"\r\n",
@@ -102,7 +102,7 @@ pub fn corpus(folder: &Path) -> Vec<Vec<u8>> {
     files.iter().map(|file| fs::read(file).unwrap()).collect()
 }
 
-/// Each file of the folder changed in some ways, or in none.
+/// Each file of the folder, with some or no changes.
 pub fn inputs(folder: &Path) -> impl Strategy<Value = Vec<u8>> + use<> {
     let seeds = corpus(folder);
     assert!(!seeds.is_empty(), "{} has no files", folder.display());
@@ -115,7 +115,7 @@ pub fn inputs(folder: &Path) -> impl Strategy<Value = Vec<u8>> + use<> {
     })
 }
 
-/// What fails is kept in this file, too, and tried first the next time.
+/// Failing inputs are also stored in this file, and tried first in the next run.
 pub fn settings(failures: &'static str) -> ProptestConfig {
     ProptestConfig {
         failure_persistence: Some(Box::new(FileFailurePersistence::Direct(failures))),

@@ -1,4 +1,4 @@
-//! When a device comes back: hints, slots, backoff, and closes that keep it away.
+//! When a device returns: hints, slots, backoff, and closes that keep it away.
 
 use super::*;
 

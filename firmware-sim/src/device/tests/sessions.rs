@@ -86,10 +86,50 @@ fn profile_that_ignores_hints_shows_no_resume_token() {
 }
 
 #[test]
+fn patient_device_keeps_a_session_in_which_its_gateway_is_silent() {
+    for (profile, ends) in [(Profile::WellBehaved, true), (Profile::Patient, false)] {
+        let mut rig = Rig::online(profile);
+        rig.welcome();
+        let silent_until = rig.now + 600 * SECOND;
+
+        while rig.device.state() == State::Online && rig.now < silent_until {
+            rig.wake();
+        }
+
+        assert_eq!(rig.device.state() != State::Online, ends, "{profile}");
+    }
+}
+
+#[test]
 fn half_open_device_is_silent_for_two_minutes() {
     let mut rig = Rig::online(Profile::HalfOpen);
     rig.welcome();
 
     assert_eq!(rig.wake(), Some(Action::Abort));
     assert_eq!(rig.now, Instant::ZERO + HALF_OPEN_SILENCE);
+}
+
+#[test]
+fn restricted_device_is_shown_its_update_and_returns_as_told() {
+    let mut rig = Rig::online(Profile::WellBehaved);
+    let rule = "01920000-0000-7000-8000-000000000001";
+
+    let frame = format!(r#"{{"type":"update","rule":"{rule}","update":{{"url":"https://example.com/1"}}}}"#);
+    rig.device.handle_text(&frame, rig.now);
+
+    assert_eq!(
+        rig.device.poll_action(),
+        Some(Action::Update(Box::new(UpdateNotice {
+            rule: seawall_proto::id::RuleId(rule.parse().unwrap()),
+            update: r#"{"url":"https://example.com/1"}"#.into()
+        })))
+    );
+    let close = CloseFrame {
+        code: 4000,
+        reason: r#"{"retry_after_ms":900000,"reason":"evicted"}"#,
+    };
+    rig.device.handle_closed(Some(close), rig.now, &mut rig.rng);
+    assert_eq!((rig.device.state(), rig.device.slot()), (State::Waiting, None));
+    let back = rig.device.poll_timeout().unwrap();
+    assert!(back >= rig.now + 900 * SECOND, "{back:?}");
 }

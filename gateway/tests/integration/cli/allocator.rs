@@ -1,4 +1,4 @@
-//! The allocator's settings, which are given where it is built and could get lost on the way.
+//! The allocator's settings, which are set at build time and could get lost.
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
@@ -28,7 +28,7 @@ fn nothing_is_said_about_cores_where_only_some_may_be_used() {
     let first = (0..CpuSet::MAX_CPU).find(|core| allowed.is_set(*core)).unwrap();
     let mut one = CpuSet::new();
     one.set(first);
-    // Of this test's thread, and of what it starts.
+    // For this thread and its child processes.
     sched_setaffinity(None, &one).unwrap();
 
     let output = run(seawall().arg("--version")).unwrap();

@@ -216,22 +216,31 @@ fn several_devices_are_changed_by_one_command_and_from_standard_input() {
     };
 
     let disabled = run(&mut gateway.operator(&["devices", "disable", a, missing, b])).unwrap();
-    let mut child = gateway
-        .operator(&["devices", "revoke", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child
-        .stdin
-        .take()
-        .unwrap()
-        .write_all(format!("{b}\n\n{c}\n").as_bytes())
-        .unwrap();
-    let revoked = child.wait_with_output().unwrap();
+    let from_input = |arguments: &[&str]| {
+        let mut child = gateway
+            .operator(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let ids = format!("\u{feff}id\n{b}\n\n{c}\n");
+        child.stdin.take().unwrap().write_all(ids.as_bytes()).unwrap();
+        child.wait_with_output().unwrap()
+    };
+    for verb in ["disable", "revoke", "delete"] {
+        let unconfirmed = from_input(&["devices", verb, "-"]);
+        assert_refused(&unconfirmed, 2, &["2 devices (0 devices are connected)", "--yes"]);
+    }
+    assert_eq!(state(c), "enabled");
+    let mut many = vec!["devices", "disable"];
+    many.extend([missing; 21]);
+    let many = run(&mut gateway.operator(&many)).unwrap();
+    assert_refused(&many, 2, &["Disable 21 devices", "--yes"]);
+    let revoked = from_input(&["devices", "revoke", "-", "--yes"]);
     let enabled = run(&mut gateway.operator(&["devices", "enable", a, b, "--json"])).unwrap();
 
-    // The others are changed where one fails.
+    // The others are changed even if one fails.
     assert_eq!(disabled.status.code(), Some(1));
     assert_eq!(
         String::from_utf8(disabled.stdout).unwrap(),
@@ -242,7 +251,7 @@ fn several_devices_are_changed_by_one_command_and_from_standard_input() {
         String::from_utf8(revoked.stdout).unwrap(),
         format!("revoked {b}\nrevoked {c}\n")
     );
-    // What is revoked stays so, unless that is asked for.
+    // A revoked device stays revoked unless the option is given.
     assert_eq!(enabled.status.code(), Some(1));
     let report = json(&enabled);
     assert_eq!(
@@ -260,7 +269,7 @@ fn several_devices_are_changed_by_one_command_and_from_standard_input() {
     );
     done(&mut gateway.operator(&["devices", "enable", "--revoked", b]));
     assert_eq!(state(b), "enabled");
-    // Standard input is not a terminal: nobody is asked.
+    // Standard input is not a terminal, so no confirmation is requested.
     done(&mut gateway.operator(&["devices", "delete", a, b]));
     assert_refused(
         &run(&mut gateway.operator(&["devices", "show", a])).unwrap(),

@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use super::{STOP_MAX, done};
-use crate::harness::process::GatewayProcess;
+use crate::harness::{process::GatewayProcess, wait::eventually};
 
 #[test]
 fn sigterm_drains_and_exits_0() {
@@ -27,7 +27,21 @@ fn sigterm_drains_and_exits_0() {
     assert!(!gateway.data_dir().join("addresses.json").exists());
 }
 
-/// A gateway with live sessions of `count` devices; it closes one a second when it drains.
+#[test]
+fn sigterm_ends_a_gateway_whose_data_directory_hangs() {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    let mut gateway = GatewayProcess::start(&[]).unwrap();
+    // Opening it for writing waits for a reader that never comes.
+    let hanging = gateway.data_dir().join("session-ids.json.new");
+    mknodat(CWD, &hanging, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+
+    gateway.signal(Signal::TERM).unwrap();
+
+    let status = gateway.wait(STOP_MAX).unwrap();
+    assert_eq!(status.code(), Some(0), "{}", gateway.log().unwrap());
+}
+
+/// A gateway with live sessions of `count` devices. It closes one per second when it drains.
 async fn gateway_with_sessions(count: usize) -> (GatewayProcess, Vec<Connection>) {
     let home = tempfile::tempdir().unwrap();
     let (config, fleet) = (home.path().join("seawall.toml"), home.path().join("fleet.csv"));
@@ -83,9 +97,7 @@ async fn sessions_are_sent_away_with_hints_at_sigterm() {
 async fn second_signal_sends_the_rest_away_within_2_seconds() {
     let (mut gateway, sessions) = gateway_with_sessions(12).await;
     gateway.signal(Signal::TERM).unwrap();
-    while !gateway.log().unwrap().contains("drain started") {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    eventually(|| gateway.has_logged("drain started")).await;
 
     gateway.signal(Signal::INT).unwrap();
     let asked = Instant::now();

@@ -1,4 +1,4 @@
-//! What the binary logs, in which form, and how its level is changed.
+//! Log lines of the binary, their form, and changes of the level.
 
 use std::{
     collections::BTreeSet,
@@ -6,7 +6,6 @@ use std::{
     io::{Read, Write},
     net::{Shutdown, TcpStream},
     path::Path,
-    time::{Duration, Instant},
 };
 
 use firmware_sim::connection::{Connection, DeviceConfig};
@@ -15,12 +14,15 @@ use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor}
 use serde_json::Value;
 
 use super::{STOP_MAX, assert_refused, done, json};
-use crate::harness::process::{GatewayProcess, run, seawall};
+use crate::harness::{
+    process::{GatewayProcess, run, seawall},
+    wait::eventually_blocking,
+};
 
-/// Devices that come at once.
+/// Number of devices that connect at once.
 const DEVICES: usize = 50;
 
-/// A value whose objects have no key twice.
+/// A value whose objects have no duplicate keys.
 struct Strict;
 
 impl<'de> Deserialize<'de> for Strict {
@@ -78,7 +80,7 @@ impl<'de> Deserialize<'de> for Strict {
     }
 }
 
-/// Lines of the log, each an object without a key twice, with the four keys that all have.
+/// Lines of the log, each an object without duplicate keys, with the four keys that all lines have.
 #[track_caller]
 fn lines(gateway: &GatewayProcess) -> Vec<Value> {
     let log = gateway.log().unwrap();
@@ -92,29 +94,16 @@ fn lines(gateway: &GatewayProcess) -> Vec<Value> {
         }
         json
     };
-    // The last may be half written.
+    // The last line may be incomplete.
     let whole = log.rfind('\n').map_or("", |end| &log[..end]);
     whole.lines().map(read).collect()
-}
-
-#[track_caller]
-fn await_log(gateway: &GatewayProcess, mut holds: impl FnMut(&str) -> bool) {
-    let deadline = Instant::now() + STOP_MAX;
-    loop {
-        let log = gateway.log().unwrap();
-        if holds(&log) {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{log}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
 
 fn debug_lines(log: &str) -> usize {
     log.matches(r#""level":"DEBUG""#).count()
 }
 
-/// A connection that is refused, which is a line at DEBUG.
+/// A connection that is refused, which logs a line at DEBUG.
 fn be_refused(gateway: &GatewayProcess) {
     let mut stream = TcpStream::connect(gateway.addresses.devices).unwrap();
     stream
@@ -141,18 +130,18 @@ fn log_level_is_read_again_at_sighup() {
 
     configured(home.path(), "debug");
     gateway.signal(Signal::HUP).unwrap();
-    await_log(&gateway, |log| log.contains("log level changed"));
+    eventually_blocking(|| gateway.has_logged("log level changed"));
     be_refused(&gateway);
 
     assert_eq!(debug_lines(&before), 0, "{before}");
-    await_log(&gateway, |log| debug_lines(log) > 0);
+    eventually_blocking(|| debug_lines(&gateway.log().unwrap()) > 0);
     let changed = lines(&gateway);
     let changed = changed.iter().find(|line| line["message"] == "log level changed");
     let changed = changed.unwrap();
     assert_eq!((&changed["from"], &changed["to"]), (&"info".into(), &"debug".into()));
     fs::write(&file, "[logging]\nlevle = 1\n").unwrap();
     gateway.signal(Signal::HUP).unwrap();
-    await_log(&gateway, |log| log.contains("levle"));
+    eventually_blocking(|| gateway.has_logged("levle"));
     assert!(run(&mut gateway.operator(&["nodes"])).unwrap().status.success());
 }
 
@@ -166,7 +155,7 @@ fn sighup_that_changes_no_level_says_so() {
     for gateway in [without_file, with_flag] {
         gateway.signal(Signal::HUP).unwrap();
 
-        await_log(&gateway, |log| log.contains("log level unchanged"));
+        eventually_blocking(|| gateway.has_logged("log level unchanged"));
         assert!(!gateway.log().unwrap().contains("log level changed"));
         assert_eq!(lines(&gateway).last().unwrap()["to"], "info");
     }
@@ -180,11 +169,11 @@ fn operator_changes_the_log_level_until_sighup() {
     assert_eq!(node()["log_level"], "info");
     let told = done(&mut gateway.operator(&["log-level", "info,seawall_gateway=debug"]));
     be_refused(&gateway);
-    await_log(&gateway, |log| debug_lines(log) > 0);
+    eventually_blocking(|| debug_lines(&gateway.log().unwrap()) > 0);
     let during = node();
     let again = json(&run(&mut gateway.operator(&["log-level", "info,seawall_gateway=debug", "--json"])).unwrap());
     gateway.signal(Signal::HUP).unwrap();
-    await_log(&gateway, |log| log.matches("log level changed").count() == 2);
+    eventually_blocking(|| gateway.log().unwrap().matches("log level changed").count() == 2);
 
     assert_eq!(told, "log level info,seawall_gateway=debug, before: info\n");
     assert_eq!(during["log_level"], "info,seawall_gateway=debug");
@@ -195,7 +184,7 @@ fn operator_changes_the_log_level_until_sighup() {
     assert_eq!(node()["log_level"], "info");
     let audit = json(&run(&mut gateway.operator(&["audit", "--json"])).unwrap());
     let records: Vec<&Value> = audit["items"].as_array().unwrap().iter().collect();
-    assert_eq!(records.len(), 1, "what changes nothing is no record: {audit}");
+    assert_eq!(records.len(), 1, "no record without a change: {audit}");
     let record = records[0];
     assert_eq!(
         (
@@ -231,62 +220,63 @@ fn change_of_the_log_level_is_heard_at_whichever_level_hears_it() {
     let gateway = GatewayProcess::start(&[]).unwrap();
 
     done(&mut gateway.operator(&["log-level", "error"]));
-    await_log(&gateway, |log| log.matches("log level changed").count() == 1);
+    eventually_blocking(|| gateway.log().unwrap().matches("log level changed").count() == 1);
     done(&mut gateway.operator(&["log-level", "info"]));
-    await_log(&gateway, |log| log.matches("log level changed").count() == 2);
+    eventually_blocking(|| gateway.log().unwrap().matches("log level changed").count() == 2);
 }
 
-/// Sessions of devices that were just registered.
-async fn fleet(gateway: &GatewayProcess, folder: &Path, version: &str) -> Vec<Connection> {
+/// Devices that were just registered, with this firmware version.
+fn fleet(gateway: &GatewayProcess, folder: &Path, version: &str) -> Vec<DeviceConfig> {
     let fleet = folder.join("fleet.csv");
     let out = fleet.to_str().unwrap();
     done(&mut gateway.operator(&["devices", "seed", "--count", &DEVICES.to_string(), "--out", out]));
-    let url = format!("ws://{}", gateway.addresses.devices);
-    let mut sessions = Vec::new();
-    for line in fs::read_to_string(&fleet).unwrap().lines().skip(1) {
+    let device = |line: &str| {
         let (id, secret) = line.split_once(',').unwrap();
-        let config = DeviceConfig::new(id.parse().unwrap(), secret).firmware(version);
-        sessions.push(Connection::open(&url, &config).await.unwrap());
-    }
-    sessions
+        DeviceConfig::new(id.parse().unwrap(), secret).firmware(version)
+    };
+    fs::read_to_string(&fleet)
+        .unwrap()
+        .lines()
+        .skip(1)
+        .map(device)
+        .collect()
+}
+
+async fn connect(gateway: &GatewayProcess, device: &DeviceConfig) -> Connection {
+    let url = format!("ws://{}", gateway.addresses.devices);
+    Connection::open(&url, device).await.unwrap()
 }
 
 #[tokio::test]
 async fn eviction_begins_once_for_each_change_of_the_rules() {
     let home = tempfile::tempdir().unwrap();
     let gateway = GatewayProcess::start(&[]).unwrap();
-    let sessions = fleet(&gateway, home.path(), "3.8.0").await;
+    let mut sessions = Vec::new();
+    for device in fleet(&gateway, home.path(), "3.8.0") {
+        sessions.push(connect(&gateway, &device).await);
+    }
     let begins = |log: &str| log.matches("evicting blocked sessions").count();
 
     let block = ["rules", "block", "=3.8.0", "--reason", "storms", "--confirm", "--evict"];
     done(&mut gateway.operator(&block));
-    await_log(&gateway, |log| begins(log) > 0);
+    eventually_blocking(|| begins(&gateway.log().unwrap()) > 0);
     done(&mut gateway.operator(&["rules", "block", "=9.9.9", "--reason", "another", "--confirm"]));
 
-    await_log(&gateway, |_| gateway.metric("seawall_sessions ").unwrap() == 0);
-    // Once for each change, and once more for whoever came meanwhile.
+    eventually_blocking(|| gateway.metric("seawall_sessions ").unwrap() == 0);
+    // Once for each change, and once more for requests that came meanwhile.
     let log = gateway.log().unwrap();
     assert!((1..=3).contains(&begins(&log)), "{log}");
     drop(sessions);
 }
 
-/// Sessions of registered devices, and attempts of strangers, of a wrong secret, and of who speaks no HTTP.
+/// Sessions of registered devices, and attempts of unknown devices, with a wrong secret, and without HTTP.
 async fn all_kinds_of_devices(gateway: &GatewayProcess, folder: &Path) -> Vec<Connection> {
-    let fleet = folder.join("fleet.csv");
-    let out = fleet.to_str().unwrap();
-    done(&mut gateway.operator(&["devices", "seed", "--count", &DEVICES.to_string(), "--out", out]));
     let url = format!("ws://{}", gateway.addresses.devices);
     let mut sessions = Vec::new();
-    for line in fs::read_to_string(&fleet).unwrap().lines().skip(1) {
-        let (id, secret) = line.split_once(',').unwrap();
-        let id = id.parse().unwrap();
-        let wrong = Connection::open(&url, &DeviceConfig::new(id, "not-the-secret-of-anybody")).await;
+    for device in fleet(gateway, folder, "3.8.0-b2") {
+        let wrong = Connection::open(&url, &DeviceConfig::new(device.id, "not-the-secret-of-anybody")).await;
         assert!(wrong.is_err());
-        sessions.push(
-            Connection::open(&url, &DeviceConfig::new(id, secret).firmware("3.8.0-b2"))
-                .await
-                .unwrap(),
-        );
+        sessions.push(connect(gateway, &device).await);
         be_refused(gateway);
         let mut broken = TcpStream::connect(gateway.addresses.devices).unwrap();
         broken.write_all(b"\x16\x03\x01 no HTTP\r\n\r\n").unwrap();
@@ -320,7 +310,7 @@ async fn every_line_is_a_json_object_without_a_key_twice() {
         done(&mut gateway.operator(verb));
     }
     gateway.signal(Signal::HUP).unwrap();
-    await_log(&gateway, |log| log.contains("log level unchanged"));
+    eventually_blocking(|| gateway.has_logged("log level unchanged"));
     drop(sessions);
     gateway.signal(Signal::TERM).unwrap();
     gateway.wait(STOP_MAX).unwrap();
@@ -339,13 +329,13 @@ async fn devices_cause_no_line_above_debug() {
 
     let sessions = all_kinds_of_devices(&gateway, home.path()).await;
     drop(sessions);
-    await_log(&gateway, |_| gateway.metric("seawall_sessions ").unwrap() == 0);
+    eventually_blocking(|| gateway.metric("seawall_sessions ").unwrap() == 0);
 
     let lines = lines(&gateway);
     let imported = lines.iter().position(|line| line["message"] == "devices imported");
     let of_devices = &lines[imported.unwrap() + 1..];
     assert!(of_devices.len() >= 3 * DEVICES, "{}", of_devices.len());
-    // An alarm is about the machine, which others use too, and a change is an operator's.
+    // Alarms are about the machine, which others use as well, and changes are an operator's.
     let above: Vec<&Value> = of_devices
         .iter()
         .filter(|line| line["level"] != "DEBUG" && line["alarm"].is_null() && line["message"] != "API change")
@@ -357,7 +347,7 @@ async fn devices_cause_no_line_above_debug() {
 fn human_lines_are_text_without_colours_where_nobody_watches() {
     let gateway = GatewayProcess::start(&["--log-format", "human"]).unwrap();
 
-    await_log(&gateway, |log| log.contains("listening"));
+    eventually_blocking(|| gateway.has_logged("listening"));
 
     let log = gateway.log().unwrap();
     let listening = log.lines().find(|line| line.contains("listening")).unwrap();

@@ -19,7 +19,7 @@ mod status;
 mod tls;
 mod verbs;
 
-/// A drain of a gateway without sessions, with all its ends.
+/// Maximum time of a drain of a gateway without sessions.
 const STOP_MAX: Duration = Duration::from_secs(10);
 
 fn serve(args: &[&str]) -> Output {
@@ -32,7 +32,7 @@ fn serve(args: &[&str]) -> Output {
     run(&mut command).unwrap()
 }
 
-/// Asserts the exit status and that standard error is one line with all of `named` in it.
+/// Asserts the exit status, and that standard error is one line that contains all of `named`.
 #[track_caller]
 pub fn assert_refused(output: &Output, status: i32, named: &[&str]) {
     let complaint = complaint(output);
@@ -42,7 +42,7 @@ pub fn assert_refused(output: &Output, status: i32, named: &[&str]) {
     }
 }
 
-/// What the one line says why: the only line that is not JSON, or from a gateway that logs JSON its last line.
+/// The line with the reason: the only line that is not JSON, or the last line of a gateway that logs JSON.
 #[track_caller]
 fn complaint(output: &Output) -> String {
     let text = String::from_utf8(output.stderr.clone()).unwrap();

@@ -1,11 +1,6 @@
-//! Files that hold secrets and are damaged: no error, finding or log line repeats a byte of them.
+//! Damaged files with secrets: no error, finding or log line repeats a part of them.
 
-use std::{
-    fmt::Write,
-    fs,
-    process::Output,
-    time::{Duration, Instant},
-};
+use std::{fmt::Write, fs, process::Output};
 
 use rustix::process::Signal;
 
@@ -13,12 +8,13 @@ use super::done;
 use crate::harness::{
     authority::Authority,
     process::{GatewayProcess, run, seawall},
+    wait::eventually_blocking,
 };
 
-/// Bytes of a secret in a row that count as a part of it.
+/// Number of consecutive bytes of a secret that are a part of it.
 const PART_LEN: usize = 8;
 
-/// Asserts that `text` has no part of a secret: not as it is, not in decimal or hexadecimal numbers.
+/// Asserts that `text` has no part of a secret: neither as it is nor as decimal or hexadecimal numbers.
 #[track_caller]
 fn assert_silent(text: &str, secret: &str, what: &str) {
     for part in secret.as_bytes().windows(PART_LEN) {
@@ -43,7 +39,7 @@ fn output_of(output: &Output) -> String {
         .concat()
 }
 
-/// What becomes of a key on its way through environment variables, secret stores and editors.
+/// Damage to a key by environment variables, secret stores and editors.
 fn damaged(key: &str) -> Vec<(&'static str, String)> {
     let body: String = key.lines().filter(|line| !line.starts_with('-')).collect();
     vec![
@@ -116,15 +112,8 @@ fn damaged_private_key_is_never_repeated_in_log_alarm_and_readiness_after_a_relo
 
     gateway.signal(Signal::HUP).unwrap();
 
-    let begun = Instant::now();
-    while gateway
-        .metric("seawall_tls_reloads_total{outcome=\"refused\"}")
-        .unwrap()
-        == 0
-    {
-        assert!(begun.elapsed() < Duration::from_secs(10));
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let refused = "seawall_tls_reloads_total{outcome=\"refused\"}";
+    eventually_blocking(|| gateway.metric(refused).unwrap() > 0);
     let log = gateway.log().unwrap();
     assert!(log.contains("holds no private key as PEM"), "{log}");
     assert_silent(&log, &key, "log");

@@ -1,4 +1,4 @@
-//! How the binary starts, and why it doesn't: settings, ports, data directories, databases.
+//! Start of the binary, and reasons why it fails: settings, ports, data directories, databases.
 
 use std::{
     fs,
@@ -211,7 +211,7 @@ fn second_gateway_on_a_data_directory_is_exit_2() {
 fn unusable_database_is_exit_1() {
     let home = tempfile::tempdir().unwrap();
     let file = home.path().join("not.db");
-    fs::write(&file, "this is no database, however long it may be".repeat(100)).unwrap();
+    fs::write(&file, "this is not a database, whatever its length".repeat(100)).unwrap();
 
     let refused = serve(&["--database", &format!("sqlite:{}", file.display())]);
 

@@ -73,7 +73,7 @@ fn range_that_matches_nothing_is_not_a_success() {
     assert!(nothing.stdout.is_empty() && nothing.stderr.is_empty(), "{nothing:?}");
 }
 
-/// The whole of standard error is one JSON value.
+/// Asserts that standard error is one JSON value.
 #[track_caller]
 fn error(output: &Output) -> Value {
     serde_json::from_slice(&output.stderr).unwrap_or_else(|error| panic!("{error}: {output:?}"))

@@ -1,4 +1,4 @@
-//! The other verbs of operators, and those that need no gateway.
+//! The other commands of operators, and those that need no gateway.
 
 use std::{
     fs,
@@ -87,6 +87,36 @@ fn edit_changes_what_a_rule_matches_and_keeps_the_rest() {
 }
 
 #[test]
+fn staged_changes_are_begun_shown_and_ended() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    done(&mut gateway.operator(&["rules", "block", "2.*"]));
+    done(&mut gateway.operator(&["rules", "block", "3.*", "--stages", "20,100", "--bake", "5m"]));
+
+    let begun =
+        done(&mut gateway.operator(&["rules", "release", "2.*", "--stages", "1,5,100", "--connects-min", "50"]));
+    assert!(
+        begun.contains("1 of 3, 1 %") && begun.contains("50 connects"),
+        "{begun}"
+    );
+    done(&mut gateway.operator(&["rules", "rollout", "2.*", "pause"]));
+    let shown = json(&run(&mut gateway.operator(&["rules", "rollout", "2.*", "--json"])).unwrap());
+    let staged = json(&run(&mut gateway.operator(&["rules", "rollout", "3.*", "--json"])).unwrap());
+    let reverted = done(&mut gateway.operator(&["rules", "rollout", "2.*", "revert"]));
+
+    assert_eq!(
+        (&shown["state"], &shown["direction"]),
+        (&"paused".into(), &"release".into())
+    );
+    assert_eq!((&staged["percent"], &staged["bake"]), (&20.into(), &"5m".into()));
+    assert!(reverted.contains("reverted"), "{reverted}");
+    assert_refused(
+        &run(&mut gateway.operator(&["rules", "rollout", "2.*", "resume"])).unwrap(),
+        1,
+        &["reverted"],
+    );
+}
+
+#[test]
 fn range_is_all_that_a_block_needs() {
     let gateway = GatewayProcess::start(&[]).unwrap();
 
@@ -101,7 +131,7 @@ fn range_is_all_that_a_block_needs() {
 fn block_without_a_range_needs_to_say_that_it_means_every_version() {
     let gateway = GatewayProcess::start(&[]).unwrap();
 
-    // What a shell makes of `--model m1 >=3.8.0-b3`.
+    // The arguments that a shell passes for `--model m1 >=3.8.0-b3`.
     let refused = run(&mut gateway.operator(&["rules", "block", "--model", "m1"])).unwrap();
     assert_refused(&refused, 2, &["--all-versions", "quotes"]);
     done(&mut gateway.operator(&["rules", "block", "--model", "m1", "--all-versions"]));
@@ -133,7 +163,7 @@ fn block_says_whom_it_hits_and_what_they_are_told_and_unblock_when_they_are_back
         String::from_utf8(blocked.stderr).unwrap(),
     );
     let id = first_rule(&gateway);
-    // Rules that are made together begin alike.
+    // Ids of rules that are created together have the same beginning.
     let removed = done(&mut gateway.operator(&["rules", "unblock", &id[id.len() - 6..]]));
 
     for said in [
@@ -153,13 +183,100 @@ fn block_says_whom_it_hits_and_what_they_are_told_and_unblock_when_they_are_back
 }
 
 #[test]
-fn effects_that_do_not_exist_are_not_offered() {
-    for verb in ["add", "edit", "block"] {
-        let help = done(&mut seawall_with(&["rules", verb, "--help"]));
-        for word in ["throttle", "restrict", "dry_run", "admit-percent"] {
-            assert!(!help.contains(word), "{help}");
-        }
+fn rule_that_throttles_is_added_and_edited_with_its_rate_and_its_allowed_devices() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let device = "00000000-0000-0000-0000-0000000000aa";
+    let add = [
+        "rules", "add", "=9", "--effect", "throttle", "--rate", "5", "--allow", device,
+    ];
+    let added = done(&mut gateway.operator(&add));
+    assert!(added.contains("throttled 0 of 0 connected devices"), "{added}");
+    let id = first_rule(&gateway);
+    let shown = || done(&mut gateway.operator(&["rules", "show", &id]));
+    assert!(
+        shown().contains("5 per second on each node") && shown().contains(device),
+        "{}",
+        shown()
+    );
+
+    let evicting = run(&mut gateway.operator(&["rules", "edit", &id, "--evict"])).unwrap();
+    assert_refused(&evicting, 2, &["evict", "throttle"]);
+    let named = run(&mut gateway.operator(&["rules", "edit", &id, "--allow", "camera 7"])).unwrap();
+    assert_refused(&named, 2, &["camera 7", "not a UUID"]);
+    done(&mut gateway.operator(&["rules", "edit", &id, "--rate", "7", "--allow", ""]));
+    assert!(
+        shown().contains("7 per second") && !shown().contains(device),
+        "{}",
+        shown()
+    );
+    done(&mut gateway.operator(&["rules", "edit", &id, "--effect", "block", "--evict"]));
+    let help = done(&mut seawall_with(&["rules", "add", "--help"]));
+    for word in [
+        "throttle",
+        "restrict",
+        "--update-json",
+        "--rate",
+        "--allow",
+        "--admit-percent",
+    ] {
+        assert!(help.contains(word), "{help}");
     }
+}
+
+#[test]
+fn rule_that_restricts_is_added_with_its_update_and_edited_to_a_block() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let add = ["rules", "add", "=9", "--effect", "restrict"];
+    let missing = run(&mut gateway.operator(&add)).unwrap();
+    assert_refused(&missing, 2, &["update", "needs an update"]);
+    let broken = run(&mut gateway.operator(&[&add[..], &["--update-json", "[1]"]].concat())).unwrap();
+    assert_refused(&broken, 2, &["--update-json"]);
+
+    let added =
+        done(&mut gateway.operator(&[&add[..], &["--update-json", r#"{"url":"https://example.com/1"}"#]].concat()));
+    assert!(added.contains("restricted 0 of 0 connected devices"), "{added}");
+    let id = first_rule(&gateway);
+    let shown = done(&mut gateway.operator(&["rules", "show", &id]));
+    assert!(shown.contains(r#"{"url":"https://example.com/1"}"#), "{shown}");
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("update.json");
+    fs::write(&file, r#"{"url": "https://example.com/2"}"#).unwrap();
+    done(&mut gateway.operator(&["rules", "edit", &id, "--update-file", file.to_str().unwrap()]));
+    let rule = || json(&run(&mut gateway.operator(&["rules", "show", &id, "--json"])).unwrap());
+    assert_eq!(rule()["update"], serde_json::json!({"url": "https://example.com/2"}));
+
+    done(&mut gateway.operator(&["rules", "edit", &id, "--effect", "block"]));
+    assert_eq!(
+        (&rule()["effect"], rule().get("update")),
+        (&serde_json::json!("block"), None)
+    );
+}
+
+#[test]
+fn rule_is_tried_in_a_dry_run_and_enforced_on_a_share() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let tried = done(&mut gateway.operator(&["rules", "block", "=9", "--dry-run", "--admit-percent", "25"]));
+    assert!(tried.contains("would block 0 of 0 connected devices"), "{tried}");
+    assert!(tried.contains("--dry-run false"), "{tried}");
+    let rule = || {
+        let listed = json(&run(&mut gateway.operator(&["rules", "list", "--json"])).unwrap());
+        let rule = &listed["items"][0];
+        (
+            rule["state"].as_str().unwrap().to_owned(),
+            rule["mode"].as_str().unwrap().to_owned(),
+            rule["admit_percent"].as_u64().unwrap(),
+        )
+    };
+    assert_eq!(rule(), ("dry_run".into(), "dry_run".into(), 25));
+
+    let id = first_rule(&gateway);
+    done(&mut gateway.operator(&["rules", "edit", &id, "--dry-run", "false", "--admit-percent", "60"]));
+
+    assert_eq!(rule(), ("enforced".into(), "enforce".into(), 60));
+    let listed = done(&mut gateway.operator(&["rules", "list"]));
+    assert!(listed.contains("ADMIT %") && listed.contains("DRY RUN"), "{listed}");
+    let refused = run(&mut gateway.operator(&["rules", "block", "=8", "--admit-percent", "101"])).unwrap();
+    assert_refused(&refused, 2, &["101", "0..=100"]);
 }
 
 fn seawall_with(arguments: &[&str]) -> std::process::Command {
@@ -246,7 +363,7 @@ fn token_is_revoked_by_its_name_and_the_audit_log_names_its_id() {
     assert_eq!(line.unwrap()["actor_id"], created["id"]);
     let refused = run(gateway.operator(&["rules", "list"]).env("SEAWALL_TOKEN", token)).unwrap();
     assert_refused(&refused, 1, &["does not accept this token"]);
-    // The name is free again.
+    // The name is available again.
     done(&mut gateway.operator(&create));
 }
 

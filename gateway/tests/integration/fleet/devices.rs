@@ -1,21 +1,22 @@
-//! One device at a time: who it is, that it has one session, and what it says and hears.
+//! Single devices: identity, the one session, and messages in both directions.
 
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use firmware_sim::connection::{Connection, Credential, Received, Refused};
 use seawall_gateway::{
-    events::{Body, MESSAGE_BYTES_MAX, MESSAGE_KEPT_AT_LEAST},
-    sessions::{Delivery, MAILBOX_LEN_MAX, Outgoing, OutgoingBody, PostError},
+    fleet::events::{Body, MESSAGE_BYTES_MAX, MESSAGE_KEPT_AT_LEAST},
+    session::sessions::{Delivery, MAILBOX_LEN_MAX, Outgoing, OutgoingBody, PostError},
     store::DeviceChange,
 };
-use seawall_proto::record::DeviceState;
+use seawall_proto::{presence::Presence, record::DeviceState};
 use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt, net::TcpStream, sync::oneshot, time::timeout};
 
-use super::rig::{
-    Attempt, Gateway, PATIENCE, assert_alive, audit, block, device, end_of, eventually, id, new_device, plain, raw,
-    with_wrong_secret,
+use crate::harness::{
+    devices::{Attempt, assert_alive, audit, block, device, end_of, id, new_device, plain, raw, with_wrong_secret},
+    gateway::Gateway,
+    wait::{PATIENCE, eventually},
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -34,7 +35,7 @@ async fn second_session_replaces_the_first_and_stays() {
     assert!(gateway.shared.sessions.get(id(0)).is_some());
     assert_eq!(gateway.metric("seawall_session_replacements_total "), 1);
     assert_eq!(gateway.metric("seawall_sessions "), 1);
-    let went_offline = |body: &Body| matches!(body, Body::Presence { state: "offline", .. });
+    let went_offline = |body: &Body| matches!(body, Body::Presence { known, .. } if known.presence != Presence::Online);
     let events = gateway.shared.events.after(0, usize::MAX, usize::MAX).events;
     assert!(!events.iter().any(|event| went_offline(&event.body)));
     second.close(1000, "").await.unwrap();
@@ -79,7 +80,7 @@ async fn unknown_wrong_and_missing_credential_look_the_same() {
     }
 }
 
-/// Headers and body but for the figures of the hint, which are drawn, and the length that they change.
+/// Headers and body without the drawn hint, and without the length that it changes.
 fn without_hint(refused: &Refused) -> (Vec<(String, String)>, Value) {
     let drawn = ["retry-after", "seawall-retry-after-ms", "content-length"];
     let mut headers = refused.headers.clone();
@@ -121,7 +122,7 @@ async fn unknown_id_is_looked_up_once_and_gets_in_as_soon_as_it_is_registered() 
     let gateway = Gateway::start("").await;
     let asked = || gateway.metric("seawall_lookup_statements_total ");
 
-    // A device that is switched on before it is registered, and asks more often than it is told to.
+    // A device that is switched on before it is registered, and retries before its hint.
     gateway.connect(&device(0)).await.refused_with(401, "unauthorized");
     let asked_before = asked();
     for _ in 0..9 {
@@ -132,7 +133,7 @@ async fn unknown_id_is_looked_up_once_and_gets_in_as_soon_as_it_is_registered() 
     gateway.connect(&device(0)).await.refused_with(503, "throttled");
     let registered = Instant::now();
     gateway.register_as(&new_device(0)).await;
-    gateway.shared.gate.forget(id(0));
+    gateway.shared.lookups.forget(id(0));
 
     gateway.session(&device(0)).await;
     assert!(registered.elapsed() < Duration::from_secs(1));
@@ -167,7 +168,7 @@ async fn handshake_outcomes_sum_up_to_the_attempts() {
             400,
         ),
         ("\u{1}\u{2}garbage\r\n\r\n", 400),
-        // Without its end: too slow.
+        // Without its end: it is too slow.
         ("GET /v1/connect HTTP/1.1\r\nHost: x\r\n", 408),
     ] {
         counted(raw(gateway.devices, request.as_bytes()).await, expected);
@@ -178,7 +179,7 @@ async fn handshake_outcomes_sum_up_to_the_attempts() {
     gone.write_all(b"GET /v1/conn").await.unwrap();
     drop(gone);
     counted(0, 0);
-    // These are none.
+    // These are not attempts.
     drop(TcpStream::connect(gateway.devices).await.unwrap());
     assert_eq!(gateway.readyz().await, 200);
 
@@ -241,7 +242,7 @@ async fn full_event_buffer_acknowledges_nothing_until_there_is_room() {
             assert_eq!(ack, json!({"type": "ack", "id": id.to_string()}));
         }
     }
-    // Answered in order: what was not acknowledged before this error never is.
+    // Answers are in order: a message that was not acknowledged before this error never is.
     session.send_json(&json!({"type": "nonsense"})).await.unwrap();
     let next = session.next_json(PATIENCE).await.unwrap();
 
@@ -250,7 +251,7 @@ async fn full_event_buffer_acknowledges_nothing_until_there_is_room() {
         gateway.metric("seawall_messages_total{direction=\"in\",outcome=\"buffer_full\"}"),
         5
     );
-    // Room comes with age: the device, which kept its message, sends it again.
+    // Messages leave the buffer by age. The device, which kept its message, sends it again.
     let deadline = std::time::Instant::now() + MESSAGE_KEPT_AT_LEAST + PATIENCE;
     loop {
         session.send_json(&message(fitting)).await.unwrap();
@@ -262,7 +263,7 @@ async fn full_event_buffer_acknowledges_nothing_until_there_is_room() {
             std::time::Instant::now() < deadline,
             "no room after {MESSAGE_KEPT_AT_LEAST:?}"
         );
-        // Ten bad frames a minute are too many.
+        // Ten bad frames per minute are too many.
         tokio::time::sleep(MESSAGE_KEPT_AT_LEAST / 3).await;
     }
 }
@@ -322,12 +323,12 @@ fn post(gateway: &Gateway, number: u32, body: OutgoingBody) -> Result<oneshot::R
     Ok(outcome)
 }
 
-/// `None`: the session ended first.
+/// `None` if the session ended first.
 async fn outcome(waiting: oneshot::Receiver<Delivery>) -> Option<Delivery> {
     timeout(PATIENCE, waiting).await.expect("an outcome in time").ok()
 }
 
-/// The next frame that is no ping.
+/// The next frame that is not a ping.
 async fn next(connection: &mut Connection) -> Received {
     loop {
         let frame = timeout(PATIENCE, connection.next_frame())

@@ -1,23 +1,25 @@
-//! Leaving: by order, cancelled, and by signal.
+//! Drains: by order, cancelled, and by signal.
 
 use std::time::Duration;
 
 use firmware_sim::connection::Connection;
 use rustix::process::Signal;
-use seawall_gateway::{
-    config::DatabaseUrl,
-    drain::{DrainState, Order},
-    store::Store,
-};
+use seawall_gateway::{runtime::config::DatabaseUrl, store::Store};
+use seawall_proto::departures::{DrainOrder, DrainState};
 use serde_json::{Value, json};
 use tokio::task::{JoinSet, spawn_blocking};
 
-use super::rig::{Gateway, PATIENCE, attempt, device, devices, end_of, eventually, plain, register};
-use crate::harness::process::GatewayProcess;
+use crate::harness::{
+    devices::{attempt, device, devices, end_of, plain, register},
+    gateway::Gateway,
+    process::GatewayProcess,
+    wait::{PATIENCE, eventually},
+};
 
-/// Everything that is left at a second signal, and its end. Contract section 1 allows 2 s for the closes.
+/// Maximum time of the end after a second signal. The closes may take 2 s.
 const HURRIED_MAX: Duration = Duration::from_secs(4);
-/// Six sessions at two a second leave within 3 s. A device returns 2.5 to 3.5 s later, whether or not the drain goes on.
+/// Six sessions at two per second end within 3 s. A device returns 2.5 to 3.5 s later, whether the drain continues or
+/// not.
 const CANCELLED_HINT_MAX: Duration = Duration::from_millis(6_600);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -28,14 +30,14 @@ async fn drain_tells_every_session_when_to_come_back_and_refuses_newcomers() {
     let plain_ones: Vec<_> = devices(10..15).into_iter().map(plain).collect();
     let silent = gateway.sessions(&plain_ones).await;
 
-    gateway.shared.drain.start(order(None)).unwrap();
+    gateway.shared.departures.start_drain(order(None)).unwrap();
 
     for mut session in speaking {
         let (frames, code, reason) = end_of(&mut session, PATIENCE).await;
         assert_eq!((code, &reason["reason"]), (1012, &json!("draining")));
         assert_eq!(frames.len(), 2, "{frames:?}");
         let (token, frames) = (&frames[0], &frames[1..]);
-        assert_eq!(token["type"], "resume", "a fresh one, to come back with");
+        assert_eq!(token["type"], "resume", "a new one, to reconnect with");
         assert_eq!(
             (&frames[0]["type"], &frames[0]["reason"]),
             (&json!("reconnect"), &json!("draining"))
@@ -64,10 +66,10 @@ async fn drain_tells_every_session_when_to_come_back_and_refuses_newcomers() {
     eventually(|| status(&gateway) == (DrainState::Drained, 0)).await;
     assert_eq!(gateway.metric("seawall_closes_total{reason=\"draining\"}"), 15);
 
-    assert!(gateway.shared.drain.cancel());
+    assert!(gateway.shared.departures.cancel_drain());
     assert_eq!(gateway.readyz().await, 200);
     gateway.session(&device(15)).await;
-    assert!(!gateway.shared.drain.cancel());
+    assert!(!gateway.shared.departures.cancel_drain());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -76,11 +78,14 @@ async fn cancelled_drain_leaves_the_rest_in_peace() {
     gateway.register(0..6).await;
     let mut sessions = gateway.sessions(&devices(0..6)).await;
 
-    gateway.shared.drain.start(order(Some(2.0))).unwrap();
-    assert!(gateway.shared.drain.start(order(None)).is_err(), "one at a time");
+    gateway.shared.departures.start_drain(order(Some(2.0))).unwrap();
+    assert!(
+        gateway.shared.departures.start_drain(order(None)).is_err(),
+        "one at a time"
+    );
     eventually(|| gateway.shared.sessions.len() == 5).await;
     assert_eq!(status(&gateway).0, DrainState::Draining);
-    gateway.shared.drain.cancel();
+    gateway.shared.departures.cancel_drain();
 
     let mut left = 0;
     for session in &mut sessions {
@@ -88,7 +93,7 @@ async fn cancelled_drain_leaves_the_rest_in_peace() {
             Ok(welcome) => assert_eq!(welcome["type"], "welcome"),
             Err(error) => panic!("{error}"),
         }
-        // The one that was told to leave may have gone already.
+        // The session that is closed first may have ended already.
         let _ = session.send_json(&message()).await;
         match session.next_json(PATIENCE).await {
             Ok(frame) if frame["type"] == "ack" => left += 1,
@@ -110,9 +115,9 @@ async fn device_closed_by_a_drain_that_is_then_cancelled_is_back_at_its_short_hi
         ends.spawn(async move { (number, end_of(&mut session, PATIENCE).await) });
     }
 
-    gateway.shared.drain.start(order(Some(2.0))).unwrap();
+    gateway.shared.departures.start_drain(order(Some(2.0))).unwrap();
     let (number, (frames, code, reason)) = ends.join_next().await.unwrap().unwrap();
-    gateway.shared.drain.cancel();
+    gateway.shared.departures.cancel_drain();
 
     assert_eq!((code, &reason["reason"]), (1012, &json!("draining")));
     let hint = Duration::from_millis(reason["retry_after_ms"].as_u64().unwrap());
@@ -142,11 +147,11 @@ async fn second_signal_closes_what_is_left_at_once() {
     let (mut process, sessions) = leaving_process("[drain]\nrate_per_second = 1\n").await;
 
     process.signal(Signal::TERM).unwrap();
-    // The drain has begun when newcomers are refused.
+    // The drain has begun when new devices are refused.
     let address = process.addresses.devices;
     let deadline = std::time::Instant::now() + PATIENCE;
     while attempt(address, device(20)).await.outcome.is_ok() {
-        assert!(std::time::Instant::now() < deadline, "the signal was not heard");
+        assert!(std::time::Instant::now() < deadline, "the signal had no effect");
     }
     process.signal(Signal::TERM).unwrap();
 
@@ -176,7 +181,7 @@ async fn leaving_process(settings: &str) -> (GatewayProcess, Vec<Connection>) {
     for device in devices(0..20) {
         sessions.push(attempt(process.addresses.devices, device).await.admitted());
     }
-    // The files stay open in the gateway; their names are not needed any more.
+    // The files stay open in the gateway; their names are no longer needed.
     drop(home);
     (process, sessions)
 }
@@ -197,8 +202,8 @@ fn message() -> Value {
     json!({"type": "message", "id": "1", "topic": "test", "payload": 1})
 }
 
-fn order(rate_per_second: Option<f64>) -> Order {
-    Order {
+fn order(rate_per_second: Option<f64>) -> DrainOrder {
+    DrainOrder {
         rate_per_second,
         announce: Duration::ZERO,
         deadline: Duration::from_secs(60),
@@ -206,6 +211,6 @@ fn order(rate_per_second: Option<f64>) -> Order {
 }
 
 fn status(gateway: &Gateway) -> (DrainState, usize) {
-    let status = gateway.shared.drain.status(gateway.shared.sessions.len());
-    (status.state, status.left)
+    let state = gateway.shared.departures.drain_status().state;
+    (state, gateway.shared.sessions.len())
 }

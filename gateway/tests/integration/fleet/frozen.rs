@@ -1,4 +1,4 @@
-//! A gateway process that stands still under its devices: stopped by a signal, or on a machine that sleeps.
+//! A gateway process that is stopped for a while, by a signal or because its machine sleeps.
 
 use std::{
     fs,
@@ -14,17 +14,20 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tokio::task::{JoinSet, spawn_blocking};
 
-use super::rig::{attempt, device, eventually, plain};
 use crate::{
-    harness::process::{GatewayProcess, run},
+    harness::{
+        devices::{attempt, device, plain},
+        process::{GatewayProcess, run},
+        wait::eventually,
+    },
     scarce::import,
 };
 
-/// Half of them speak `seawall.v1`.
+/// Half of them use `seawall.v1`.
 const DEVICES: u32 = 20;
-/// A session is never given up sooner than after 60 s without a frame. No setting makes that shorter.
+/// A session is given up after 60 s without a frame at the earliest, whatever the settings.
 const FROZEN: Duration = Duration::from_secs(61);
-/// Pings that each device answers after the gateway goes on.
+/// Pings that each device answers after the gateway continues.
 const PINGS: u32 = 3;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -69,7 +72,7 @@ async fn gateway_that_stood_still_closes_no_session_and_shows_nobody_offline() {
     assert_eq!(listed(&gateway, "offline"), 0);
 }
 
-/// Answers and counts pings until the session ends, and tells how it ended.
+/// Answers and counts pings until the session ends. Returns its end.
 async fn answer_pings(mut session: Connection, pings: Arc<AtomicU32>) -> Received {
     loop {
         match session.next_frame().await {
@@ -82,7 +85,7 @@ async fn answer_pings(mut session: Connection, pings: Arc<AtomicU32>) -> Receive
     }
 }
 
-/// How many devices operators see in this state.
+/// Number of devices that operators see in this state.
 fn listed(gateway: &GatewayProcess, state: &str) -> usize {
     let output = run(&mut gateway.operator(&["devices", "list", "--state", state, "--json"])).unwrap();
     let page: Value = serde_json::from_slice(&output.stdout).unwrap();

@@ -1,13 +1,17 @@
-//! Sessions that move on: a drain that is announced first, and sessions that have lived their time.
+//! Sessions that must move: a drain that is announced first, and the maximum age.
 
 use std::time::{Duration, Instant};
 
-use seawall_gateway::drain::{DrainState, Order};
+use seawall_proto::departures::{DrainOrder, DrainState};
 use serde_json::json;
 
-use super::rig::{Gateway, PATIENCE, assert_alive, device, devices, end_of, eventually, persist};
+use crate::harness::{
+    devices::{assert_alive, device, devices, end_of, persist},
+    gateway::Gateway,
+    wait::{PATIENCE, eventually},
+};
 
-/// Long enough to look around in.
+/// Time of the announcement, long enough for the checks.
 const ANNOUNCED_FOR: Duration = Duration::from_millis(1_500);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -17,10 +21,10 @@ async fn announced_drain_is_not_ready_first_and_closes_nobody_meanwhile() {
     let mut early = gateway.session(&device(0)).await;
 
     let begun = Instant::now();
-    gateway.shared.drain.start(order(ANNOUNCED_FOR)).unwrap();
+    gateway.shared.departures.start_drain(order(ANNOUNCED_FOR)).unwrap();
 
     assert_eq!(gateway.readyz().await, 503);
-    assert_eq!(gateway.shared.drain.status(1).state, DrainState::Announced);
+    assert_eq!(gateway.shared.departures.drain_status().state, DrainState::Announced);
     let mut late = gateway.session(&device(1)).await;
     assert_alive(&mut early).await;
     for session in [&mut early, &mut late] {
@@ -30,7 +34,7 @@ async fn announced_drain_is_not_ready_first_and_closes_nobody_meanwhile() {
         assert!(begun.elapsed() >= ANNOUNCED_FOR, "{:?}", begun.elapsed());
     }
     gateway.connect(&device(2)).await.refused_with(503, "draining");
-    eventually(|| gateway.shared.drain.status(0).state == DrainState::Drained).await;
+    eventually(|| gateway.shared.departures.drain_status().state == DrainState::Drained).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -38,42 +42,54 @@ async fn drain_cancelled_while_it_is_announced_closes_nobody() {
     let gateway = Gateway::start("").await;
     gateway.register(0..2).await;
     let mut session = gateway.session(&device(0)).await;
-    gateway.shared.drain.start(order(Duration::from_secs(60))).unwrap();
+    gateway
+        .shared
+        .departures
+        .start_drain(order(Duration::from_secs(60)))
+        .unwrap();
     assert_eq!(gateway.readyz().await, 503);
 
-    assert!(gateway.shared.drain.cancel());
+    assert!(gateway.shared.departures.cancel_drain());
 
     assert_eq!(gateway.readyz().await, 200);
     assert_alive(&mut session).await;
     gateway.session(&device(1)).await;
-    // The next one is carried out all the same.
-    gateway.shared.drain.start(order(Duration::ZERO)).unwrap();
+    // The next order is carried out nevertheless.
+    gateway.shared.departures.start_drain(order(Duration::ZERO)).unwrap();
     assert_eq!(end_of(&mut session, PATIENCE).await.1, 1012);
 }
 
-/// One thread, so that nothing runs between the cancellation and the next order.
+/// On one thread, so that nothing runs between the cancellation and the next order.
 #[tokio::test]
 async fn drain_ordered_right_after_another_was_cancelled_is_carried_out() {
     let gateway = Gateway::start("").await;
     let newest = gateway.shared.events.subscribe();
     let before = *newest.borrow();
-    gateway.shared.drain.start(order(Duration::from_secs(60))).unwrap();
+    gateway
+        .shared
+        .departures
+        .start_drain(order(Duration::from_secs(60)))
+        .unwrap();
     eventually(|| *newest.borrow() > before).await;
 
-    assert!(gateway.shared.drain.cancel());
-    gateway.shared.drain.start(order(Duration::ZERO)).unwrap();
+    assert!(gateway.shared.departures.cancel_drain());
+    gateway.shared.departures.start_drain(order(Duration::ZERO)).unwrap();
 
-    eventually(|| gateway.shared.drain.status(0).state == DrainState::Drained).await;
+    eventually(|| gateway.shared.departures.drain_status().state == DrainState::Drained).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn hurried_drain_waits_for_no_balancer_and_skips_no_hint() {
+async fn expedited_drain_waits_for_no_balancer_and_skips_no_hint() {
     let gateway = Gateway::start("").await;
     gateway.register(0..20).await;
     let sessions = gateway.sessions(&devices(0..20)).await;
-    gateway.shared.drain.start(order(Duration::from_secs(60))).unwrap();
+    gateway
+        .shared
+        .departures
+        .start_drain(order(Duration::from_secs(60)))
+        .unwrap();
 
-    gateway.shared.drain.hurry();
+    gateway.shared.departures.expedite_drain();
 
     let begun = Instant::now();
     for mut session in sessions {
@@ -100,7 +116,7 @@ async fn old_sessions_move_on_few_at_a_time_with_a_slot() {
             let (frames, code, reason) = end_of(session, PATIENCE).await;
             assert_eq!((code, &reason["reason"]), (1012, &json!("ageing")));
             let types: Vec<&str> = frames.iter().map(|frame| frame["type"].as_str().unwrap()).collect();
-            assert_eq!(types, ["resume", "reconnect"], "a fresh token, then where to");
+            assert_eq!(types, ["resume", "reconnect"], "a new token, then the hint");
             assert_eq!(frames[1]["reason"], "ageing");
             let wait = reason["retry_after_ms"].as_u64().unwrap();
             assert!((1_000..10_000).contains(&wait), "{wait}");
@@ -110,15 +126,15 @@ async fn old_sessions_move_on_few_at_a_time_with_a_slot() {
         }
     }
 
-    assert_eq!(moved.len(), 1, "of ten sessions a hundredth may end in a minute");
+    assert_eq!(moved.len(), 1, "one in a hundred sessions may end per minute");
     let mut back = device(moved[0].0);
     back.slot = Some(moved[0].1.clone());
     let _back = persist(gateway.devices, back).await;
     assert_eq!(gateway.shared.sessions.len(), 10);
 }
 
-fn order(announce: Duration) -> Order {
-    Order {
+fn order(announce: Duration) -> DrainOrder {
+    DrainOrder {
         rate_per_second: None,
         announce,
         deadline: Duration::from_secs(120),

@@ -1,5 +1,5 @@
-//! PostgreSQL away at start, killed and frozen while devices connect. Nobody waits for it, nobody who is connected notices,
-//! and when it is back everything goes on by itself.
+//! PostgreSQL is away at the start, killed or frozen while devices connect. No device waits for it, no session ends,
+//! and afterwards everything recovers on its own.
 
 use std::{
     sync::{
@@ -9,12 +9,15 @@ use std::{
     time::Duration,
 };
 
-use firmware_sim::connection::Credential;
+use firmware_sim::connection::{Credential, DeviceConfig};
 use rustix::process::Signal;
 use seawall_gateway::{
-    config::DatabaseUrl,
-    drain::{DrainState, Order},
+    runtime::config::DatabaseUrl,
     store::{Operation, Store},
+};
+use seawall_proto::{
+    admission::BreakerState,
+    departures::{DrainOrder, DrainState},
 };
 use sqlx::{Connection as _, PgConnection};
 use tokio::{
@@ -23,33 +26,35 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::rig::{
-    ANSWER_MAX, ANSWER_MAX_AWAY, Attempt, Gateway, PATIENCE, assert_alive, attempt, block, device, devices, end_of,
-    eventually, id, persist, persist_all, register,
-};
 use crate::harness::{
+    devices::{
+        ANSWER_MAX, ANSWER_MAX_AWAY, Attempt, assert_alive, attempt, block, device, devices, end_of, id, persist,
+        persist_all, register,
+    },
+    gateway::Gateway,
     pg::{self, Cluster},
     process::GatewayProcess,
+    wait::{PATIENCE, eventually},
 };
 
-/// Devices with a session before it happens.
+/// Devices that have a session before the outage.
 const LIVE: std::ops::Range<u32> = 0..20;
-/// Devices that connect while it happens, one each [`ARRIVAL_INTERVAL`].
+/// Devices that connect during the outage, one per [`ARRIVAL_INTERVAL`].
 const ARRIVING: std::ops::Range<u32> = 20..220;
 const ARRIVAL_INTERVAL: Duration = Duration::from_millis(8);
-/// It happens when so many of them have got in.
+/// Number of admitted devices at which the outage begins.
 const HURT_AFTER: u32 = 50;
-/// Devices and calls that wait at the same time for a table, so that a gateway opens every connection that it may have.
+/// Number of devices and calls that wait for a table at the same time, so that a gateway opens all of its connections.
 const AT_ONCE: u32 = 12;
-/// Numbers of devices that nobody registers, from here on.
-const STRANGERS: u32 = 100_000;
-/// A number of connections that stays the same for so long stays so.
+/// First number of devices that are never registered.
+const UNKNOWN: u32 = 100_000;
+/// Time without a change after which a number of connections has settled.
 const SETTLED_AFTER: Duration = Duration::from_millis(700);
-/// How long they wait: less than a look-up may take.
+/// Time for which they wait: less than the maximum of a lookup.
 const TABLE_LOCKED_FOR: Duration = Duration::from_millis(400);
-/// Longest start while the database does not answer.
+/// Maximum time of a start while the database does not answer.
 const START_MAX: Duration = Duration::from_secs(5);
-/// Longest end of a gateway without sessions.
+/// Maximum time of the end of a gateway without sessions.
 const END_MAX: Duration = Duration::from_secs(8);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -142,10 +147,11 @@ async fn call_that_failed_on_a_connection_of_its_own_refuses_nobody() {
     );
 }
 
-/// Connections of one node: three for look-ups, one each for their revalidation, the polls and the rules, four for the API.
+/// Connections of one node: three for lookups, one each for revalidation, the polls and the rules, and four for the
+/// API.
 const BACKENDS_MAX: i64 = 10;
 
-/// As operators are told by `/readyz`.
+/// Whether `/readyz` reports the outage.
 fn is_said_to_be_away(gateway: &Gateway) -> bool {
     gateway.shared.readiness().reasons.contains(&"database_unavailable")
 }
@@ -234,14 +240,14 @@ async fn device_verified_after_the_drain_began_is_not_let_in() {
     cluster.freeze().unwrap();
 
     let waiting = tokio::spawn(attempt(gateway.devices, device(0)));
-    eventually(|| gateway.shared.gate.state().in_flight == 1).await;
-    let order = Order {
+    eventually(|| gateway.shared.lookups.state().in_flight == 1).await;
+    let order = DrainOrder {
         rate_per_second: None,
         announce: Duration::ZERO,
         deadline: Duration::from_secs(60),
     };
-    gateway.shared.drain.start(order).unwrap();
-    eventually(|| gateway.shared.drain.status(0).state == DrainState::Drained).await;
+    gateway.shared.departures.start_drain(order).unwrap();
+    eventually(|| gateway.shared.departures.drain_status().state == DrainState::Drained).await;
     cluster.thaw().unwrap();
 
     waiting.await.unwrap().refused_with(503, "draining");
@@ -285,15 +291,15 @@ async fn survive(hurt: fn(&Cluster), heal: fn(&Cluster)) {
     gateway.register(LIVE.start..ARRIVING.end).await;
     gateway.add_rule(block("=6.6.6")).await;
     let mut live = gateway.sessions(&devices(LIVE)).await;
-    let backends_before = backends_in_use(&gateway, &cluster, &url, STRANGERS).await;
+    let backends_before = backends_in_use(&gateway, &cluster, &url, UNKNOWN).await;
 
-    // While they arrive.
+    // During the arrivals.
     let admitted = Arc::new(AtomicU32::new(0));
     let arrivals = arrive(&gateway, &admitted);
     eventually(|| admitted.load(Ordering::Relaxed) >= HURT_AFTER).await;
     hurt(&cluster);
     let attempts = arrivals.join_all().await;
-    for attempt in &attempts {
+    for (_, attempt) in &attempts {
         assert!(attempt.took < ANSWER_MAX, "answered after {:?}", attempt.took);
         if attempt.outcome.is_err() {
             assert_sent_away(attempt);
@@ -301,7 +307,7 @@ async fn survive(hurt: fn(&Cluster), heal: fn(&Cluster)) {
     }
     let mut attempts_made = LIVE.len() + 2 * AT_ONCE as usize + ARRIVING.len();
 
-    // Once it is known.
+    // Once the outage is known.
     eventually(|| is_said_to_be_away(&gateway)).await;
     let refused_once = gateway.connect_all(&devices(20..120)).await;
     assert_refused_at_once(&refused_once);
@@ -318,7 +324,7 @@ async fn survive(hurt: fn(&Cluster), heal: fn(&Cluster)) {
     assert_eq!(
         gateway.readyz().await,
         200,
-        "a database lost later sends nobody elsewhere"
+        "a database lost later moves no device to other nodes"
     );
 
     for operation in ["lookup", "rules"] {
@@ -326,15 +332,12 @@ async fn survive(hurt: fn(&Cluster), heal: fn(&Cluster)) {
         eventually(|| gateway.metric(&failed) > 0).await;
     }
 
-    // When it is back.
+    // After the outage.
     heal(&cluster);
-    let (connected, waiting): (Vec<_>, Vec<_>) = attempts
-        .into_iter()
-        .zip(devices(ARRIVING))
-        .partition(|(attempt, _)| attempt.outcome.is_ok());
+    let (connected, waiting): (Vec<_>, Vec<_>) = attempts.into_iter().partition(|(_, attempt)| attempt.outcome.is_ok());
     assert!(!waiting.is_empty(), "the outage was not noticed");
-    let mut connected: Vec<_> = connected.into_iter().map(|(attempt, _)| attempt.admitted()).collect();
-    let returning = waiting.into_iter().map(|(attempt, mut device)| {
+    let mut connected: Vec<_> = connected.into_iter().map(|(_, attempt)| attempt.admitted()).collect();
+    let returning = waiting.into_iter().map(|(mut device, attempt)| {
         device.slot = attempt.refused().slot.clone();
         device
     });
@@ -348,25 +351,25 @@ async fn survive(hurt: fn(&Cluster), heal: fn(&Cluster)) {
     assert_eq!(gateway.shared.sessions.len(), LIVE.len() + ARRIVING.len());
     assert_eq!(gateway.metric("seawall_handshakes_total{") as usize, attempts_made);
     eventually(|| gateway.shared.readiness().reasons.is_empty()).await;
-    let backends = backends_in_use(&gateway, &cluster, &url, STRANGERS + 2 * AT_ONCE).await;
+    let backends = backends_in_use(&gateway, &cluster, &url, UNKNOWN + 2 * AT_ONCE).await;
     assert!(
         backends <= backends_before.max(BACKENDS_MAX),
         "{backends} connections to the database, {backends_before} before"
     );
 }
 
-/// How many connections a gateway holds that has just been asked for as many as it may have, and is at rest again.
-async fn backends_in_use(gateway: &Gateway, cluster: &Cluster, url: &DatabaseUrl, strangers: u32) -> i64 {
+/// Number of connections that a gateway holds after it has used all of them, and has become idle.
+async fn backends_in_use(gateway: &Gateway, cluster: &Cluster, url: &DatabaseUrl, first: u32) -> i64 {
     let mut migration = PgConnection::connect(url.expose()).await.unwrap();
     let lock = "BEGIN; LOCK TABLE devices IN ACCESS EXCLUSIVE MODE";
     sqlx::raw_sql(lock).execute(&mut migration).await.unwrap();
     let mut waiting = JoinSet::new();
     for number in 0..AT_ONCE {
-        // One after the other: those that wait already are in a statement of their own.
+        // One after the other: those that already wait are in statements of their own.
         tokio::time::sleep(TABLE_LOCKED_FOR / AT_ONCE).await;
         let (address, store) = (gateway.devices, gateway.shared.store.clone());
         waiting.spawn(async move {
-            let unknown = attempt(address, device(strangers + number)).await;
+            let unknown = attempt(address, device(first + number)).await;
             assert!(unknown.outcome.is_err());
         });
         waiting.spawn(async move { assert!(store.device(id(number)).await.unwrap().is_some()) });
@@ -375,10 +378,10 @@ async fn backends_in_use(gateway: &Gateway, cluster: &Cluster, url: &DatabaseUrl
     waiting.join_all().await;
     // Workers take turns: each has its connection after a few statements.
     for number in AT_ONCE..2 * AT_ONCE {
-        let unknown = attempt(gateway.devices, device(strangers + number)).await;
+        let unknown = attempt(gateway.devices, device(first + number)).await;
         assert!(unknown.outcome.is_err());
     }
-    // The one that held the lock may take a moment to go.
+    // The connection that held the lock may take a moment to close.
     let mut counted = cluster.backends("test_0").await.unwrap();
     loop {
         tokio::time::sleep(SETTLED_AFTER).await;
@@ -390,17 +393,17 @@ async fn backends_in_use(gateway: &Gateway, cluster: &Cluster, url: &DatabaseUrl
     }
 }
 
-/// Spread over time, whatever becomes of those before. `admitted` counts those that got in.
-fn arrive(gateway: &Gateway, admitted: &Arc<AtomicU32>) -> JoinSet<Attempt> {
+/// Attempts spread over time, independent of each other. `admitted` counts the admitted ones. They end in any order.
+fn arrive(gateway: &Gateway, admitted: &Arc<AtomicU32>) -> JoinSet<(DeviceConfig, Attempt)> {
     let mut arrivals = JoinSet::new();
     let mut due = Instant::now();
     for device in devices(ARRIVING) {
         let (address, admitted) = (gateway.devices, Arc::clone(admitted));
         arrivals.spawn(async move {
             sleep_until(due).await;
-            let attempt = attempt(address, device).await;
+            let attempt = attempt(address, device.clone()).await;
             admitted.fetch_add(u32::from(attempt.outcome.is_ok()), Ordering::Relaxed);
-            attempt
+            (device, attempt)
         });
         due += ARRIVAL_INTERVAL;
     }
@@ -420,7 +423,7 @@ async fn devices_that_leave_while_they_wait_are_counted_as_abandoned() {
         .into_iter()
         .map(|device| tokio::spawn(attempt(gateway.devices, device)))
         .collect();
-    eventually(|| gateway.shared.gate.state().queue == 10).await;
+    eventually(|| gateway.shared.lookups.state().queue == 10).await;
     for task in &waiting {
         task.abort();
     }
@@ -434,7 +437,7 @@ async fn devices_that_leave_while_they_wait_are_counted_as_abandoned() {
     assert_eq!(gateway.metric("seawall_handshakes_total{outcome=\"abandoned\"}"), 10);
 }
 
-/// Every one of them: unverifiable for now, with a slot, in no time.
+/// Asserts that all are refused as devices that cannot be verified now, with a slot, at once.
 #[track_caller]
 fn assert_refused_at_once(attempts: &[Attempt]) {
     for attempt in attempts {
@@ -456,4 +459,20 @@ fn assert_sent_away(attempt: &Attempt) {
         refused.slot.is_some() && refused.retry_after_ms.is_some(),
         "{refused:?}"
     );
+}
+
+#[tokio::test]
+async fn node_that_has_just_become_ready_sends_nobody_away() {
+    let url = pg::shared().database().await.unwrap();
+    for _ in 0..10 {
+        let gateway = Gateway::start_on(Some(&url), "").await;
+        let ready = async {
+            while !gateway.shared.readiness().ready {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, ready).await.unwrap();
+
+        assert_eq!(gateway.shared.lookups.state().breaker, BreakerState::Closed);
+    }
 }

@@ -3,14 +3,13 @@
 use std::{net::IpAddr, ops::Range};
 
 use firmware_sim::connection::{Connection, DeviceConfig};
-use seawall_gateway::config::DatabaseUrl;
+use seawall_gateway::runtime::config::DatabaseUrl;
 
-use super::rig::{Gateway, devices, eventually};
-use crate::harness::pg;
+use crate::harness::{devices::devices, gateway::Gateway, pg, wait::eventually};
 
-/// Of each gateway.
+/// Maximum number of connections of each gateway.
 const CONNECTIONS_MAX: usize = 20;
-/// As the operating system sees them: an address each, since none may fill a gateway alone.
+/// Devices with different addresses, because one address must not fill a gateway alone.
 fn devices_apart(numbers: Range<u32>) -> Vec<DeviceConfig> {
     let mut apart = devices(numbers);
     for (number, device) in (1..).zip(&mut apart) {
@@ -27,7 +26,7 @@ async fn start(url: &DatabaseUrl, listen: &str) -> Gateway {
     gateway
 }
 
-/// A gateway that is full, beside another at the same address.
+/// A full gateway and an empty one on the same address.
 async fn full_and_empty() -> (Gateway, Gateway, Vec<Connection>) {
     let url = pg::shared().database().await.unwrap();
     let first = start(&url, "127.0.0.1:0").await;
@@ -35,7 +34,7 @@ async fn full_and_empty() -> (Gateway, Gateway, Vec<Connection>) {
     let live = first.sessions(&devices_apart(0..20)).await;
     let second = start(&url, &first.devices.to_string()).await;
     assert_eq!(first.devices, second.devices);
-    // It was the last one there, and looks again when somebody comes.
+    // It was the last one there, and checks again when another gateway starts.
     eventually(|| {
         drop(std::net::TcpStream::connect(first.devices));
         first.metric("seawall_listening") == 0
@@ -52,7 +51,7 @@ fn held(gateway: &Gateway) -> usize {
 async fn full_gateway_leaves_its_address_to_the_other_and_comes_back_when_it_has_room() {
     let (first, second, live) = full_and_empty().await;
 
-    // All at their first attempt.
+    // All are admitted at their first attempt.
     let others = second.sessions(&devices_apart(20..38)).await;
 
     assert_eq!((held(&first), held(&second)), (live.len(), others.len()));
@@ -71,7 +70,7 @@ async fn where_all_gateways_of_an_address_are_full_devices_are_told_when_to_come
 
     let _others = second.sessions(&devices_apart(20..40)).await;
 
-    // The second finds nobody, and stays; for an instant of each few seconds nobody does.
+    // The second one is the last, and keeps listening, except for an instant every few seconds.
     let mut told = 0;
     for device in devices_apart(40..100) {
         if let Err(error) = second.connect(&device).await.outcome

@@ -1,27 +1,27 @@
-//! A registry that answers, and what it answers is wrong: unreadable, emptied, another file. Nobody is told that it is not registered, no
-//! session ends, and operators are told why.
+//! A registry that answers wrongly: unreadable, emptied, or another file. No device is told that it is not registered,
+//! no session ends, and operators learn why.
 
 use std::{fs, path::PathBuf, sync::Arc};
 
 use firmware_sim::connection::DeviceConfig;
 use seawall_gateway::{
-    config::DatabaseUrl,
-    faults::Fault,
-    registry::ACCEPT_FILE,
-    roster::FILE,
-    state::Shared,
+    fleet::{faults::Fault, registry::ACCEPT_FILE, registry_index::FILE},
+    node::Shared,
+    runtime::config::DatabaseUrl,
     store::{Change, DatabaseStatus, OnOtherCredential, StoreError},
 };
-use seawall_proto::{id::RuleId, resume::Generation, slots::Roster};
+use seawall_proto::{id::RuleId, resume::Generation, slots::RegistryIndex};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, SqliteConnection};
 
-use super::{
-    resume::{assert_resumed, returning},
-    rig::{Gateway, add_rule, assert_alive, audit, block, device, devices, end_of, eventually, id},
+use super::resume::{assert_resumed, returning};
+use crate::harness::{
+    devices::{add_rule, assert_alive, audit, block, device, devices, end_of, id},
+    gateway::Gateway,
+    pg,
+    wait::{PATIENCE, eventually},
 };
-use crate::harness::pg;
 
-/// More than a registry may lose and be believed.
+/// More devices than a registry may lose and still be believed.
 const DEVICES: u32 = 30;
 
 async fn behind_the_back(gateway: &Gateway, sql: &str) {
@@ -40,19 +40,19 @@ async fn behind_the_back(gateway: &Gateway, sql: &str) {
     }
 }
 
-/// A gateway on this database whose roster has all its devices.
+/// A gateway on this database whose registry index has all its devices.
 async fn known(database: Option<&DatabaseUrl>) -> Gateway {
     let gateway = Gateway::start_on(database, "").await;
     eventually(|| gateway.shared.readiness().ready).await;
     gateway.register(0..DEVICES).await;
-    gateway.shared.roster_wanted.ask();
-    eventually(|| roster_on_disk(&gateway.shared) == DEVICES as usize).await;
+    gateway.shared.registry_index_wanted.ask();
+    eventually(|| registry_index_on_disk(&gateway.shared) == DEVICES as usize).await;
     gateway
 }
 
-fn roster_on_disk(shared: &Shared) -> usize {
+fn registry_index_on_disk(shared: &Shared) -> usize {
     let file = shared.config.server.data_dir.join(FILE);
-    fs::read(file).map_or(0, |bytes| Roster::from_bytes(&bytes).unwrap().len())
+    fs::read(file).map_or(0, |bytes| RegistryIndex::from_bytes(&bytes).unwrap().len())
 }
 
 fn has_reason(gateway: &Gateway, fault: Fault) -> bool {
@@ -88,7 +88,7 @@ async fn row_that_cannot_be_read_is_registry_unavailable_and_ends_no_session() {
         detail.contains(&id(0).to_string()) && detail.contains("state"),
         "{detail}"
     );
-    // A change on record has its session looked at.
+    // A recorded change causes a check of the session.
     let state = &gateway.shared;
     state.store.revoke_tokens(id(0), state.clock.wall()).await.unwrap();
     state.store.revoke_tokens(id(1), state.clock.wall()).await.unwrap();
@@ -142,7 +142,7 @@ async fn dropped_column_is_a_reason_with_its_cause_and_never_calls_the_database_
     gateway.connect(&device(1)).await.admitted();
 }
 
-/// Connects until a refusal has opened the breaker.
+/// Connects until a refusal shows that the breaker is open.
 async fn eventually_refused(gateway: &Gateway) {
     for attempt in gateway.connect_all(&devices(0..10)).await {
         attempt.refused_with(503, "registry_unavailable");
@@ -166,7 +166,10 @@ async fn assert_not_believed(database: Option<&DatabaseUrl>) {
     let waiting = eventually_held(&gateway).await;
 
     assert_alive(&mut live).await;
-    assert!(gateway.shared.readiness().ready, "a balancer must not move the fleet");
+    assert!(
+        gateway.shared.readiness().ready,
+        "a load balancer must not move the fleet"
+    );
     drop((live, waiting));
     let gateway = gateway.restart_on(database).await;
 
@@ -177,18 +180,18 @@ async fn assert_not_believed(database: Option<&DatabaseUrl>) {
         .connect(&device(1))
         .await
         .refused_with(503, "registry_unavailable");
-    assert_eq!(roster_on_disk(&gateway.shared), DEVICES as usize);
+    assert_eq!(registry_index_on_disk(&gateway.shared), DEVICES as usize);
     fs::write(accept_file(&gateway), "").unwrap();
 
     eventually(|| gateway.shared.readiness().ready && !accept_file(&gateway).exists()).await;
     gateway.connect(&device(1)).await.refused_with(401, "unauthorized");
-    eventually(|| roster_on_disk(&gateway.shared) == 0).await;
+    eventually(|| registry_index_on_disk(&gateway.shared) == 0).await;
 }
 
 /// Empties the registry, and connects until it is no longer believed.
 async fn eventually_held(gateway: &Gateway) {
     behind_the_back(gateway, "DELETE FROM devices").await;
-    // One that is missed has the devices counted, and is not told before that it is not registered.
+    // A missing device causes a count, and is not told before it that it is not registered.
     gateway
         .connect(&device(2))
         .await
@@ -207,7 +210,7 @@ async fn eventually_held(gateway: &Gateway) {
 #[tokio::test(flavor = "multi_thread")]
 async fn emptied_registry_whose_devices_can_not_be_counted_is_not_believed() {
     let gateway = known(None).await;
-    // Not on the roster.
+    // Not in the registry index.
     gateway.register(DEVICES..DEVICES + 1).await;
     behind_the_back(&gateway, "ALTER TABLE revocations RENAME TO gone; DELETE FROM devices").await;
 
@@ -215,7 +218,7 @@ async fn emptied_registry_whose_devices_can_not_be_counted_is_not_believed() {
         .connect(&device(1))
         .await
         .refused_with(503, "registry_unavailable");
-    eventually(|| !gateway.shared.gate.believes_absence()).await;
+    eventually(|| !gateway.shared.lookups.believes_absence()).await;
 
     gateway
         .connect(&device(DEVICES))
@@ -271,17 +274,17 @@ async fn most_of_a_fleet_can_be_deleted_through_the_api() {
     for number in 1..DEVICES {
         store.device_delete(id(number), &audit).await.unwrap().unwrap();
     }
-    gateway.shared.roster_wanted.ask();
+    gateway.shared.registry_index_wanted.ask();
 
-    let (_, code, _) = end_of(&mut live, super::rig::PATIENCE).await;
+    let (_, code, _) = end_of(&mut live, PATIENCE).await;
     assert_eq!(code, 4501, "on record");
-    eventually(|| roster_on_disk(&gateway.shared) == 1).await;
+    eventually(|| registry_index_on_disk(&gateway.shared) == 1).await;
     assert!(gateway.shared.readiness().reasons.is_empty());
     gateway.connect(&device(1)).await.refused_with(401, "unauthorized");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn deleted_device_of_the_roster_is_unauthorized_once_the_devices_were_counted() {
+async fn deleted_device_of_the_registry_index_is_unauthorized_once_the_devices_were_counted() {
     let gateway = known(None).await;
     let mut audit = audit("device.delete");
     audit.at = gateway.shared.clock.wall();
@@ -291,17 +294,18 @@ async fn deleted_device_of_the_roster_is_unauthorized_once_the_devices_were_coun
     eventually_unauthorized(&gateway, &device(1)).await;
 }
 
-/// Connects a device of the roster that was deleted until the devices were counted.
+/// Connects a deleted device of the registry index until the devices were counted.
 pub async fn eventually_unauthorized(gateway: &Gateway, device: &DeviceConfig) {
-    let deadline = tokio::time::Instant::now() + super::rig::PATIENCE;
+    let deadline = tokio::time::Instant::now() + PATIENCE;
     loop {
         let attempt = gateway.connect(device).await;
         if attempt.refused().status == 401 {
             return;
         }
         attempt.refused_with(503, "registry_unavailable");
-        assert!(tokio::time::Instant::now() < deadline, "it is never told");
-        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        assert!(tokio::time::Instant::now() < deadline, "it never gets this answer");
+        // Each attempt counts as one with a wrong credential, and the eleventh would be throttled.
+        tokio::time::sleep(std::time::Duration::from_millis(700)).await;
     }
 }
 
@@ -313,14 +317,11 @@ async fn device_that_is_gone_without_a_record_is_not_told_to_stay_away() {
 
     let close = loop {
         let mut session = gateway.session(&returning[0]).await;
-        let drilled = || gateway.metric("seawall_resume_drills_total{outcome=\"absent\"}") > 0;
-        if drilled() {
-            break end_of(&mut session, super::rig::PATIENCE).await;
+        let revalidated = || gateway.metric("seawall_resume_drills_total{outcome=\"absent\"}") > 0;
+        if revalidated() {
+            break end_of(&mut session, PATIENCE).await;
         }
-        let looked = tokio::time::timeout(
-            std::time::Duration::from_millis(20),
-            end_of(&mut session, super::rig::PATIENCE),
-        );
+        let looked = tokio::time::timeout(std::time::Duration::from_millis(20), end_of(&mut session, PATIENCE));
         if let Ok(end) = looked.await {
             break end;
         }
@@ -376,14 +377,14 @@ async fn tokens_count_while_the_registry_is_not_believed() {
 
     assert_resumed(&gateway, &returning).await;
     let state = Arc::clone(&gateway.shared);
-    assert!(!state.gate.believes_absence());
+    assert!(!state.lookups.believes_absence());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn disk_that_takes_no_addresses_does_not_keep_devices_out() {
     let home = tempfile::tempdir().unwrap();
     let data = home.path().join("data");
-    // In the way of the file that is renamed when it is whole.
+    // Blocks the name of the temporary file.
     let obstacle = data.join("addresses.json.new");
     fs::create_dir_all(&obstacle).unwrap();
 

@@ -1,4 +1,4 @@
-//! A planned restart of a real gateway: how long its devices are away.
+//! A planned restart of a real gateway, and the time for which its devices are offline.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -15,22 +15,28 @@ use rustix::process::Signal;
 use serde_json::json;
 use tokio::task::{JoinSet, spawn_blocking};
 
-use super::rig::{PATIENCE, attempt, device, devices, end_of, eventually, plain};
-use crate::{harness::process::GatewayProcess, scarce::import};
+use crate::{
+    harness::{
+        devices::{attempt, device, devices, end_of, plain},
+        process::GatewayProcess,
+        wait::{PATIENCE, eventually},
+    },
+    scarce::import,
+};
 
 /// Address that only the gateways of this test use.
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 10, 1, 1);
-/// Devices that speak `seawall.v1`: they return with a resume token.
+/// Devices with `seawall.v1`: they return with a resume token.
 const V1: u32 = 100;
-/// Devices with plain sessions: they return with a slot alone.
+/// Devices with plain sessions: they return with only a slot.
 const PLAIN: u32 = 100;
 /// Time from SIGTERM to the start of the next process.
 const NEXT_START: Duration = Duration::from_secs(2);
 /// Maximum time from SIGTERM to the return of the last device.
 const BACK_MAX: Duration = Duration::from_secs(4);
-/// Maximum restarts until one is as fast as it must be: this machine may be busy with other tests.
+/// Maximum number of restarts until one is fast enough: the machine may be busy with other tests.
 const RESTARTS_MAX: usize = 3;
-/// Wait of a plain device that finds nobody listening.
+/// Wait of a plain device if no gateway listens.
 const RETRY: Duration = Duration::from_millis(20);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -74,7 +80,7 @@ async fn small_fleet_is_back_four_seconds_after_sigterm() {
     fleet.stop().await;
 }
 
-/// The process after this one, which must have ended by the time that the next one starts.
+/// The next process. The previous one must have ended before it starts.
 fn next_of(mut gateway: GatewayProcess, begun: Instant) -> GatewayProcess {
     let status = gateway.wait(NEXT_START).unwrap();
     assert_eq!(status.code(), Some(0), "{}", gateway.log().unwrap());
@@ -82,7 +88,7 @@ fn next_of(mut gateway: GatewayProcess, begun: Instant) -> GatewayProcess {
     gateway.start_next().unwrap()
 }
 
-/// Returns as the close says, and is let in at the first attempt that is answered.
+/// Returns at the time of the close, and is admitted at the first answered attempt.
 async fn comes_back(address: SocketAddr, mut session: Connection, mut device: DeviceConfig) -> Connection {
     let (_, code, reason) = end_of(&mut session, PATIENCE).await;
     assert_eq!((code, &reason["reason"]), (1012, &json!("draining")));
@@ -101,7 +107,7 @@ async fn comes_back(address: SocketAddr, mut session: Connection, mut device: De
     }
 }
 
-/// Well-behaved devices of the first numbers.
+/// Well-behaved devices with the first numbers.
 async fn fleet_of(gateway: &GatewayProcess) -> Fleet {
     let identities = devices(0..V1).into_iter().map(|device| {
         let Credential::Bearer(secret) = device.credential else {

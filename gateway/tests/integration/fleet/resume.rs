@@ -1,4 +1,4 @@
-//! Resume tokens: devices come back without the database. Whoever was revoked does not: see [`super::revoked`].
+//! Resume tokens: devices reconnect without the database. For revoked devices see [`super::revoked`].
 
 use std::{
     fs,
@@ -8,19 +8,23 @@ use std::{
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use firmware_sim::connection::{Connection, DeviceConfig};
-use seawall_gateway::{config::DatabaseUrl, drain::Order, store::Rotation};
-use seawall_proto::{admission::BreakerState, id::SecretHash, resume::Generation, rules::Match};
+use seawall_gateway::{runtime::config::DatabaseUrl, store::Rotation};
+use seawall_proto::{
+    admission::BreakerState, departures::DrainOrder, id::SecretHash, resume::Generation, rules::Match,
+};
 use serde_json::{Value, json};
 use sqlx::{Connection as _, SqliteConnection};
 
-use super::{
-    registry::eventually_unauthorized,
-    rig::{
-        ANSWER_MAX_AWAY, Gateway, PATIENCE, assert_alive, audit, block_matching, device, devices, end_of, eventually,
-        id, label, plain, with_wrong_secret,
+use super::registry::eventually_unauthorized;
+use crate::harness::{
+    devices::{
+        ANSWER_MAX_AWAY, assert_alive, audit, block_matching, device, devices, end_of, id, label, plain,
+        with_wrong_secret,
     },
+    gateway::Gateway,
+    pg::{self, Cluster},
+    wait::{PATIENCE, eventually},
 };
-use crate::harness::pg::{self, Cluster};
 
 const STATEMENTS: &str = "seawall_lookup_statements_total ";
 const RESUMED: &str = "seawall_resumes_total{outcome=\"resumed\"}";
@@ -34,7 +38,7 @@ async fn welcomed(gateway: &Gateway, device: &DeviceConfig) -> (Connection, Opti
     (connection, welcome["resume"].as_str().map(str::to_owned))
 }
 
-/// Devices that were connected once, with what they keep of it. Their sessions have ended.
+/// Devices that were connected once, with the tokens that they keep. Their sessions have ended.
 pub async fn returning(gateway: &Gateway, numbers: Range<u32>) -> Vec<DeviceConfig> {
     gateway.register(numbers.clone()).await;
     let mut returning = Vec::new();
@@ -48,7 +52,7 @@ pub async fn returning(gateway: &Gateway, numbers: Range<u32>) -> Vec<DeviceConf
     returning
 }
 
-/// All of them get in without a query, and fast.
+/// Asserts that all of them are admitted quickly and without a query.
 pub async fn assert_resumed(gateway: &Gateway, returning: &[DeviceConfig]) {
     let (asked, resumed) = (gateway.metric(STATEMENTS), gateway.metric(RESUMED));
 
@@ -67,8 +71,8 @@ pub async fn on_postgres() -> (Cluster, DatabaseUrl, Gateway) {
     let url = cluster.database().await.unwrap();
     let gateway = Gateway::start_on(Some(&url), "").await;
     eventually(|| gateway.shared.readiness().ready).await;
-    // Its first probes are statements, too.
-    eventually(|| gateway.shared.gate.state().breaker == BreakerState::Closed).await;
+    // The first probes are also statements.
+    eventually(|| gateway.shared.lookups.state().breaker == BreakerState::Closed).await;
     (cluster, url, gateway)
 }
 
@@ -84,11 +88,11 @@ async fn devices_return_without_a_statement_while_the_database_is_dead_and_after
 
     assert_resumed(&restarted, &returning).await;
     assert_eq!(restarted.metric(STATEMENTS), 0);
-    let gate = &restarted.shared.gate;
+    let lookups = &restarted.shared.lookups;
     assert_eq!(
-        gate.state().known + gate.roster().len(),
+        lookups.slots().known + lookups.registry_index().len(),
         40,
-        "no strangers to the slots"
+        "all are known to the slots"
     );
 }
 
@@ -182,18 +186,18 @@ async fn tokens_are_renewed_while_connected_and_before_a_drain_closes() {
     assert_eq!(renewed["type"], "resume");
     assert_ne!(renewed["token"].as_str(), first.as_deref());
     assert_eq!(gateway.metric("seawall_resume_tokens_total{occasion=\"renewal\"}"), 1);
-    let order = Order {
+    let order = DrainOrder {
         rate_per_second: None,
         announce: Duration::ZERO,
         deadline: Duration::from_secs(10),
     };
-    gateway.shared.drain.start(order).unwrap();
+    gateway.shared.departures.start_drain(order).unwrap();
 
     let (mut frames, code, _) = end_of(&mut session, PATIENCE).await;
     assert_eq!((frames.pop().unwrap()["type"].take(), code), (json!("reconnect"), 1012));
     let fresh = frames.pop().unwrap();
     assert_eq!(fresh["type"], "resume");
-    gateway.shared.drain.cancel();
+    gateway.shared.departures.cancel_drain();
     for token in [&renewed["token"], &fresh["token"]] {
         let mut device = device(0);
         device.resume = token.as_str().map(str::to_owned);
@@ -263,10 +267,10 @@ async fn token_of_one_node_counts_on_another_with_the_same_keys_and_no_longer_on
         .unwrap();
     eventually(|| second.shared.resume.known() == Generation(1)).await;
     eventually_unauthorized(&second, &returning[0]).await;
-    let stranger = Gateway::start_on(Some(&url), "").await;
-    eventually(|| stranger.shared.readiness().ready).await;
-    stranger.connect(&returning[1]).await.admitted();
-    assert_eq!(stranger.metric(RESUMED), 0, "it has keys of its own");
+    let other = Gateway::start_on(Some(&url), "").await;
+    eventually(|| other.shared.readiness().ready).await;
+    other.connect(&returning[1]).await.admitted();
+    assert_eq!(other.metric(RESUMED), 0, "it has keys of its own");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -274,9 +278,9 @@ async fn one_return_in_a_hundred_is_looked_up_and_what_changed_past_the_api_is_f
     let gateway = Gateway::start("").await;
     let returning = returning(&gateway, 0..150).await;
     let asked = gateway.metric(STATEMENTS);
-    let drilled = |outcome: &str| gateway.metric(&format!("seawall_resume_drills_total{{outcome=\"{outcome}\"}}"));
+    let revalidated = |outcome: &str| gateway.metric(&format!("seawall_resume_drills_total{{outcome=\"{outcome}\"}}"));
 
-    return_until(&gateway, &returning, || drilled("confirmed") > 0).await;
+    return_until(&gateway, &returning, || revalidated("confirmed") > 0).await;
     let url = gateway.shared.config.database_url();
     let path = format!("sqlite:{}", url.sqlite_path().unwrap().display());
     let mut hand = SqliteConnection::connect(&path).await.unwrap();
@@ -288,17 +292,17 @@ async fn one_return_in_a_hundred_is_looked_up_and_what_changed_past_the_api_is_f
     let closed = || gateway.metric("seawall_closes_total{reason=\"disabled\"}");
     return_until(&gateway, &returning, || closed() > 0).await;
 
-    assert!(drilled("disabled") > 0);
-    assert!(gateway.shared.resume.known() > known, "all nodes are told");
-    // Those whose token was revoked are looked up for themselves.
+    assert!(revalidated("disabled") > 0);
+    assert!(gateway.shared.resume.known() > known, "all nodes learn it");
+    // Devices whose token was revoked are looked up for themselves.
     let revoked = gateway.metric("seawall_resumes_total{outcome=\"revoked\"}");
     assert!(
         gateway.metric(STATEMENTS) <= asked + revoked,
-        "the drill is counted apart"
+        "the revalidation is counted separately"
     );
 }
 
-/// All of them come back, stay for a moment, and leave, again and again. Some may be refused.
+/// All of them reconnect, stay for a moment, and leave, repeatedly. Some may be refused.
 async fn return_until(gateway: &Gateway, returning: &[DeviceConfig], holds: impl Fn() -> bool) {
     let deadline = Instant::now() + 6 * PATIENCE;
     while !holds() {

@@ -1,4 +1,4 @@
-//! Whoever was revoked does not come back by token, whoever revoked it, and where.
+//! A revoked device is not admitted by its token, whatever revoked it, and on every node.
 
 use std::{
     fs,
@@ -6,21 +6,28 @@ use std::{
 };
 
 use firmware_sim::connection::DeviceConfig;
-use seawall_gateway::store::{DeviceChange, Rotation, Store};
-use seawall_proto::{admission::BreakerState, id::SecretHash, record::DeviceState, resume::Generation};
+use seawall_gateway::store::{DeviceChange, ImportLine, ImportRow, OnOtherCredential, Rotation, Store};
+use seawall_proto::{
+    admission::BreakerState,
+    id::SecretHash,
+    record::DeviceState,
+    resume::{Generation, REVOKED_MAX},
+};
 use serde_json::Value;
 use sqlx::Connection as _;
 
-use super::{
-    resume::{assert_resumed, on_postgres, returning},
-    rig::{Gateway, assert_alive, audit, devices, end_of, eventually, id, label},
+use super::resume::{assert_resumed, on_postgres, returning};
+use crate::harness::{
+    devices::{assert_alive, audit, devices, end_of, id, label},
+    gateway::Gateway,
+    pg,
+    wait::{PATIENCE, eventually},
 };
-use crate::harness::pg;
 
-/// Within this a revocation counts on every node.
+/// Time within which a revocation takes effect on every node.
 const REVOKED_WITHIN: Duration = Duration::from_secs(1);
 
-/// Device 0 is disabled, 1 revoked, 2 deleted, 3 has a new secret, 4 another tenant; the others are as they were.
+/// Device 0 is disabled, 1 revoked, 2 deleted, 3 has a new secret, 4 another tenant; the others are unchanged.
 async fn change_five(store: &Store) {
     let state = |state| DeviceChange {
         state: Some(state),
@@ -65,6 +72,41 @@ async fn revoked_elsewhere(gateway: &Gateway, elsewhere: &Store) -> Vec<DeviceCo
     assert!(begun.elapsed() < REVOKED_WITHIN, "{:?}", begun.elapsed());
     assert_five_are_refused(gateway, &returning).await;
     returning
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_end_when_an_import_replaces_more_secrets_than_are_listed() {
+    let gateway = Gateway::start("").await;
+    let import = async |secret: &[u8]| {
+        let lines = (0..=u32::try_from(REVOKED_MAX).unwrap()).map(|number| ImportLine {
+            number: u64::from(number) + 2,
+            row: Ok(ImportRow {
+                id: id(number),
+                external_id: None,
+                secret: SecretHash::of(secret),
+                tenant: None,
+                model: None,
+            }),
+        });
+        let lines: Vec<_> = lines.collect();
+        let mut import = gateway.shared.store.import(OnOtherCredential::Update).await.unwrap();
+        for batch in lines.chunks(1_000) {
+            import.push(batch.to_vec()).await.unwrap();
+        }
+        import.finish(&audit("device.import")).await.unwrap()
+    };
+    import(b"the old secret of them all").await;
+    gateway.register(70_000..70_001).await;
+    eventually(|| gateway.shared.resume.revision().is_some()).await;
+    let device = DeviceConfig::new(id(0), "the old secret of them all").firmware("1.0.0");
+    let mut replaced = gateway.session(&device).await;
+    let mut other = gateway.session(&devices(70_000..70_001)[0]).await;
+
+    assert_eq!(import(b"the new secret of them all").await.updated, 65_537);
+
+    let (_, code, _) = end_of(&mut replaced, PATIENCE).await;
+    assert_eq!(code, 4003);
+    assert_alive(&mut other).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -121,13 +163,34 @@ async fn session_ends_within_a_second_when_its_device_is_disabled_revoked_delete
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn device_that_was_deleted_through_another_node_is_forgotten_here() {
+    let gateway = Gateway::start("").await;
+    let state = &gateway.shared;
+    eventually(|| state.readiness().ready).await;
+    let elsewhere = Store::open(&state.config.database_url()).await.unwrap();
+    returning(&gateway, 0..3).await;
+    let mut session = gateway.session(&devices(1..2)[0]).await;
+
+    for number in [0, 1] {
+        let deletion = audit("device.delete");
+        elsewhere.device_delete(id(number), &deletion).await.unwrap().unwrap();
+    }
+
+    let (_, code, _) = end_of(&mut session, PATIENCE).await;
+    assert_eq!(code, 4501);
+    eventually(|| state.sessions.is_empty()).await;
+    eventually(|| [0, 1].iter().all(|number| state.history.record(id(*number)).is_none())).await;
+    assert!(state.history.record(id(2)).is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn revoked_on_this_node_is_refused_at_once_even_if_the_database_dies_then() {
     let (cluster, url, gateway) = on_postgres().await;
     let returning = returning(&gateway, 0..2).await;
     let state = &gateway.shared;
     cluster.kill().unwrap();
 
-    // As the API does behind each change, also behind one whose outcome is not known.
+    // As the API does after each change, even if its outcome is unknown.
     state.resume.revoke(id(0)).await;
 
     let refused = |gateway: Gateway, device: DeviceConfig| async move {
@@ -159,8 +222,8 @@ async fn without_its_file_of_revocations_a_node_counts_no_token_until_the_databa
         .refused_with(503, "registry_unavailable");
     cluster.restart().unwrap();
     eventually(|| gateway.shared.readiness().ready && file_is_good(&file)).await;
-    // Its probes are statements, too.
-    eventually(|| gateway.shared.gate.state().breaker == BreakerState::Closed).await;
+    // Its probes are also statements.
+    eventually(|| gateway.shared.lookups.state().breaker == BreakerState::Closed).await;
     assert_resumed(&gateway, &returning).await;
 }
 
@@ -183,6 +246,7 @@ async fn registry_out_of_a_backup_has_every_device_looked_up_once() {
 
     eventually(|| gateway.shared.resume.known() == Generation(6)).await;
 
+    eventually(|| gateway.shared.alarms.is_active("registry_older")).await;
     gateway.connect(&returning[5]).await.admitted();
     assert_eq!(gateway.metric("seawall_resumes_total{outcome=\"revoked\"}"), 1);
 }

@@ -1,4 +1,4 @@
-//! Many devices at once at a gateway that can take few.
+//! Many devices at once on a gateway with a low limit.
 
 use std::{
     sync::{
@@ -8,10 +8,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::rig::{Gateway, devices, persist_all};
+use crate::harness::{
+    devices::{devices, persist_all},
+    gateway::Gateway,
+};
 
 const DEVICES: u32 = 300;
-/// Keys a second, and keys in flight.
+/// Keys per second, and keys in flight.
 const CEILING: u32 = 400;
 const LIMIT: u32 = 4;
 
@@ -36,7 +39,7 @@ async fn storm_is_let_in_at_the_rate_that_the_database_takes() {
     let refusals: u32 = arrived.iter().map(|device| device.refusals).sum();
     let least = f64::from(DEVICES) / f64::from(CEILING);
     assert!(took >= 0.8 * least, "faster than the ceiling: {took} s");
-    // The first slot is half a second away, and a device waits up to a second for its connection here.
+    // The first slot is half a second ahead, and a device waits up to a second for its connection here.
     assert!(took <= 1.3 * least + 1.5, "{took} s for what {least} s are enough for");
     assert!(refusals <= 2 * DEVICES, "{refusals} refusals");
     assert_eq!(gateway.metric("seawall_sessions "), u64::from(DEVICES));
@@ -47,13 +50,13 @@ async fn storm_is_let_in_at_the_rate_that_the_database_takes() {
     );
 }
 
-/// The most keys in flight that were seen, and in how many looks.
+/// Maximum number of keys in flight that was seen, and the number of samples.
 fn watch(gateway: &Gateway, is_over: &Arc<AtomicBool>) -> tokio::task::JoinHandle<(u32, u32)> {
     let (shared, is_over) = (Arc::clone(&gateway.shared), Arc::clone(is_over));
     tokio::spawn(async move {
         let (mut most, mut looks) = (0, 0);
         while !is_over.load(Ordering::Relaxed) {
-            let state = shared.gate.state();
+            let state = shared.lookups.state();
             assert!(state.in_flight <= state.limit, "{state:?}");
             most = most.max(state.in_flight);
             looks += 1;

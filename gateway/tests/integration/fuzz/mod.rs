@@ -1,6 +1,6 @@
-//! Whatever stands in files and comes over sockets: nothing panics, what is taken says the same when it is said again, and nothing takes long.
+//! Content of files and sockets: nothing panics, accepted input survives a round trip, and nothing takes long.
 //!
-//! The same for what `seawall_proto` reads is in its own tests. `PROPTEST_CASES` says how many inputs are tried.
+//! The tests of `seawall_proto` do the same for its own parsers. `PROPTEST_CASES` sets the number of inputs.
 
 #[path = "../../../../proto/tests/fuzz/mutate.rs"]
 mod mutate;
@@ -14,14 +14,11 @@ use std::{
 
 use proptest::{prelude::*, test_runner::TestRunner};
 use seawall_gateway::{
-    config::Config,
-    head::HeadReader,
-    keys, known_good, proxy,
-    resume::Resume,
-    rules::Rules,
-    socket::{Inbound, Socket, SocketLimits},
+    edge::{head::HeadReader, proxy, transport::Transport},
+    fleet::{last_known_good, resume::Resume, rules::Rules},
+    runtime::{config::Config, keys},
+    session::socket::{Inbound, Socket, SocketLimits},
     tokens::Tokens,
-    transport::Transport,
 };
 use seawall_proto::{firmware::Range, refusal::Refusal, resume::ResumeKeys, rules::Subject, time::WallTime};
 use tokio::{
@@ -33,7 +30,7 @@ use tokio::{
 
 use self::mutate::{inputs, settings};
 
-/// No single input may take longer, on a machine that has other things to do.
+/// Maximum time of a single input, on a machine with other load.
 const TIME_MAX: Duration = Duration::from_secs(2);
 
 fn folder(kind: &str) -> PathBuf {
@@ -65,12 +62,12 @@ fn runtime() -> Runtime {
         .unwrap()
 }
 
-/// Both ends of a connection; the client's has sent this and nothing follows.
+/// Both ends of a connection. The client has sent these bytes, and nothing follows.
 async fn sent(bytes: &[u8]) -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (server, _) = listener.accept().await.unwrap();
-    // Less than the kernel keeps for one who does not read yet.
+    // Less than the kernel buffers for a peer that does not read yet.
     client.write_all(bytes).await.unwrap();
     client.shutdown().await.unwrap();
     (client, server)
@@ -138,7 +135,7 @@ fn frames_off_a_socket() {
                         Inbound::Text(text) => len = text.len().max(len),
                         Inbound::Binary(bytes) => len = bytes.len().max(len),
                         Inbound::Control => {}
-                        Inbound::Goodbye | Inbound::BadGoodbye => {
+                        Inbound::Goodbye(_) | Inbound::BadGoodbye => {
                             socket.finish().await;
                             return len;
                         }
@@ -152,7 +149,7 @@ fn frames_off_a_socket() {
             };
             let longest = timeout(TIME_MAX, reading).await;
             prop_assert!(longest.is_ok_and(|longest| longest <= LEN_MAX));
-            // What is answered is a few pongs and a close.
+            // The answer is a few pongs and a close.
             let mut answer = Vec::new();
             let _ = client.read_to_end(&mut answer).await;
             prop_assert!(answer.len() <= input.len() + 200);
@@ -189,7 +186,7 @@ fn proxy_headers() {
     });
 }
 
-/// Writes each input where a gateway would find it, and shows the folder.
+/// Writes each input to the place where a gateway reads it, and passes the directory.
 fn try_files(kind: &str, name: &str, check: impl Fn(&Path) -> Result<(), TestCaseError>) {
     let home = tempfile::tempdir().unwrap();
     try_all(kind, |input| {
@@ -223,7 +220,7 @@ fn what_the_corpus_holds_is_taken() {
                     !set.rules().is_empty() || !set.unsupported().is_empty()
                 }
                 "revoked" => resume.revision().is_some(),
-                "known_good" => known_good::load(home.path()).is_some(),
+                "known_good" => last_known_good::load(home.path()).is_some(),
                 "tokens" => !Tokens::open(home.path()).unwrap().is_empty(),
                 _ => keys::open(home.path()).is_ok(),
             };
@@ -246,11 +243,12 @@ fn files_of_rules() {
             let spec = &rule.spec;
             let firmware = spec.matches.firmware.as_ref().map(Range::as_str);
             let subject = Subject {
+                device: None,
                 firmware: firmware.or(Some("3.8.0")),
                 model: Some("m"),
                 tenant: Some("t"),
             };
-            let _ = set.evaluate(&subject, WallTime::from_unix_ms(1_800_000_000_000));
+            let _ = set.verdict(&subject, WallTime::from_unix_ms(1_800_000_000_000));
             let refusal = Refusal::firmware_blocked(rule.id, &spec.reason, spec.retry_after, &mut rand::rng());
             let mut answer = Vec::new();
             refusal.write_response(&mut answer);
@@ -262,8 +260,8 @@ fn files_of_rules() {
 
 #[test]
 fn files_of_capacity_and_keys_and_tokens() {
-    try_files("known_good", known_good::FILE, |home| {
-        prop_assert!(known_good::load(home).is_none_or(|rate| rate > 0.0 && rate.is_finite()));
+    try_files("known_good", last_known_good::FILE, |home| {
+        prop_assert!(last_known_good::load(home).is_none_or(|rate| rate > 0.0 && rate.is_finite()));
         Ok(())
     });
     try_files("keys", "keys.json", |home| {
@@ -272,7 +270,7 @@ fn files_of_capacity_and_keys_and_tokens() {
         prop_assert_eq!(
             fs::read(home.join("keys.json")).unwrap(),
             before,
-            "what is damaged is never overwritten"
+            "a damaged file is never overwritten"
         );
         Ok(())
     });

@@ -1,4 +1,4 @@
-//! An authority of the test's own, its certificates in files, and clients that trust it.
+//! A CA for tests, its certificates in files, and clients that trust it.
 
 use std::{fs, net::SocketAddr, path::PathBuf, sync::Arc};
 
@@ -11,25 +11,25 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
 };
 use seawall_gateway::{
-    config::Config,
-    tls::{Endpoint, Files, provider},
+    edge::tls::{Endpoint, Files, provider},
+    runtime::config::Config,
 };
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-/// What every certificate of a gateway here is for.
+/// Host name in every certificate of a gateway here.
 pub const HOST: &str = "gateway.test";
 
-/// Issues certificates, and holds their files until it is dropped.
+/// Issues certificates, and keeps their files until dropped.
 pub struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
-    /// Certificates between those that it issues and the root, as PEM.
+    /// Intermediates between its certificates and the root, as PEM.
     chain: String,
     files: tempfile::TempDir,
     last_serial: u64,
 }
 
-/// A certificate with what stands between it and its root, and its key, as PEM.
+/// A certificate with its intermediates, and its key, as PEM.
 pub struct Identity {
     pub certificate: String,
     pub key: String,
@@ -47,7 +47,7 @@ impl Authority {
         }
     }
 
-    /// An authority that this one has issued a certificate for, and the certificate's number.
+    /// A CA below this one, and the serial number of its certificate.
     pub fn below(&mut self, name: &str) -> (Self, SerialNumber) {
         self.last_serial += 1;
         let serial = SerialNumber::from(self.last_serial);
@@ -68,19 +68,19 @@ impl Authority {
         self.issue(CertificateParams::new(vec![HOST.to_owned(), "127.0.0.1".to_owned()]).unwrap())
     }
 
-    /// A gateway's that has ended.
+    /// An expired certificate of a gateway.
     pub fn ended_server(&mut self) -> Identity {
         let mut params = CertificateParams::new(vec![HOST.to_owned()]).unwrap();
         params.not_after = date_time_ymd(2020, 1, 1);
         self.issue(params)
     }
 
-    /// The authority's own certificate.
+    /// The CA's own certificate.
     pub fn pem(&self) -> String {
         self.issuer.pem()
     }
 
-    /// A device's, with this common name and these alternative names.
+    /// A device's certificate with this common name and these alternative names.
     pub fn client(&mut self, common_name: &str, names: Vec<SanType>) -> Identity {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.distinguished_name.push(DnType::CommonName, common_name);
@@ -105,7 +105,7 @@ impl Authority {
         self.revocations_until(serials, 2099)
     }
 
-    /// The same, to be replaced by the beginning of this year.
+    /// The same, with a next update at the beginning of this year.
     pub fn revocations_until(&self, serials: &[&SerialNumber], year: i32) -> String {
         let revoked = |serial: &&SerialNumber| RevokedCertParams {
             serial_number: (*serial).clone(),
@@ -134,13 +134,13 @@ impl Authority {
         path
     }
 
-    /// Puts a gateway's certificate where [`settings`](Self::settings) says.
+    /// Writes a gateway's certificate to the place that [`settings`](Self::settings) names.
     pub fn write_server(&self, identity: &Identity) {
         self.write("gateway.pem", &identity.certificate);
         self.write("gateway.key", &identity.key);
     }
 
-    /// `[tls]` with a certificate of this authority.
+    /// `[tls]` with a certificate of this CA.
     pub fn settings(&mut self) -> String {
         let server = self.server();
         self.write_server(&server);
@@ -152,19 +152,19 @@ impl Authority {
         )
     }
 
-    /// A listener's TLS with a certificate of this authority.
+    /// TLS of a listener, with a certificate of this CA.
     pub fn endpoint(&mut self) -> Endpoint {
         let config = Config::from_toml(&self.settings()).unwrap();
         Endpoint::open(Files::of_devices(&config).unwrap()).unwrap()
     }
 
-    /// The same, asking for client certificates of this authority.
+    /// The same, with client certificates of this CA.
     pub fn settings_with_clients(&mut self) -> String {
         let settings = self.settings();
         format!("{settings}client_ca = {:?}\n", self.path("ca.pem"))
     }
 
-    /// What a client of this authority's gateways connects with.
+    /// Configuration of a client that trusts this CA.
     pub fn client_config(
         &self,
         versions: &[&'static SupportedProtocolVersion],
@@ -187,7 +187,7 @@ impl Authority {
         })
     }
 
-    /// TLS on a connection that is there already.
+    /// Starts TLS on an existing connection.
     pub async fn secure(&self, tcp: TcpStream) -> std::io::Result<TlsStream<TcpStream>> {
         let config = self.client_config(rustls::ALL_VERSIONS, None);
         TlsConnector::from(config)
@@ -195,7 +195,7 @@ impl Authority {
             .await
     }
 
-    /// A TLS connection by the newest version.
+    /// Connects with the newest version of TLS.
     pub async fn connect(
         &self,
         address: SocketAddr,
@@ -220,7 +220,7 @@ pub async fn dial(config: Arc<ClientConfig>, address: SocketAddr) -> std::io::Re
     TlsConnector::from(config).connect(name, tcp).await
 }
 
-/// The serial number that the gateway's certificate has, as its last byte.
+/// The serial number of the gateway's certificate, as its last byte.
 pub fn serial_of(stream: &TlsStream<TcpStream>) -> u64 {
     let chain = stream.get_ref().1.peer_certificates().unwrap();
     let (_, certificate) = x509_parser::parse_x509_certificate(&chain[0]).unwrap();

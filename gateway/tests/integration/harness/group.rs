@@ -1,4 +1,4 @@
-//! A memory cgroup of the test's own, where this machine allows it.
+//! A memory cgroup for a test, if this machine allows it.
 
 use std::{
     fs,
@@ -13,17 +13,17 @@ const ROOTS: [(&str, &str, &str); 2] = [
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.oom_control"),
     ("/sys/fs/cgroup", "memory.max", "memory.events"),
 ];
-/// Time for the kernel to forget the last process.
+/// Maximum time for the kernel to remove the last process.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Removed when it is dropped: whoever is in it must have ended.
+/// Removed when dropped. Its processes must have ended.
 pub struct MemoryGroup {
     pub folder: PathBuf,
     events: &'static str,
 }
 
 impl MemoryGroup {
-    /// `None` where this machine allows none.
+    /// `None` if this machine does not allow it.
     pub fn of(bytes: u64) -> Option<Self> {
         static MADE: AtomicU32 = AtomicU32::new(0);
         let number = MADE.fetch_add(1, Ordering::Relaxed);
@@ -39,7 +39,7 @@ impl MemoryGroup {
         })
     }
 
-    /// Processes that the kernel has killed in it.
+    /// Number of processes that the kernel has killed in it.
     pub fn kills(&self) -> u64 {
         let events = fs::read_to_string(self.folder.join(self.events)).unwrap();
         let line = events.lines().find_map(|line| line.strip_prefix("oom_kill "));

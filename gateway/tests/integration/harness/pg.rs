@@ -1,8 +1,8 @@
-//! PostgreSQL for tests: a cluster of this process's own, on a free port, gone when the process ends.
+//! PostgreSQL for tests: a cluster of this process, on a free port, removed when the process ends.
 //!
-//! Most tests share one cluster and take a database each: [`shared`], [`Cluster::database`]. Tests that hurt the server
-//! start their own: [`Cluster::start`]. However the process ends, a guardian (a shell that holds the other end of a pipe)
-//! sees the pipe close, kills the server and removes its files.
+//! Most tests share one cluster and use a database each: [`shared`], [`Cluster::database`]. Tests that break the server
+//! start their own: [`Cluster::start`]. A guardian holds the other end of a pipe. When the process ends it sees the
+//! pipe close, kills the server and removes its files. The guardian is a shell.
 
 use std::{
     fs,
@@ -21,17 +21,17 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
-use seawall_gateway::config::DatabaseUrl;
+use seawall_gateway::runtime::config::DatabaseUrl;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
 
-/// Longest wait for the server to start, or to be gone.
+/// Maximum time for the server to start, or to end.
 const START_MAX: Duration = Duration::from_secs(30);
 /// Ports are chosen before the server binds them: another process may be faster.
 const PORTS_TRIED_MAX: u32 = 5;
 
-/// Reads `start PORT` lines; at the end of its input (this process is gone) it ends the server and removes the files.
-/// Stopped processes can't die of a polite signal, hence KILL; and the kernel hangs up on a group with stopped processes in
-/// it that has lost its parent, hence the trap.
+/// Reads `start PORT` lines. At the end of its input (this process has ended) it ends the server and removes the files.
+/// It uses KILL, because stopped processes do not handle other signals. It traps HUP, because the kernel sends that to
+/// an orphaned group with stopped processes.
 const GUARDIAN: &str = r#"
 trap '' HUP INT TERM
 dir=$1; shift
@@ -48,7 +48,7 @@ wait
 rm -rf "$dir"
 "#;
 
-/// The cluster of this process, for tests that leave it as it is.
+/// The cluster of this process, for tests that do not change it.
 pub fn shared() -> &'static Cluster {
     static SHARED: OnceLock<Cluster> = OnceLock::new();
     SHARED.get_or_init(|| Cluster::start().expect("starting PostgreSQL for the tests"))
@@ -64,19 +64,19 @@ pub struct Cluster {
 
 struct Guardian {
     process: Child,
-    /// `None` once the cluster is dropped: that closes the pipe.
+    /// `None` once the cluster is dropped, which closes the pipe.
     commands: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
     server: Pid,
 }
 
 impl Cluster {
-    /// Makes and starts a cluster; takes one or two seconds.
+    /// Creates and starts a cluster, which takes one or two seconds.
     pub fn start() -> Result<Self> {
         Self::start_with(&[])
     }
 
-    /// The same with these settings over ours, each as `name=value`.
+    /// The same with these additional settings, each as `name=value`.
     pub fn start_with(settings: &[&str]) -> Result<Self> {
         let binaries = binaries()?;
         let directory = tempfile::Builder::new().prefix("seawall-pg-").tempdir()?.keep();
@@ -113,7 +113,7 @@ impl Cluster {
         {
             guardian.args(["-c", setting]);
         }
-        // Out of reach of a Ctrl-C, or of a test runner that kills the whole group of this process.
+        // Protects it from Ctrl-C, and from a test runner that kills the whole group of this process.
         guardian.process_group(0);
         guardian
             .current_dir(&directory)
@@ -165,7 +165,7 @@ impl Cluster {
         self.port
     }
 
-    /// Server processes that serve clients of `database`, this very question aside.
+    /// Server processes with clients of `database`, without the one for this query.
     pub async fn backends(&self, database: &str) -> Result<i64> {
         let mut connection = self.connect("postgres").await?;
         let row = sqlx::query(
@@ -181,17 +181,17 @@ impl Cluster {
         Ok(PgConnection::connect(self.url(database).expose()).await?)
     }
 
-    /// Stops every process of the server where it stands (SIGSTOP): it answers nothing, and closes nothing.
+    /// Stops every process of the server (SIGSTOP): it answers nothing, and closes nothing.
     pub fn freeze(&self) -> Result<()> {
         self.signal_all(Signal::STOP)
     }
 
-    /// Lets a frozen server go on.
+    /// Continues a frozen server.
     pub fn thaw(&self) -> Result<()> {
         self.signal_all(Signal::CONT)
     }
 
-    /// Kills every process of the server, as a power cut would.
+    /// Kills every process of the server, like a power cut.
     pub fn kill(&self) -> Result<()> {
         let server = self.server();
         let processes = family(server)?;
@@ -227,7 +227,7 @@ impl Cluster {
         let server = self.server();
         kill_process(server, signal)?;
         for child in family(server)? {
-            // A child may end by itself meanwhile.
+            // A child may end on its own meanwhile.
             let _ = kill_process(child, signal);
         }
         Ok(())
@@ -251,7 +251,7 @@ fn launch(commands: &mut ChildStdin, answers: &mut BufReader<ChildStdout>, port:
     Pid::from_raw(answer.trim().parse()?).context("the guardian names no process")
 }
 
-/// `Ok(false)`: the server ended, most likely because its port was taken.
+/// `Ok(false)`: the server ended, most likely because its port was in use.
 fn wait_until_ready(data: &Path, server: Pid) -> Result<bool> {
     let deadline = Instant::now() + START_MAX;
     while Instant::now() < deadline {
@@ -292,7 +292,7 @@ struct Stat {
     parent: i32,
 }
 
-/// From `PID (NAME) STATE PARENT …`; the name may hold spaces and parentheses.
+/// Parses `PID (NAME) STATE PARENT …`. The name may contain spaces and parentheses.
 fn stat(number: i32) -> Option<Stat> {
     let text = fs::read_to_string(format!("/proc/{number}/stat")).ok()?;
     let mut fields = text.rsplit_once(')')?.1.split_ascii_whitespace();
@@ -302,13 +302,13 @@ fn stat(number: i32) -> Option<Stat> {
     })
 }
 
-/// One that has ended and only waits for its parent to notice is not alive.
+/// A process that has ended, and only waits for its parent to notice, is not alive.
 fn is_alive(process: Pid) -> bool {
     test_kill_process(process).is_ok()
         && stat(process.as_raw_nonzero().get()).is_some_and(|stat| !matches!(stat.state, 'Z' | 'X'))
 }
 
-/// Where `initdb` and `postgres` are: SEAWALL_TEST_PG_BIN, PATH, or Debian's folder with the highest version.
+/// Directory of `initdb` and `postgres`: SEAWALL_TEST_PG_BIN, PATH, or Debian's directory with the highest version.
 fn binaries() -> Result<PathBuf> {
     if let Some(directory) = std::env::var_os("SEAWALL_TEST_PG_BIN") {
         return Ok(directory.into());
@@ -333,7 +333,7 @@ pub(super) fn is_program(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
 }
 
-/// PostgreSQL refuses to run as root; root's tests run it as `postgres`.
+/// PostgreSQL refuses to run as root, so root's tests run it as `postgres`.
 pub(super) fn server_user() -> Option<&'static str> {
     rustix::process::geteuid().is_root().then_some("postgres")
 }

@@ -1,4 +1,4 @@
-//! PgBouncer between a gateway and PostgreSQL, gone with its owner.
+//! PgBouncer between a gateway and PostgreSQL. It ends with its owner.
 
 use std::{
     fs,
@@ -11,20 +11,21 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use seawall_gateway::config::DatabaseUrl;
+use seawall_gateway::runtime::config::DatabaseUrl;
 use tempfile::TempDir;
 
 use super::pg::{Cluster, is_program, server_user};
+use crate::harness::skip::skip_without_program;
 
-/// Longest wait for it to listen.
+/// Maximum wait for it to listen.
 const START_MAX: Duration = Duration::from_secs(10);
 
-/// What it does with start-up options, which it can't pass on.
+/// Handling of start-up options, which it cannot pass on.
 #[derive(Clone, Copy, Debug)]
 pub enum Options {
     /// Its default: it refuses the connection.
     Refused,
-    /// The usual recipe: it drops them.
+    /// The usual setting: it drops them.
     Dropped,
 }
 
@@ -35,14 +36,10 @@ pub struct Pooler {
 }
 
 impl Pooler {
-    /// `None`, and a line on stderr, where PgBouncer is not installed and nobody demands it.
+    /// `None`, and a line on stderr, if PgBouncer is not installed and not required.
     pub fn start(cluster: &Cluster, mode: &str, options: Options) -> Result<Option<Self>> {
         let Some(program) = program() else {
-            let is_demanded = std::env::var("CI").is_ok_and(|value| value == "true");
-            if is_demanded {
-                bail!("PgBouncer is missing: apt-get install pgbouncer");
-            }
-            eprintln!("SKIPPED: PgBouncer is missing (apt-get install pgbouncer): nothing is tested behind it");
+            skip_without_program("PgBouncer is missing (apt-get install pgbouncer): nothing is tested behind it");
             return Ok(None);
         };
         let directory = tempfile::Builder::new().prefix("seawall-pooler-").tempdir()?;

@@ -1,4 +1,4 @@
-//! The real binary: a gateway in a process of its own, and single command lines.
+//! The real binary: a gateway in its own process, and single command lines.
 
 use std::{
     fs,
@@ -12,23 +12,25 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
-use seawall_gateway::data_dir::{self, Addresses};
+use seawall_gateway::runtime::data_dir::{self, Addresses};
 use tempfile::TempDir;
 
-/// Longest wait for a gateway to listen, or for a command line to end.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// Time between two looks at a condition.
-const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+use super::figures;
+
+/// Maximum wait for a gateway to listen, or for a command line to end.
+const WAIT_MAX: Duration = Duration::from_secs(30);
+/// Time between two checks of a condition.
+const CHECK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// A gateway on free ports.
 const SERVE: [&str; 5] = ["serve", "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"];
 
-/// A command line of the binary, without the settings of whoever runs the tests.
+/// A command line of the binary, without the environment settings of the test run.
 pub fn seawall() -> Command {
     plain(env!("CARGO_BIN_EXE_seawall"))
 }
 
-/// A command line of any program, without the settings of whoever runs the tests.
+/// A command line of any program, without the environment settings of the test run.
 fn plain(program: &str) -> Command {
     let mut command = Command::new(program);
     for (name, _) in std::env::vars_os() {
@@ -48,7 +50,7 @@ pub fn run(command: &mut Command) -> Result<Output> {
         .spawn()?;
     let out = reader(child.stdout.take());
     let err = reader(child.stderr.take());
-    let status = wait(&mut child, PATIENCE)?;
+    let status = wait(&mut child, WAIT_MAX)?;
     let join = |reader: thread::JoinHandle<Vec<u8>>| reader.join().unwrap_or_default();
     Ok(Output {
         status,
@@ -67,21 +69,21 @@ fn reader(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u8
     })
 }
 
-/// Waits for a child; kills it when it takes longer.
-pub fn wait(child: &mut Child, patience: Duration) -> Result<ExitStatus> {
-    let deadline = Instant::now() + patience;
+/// Waits for a child, and kills it if it takes longer.
+pub fn wait(child: &mut Child, time_max: Duration) -> Result<ExitStatus> {
+    let deadline = Instant::now() + time_max;
     while Instant::now() < deadline {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
-        thread::sleep(LOOK_INTERVAL);
+        thread::sleep(CHECK_INTERVAL);
     }
     child.kill()?;
     child.wait()?;
-    bail!("the process did not end within {patience:?}")
+    bail!("the process did not end within {time_max:?}")
 }
 
-/// A running `seawall serve`, killed when it is dropped.
+/// A running `seawall serve`, killed when dropped.
 pub struct GatewayProcess {
     child: Child,
     pub addresses: Addresses,
@@ -91,7 +93,7 @@ pub struct GatewayProcess {
 }
 
 impl GatewayProcess {
-    /// Starts one on free ports and a data directory of its own.
+    /// Starts one on free ports and a new data directory.
     pub fn start(args: &[&str]) -> Result<Self> {
         let home = tempfile::tempdir()?;
         let mut process = Self::start_on(&home.path().join("data"), args)?;
@@ -101,14 +103,15 @@ impl GatewayProcess {
 
     /// Starts one on free ports and waits until it listens.
     pub fn start_on(data_dir: &Path, args: &[&str]) -> Result<Self> {
-        // What an earlier gateway left behind must not be taken for this one's.
+        // A file of an earlier gateway must not be taken for this one's.
         let _ = fs::remove_file(data_dir.join(data_dir::ADDRESSES));
         let mut command = seawall();
         command.args(SERVE).arg("--data-dir").arg(data_dir).args(args);
         Self::spawn(command, data_dir.with_extension("log"), |_| data_dir.to_owned())
     }
 
-    /// Starts one on free ports of a loopback address that nothing else uses. The ports stay free while no gateway runs there.
+    /// Starts one on free ports of a loopback address that nothing else uses. The ports stay free while no gateway runs
+    /// there.
     pub fn start_at(address: Ipv4Addr) -> Result<Self> {
         let home = tempfile::tempdir()?;
         let data_dir = home.path().join("data");
@@ -139,7 +142,7 @@ impl GatewayProcess {
         Self::spawn(command, data_dir.with_extension("log"), |_| data_dir.to_owned())
     }
 
-    /// Starts one on free ports with these variables in its environment.
+    /// Starts one on free ports with these environment variables.
     pub fn start_with(data_dir: &Path, variables: &[(&str, &str)]) -> Result<Self> {
         let mut command = seawall();
         command.args(SERVE).arg("--data-dir").arg(data_dir);
@@ -147,8 +150,8 @@ impl GatewayProcess {
         Self::spawn(command, data_dir.with_extension("log"), |_| data_dir.to_owned())
     }
 
-    /// Starts one whose data directory lies on a disk of its own, of so many bytes (a tmpfs that nobody else sees). `Ok(None)`
-    /// where this machine allows no such thing.
+    /// Starts one whose data directory is on a separate disk of `bytes` bytes (a tmpfs that no other process sees).
+    /// `Ok(None)` if this machine does not allow it.
     pub fn start_on_small_disk(bytes: usize) -> Result<Option<Self>> {
         let private: &[&str] = if rustix::process::geteuid().is_root() {
             &["--mount"]
@@ -190,7 +193,7 @@ impl GatewayProcess {
         Ok(Some(process))
     }
 
-    /// Starts one in a cgroup, from its first page on.
+    /// Starts one in a cgroup, from its first page.
     pub fn start_in_group(group: &Path, args: &[&str]) -> Result<Self> {
         let home = tempfile::tempdir()?;
         let data_dir = home.path().join("data");
@@ -209,7 +212,8 @@ impl GatewayProcess {
         Ok(process)
     }
 
-    /// Starts what `command` says and waits until it listens. `data_dir` says where its data directory is seen from here.
+    /// Starts `command` and waits until it listens. `data_dir` returns the path of its data directory as seen from
+    /// here.
     fn spawn(mut command: Command, log: PathBuf, data_dir: impl FnOnce(u32) -> PathBuf) -> Result<Self> {
         let mut child = command
             .stdin(Stdio::null())
@@ -241,19 +245,17 @@ impl GatewayProcess {
     pub fn metrics(&self) -> Result<String> {
         let agent: ureq::Agent = ureq::Agent::config_builder()
             .proxy(None)
-            .timeout_global(Some(PATIENCE))
+            .timeout_global(Some(WAIT_MAX))
             .build()
             .into();
         let answer = agent.get(format!("http://{}/metrics", self.addresses.ops)).call();
         Ok(answer?.body_mut().read_to_string()?)
     }
 
-    /// The sum of all series whose text begins like this.
-    pub fn metric(&self, beginning: &str) -> Result<u64> {
-        let text = self.metrics()?;
-        let figures = text.lines().filter(|line| line.starts_with(beginning));
-        let figures = figures.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
-        Ok(figures.sum::<f64>().round() as u64)
+    /// Sum of the series that `series` names, to the nearest whole number.
+    #[track_caller]
+    pub fn metric(&self, series: &str) -> Result<u64> {
+        Ok(figures::sum(&self.metrics()?, series).round() as u64)
     }
 
     /// An operator's command line for this gateway, with its admin token.
@@ -266,9 +268,13 @@ impl GatewayProcess {
         command
     }
 
-    /// Everything the gateway wrote to standard error so far.
+    /// All that the gateway wrote to standard error so far.
     pub fn log(&self) -> Result<String> {
         Ok(fs::read_to_string(&self.log)?)
+    }
+
+    pub fn has_logged(&self, text: &str) -> bool {
+        self.log().unwrap().contains(text)
     }
 
     pub fn data_dir(&self) -> &Path {
@@ -279,27 +285,27 @@ impl GatewayProcess {
         Ok(kill_process(self.pid()?, signal)?)
     }
 
-    /// Waits for the gateway to end by itself.
-    pub fn wait(&mut self, patience: Duration) -> Result<ExitStatus> {
-        wait(&mut self.child, patience)
+    /// Waits for the gateway to end on its own.
+    pub fn wait(&mut self, time_max: Duration) -> Result<ExitStatus> {
+        wait(&mut self.child, time_max)
     }
 }
 
 impl Drop for GatewayProcess {
     fn drop(&mut self) {
-        // One that has ended already is what we want.
+        // A process that has ended already is fine.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// A path below whatever is the root.
+/// The path without a leading root.
 fn relative(path: &Path) -> &Path {
     path.strip_prefix("/").unwrap_or(path)
 }
 
 fn listening(child: &mut Child, data_dir: &Path) -> Result<Addresses> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + WAIT_MAX;
     while Instant::now() < deadline {
         if let Some(status) = child.try_wait()? {
             bail!("the gateway ended before it listened: {status}");
@@ -307,7 +313,7 @@ fn listening(child: &mut Child, data_dir: &Path) -> Result<Addresses> {
         if let Ok(Some(addresses)) = data_dir::read_addresses(data_dir) {
             return Ok(addresses);
         }
-        thread::sleep(LOOK_INTERVAL);
+        thread::sleep(CHECK_INTERVAL);
     }
-    bail!("the gateway does not listen after {PATIENCE:?}")
+    bail!("the gateway does not listen after {WAIT_MAX:?}")
 }

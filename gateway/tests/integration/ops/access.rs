@@ -1,13 +1,15 @@
-//! Who may do what, with which token.
+//! Permissions of tokens, by call.
 
 use serde_json::{Value, json};
 
 use super::rig::{Gateway, text};
 
-/// Calls with the least role that each needs. Bodies are such that nothing is changed.
-const CALLS: [(&str, &str, &str); 25] = [
+/// Calls with the minimum role of each. The bodies change nothing.
+const CALLS: [(&str, &str, &str); 34] = [
     ("GET", "/api/v1/devices", "viewer"),
     ("GET", "/api/v1/devices/{id}", "viewer"),
+    ("GET", "/api/v1/devices/{id}/history", "viewer"),
+    ("GET", "/api/v1/presence", "viewer"),
     ("POST", "/api/v1/devices", "admin"),
     ("PATCH", "/api/v1/devices/{id}", "admin"),
     ("DELETE", "/api/v1/devices/{id}", "admin"),
@@ -21,11 +23,18 @@ const CALLS: [(&str, &str, &str); 25] = [
     ("GET", "/api/v1/rules/{id}", "viewer"),
     ("PATCH", "/api/v1/rules/{id}", "operator"),
     ("DELETE", "/api/v1/rules/{id}", "operator"),
+    ("POST", "/api/v1/rules/{id}/release", "operator"),
+    ("GET", "/api/v1/rules/{id}/rollout", "viewer"),
+    ("PATCH", "/api/v1/rules/{id}/rollout", "operator"),
     ("GET", "/api/v1/firmware", "viewer"),
     ("GET", "/api/v1/node", "viewer"),
     ("PUT", "/api/v1/node/log-level", "operator"),
     ("GET", "/api/v1/nodes", "viewer"),
     ("GET", "/api/v1/alarms", "viewer"),
+    ("POST", "/api/v1/webhook/test", "operator"),
+    ("GET", "/api/v1/proposals", "viewer"),
+    ("POST", "/api/v1/proposals/{id}/apply", "operator"),
+    ("POST", "/api/v1/proposals/{id}/dismiss", "operator"),
     ("GET", "/api/v1/drain", "viewer"),
     ("GET", "/api/v1/audit", "viewer"),
     ("POST", "/api/v1/audit/prune", "admin"),
@@ -33,7 +42,7 @@ const CALLS: [(&str, &str, &str); 25] = [
     ("POST", "/api/v1/tokens", "admin"),
 ];
 
-/// Not among [`CALLS`]: they would change something, or have no end.
+/// Calls that are not in [`CALLS`], because they would change something or do not end.
 const OTHER_CALLS: [(&str, &str, &str); 4] = [
     ("POST", "/api/v1/drain", "operator"),
     ("DELETE", "/api/v1/drain", "operator"),
@@ -101,7 +110,7 @@ fn a_token_works_from_its_creation_to_its_end() {
     let (id, token) = (text(&created["id"]), text(&created["token"]));
 
     let listed = gateway.all("/api/v1/tokens?", 1);
-    let copy = std::fs::read_to_string(gateway.data_dir.path().join("tokens.json")).unwrap();
+    let copy = std::fs::read_to_string(gateway.data_dir.join("tokens.json")).unwrap();
 
     assert_eq!(gateway.call_as(&token, "GET", "/api/v1/node", None).status, 200);
     assert_eq!(listed.len(), 1);
@@ -195,6 +204,6 @@ fn young_records_of_the_audit_log_stay() {
     assert_eq!(
         gateway.all("/api/v1/audit?", 10).len(),
         1,
-        "what deletes nothing is no record"
+        "no record without a deletion"
     );
 }

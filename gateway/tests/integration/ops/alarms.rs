@@ -10,10 +10,10 @@ fn alarms_are_listed_while_they_are_active() {
     let state = gateway.state();
     assert_eq!(gateway.get("/api/v1/alarms").json()["items"], json!([]));
 
-    state.alarm_about("costly_lookups", "box/1.0", true, "slow");
-    state.alarm("disk_full", true, "no room");
+    state.alarms.set_for("costly_cohort", "box/1.0", true, "slow");
+    state.alarms.set("disk_full", true, "no room");
     let active = gateway.all("/api/v1/alarms?", 1);
-    state.alarm("disk_full", false, "room again");
+    state.alarms.set("disk_full", false, "room again");
     let left = gateway.all("/api/v1/alarms?", 10);
 
     let shown: Vec<_> = active
@@ -24,7 +24,7 @@ fn alarms_are_listed_while_they_are_active() {
         shown,
         [
             json!(["disk_full", "node", "critical", "no room"]),
-            json!(["costly_lookups", "box/1.0", "warning", "slow"]),
+            json!(["costly_cohort", "box/1.0", "warning", "slow"]),
         ]
     );
     assert!(active[0]["since"].is_string());

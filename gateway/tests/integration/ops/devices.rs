@@ -1,12 +1,12 @@
-//! The registry, and what its devices do.
+//! The registry, and the state of its devices.
 
 use seawall_gateway::store::DatabaseStatus;
 use serde_json::{Value, json};
 
 use super::rig::{Gateway, V1, text};
-use crate::{
-    harness::pg::Cluster,
-    wire::raw::{Device, ask, request},
+use crate::harness::{
+    pg::Cluster,
+    raw::{Device, ask, request},
 };
 
 #[test]
@@ -165,7 +165,7 @@ fn devices_come_from_memory_while_the_database_does_not_answer() {
         (&json!("memory"), &json!("online"), &json!("3.8.0-b2"), &Value::Null)
     );
     assert_eq!(shown["attempts"][0]["outcome"], "admitted");
-    for registry_only in ["?state=enabled", "?state=unknown", &format!("/{never_seen}")] {
+    for registry_only in ["?state=enabled", &format!("/{never_seen}")] {
         let answer = gateway.get(&format!("/api/v1/devices{registry_only}"));
         assert_eq!(
             answer.problem(),
@@ -272,11 +272,11 @@ fn a_device_that_was_refused_connects_as_soon_as_it_is_registered() {
     let gateway = Gateway::start();
     let id = uuid::Uuid::new_v4().to_string();
     let address = gateway.device_address();
-    let request = crate::wire::raw::request(&[&format!(
+    let request = request(&[&format!(
         "Seawall-Device: {id}\r\nAuthorization: Bearer {}",
         "x".repeat(43)
     )]);
-    let refused = gateway.block_on(crate::wire::raw::ask(address, request.as_bytes()));
+    let refused = gateway.block_on(ask(address, request.as_bytes()));
 
     let (_, secret) = gateway.register(json!({"id": id}));
 
@@ -330,17 +330,30 @@ fn a_change_counts_against_resume_tokens_before_it_is_answered() {
 }
 
 #[test]
-fn a_device_that_comes_back_at_once_is_a_repeat_of_its_cohort() {
+fn a_short_session_soon_after_another_one_is_a_repeat_of_its_cohort() {
     let gateway = Gateway::start();
     let (id, secret) = gateway.register(json!({}));
-    let first = gateway.connect(&id, &secret, &["Seawall-Firmware: 3.1"]);
-    drop(first);
+    let repeats = || gateway.get("/api/v1/firmware").json()["items"][0]["repeats"].clone();
+    let mut seen = Vec::new();
+
+    for _ in 0..3 {
+        let session = gateway.connect(&id, &secret, &["Seawall-Firmware: 3.1"]);
+        drop(session);
+        gateway.eventually(|| gateway.state().sessions.is_empty());
+        seen.push(repeats());
+    }
+    let session = gateway.connect(&id, &secret, &["Seawall-Firmware: 3.1"]);
+    gateway.post(&format!("/api/v1/devices/{id}/disconnect"), json!({}));
     gateway.eventually(|| gateway.state().sessions.is_empty());
+    seen.push(repeats());
+    drop(session);
 
-    let _second = gateway.connect(&id, &secret, &["Seawall-Firmware: 3.1"]);
-
-    let cohorts = gateway.get("/api/v1/firmware").json();
-    assert_eq!(cohorts["items"][0]["repeats"], json!(1), "{cohorts}");
+    let expected = json!([0, 1, 2, 2]);
+    assert_eq!(
+        json!(seen),
+        expected,
+        "the first is not one, and neither is one that an operator ends"
+    );
 }
 
 #[test]
@@ -382,11 +395,12 @@ fn a_device_that_does_not_read_is_revoked_all_the_same() {
     let (id, deaf) = gateway.connected(&[V1]);
     let path = format!("/api/v1/devices/{id}/messages");
     std::thread::scope(|scope| {
-        // More than its socket and ours hold, so that a write waits.
+        // More than both socket buffers hold, so that a write waits.
         let sending: Vec<_> = (0..60)
             .map(|_| scope.spawn(|| gateway.post(&path, json!({"payload": "x".repeat(60_000)})).status))
             .collect();
-        std::thread::sleep(std::time::Duration::from_millis(500));
+        // A full mailbox: the messages in it wait for the socket.
+        gateway.eventually(|| gateway.metric("seawall_messages_total{direction=\"out\",outcome=\"mailbox_full\"}") > 0);
         let began = std::time::Instant::now();
 
         assert_eq!(
@@ -418,12 +432,12 @@ fn a_device_that_does_not_read_is_revoked_all_the_same() {
 }
 
 #[test]
-fn device_registered_or_moved_here_is_no_stranger_from_then_on() {
+fn device_registered_or_moved_here_is_known_from_then_on() {
     let gateway = Gateway::start();
 
     let (id, _) = gateway.register(json!({"tenant": "acme"}));
     let moved = gateway.patch(&format!("/api/v1/devices/{id}"), json!({"tenant": "zeta"}));
 
     assert_eq!(moved.status, 200);
-    assert_eq!(gateway.state().gate.state().known, 1);
+    assert_eq!(gateway.state().lookups.slots().known, 1);
 }

@@ -1,9 +1,9 @@
-//! Draining by an operator's word.
+//! Drains by an operator's order.
 
 use serde_json::json;
 
 use super::rig::{Gateway, V1};
-use crate::wire::raw::{ask, request};
+use crate::harness::raw::{ask, request};
 
 #[test]
 fn a_drain_is_started_looked_at_and_cancelled() {
@@ -13,7 +13,7 @@ fn a_drain_is_started_looked_at_and_cancelled() {
     let started = gateway.post("/api/v1/drain", json!({"rate_per_second": 50, "deadline": "30s"}));
     let closed = gateway.block_on(async {
         device.frame().await;
-        // Given a resume token, told when to come back, then closed.
+        // It gets a resume token, then a hint, then the close.
         device.frame().await;
         device.frame().await;
         device.frame().await

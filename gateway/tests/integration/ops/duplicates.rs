@@ -1,9 +1,9 @@
-//! Two devices with one id: counted, and told to operators.
+//! Two devices with one id: counted, with an alarm.
 
 use serde_json::{Value, json};
 
 use super::rig::Gateway;
-use crate::wire::raw::Device;
+use crate::harness::raw::Device;
 
 #[test]
 fn devices_that_replace_each_other_raise_an_alarm_that_names_their_id() {
@@ -23,7 +23,7 @@ fn devices_that_replace_each_other_raise_an_alarm_that_names_their_id() {
             .contains(&json!("duplicate_id"))
     };
 
-    // Each replaces the one before, which is still there; the first replaces nobody.
+    // Each replaces the previous one, which is still connected; the first replaces none.
     let mut fighting = Vec::new();
     for _ in 0..6 {
         fighting.push(gateway.block_on(Device::connect(gateway.device_address(), &[&identity])));

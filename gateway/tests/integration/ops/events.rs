@@ -11,32 +11,41 @@ use serde_json::{Value, json};
 use super::rig::{Gateway, V1};
 
 /// An open stream, read line by line.
-struct Stream(BufReader<TcpStream>);
+pub struct Stream(BufReader<TcpStream>);
 
 #[derive(Debug)]
-struct Event {
-    id: Option<u64>,
-    name: String,
-    data: Value,
+pub struct Event {
+    pub id: Option<u64>,
+    pub name: String,
+    pub data: Value,
 }
 
 impl Stream {
-    fn open(gateway: &Gateway, last_id: Option<&str>) -> Self {
+    pub fn open(gateway: &Gateway, last_id: Option<&str>) -> Self {
         Self::open_as(gateway, &gateway.admin, last_id)
     }
 
+    /// With filters, as in `?type=drain`.
+    pub fn open_with(gateway: &Gateway, query: &str) -> Self {
+        Self::open_on(gateway, &gateway.admin, query, None)
+    }
+
     fn open_as(gateway: &Gateway, bearer: &str, last_id: Option<&str>) -> Self {
+        Self::open_on(gateway, bearer, "", last_id)
+    }
+
+    fn open_on(gateway: &Gateway, bearer: &str, query: &str, last_id: Option<&str>) -> Self {
         let mut stream = TcpStream::connect(gateway.ops()).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let last_id = last_id.map_or(String::new(), |id| format!("Last-Event-ID: {id}\r\n"));
         write!(
             stream,
-            "GET /api/v1/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {bearer}\r\n{last_id}\r\n"
+            "GET /api/v1/events{query} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {bearer}\r\n{last_id}\r\n"
         )
         .unwrap();
         let mut stream = Self(BufReader::new(stream));
         assert!(stream.line().starts_with("HTTP/1.1 200"));
-        // The first comment: from here on nothing is missed.
+        // The first comment: from here no event is missed.
         while stream.line() != ": seawall" {}
         stream
     }
@@ -47,7 +56,7 @@ impl Stream {
         line.trim_end().to_owned()
     }
 
-    fn event(&mut self) -> Event {
+    pub fn event(&mut self) -> Event {
         let (mut id, mut name) = (None, String::new());
         loop {
             let line = self.line();
@@ -66,7 +75,7 @@ impl Stream {
     fn wait_for_end(&mut self) {
         let mut line = String::new();
         while self.0.read_line(&mut line).unwrap() != 0 {
-            // The last chunk of the body: the connection itself may stay.
+            // The last chunk of the body: the connection itself may stay open.
             if line.trim_end() == "0" {
                 return;
             }
@@ -75,7 +84,7 @@ impl Stream {
     }
 
     /// The next event of this name.
-    fn of(&mut self, name: &str) -> Event {
+    pub fn of(&mut self, name: &str) -> Event {
         loop {
             let event = self.event();
             if event.name == name {
@@ -128,7 +137,7 @@ fn a_stream_ends_with_its_token() {
     of_revoked.wait_for_end();
     gateway.connected(&[]);
     of_admin.of("presence");
-    std::fs::write(gateway.data_dir.path().join("admin.token"), "n".repeat(43)).unwrap();
+    std::fs::write(gateway.data_dir.join("admin.token"), "n".repeat(43)).unwrap();
     of_admin.wait_for_end();
 }
 

@@ -1,4 +1,4 @@
-//! The form of requests and errors, whatever the call.
+//! The form of requests and errors of all calls.
 
 use std::{
     io::{Read, Write},
@@ -259,6 +259,7 @@ fn an_answer_that_comes_before_the_body_is_not_lost() {
             body.len()
         )
         .unwrap();
+        // The request is refused before the first byte of the body arrives.
         std::thread::sleep(Duration::from_millis(50));
         stream.write_all(&body).unwrap();
 

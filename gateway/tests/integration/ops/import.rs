@@ -107,12 +107,12 @@ fn a_wrong_header_is_answered_even_when_a_large_file_follows() {
 }
 
 #[test]
-fn imported_devices_are_no_strangers_before_they_connect() {
+fn imported_devices_are_known_before_they_connect() {
     let gateway = Gateway::start();
     let file = format!("id,secret\n{},0123456789abcdef\n{},0123456789abcdef\n", id(1), id(2));
 
     assert_eq!(import(&gateway, "", &file).status, 201);
 
-    gateway.eventually(|| gateway.state().gate.roster().len() == 2);
+    gateway.eventually(|| gateway.state().lookups.registry_index().len() == 2);
     assert_eq!(gateway.get("/api/v1/node").json()["roster"]["devices"], 2);
 }

@@ -1,4 +1,4 @@
-//! The listener of the API: connections, heads, bodies and what every request has.
+//! The listener of the API: connections, heads, bodies, and what all requests have in common.
 
 use std::{
     io::{Read, Write},
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{import::import, rig::Gateway};
 
-/// Far more than an answer takes, far less than the time that a silent connection has.
+/// Far more than an answer takes, and far less than the time that a silent connection has.
 const SOON: Duration = Duration::from_secs(10);
 
 #[test]
@@ -25,7 +25,7 @@ fn silent_slow_and_unread_connections_keep_nobody_out() {
     let mut flood = Vec::new();
     for number in 0..120 {
         let mut stream = connect(&gateway);
-        // One that made way already is closed.
+        // A connection that was evicted is closed.
         let _ = stream.write_all(begin[number % begin.len()].as_bytes());
         flood.push(stream);
     }
@@ -56,7 +56,7 @@ fn calls_that_take_every_place_leave_health_and_metrics_theirs() {
     gateway.eventually(|| {
         let is_full = gateway.get("/api/v1/node").status == 503;
         if !is_full {
-            // On a busy machine one whose head was not read yet has made way for this call.
+            // On a busy machine a connection whose head was not read yet may have been evicted for this call.
             calls.push(half_a_body(0));
         }
         is_full
@@ -88,13 +88,17 @@ fn bodies_of_all_calls_together_are_bounded() {
     let rule = json!({"match": {"model": "m"}, "effect": "block"});
     let mut calls = Vec::new();
 
-    // One more each time: a small body may have taken the last of the room while a large one came.
+    // Another one each time: a small body may have taken the last memory while a large one arrived.
     gateway.eventually(|| {
         calls.push(begun());
         gateway.post("/api/v1/rules/preview", rule.clone()).status == 503
     });
 
-    assert_eq!(gateway.get("/api/v1/node").status, 200, "a call without a body goes on");
+    assert_eq!(
+        gateway.get("/api/v1/node").status,
+        200,
+        "a call without a body continues"
+    );
     drop(calls);
     gateway.eventually(|| gateway.post("/api/v1/rules/preview", rule.clone()).status == 200);
 }
@@ -155,6 +159,27 @@ fn a_refusal_comes_before_the_body_where_the_client_waits_for_continue() {
 }
 
 #[test]
+fn a_caller_without_a_token_sends_no_body_for_long_whatever_the_answer_is() {
+    let gateway = Gateway::start();
+    let requests = [
+        ("404", "POST /nothing HTTP/1.1\r\nHost: x\r\n"),
+        ("405", "DELETE /healthz HTTP/1.1\r\nHost: x\r\n"),
+        ("400", "POST /healthz HTTP/1.1\r\nHost: a b\r\n"),
+    ];
+
+    for (status, head) in requests {
+        let mut stream = connect(&gateway);
+        let sent = Instant::now();
+        write!(stream, "{head}Content-Length: 100000\r\n\r\n{{").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+        assert!(sent.elapsed() < Duration::from_secs(3), "{status} {:?}", sent.elapsed());
+    }
+}
+
+#[test]
 fn a_request_names_one_host_and_on_loopback_metrics_are_for_this_machine() {
     let gateway = Gateway::start_with("[server]\nnode = \"gw-1\"\n");
     let status = |path: &str, hosts: &str| {
@@ -172,7 +197,7 @@ fn a_request_names_one_host_and_on_loopback_metrics_are_for_this_machine() {
         assert_eq!(status("/metrics", &format!("Host: {host}\r\n")), "200", "{host}");
     }
     assert_eq!(status("/metrics", "Host: evil.example\r\n"), "400");
-    // These say nothing that a page in a browser should not know.
+    // These answers contain nothing that a web page must not know.
     assert_eq!(status("/healthz", "Host: evil.example\r\n"), "200");
     assert_eq!(status("/readyz", "Host: gateway.example\r\n"), "200");
     let old = exchange(&gateway, "GET /healthz HTTP/1.0\r\n\r\n");

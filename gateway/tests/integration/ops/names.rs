@@ -1,9 +1,9 @@
-//! Devices whose ids are not UUIDs, at paths of their own: as they connect, and as operators see them.
+//! Devices whose ids are not UUIDs, on custom paths: how they connect, and how operators see them.
 
 use serde_json::json;
 
 use super::rig::{Gateway, text};
-use crate::wire::raw::{ask, request};
+use crate::harness::raw::{ask, request};
 
 const SETTINGS: &str = "[server]\npaths = [\"/v1/connect\", \"/ocpp/{device}\"]\n\
                         [identity]\nnamespace = \"6ba7b810-9dad-11d1-80b4-00c04fd430c8\"\n";
@@ -76,6 +76,34 @@ fn file_of_names_is_imported_and_updated() {
         NAME
     );
     assert_eq!(gateway.get("/api/v1/devices/CP%2002").json()["external_id"], "CP 02");
+}
+
+#[test]
+fn file_of_names_names_the_devices_that_were_registered_by_their_ids() {
+    let gateway = Gateway::start_with(SETTINGS);
+    let bearer = format!("Bearer {}", gateway.admin);
+    let headers = [("authorization", bearer.as_str()), ("content-type", "text/csv")];
+    let import = |file: &str| {
+        gateway
+            .raw("POST", "/api/v1/devices/import?update=true", &headers, file)
+            .json()
+    };
+    let named = || gateway.get(&format!("/api/v1/devices/{ID}")).json()["external_id"].clone();
+    import(&format!("id,secret\n{ID},0123456789abcdef\n"));
+    assert!(named().is_null());
+    let revoked = gateway.state().resume.revision();
+
+    let first = import(&format!("id,secret\n{NAME},0123456789abcdef\n"));
+    let again = import(&format!("id,secret\n{NAME},0123456789abcdef\n"));
+
+    assert_eq!(first, json!({"added": 0, "updated": 1, "skipped": 0}));
+    assert_eq!(again, json!({"added": 0, "updated": 0, "skipped": 1}));
+    assert_eq!(named(), NAME);
+    assert_eq!(
+        gateway.state().resume.revision(),
+        revoked,
+        "its resume tokens stay valid"
+    );
 }
 
 #[test]

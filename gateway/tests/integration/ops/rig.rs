@@ -1,32 +1,28 @@
 //! A whole gateway in this process, its admin, and devices in bytes.
 
-use std::{future::Future, net::SocketAddr, time::Duration};
+use std::{future::Future, net::SocketAddr, path::PathBuf, time::Duration};
 
-use seawall_gateway::{
-    config::{Config, DatabaseUrl},
-    serve::{self, Running},
-    state::State,
-};
+use seawall_gateway::{node::State, runtime::config::DatabaseUrl};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use ureq::{Agent, http};
 
-use crate::wire::raw::Device;
+use crate::harness::{gateway, raw::Device, wait::eventually};
 
-/// Longest wait for anything that must come.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Maximum wait for the answer to a call.
+const ANSWER_MAX: Duration = Duration::from_secs(20);
 pub const V1: &str = "Sec-WebSocket-Protocol: seawall.v1";
 
-/// A running gateway. Stops when it is dropped.
+/// A running gateway. Stops when dropped.
 pub struct Gateway {
     runtime: Runtime,
-    running: Option<Running>,
+    gateway: Option<gateway::Gateway>,
     agent: Agent,
     pub admin: String,
-    pub data_dir: tempfile::TempDir,
+    pub data_dir: PathBuf,
 }
 
-/// What came back.
+/// An answer.
 #[derive(Debug)]
 pub struct Answer {
     pub status: u16,
@@ -65,54 +61,67 @@ impl Gateway {
         Self::start_on(None, settings)
     }
 
-    /// Starts on a database that others use as well.
+    /// Starts on a database that may be shared.
     pub fn start_on(database: Option<&DatabaseUrl>, settings: &str) -> Self {
-        let data_dir = tempfile::tempdir().unwrap();
-        let mut config = Config::from_toml(settings).unwrap();
-        config.server.data_dir = data_dir.path().to_owned();
-        config.server.listen = SocketAddr::from(([127, 0, 0, 1], 0));
-        config.ops.listen = SocketAddr::from(([127, 0, 0, 1], 0));
-        config.database.url = database.cloned();
-        config.validate().unwrap();
         let runtime = Runtime::new().unwrap();
-        let running = runtime.block_on(serve::start(config)).unwrap();
-        let admin = std::fs::read_to_string(data_dir.path().join("admin.token")).unwrap();
+        let gateway = runtime.block_on(gateway::Gateway::start_on(database, settings));
+        Self::of(runtime, gateway)
+    }
+
+    /// Ends it, runs `between`, and starts it again on the same data directory.
+    pub fn restart_on(mut self, database: Option<&DatabaseUrl>, between: impl FnOnce()) -> Self {
+        let gateway = self.gateway.take().unwrap();
+        let home = self.block_on(gateway.stop_and_keep());
+        between();
+        let runtime = Runtime::new().unwrap();
+        let gateway = runtime.block_on(gateway::Gateway::start_in(home, database, ""));
+        Self::of(runtime, gateway)
+    }
+
+    fn of(runtime: Runtime, gateway: gateway::Gateway) -> Self {
+        let data_dir = gateway.shared.config.server.data_dir.clone();
+        let admin = std::fs::read_to_string(data_dir.join("admin.token")).unwrap();
         let agent = Agent::config_builder()
             .http_status_as_error(false)
             .proxy(None)
-            .timeout_global(Some(PATIENCE))
+            .timeout_global(Some(ANSWER_MAX))
             .build()
             .into();
         Self {
             runtime,
-            running: Some(running),
+            gateway: Some(gateway),
             agent,
             admin: admin.trim().to_owned(),
             data_dir,
         }
     }
 
-    fn running(&self) -> &Running {
-        self.running.as_ref().unwrap()
+    fn gateway(&self) -> &gateway::Gateway {
+        self.gateway.as_ref().unwrap()
     }
 
     pub fn state(&self) -> &State {
-        &self.running().state
+        &self.gateway().shared
     }
 
     pub fn ops(&self) -> SocketAddr {
-        self.running().addresses.ops
+        self.gateway().ops
     }
 
     pub fn device_address(&self) -> SocketAddr {
-        self.running().addresses.devices
+        self.gateway().devices
+    }
+
+    #[track_caller]
+    pub fn metric(&self, series: &str) -> u64 {
+        self.gateway().metric(series)
     }
 
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         self.runtime.block_on(future)
     }
 
-    /// One request, with these headers and no others.
+    /// Sends one request, with exactly these headers.
     pub fn raw(&self, method: &str, path: &str, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Answer {
         let mut request = http::Request::builder()
             .method(method)
@@ -134,7 +143,7 @@ impl Gateway {
         }
     }
 
-    /// As the bearer of `token`, without a body where there is none.
+    /// Sends a request with the token `token`, with an optional body.
     pub fn call_as(&self, token: &str, method: &str, path: &str, body: Option<&Value>) -> Answer {
         let bearer = format!("Bearer {token}");
         match body {
@@ -162,14 +171,14 @@ impl Gateway {
         self.call_as(&self.admin, "DELETE", path, None)
     }
 
-    /// A token of this role, made once for each role.
+    /// A token of this role, created once per role.
     pub fn token(&self, role: &str) -> String {
         let answer = self.post("/api/v1/tokens", json!({"name": format!("test {role}"), "role": role}));
         assert_eq!(answer.status, 201, "{answer:?}");
         answer.json()["token"].as_str().unwrap().to_owned()
     }
 
-    /// Registers a device; its id and secret.
+    /// Registers a device. Returns its id and secret.
     pub fn register(&self, body: Value) -> (String, String) {
         let answer = self.post("/api/v1/devices", body);
         assert_eq!(answer.status, 201, "{answer:?}");
@@ -177,7 +186,7 @@ impl Gateway {
         (text(&json["id"]), text(&json["secret"]))
     }
 
-    /// Registers a device and connects it with these header lines more.
+    /// Registers a device and connects it with these additional header lines.
     pub fn connected(&self, lines: &[&str]) -> (String, Device) {
         let (id, secret) = self.register(json!({}));
         let device = self.connect(&id, &secret, lines);
@@ -194,15 +203,9 @@ impl Gateway {
     }
 
     /// Waits until `holds`.
-    pub fn eventually(&self, mut holds: impl FnMut() -> bool) {
-        self.block_on(async {
-            let waiting = async {
-                while !holds() {
-                    tokio::time::sleep(Duration::from_millis(5)).await;
-                }
-            };
-            tokio::time::timeout(PATIENCE, waiting).await.unwrap();
-        });
+    #[track_caller]
+    pub fn eventually(&self, holds: impl FnMut() -> bool) {
+        self.block_on(eventually(holds));
     }
 
     /// Every item of a list, in pages of `limit`.
@@ -227,8 +230,8 @@ impl Gateway {
 
 impl Drop for Gateway {
     fn drop(&mut self) {
-        if let Some(running) = self.running.take() {
-            let _ = self.runtime.block_on(running.stop());
+        if let Some(gateway) = self.gateway.take() {
+            self.runtime.block_on(gateway.end());
         }
     }
 }

@@ -1,13 +1,13 @@
-//! Firmware rules, from being written to being in force.
+//! Firmware rules, from their creation to their enforcement.
 
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::rig::{Gateway, V1, text};
-use crate::{
-    harness::pg,
-    wire::raw::{ask, request},
+use crate::harness::{
+    pg,
+    raw::{ask, request},
 };
 
 #[test]
@@ -65,9 +65,15 @@ fn rules_that_say_something_wrong_are_refused_by_field() {
         ("reason", json!("line\nbreak")),
         ("reason", json!("x".repeat(257))),
         ("effect", json!("restrict")),
+        ("rate_per_second", json!(5)),
+        ("allow", json!(["camera 7"])),
+        ("allow", json!([7])),
+        ("allow", json!("00000000-0000-0000-0000-000000000001")),
+        ("update", json!({"url": "https://example.com"})),
+        ("update", json!("https://example.com")),
         ("effect", json!("explode")),
-        ("mode", json!("dry_run")),
-        ("admit_percent", json!(10)),
+        ("mode", json!("sample")),
+        ("admit_percent", json!(101)),
         ("retry_after", json!("soon")),
         ("retry_after", json!("0s")),
         ("expires_at", json!("tomorrow")),
@@ -112,7 +118,7 @@ fn a_rule_is_not_changed_to_one_that_is_over() {
     assert_eq!(without_hits(gateway.get(&path).json()), without_hits(rule.json()));
 }
 
-/// The rule without what it did.
+/// The rule without its hits.
 fn without_hits(mut rule: Value) -> Value {
     rule.as_object_mut().unwrap().remove("hits").unwrap();
     rule
@@ -157,13 +163,109 @@ fn a_rule_counts_what_it_refuses() {
 
     let path = format!("/api/v1/rules/{rule}");
     let hits = || gateway.get(&path).json()["hits"].clone();
-    assert_eq!(hits(), json!({"refused": 2, "evicted": 0, "connected": 1}));
+    assert_eq!(
+        hits(),
+        json!({"refused": 2, "restricted": 0, "throttled": 0, "evicted": 0, "dry_run": 0, "connected": 1})
+    );
     let metrics = gateway.raw("GET", "/metrics", &[], "").text;
     let line = format!("seawall_rule_hits_total{{rule=\"{rule}\",outcome=\"refused\"}} 2\n");
     assert!(metrics.contains(&line), "{metrics}");
-    // A change keeps what was counted.
+    // A change keeps the counts.
     assert_eq!(gateway.patch(&path, json!({"reason": "b"})).status, 200);
     assert_eq!(hits()["refused"], 2);
+}
+
+#[test]
+fn a_dry_run_counts_what_it_would_do_and_does_nothing_until_it_is_enforced() {
+    let gateway = Gateway::start();
+    let _devices: Vec<_> = (0..20)
+        .map(|_| gateway.connected(&["Seawall-Firmware: 3.8"]).1)
+        .collect();
+    let (id, secret) = gateway.register(json!({}));
+    let identity = format!("Seawall-Device: {id}\r\nAuthorization: Bearer {secret}");
+    let bytes = request(&[&identity, "Seawall-Firmware: 3.8"]);
+    let attempt = || gateway.block_on(ask(gateway.device_address(), bytes.as_bytes())).status;
+    let rule = json!({"match": {"firmware": "3.8.*"}, "effect": "block", "mode": "dry_run", "evict": true});
+
+    // It would refuse all of them, but needs no confirmation.
+    let preview = gateway.post("/api/v1/rules/preview", rule.clone()).json();
+    assert_eq!(
+        (&preview["affected"], &preview["needs_confirmation"]),
+        (&json!(20), &json!(false))
+    );
+    let made = gateway.post("/api/v1/rules", rule);
+    assert_eq!((made.status, &made.json()["state"]), (201, &json!("dry_run")));
+    let path = format!("/api/v1/rules/{}", text(&made.json()["id"]));
+    assert_eq!([attempt(), attempt()], [101, 101]);
+    let hits = gateway.get(&path).json()["hits"].clone();
+    assert_eq!(
+        (&hits["refused"], &hits["evicted"], &hits["dry_run"]),
+        (&json!(0), &json!(0), &json!(2))
+    );
+    assert!(hits["connected"].as_u64() >= Some(20), "{hits}");
+    let metrics = gateway.raw("GET", "/metrics", &[], "").text;
+    let line = format!(
+        "seawall_rule_hits_total{{rule={},outcome=\"dry_run\"}} 2\n",
+        made.json()["id"]
+    );
+    assert!(metrics.contains(&line), "{metrics}");
+
+    let enforce = |confirm: bool| gateway.patch(&path, json!({"mode": "enforce", "confirm": confirm}));
+    assert_eq!(enforce(false).problem(), (409, "needs_confirmation".into()));
+    assert_eq!(enforce(true).json()["state"], "enforced");
+    assert_eq!(attempt(), 403);
+    gateway.eventually(|| gateway.state().sessions.is_empty());
+}
+
+#[test]
+fn the_list_of_allowed_devices_is_kept_in_one_form_and_checked() {
+    let gateway = Gateway::start();
+    let rule = |allow: Value| json!({"match": {"firmware": "=1"}, "effect": "block", "allow": allow});
+    let (one, two) = (
+        "00000000-0000-0000-0000-0000000000aa",
+        "00000000-0000-0000-0000-0000000000bb",
+    );
+
+    let made = gateway.post(
+        "/api/v1/rules",
+        rule(json!([two, "000000000000000000000000000000AA", two])),
+    );
+    assert_eq!((made.status, &made.json()["allow"]), (201, &json!([one, two])));
+    let path = format!("/api/v1/rules/{}", text(&made.json()["id"]));
+    let changed = gateway.patch(&path, json!({"allow": []})).json();
+    assert_eq!(changed.get("allow"), None);
+    let many: Vec<_> = (0..1_001)
+        .map(|number| uuid::Uuid::from_u128(number).to_string())
+        .collect();
+    let refused = gateway.patch(&path, json!({"allow": many}));
+    assert_eq!(refused.problem(), (422, "invalid".into()));
+    assert!(
+        text(&refused.json()["detail"]).starts_with("allow: allow has 1001 devices"),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn a_rule_needs_a_confirmation_by_the_share_that_it_refuses() {
+    let gateway = Gateway::start();
+    let _devices: Vec<_> = (0..20)
+        .map(|number| gateway.connected(&[&format!("Seawall-Firmware: {}", 1 + number / 10)]))
+        .collect();
+    let rule =
+        |admit_percent: u8| json!({"match": {"firmware": "=1"}, "effect": "block", "admit_percent": admit_percent});
+
+    let preview = gateway.post("/api/v1/rules/preview", rule(45)).json();
+    assert_eq!((&preview["connected"], &preview["affected"]), (&json!(10), &json!(6)));
+    assert_eq!(gateway.post("/api/v1/rules", rule(25)).problem().0, 409);
+    let made = gateway.post("/api/v1/rules", rule(45));
+    assert_eq!((made.status, &made.json()["admit_percent"]), (201, &json!(45)));
+    let path = format!("/api/v1/rules/{}", text(&made.json()["id"]));
+    assert_eq!(gateway.patch(&path, json!({"admit_percent": 90})).status, 200);
+    assert_eq!(
+        gateway.patch(&path, json!({"admit_percent": 0})).problem(),
+        (409, "needs_confirmation".into())
+    );
+    assert_eq!(gateway.get(&path).json()["admit_percent"], 90);
 }
 
 #[test]
@@ -200,10 +302,10 @@ fn a_stored_rule_that_this_version_can_not_enforce_refuses_nobody_and_raises_an_
         (ready.status, ready.json()["reasons"].clone()),
         (200, json!(["rules_unsupported"]))
     );
-    // Writes go on, and the file keeps it as it was written.
+    // Other writes continue, and the file keeps the rule as it was written.
     let more = json!({"match": {"firmware": "=8"}, "effect": "block"});
     assert_eq!(gateway.post("/api/v1/rules", more).status, 201);
-    let file = gateway.data_dir.path().join("rules.json");
+    let file = gateway.data_dir.join("rules.json");
     gateway.eventually(|| {
         let kept = std::fs::read_to_string(&file).unwrap_or_default();
         kept.contains(spec) && kept.contains("=8")
@@ -250,7 +352,7 @@ fn rules_that_the_database_has_lost_stay_in_force_and_raise_an_alarm() {
         rules.rules().iter().any(|rule| rule.id.to_string() == id)
     };
 
-    // As a database is that came out of a backup.
+    // Like a database that was restored from a backup.
     gateway.block_on(async {
         let mut database = database(&gateway).await;
         let restored = "DELETE FROM rules WHERE revision = 2; UPDATE meta SET value = '1' WHERE key = 'rules_revision'";
@@ -268,15 +370,51 @@ fn rules_that_the_database_has_lost_stay_in_force_and_raise_an_alarm() {
     assert!(in_force(&kept) && in_force(&text(&again.json()["id"])) && !in_force(&lost));
 }
 
+#[test]
+fn a_lost_rule_that_is_removed_is_removed_on_every_node_that_knows_it() {
+    let outside = tokio::runtime::Runtime::new().unwrap();
+    let database = outside.block_on(pg::shared().database()).unwrap();
+    let (here, there) = (
+        Gateway::start_on(Some(&database), ""),
+        Gateway::start_on(Some(&database), ""),
+    );
+    here.eventually(|| here.state().readiness().ready && there.state().readiness().ready);
+    let rule = json!({"match": {"firmware": "=9"}, "effect": "block"});
+    let lost = text(&here.post("/api/v1/rules", rule).json()["id"]);
+    let in_force = |gateway: &Gateway| !gateway.state().rules.current().rules().is_empty();
+    there.eventually(|| in_force(&there));
+    outside.block_on(async {
+        let mut connection = <sqlx::PgConnection as sqlx::Connection>::connect(database.expose())
+            .await
+            .unwrap();
+        let restored = "BEGIN; DELETE FROM rules; UPDATE meta SET value = '0' WHERE key = 'rules_revision'; COMMIT";
+        sqlx::raw_sql(restored).execute(&mut connection).await.unwrap();
+    });
+    let reasons = |gateway: &Gateway| gateway.state().readiness().reasons;
+    here.eventually(|| reasons(&here) == ["rules_lost"] && reasons(&there) == ["rules_lost"]);
+
+    assert_eq!(here.delete(&format!("/api/v1/rules/{lost}")).status, 204);
+
+    there.eventually(|| !in_force(&there) && reasons(&there).is_empty());
+    assert!(!in_force(&here));
+    here.eventually(|| reasons(&here).is_empty());
+    assert_eq!(here.delete(&format!("/api/v1/rules/{lost}")).status, 404);
+    let record = &here.get("/api/v1/audit?limit=1").json()["items"][0];
+    assert_eq!(
+        (&record["action"], &record["before"]["match"]["firmware"]),
+        (&json!("rule.delete"), &json!("=9"))
+    );
+}
+
 async fn database(gateway: &Gateway) -> sqlx::SqliteConnection {
-    let path = gateway.data_dir.path().join("seawall.db");
+    let path = gateway.data_dir.join("seawall.db");
     let url = format!("sqlite:{}", path.display());
     <sqlx::SqliteConnection as sqlx::Connection>::connect(&url)
         .await
         .unwrap()
 }
 
-/// Stores a rule as a node of another version does.
+/// Stores a rule like a node of another version.
 async fn insert_rule(gateway: &Gateway, id: uuid::Uuid, spec: &str) {
     let mut database = database(gateway).await;
     let next = "UPDATE meta SET value = CAST(CAST(value AS BIGINT) + 1 AS TEXT) WHERE key = 'rules_revision'";
@@ -305,14 +443,17 @@ fn a_rule_with_evict_closes_the_sessions_that_it_matches() {
     let (code, reason) = closed.close();
     let reason: serde_json::Value = serde_json::from_str(reason).unwrap();
     assert_eq!((code, &reason["reason"]), (4000, &json!("evicted")));
-    // The rule is young: 30 s to twice that, and whatever the machine needed to come here.
+    // The rule is new: 30 s to twice that, plus the time that the test took.
     assert!(
         (30_000..=120_000).contains(&reason["retry_after_ms"].as_u64().unwrap()),
         "{reason}"
     );
     let path = format!("/api/v1/rules/{}", text(&made.json()["id"]));
     let hits = gateway.get(&path).json()["hits"].clone();
-    assert_eq!(hits, json!({"refused": 0, "evicted": 1, "connected": 0}));
+    assert_eq!(
+        hits,
+        json!({"refused": 0, "restricted": 0, "throttled": 0, "evicted": 1, "dry_run": 0, "connected": 0})
+    );
     gateway.block_on(other.text(r#"{"type":"message","id":"1","topic":"t","payload":1}"#));
     assert_eq!(gateway.block_on(other.frame()).text(), r#"{"type":"ack","id":"1"}"#);
 }
@@ -349,7 +490,7 @@ fn a_rule_that_refuses_many_must_be_confirmed() {
     let mut devices: Vec<_> = (0..13).map(|_| gateway.connected(&["Seawall-Firmware: 1.0"])).collect();
     devices.extend((0..6).map(|_| gateway.connected(&["Seawall-Firmware: 2.0"])));
 
-    // Nineteen are too few to ask about.
+    // Nineteen are too few for a confirmation.
     let few = gateway.post("/api/v1/rules/preview", rule("=2.0")).json();
     assert_eq!(
         (&few["connected"], &few["connected_total"], &few["needs_confirmation"]),
@@ -366,6 +507,12 @@ fn a_rule_that_refuses_many_must_be_confirmed() {
     );
     assert_eq!(refused.problem(), (409, "needs_confirmation".into()));
     assert_eq!(refused.json()["preview"], preview);
+    assert_eq!(preview["dark_tenants"], json!([]));
+    let all = gateway.post("/api/v1/rules/preview", rule(">0")).json();
+    assert_eq!(
+        (&all["dark_tenants"], &all["dark_tenants_total"]),
+        (&json!(["default"]), &json!(1))
+    );
     assert_eq!(gateway.all("/api/v1/rules?", 10).len(), 0);
 
     let mut confirmed = rule("=2.0");
@@ -425,7 +572,7 @@ fn rules_that_nobody_confirmed_are_added_up() {
     let by_model = json!({"match": {"firmware": "=2", "tenant": "default"}, "effect": "block"});
     assert_eq!(gateway.post("/api/v1/rules", by_model).problem().0, 409);
 
-    // One that hits nobody, and one that is confirmed.
+    // A rule that affects no device, and a confirmed one.
     assert_eq!(gateway.post("/api/v1/rules", rule("=9")).status, 201);
     let mut confirmed = rule("=2");
     confirmed["confirm"] = Value::Bool(true);
@@ -455,7 +602,7 @@ fn a_rule_that_nobody_can_tell_the_effect_of_must_be_confirmed() {
     write(&counts("3.8"));
     let connected = gateway.post("/api/v1/rules", rule.clone());
     assert_eq!(connected.json()["preview"]["connected"], 30, "{connected:?}");
-    // The other node is gone: what it had a minute ago still counts.
+    // The other node is gone: its state of a minute ago is still used.
     gateway.block_on(async {
         let mut database = database(&gateway).await;
         let sql = "UPDATE device_counts SET at = at - 60000";
@@ -467,6 +614,38 @@ fn a_rule_that_nobody_can_tell_the_effect_of_must_be_confirmed() {
     assert!(text(&detail).contains("30 of 30 recently seen"), "{detail}");
     write(&counts("3.7"));
     assert_eq!(gateway.post("/api/v1/rules", rule).status, 201);
+}
+
+#[test]
+fn devices_count_once_however_often_their_node_was_restarted() {
+    let gateway = Gateway::start();
+    let _devices: Vec<_> = (0..20).map(|_| gateway.connected(&["Seawall-Firmware: 2"])).collect();
+    let (store, node) = (&gateway.state().store, &gateway.state().node);
+    let write = |run: u128, known: u64| {
+        let counts = format!(r#"{{"groups":[{{"firmware":"1","connected":0,"known":{known}}}]}}"#);
+        gateway
+            .block_on(store.counts_write(uuid::Uuid::from_u128(run), node, &counts))
+            .unwrap();
+        gateway.block_on(async {
+            let mut database = database(&gateway).await;
+            let sql = "UPDATE device_counts SET at = at - 60000";
+            sqlx::raw_sql(sql).execute(&mut database).await.unwrap();
+        });
+    };
+    let rule = |reason: &str| json!({"match": {"firmware": "=1"}, "effect": "block", "reason": reason, "evict": reason == "b"});
+
+    write(1, 40);
+    write(2, 21);
+    let preview = gateway.post("/api/v1/rules/preview", rule("a")).json();
+    assert_eq!(preview["known_total"], 20, "{preview}");
+    assert_eq!(gateway.post("/api/v1/rules", rule("a")).status, 201);
+
+    // After a restart in an outage, the previous run represents the fleet.
+    write(3, 41);
+    let refused = gateway.post("/api/v1/rules", rule("b"));
+    assert_eq!(refused.problem(), (409, "needs_confirmation".into()));
+    let detail = refused.json()["detail"].clone();
+    assert!(text(&detail).contains("41 of 61 recently seen"), "{detail}");
 }
 
 #[test]

@@ -1,17 +1,19 @@
-//! PostgreSQL that takes no more connections (`max_connections`).
+//! PostgreSQL that accepts no more connections (`max_connections`).
 
 use std::time::Duration;
 
-use seawall_gateway::config::DatabaseUrl;
+use seawall_gateway::runtime::config::DatabaseUrl;
 use sqlx::{Connection as _, PgConnection};
 use tokio::time::{Instant, sleep};
 
-use super::super::{
-    fleet::rig::{ANSWER_MAX, Gateway, PATIENCE, assert_alive, device, devices, eventually, persist_all},
-    harness::pg::Cluster,
+use super::super::harness::pg::Cluster;
+use crate::harness::{
+    devices::{ANSWER_MAX, assert_alive, device, devices, persist_all},
+    gateway::Gateway,
+    wait::{PATIENCE, eventually},
 };
 
-/// More than a gateway holds, and soon used up.
+/// More than a gateway holds, and few enough to exhaust.
 const CONNECTIONS_MAX: usize = 24;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -48,7 +50,7 @@ async fn database_without_free_connections_is_an_outage_with_an_end() {
     eventually(|| gateway.shared.readiness().reasons.is_empty()).await;
 }
 
-/// Connects until nobody can any more, and ends whoever else is connected, until the gateway has none left.
+/// Takes all connections, and ends those of others, until the gateway has none left.
 async fn take_every_connection(url: &DatabaseUrl) -> Vec<PgConnection> {
     let mut hoard = vec![PgConnection::connect(url.expose()).await.unwrap()];
     let deadline = Instant::now() + PATIENCE;

@@ -1,20 +1,18 @@
-//! Many devices behind one address, on real sockets: a mobile operator's gateway, a factory, a balancer that hides addresses.
+//! Many devices behind one address, on real sockets: a mobile network, a factory, a load balancer that hides addresses.
 
 use std::{fs, time::Instant};
 
 use tokio::task::{JoinSet, spawn_blocking};
 
-use super::{
-    super::{
-        fleet::rig::{assert_alive, device, persist},
-        harness::process::GatewayProcess,
-    },
-    disk::import,
+use super::{super::harness::process::GatewayProcess, disk::import};
+use crate::harness::{
+    devices::{assert_alive, device, persist},
+    skip::skip,
 };
 
-/// What the contract promises (issue text: 15,000 devices behind one address connect).
+/// Devices that connect from one address, as behind a NAT or a load balancer.
 const DEVICES: u32 = 15_000;
-/// Files that this needs here and in the gateway.
+/// Open files that this needs here and in the gateway.
 const FILES_NEEDED: u64 = 18_000;
 /// Devices that connect at the same time.
 const AT_A_TIME: usize = 500;
@@ -24,7 +22,9 @@ async fn fifteen_thousand_devices_behind_one_address_connect() {
     let _files = super::MANY_FILES.lock().await;
     let files = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     if files.maximum.is_some_and(|files| files < FILES_NEEDED) {
-        eprintln!("skipped: {DEVICES} devices need {FILES_NEEDED} open files, and the hard limit is {files:?}");
+        skip(&format!(
+            "{DEVICES} devices need {FILES_NEEDED} open files, and the hard limit is {files:?}"
+        ));
         return;
     }
     let raised = rustix::process::Rlimit {

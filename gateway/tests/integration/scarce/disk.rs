@@ -5,12 +5,14 @@ use std::{fs, io::Write, path::Path};
 use serde_json::Value;
 use tokio::task::spawn_blocking;
 
-use super::super::{
-    fleet::rig::{assert_alive, attempt, device, eventually, new_device, with_wrong_secret},
-    harness::process::{GatewayProcess, run},
+use super::super::harness::process::{GatewayProcess, run};
+use crate::harness::{
+    devices::{assert_alive, attempt, device, new_device, with_wrong_secret},
+    skip::skip,
+    wait::eventually,
 };
 
-/// Room for an empty database with its companions, and for little more.
+/// Space for an empty database with its additional files, and for little more.
 const DISK_BYTES: usize = 8 << 20;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -20,7 +22,7 @@ async fn full_disk_stops_rule_writes_only_and_needs_no_restart() {
         .unwrap()
         .unwrap()
     else {
-        eprintln!("skipped: this machine allows no mounts of one's own (unshare --mount), so no disk can be filled");
+        skip("no private mounts on this machine (unshare --mount): no disk was filled");
         return;
     };
     let address = gateway.addresses.devices;
@@ -43,7 +45,7 @@ async fn full_disk_stops_rule_writes_only_and_needs_no_restart() {
     attempt(address, with_wrong_secret(&device(2)))
         .await
         .refused_with(401, "unauthorized");
-    // Figures that the store keeps are published every second.
+    // Gauges of the store are published every second.
     eventually(|| {
         gateway
             .metric("seawall_database_errors_total{operation=\"rules\"}")
@@ -69,7 +71,7 @@ async fn full_disk_stops_rule_writes_only_and_needs_no_restart() {
     assert_alive(&mut second).await;
 }
 
-/// Writes until there is no room for a single byte.
+/// Writes until not a single byte fits.
 fn fill(path: &Path) {
     let mut file = fs::File::create(path).unwrap();
     for len in [1 << 16, 1 << 10, 1] {
@@ -84,7 +86,7 @@ fn rules(gateway: &GatewayProcess) -> usize {
     listed["items"].as_array().unwrap().len()
 }
 
-/// Registers the devices of these numbers.
+/// Registers the devices with these numbers.
 pub fn import(gateway: &GatewayProcess, numbers: std::ops::Range<u32>) {
     let home = tempfile::tempdir().unwrap();
     let path = home.path().join("fleet.csv");

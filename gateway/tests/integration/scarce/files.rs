@@ -1,4 +1,4 @@
-//! A gateway that is out of files (EMFILE at accept): it waits, says so, and goes on.
+//! A gateway that is out of files (EMFILE at accept): it waits, logs it, and continues.
 
 use std::{fs, time::Duration};
 
@@ -7,18 +7,19 @@ use rustix::process::{Resource, Rlimit, prlimit};
 use tokio::{net::TcpStream, task::spawn_blocking, time::sleep};
 
 use super::{
-    super::{
-        fleet::rig::{PATIENCE, assert_alive, attempt, device},
-        harness::{authority::Authority, process::GatewayProcess},
-    },
+    super::harness::{authority::Authority, process::GatewayProcess},
     disk::import,
+};
+use crate::harness::{
+    devices::{assert_alive, attempt, device},
+    wait::{PATIENCE, eventually},
 };
 
 /// Files that the gateway may still open.
 const FILES_LEFT: u64 = 4;
-/// Silent connections that use them up, and more.
+/// Silent connections, more than those files.
 const SILENT: usize = 12;
-/// How long it is out of files, and the CPU time that it may take meanwhile: a loop without a pause takes all of it.
+/// Time for which it is out of files, and the maximum CPU time meanwhile. A loop without a pause would take all of it.
 const OUT_OF_FILES_FOR: Duration = Duration::from_secs(2);
 const CPU_MAX: Duration = Duration::from_millis(600);
 /// A tick of /proc/PID/stat: USER_HZ is 100 on every Linux.
@@ -46,7 +47,7 @@ async fn gateway_out_of_files_waits_without_spinning_and_recovers() {
         silent.push(TcpStream::connect(address).await.unwrap());
     }
     let waiting = tokio::spawn(attempt(address, device(1)));
-    eventually_logged(&gateway, "accepting devices paused").await;
+    eventually(|| gateway.has_logged("accepting devices paused")).await;
     let before = cpu_time(pid.as_raw_nonzero().get());
     sleep(OUT_OF_FILES_FOR).await;
     let spent = cpu_time(pid.as_raw_nonzero().get()) - before;
@@ -60,7 +61,7 @@ async fn gateway_out_of_files_waits_without_spinning_and_recovers() {
         .unwrap()
         .admitted();
     assert_alive(&mut second).await;
-    eventually_logged(&gateway, "accepting devices goes on").await;
+    eventually(|| gateway.has_logged("accepting devices resumed")).await;
     assert!(gateway.metric("seawall_accept_pauses_total").unwrap() >= 1);
 }
 
@@ -86,28 +87,19 @@ async fn certificate_that_could_not_be_read_for_want_of_files_is_taken_once_ther
     prlimit(Some(pid), Resource::Nofile, none_left).unwrap();
     let renewed = authority.server();
     authority.write_server(&renewed);
-    eventually_logged(&gateway, "the TLS files can't be used").await;
+    eventually(|| gateway.has_logged("TLS files not usable")).await;
 
     prlimit(Some(pid), Resource::Nofile, limit).unwrap();
 
-    eventually_logged(&gateway, "certificate taken anew").await;
+    eventually(|| gateway.has_logged("TLS files reloaded")).await;
 }
 
-async fn eventually_logged(gateway: &GatewayProcess, line: &str) {
-    let waiting = async {
-        while !gateway.log().unwrap().contains(line) {
-            sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, waiting).await.expect(line);
-}
-
-/// In user and kernel mode, of all its threads.
+/// CPU time in user and kernel mode, of all its threads.
 fn cpu_time(pid: i32) -> Duration {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let (_, fields) = stat.rsplit_once(')').unwrap();
     let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
-    // utime and stime are the 14th and 15th field; the first two stand before the parenthesis.
+    // utime and stime are the 14th and 15th field; the first two are before the parenthesis.
     let ticks: u64 = fields[11..=12].iter().map(|ticks| ticks.parse::<u64>().unwrap()).sum();
     Duration::from_millis(ticks * TICK_MS)
 }

@@ -1,4 +1,4 @@
-//! CPU time in a storm of connects: those who are connected get theirs.
+//! CPU time in a storm of connects: live sessions get theirs.
 
 use std::{
     io::{Read, Write},
@@ -14,26 +14,25 @@ use std::{
 use firmware_sim::connection::Credential;
 use tokio::task::{JoinSet, spawn_blocking};
 
-use super::{
-    super::{
-        fleet::rig::{attempt, device, id},
-        harness::process::GatewayProcess,
-        wire::raw::{masked, request},
-    },
-    disk::import,
+use super::disk::import;
+use crate::harness::{
+    devices::{attempt, device, id},
+    process::GatewayProcess,
+    raw::{masked, request},
 };
 
 /// Sessions whose pings are timed, one after the other.
 const LIVE: u32 = 20;
-/// Devices that connect and leave again, all the time.
+/// Devices that connect and leave repeatedly.
 const STORMING: std::ops::Range<u32> = 100..300;
-/// How long pings are timed, calm and in the storm.
+/// Time for which pings are timed, without and with the storm.
 const TIMED_FOR: Duration = Duration::from_secs(3);
-/// In the storm a ping may take so many times as long as in the calm, or as a newcomer waits for its answer, whichever is longer,
-/// and this on top. The storm comes from this very machine, which may be busy with other things, too: newcomers tell how busy.
+/// Maximum time of a ping in the storm, as a multiple, with [`MORE_MAX`] on top. It is a multiple of its time without a
+/// storm, or of the wait of a new device if that is longer. The storm comes from this machine, which may have other
+/// load: new devices show how much.
 const TIMES_MAX: u32 = 5;
 const MORE_MAX: Duration = Duration::from_millis(250);
-/// Below this number of attempts it was no storm.
+/// Minimum number of attempts of a storm.
 const ATTEMPTS_MIN: u64 = 600;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -55,7 +54,7 @@ async fn storm_of_connects_does_not_starve_live_sessions() {
         let is_over = Arc::clone(&is_over);
         storm.spawn(async move {
             while !is_over.load(Ordering::Relaxed) {
-                // Whatever comes of it: the next one follows.
+                // Whatever the result, the next attempt follows.
                 drop(attempt(address, device(number)).await);
             }
         });
@@ -65,20 +64,20 @@ async fn storm_of_connects_does_not_starve_live_sessions() {
     is_over.store(true, Ordering::Relaxed);
     storm.join_all().await;
 
-    // Each newcomer comes as soon as it has left (Little's law).
+    // Each device connects again as soon as it has left (Little's law).
     let newcomer = TIMED_FOR * u32::try_from(STORMING.len()).unwrap() / u32::try_from(attempts).unwrap();
     println!("{attempts} attempts of {newcomer:?}; p99 of a ping {calm:?} in the calm, {stormy:?} in the storm");
-    assert!(attempts >= ATTEMPTS_MIN, "{attempts} attempts are no storm");
+    assert!(attempts >= ATTEMPTS_MIN, "{attempts} attempts are not a storm");
     assert!(
         stormy <= calm.max(newcomer) * TIMES_MAX + MORE_MAX,
         "{calm:?} in the calm, {stormy:?} in the storm"
     );
 }
 
-/// A plain session, on a thread of its own, so that no runtime of this process is in what is measured.
+/// A plain session, on a blocking socket, so that no runtime of this process is part of the measurement.
 fn session(address: SocketAddr, number: u32) -> TcpStream {
     let Credential::Bearer(secret) = device(number).credential else {
-        panic!("a device of the rig's has a secret");
+        panic!("a device of the rig has a secret");
     };
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_nodelay(true).unwrap();
@@ -95,7 +94,7 @@ fn session(address: SocketAddr, number: u32) -> TcpStream {
     stream
 }
 
-/// First byte and payload of the next frame; all are short here.
+/// First byte and payload of the next frame. All are short here.
 fn frame(stream: &mut TcpStream) -> (u8, Vec<u8>) {
     let mut head = [0; 2];
     stream.read_exact(&mut head).unwrap();
@@ -104,7 +103,7 @@ fn frame(stream: &mut TcpStream) -> (u8, Vec<u8>) {
     (head[0], payload)
 }
 
-/// The 99th percentile of the time from a ping to its pong.
+/// 99th percentile of the time from a ping to its pong.
 fn round_trips(live: &mut [TcpStream]) -> Duration {
     let deadline = Instant::now() + TIMED_FOR;
     let mut took = Vec::new();
@@ -112,7 +111,7 @@ fn round_trips(live: &mut [TcpStream]) -> Duration {
         for stream in &mut *live {
             let begun = Instant::now();
             stream.write_all(&masked(0x89, b"alive?")).unwrap();
-            // The gateway pings, too.
+            // The gateway also sends pings.
             while frame(stream) != (0x8a, b"alive?".to_vec()) {}
             took.push(begun.elapsed());
             thread::sleep(Duration::from_millis(1));

@@ -1,4 +1,4 @@
-//! A log that nobody reads: standard error is a pipe that is full.
+//! A log that is not read: standard error is a full pipe.
 
 use std::{fs, time::Duration};
 
@@ -8,17 +8,15 @@ use rustix::{
 };
 use tokio::task::{JoinSet, spawn_blocking};
 
-use super::{
-    super::{
-        fleet::rig::{PATIENCE, assert_alive, attempt, device, raw},
-        harness::process::GatewayProcess,
-    },
-    disk::import,
+use super::{super::harness::process::GatewayProcess, disk::import};
+use crate::harness::{
+    devices::{assert_alive, attempt, device, raw},
+    wait::PATIENCE,
 };
 
-/// Attempts at a time; each is a line.
+/// Attempts at a time; each logs a line.
 const ATTEMPTS: usize = 100;
-/// A gateway with lines that can't be written gives their reader a second at its end.
+/// A gateway with lines that cannot be written waits a second for their reader at its end.
 const END_MAX: Duration = Duration::from_secs(8);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -26,7 +24,7 @@ async fn unread_log_never_stops_the_gateway_and_what_it_lost_is_counted() {
     let home = tempfile::tempdir().unwrap();
     let (data, config) = (home.path().join("data"), home.path().join("seawall.toml"));
     fs::write(&config, "[logging]\nlevel = \"debug\"\n").unwrap();
-    // Where the gateway's log goes: a pipe, held open, and never read.
+    // The gateway's log goes to a pipe that is held open and never read.
     let pipe = data.with_extension("log");
     mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
     let _unread = fs::File::options().read(true).write(true).open(&pipe).unwrap();

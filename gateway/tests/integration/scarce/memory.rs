@@ -1,4 +1,4 @@
-//! Memory that is short: new devices are sent away with slots, those who are there stay, and the kernel has nobody to kill.
+//! Short memory: new devices are refused with slots, live sessions stay, and the kernel kills no process.
 
 use std::{
     fs,
@@ -10,7 +10,7 @@ use firmware_sim::{
     connection::{Connection, OpenError},
     tls::Trust,
 };
-use seawall_gateway::memory::{Group, Sources};
+use seawall_gateway::runtime::memory::{Group, Sources};
 use seawall_proto::memory::DEVICE_BYTES;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -19,21 +19,21 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{
-    super::{
-        fleet::rig::{PATIENCE, assert_alive, attempt, device, eventually},
-        harness::{authority::Authority, group::MemoryGroup, process::GatewayProcess},
-        wire::{
-            raw::{Device, ask, request},
-            rig::Gateway,
-        },
-    },
-    disk::import,
+use super::disk::import;
+use crate::harness::{
+    authority::Authority,
+    devices::{assert_alive, attempt, device},
+    gateway::Gateway,
+    group::MemoryGroup,
+    process::GatewayProcess,
+    raw::{Device, ask, request},
+    skip::skip,
+    wait::{PATIENCE, eventually},
 };
 
 const MIB: u64 = 1 << 20;
 
-/// Writes what the kernel would, of a group that may have 1,000 MiB.
+/// Writes the kernel's counters of a cgroup with a limit of 1,000 MiB.
 fn uses(folder: &Path, mib: u64) {
     fs::write(folder.join("memory.max"), (1_000 * MIB).to_string()).unwrap();
     fs::write(folder.join("memory.current"), ((mib + 300) * MIB).to_string()).unwrap();
@@ -45,14 +45,14 @@ async fn node_near_its_memory_sends_newcomers_away_with_slots_and_takes_them_aga
     let counters = tempfile::tempdir().unwrap();
     uses(counters.path(), 100);
     let groups = Group::around("0::/\n", counters.path());
-    let gateway = Gateway::start_with(Sources::of(groups, 0, 1 << 40), "").await;
+    let gateway = Gateway::start_with_memory(Sources::of(groups, 0, 1 << 40), "").await;
     let (first, second) = (gateway.device_lines().await, gateway.device_lines().await);
     let memory = &gateway.shared.memory;
-    memory.look(0);
+    memory.measure(0);
     let mut live = Device::connect(gateway.devices, &[&first]).await;
 
     uses(counters.path(), 901);
-    memory.look(1);
+    memory.measure(1);
     let refused = ask(gateway.devices, request(&[&second]).as_bytes()).await;
 
     assert_eq!((refused.status, refused.code().as_str()), (503, "overloaded"));
@@ -64,21 +64,21 @@ async fn node_near_its_memory_sends_newcomers_away_with_slots_and_takes_them_aga
         readiness.ready && readiness.reasons == ["memory_short"],
         "{readiness:?}"
     );
-    assert_eq!(gateway.metric("seawall_memory_refusals_total"), 1.0);
+    assert_eq!(gateway.metric("seawall_memory_refusals_total"), 1);
     live.send(0x89, b"there").await;
     assert_eq!(live.frame().await.payload, b"there");
 
-    // Five percent more have to be free.
+    // Five percent more must be free.
     uses(counters.path(), 860);
-    memory.look(1);
+    memory.measure(1);
     assert_eq!(ask(gateway.devices, request(&[&second]).as_bytes()).await.status, 503);
     uses(counters.path(), 840);
-    memory.look(1);
+    memory.measure(1);
     Device::connect(gateway.devices, &[&second]).await;
     assert!(gateway.shared.readiness().reasons.is_empty());
 }
 
-/// The kernel's figures where so many more devices fit.
+/// Writes the kernel's counters at which `devices` further devices fit.
 fn leaves_room_for(folder: &Path, devices: u64) {
     uses(folder, 0);
     let used = 900 * MIB - devices * DEVICE_BYTES;
@@ -90,14 +90,14 @@ async fn nobody_is_looked_up_who_does_not_fit_and_who_does_not_stay_gives_the_ro
     let counters = tempfile::tempdir().unwrap();
     leaves_room_for(counters.path(), 1);
     let groups = Group::around("0::/\n", counters.path());
-    let gateway = Gateway::start_with(Sources::of(groups, 0, 1 << 40), "").await;
+    let gateway = Gateway::start_with_memory(Sources::of(groups, 0, 1 << 40), "").await;
     let mut lines = Vec::new();
     for _ in 0..8 {
         lines.push(gateway.device_lines().await);
     }
-    gateway.shared.memory.look(0);
-    let stranger = "Seawall-Device: 00000000-0000-4000-8000-000000000001\r\nAuthorization: Bearer nobody";
-    assert_eq!(ask(gateway.devices, request(&[stranger]).as_bytes()).await.status, 401);
+    gateway.shared.memory.measure(0);
+    let unknown = "Seawall-Device: 00000000-0000-4000-8000-000000000001\r\nAuthorization: Bearer nobody";
+    assert_eq!(ask(gateway.devices, request(&[unknown]).as_bytes()).await.status, 401);
     assert_eq!(gateway.shared.memory.room(), 1);
     let looked_up = || gateway.metric("seawall_lookups_total{outcome=\"found\"}");
 
@@ -116,34 +116,34 @@ async fn nobody_is_looked_up_who_does_not_fit_and_who_does_not_stay_gives_the_ro
     statuses.sort_unstable();
 
     assert_eq!(statuses, [101, 503, 503, 503, 503, 503, 503]);
-    assert_eq!(looked_up(), 1.0);
+    assert_eq!(looked_up(), 1);
 }
 
 #[tokio::test]
-async fn strangers_who_wait_leave_room_for_devices_that_are_known() {
+async fn waiting_unknown_devices_leave_room_for_known_ones() {
     let counters = tempfile::tempdir().unwrap();
     leaves_room_for(counters.path(), 4);
     let groups = Group::around("0::/\n", counters.path());
-    let gateway = Gateway::start_with(Sources::of(groups, 0, 1 << 40), "").await;
+    let gateway = Gateway::start_with_memory(Sources::of(groups, 0, 1 << 40), "").await;
     let known = gateway.device_lines().await;
     drop(Device::connect(gateway.devices, &[&known]).await);
     eventually(|| gateway.shared.sessions.is_empty()).await;
-    gateway.shared.memory.look(0);
+    gateway.shared.memory.measure(0);
 
-    // Two that wait for their look-ups.
+    // Two devices that wait for their lookups.
     let waiting: Vec<_> = (0..2).filter_map(|_| gateway.shared.memory.take()).collect();
-    let stranger = "Seawall-Device: 00000000-0000-4000-8000-000000000001\r\nAuthorization: Bearer nobody";
-    let refused = ask(gateway.devices, request(&[stranger]).as_bytes()).await;
+    let unknown = "Seawall-Device: 00000000-0000-4000-8000-000000000001\r\nAuthorization: Bearer nobody";
+    let refused = ask(gateway.devices, request(&[unknown]).as_bytes()).await;
 
     assert_eq!((waiting.len(), refused.status), (2, 503), "{refused:?}");
     Device::connect(gateway.devices, &[&known]).await;
     drop(waiting);
-    assert_eq!(ask(gateway.devices, request(&[stranger]).as_bytes()).await.status, 401);
+    assert_eq!(ask(gateway.devices, request(&[unknown]).as_bytes()).await.status, 401);
 }
 
 #[tokio::test]
 async fn only_so_many_claim_to_replace_a_session_at_a_time() {
-    let memory = std::sync::Arc::new(seawall_gateway::memory::Memory::default());
+    let memory = std::sync::Arc::new(seawall_gateway::runtime::memory::Memory::default());
 
     let claims: Vec<_> = (0..1_000).filter_map(|_| memory.take_to_replace()).collect();
 
@@ -157,27 +157,27 @@ async fn device_that_is_online_replaces_its_session_on_a_full_node() {
     let counters = tempfile::tempdir().unwrap();
     uses(counters.path(), 100);
     let groups = Group::around("0::/\n", counters.path());
-    let gateway = Gateway::start_with(Sources::of(groups, 0, 1 << 40), "").await;
+    let gateway = Gateway::start_with_memory(Sources::of(groups, 0, 1 << 40), "").await;
     let (online, offline) = (gateway.device_lines().await, gateway.device_lines().await);
     let _before = Device::connect(gateway.devices, &[&online]).await;
 
     uses(counters.path(), 950);
-    gateway.shared.memory.look(1);
+    gateway.shared.memory.measure(1);
 
     assert_eq!(ask(gateway.devices, request(&[&offline]).as_bytes()).await.status, 503);
     Device::connect(gateway.devices, &[&online]).await;
-    assert_eq!(gateway.metric("seawall_session_replacements_total"), 1.0);
+    assert_eq!(gateway.metric("seawall_session_replacements_total"), 1);
 }
 
-/// What the issue asks for: a group of 128 MB, and more devices than fit.
+/// Memory limit of the cgroup. More devices connect than fit into it.
 const GROUP_BYTES: u64 = 128 * MIB;
 const DEVICES: u32 = 15_000;
 /// Devices that connect at the same time.
 const AT_A_TIME: usize = 500;
-/// Fewest that must fit: 8,200 to 10,000 were measured.
+/// Minimum number that must fit: 8,200 to 10,000 were measured.
 const FITTING_MIN: usize = 7_000;
-/// The same right after all have left, while what they took is still on its way back to the system: 2,700 to 8,000 were measured, the fewer
-/// the more the machine has to do besides. Those refused come back half a minute later.
+/// The same right after all have left, while their memory is still being returned to the system. 2,700 to 8,000 were
+/// measured, fewer with other load on the machine. Refused devices return half a minute later.
 const FITTING_AGAIN_MIN: usize = 1_000;
 const FILES_NEEDED: u64 = 18_000;
 
@@ -186,12 +186,14 @@ async fn fifteen_thousand_devices_and_a_storm_do_not_kill_a_node_of_128_megabyte
     let _files = super::MANY_FILES.lock().await;
     let files = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     if files.maximum.is_some_and(|files| files < FILES_NEEDED) {
-        eprintln!("SKIPPED: {DEVICES} devices need {FILES_NEEDED} open files, and the hard limit is {files:?}");
+        skip(&format!(
+            "{DEVICES} devices need {FILES_NEEDED} open files, and the hard limit is {files:?}"
+        ));
         return;
     }
     raise_files();
     let Some(group) = MemoryGroup::of(GROUP_BYTES) else {
-        eprintln!("SKIPPED: this machine allows no memory cgroup of one's own; only faked counters were tried");
+        skip("no private memory cgroup on this machine: no node was filled with devices");
         return;
     };
     let folder = group.folder.clone();
@@ -205,7 +207,7 @@ async fn fifteen_thousand_devices_and_a_storm_do_not_kill_a_node_of_128_megabyte
     let begun = Instant::now();
     let mut live = come_all(&url, &Trust::default(), DEVICES).await;
     let first = live.len();
-    // The storm: every device leaves and comes back, and those who did not fit come with them.
+    // The storm: all devices leave and return, together with those that did not fit.
     live.clear();
     let mut live = come_all(&url, &Trust::default(), DEVICES).await;
 
@@ -228,7 +230,7 @@ async fn fifteen_thousand_devices_and_a_storm_do_not_kill_a_node_of_128_megabyte
     eventually(|| gateway.metric("seawall_sessions ").unwrap() == 0).await;
     eventually(|| gateway.metric("seawall_memory_alarm").unwrap() == 0).await;
     let back = async {
-        // What was measured last may be of before.
+        // The last measurement may be from before.
         while attempt(gateway.addresses.devices, device(1)).await.outcome.is_err() {
             sleep(Duration::from_millis(50)).await;
         }
@@ -237,17 +239,17 @@ async fn fifteen_thousand_devices_and_a_storm_do_not_kill_a_node_of_128_megabyte
     drop(gateway);
 }
 
-/// Devices over TLS, of which not all fit, and handshakes that are begun and left.
+/// Devices over TLS, not all of which fit, and handshakes that are begun and left.
 const TLS_DEVICES: u32 = 12_000;
 const BEGUN: usize = 3_000;
-/// Fewest that must fit over TLS: 8,600 were measured.
+/// Minimum number that must fit over TLS: 8,600 were measured.
 const TLS_FITTING_MIN: usize = 6_500;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn handshakes_without_end_do_not_kill_a_node_that_is_full() {
     let _files = super::MANY_FILES.lock().await;
     let Some(group) = MemoryGroup::of(GROUP_BYTES) else {
-        eprintln!("SKIPPED: this machine allows no memory cgroup of one's own");
+        skip("no private memory cgroup on this machine: no full node was sent handshakes");
         return;
     };
     raise_files();
@@ -265,11 +267,11 @@ async fn handshakes_without_end_do_not_kill_a_node_that_is_full() {
     let trust = Trust::File(authority.path("ca.pem"));
     let mut live = come_all(&url, &trust, TLS_DEVICES).await;
 
-    // The head of a hello that never comes to its end, as much of it as is taken.
+    // An incomplete head of a hello, of the maximum length.
     let hello = [&[0x16, 3, 1, 0x1f, 0, 1, 0, 0xea, 0x60][..], &[0; 7_900]].concat();
     let mut begun = Vec::new();
     for _ in 0..BEGUN {
-        // A connection for which there is no room in the backlog would wait for seconds.
+        // A connection that does not fit into the backlog would wait for seconds.
         let connecting = timeout(
             Duration::from_millis(100),
             TcpStream::connect(gateway.addresses.devices),
@@ -304,7 +306,7 @@ fn raise_files() {
     rustix::process::setrlimit(rustix::process::Resource::Nofile, raised).unwrap();
 }
 
-/// Every device comes once; the sessions of those who fit. The others are told when to come back.
+/// All devices connect once. Returns the sessions of those that fit. The others get a hint.
 async fn come_all(url: &str, trust: &Trust, devices: u32) -> Vec<Connection> {
     let mut connecting = JoinSet::new();
     let mut live = Vec::new();

@@ -1,5 +1,5 @@
-//! What a machine runs out of: room on its disk, files, connections of the database, permissions, readers of its log. And what it must not run out of:
-//! room for many devices behind one address.
+//! Resources that a machine lacks: disk space, files, database connections, permissions, readers of its log. And many
+//! devices behind one address, which must fit.
 
 mod backends;
 mod crowd;
@@ -12,5 +12,5 @@ mod permission;
 
 pub use disk::import;
 
-/// Held by a test that opens more than half of the files that this process may have: one at a time.
+/// Locked by a test that opens more than half of this process's files, so that only one runs.
 pub static MANY_FILES: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());

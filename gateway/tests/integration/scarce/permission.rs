@@ -1,4 +1,4 @@
-//! Files that the gateway's user may not use. Root may use everything: there the gateway runs as nobody.
+//! Files that the gateway's user may not use. Root may use all files, so there the gateway runs as nobody.
 
 use std::{
     fs,
@@ -17,7 +17,7 @@ use super::super::{
     harness::process::{run, seawall},
 };
 
-/// A user without rights of its own, on every Linux.
+/// A user without permissions on every Linux.
 const NOBODY: u32 = 65_534;
 
 #[test]
@@ -97,7 +97,7 @@ fn database_file_that_may_not_be_read_is_exit_1() {
     assert_refused(&output, 1, &[file.to_str().unwrap(), "read and write"]);
 }
 
-/// A folder that everybody may look into, with a copy of the binary that everybody may run.
+/// A directory that every user may read, with a copy of the binary that every user may run.
 struct Place {
     home: tempfile::TempDir,
 }
@@ -113,11 +113,11 @@ impl Place {
         self.home.path().join(name)
     }
 
-    /// The binary, run by somebody who is not root.
+    /// The binary, run by a user other than root.
     fn seawall(&self) -> Command {
         let mut command = seawall();
         if geteuid().is_root() {
-            // Where it was built others may not even look.
+            // Other users may not even read the directory where it was built.
             let copy = self.path("seawall");
             fs::copy(Path::new(command.get_program()), &copy).unwrap();
             let mut as_nobody = Command::new(copy);

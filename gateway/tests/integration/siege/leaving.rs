@@ -1,4 +1,4 @@
-//! Peers that leave: by a reset, by an end, by half an end, after every step of the way.
+//! Clients that leave at each step, by a reset, by closing, or by closing one side.
 
 use std::time::Duration;
 
@@ -10,22 +10,22 @@ use tokio::{
 };
 
 use super::{STOLEN, Siege, dial_from, one_of};
-use crate::{
-    fleet::rig::device,
-    harness::authority::HOST,
-    wire::raw::{masked, request},
+use crate::harness::{
+    authority::HOST,
+    devices::device,
+    raw::{masked, request},
 };
 
-/// How a peer leaves.
+/// The way in which a client leaves.
 #[derive(Clone, Copy, Debug)]
 enum Leave {
     Reset,
     End,
-    /// It will send no more, and waits for what comes.
+    /// It sends no more, and waits for data.
     HalfEnd,
 }
 
-/// Where it leaves.
+/// The step at which it leaves.
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Connected,
@@ -47,7 +47,7 @@ const STEPS: [Step; 7] = [
     Step::AfterItsGoodbye,
 ];
 const WAYS: [Leave; 3] = [Leave::Reset, Leave::End, Leave::HalfEnd];
-/// How often each.
+/// Number of repetitions of each.
 const TIMES: u32 = 8;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -90,14 +90,14 @@ async fn leave(siege: &Siege, step: Step, way: Leave, time: u32) {
     go(stream, way).await;
 }
 
-/// Where a peer leaves that speaks TLS.
+/// The step at which a TLS client leaves.
 #[derive(Clone, Copy, Debug)]
 enum TlsStep {
     InTheHello,
     BehindTheHello,
     Secured,
     InTheHead,
-    /// Without a goodbye of TLS.
+    /// Without a close message of TLS.
     Upgraded,
 }
 
@@ -129,7 +129,7 @@ async fn leave_tls(siege: &Siege, step: TlsStep, way: Leave, time: u32) {
             return go(tcp, way).await;
         }
         TlsStep::BehindTheHello => {
-            // What a client says first; the gateway's answer is never read.
+            // The first data of a client; the gateway's answer is never read.
             let config = siege.authority().client_config(rustls::ALL_VERSIONS, None);
             let name = HOST.try_into().unwrap();
             let mut client = rustls::ClientConnection::new(config, name).unwrap();
@@ -171,9 +171,9 @@ async fn go(mut stream: TcpStream, way: Leave) {
         Leave::Reset => {}
         Leave::End => socket2::SockRef::from(&stream).set_linger(None).unwrap(),
         Leave::HalfEnd => {
-            // After its goodbye the gateway may have ended the connection.
+            // After the close message the gateway may have closed the connection.
             let _ = stream.shutdown().await;
-            // The gateway gives it up by itself.
+            // The gateway gives it up on its own.
             let ended = timeout(Duration::from_secs(5), async {
                 while let Ok(1..) = stream.read(&mut [0; 512]).await {}
             });

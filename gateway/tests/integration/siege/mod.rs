@@ -1,7 +1,7 @@
-//! Attacks on real sockets, against the real binary: while one lasts, devices get in, and the process stays small; afterwards nothing is
-//! left of it. Start with [`Siege`].
+//! Attacks on real sockets, against the real binary. During an attack, devices are admitted, and the process stays
+//! small. Afterwards nothing is left of it. Start with [`Siege`].
 
-mod door;
+mod handshakes;
 mod leaving;
 mod secrets;
 mod sessions;
@@ -26,34 +26,39 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    fleet::rig::{PATIENCE, assert_alive, device, eventually},
-    harness::{authority::Authority, process::GatewayProcess},
+    harness::{
+        authority::Authority,
+        devices::{assert_alive, device},
+        process::GatewayProcess,
+        wait::{PATIENCE, eventually},
+    },
     scarce::import,
 };
 
-/// Devices that connect while the attack lasts, one after the other; the second slowest is their 99th percentile.
+/// Number of devices that connect during the attack, one after the other. The second slowest is their 99th percentile.
 const DEVICES: u32 = 100;
 const DEVICE_INTERVAL: Duration = Duration::from_millis(15);
-/// How long one of them waits for its session, in 99 of 100 cases.
+/// Maximum time that a device waits for its session, in 99 of 100 cases.
 const WAIT_MAX: Duration = Duration::from_secs(1);
-/// Rounds of devices. Each has to be good.
+/// Rounds of devices. Each must pass.
 const ROUNDS: usize = 3;
-/// A round is repeated if a timer of the test was later than this: then the machine had no time for the test itself, and the wait of a
-/// device says nothing of the gateway.
+/// Delay of the test's own timer at which a round is repeated: then the machine had no time for the test itself, and
+/// the device's wait says nothing about the gateway.
 const TIMER_LATE_MAX: Duration = Duration::from_millis(250);
-/// Rounds that may be repeated. After these the machine is too busy to tell.
+/// Maximum number of repeated rounds. Beyond it the machine is too busy to measure.
 const REPEATS_MAX: usize = 6;
-/// What an attack may cost in memory, in KiB: handshakes under way take 25 KB each with TLS, 2,500 of them at most, and buffers of sessions.
+/// Maximum additional memory during an attack, in KiB: 25 KB for each of at most 2,500 handshakes with TLS, and buffers
+/// of sessions.
 const GROWN_MAX_KIB: u64 = 120 * 1024;
-/// Files that SQLite and the API open when they need them. Attacks open hundreds.
+/// Open files that SQLite and the API open when needed. Attacks open hundreds.
 const FILES_OF_OTHERS: usize = 16;
-/// A device that is online all the time.
+/// A device that stays online.
 const WITNESS: u32 = 0;
-/// Devices in the attackers' hands.
+/// Number of devices that attackers control.
 const STOLEN: u32 = 1_000;
 const STOLEN_MAX: u32 = 20;
 
-/// A gateway that is attacked.
+/// A gateway under attack.
 pub struct Siege {
     pub gateway: GatewayProcess,
     pub address: SocketAddr,
@@ -88,7 +93,7 @@ impl Siege {
         import(&gateway, 0..DEVICES + 1);
         import(&gateway, STOLEN..STOLEN + STOLEN_MAX);
         let address = gateway.addresses.devices;
-        // What is made for the first is not what an attack leaves behind.
+        // One-time allocations must not be taken for remains of the attack.
         for number in 1..20 {
             drop(open(address, authority.as_ref(), number).await);
         }
@@ -108,12 +113,12 @@ impl Siege {
         siege
     }
 
-    /// Who vouches for a gateway that speaks TLS.
+    /// The CA of a gateway with TLS.
     pub fn authority(&self) -> &Authority {
         self.authority.as_ref().expect("a siege over TLS")
     }
 
-    /// So many of these, each until the siege is over; `attack` is given its number.
+    /// Starts `count` attackers, which run until the siege ends. `attack` gets its number.
     pub fn attack<F: Future<Output = ()> + Send + 'static>(&mut self, count: usize, attack: impl Fn(usize) -> F) {
         for number in 0..count {
             let (attack, is_over) = (attack(number), self.is_over.clone());
@@ -124,12 +129,12 @@ impl Siege {
         }
     }
 
-    /// The attack has built up: so many handshakes are under way.
+    /// Waits until the attack has built up: `handshakes` are running.
     pub async fn is_on(&self, handshakes: u64) {
         eventually(|| self.gateway.metric("seawall_handshakes_under_way").unwrap() >= handshakes).await;
     }
 
-    /// Devices connect while the attack lasts; then it ends, and nothing is left of it.
+    /// Devices connect during the attack. Then it ends, and nothing is left of it.
     pub async fn survives(mut self) {
         let mut waits = Vec::new();
         let mut grown = 0;
@@ -154,7 +159,7 @@ impl Siege {
         self.leaves_nothing().await;
     }
 
-    /// The longest wait of 99 in 100 devices, and how late the latest timer of the test was meanwhile.
+    /// Maximum wait of 99 in 100 devices, and the maximum delay of the test's timer meanwhile.
     async fn round(&self) -> (Duration, Duration) {
         let mut connecting = JoinSet::new();
         let mut timer_late = Duration::ZERO;
@@ -172,7 +177,7 @@ impl Siege {
         (waits[waits.len() - 2], timer_late)
     }
 
-    /// Nothing but the witness is there.
+    /// Asserts that only the witness is left.
     pub async fn leaves_nothing(mut self) {
         for (series, expected) in [
             ("seawall_sessions ", 1),
@@ -205,7 +210,7 @@ impl Siege {
     }
 }
 
-/// How long a device waits for its session. On a busy machine it may be sent away with a slot, and comes back then.
+/// Time that a device waits for its session. On a busy machine it may be refused with a slot, and returns then.
 async fn get_in(url: String, mut config: DeviceConfig) -> Duration {
     let begun = Instant::now();
     loop {
@@ -238,13 +243,13 @@ async fn open(address: SocketAddr, authority: Option<&Authority>, number: u32) -
     Connection::open(&url(address, authority), &config).await.unwrap()
 }
 
-/// Attackers come from other addresses than devices; `number` chooses one of so many.
+/// Attackers use other addresses than devices. `number` selects one of `addresses`.
 pub fn one_of(addresses: usize, number: usize) -> Ipv4Addr {
     let [high, low] = u16::try_from(number % addresses).unwrap().to_be_bytes();
     Ipv4Addr::new(127, 1, high, low.max(1))
 }
 
-/// A connection from there, which ends with a reset: it leaves nothing behind in the kernel.
+/// A connection from `source` that ends with a reset, so that it leaves nothing in the kernel.
 pub async fn dial_from(source: Ipv4Addr, address: SocketAddr) -> io::Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
     socket.bind(SocketAddr::new(IpAddr::V4(source), 0))?;

@@ -1,4 +1,4 @@
-//! Secrets: where they never are, and that guessing at them keeps no device out.
+//! Secrets: places where they must not appear, and guesses, which must keep no device out.
 
 use std::{
     fs,
@@ -16,14 +16,17 @@ use tokio::task::spawn_blocking;
 
 use super::Siege;
 use crate::{
-    fleet::rig::{PATIENCE, attempt, device, persist, with_wrong_secret},
-    harness::process::{GatewayProcess, run},
+    harness::{
+        devices::{attempt, device, persist, with_wrong_secret},
+        process::{GatewayProcess, run},
+        wait::PATIENCE,
+    },
     scarce::import,
 };
 
-/// Attempts with wrong secrets: more than are let through to the registry.
+/// Number of attempts with wrong secrets: more than the registry is queried for.
 const GUESSES: usize = 30;
-/// Longest wait of a device at whose secret somebody guesses: its slot comes after 15 s at most.
+/// Maximum wait of a device whose secret is being guessed: its slot comes after 15 s at most.
 const WAIT_MAX: Duration = Duration::from_secs(20);
 
 fn secret_of(config: &DeviceConfig) -> String {
@@ -33,7 +36,7 @@ fn secret_of(config: &DeviceConfig) -> String {
     }
 }
 
-/// Everything that a reader of logs could know a secret by.
+/// All forms in which a log could reveal a secret.
 fn shapes(secret: &str) -> Vec<String> {
     let hash = SecretHash::of(secret.as_bytes());
     let hash = hash.as_bytes();

@@ -1,4 +1,4 @@
-//! Devices in the wrong hands: what is sent in a session, or not read.
+//! Devices that attackers control: data that is sent in a session, or not read.
 
 use std::{io, net::SocketAddr, time::Duration};
 
@@ -12,9 +12,10 @@ use tokio::{
 };
 
 use super::{STOLEN, Siege, dial_from, one_of};
-use crate::{
-    fleet::rig::{device, eventually, id},
-    wire::raw::{PATIENCE, masked, request, response},
+use crate::harness::{
+    devices::{device, id},
+    raw::{masked, request, response},
+    wait::{SHORT_PATIENCE, eventually},
 };
 
 const ATTACKERS: usize = 8;
@@ -40,7 +41,7 @@ async fn session(address: SocketAddr, number: usize) -> io::Result<TcpStream> {
     }
 }
 
-/// Writes for as long as it is taken, and reads nothing; then again in a new session.
+/// Writes as long as data is accepted, and reads nothing; then again in a new session.
 async fn flood(address: SocketAddr, number: usize, first: Vec<u8>, then: Vec<u8>) {
     loop {
         if let Ok(mut stream) = session(address, number).await
@@ -65,7 +66,7 @@ async fn fragments_without_end_keep_nobody_out() {
     let mut siege = Siege::of_tcp("").await;
     let address = siege.address;
     let nothing = masked(0x00, b"").repeat(1_000);
-    // Each keeps a core busy, here too.
+    // Each keeps a core busy, on this side as well.
     siege.attack(ATTACKERS / 2, |number| {
         flood(address, number, masked(0x01, b"{"), nothing.clone())
     });
@@ -81,7 +82,7 @@ async fn frames_that_come_a_byte_at_a_time_keep_nobody_out() {
             let Ok(mut stream) = session(address, number).await else {
                 continue;
             };
-            // The head of a frame as large as any, and then next to nothing.
+            // The head of a frame of the maximum size, and then almost nothing.
             let frame = masked(0x81, &[b' '; 60_000]);
             let _ = stream.write_all(&frame[..20_000]).await;
             for byte in &frame[20_000..] {
@@ -95,7 +96,7 @@ async fn frames_that_come_a_byte_at_a_time_keep_nobody_out() {
     siege.survives().await;
 }
 
-/// As many as were stolen.
+/// As many as there are stolen devices.
 const STOLEN_FRAMES: usize = super::STOLEN_MAX as usize;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -134,12 +135,12 @@ async fn peers_that_never_read_what_operators_send_are_given_up() {
     siege.survives().await;
 }
 
-/// Messages of 45 KiB each, far more than the kernel keeps for a peer that does not read.
+/// Sends messages of 45 KiB each, far more than the kernel buffers for a client that does not read.
 fn send_large(url: &str, token: &str, count: usize) {
     let agent: ureq::Agent = ureq::Agent::config_builder()
         .proxy(None)
         .http_status_as_error(false)
-        .timeout_global(Some(PATIENCE))
+        .timeout_global(Some(SHORT_PATIENCE))
         .build()
         .into();
     let payload = base64::engine::general_purpose::STANDARD.encode(vec![7; 45 * 1024]);
@@ -151,7 +152,7 @@ fn send_large(url: &str, token: &str, count: usize) {
             .header("Content-Type", "application/json")
             .send(&body)
             .unwrap();
-        // Gone: the gateway has given it up.
+        // The gateway has given it up.
         if answer.status() == 409 {
             return;
         }
@@ -165,7 +166,7 @@ async fn session_that_says_more_than_it_may_is_closed_and_its_device_gets_in_aga
     stream.write_all(&masked(0x89, b"").repeat(200)).await.unwrap();
 
     let mut heard = Vec::new();
-    let _ = timeout(PATIENCE, stream.read_to_end(&mut heard)).await.unwrap();
+    let _ = timeout(SHORT_PATIENCE, stream.read_to_end(&mut heard)).await.unwrap();
 
     let policy = 1008_u16.to_be_bytes();
     assert!(heard.windows(2).any(|two| two == policy), "{heard:?}");

@@ -1,9 +1,9 @@
-//! Devices through the operators' eyes.
+//! Devices as operators see them.
 
 use std::time::Duration;
 
-use seawall_gateway::store::{DeviceChange, DeviceFilter, NewDevice, Rotation, StoreError};
-use seawall_proto::{id::SecretHash, record::DeviceState, time::WallTime};
+use seawall_gateway::store::{DeviceChange, DeviceFilter, NewDevice, Rotation, StoreError, Trouble};
+use seawall_proto::{id::SecretHash, record::DeviceState, resume::Generation, time::WallTime};
 
 use super::{Fixture, audit, device, label, new_device, on_both};
 
@@ -18,7 +18,60 @@ on_both!(
     pages_obey_each_filter,
     row_out_of_bounds_is_refused_by_the_schema,
     calls_side_by_side_all_succeed,
+    row_that_can_not_be_read_is_left_out_of_lists_and_can_be_deleted,
+    change_that_changes_nothing_is_not_written,
 );
+
+async fn row_that_can_not_be_read_is_left_out_of_lists_and_can_be_deleted(fixture: &Fixture) {
+    let store = &fixture.store;
+    fixture.db_fill(5).await;
+    let spoil = if fixture.url.sqlite_path().is_some() {
+        "UPDATE devices SET updated_at = 'yesterday' WHERE id = unhex('00000000000000000000000000000003')"
+    } else {
+        "ALTER TABLE devices DROP CONSTRAINT devices_state_check; \
+         UPDATE devices SET state = 9 WHERE id = '00000000-0000-0000-0000-000000000003'"
+    };
+    fixture.db_run(spoil).await;
+
+    let (mut listed, mut cursor) = (Vec::new(), None);
+    loop {
+        let filter = DeviceFilter::default();
+        let page = store.devices_page(&filter, cursor, 2).await.unwrap();
+        listed.extend(page.items.iter().map(|row| row.record.id));
+        cursor = page.next_cursor;
+        if cursor.is_none() {
+            break;
+        }
+    }
+    let among = store.devices_among(&[device(2), device(3)]).await.unwrap();
+
+    assert_eq!(listed, [1, 2, 4, 5].map(device));
+    assert_eq!(among.len(), 1);
+    let trouble = store.trouble(Trouble::Unreadable).unwrap();
+    assert!(trouble.contains(&device(3).to_string()), "{trouble}");
+    assert!(store.device(device(3)).await.is_err());
+    let deletion = audit("device.delete", 2);
+    assert_eq!(store.device_delete(device(3), &deletion).await.unwrap(), Some(()));
+    assert_eq!(store.device(device(3)).await.unwrap(), None);
+}
+
+async fn change_that_changes_nothing_is_not_written(fixture: &Fixture) {
+    let store = &fixture.store;
+    let made = store
+        .device_insert(&new_device(1), &audit("device.create", 1))
+        .await
+        .unwrap();
+    let same = DeviceChange {
+        state: Some(DeviceState::Enabled),
+        ..DeviceChange::default()
+    };
+
+    let changed = store.device_update(device(1), &same, &audit("device.update", 2)).await;
+
+    assert_eq!(changed.unwrap(), Some(made));
+    assert_eq!(store.revocations_since(None).await.unwrap().revision, Generation(0));
+    assert_eq!(store.audit_page(None, 10).await.unwrap().items.len(), 1);
+}
 
 async fn device_is_found_as_it_was_registered(fixture: &Fixture) {
     let new = NewDevice {
@@ -151,7 +204,7 @@ async fn rotation_keeps_the_old_secret_for_the_overlap(fixture: &Fixture) {
 
 async fn deleted_device_is_gone(fixture: &Fixture) {
     let store = &fixture.store;
-    let made = store
+    store
         .device_insert(&new_device(1), &audit("device.create", 1))
         .await
         .unwrap();
@@ -161,7 +214,7 @@ async fn deleted_device_is_gone(fixture: &Fixture) {
             .device_delete(device(1), &audit("device.delete", 2))
             .await
             .unwrap(),
-        Some(made)
+        Some(())
     );
 
     assert_eq!(store.device(device(1)).await.unwrap(), None);

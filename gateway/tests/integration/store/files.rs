@@ -1,9 +1,9 @@
-//! SQLite files that can't be used: each is told apart, in words that say what to do.
+//! SQLite files that cannot be used: each has its own error, which says what to do.
 
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
 use seawall_gateway::{
-    config::DatabaseUrl,
+    runtime::config::DatabaseUrl,
     store::{Store, StoreError},
 };
 use sqlx::{Connection, SqliteConnection};
@@ -27,11 +27,11 @@ async fn open_error(path: &std::path::Path) -> StoreError {
 async fn file_that_is_no_database_is_named_so_and_left_alone() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("notes.txt");
-    fs::write(&path, "these are no rows\n".repeat(500)).unwrap();
+    fs::write(&path, "these are not rows\n".repeat(500)).unwrap();
 
     assert!(matches!(open_error(&path).await, StoreError::NotADatabase(_)));
 
-    assert!(fs::read_to_string(&path).unwrap().starts_with("these are no rows"));
+    assert!(fs::read_to_string(&path).unwrap().starts_with("these are not rows"));
 }
 
 #[tokio::test]
@@ -133,7 +133,7 @@ async fn full_disk_is_told_apart() {
     let mut other = SqliteConnection::connect(&format!("sqlite:{}", path.display()))
         .await
         .unwrap();
-    // SQLite takes its own bound on pages for a full disk.
+    // SQLite reports its own maximum of pages as a full disk.
     sqlx::raw_sql("PRAGMA max_page_count = 1")
         .execute(&mut other)
         .await

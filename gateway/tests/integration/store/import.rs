@@ -1,4 +1,4 @@
-//! Import: all of a file, or nothing of it.
+//! Import: all of a file, or nothing.
 
 use seawall_gateway::store::{
     DeviceFilter, ImportLine, ImportReport, ImportRow, LINES_MAX, OnOtherCredential, StoreError,
@@ -35,7 +35,7 @@ fn line(number: u64, id: u128, secret: &str) -> ImportLine {
 fn bad(number: u64) -> ImportLine {
     ImportLine {
         number,
-        row: Err("the id is no UUID".into()),
+        row: Err("the id is not a UUID".into()),
     }
 }
 
@@ -174,7 +174,7 @@ async fn bad_line_keeps_the_whole_file_out(fixture: &Fixture) {
         assert_eq!((report.added, report.skipped, report.bad), (0, 0, 1));
         assert_eq!(
             (report.bad_lines[0].number, report.bad_lines[0].reason.as_str()),
-            (3, "the id is no UUID")
+            (3, "the id is not a UUID")
         );
         assert_eq!(count(fixture).await, 0);
     }
@@ -236,7 +236,7 @@ async fn second_import_at_once_is_a_conflict(fixture: &Fixture) {
 async fn import_has_a_bound(fixture: &Fixture) {
     let mut import = fixture.store.import(OnOtherCredential::Refuse).await.unwrap();
 
-    // Bad lines count too, and cost the database nothing.
+    // Bad lines are counted as well, and cost the database nothing.
     import.push((0..LINES_MAX).map(bad).collect()).await.unwrap();
     let beyond = import.push(vec![bad(LINES_MAX + 1)]).await;
 

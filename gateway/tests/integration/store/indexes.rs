@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use seawall_gateway::{
-    config::DatabaseUrl,
+    runtime::config::DatabaseUrl,
     store::{SCHEMA_VERSION, Store},
 };
 use sqlx::{Connection as _, PgConnection};
@@ -18,11 +18,11 @@ const VALID_INDEXES: &str = "SELECT count(*) FROM pg_index JOIN pg_class ON pg_c
      WHERE relname IN ('devices_not_enabled', 'devices_by_tenant_and_model') AND indisvalid";
 const INSERT: &str = "INSERT INTO devices (id, secret_sha256, created_at, updated_at) \
      VALUES (gen_random_uuid(), sha256('secret'), 1, 1)";
-/// The server takes every table for a large one.
+/// The server reports every table as large.
 const LARGE: &str = "CREATE FUNCTION public.pg_total_relation_size(regclass) RETURNS bigint \
          LANGUAGE sql IMMUTABLE RETURN 1099511627776; \
      DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = public, pg_catalog', current_database()); END $$";
-/// Longer than the statements of a migration may take here, and less than it waits in this test.
+/// More than a statement of a migration may take here, and less than it waits in this test.
 const STATEMENT_TIMEOUT: Duration = Duration::from_millis(200);
 
 async fn run(connection: &mut PgConnection, sql: &'static str) {
@@ -33,7 +33,7 @@ async fn number(connection: &mut PgConnection, sql: &'static str) -> i64 {
     sqlx::query_scalar(sql).fetch_one(connection).await.unwrap()
 }
 
-/// A database with the schema of before the indexes, and a connection to it.
+/// A database with the schema before the indexes, and a connection to it.
 async fn without_indexes() -> (DatabaseUrl, PgConnection) {
     let url = pg::shared().database().await.unwrap();
     Store::migrate(&url).await.unwrap();
@@ -63,7 +63,7 @@ async fn migrate_replaces_an_invalid_index_while_devices_are_written_and_without
     let (url, mut connection) = without_indexes().await;
     run(&mut connection, INSERT).await;
     run(&mut connection, INSERT).await;
-    // Two devices of one tenant: the index is not made, and stays behind as an invalid one.
+    // Two devices of one tenant: creating the index fails, and leaves an invalid one.
     let interrupted = sqlx::raw_sql("CREATE UNIQUE INDEX CONCURRENTLY devices_by_tenant_and_model ON devices (tenant)");
     interrupted.execute(&mut connection).await.unwrap_err();
     run(
@@ -79,7 +79,8 @@ async fn migrate_replaces_an_invalid_index_while_devices_are_written_and_without
         let url = url.clone();
         async move { Store::migrate(&url).await }
     });
-    let longest = "SELECT coalesce(max(extract(epoch FROM now() - query_start) * 1000), 0)::bigint FROM pg_stat_activity \
+    // A statement may begin after this one, by the server's clock.
+    let longest = "SELECT greatest(max(extract(epoch FROM now() - query_start) * 1000), 0)::bigint FROM pg_stat_activity \
          WHERE datname = current_database() AND state = 'active' AND query LIKE '%CREATE INDEX CONCURRENTLY%' \
          AND pid <> pg_backend_pid()";
     let deadline = Instant::now() + WAIT_MAX;
@@ -95,7 +96,7 @@ async fn migrate_replaces_an_invalid_index_while_devices_are_written_and_without
     within(migrating).await.unwrap().unwrap();
     assert_eq!(number(&mut connection, VALID_INDEXES).await, 2);
     assert_eq!(number(&mut connection, "SELECT count(*) FROM devices").await, 4);
-    // What was noted is what a gateway expects.
+    // The recorded version is what a gateway expects.
     let store = Store::open(&url).await.unwrap();
     within(store.ready()).await;
 }

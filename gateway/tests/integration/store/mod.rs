@@ -1,4 +1,4 @@
-//! The store: every function on both databases, then what each database does when it is hurt.
+//! The store: every function on both databases, then failures of each database.
 
 mod away;
 mod devices;
@@ -8,9 +8,11 @@ mod indexes;
 mod lookup;
 mod plan;
 mod pooler;
+mod presence;
 mod records;
+mod registry_index;
 mod revocations;
-mod roster;
+mod rollouts;
 mod rules;
 mod scarce;
 mod schema;
@@ -19,7 +21,7 @@ mod server;
 use std::{future::Future, time::Duration};
 
 use seawall_gateway::{
-    config::DatabaseUrl,
+    runtime::config::DatabaseUrl,
     store::{Audit, NewDevice, Store},
 };
 use seawall_proto::{
@@ -31,7 +33,7 @@ use tempfile::TempDir;
 
 use crate::harness::pg;
 
-/// Longest that a condition is waited for.
+/// Maximum wait for a condition.
 const WAIT_MAX: Duration = Duration::from_secs(15);
 
 /// Runs each test, a function of `&Fixture`, on either database.
@@ -82,7 +84,7 @@ impl Fixture {
         }
     }
 
-    /// Runs SQL behind the store's back.
+    /// Runs SQL without the store.
     async fn db_run(&self, sql: impl Into<String>) {
         self.db_try(sql).await.expect("the SQL is good");
     }
@@ -135,6 +137,7 @@ fn label(text: &str) -> Label {
 
 fn audit(action: &'static str, at_ms: u64) -> Audit {
     Audit {
+        id: uuid::Uuid::now_v7(),
         at: WallTime::from_unix_ms(at_ms),
         actor: "alice".into(),
         action,

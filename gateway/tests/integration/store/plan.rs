@@ -1,10 +1,10 @@
-//! The plan guard, on tables as big as in the field.
+//! The plan guard, on tables of realistic size.
 
 use seawall_gateway::store::PlanReport;
 
 use super::{Fixture, on_both};
 
-/// Big enough that a database would think twice about reading it all.
+/// Large enough that a database would avoid a full scan.
 const DEVICES: u32 = 50_000;
 
 on_both!(
@@ -21,7 +21,7 @@ async fn look_ups_go_through_the_primary_key(fixture: &Fixture) {
     assert_eq!(fixture.store.plan_check().await.unwrap(), PlanReport::Indexed);
 }
 
-/// Takes the primary key of `devices` away, and leaves its other indexes.
+/// Drops the primary key of `devices`, and keeps its other indexes.
 async fn db_drop_primary_key(fixture: &Fixture) {
     if fixture.url.sqlite_path().is_some() {
         fixture
@@ -61,7 +61,7 @@ mod views {
 
     use crate::store::{Fixture, device};
 
-    /// As load tests do: the look-up of marked ids made dear, inside the database.
+    /// Like load tests: makes the lookup of marked ids costly, inside the database.
     const VIEW: &str = "ALTER TABLE devices RENAME TO devices_stored; \
         CREATE FUNCTION dear(id uuid) RETURNS boolean LANGUAGE plpgsql VOLATILE AS \
         $$ BEGIN IF id::text LIKE '%01' THEN PERFORM pg_sleep(0.05); END IF; RETURN true; END $$; \

@@ -1,19 +1,20 @@
-//! PostgreSQL behind a pooler that gives each transaction any connection of its own.
+//! PostgreSQL behind a pooler that runs each transaction on any of its connections.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use seawall_gateway::{
-    config::DatabaseUrl,
+    runtime::config::DatabaseUrl,
     store::{DatabaseStatus, ImportLine, ImportRow, OnOtherCredential, PlanReport, Store, StoreError},
 };
 use seawall_proto::id::SecretHash;
 use sqlx::{Connection as _, PgConnection, Row as _};
 
-use super::{WAIT_MAX, audit, device, new_device, within};
+use super::{audit, device, new_device, within};
 use crate::harness::{
     pg::{self, Cluster},
     pooler::{Options, Pooler},
+    wait::eventually_async,
 };
 
 const LIMIT: Duration = Duration::from_secs(5);
@@ -26,7 +27,7 @@ async fn behind(pooler: &Pooler, cluster: &Cluster) -> (Store, DatabaseUrl) {
     (store, url)
 }
 
-/// Everything at once, on two nodes whose statements have the same names: each answer belongs to its question.
+/// Everything at once, on two nodes whose statements have the same names: each answer belongs to its query.
 async fn assert_works(options: Options) {
     let cluster = pg::shared();
     let Some(pooler) = Pooler::start(cluster, "transaction", options).unwrap() else {
@@ -54,7 +55,7 @@ async fn assert_works(options: Options) {
         import.push(vec![ImportLine { number, row: Ok(row) }]).await.unwrap();
     }
     assert_eq!(import.finish(&audit("devices.import", 2)).await.unwrap().added, 20);
-    // The pooler's connection has no table left of the first one.
+    // The pooler's connection has no table of the first import left.
     let second = store.import(OnOtherCredential::Refuse).await.unwrap();
     assert_eq!(second.finish(&audit("devices.import", 3)).await.unwrap().added, 0);
 
@@ -111,16 +112,13 @@ async fn timeouts_are_in_force_behind_a_pooler_that_drops_options() {
     let mut worker = store.lookup_worker();
     let found = worker.find(&[device(1)], LIMIT).await;
 
-    // The server's own bound on waiting for a lock, long before the caller's.
+    // The server's own limit on the wait for a lock, long before the caller's.
     assert!(
         matches!(found, Err(StoreError::Locked(_) | StoreError::TimedOut)),
         "{found:?}"
     );
-    let deadline = Instant::now() + WAIT_MAX;
-    while waiting(&mut locker).await > 0 {
-        assert!(Instant::now() < deadline, "the statement goes on in the server");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let locker = tokio::sync::Mutex::new(locker);
+    eventually_async(async || waiting(&mut *locker.lock().await).await == 0).await;
 }
 
 async fn waiting(connection: &mut PgConnection) -> i64 {

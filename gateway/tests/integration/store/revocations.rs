@@ -1,4 +1,4 @@
-//! Revocations of resume tokens: one revision a change, seen in their order, and never lost by pruning.
+//! Revocations of resume tokens: one revision per change, in order, and never lost by pruning.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -82,7 +82,7 @@ async fn import_revokes_the_devices_that_got_another_credential(fixture: &Fixtur
         lines.collect::<Vec<_>>()
     };
 
-    // Devices 2 and 3 are there, 4 is new.
+    // Devices 2 and 3 exist, 4 is new.
     for (secrets, revision) in [
         ([b"a", b"b", b"c"], 1),
         ([b"a", b"b", b"c"], 1),
@@ -118,9 +118,10 @@ async fn reader_that_follows_the_revision_misses_nothing_while_many_write(fixtur
     let writers = (1..=WRITERS).map(|n| {
         let store = fixture.store.clone();
         tokio::spawn(async move {
-            for _ in 0..CHANGES {
+            for change_number in 0..CHANGES {
                 let change = DeviceChange {
-                    model: Some(Some(label("m"))),
+                    // Another each time: what changes nothing revokes nothing.
+                    model: Some(Some(label(&format!("m{change_number}")))),
                     ..DeviceChange::default()
                 };
                 let audit = audit("device.update", 2);

@@ -1,16 +1,20 @@
-//! Firmware rules: stored with a revision, beside their audit records.
+//! Firmware rules: stored with a revision and their audit records.
 
 use std::time::{Duration, Instant};
 
-use seawall_gateway::store::{Consent, NewDevice, NewToken, Role, StoreError, StoredRules};
+use seawall_gateway::store::{Consent, NewDevice, NewToken, Role, Seen, Settled, StoreError, StoredRules};
 use seawall_proto::{
     id::{DeviceId, RuleId, SecretHash},
-    rules::RuleSpec,
+    rules::{LocalWrite, RuleSpec, Settlement},
+    time::WallTime,
 };
 use serde_json::json;
+use sqlx::{Connection as _, PgConnection};
+use tokio::sync::Mutex;
 use uuid::Uuid;
 
 use super::{Fixture, audit, on_both};
+use crate::harness::wait::eventually_async;
 
 on_both!(
     first_revision_is_zero_without_rules,
@@ -25,7 +29,10 @@ on_both!(
     counts_of_other_runs_are_read_with_their_age,
     changes_and_audit_stand_together,
     writes_side_by_side_each_have_a_revision,
-    rule_is_written_while_every_ops_connection_is_busy,
+    change_that_arrives_late_is_made_once_with_its_author_and_time,
+    change_whose_outcome_was_not_known_is_made_once,
+    late_deletion_of_a_missing_rule_is_told_to_every_node,
+    chain_that_arrives_late_is_one_change_with_a_record_for_each,
 );
 
 fn id(number: u128) -> RuleId {
@@ -50,6 +57,7 @@ async fn first_revision_is_zero_without_rules(fixture: &Fixture) {
         revision: 0,
         rules: Vec::new(),
         unsupported: Vec::new(),
+        released: Vec::new(),
     };
     assert_eq!(fixture.store.rules().await.unwrap(), empty);
 }
@@ -177,18 +185,19 @@ async fn rule_that_cannot_be_enforced_stops_no_other_and_can_be_deleted(fixture:
 async fn older_version_works_beside_rows_and_columns_of_a_newer_one(fixture: &Fixture) {
     let store = &fixture.store;
     for text in [
-        "ALTER TABLE rules ADD COLUMN rollout TEXT",
+        "ALTER TABLE rules ADD COLUMN plan TEXT",
         "ALTER TABLE tokens ADD COLUMN until BIGINT",
         "ALTER TABLE devices ADD COLUMN site TEXT",
-        "CREATE TABLE rollouts (id TEXT NOT NULL PRIMARY KEY)",
-        "INSERT INTO meta (key, value) VALUES ('rollouts_revision', '7')",
+        "CREATE TABLE sites (id TEXT NOT NULL PRIMARY KEY)",
+        "INSERT INTO meta (key, value) VALUES ('sites_revision', '7')",
     ] {
         fixture.db_run(text).await;
     }
     let made = [
         r#"{"match":{"firmware":"1.*"},"effect":"throttle","evict":true}"#,
-        r#"{"match":{"firmware":"1.*"},"effect":"block","admit_percent":90,"evict":true}"#,
-        r#"{"match":{"firmware":"1.*"},"effect":"block","mode":"dry_run"}"#,
+        r#"{"match":{"firmware":"1.*"},"effect":"restrict","update":7}"#,
+        r#"{"match":{"firmware":"1.*"},"effect":"block","admit_percent":101,"evict":true}"#,
+        r#"{"match":{"firmware":"1.*"},"effect":"block","mode":"sample"}"#,
         r#"{"match":{"firmware":"1.*"},"effect":"block","update":{"url":"https://example.com"}}"#,
         r#"{"match":{"firmware":"1.*","site":"a"},"effect":"block"}"#,
     ];
@@ -199,7 +208,7 @@ async fn older_version_works_beside_rows_and_columns_of_a_newer_one(fixture: &Fi
             .unwrap();
         fixture
             .db_run(&format!(
-                "UPDATE rules SET spec = '{json}', rollout = 'b' WHERE revision = {number}"
+                "UPDATE rules SET spec = '{json}', plan = 'b' WHERE revision = {number}"
             ))
             .await;
     }
@@ -385,7 +394,7 @@ async fn changes_and_audit_stand_together(fixture: &Fixture) {
     );
     assert!(records.iter().all(|record| record.subject == id(1).to_string()));
 
-    // Where the record can't be written, the change is not made either.
+    // If the record cannot be written, the change is not made either.
     fixture.db_run("ALTER TABLE audit RENAME TO elsewhere").await;
     store
         .rule_insert(id(2), spec("2.*"), Consent::Given, &audit("rule.create", 4))
@@ -415,11 +424,185 @@ async fn writes_side_by_side_each_have_a_revision(fixture: &Fixture) {
     assert_eq!(revisions, (1..=20).collect::<Vec<_>>());
 }
 
-async fn rule_is_written_while_every_ops_connection_is_busy(fixture: &Fixture) {
-    if fixture.url.sqlite_path().is_some() {
-        // SQLite has one writer; reads don't hold it up.
-        return;
+fn late(number: u128, rule: u128, before: Option<&str>, after: Option<&str>) -> LocalWrite {
+    LocalWrite {
+        id: Uuid::from_u128(number),
+        rule: id(rule),
+        at: WallTime::from_unix_ms(7),
+        actor: "ada".into(),
+        is_confirmed: false,
+        before: before.map(spec),
+        after: after.map(spec),
     }
+}
+
+const ARRIVED: WallTime = WallTime::from_unix_ms(9);
+
+async fn change_that_arrives_late_is_made_once_with_its_author_and_time(fixture: &Fixture) {
+    let store = &fixture.store;
+    let writes = [
+        (late(11, 1, None, Some("1.*")), Settlement::Inserted),
+        (late(12, 1, Some("1.*"), Some("2.*")), Settlement::Updated),
+        (late(13, 1, Some("1.*"), Some("3.*")), Settlement::Split),
+        (late(14, 1, Some("2.*"), None), Settlement::Deleted),
+        (late(15, 13, Some("1.*"), None), Settlement::Kept),
+    ];
+
+    for (at, (write, settlement)) in (1..).zip(&writes) {
+        let settled = store.rule_settle(&[write], Seen::default(), ARRIVED).await.unwrap();
+        let expected = Settled {
+            settlement: *settlement,
+            revision: at,
+        };
+        assert_eq!(settled, expected);
+    }
+    for (write, _) in &writes {
+        let settled = store.rule_settle(&[write], Seen::default(), ARRIVED).await.unwrap();
+        let expected = Settled {
+            settlement: Settlement::Unchanged,
+            revision: 5,
+        };
+        assert_eq!(settled, expected);
+    }
+
+    let stored = store.rules().await.unwrap();
+    assert_eq!((stored.revision, stored.rules.len()), (5, 1));
+    let rule = &stored.rules[0];
+    assert_eq!(
+        (rule.id, &rule.spec, rule.created_at),
+        (id(13), &spec("3.*"), WallTime::from_unix_ms(7))
+    );
+    let mut records = store.audit_page(None, 10).await.unwrap().items;
+    records.reverse();
+    let actions: Vec<_> = records.iter().map(|record| record.action.as_str()).collect();
+    assert_eq!(
+        actions,
+        [
+            "rule.create",
+            "rule.update",
+            "rule.conflict",
+            "rule.delete",
+            "rule.conflict"
+        ]
+    );
+    for record in &records {
+        let when = (record.at, record.arrived_at);
+        assert_eq!(
+            (record.actor.as_str(), when),
+            ("ada", (WallTime::from_unix_ms(7), Some(ARRIVED)))
+        );
+    }
+    let conflict = records[2].after.as_ref().unwrap();
+    assert_eq!(conflict["outcome"], "split");
+    assert_eq!(conflict["rule"], id(13).to_string());
+    assert_eq!(records[3].before.as_ref().unwrap()["match"]["firmware"], "2.*");
+    let check = store.rule_check(Uuid::nil()).await.unwrap();
+    assert_eq!(check.unconfirmed.len(), 1, "no author confirmed it");
+}
+
+async fn change_whose_outcome_was_not_known_is_made_once(fixture: &Fixture) {
+    let store = &fixture.store;
+    let made = audit("rule.create", 1);
+    store
+        .rule_insert(id(1), spec("1.*"), Consent::Given, &made)
+        .await
+        .unwrap();
+    let other = audit("rule.delete", 2);
+    store.rule_delete(id(1), &other).await.unwrap();
+
+    // This node had no answer, and kept the change.
+    let mut again = late(0, 1, None, Some("1.*"));
+    again.id = made.id;
+    let settled = store.rule_settle(&[&again], Seen::default(), ARRIVED).await.unwrap();
+
+    assert_eq!(settled.settlement, Settlement::Unchanged);
+    assert_eq!(store.rules().await.unwrap().rules, []);
+    let records = store.audit_page(None, 10).await.unwrap().items;
+    assert_eq!(records.len(), 2);
+    assert!(records.iter().all(|record| record.arrived_at.is_none()));
+}
+
+async fn late_deletion_of_a_missing_rule_is_told_to_every_node(fixture: &Fixture) {
+    let settled = fixture
+        .store
+        .rule_settle(&[&late(11, 1, Some("1.*"), None)], Seen::default(), ARRIVED)
+        .await
+        .unwrap();
+
+    assert_eq!(settled.settlement, Settlement::Deleted);
+    assert_eq!(fixture.store.rules().await.unwrap().released, [id(1)]);
+}
+
+async fn chain_that_arrives_late_is_one_change_with_a_record_for_each(fixture: &Fixture) {
+    let store = &fixture.store;
+    let withdrawn = [late(11, 1, None, Some("1.*")), late(12, 1, Some("1.*"), None)];
+    let made = [
+        late(13, 2, None, Some("1.*")),
+        late(14, 2, Some("1.*"), Some("2.*")),
+        late(15, 2, Some("2.*"), Some("3.*")),
+    ];
+
+    // The database has the first change: this node had no answer.
+    let first = store.rule_settle(&[&made[0]], Seen::default(), ARRIVED).await.unwrap();
+    let chain: Vec<&LocalWrite> = withdrawn.iter().collect();
+    let nothing = store.rule_settle(&chain, Seen::default(), ARRIVED).await.unwrap();
+    let chain: Vec<&LocalWrite> = made.iter().collect();
+    let outdated = Seen {
+        checked: Some(1),
+        ..Seen::default()
+    };
+    assert!(matches!(
+        store.rule_settle(&chain, outdated, ARRIVED).await,
+        Err(StoreError::Outdated)
+    ));
+    let checked = Seen {
+        checked: Some(2),
+        ..Seen::default()
+    };
+    let last = store.rule_settle(&chain, checked, ARRIVED).await.unwrap();
+    let again = store.rule_settle(&chain, Seen::default(), ARRIVED).await.unwrap();
+
+    let settlements = [first, nothing, last, again].map(|settled| (settled.settlement, settled.revision));
+    let expected = [
+        (Settlement::Inserted, 1),
+        (Settlement::Unchanged, 2),
+        (Settlement::Updated, 3),
+        (Settlement::Unchanged, 3),
+    ];
+    assert_eq!(settlements, expected);
+    let stored = store.rules().await.unwrap();
+    let rules: Vec<_> = stored.rules.iter().map(|rule| (rule.id, &rule.spec)).collect();
+    assert_eq!(rules, [(id(2), &spec("3.*"))]);
+    let mut records = store.audit_page(None, 10).await.unwrap().items;
+    records.reverse();
+    let firmware = |form: &Option<serde_json::Value>| Some(form.as_ref()?["match"]["firmware"].as_str()?.to_owned());
+    let told: Vec<_> = records
+        .iter()
+        .inspect(|record| assert_eq!((record.actor.as_str(), record.arrived_at), ("ada", Some(ARRIVED))))
+        .map(|record| {
+            (
+                record.action.as_str(),
+                firmware(&record.before),
+                firmware(&record.after),
+            )
+        })
+        .collect();
+    let form = |text: &str| Some(text.to_owned());
+    let expected = [
+        ("rule.create", None, form("1.*")),
+        ("rule.create", None, form("1.*")),
+        ("rule.delete", form("1.*"), None),
+        ("rule.update", form("1.*"), form("2.*")),
+        ("rule.update", form("2.*"), form("3.*")),
+    ];
+    assert_eq!(told, expected);
+}
+
+/// On PostgreSQL only: SQLite has one writer, and reads do not delay it.
+#[tokio::test]
+async fn rule_is_written_while_every_ops_connection_is_busy() {
+    const OPS_CONNECTIONS: i64 = 4;
+    let fixture = Fixture::postgres().await;
     fixture.db_fill(1).await;
     fixture
         .db_run(
@@ -431,7 +614,8 @@ async fn rule_is_written_while_every_ops_connection_is_busy(fixture: &Fixture) {
         tokio::spawn(async move { store.devices_page(&Default::default(), None, 1).await })
     });
     let busy: Vec<_> = busy.collect();
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    let outside = Mutex::new(PgConnection::connect(fixture.url.expose()).await.unwrap());
+    eventually_async(async || sleeping(&mut *outside.lock().await).await == OPS_CONNECTIONS).await;
 
     let started = Instant::now();
     fixture
@@ -444,4 +628,11 @@ async fn rule_is_written_while_every_ops_connection_is_busy(fixture: &Fixture) {
     for call in busy {
         assert!(call.await.unwrap().is_err());
     }
+}
+
+/// Connections to the database whose statement sleeps.
+async fn sleeping(connection: &mut PgConnection) -> i64 {
+    let statement =
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'";
+    sqlx::query_scalar(statement).fetch_one(connection).await.unwrap()
 }

@@ -1,4 +1,4 @@
-//! PostgreSQL that refuses connections for want of them, while another program takes each one that is free.
+//! PostgreSQL that has no free connections, while another program takes each one that becomes free.
 
 use std::{
     sync::{
@@ -9,7 +9,7 @@ use std::{
 };
 
 use seawall_gateway::{
-    config::DatabaseUrl,
+    runtime::config::DatabaseUrl,
     store::{Consent, DatabaseStatus, Store, StoreError},
 };
 use seawall_proto::{id::RuleId, rules::RuleSpec};
@@ -18,9 +18,9 @@ use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{WAIT_MAX, audit, device, within};
-use crate::harness::pg;
+use crate::harness::{pg, wait::eventually};
 
-/// A database, and a role that may have this many connections to it.
+/// A database, and a role with this maximum number of connections.
 struct Scarce {
     owner: DatabaseUrl,
     url: DatabaseUrl,
@@ -113,7 +113,7 @@ async fn write_rule(store: &Store) -> Result<(), StoreError> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn second_call_of_the_api_costs_neither_look_ups_nor_rules_their_connections() {
-    // One each of look-ups, polls, rules and the API.
+    // One each for lookups, polls, rules and the API.
     let scarce = Scarce::new("full", 4).await;
     let store = scarce.store().await;
     let mut worker = store.lookup_worker();
@@ -130,7 +130,7 @@ async fn second_call_of_the_api_costs_neither_look_ups_nor_rules_their_connectio
     let lock = sqlx::raw_sql("BEGIN; LOCK TABLE devices IN ACCESS EXCLUSIVE MODE");
     lock.execute(&mut locker).await.unwrap();
 
-    // The first one holds the API's connection, so that the second one needs another.
+    // The first one holds the API's connection, so the second one needs another.
     let (first, second) = tokio::join!(store.device(device(1)), store.device(device(1)));
 
     assert!(first.is_err() && second.is_err(), "{first:?} {second:?}");
@@ -150,11 +150,7 @@ async fn polls_that_get_no_connection_do_not_call_the_database_away() {
     let scarce = Scarce::new("polling", 4).await;
     let store = scarce.store().await;
     let neighbour = Neighbour::start(&scarce.url);
-    let deadline = Instant::now() + WAIT_MAX;
-    while neighbour.taken() < 4 {
-        assert!(Instant::now() < deadline, "{:?}", scarce.connections().await);
-        sleep(Duration::from_millis(5)).await;
-    }
+    eventually(|| neighbour.taken() >= 4).await;
 
     for _ in 0..2 {
         let (rules, revocations, ping) =

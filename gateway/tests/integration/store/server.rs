@@ -1,9 +1,9 @@
-//! PostgreSQL as others run it: far away, read-only, short of connections, with few rights.
+//! PostgreSQL in other environments: far away, read-only, short of connections, with few permissions.
 
 use std::time::{Duration, Instant};
 
 use seawall_gateway::{
-    config::DatabaseUrl,
+    runtime::config::DatabaseUrl,
     store::{Consent, DatabaseStatus, LookupWorker, Operation, SCHEMA_VERSION, Store, StoreError, Trouble},
 };
 use seawall_proto::rules::RuleSpec;
@@ -19,10 +19,13 @@ use tokio::{
 };
 
 use super::{WAIT_MAX, audit, device, new_device, within};
-use crate::harness::pg::{self, Cluster};
+use crate::harness::{
+    pg::{self, Cluster},
+    wait::eventually_async,
+};
 
 const LIMIT: Duration = Duration::from_secs(1);
-/// Half of the 300 ms there and back.
+/// Half of the round trip of 300 ms.
 const ONE_WAY: Duration = Duration::from_millis(150);
 
 async fn run(url: &DatabaseUrl, sql: impl Into<String>) {
@@ -45,14 +48,6 @@ fn at_port(url: &DatabaseUrl, port: u16) -> DatabaseUrl {
     url.expose().replace(&here, &format!(":{port}/")).parse().unwrap()
 }
 
-async fn eventually(condition: impl AsyncFn() -> bool) {
-    let deadline = Instant::now() + WAIT_MAX;
-    while !condition().await {
-        assert!(Instant::now() < deadline, "it does not come to that");
-        sleep(Duration::from_millis(20)).await;
-    }
-}
-
 async fn find_in_the_end(worker: &mut LookupWorker, found: usize) {
     let deadline = Instant::now() + WAIT_MAX;
     loop {
@@ -63,7 +58,7 @@ async fn find_in_the_end(worker: &mut LookupWorker, found: usize) {
     }
 }
 
-/// A way to `port` on which everything takes `one_way`.
+/// A proxy to `port` that delays all data by `one_way`.
 async fn far(port: u16, one_way: Duration) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let far = listener.local_addr().unwrap().port();
@@ -99,32 +94,41 @@ async fn database_300_ms_away_becomes_ready_and_looks_devices_up() {
 
     let store = Store::open(&at_port(&url, port)).await.unwrap();
     within(store.ready()).await;
-    // A connection takes longer than one look-up may: the attempt goes on between two.
+    // A connection takes longer than one lookup may: the attempt continues between two.
     find_in_the_end(&mut store.lookup_worker(), 0).await;
-    eventually(async || store.rules_revision().await.is_ok()).await;
+    eventually_async(async || store.rules_revision().await.is_ok()).await;
 }
 
 #[tokio::test]
-async fn rule_is_checked_and_written_where_the_database_is_100_ms_away() {
+async fn rule_is_checked_written_and_deleted_where_the_database_is_200_ms_away() {
     let url = pg::shared().database().await.unwrap();
     Store::migrate(&url).await.unwrap();
-    let port = far(pg::shared().port(), Duration::from_millis(50)).await;
+    let port = far(pg::shared().port(), Duration::from_millis(100)).await;
     let store = Store::open(&at_port(&url, port)).await.unwrap();
     within(store.ready()).await;
 
     // The first tries may end with a connection for the next one.
-    eventually(async || store.rule_check(uuid::Uuid::nil()).await.is_ok()).await;
+    eventually_async(async || store.rule_check(uuid::Uuid::nil()).await.is_ok()).await;
     let audit = audit("rule.create", 1);
     let spec: RuleSpec = serde_json::from_value(serde_json::json!({
         "match": {"firmware": "=1.0.0"}, "effect": "block", "reason": "broken"
     }))
     .unwrap();
-    eventually(async || {
+    let made = std::cell::RefCell::new(None);
+    eventually_async(async || {
         let id = seawall_proto::id::RuleId(uuid::Uuid::new_v4());
         let written = store.rule_insert(id, spec.clone(), Consent::Given, &audit).await;
-        written.is_ok()
+        *made.borrow_mut() = written.ok();
+        made.borrow().is_some()
     })
     .await;
+    let made = made.into_inner().unwrap();
+    let changed = store.rule_update(made.id, made.revision, spec, Consent::Given, &audit);
+    assert_eq!(changed.await.unwrap().unwrap().revision, made.revision + 1);
+    assert_eq!(
+        store.rule_delete(made.id, &audit).await.unwrap(),
+        Some(made.revision + 2)
+    );
     assert!(
         store
             .rule_check(uuid::Uuid::nil())
@@ -142,7 +146,7 @@ async fn idle_connections_that_are_dropped_without_a_word_cost_one_look_up() {
     let (port, drop_idle) = forgetful(pg::shared().port()).await;
     let store = Store::open(&at_port(&url, port)).await.unwrap();
     within(store.ready()).await;
-    // Each of them waits for the lock over a connection of its own.
+    // Each of them waits for the lock on a separate connection.
     let mut locker = PgConnection::connect(url.expose()).await.unwrap();
     let lock = sqlx::raw_sql("BEGIN; LOCK TABLE devices IN ACCESS EXCLUSIVE MODE");
     lock.execute(&mut locker).await.unwrap();
@@ -152,7 +156,7 @@ async fn idle_connections_that_are_dropped_without_a_word_cost_one_look_up() {
     });
     let looks: Vec<_> = looks.collect();
     let name = url.expose().rsplit('/').next().unwrap().to_owned();
-    eventually(async || {
+    eventually_async(async || {
         let waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND wait_event_type = 'Lock'";
         let mut outside = PgConnection::connect(url.expose()).await.unwrap();
         let waiting = sqlx::query_scalar::<_, i64>(waiting)
@@ -165,7 +169,7 @@ async fn idle_connections_that_are_dropped_without_a_word_cost_one_look_up() {
     for look in looks {
         look.await.unwrap().unwrap();
     }
-    // Idle for longer than a connection in a storm is.
+    // Idle for longer than a connection in a storm.
     sleep(Duration::from_millis(1_100)).await;
 
     drop_idle.send_replace(true);
@@ -178,7 +182,7 @@ async fn idle_connections_that_are_dropped_without_a_word_cost_one_look_up() {
     }
 }
 
-/// A way to `port` that loses what comes over the connections which were made before it is told to.
+/// A proxy to `port` that drops data of the connections that were made before it is told to.
 async fn forgetful(port: u16) -> (u16, watch::Sender<bool>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let near_port = listener.local_addr().unwrap().port();
@@ -194,8 +198,9 @@ async fn forgetful(port: u16) -> (u16, watch::Sender<bool>) {
                     let _ = told.wait_for(|is_lost| *is_lost && !is_new).await;
                 };
                 tokio::select! {
-                    _ = tokio::io::copy_bidirectional(&mut near, &mut server) => {}
+                    biased;
                     () = is_told => std::future::pending().await,
+                    _ = tokio::io::copy_bidirectional(&mut near, &mut server) => {}
                 }
             });
         }
@@ -218,7 +223,7 @@ async fn read_only_server_answers_reads_and_has_a_state_of_its_own() {
 
     run(&url, "ALTER SYSTEM SET default_transaction_read_only = on").await;
     run(&url, "SELECT pg_reload_conf()").await;
-    eventually(async || {
+    eventually_async(async || {
         store.rules_revision().await.unwrap();
         store.state().status == DatabaseStatus::ReadOnly
     })
@@ -229,13 +234,13 @@ async fn read_only_server_answers_reads_and_has_a_state_of_its_own() {
     assert_eq!(store.state().status, DatabaseStatus::ReadOnly);
     assert_eq!(worker.find(&[device(1)], LIMIT).await.unwrap().records.len(), 1);
     assert!(Store::probe(&url).await.unwrap().is_read_only);
-    // A gateway that starts then needs nothing written either.
+    // A gateway that starts then does not need to write either.
     let second = Store::open(&url).await.unwrap();
     within(second.ready()).await;
 
     run(&url, "ALTER SYSTEM RESET default_transaction_read_only").await;
     run(&url, "SELECT pg_reload_conf()").await;
-    eventually(async || {
+    eventually_async(async || {
         store.rules_revision().await.unwrap();
         store.state().status == DatabaseStatus::Available
     })
@@ -254,8 +259,8 @@ async fn look_ups_get_connections_that_nobody_else_uses_where_they_are_scarce() 
     let store = Store::open(&as_role(&url, "scarce")).await.unwrap();
     within(store.ready()).await;
     // Both are open and idle now.
-    eventually(async || store.rules_revision().await.is_ok()).await;
-    eventually(async || store.device(device(1)).await.is_ok()).await;
+    eventually_async(async || store.rules_revision().await.is_ok()).await;
+    eventually_async(async || store.device(device(1)).await.is_ok()).await;
 
     let mut worker = store.lookup_worker();
     assert_eq!(
@@ -273,8 +278,8 @@ async fn look_ups_get_connections_that_nobody_else_uses_where_they_are_scarce() 
     assert_eq!(store.state().status, DatabaseStatus::Available);
     // And the others get theirs in between.
     for _ in 0..5 {
-        eventually(async || store.rules_revision().await.is_ok()).await;
-        eventually(async || store.device(device(1)).await.is_ok()).await;
+        eventually_async(async || store.rules_revision().await.is_ok()).await;
+        eventually_async(async || store.device(device(1)).await.is_ok()).await;
         find_in_the_end(&mut worker, 0).await;
     }
 }
@@ -288,7 +293,7 @@ async fn role_without_create_is_enough_where_the_schema_is_there() {
     )
     .await;
     let store = Store::open(&as_role(&url, "reader")).await.unwrap();
-    eventually(async || store.state().reason.is_some()).await;
+    eventually_async(async || store.state().reason.is_some()).await;
     let reason = store.state().reason.unwrap();
     assert!(reason.contains("permission denied for schema public"), "{reason}");
     assert!(!reason.contains("at line"), "{reason}");
@@ -319,7 +324,7 @@ async fn tables_that_are_not_made_yet_are_no_trouble() {
 
     assert_eq!(store.failed(Operation::Read), 1);
     for trouble in [Trouble::Refuses, Trouble::Unreadable] {
-        assert_eq!(store.trouble(trouble), None, "what is missing is in its state");
+        assert_eq!(store.trouble(trouble), None, "the missing permission is in its state");
     }
 }
 
@@ -331,7 +336,7 @@ async fn schema_that_another_process_changes_is_waited_for() {
     sqlx::migrate::Migrate::lock(&mut other).await.unwrap();
 
     let store = Store::open(&url).await.unwrap();
-    eventually(async || {
+    eventually_async(async || {
         let reason = store.state().reason;
         reason.is_some_and(|reason| reason.contains("another process changes the schema"))
     })

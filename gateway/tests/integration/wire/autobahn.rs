@@ -1,14 +1,13 @@
-//! The cases of the Autobahn test suite against a device's socket that echoes: groups 1 to 7 and 10, over TCP and over TLS.
+//! The cases of the Autobahn test suite against an echoing device socket: groups 1 to 7 and 10, over TCP and over TLS.
 //!
-//! kosoku runs the suite's original case files. `./test` installs it and names it by `KOSOKU`; where it is not named, these tests
-//! have nothing to run and say so.
+//! kosoku runs the suite's original case files. `./test` installs it and sets `KOSOKU` to it. Without that variable
+//! these tests are skipped, and report it.
 
 use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use seawall_gateway::{
-    head::HeadReader,
-    socket::{Inbound, Outbound, Socket, SocketLimits},
-    transport::Transport,
+    edge::{head::HeadReader, transport::Transport},
+    session::socket::{Inbound, Outbound, Socket, SocketLimits},
 };
 use serde::Deserialize;
 use tokio::{
@@ -19,13 +18,14 @@ use tokio::{
 };
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
-use crate::harness::authority::Authority;
+use crate::harness::{authority::Authority, skip::skip_without_program};
 
-/// Groups of cases. 8 is empty; 9 measures throughput with messages of megabytes; 12 and 13 are of an extension not spoken here.
+/// Groups of cases. 8 is empty; 9 measures throughput with messages of megabytes; 12 and 13 test an extension that is
+/// not supported.
 const GROUPS: [&str; 8] = ["1.*", "2.*", "3.*", "4.*", "5.*", "6.*", "7.*", "10.*"];
-/// Cases in these groups.
+/// Minimum number of cases in these groups.
 const CASES_MIN: usize = 240;
-/// For all of them together.
+/// Maximum time of all of them.
 const PATIENCE: Duration = Duration::from_secs(240);
 
 const LIMITS: SocketLimits = SocketLimits {
@@ -35,7 +35,7 @@ const LIMITS: SocketLimits = SocketLimits {
     message_time_max: Duration::from_secs(60),
 };
 
-/// What the report says of one case.
+/// Result of one case in the report.
 #[derive(Debug, Deserialize)]
 struct Verdict {
     behavior: String,
@@ -44,14 +44,14 @@ struct Verdict {
 }
 
 impl Verdict {
-    /// `NON-STRICT` is as good: bad UTF-8 is refused, but not before its message is complete.
+    /// `NON-STRICT` passes as well: invalid UTF-8 is refused, but only once its message is complete.
     fn is_right(&self) -> bool {
         matches!(self.behavior.as_str(), "OK" | "NON-STRICT" | "INFORMATIONAL")
             && matches!(self.behavior_close.as_str(), "OK" | "INFORMATIONAL")
     }
 }
 
-/// Upgrades whoever asks, and sends back what comes.
+/// Upgrades every client, and echoes its messages.
 async fn echo(mut stream: Transport) -> Option<()> {
     let key = |head: &seawall_proto::hello::Head<'_>| {
         let key = head
@@ -73,7 +73,7 @@ async fn echo(mut stream: Transport) -> Option<()> {
             Inbound::Text(text) => socket.send(Outbound::Text(text.as_str().to_owned())).await.ok()?,
             Inbound::Binary(bytes) => socket.send(Outbound::Binary(bytes.to_vec())).await.ok()?,
             Inbound::Control => socket.flush().await.ok()?,
-            Inbound::Goodbye | Inbound::BadGoodbye => {
+            Inbound::Goodbye(_) | Inbound::BadGoodbye => {
                 socket.finish().await;
                 return Some(());
             }
@@ -86,7 +86,7 @@ async fn echo(mut stream: Transport) -> Option<()> {
     }
 }
 
-/// Listens, and gives each connection to `serve`.
+/// Listens, and passes each connection to `serve`.
 async fn listen<F>(serve: impl Fn(TcpStream) -> F + Send + 'static) -> SocketAddr
 where
     F: Future<Output = Option<()>> + Send + 'static,
@@ -104,7 +104,7 @@ where
 
 async fn assert_every_case_is_right(address: SocketAddr) {
     let Some(kosoku) = std::env::var_os("KOSOKU") else {
-        eprintln!("KOSOKU names no program: the Autobahn cases are not run");
+        skip_without_program("KOSOKU names no program: the Autobahn cases are not run");
         return;
     };
     let report = tempfile::tempdir().unwrap();
@@ -147,7 +147,7 @@ async fn every_autobahn_case_is_right_over_tls() {
         async move { echo(endpoint.accept_within(tcp, LIMITS.write_timeout).await.ok()?).await }
     })
     .await;
-    // The suite speaks plain TCP.
+    // The suite uses plain TCP.
     let authority = Arc::new(authority);
     let address = listen(move |mut tcp| {
         let authority = Arc::clone(&authority);

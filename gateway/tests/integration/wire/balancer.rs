@@ -1,14 +1,17 @@
-//! Behind a balancer: limits by address see devices, and only those who are trusted are believed.
+//! Behind a load balancer: limits by address see devices, and only trusted addresses may name them.
 
 use std::net::SocketAddr;
 
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
-use super::raw::{Response, request, response};
-use super::rig::{Gateway, eventually};
-use crate::harness::authority::Authority;
+use crate::harness::{
+    authority::Authority,
+    gateway::Gateway,
+    raw::{Response, request, response},
+    wait::soon,
+};
 
-/// At most two connections an address, and balancers on 127.0.0.1 alone.
+/// At most two connections per address, and load balancers on 127.0.0.1 only.
 const SETTINGS: &str = "[limits]\nconnections_per_address_max = 2\n[proxy]\ntrusted = [\"127.0.0.1\"]\n";
 
 fn v1(source: &str) -> String {
@@ -56,7 +59,7 @@ async fn limits_by_address_see_whom_the_proxy_header_names() {
     }
     kept.remove(0);
     let lines = gateway.device_lines().await;
-    eventually(|| gateway.metric("seawall_sessions") == 5.0).await;
+    soon(|| gateway.metric("seawall_sessions") == 5).await;
     let (_stream, again) = send(gateway.devices, v1("192.0.2.1").as_bytes(), &request(&[&lines])).await;
     assert_eq!(again.status, 101);
 }
@@ -73,11 +76,11 @@ async fn balancer_that_speaks_for_itself_is_answered_and_one_without_header_is_n
     let mut bare = TcpStream::connect(gateway.devices).await.unwrap();
     bare.write_all(probe.as_bytes()).await.unwrap();
     let mut rest = Vec::new();
-    // Unread bytes make the end a reset.
+    // Unread data makes the close a reset.
     let _ = tokio::io::AsyncReadExt::read_to_end(&mut bare, &mut rest).await;
 
     assert_eq!(rest, b"");
-    eventually(|| gateway.metric("seawall_connections_total{outcome=\"proxy_failed\"}") == 1.0).await;
+    soon(|| gateway.metric("seawall_connections_total{outcome=\"proxy_failed\"}") == 1).await;
 }
 
 #[tokio::test]
@@ -133,7 +136,7 @@ async fn limits_by_address_see_whom_the_forwarded_header_names() {
     }
     assert_eq!(
         gateway.metric("seawall_throttled_total{limit=\"address_connections\"}"),
-        1.0
+        1
     );
 }
 

@@ -1,9 +1,12 @@
-//! Sessions, frame by frame: section 4 of the contract, and RFC 6455 where a device breaks it.
+//! Sessions, frame by frame: docs/PROTOCOL.md, and violations of RFC 6455 by a device.
 
 use tokio::io::AsyncWriteExt;
 
-use super::raw::{Device, masked};
-use super::rig::{Gateway, eventually};
+use crate::harness::{
+    gateway::Gateway,
+    raw::{Device, masked},
+    wait::soon,
+};
 
 const V1: &str = "Sec-WebSocket-Protocol: seawall.v1";
 
@@ -30,9 +33,8 @@ async fn message_is_acknowledged() {
 
     let ack = r#"{"type":"ack","id":"7"}"#;
     assert_eq!(device.frame().await.text(), ack);
-    #[expect(clippy::cast_precision_loss, reason = "it is short")]
-    let sent = ack.len() as f64;
-    eventually(|| gateway.metric("seawall_session_bytes_total{direction=\"out\"}") == sent).await;
+    let sent = ack.len() as u64;
+    soon(|| gateway.metric("seawall_session_bytes_total{direction=\"out\"}") == sent).await;
 }
 
 #[tokio::test]
@@ -114,9 +116,9 @@ async fn plain_session_takes_anything_and_says_nothing() {
     assert_eq!((frame.opcode, frame.payload.as_slice()), (10, b"ping".as_slice()));
     assert_eq!(
         gateway.metric("seawall_messages_total{direction=\"in\",outcome=\"accepted\"}"),
-        2.0
+        2
     );
-    assert_eq!(gateway.metric("seawall_session_bytes_total{direction=\"in\"}"), 17.0);
+    assert_eq!(gateway.metric("seawall_session_bytes_total{direction=\"in\"}"), 17);
 }
 
 #[tokio::test]
@@ -139,9 +141,9 @@ async fn goodbye_is_answered_and_the_device_offline() {
 
     assert_eq!(device.frame().await.close().0, 1000);
     assert_eq!(device.until_end().await, b"");
-    eventually(|| gateway.metric("seawall_sessions") == 0.0).await;
-    assert_eq!(gateway.metric("seawall_closes_total{reason=\"normal\"}"), 1.0);
-    assert_eq!(gateway.metric("seawall_session_duration_seconds_count"), 1.0);
+    soon(|| gateway.metric("seawall_sessions") == 0).await;
+    assert_eq!(gateway.metric("seawall_closes_total{reason=\"normal\"}"), 1);
+    assert_eq!(gateway.metric("seawall_session_duration_seconds_count"), 1);
 }
 
 #[tokio::test]
@@ -154,8 +156,8 @@ async fn reset_of_the_connection_ends_the_session() {
 
     drop(device);
 
-    eventually(|| gateway.metric("seawall_closes_total{reason=\"client_gone\"}") == 1.0).await;
-    assert_eq!(gateway.metric("seawall_sessions"), 0.0);
+    soon(|| gateway.metric("seawall_closes_total{reason=\"client_gone\"}") == 1).await;
+    assert_eq!(gateway.metric("seawall_sessions"), 0);
 }
 
 #[tokio::test]
@@ -197,7 +199,7 @@ async fn frames_and_messages_count_up_to_their_limits_and_no_further() {
 
         assert_eq!(device.frame().await.close().0, 1009, "{lens:?}");
     }
-    // A length is believed before its bytes have come, and 2^63 is none (RFC 6455 §5.2).
+    // A length is checked before its bytes arrive, and 2^63 is not valid (RFC 6455 §5.2).
     for (len, code) in [(1_u64 << 40, 1009), (u64::MAX, 1009)] {
         let mut device = plain(&gateway).await;
         let head = [&[0x82, 0xff][..], &len.to_be_bytes(), &[0; 4]].concat();
@@ -231,5 +233,5 @@ async fn message_in_fifty_thousand_fragments_arrives_and_holds_nobody_up() {
 
     assert_eq!(device.frame().await.payload, b"done?");
     let taken = "seawall_messages_total{direction=\"in\",outcome=\"accepted\"}";
-    assert_eq!(gateway.metric(taken), 1.0);
+    assert_eq!(gateway.metric(taken), 1);
 }

@@ -1,9 +1,11 @@
-//! Handshakes as firmware and libraries send them, byte for byte but for the key and for who asks: all connect.
+//! Handshakes as firmware and libraries send them, byte for byte except for the key and the identity: all connect.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 
-use super::raw::{ACCEPT, KEY, ask};
-use super::rig::Gateway;
+use crate::harness::{
+    gateway::Gateway,
+    raw::{ACCEPT, KEY, ask},
+};
 
 /// A head, and the sub-protocol to confirm. `{host}`, `{key}`, `{basic}`, `{bearer}` and `{id}` are filled in.
 struct Handshake {
@@ -107,7 +109,7 @@ async fn handshakes_of_field_firmware_and_libraries_connect() {
         assert_eq!(answer.status, 101, "{client}: {answer:?}");
         assert_eq!(answer.header("Sec-WebSocket-Accept"), Some(ACCEPT), "{client}");
         assert_eq!(answer.header("Sec-WebSocket-Protocol"), protocol, "{client}");
-        // None is spoken, so that none may be confirmed (RFC 6455 §9.1).
+        // None is supported, so none may be confirmed (RFC 6455 §9.1).
         assert_eq!(answer.header("Sec-WebSocket-Extensions"), None, "{client}");
     }
 }

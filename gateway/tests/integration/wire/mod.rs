@@ -1,4 +1,4 @@
-//! The device listener, spoken to in bytes: nothing here shares a parser or a frame writer with the gateway.
+//! The device listener in bytes: these tests share no parser or frame writer with the gateway.
 
 mod autobahn;
 mod awaited;
@@ -7,7 +7,5 @@ mod frames;
 mod handshake;
 mod heads;
 mod pressure;
-pub mod raw;
 mod refusals;
-pub mod rig;
 mod tls;

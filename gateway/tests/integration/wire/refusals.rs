@@ -1,4 +1,4 @@
-//! Every refusal that needs no load: status, code, headers.
+//! All refusals that need no load: status, code, headers.
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -6,8 +6,11 @@ use tokio::{
     time::timeout,
 };
 
-use super::raw::{PATIENCE, ask, request, response};
-use super::rig::Gateway;
+use crate::harness::{
+    gateway::Gateway,
+    raw::{KEY, ask, request, response},
+    wait::SHORT_PATIENCE,
+};
 
 const ID: &str = "9b0c2e4a-11d2-7f00-8000-0000000000aa";
 
@@ -15,9 +18,9 @@ const ID: &str = "9b0c2e4a-11d2-7f00-8000-0000000000aa";
 async fn malformed_requests_are_bad_requests() {
     let gateway = Gateway::start("").await;
     let device = format!("Seawall-Device: {ID}");
-    let key = |key: &str| request(&[&device]).replace(super::raw::KEY, key);
+    let key = |key: &str| request(&[&device]).replace(KEY, key);
 
-    let no_key = request(&[&device]).replace(&format!("Sec-WebSocket-Key: {}\r\n", super::raw::KEY), "");
+    let no_key = request(&[&device]).replace(&format!("Sec-WebSocket-Key: {}\r\n", KEY), "");
     for bytes in [
         request(&[]),
         request(&["Seawall-Device: not-a-uuid"]),
@@ -93,7 +96,7 @@ async fn probes_are_answered_on_the_device_listener_and_head_has_no_body() {
 
         assert_eq!((answer.status, answer.body.as_str()), (200, ""), "{request}");
     }
-    assert_eq!(gateway.metric("seawall_connections_total{outcome=\"probe\"}"), 4.0);
+    assert_eq!(gateway.metric("seawall_connections_total{outcome=\"probe\"}"), 4);
 
     for (request, status) in [
         ("HEAD /v1/connect HTTP/1.1\r\nHost: a\r\n\r\n", "405"),
@@ -102,7 +105,7 @@ async fn probes_are_answered_on_the_device_listener_and_head_has_no_body() {
         let mut stream = TcpStream::connect(gateway.devices).await.unwrap();
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
-        timeout(PATIENCE, stream.read_to_string(&mut answer))
+        timeout(SHORT_PATIENCE, stream.read_to_string(&mut answer))
             .await
             .unwrap()
             .unwrap();
@@ -141,9 +144,9 @@ async fn late_heads_are_answered_408() {
     assert_eq!(silent.status, 408);
     assert_eq!(
         gateway.metric("seawall_handshakes_total{outcome=\"request_timeout\"}"),
-        1.0
+        1
     );
-    assert_eq!(gateway.metric("seawall_connections_total{outcome=\"silent\"}"), 1.0);
+    assert_eq!(gateway.metric("seawall_connections_total{outcome=\"silent\"}"), 1);
 }
 
 #[tokio::test]

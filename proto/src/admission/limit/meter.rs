@@ -1,41 +1,49 @@
-//! What the database answers while devices wait, in windows of about a second.
+//! Answers of the database while devices wait, in windows of about a second.
 
 use std::time::Duration;
 
 use crate::time::Instant;
 
-/// Shortest window that is measured.
+/// Minimum length of a window.
 const WINDOW_MIN: Duration = Duration::from_secs(1);
-/// Buckets of times taken: four to a doubling, from [`BUCKET_FIRST_US`] on. The last holds what is longer: 2 s, beyond any statement.
+/// Maximum idle time of a window that is still backlogged, as a part of its span. Devices that ask again when they are
+/// answered leave short gaps.
+const IDLE_PART: u32 = 20;
+/// Number of buckets of times: four for each doubling, from [`BUCKET_FIRST_US`]. The last one holds all times above 2
+/// s, which no statement reaches.
 const BUCKETS: usize = 64;
 const BUCKETS_PER_DOUBLING: f64 = 4.0;
 const BUCKET_FIRST_US: f64 = 32.0;
 
-/// What was measured between two answers of the database.
+/// Measurement between two answers of the database.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(in crate::admission) struct Window {
     pub span: Duration,
-    /// Keys answered.
+    /// Number of keys answered.
     pub answered: u64,
-    /// Nine of ten statements took no longer, to the accuracy of a bucket: a fifth.
+    /// 90th percentile of the time of a statement, to within a fifth.
     pub took_p90: Duration,
-    /// Devices were waiting all the time: only then does the rate tell the database's capacity, not the fleet's demand.
+    /// Whether devices waited nearly all the time. Only then is the rate the capacity of the database, not the demand
+    /// of the fleet.
     pub is_backlogged: bool,
 }
 
 impl Window {
-    /// Keys answered a second.
+    /// Keys answered per second.
     pub fn rate(&self) -> f64 {
         self.answered as f64 / self.span.as_secs_f64().max(1e-6)
     }
 }
 
-/// Counts into windows. A window begins and ends with an answer, so that it holds whole statements, however large.
+/// Counts in windows. A window begins and ends with an answer, so that it contains whole statements of any size.
 #[derive(Debug)]
 pub(in crate::admission) struct Meter {
     begin: Option<Instant>,
     answered: u64,
-    was_idle: bool,
+    /// Idle time of this window, up to `idle_since`.
+    idle: Duration,
+    /// Time since which no key waits although more could be sent.
+    idle_since: Option<Instant>,
     took: [u32; BUCKETS],
     last: Option<Window>,
     last_backlogged: Option<Window>,
@@ -46,7 +54,8 @@ impl Default for Meter {
         Self {
             begin: None,
             answered: 0,
-            was_idle: false,
+            idle: Duration::ZERO,
+            idle_since: None,
             took: [0; BUCKETS],
             last: None,
             last_backlogged: None,
@@ -55,12 +64,19 @@ impl Default for Meter {
 }
 
 impl Meter {
-    /// Nobody waits, although more could be sent.
-    pub const fn handle_idle(&mut self) {
-        self.was_idle = true;
+    /// No key waits, although more could be sent.
+    pub fn handle_idle(&mut self, now: Instant) {
+        self.idle_since.get_or_insert(now);
     }
 
-    /// A statement ended, with so many keys answered; a window, if that completed one.
+    /// Keys wait, or as many are sent as may be.
+    pub fn handle_busy(&mut self, now: Instant) {
+        if let Some(since) = self.idle_since.take() {
+            self.idle += now.saturating_since(since);
+        }
+    }
+
+    /// A statement ended, with this number of keys answered. Returns the window that it completes, if any.
     pub fn handle_ended(&mut self, answered: usize, took: Duration, now: Instant) -> Option<Window> {
         self.took[bucket(took)] += 1;
         let Some(begin) = self.begin else {
@@ -72,11 +88,15 @@ impl Meter {
         if span < WINDOW_MIN {
             return None;
         }
+        let idle = self.idle
+            + self
+                .idle_since
+                .map_or(Duration::ZERO, |since| now.saturating_since(since));
         let window = Window {
             span,
             answered: self.answered,
             took_p90: self.p90(),
-            is_backlogged: !self.was_idle,
+            is_backlogged: idle * IDLE_PART <= span,
         };
         self.restart(now);
         self.last = Some(window);
@@ -86,12 +106,17 @@ impl Meter {
         Some(window)
     }
 
-    /// Keys answered a second when devices last waited; 0 where they never did.
+    /// The database answers again after an outage: no window spans it.
+    pub const fn handle_recovered(&mut self) {
+        self.begin = None;
+    }
+
+    /// Keys answered per second in the last window in which devices waited nearly all the time. Zero before the first.
     pub fn rate(&self) -> f64 {
         self.last_backlogged.map_or(0.0, |window| window.rate())
     }
 
-    /// Nine of ten statements took no longer in the last second that had some; 0 where there were none yet.
+    /// 90th percentile of the time of a statement in the last window. Zero before the first.
     pub fn took_p90(&self) -> Duration {
         self.last.map_or(Duration::ZERO, |window| window.took_p90)
     }
@@ -111,6 +136,7 @@ impl Meter {
     fn restart(&mut self, now: Instant) {
         *self = Self {
             begin: Some(now),
+            idle_since: self.idle_since.map(|_| now),
             last: self.last,
             last_backlogged: self.last_backlogged,
             ..Self::default()
@@ -128,7 +154,7 @@ fn bucket(took: Duration) -> usize {
     ((doublings * BUCKETS_PER_DOUBLING) as usize).min(BUCKETS - 1)
 }
 
-/// The longest time of a bucket.
+/// Maximum time of a bucket.
 fn bound(bucket: usize) -> Duration {
     let doublings = (bucket + 1) as f64 / BUCKETS_PER_DOUBLING;
     Duration::from_secs_f64(BUCKET_FIRST_US * doublings.exp2() / 1e6)
@@ -157,15 +183,32 @@ mod tests {
         assert!(window.is_backlogged);
     }
 
-    #[test]
-    fn window_with_idle_time_says_nothing_of_capacity() {
+    /// The window of two seconds in which nothing waits from the first of these times to the second.
+    fn window_idle_in(from: u64, to: u64) -> Window {
         let mut meter = Meter::default();
         meter.handle_ended(1, MS, at(0));
-        meter.handle_idle();
+        meter.handle_idle(at(from));
+        meter.handle_idle(at(to - 1));
+        meter.handle_busy(at(to));
+        meter.handle_ended(1, MS, at(2_000)).unwrap()
+    }
 
-        let window = meter.handle_ended(1, MS, at(2_000)).unwrap();
+    #[test]
+    fn window_that_is_idle_for_more_than_a_twentieth_says_nothing_of_capacity() {
+        assert!(window_idle_in(500, 600).is_backlogged);
+        assert!(!window_idle_in(500, 601).is_backlogged);
+    }
 
-        assert!(!window.is_backlogged);
+    #[test]
+    fn idle_span_counts_in_each_window_that_it_reaches_into() {
+        let mut meter = Meter::default();
+        meter.handle_ended(1, MS, at(0));
+        meter.handle_idle(at(990));
+        let before = meter.handle_ended(1, MS, at(1_000)).unwrap();
+        meter.handle_busy(at(1_500));
+        let after = meter.handle_ended(1, MS, at(2_000)).unwrap();
+
+        assert!(before.is_backlogged && !after.is_backlogged);
     }
 
     #[test]

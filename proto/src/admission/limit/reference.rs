@@ -1,42 +1,43 @@
-//! The capacity that slots are given out by.
+//! The reference capacity: the rate at which slots are given out.
 
 use std::time::Duration;
 
 use crate::time::Instant;
 
-/// Time constant with which the best rate measured fades, and with it the last known good.
+/// Time constant with which the best measured rate fades, and the last known good with it.
 const PEAK_FADES: Duration = Duration::from_secs(600);
-/// Longest time that the last known good fades by at once: the interval at which it is kept. Time without measurements says nothing
-/// about the database, so an idle night changes nothing.
+/// Maximum time by which the last known good fades at once: the interval at which it is kept. An idle night says
+/// nothing about the database.
 const FADE_STEP_MAX: Duration = Duration::from_secs(60);
-/// Slots are given out a quarter faster than the best measured: unused ones cost nothing, idle time does.
+/// Factor by which slots are issued faster than the best measured rate. An unused slot costs nothing, idle time does.
 pub(in crate::admission) const OVERBOOKING: f64 = 1.25;
-/// The reference never falls below this part of the ceiling, or an outage seen first would be taken for the capacity.
+/// Minimum of the reference as a part of the ceiling. Otherwise an outage that is measured first would be taken for the
+/// capacity.
 const FLOOR_PART: f64 = 0.25;
 
-/// The best rate is that of about so many seconds in a row, and of half as many at least.
+/// Number of consecutive seconds over which the best rate is averaged; at least half as many are needed.
 const RECENT_SECONDS: u32 = 8;
-/// After a time like this without a measurement, a row begins anew.
+/// Time without a measurement after which a new sequence begins.
 const RECENT_GAP: Duration = Duration::from_secs(10);
 
-/// `K_ref = clamp(1.25 · max(best of the last 10 min, last known good), ceiling / 4, ceiling)`, in keys a second; the ceiling where nothing
-/// was ever measured.
+/// Reference capacity in keys per second: `clamp(1.25 · max(best of the last 10 min, last known good), ceiling / 4,
+/// ceiling)`. The ceiling if nothing was ever measured. docs/design/limiter.md has the reasons.
 #[derive(Clone, Debug)]
 pub(in crate::admission) struct Reference {
     ceiling: f64,
     last_known_good: f64,
-    /// When the last known good faded last.
+    /// Time at which the last known good last faded.
     faded_at: Instant,
     peak: f64,
     peak_at: Instant,
     recent: Recent,
-    /// The peak is of too few seconds to count against later ones.
+    /// Whether the peak is from too few seconds to compete with later ones.
     is_provisional: bool,
-    /// A measurement came since the last known good was taken.
+    /// Whether there was a measurement since the last known good was taken.
     is_news: bool,
 }
 
-/// The average of the latest seconds in a row.
+/// Average of the latest consecutive seconds.
 #[derive(Clone, Debug, Default)]
 struct Recent {
     average: f64,
@@ -45,7 +46,7 @@ struct Recent {
 }
 
 impl Recent {
-    /// The average, and whether it is of enough seconds to count.
+    /// Adds a second. Returns the average, and whether it is from enough seconds to be used.
     fn add(&mut self, keys_per_second: f64, now: Instant) -> (f64, bool) {
         if self.at + RECENT_GAP < now {
             self.seconds = 0;
@@ -71,7 +72,18 @@ impl Reference {
         }
     }
 
-    /// A figure that is no rate counts as none.
+    pub fn set_ceiling(&mut self, ceiling: u32) {
+        self.ceiling = f64::from(ceiling.max(1));
+    }
+
+    /// Scales the measurements after this node's share of the database has changed.
+    pub fn scale(&mut self, change: f64) {
+        self.peak *= change;
+        self.last_known_good *= change;
+        self.recent.average *= change;
+    }
+
+    /// Sets the last known good. A figure that is not a rate is ignored.
     pub fn set_last_known_good(&mut self, keys_per_second: f64) {
         self.last_known_good = if keys_per_second.is_finite() {
             keys_per_second.max(0.0)
@@ -84,8 +96,8 @@ impl Reference {
         self.last_known_good
     }
 
-    /// The last known good where there is news. It fades towards the best rate measured lately, and is never replaced by it at
-    /// once: the first minute after a restart may be a slow one. A time without measurements changes nothing.
+    /// Lets the last known good fade towards the best measured rate, and returns it, if there was a measurement. It
+    /// is never replaced at once: the first minute after a restart may be a slow one.
     pub fn take_last_known_good(&mut self, now: Instant) -> Option<f64> {
         let is_news = std::mem::take(&mut self.is_news);
         is_news.then(|| {
@@ -98,9 +110,10 @@ impl Reference {
         })
     }
 
-    /// The rate of about a second in which devices waited all the time.
+    /// Adds the rate of about a second in which devices waited nearly all the time.
     pub fn handle_measured(&mut self, keys_per_second: f64, now: Instant) {
-        // The best of many seconds is a lucky one, and luckier on one node of a cluster than on the next: their slots must end together.
+        // The best single second is an outlier, and a larger one on some nodes than on others. Their slots must end
+        // together.
         let (average, is_settled) = self.recent.add(keys_per_second, now);
         let is_first = self.peak <= 0.0 || self.is_provisional;
         if is_first {
@@ -113,11 +126,11 @@ impl Reference {
         }
         self.peak_at = now;
         debug_assert!(self.peak.is_finite());
-        // The first second alone is not worth keeping.
+        // The first second alone is not kept.
         self.is_news |= self.peak > 0.0 && !self.is_provisional;
     }
 
-    /// The best rate measured, faded.
+    /// Best measured rate, faded.
     pub fn peak(&self, now: Instant) -> f64 {
         let age = now.saturating_since(self.peak_at).as_secs_f64();
         self.peak * (-age / PEAK_FADES.as_secs_f64()).exp()
@@ -125,7 +138,7 @@ impl Reference {
 
     pub fn keys_per_second(&self, now: Instant) -> f64 {
         if self.peak <= 0.0 && self.last_known_good <= 0.0 {
-            // Nothing was ever measured. Slots that come too close cost an attempt more; slots too far apart leave the database idle.
+            // Slots that are too close cost another attempt. Slots that are too far apart leave the database idle.
             return self.ceiling;
         }
         (OVERBOOKING * self.peak(now).max(self.last_known_good)).clamp(self.ceiling * FLOOR_PART, self.ceiling)
@@ -140,7 +153,7 @@ mod tests {
         Instant::from_micros(ms * 1_000)
     }
 
-    /// Seconds of a backlog, one after the other, that end at `end`.
+    /// Measures consecutive seconds of a backlog, the last of which ends at `end`.
     fn measure(reference: &mut Reference, rates: &[f64], end: Instant) {
         for (before, rate) in (0..rates.len()).rev().zip(rates) {
             let second = u64::try_from(before).unwrap();

@@ -1,73 +1,54 @@
-//! The queue's other end: statements that are sent, answered, and tried again.
+//! Statements of the queue: sent, answered, retried.
 
 use std::collections::btree_map::Entry;
 
-use super::{super::cost::CohortTag, Class, KeyState, Queue, Ticket};
-use crate::{id::DeviceId, slots::STRANGERS_SHARE, time::Instant};
+use super::{
+    super::{cost::CohortTag, limit::ProbeId},
+    Class, KeyState, Queue, Ticket,
+};
+use crate::{id::DeviceId, slots::UNKNOWN_SHARE, time::Instant};
 
-/// A statement under way.
+/// Id of a statement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BatchId(u64);
-
-#[cfg(test)]
-impl BatchId {
-    pub(in crate::admission) const fn numbered(number: u64) -> Self {
-        Self(number)
-    }
-}
 
 /// One statement to send.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
     pub id: BatchId,
-    /// Distinct, at least one.
+    /// Distinct keys, at least one.
     pub keys: Vec<DeviceId>,
-    /// Asks whether the registry answers at all: no device waits for it, and its key belongs to none.
+    /// Whether it only checks that the registry answers. No device waits for it, and its key belongs to none.
     pub is_probe: bool,
-}
-
-/// What became of a statement, and of those who waited for it.
-#[derive(Debug, PartialEq, Eq)]
-pub(in crate::admission) enum Ended {
-    /// Not ours, or ended before.
-    Unknown,
-    Probe,
-    /// The devices no longer wait for the key.
-    Ran {
-        statement: Ran,
-        waiters: Vec<(Ticket, DeviceId)>,
-    },
-}
-
-/// What there is to know of a statement that ended.
-#[derive(Debug, PartialEq, Eq)]
-pub(in crate::admission) struct Ran {
-    pub keys: usize,
-    pub cohorts: Vec<(CohortTag, u32)>,
-    pub sent_at: Instant,
-    /// It was of this cohort alone, beside the others.
-    pub apart: Option<CohortTag>,
 }
 
 /// A statement that was sent.
 #[derive(Debug)]
-pub(super) struct Sent {
+pub(in crate::admission) struct Sent {
+    id: BatchId,
     pub keys: Vec<DeviceId>,
-    pub is_retry: bool,
-    pub is_probe: bool,
+    pub kind: Kind,
+    /// Its cohorts, with their number of keys. Empty for a probe.
     pub cohorts: Vec<(CohortTag, u32)>,
     pub sent_at: Instant,
-    pub apart: Option<CohortTag>,
+    /// The probe window in which it was sent, if the limit measures it.
+    pub probe: Option<ProbeId>,
+}
+
+/// Purpose of a statement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::admission) enum Kind {
+    /// Checks that the registry answers, for no device.
+    Probe,
+    /// Keys of all cohorts that are not isolated.
+    Shared { is_retry: bool },
+    /// Keys of an isolated cohort, beside the others.
+    Isolated(CohortTag),
 }
 
 impl Sent {
-    fn ran(&self) -> Ran {
-        Ran {
-            keys: self.keys.len(),
-            cohorts: self.cohorts.clone(),
-            sent_at: self.sent_at,
-            apart: self.apart,
-        }
+    pub const fn is_isolated(&self) -> bool {
+        matches!(self.kind, Kind::Isolated(_))
     }
 }
 
@@ -78,18 +59,18 @@ pub(super) struct Retry {
     pub keys: Vec<DeviceId>,
 }
 
-/// Every n-th key taken is of a device that was bounced often, if one waits: they have a quarter. overload.md section 4.
+/// Every n-th key sent is of `Express`, if one waits.
 const EXPRESS_EVERY: u32 = 4;
-/// Every n-th key taken is a due stranger's, if one waits: the inverse of their share.
+/// Every n-th key sent is of `UnknownHolder`, if one waits: the inverse of their share.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
     reason = "a small positive constant"
 )]
-const STRANGER_EVERY: u32 = (1.0 / STRANGERS_SHARE) as u32;
+const UNKNOWN_EVERY: u32 = (1.0 / UNKNOWN_SHARE) as u32;
 
-impl Queue {
-    /// Keys that there are for the next statement.
+impl<W> Queue<W> {
+    /// Number of keys for the next statement.
     pub fn next_len(&mut self) -> usize {
         self.drop_dead_retries();
         match self.retries.front() {
@@ -98,7 +79,7 @@ impl Queue {
         }
     }
 
-    /// The next statement of at most `keys_max` keys. Halves of failed ones go first.
+    /// Sends the next statement, of at most `keys_max` keys. Halves of failed ones go first.
     pub fn next_batch(&mut self, keys_max: usize, now: Instant) -> Option<Batch> {
         self.drop_dead_retries();
         let id = BatchId(self.counter + 1);
@@ -122,28 +103,20 @@ impl Queue {
         if keys.is_empty() {
             return None;
         }
-        let sent = Sent {
-            keys,
-            is_retry,
-            is_probe: false,
-            cohorts: counted(cohorts),
-            sent_at: now,
-            apart: None,
-        };
-        Some(self.send(id, sent))
+        Some(self.send(id, keys, Kind::Shared { is_retry }, counted(cohorts), now))
     }
 
-    /// The next statement of a cohort apart.
-    pub fn next_apart_batch(&mut self, cohort: CohortTag, keys_max: usize, now: Instant) -> Option<Batch> {
+    /// Sends the next statement of an isolated cohort.
+    pub fn next_isolated_batch(&mut self, cohort: CohortTag, keys_max: usize, now: Instant) -> Option<Batch> {
         let id = BatchId(self.counter + 1);
         let mut keys = Vec::new();
-        while let Some(line) = self.apart.get_mut(&cohort) {
+        while let Some(own) = self.isolated.get_mut(&cohort) {
             if keys.len() >= keys_max {
                 break;
             }
-            let taken = line.pop_first();
-            if line.is_empty() {
-                self.apart.remove(&cohort);
+            let taken = own.pop_first();
+            if own.is_empty() {
+                self.isolated.remove(&cohort);
             }
             if let Some((_, device)) = taken
                 && let Some(key) = self.keys.get_mut(&device)
@@ -155,50 +128,64 @@ impl Queue {
         if keys.is_empty() {
             return None;
         }
-        self.apart_served = Some(cohort);
-        self.apart_in_flight = keys.len();
-        let sent = Sent {
-            cohorts: vec![(cohort, u32::try_from(keys.len()).unwrap_or(u32::MAX))],
-            keys,
-            is_retry: false,
-            is_probe: false,
-            sent_at: now,
-            apart: Some(cohort),
-        };
-        Some(self.send(id, sent))
+        self.isolated_served = Some(cohort);
+        self.isolated_in_flight = keys.len();
+        let cohorts = vec![(cohort, u32::try_from(keys.len()).unwrap_or(u32::MAX))];
+        Some(self.send(id, keys, Kind::Isolated(cohort), cohorts, now))
     }
 
-    /// A statement for nobody, with a key that belongs to none.
+    /// Creates a statement for no device, with a key that belongs to none.
     pub fn probe(&mut self, now: Instant) -> Batch {
-        let id = BatchId(self.counter + 1);
-        let sent = Sent {
-            keys: vec![DeviceId::from_uuid(uuid::Uuid::nil())],
-            is_retry: false,
-            is_probe: true,
-            cohorts: Vec::new(),
-            sent_at: now,
-            apart: None,
-        };
-        self.send(id, sent)
+        let keys = vec![DeviceId::from_uuid(uuid::Uuid::nil())];
+        self.send(BatchId(self.counter + 1), keys, Kind::Probe, Vec::new(), now)
     }
 
-    fn send(&mut self, id: BatchId, sent: Sent) -> Batch {
+    fn send(
+        &mut self,
+        id: BatchId,
+        keys: Vec<DeviceId>,
+        kind: Kind,
+        cohorts: Vec<(CohortTag, u32)>,
+        sent_at: Instant,
+    ) -> Batch {
         self.counter = id.0;
-        self.in_flight += sent.keys.len();
-        let batch = Batch {
+        self.in_flight += keys.len();
+        let sent = Sent {
             id,
-            keys: sent.keys.clone(),
-            is_probe: sent.is_probe,
+            keys: keys.clone(),
+            kind,
+            cohorts,
+            sent_at,
+            probe: None,
         };
         self.sent.insert(id, sent);
-        batch
+        let is_probe = kind == Kind::Probe;
+        Batch { id, keys, is_probe }
+    }
+
+    /// Keeps the probe window of a statement.
+    pub fn set_probe(&mut self, id: BatchId, probe: Option<ProbeId>) {
+        if let Some(sent) = self.sent.get_mut(&id) {
+            sent.probe = probe;
+        }
+    }
+
+    /// Removes a statement that ended. `None` if it is unknown, or ended before.
+    pub fn take_sent(&mut self, id: BatchId) -> Option<Sent> {
+        let sent = self.sent.remove(&id)?;
+        debug_assert!(self.in_flight >= sent.keys.len(), "every sent key is counted");
+        self.in_flight -= sent.keys.len();
+        if sent.is_isolated() {
+            self.isolated_in_flight = 0;
+        }
+        Some(sent)
     }
 
     fn has_next(&self, is_retry: bool) -> bool {
         if is_retry {
             self.retries.front().is_some_and(|retry| !retry.keys.is_empty())
         } else {
-            !self.lines.is_empty()
+            !self.by_class.is_empty()
         }
     }
 
@@ -207,18 +194,18 @@ impl Queue {
             return self.retries.front_mut()?.keys.pop();
         }
         self.taken = self.taken.wrapping_add(1);
-        let first = if self.taken.is_multiple_of(STRANGER_EVERY) {
-            Some(Class::StrangerHolder)
+        let first = if self.taken.is_multiple_of(UNKNOWN_EVERY) {
+            Some(Class::UnknownHolder)
         } else {
             (self.taken % EXPRESS_EVERY == 1).then_some(Class::Express)
         };
         first
             .into_iter()
             .chain(Class::ALL)
-            .find_map(|class| self.lines.pop(class, &self.weights))
+            .find_map(|class| self.by_class.pop(class, &self.weights))
     }
 
-    /// Keys of failed statements that nobody waits for any more, or that have started anew since.
+    /// Drops keys of failed statements for which no device waits any more, or that were requested again since.
     fn drop_dead_retries(&mut self) {
         while let Some(retry) = self.retries.front_mut() {
             let round = retry.round;
@@ -234,42 +221,32 @@ impl Queue {
         }
     }
 
-    /// A statement was answered.
-    pub fn handle_answered(&mut self, id: BatchId) -> Ended {
-        let Some(sent) = self.take_sent(id) else {
-            return Ended::Unknown;
-        };
-        if sent.is_probe {
-            return Ended::Probe;
+    /// Removes a key of a statement that ended. Returns the devices that waited for it.
+    pub fn take_waiters(&mut self, sent: &Sent, device: DeviceId) -> Vec<Ticket> {
+        match self.keys.entry(device) {
+            Entry::Occupied(key) if key.get().state == (KeyState::InFlight { batch: sent.id }) => {
+                let waiters = key.remove().waiters;
+                waiters.iter().for_each(|ticket| self.stop_deadline(*ticket));
+                waiters
+            }
+            Entry::Occupied(_) | Entry::Vacant(_) => Vec::new(),
         }
-        let statement = sent.ran();
-        let mut waiters = Vec::with_capacity(sent.keys.len());
-        for device in sent.keys {
-            self.take_waiters(device, id, &mut waiters);
-        }
-        Ended::Ran { statement, waiters }
     }
 
-    /// A statement failed. If it may be tried again and somebody has time to wait, it is, in two halves: one key that the
-    /// database can't bear must not take 255 others down. The second value says whether it is.
-    pub fn handle_failed(&mut self, id: BatchId, may_retry: bool, now: Instant) -> (Ended, bool) {
-        let Some(sent) = self.take_sent(id) else {
-            return (Ended::Unknown, false);
-        };
-        if sent.is_probe {
-            return (Ended::Probe, false);
-        }
-        let statement = sent.ran();
-        let may_retry = may_retry && !sent.is_retry && sent.apart.is_none();
+    /// A statement failed. If it may be retried and a device has time to wait, it is retried in two halves: one key
+    /// that the database cannot process must not fail 255 others. Returns the devices that no longer wait, and whether
+    /// the statement is retried.
+    pub fn handle_failed(&mut self, sent: &Sent, may_retry: bool, now: Instant) -> (Vec<Ticket>, bool) {
+        let may_retry = may_retry && sent.kind == Kind::Shared { is_retry: false };
         self.counter += 1;
         let round = self.counter;
         let mut alive = Vec::new();
         let mut waiters = Vec::new();
-        for device in sent.keys {
-            if may_retry && self.retry_key(device, id, round, now) {
-                alive.push(device);
+        for device in &sent.keys {
+            if may_retry && self.retry_key(*device, sent.id, round, now) {
+                alive.push(*device);
             } else {
-                self.take_waiters(device, id, &mut waiters);
+                waiters.extend(self.take_waiters(sent, *device));
             }
         }
         let is_retried = !alive.is_empty();
@@ -279,10 +256,10 @@ impl Queue {
                 self.retries.push_back(Retry { round, keys: half });
             }
         }
-        (Ended::Ran { statement, waiters }, is_retried)
+        (waiters, is_retried)
     }
 
-    /// False where nobody waits for the key any more, or nobody has the time.
+    /// Retries a key if a device that waits for it still has time. Returns whether it does.
     fn retry_key(&mut self, device: DeviceId, batch: BatchId, round: u64, now: Instant) -> bool {
         let waiters = &self.waiters;
         let has_time = |ticket: &Ticket| waiters.get(ticket).is_some_and(|waiter| waiter.send_by > now);
@@ -294,28 +271,9 @@ impl Queue {
             Some(_) | None => false,
         }
     }
-
-    fn take_sent(&mut self, id: BatchId) -> Option<Sent> {
-        let sent = self.sent.remove(&id)?;
-        debug_assert!(self.in_flight >= sent.keys.len(), "what was sent was counted");
-        self.in_flight -= sent.keys.len();
-        if sent.apart.is_some() {
-            self.apart_in_flight = 0;
-        }
-        Some(sent)
-    }
-
-    /// Moves those who wait for a key of this statement to `waiters`, and forgets the key.
-    fn take_waiters(&mut self, device: DeviceId, batch: BatchId, waiters: &mut Vec<(Ticket, DeviceId)>) {
-        if let Entry::Occupied(key) = self.keys.entry(device)
-            && key.get().state == (KeyState::InFlight { batch })
-        {
-            waiters.extend(key.remove().waiters.into_iter().map(|ticket| (ticket, device)));
-        }
-    }
 }
 
-/// Each cohort once, with how often it is there.
+/// Each cohort once, with its number of keys.
 fn counted(mut cohorts: Vec<CohortTag>) -> Vec<(CohortTag, u32)> {
     cohorts.sort_unstable();
     let mut counted: Vec<(CohortTag, u32)> = Vec::new();

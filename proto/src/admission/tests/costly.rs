@@ -1,17 +1,18 @@
-//! One cohort's look-ups cost a hundred times the others': a small database in virtual time, production admission in front.
+//! One cohort's lookups cost a hundred times the others': a small database in virtual time, production admission
+//! in front.
 
 use std::{cmp::Reverse, collections::BinaryHeap};
 
 use super::*;
-use crate::admission::cost::{Move, Statement};
+use crate::admission::cost::Transition;
 
 const HEALTHY: &str = "3.8.0-b2";
 const MARKED: &str = "3.8.0-b3";
 const MARKED_TOO: &str = "3.8.0-b4";
-/// What a statement costs besides its keys.
+/// Cost of a statement in addition to its keys.
 const BASE: Duration = Duration::from_millis(1);
 
-/// A fleet whose devices come one after the other, and a database that answers a key in a time of its own.
+/// A fleet whose devices arrive one after the other, and a database with a time for each key.
 struct World {
     node: Node,
     healthy_cost: Duration,
@@ -21,10 +22,10 @@ struct World {
     arrived: BTreeMap<Ticket, (u128, Instant)>,
     counter: u64,
     devices: u64,
-    /// Every other of the marked devices is of a second version.
+    /// Whether every other marked device is of a second version.
     has_second: bool,
     now: Instant,
-    /// Waits of admitted devices, healthy and marked.
+    /// Waiting times of admitted devices, healthy and marked.
     waits: [Vec<Duration>; 2],
     refused: [usize; 2],
     moves: Vec<(Instant, usize)>,
@@ -61,7 +62,7 @@ impl World {
         }
     }
 
-    /// `per_second` devices come for `span`; each `marked_of`-th is marked (0: none).
+    /// `per_second` devices arrive for `span`; each `marked_of`-th is marked (0: none).
     fn arrivals(&mut self, per_second: u64, marked_of: u64, span: Duration) {
         self.arrivals_every(Duration::from_micros(1_000_000 / per_second), marked_of, span);
     }
@@ -76,19 +77,19 @@ impl World {
             let n = u128::from(self.devices);
             let marked = marked_of > 0 && self.devices.is_multiple_of(marked_of);
             let second = self.has_second && self.devices.is_multiple_of(2 * marked_of);
-            let mark = match (marked, second) {
+            let probe = match (marked, second) {
                 (true, true) => 750_000,
                 (true, false) => 500_000,
                 (false, _) => 0,
             };
-            self.arrive(n * 1_000_000 + mark);
+            self.arrive(n * 1_000_000 + probe);
             next += gap;
         }
         self.run_until(end);
     }
 
     fn arrive(&mut self, n: u128) {
-        self.node.admission.handle_admitted(device(n), "default");
+        self.node.slots.handle_admitted(device(n), "default");
         let arrival = Arrival {
             device: device(n),
             cohort: CohortTag::of(None, Some(firmware(n))),
@@ -99,11 +100,7 @@ impl World {
             network: Network::V4(1),
         };
         let now = self.now;
-        match self
-            .node
-            .admission
-            .attempt(&arrival, now, wall(now), &mut self.node.rng)
-        {
+        match self.node.arrive(&arrival, now) {
             Decision::Queued(ticket) => drop(self.arrived.insert(ticket, (n, now))),
             Decision::Refused(_) => self.refused[usize::from(is_marked(n))] += 1,
             Decision::KnownAbsent => unreachable!("nobody said so"),
@@ -111,7 +108,7 @@ impl World {
         self.settle();
     }
 
-    /// A statement's time: the longest allowed where the database takes longer.
+    /// A statement's time, at most the maximum.
     fn took(&self, batch: &Batch) -> Duration {
         let cost = |key: &DeviceId| {
             if is_marked(key.as_uuid().as_u128() - 1) {
@@ -137,14 +134,15 @@ impl World {
         }
         for action in self.node.actions(self.now) {
             match action {
-                Action::Answer { ticket, .. } => {
+                Output::Answer { ticket, .. } => {
                     let (n, arrived) = self.arrived.remove(&ticket).unwrap();
                     self.waits[usize::from(is_marked(n))].push(self.now.saturating_since(arrived));
                 }
-                Action::Refuse { ticket, .. } => {
+                Output::Refuse { ticket, .. } => {
                     let (n, _) = self.arrived.remove(&ticket).unwrap();
                     self.refused[usize::from(is_marked(n))] += 1;
                 }
+                Output::Send(_) | Output::Wait(_) => unreachable!("no action: {action:?}"),
             }
         }
     }
@@ -166,7 +164,6 @@ impl World {
             self.settle();
         }
         self.now = end;
-        self.node.admission.handle_timeout(end);
         self.settle();
     }
 
@@ -248,7 +245,7 @@ fn node_that_was_calm_for_a_week_isolates_a_costly_cohort_as_fast_as_a_fresh_one
     let mut fresh = World::new();
     fresh.arrivals(100, 0, secs(2));
     let mut calm = World::new();
-    // A storm, so that statements of all sizes are known, then a look-up a minute.
+    // A storm, so that statements of all sizes are known, then a lookup a minute.
     calm.arrivals(2_000, 0, secs(5));
     calm.arrivals_every(secs(60), 0, secs(7 * 24 * 3_600));
 
@@ -272,7 +269,7 @@ fn second_costly_cohort_is_found_while_the_first_is_apart() {
     let (found, _) = *world.moves.last().unwrap();
     assert!(
         found < at(12_000),
-        "it waits for none of the first one's rests: {:?}",
+        "it waits for no idle span of the first one: {:?}",
         world.moves
     );
     assert!(
@@ -319,7 +316,7 @@ fn costly_cohort_that_most_devices_are_of_is_set_apart_too() {
 }
 
 #[test]
-fn database_slow_for_all_sets_nobody_apart() {
+fn database_slow_for_all_isolates_no_cohort() {
     let mut world = World::new();
     world.marked_cost = world.healthy_cost;
     world.arrivals(200, 4, secs(5));
@@ -368,16 +365,11 @@ fn invented_cohorts_are_bounded_and_do_not_hide_a_costly_one() {
             0 => (marked, Duration::from_millis(90)),
             _ => (invented, BASE),
         };
-        let cohorts = [(cohort, 1)];
-        let statement = Statement {
-            cohorts: &cohorts,
-            took,
-        };
-        apart = apart.or(costs.handle_shared(&statement, at(n)));
+        apart = apart.or(costs.handle_shared(&[(cohort, 1)], took, at(n)));
         assert!(costs.watched() <= 1_024);
     }
 
-    assert_eq!(apart, Some(Move::Apart(marked)));
+    assert_eq!(apart, Some(Transition::Isolated(marked)));
 }
 
 #[test]
@@ -395,8 +387,7 @@ fn slots_of_a_cohort_apart_are_as_far_apart_as_its_look_ups() {
             proof: Proof::Secret,
             network: Network::V4(1),
         };
-        let node = &mut world.node;
-        match node.admission.attempt(&arrival, now, wall(now), &mut node.rng) {
+        match world.node.arrive(&arrival, now) {
             Decision::Refused(refused) => Some(refused.hint.after),
             Decision::Queued(_) | Decision::KnownAbsent => None,
         }
@@ -411,7 +402,7 @@ fn slots_of_a_cohort_apart_are_as_far_apart_as_its_look_ups() {
 }
 
 #[test]
-fn database_whose_times_differ_by_chance_puts_hardly_anybody_on_trial() {
+fn database_whose_times_differ_by_chance_puts_hardly_a_cohort_on_probation() {
     let mut costs = Costs::default();
     let mut rng = SmallRng::seed_from_u64(1);
     let cohorts = [
@@ -419,20 +410,16 @@ fn database_whose_times_differ_by_chance_puts_hardly_anybody_on_trial() {
         (CohortTag::of(None, Some(MARKED)), 12),
     ];
     let mut now = at(0);
-    let mut trials = 0;
+    let mut probations = 0;
 
     for _ in 0..50_000 {
         // Exponential, 20 ms on average: the fastest takes microseconds.
         let took = Duration::from_secs_f64(0.02 * -(1.0 - rng.random::<f64>()).ln());
         now += took;
         costs.handle_timeout(now);
-        let statement = Statement {
-            cohorts: &cohorts,
-            took,
-        };
-        trials += usize::from(costs.handle_shared(&statement, now).is_some());
+        probations += usize::from(costs.handle_shared(&cohorts, took, now).is_some());
     }
 
     // A statement is slow with a chance of 1 in 50, and three in a row bring suspicion.
-    assert!(trials <= 10, "{trials} trials in 50,000 statements");
+    assert!(probations <= 10, "{probations} probations in 50,000 statements");
 }

@@ -1,6 +1,6 @@
-//! Registries that fail, and devices that fail to prove themselves.
+//! Registries that fail, and devices with wrong credentials.
 
-use super::*;
+use super::{queue::Class, *};
 
 #[test]
 fn failed_statement_is_tried_once_more_in_two_halves_and_one_bad_key_stops_only_its_half() {
@@ -55,10 +55,7 @@ fn dead_registry_is_known_after_one_time_out_and_probed_without_devices() {
             node.done(&probes[0], Err(BatchFailure::TimedOut), at(second * 1_000 + 999))
                 .is_empty()
         );
-        assert_eq!(
-            node.admission.poll_timeout(at(second * 1_000 + 999)),
-            Some(at(second * 1_000 + 1_000))
-        );
+        assert_eq!(node.poll(at(second * 1_000 + 999)), Some(at(second * 1_000 + 1_000)));
     }
 
     for _ in 0..3 {
@@ -77,7 +74,7 @@ fn registry_that_others_find_away_lets_nobody_wait_and_starts_low_only_where_pro
         node.queued(1, at(0));
         let limit = node.admission.state(at(0)).limit;
 
-        node.admission.handle_registry_said_away(at(0));
+        node.admission.handle_registry(Registry::Suspected, at(0));
 
         assert_eq!(causes(&node.actions(at(0))), [Cause::Breaker].into());
         assert_eq!(node.refused(2, None, at(1)).cause, Cause::Breaker);
@@ -95,9 +92,47 @@ fn registry_that_others_find_away_lets_nobody_wait_and_starts_low_only_where_pro
 }
 
 #[test]
+fn no_measured_window_spans_an_outage() {
+    let mut node = Node::new();
+    for n in 1..=200 {
+        node.slots.handle_admitted(device(n), "default");
+    }
+    for n in 1..=100 {
+        node.queued(n, at(0));
+    }
+    let mut sent = node.batches(at(0));
+    let first = sent.remove(0);
+    node.done(&first, Ok(()), at(10));
+    sent.extend(node.batches(at(10)));
+
+    node.admission.handle_registry(Registry::Suspected, at(20));
+    for batch in sent {
+        node.done(&batch, Err(BatchFailure::TimedOut), at(1_010));
+    }
+    let mut now = 60_000;
+    while node.admission.state(at(now)).breaker != BreakerState::Closed {
+        for probe in node.batches(at(now)) {
+            node.done(&probe, Ok(()), at(now));
+        }
+        now += 1_000;
+    }
+    for n in 101..=200 {
+        node.queued(n, at(now));
+    }
+    let batch = node.batches(at(now)).remove(0);
+    node.done(&batch, Ok(()), at(now + 10));
+
+    let rate = node.admission.state(at(now + 10)).rate;
+    assert!(
+        rate < f64::EPSILON,
+        "{rate} keys per second in a window that spans the outage"
+    );
+}
+
+#[test]
 fn hints_grow_with_the_age_of_the_outage() {
     let mut node = Node::new();
-    node.admission.handle_registry_absent(at(0));
+    node.admission.handle_registry(Registry::Absent, at(0));
 
     for (n, age_s) in [0, 40, 240].into_iter().enumerate() {
         let hint = node.refused(u128::try_from(n).unwrap(), None, at(age_s * 1_000)).hint;
@@ -115,12 +150,12 @@ fn hints_grow_with_the_age_of_the_outage() {
 fn registry_that_was_never_there_lets_nobody_wait_until_it_comes() {
     let mut node = Node::new();
     node.queued(1, at(0));
-    node.admission.handle_registry_absent(at(0));
+    node.admission.handle_registry(Registry::Absent, at(0));
     assert_eq!(causes(&node.actions(at(0))), [Cause::Breaker].into());
     assert!(node.batches(at(100_000)).is_empty());
     assert_eq!(node.refused(2, None, at(100_000)).cause, Cause::Breaker);
 
-    node.admission.handle_registry_present(at(100_000));
+    node.admission.handle_registry(Registry::Present, at(100_000));
     for _ in 0..3 {
         let probe = node.batches(at(100_000)).remove(0);
         node.done(&probe, Ok(()), at(100_000));
@@ -132,7 +167,7 @@ fn registry_that_was_never_there_lets_nobody_wait_until_it_comes() {
 #[test]
 fn guessed_credentials_are_throttled_but_lock_nobody_out() {
     let mut node = Node::new();
-    node.admission.handle_admitted(device(1), "default");
+    node.slots.handle_admitted(device(1), "default");
     assert_eq!(node.guess(1, 20, at(0)), 10);
 
     let refused = node.refused(1, None, at(0));
@@ -147,9 +182,9 @@ fn guessed_credentials_are_throttled_but_lock_nobody_out() {
         network: ELSEWHERE,
         ..arrival(1, back)
     };
-    let decision = node.admission.attempt(&arrival, back, wall(back), &mut node.rng);
+    let decision = node.arrive(&arrival, back);
     assert!(matches!(decision, Decision::Queued(_)));
-    // The key that the device waits for answers it as well.
+    // The pending key answers it as well.
     let compared = node.guess(1, 20, back);
     assert!(compared <= 3, "its slot is worth two guesses: {compared}");
 }
@@ -167,8 +202,8 @@ fn guesses_that_join_one_look_up_count_each() {
     let batch = node.batches(at(0)).remove(0);
     let mut compared = 0;
     for action in node.done(&batch, Ok(()), at(1)) {
-        if let Action::Answer { ticket, .. } = action {
-            node.admission.handle_wrong_credential(ticket, at(1));
+        if let Output::Answer { answered, .. } = action {
+            node.admission.end(answered, Outcome::Wrong, at(1));
             compared += 1;
         }
     }
@@ -185,10 +220,13 @@ fn devices_that_are_never_judged_are_not_throttled() {
         let ticket = node.queued(1, now);
         if round % 2 == 0 {
             let batch = node.batches(now).remove(0);
-            node.done(&batch, Ok(()), now);
+            let mut told = node.done(&batch, Ok(()), now);
+            if let Some(Output::Answer { answered, .. }) = told.pop() {
+                node.admission.end(answered, Outcome::Left, now);
+            }
+        } else {
+            assert!(node.admission.abandon(ticket, now).is_some());
         }
-        // It leaves while it waits, or at the very moment of its answer.
-        node.admission.abandon(ticket, now);
     }
     assert!(node.admission.throttle.has_none_open());
 
@@ -204,22 +242,20 @@ fn list_of_ids_demotes_no_known_device() {
 
     let lines = [ELSEWHERE, HERE].map(|network| {
         let mut node = Node::new();
-        node.admission.handle_admitted(device(1), "default");
+        node.slots.handle_admitted(device(1), "default");
         node.guess(1, 5, at(0));
-        let decision = node
-            .admission
-            .attempt(&from(network), at(1), wall(at(1)), &mut node.rng);
+        let decision = node.arrive(&from(network), at(1));
         assert!(matches!(decision, Decision::Queued(_)));
-        [Class::WalkIn, Class::StrangerWalkIn].map(|class| node.admission.queue.line_len(&[class]))
+        [Class::WalkIn, Class::UnknownWalkIn].map(|class| node.admission.queue.classes_len(&[class]))
     });
 
-    assert_eq!(lines, [[1, 0], [0, 1]], "the device itself, and whoever guesses");
+    assert_eq!(lines, [[1, 0], [0, 1]], "the device itself, and the guessing client");
 }
 
 #[test]
 fn device_that_its_certificate_proves_is_neither_throttled_nor_disputed_by_guesses() {
     let mut node = Node::new();
-    node.admission.handle_admitted(device(1), "default");
+    node.slots.handle_admitted(device(1), "default");
     node.guess(1, 20, at(0));
     assert_eq!(node.refused(1, None, at(0)).cause, Cause::Throttle);
     let arrival = Arrival {
@@ -227,11 +263,11 @@ fn device_that_its_certificate_proves_is_neither_throttled_nor_disputed_by_guess
         ..arrival(1, at(0))
     };
 
-    let decision = node.admission.attempt(&arrival, at(0), wall(at(0)), &mut node.rng);
+    let decision = node.arrive(&arrival, at(0));
 
     assert!(matches!(decision, Decision::Queued(_)));
-    // Among those that are known, not among strangers.
-    assert_eq!(node.admission.queue.line_len(&[Class::WalkIn]), 1);
+    // It waits with the known devices.
+    assert_eq!(node.admission.queue.classes_len(&[Class::WalkIn]), 1);
 }
 
 #[test]
@@ -241,9 +277,7 @@ fn known_absent_id_costs_nothing_but_is_throttled_like_any_other() {
         is_known_absent: true,
         ..arrival(1, at(0))
     };
-    let outcomes: Vec<Decision> = (0..11)
-        .map(|_| node.admission.attempt(&arrival, at(0), wall(at(0)), &mut node.rng))
-        .collect();
+    let outcomes: Vec<Decision> = (0..11).map(|_| node.arrive(&arrival, at(0))).collect();
 
     assert!(outcomes[..10].iter().all(|decision| *decision == Decision::KnownAbsent));
     assert!(matches!(&outcomes[10], Decision::Refused(refused) if refused.cause == Cause::Throttle));
@@ -269,28 +303,30 @@ fn session_that_is_closed_gets_a_slot_of_its_tenants_queue() {
     let mut node = Node::new();
     node.admission.set_last_known_good(2_000.0);
     for n in 0..2_501 {
-        node.admission.handle_admitted(device(n), "default");
+        node.slots.handle_admitted(device(n), "default");
     }
 
     let hints: Vec<u64> = (0..2_501)
         .map(|n| {
-            node.admission
-                .slot_for_close(device(n), Duration::from_millis(500), at(0), wall(at(0)), &mut node.rng)
+            let (at_least, rate) = (Duration::from_millis(500), node.admission.k_ref(at(0)));
+            node.slots
+                .give(device(n), None, at_least, rate, (at(0), wall(at(0))), &mut node.rng)
                 .after_ms()
         })
         .collect();
 
-    assert_eq!(hints.last(), Some(&1_500), "2,500 a second");
+    assert_eq!(hints.last(), Some(&1_500), "2,500 per second");
 }
 
 #[test]
 fn full_node_gives_the_slot_of_another_node_again_and_counts_its_bounces() {
     let mut other = Node::new();
-    other.admission.handle_admitted(device(1), "default");
+    other.slots.handle_admitted(device(1), "default");
     let full_for = Duration::from_secs(30);
     let turn = |node: &mut Node, token: Option<&str>, now: Instant| {
-        node.admission
-            .slot_for_turned(device(1), token, full_for, (now, wall(now)), &mut node.rng)
+        let rate = node.admission.k_ref(now);
+        node.slots
+            .give(device(1), token, full_for, rate, (now, wall(now)), &mut node.rng)
     };
     let first = turn(&mut other, None, at(0));
 
@@ -305,21 +341,21 @@ fn full_node_gives_the_slot_of_another_node_again_and_counts_its_bounces() {
     let second = turn(&mut node, first.slot.as_deref(), due);
 
     assert!(second.after_ms() >= 30_000, "{second:?}");
-    let slots = &Node::new().admission.slots;
+    let slots = &Node::new().slots;
     let standing = |hint: &Hint| slots.standing(device(1), hint.slot.as_deref(), due, wall(due));
     let (before, after) = (standing(&first), standing(&second));
-    assert_eq!(after.slot.unwrap().bounces, before.slot.unwrap().bounces + 1);
+    assert_eq!(after.slot.unwrap().refusals, before.slot.unwrap().refusals + 1);
     assert!(after.tenant.is_some() && after.tenant == before.tenant);
 }
 
 #[test]
 fn guesses_just_before_a_slot_do_not_push_the_slot_away() {
     let mut node = Node::new();
-    node.admission.handle_admitted(device(1), "default");
+    node.slots.handle_admitted(device(1), "default");
     node.guess(1, 20, at(0));
     let refused = node.refused(1, None, at(0));
     let slot_ms = refused.hint.after_ms();
-    // Who guesses knows the time as well, and comes from another network.
+    // The attacker knows the time as well, and is in another network.
     let before = at(slot_ms - 150);
     node.guess(1, 20, before);
     assert_eq!(node.refused(1, None, before).cause, Cause::Throttle);
@@ -330,7 +366,7 @@ fn guesses_just_before_a_slot_do_not_push_the_slot_away() {
         network: ELSEWHERE,
         ..arrival(1, back)
     };
-    let decision = node.admission.attempt(&arrival, back, wall(back), &mut node.rng);
+    let decision = node.arrive(&arrival, back);
 
     assert!(matches!(decision, Decision::Queued(_)), "{decision:?}");
 }
@@ -344,7 +380,7 @@ fn throttled_guesser_is_not_at_its_slot_for_the_limits_of_its_address() {
     let back = at(refused.hint.after.as_millis().try_into().unwrap());
     let shows = |node: &Node, network| {
         node.admission
-            .is_at_its_slot(device(1), &token, network, back, wall(back))
+            .is_at_its_slot(&node.slots, device(1), &token, network, (back, wall(back)))
     };
     assert!(shows(&node, HERE));
 
@@ -357,7 +393,7 @@ fn throttled_guesser_is_not_at_its_slot_for_the_limits_of_its_address() {
 #[test]
 fn device_whose_row_cannot_be_read_is_not_asked_for_twice_a_second() {
     let mut node = Node::new();
-    node.admission.handle_admitted(device(1), "default");
+    node.slots.handle_admitted(device(1), "default");
     let (mut now, mut token) = (at(0), None::<Box<str>>);
     for _ in 0..100 {
         let Decision::Queued(_) = node.attempt(1, token.as_deref(), now) else {
@@ -365,7 +401,7 @@ fn device_whose_row_cannot_be_read_is_not_asked_for_twice_a_second() {
         };
         let batch = node.batches(now).remove(0);
         node.admission.handle_batch_done(batch.id, Ok(|_| Told::Nothing), now);
-        let Some(Action::Refuse { refused, .. }) = node.actions(now).pop() else {
+        let Some(Output::Refuse { refused, .. }) = node.actions(now).pop() else {
             panic!("nothing was told of it");
         };
         now += refused.hint.after;
@@ -384,7 +420,7 @@ fn device_is_not_displaced_by_another_network_that_asks_for_its_key() {
         network: ELSEWHERE,
         ..arrival(1, at(0))
     };
-    let Decision::Queued(own) = node.admission.attempt(&own, at(0), wall(at(0)), &mut node.rng) else {
+    let Decision::Queued(own) = node.arrive(&own, at(0)) else {
         panic!("there is room");
     };
     let mut displaced = Vec::new();
@@ -392,7 +428,7 @@ fn device_is_not_displaced_by_another_network_that_asks_for_its_key() {
         node.attempt(1, None, at(0));
         displaced.extend(node.actions(at(0)));
     }
-    let is_own = |action: &Action<()>| matches!(action, Action::Refuse { ticket, .. } if *ticket == own);
+    let is_own = |action: &Output<(), ()>| matches!(action, Output::Refuse { ticket, .. } if *ticket == own);
     assert!(displaced.len() > 900, "{}", displaced.len());
     assert!(!displaced.iter().any(is_own));
 
@@ -403,7 +439,7 @@ fn device_is_not_displaced_by_another_network_that_asks_for_its_key() {
     assert!(
         answered
             .iter()
-            .any(|action| matches!(action, Action::Answer { ticket, .. } if *ticket == own))
+            .any(|action| matches!(action, Output::Answer { ticket, .. } if *ticket == own))
     );
 }
 
@@ -413,8 +449,9 @@ fn statement_whose_end_is_never_reported_does_not_hold_its_keys_for_ever() {
     node.block(at(0));
     assert_eq!(node.admission.state(at(0)).in_flight, 2);
 
-    let due = node.admission.poll_timeout(at(0)).unwrap();
-    node.admission.handle_timeout(due.max(at(2_800)));
+    let due = node.poll(at(0)).unwrap();
+    let sent = node.batches(due.max(at(2_800)));
 
-    assert_eq!(node.admission.state(at(2_800)).in_flight, 0);
+    let probes: u32 = sent.iter().map(|batch| u32::from(batch.is_probe)).sum();
+    assert_eq!(node.admission.state(at(2_800)).in_flight, probes);
 }

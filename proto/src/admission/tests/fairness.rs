@@ -1,15 +1,15 @@
-//! Who goes first, and who goes when there is no room.
+//! Order of service, and displacement if there is no room.
 
 use super::*;
 
-/// A node whose line of holders has room for 1.8 s of this, and a quarter more.
+/// With this capacity the holders' queue has room for 1.8 s, plus a quarter.
 const RATE: f64 = 2_000.0;
 const HOLDERS_MAX: usize = 4_500;
 
-/// Devices from `first` on, known of `tenant`, and refused once at time 0.
+/// Devices from `first`, known of `tenant`, and refused once at time 0.
 fn refused_once(node: &mut Node, tenant: &str, devices: std::ops::Range<u128>) {
     for n in devices {
-        node.admission.handle_admitted(device(n), tenant);
+        node.slots.handle_admitted(device(n), tenant);
         node.refused(n, None, at(0));
     }
 }
@@ -17,13 +17,13 @@ fn refused_once(node: &mut Node, tenant: &str, devices: std::ops::Range<u128>) {
 fn node() -> Node {
     let mut node = Node::new();
     node.admission.set_last_known_good(RATE);
-    node.admission.handle_registry_absent(at(0));
+    node.admission.handle_registry(Registry::Absent, at(0));
     node
 }
 
-/// The registry is there: after three probes devices may wait.
+/// The registry answers: after three probes devices may wait.
 fn recovered(mut node: Node, now: Instant) -> Node {
-    node.admission.handle_registry_present(now);
+    node.admission.handle_registry(Registry::Present, now);
     for _ in 0..3 {
         let probe = node.batches(now).remove(0);
         node.done(&probe, Ok(()), now);
@@ -53,8 +53,8 @@ fn full_line_refuses_the_newest_of_the_longest_tenant() {
     let answered: BTreeSet<Ticket> = answered
         .iter()
         .filter_map(|action| match action {
-            Action::Answer { ticket, .. } => Some(*ticket),
-            Action::Refuse { .. } => None,
+            Output::Answer { ticket, .. } => Some(*ticket),
+            Output::Refuse { .. } | Output::Send(_) | Output::Wait(_) => None,
         })
         .collect();
     assert!(small.iter().all(|ticket| answered.contains(ticket)), "they take turns");
@@ -64,7 +64,7 @@ fn full_line_refuses_the_newest_of_the_longest_tenant() {
 fn device_sent_away_four_times_is_served_before_those_that_came_earlier() {
     let mut node = node();
     refused_once(&mut node, "great", 0..1_000);
-    node.admission.handle_admitted(device(5_000), "great");
+    node.slots.handle_admitted(device(5_000), "great");
     // Each time at its slot, while the registry is away.
     let mut now = at(0);
     for _ in 0..4 {

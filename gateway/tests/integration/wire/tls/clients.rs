@@ -1,18 +1,17 @@
-//! Client certificates as identity: who they name, and that the registry still decides.
+//! Client certificates as identity: the devices that they name, and that the registry still decides.
 
 use rcgen::SanType;
-use seawall_gateway::tls::reload_now;
+use seawall_gateway::tasks::tls::reload_now;
 use tokio::io::AsyncWriteExt;
 
-use crate::{
-    harness::authority::{Authority, Identity},
-    wire::{
-        raw::{Response, request, response},
-        rig::Gateway,
-    },
+use crate::harness::{
+    authority::{Authority, Identity},
+    gateway::Gateway,
+    raw::{Response, request, response},
+    wait::soon,
 };
 
-/// Whether a session began, or what the refusal says; `None` where TLS did not come about.
+/// Whether a session began, or the code of the refusal; `None` if the TLS handshake failed.
 async fn ask_as(
     authority: &Authority,
     gateway: &Gateway,
@@ -21,7 +20,7 @@ async fn ask_as(
 ) -> Option<Response> {
     let mut stream = authority.connect(gateway.devices, identity).await.ok()?;
     stream.write_all(request(lines).as_bytes()).await.ok()?;
-    // By TLS 1.3 a client hears of its certificate's refusal when it reads.
+    // With TLS 1.3 a client learns that its certificate was refused when it reads.
     let mut first = [0];
     tokio::io::AsyncReadExt::read_exact(&mut stream, &mut first)
         .await
@@ -111,7 +110,7 @@ async fn certificate_is_optional_unless_it_is_required() {
         101
     );
     assert!(ask_as(&authority, &required, None, &[&lines[1]]).await.is_none());
-    // One that names no device lets its holder say id and secret.
+    // With a certificate that names no device, its holder sends id and secret.
     assert_eq!(
         ask_as(&authority, &required, Some(&nameless), &[&lines[1]])
             .await
@@ -126,9 +125,9 @@ async fn certificate_is_optional_unless_it_is_required() {
             .status,
         400
     );
-    let stranger = Authority::new().client("x", Vec::new());
+    let other = Authority::new().client("x", Vec::new());
     assert!(
-        ask_as(&authority, &optional, Some(&stranger), &[&lines[0]])
+        ask_as(&authority, &optional, Some(&other), &[&lines[0]])
             .await
             .is_none()
     );
@@ -158,6 +157,36 @@ async fn revoked_certificate_is_refused_from_the_next_list_on() {
 }
 
 #[tokio::test]
+async fn session_of_a_revoked_certificate_is_closed_with_the_next_list() {
+    let mut authority = Authority::new();
+    let settings = authority.settings_with_clients();
+    let list = authority.write("revoked.pem", &authority.revocations(&[]));
+    let gateway = Gateway::start(&format!("{settings}client_crl = {list:?}\n")).await;
+    let [kept, revoked] = [gateway.device().await.0, gateway.device().await.0];
+    let mut sessions = Vec::new();
+    let identities = [&kept, &revoked].map(|id| authority.client(id, Vec::new()));
+    for identity in &identities {
+        let mut stream = authority.connect(gateway.devices, Some(identity)).await.unwrap();
+        stream.write_all(request(&[]).as_bytes()).await.unwrap();
+        let mut first = [0];
+        tokio::io::AsyncReadExt::read_exact(&mut stream, &mut first)
+            .await
+            .unwrap();
+        sessions.push(stream);
+    }
+    soon(|| gateway.shared.sessions.len() == 2).await;
+    let is_closing = |id: &str| {
+        let session = gateway.shared.sessions.get(id.parse().unwrap());
+        session.is_none_or(|session| session.is_closing())
+    };
+    authority.write("revoked.pem", &authority.revocations(&[&identities[1].serial]));
+
+    reload_now(&gateway.shared).await;
+
+    assert!(is_closing(&revoked) && !is_closing(&kept));
+}
+
+#[tokio::test]
 async fn authority_on_the_list_of_the_one_above_it_is_refused_with_all_that_it_issued() {
     let mut root = Authority::new();
     let settings = root.settings_with_clients();
@@ -175,7 +204,7 @@ async fn authority_on_the_list_of_the_one_above_it_is_refused_with_all_that_it_i
     };
     assert_eq!(status().await, Some(101));
 
-    // Without a list of the root nobody knows about the factory, and only its devices are looked at.
+    // Without a list of the root the factory's state is unknown, and only its devices are checked.
     root.write("revoked.pem", &factory.revocations(&[]));
     reload_now(&gateway.shared).await;
     assert_eq!(status().await, Some(101));
@@ -183,7 +212,7 @@ async fn authority_on_the_list_of_the_one_above_it_is_refused_with_all_that_it_i
     reload_now(&gateway.shared).await;
     assert_eq!(status().await, None);
 
-    // Where the device's own authority has no list, nothing is known of the device.
+    // If the device's own CA has no list, the state of the device is unknown.
     root.write("revoked.pem", &root.revocations(&[]));
     reload_now(&gateway.shared).await;
     assert_eq!(status().await, None);
@@ -233,7 +262,7 @@ async fn list_that_is_out_of_date_counts_on_and_is_told_until_it_is_replaced() {
     };
     reload_now(&gateway.shared).await;
     assert!(!gateway.shared.readiness().reasons.contains(&REASON));
-    assert!(gateway.metric("seawall_tls_revocation_list_expires_seconds") > 0.0);
+    assert!(gateway.figure("seawall_tls_revocation_list_expires_seconds") > 0.0);
 
     authority.write("revoked.pem", &authority.revocations_until(&[&revoked.serial], 2026));
     reload_now(&gateway.shared).await;
@@ -241,7 +270,7 @@ async fn list_that_is_out_of_date_counts_on_and_is_told_until_it_is_replaced() {
 
     let readiness = gateway.shared.readiness();
     assert!(readiness.ready && readiness.reasons.contains(&REASON), "{readiness:?}");
-    assert!(gateway.metric("seawall_tls_revocation_list_expires_seconds") < 0.0);
+    assert!(gateway.figure("seawall_tls_revocation_list_expires_seconds") < 0.0);
     assert_eq!(alarms(), 1);
     assert!(ask_as(&authority, &gateway, Some(&revoked), &[]).await.is_none());
     assert_eq!(
@@ -263,7 +292,7 @@ async fn wrong_secrets_with_its_id_do_not_keep_a_device_with_a_certificate_out()
     let (id, secret) = gateway.device().await;
     let device = authority.client(&id, Vec::new());
     let shown = |secret: &str| format!("Seawall-Device: {id}\r\nAuthorization: Bearer {secret}");
-    let (wrong, right) = (shown("wrong-secret-of-a-stranger"), shown(&secret));
+    let (wrong, right) = (shown("wrong-secret-of-nobody"), shown(&secret));
     let ask_with = |lines: String| {
         let (authority, gateway) = (&authority, &gateway);
         async move { ask_as(authority, gateway, None, &[&lines]).await.unwrap() }

@@ -1,4 +1,4 @@
-//! TLS for devices: who gets in, what becomes of those who speak something else, and new certificates.
+//! TLS for devices: successful handshakes, clients with other protocols, and new certificates.
 
 mod clients;
 
@@ -9,15 +9,21 @@ use firmware_sim::{
     tls::Trust,
 };
 use rustls::{ProtocolVersion, version};
-use seawall_gateway::tls::{Reload, Reloaded, reload_now};
+use seawall_gateway::{
+    edge::tls::{Reload, Reloaded},
+    tasks::tls::reload_now,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
 
-use super::raw::{ask, masked, request, response};
-use super::rig::{Gateway, eventually};
-use crate::harness::authority::{Authority, dial, serial_of, version_of};
+use crate::harness::{
+    authority::{Authority, dial, serial_of, version_of},
+    gateway::Gateway,
+    raw::{ask, masked, request, response},
+    wait::soon,
+};
 
 #[tokio::test]
 async fn both_versions_carry_a_session_from_101_to_goodbye() {
@@ -42,7 +48,7 @@ async fn both_versions_carry_a_session_from_101_to_goodbye() {
 
         assert!(rest.ends_with(&[0x88, 2, 0x03, 0xe8]), "{rest:?}");
     }
-    assert_eq!(gateway.metric("seawall_connections_total{outcome=\"tls_failed\"}"), 0.0);
+    assert_eq!(gateway.metric("seawall_connections_total{outcome=\"tls_failed\"}"), 0);
 }
 
 #[tokio::test]
@@ -75,7 +81,7 @@ async fn refusals_and_readiness_end_with_a_goodbye() {
         let mut stream = authority.connect(gateway.devices, None).await.unwrap();
         stream.write_all(asked.as_bytes()).await.unwrap();
 
-        // Reads to the end, and fails where the end is a cut.
+        // Reads to the end, and fails if the end is a truncation.
         assert_eq!(response(&mut stream).await.status, status);
     }
 }
@@ -90,8 +96,8 @@ async fn plain_http_is_told_that_tls_is_spoken() {
 
     assert_eq!(answer.status, 400);
     assert!(answer.body.contains("wss://"), "{}", answer.body);
-    assert_eq!(gateway.metric("seawall_connections_total{outcome=\"plain_http\"}"), 1.0);
-    assert_eq!(gateway.sum("seawall_handshakes_total"), 0.0);
+    assert_eq!(gateway.metric("seawall_connections_total{outcome=\"plain_http\"}"), 1);
+    assert_eq!(gateway.metric("seawall_handshakes_total"), 0);
 }
 
 #[tokio::test]
@@ -112,9 +118,9 @@ async fn handshakes_that_fail_or_take_too_long_end_and_give_their_place_back() {
     }
 
     assert!(begun.elapsed() < Duration::from_secs(3));
-    eventually(|| gateway.metric("seawall_connections_total{outcome=\"tls_failed\"}") == 2.0).await;
-    eventually(|| gateway.metric("seawall_connections_total{outcome=\"silent\"}") == 1.0).await;
-    assert!(gateway.stop().await);
+    soon(|| gateway.metric("seawall_connections_total{outcome=\"tls_failed\"}") == 2).await;
+    soon(|| gateway.metric("seawall_connections_total{outcome=\"silent\"}") == 1).await;
+    gateway.stop().await;
 }
 
 #[tokio::test]
@@ -137,7 +143,7 @@ async fn handshake_that_is_longer_than_any_ends_before_it_fills_the_memory() {
 
     let _ = stream.read_to_end(&mut Vec::new()).await;
 
-    eventually(|| gateway.metric("seawall_connections_total{outcome=\"tls_failed\"}") == 1.0).await;
+    soon(|| gateway.metric("seawall_connections_total{outcome=\"tls_failed\"}") == 1).await;
 }
 
 #[tokio::test]
@@ -167,7 +173,7 @@ async fn handshakes_that_are_given_up_count_for_their_limit_and_have_no_hint() {
     let settings = authority.settings();
     let gateway = Gateway::start(&format!("{settings}[limits]\nhandshakes_max = 8\n")).await;
     let mut crowd = Vec::new();
-    // More than the 8 that have a place, and the 64 that there is room for aside.
+    // More than the 8 permits and the room for 64 parked handshakes.
     for _ in 0..120 {
         let mut half = TcpStream::connect(gateway.devices).await.unwrap();
         half.write_all(&[0x16, 3, 1, 2, 0]).await.unwrap();
@@ -175,11 +181,11 @@ async fn handshakes_that_are_given_up_count_for_their_limit_and_have_no_hint() {
     }
 
     let throttled = "seawall_throttled_total{limit=\"address_handshakes\"}";
-    eventually(|| gateway.metric(throttled) > 0.0).await;
+    soon(|| gateway.metric(throttled) > 0).await;
 
     let failed = "seawall_connections_total{outcome=\"tls_failed\"}";
-    eventually(|| gateway.metric(failed) > 0.0).await;
-    assert_eq!(gateway.sum("seawall_retry_hint_seconds_count{"), 0.0);
+    soon(|| gateway.metric(failed) > 0).await;
+    assert_eq!(gateway.metric("seawall_retry_hint_seconds_count{"), 0);
 }
 
 #[tokio::test]
@@ -201,7 +207,7 @@ async fn new_certificate_is_for_newcomers_and_nobody_is_dropped() {
     let mut pong = [0; 3];
     old.read_exact(&mut pong).await.unwrap();
     assert_eq!(pong, [0x8a, 1, b'x']);
-    assert_eq!(gateway.metric("seawall_tls_reloads_total{outcome=\"taken\"}"), 1.0);
+    assert_eq!(gateway.metric("seawall_tls_reloads_total{outcome=\"taken\"}"), 1);
 }
 
 #[tokio::test]
@@ -227,7 +233,7 @@ async fn files_that_cannot_be_used_change_nothing_but_are_told() {
     reload_now(&gateway.shared).await;
 
     assert!(!gateway.shared.readiness().reasons.contains(&"tls_files"));
-    assert_eq!(gateway.metric("seawall_tls_reloads_total{outcome=\"refused\"}"), 3.0);
+    assert_eq!(gateway.metric("seawall_tls_reloads_total{outcome=\"refused\"}"), 3);
 }
 
 #[tokio::test]

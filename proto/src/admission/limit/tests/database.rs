@@ -1,59 +1,61 @@
-//! A database that works on statements for as long as somebody sends them, in virtual time.
+//! A simulated database in virtual time, which always has statements to work on.
 
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
 
 use super::super::*;
 
-/// How a database slows down.
+/// How the database slows down under load.
 #[derive(Clone, Copy, Debug)]
 pub enum Curve {
-    /// Keys are worked on side by side, so many at full speed; each more slows all down a little (overload-sim, limiter.rs).
+    /// `keys` keys run in parallel at full speed; each further one slows all down a little.
     Knee { keys: f64 },
-    /// The same, but a key takes so many seconds, and the keys of a statement share its work: they are done together (loadtest's simulator).
+    /// The same, but a key takes `key` seconds, and the keys of a statement share its work and end together (as in
+    /// loadtest's simulator).
     Together { keys: f64, key: f64 },
-    /// A statement costs so many seconds, and so many more a key, on a connection of its own.
+    /// A statement takes `each` seconds, and `key` seconds for each of its keys, on a connection of its own.
     Statements { each: f64, key: f64 },
-    /// The same, on one connection for all.
+    /// The same, on one connection for all statements.
     OneReader { each: f64, key: f64 },
 }
 
 /// Time that a key takes below the knee, in seconds.
 const KEY_SECONDS: f64 = 0.008;
-/// By how much each key beyond the knee slows all of them down.
+/// Slowdown of all keys by each key beyond the knee.
 const CONTENTION: f64 = 0.004;
-/// Statements of equal size differ by this part at most, either way.
+/// Maximum relative difference between the times of equal statements, in either direction.
 const NOISE: f64 = 0.3;
-/// The caller gives up on a statement after this time, in seconds.
+/// Time after which the caller gives up on a statement, in seconds.
 const TIMEOUT: f64 = 1.0;
 
-/// Who says how many keys may be in flight.
+/// Source of the limit on keys in flight.
 pub enum Who {
     Fixed(usize),
-    Found(Box<Limit>),
+    Found(Box<Limiter>),
 }
 
 struct Statement {
-    id: BatchId,
+    probe: Option<ProbeId>,
+    sent_at: Instant,
     keys: usize,
     sent: f64,
-    /// Work left of each key, the longest first, as a mark on the common clock of work; or of the statement as a whole.
+    /// Remaining work of each key, the longest first, as a time on the common clock of work; or of the statement as a
+    /// whole.
     left: Vec<f64>,
 }
 
 pub struct Database {
     curve: Curve,
-    /// So many times slower than it could be.
+    /// Factor by which it is slower than a healthy database.
     pub slowness: f64,
-    /// Keys that others have in flight.
+    /// Keys that other clients have in flight.
     pub others: f64,
-    /// Keys that come to be looked up a second; as many as the limit allows where this is `None`.
+    /// Keys per second that arrive; `None`: as many as the limit allows.
     pub demand: Option<f64>,
     pub who: Who,
     waiting: f64,
     running: Vec<Statement>,
     worked: f64,
     seconds: f64,
-    counter: u64,
     rng: SmallRng,
     pub in_flight_max: usize,
 }
@@ -70,20 +72,19 @@ impl Database {
             running: Vec::new(),
             worked: 0.0,
             seconds: 0.0,
-            counter: 0,
             rng: SmallRng::seed_from_u64(seed),
             in_flight_max: 0,
         }
     }
 
-    pub fn limit(&self) -> &Limit {
+    pub fn limit(&self) -> &Limiter {
         match &self.who {
             Who::Found(limit) => limit,
             Who::Fixed(_) => panic!("this one is fixed"),
         }
     }
 
-    /// Keys answered a second in the next `seconds`.
+    /// Keys answered per second over the next `seconds`.
     pub fn goodput(&mut self, seconds: f64) -> f64 {
         let (begin, end) = (self.seconds, self.seconds + seconds);
         let mut answered = 0;
@@ -94,7 +95,8 @@ impl Database {
                 answered += if is_answered { statement.keys } else { 0 };
                 let now = self.now();
                 if let Who::Found(limit) = &mut self.who {
-                    limit.handle_ended(statement.id, is_answered, now);
+                    let took = now.saturating_since(statement.sent_at);
+                    limit.handle_ended(statement.probe, statement.keys, is_answered, took, now);
                 }
             }
         }
@@ -109,7 +111,7 @@ impl Database {
         self.running.iter().map(|statement| statement.keys).sum()
     }
 
-    /// As admission does: two statements of half the limit each.
+    /// Sends as admission does: two statements of half the limit each.
     fn send(&mut self) {
         while self.running.len() < BATCHES_IN_FLIGHT_MAX {
             let limit = match &self.who {
@@ -125,20 +127,20 @@ impl Database {
                 return;
             }
             self.waiting -= keys as f64;
-            self.counter += 1;
-            let id = BatchId::numbered(self.counter);
             let left = self.work_of(keys);
+            let in_flight = self.in_flight() + keys;
+            self.in_flight_max = self.in_flight_max.max(in_flight);
+            let probe = match &mut self.who {
+                Who::Found(limit) => limit.handle_sent(keys, in_flight),
+                Who::Fixed(_) => None,
+            };
             self.running.push(Statement {
-                id,
+                probe,
+                sent_at: self.now(),
                 keys,
                 sent: self.seconds,
                 left,
             });
-            let (in_flight, now) = (self.in_flight(), self.now());
-            self.in_flight_max = self.in_flight_max.max(in_flight);
-            if let Who::Found(limit) = &mut self.who {
-                limit.handle_sent(id, keys, in_flight, now);
-            }
         }
     }
 
@@ -163,7 +165,7 @@ impl Database {
         }
     }
 
-    /// Goes on to the next key or statement that is done; a statement, if that was its last.
+    /// Advances to the end of the next key or statement. Returns the statement if that was its last key.
     fn work(&mut self) -> Option<Statement> {
         if self.running.is_empty() {
             self.pass(0.001);
@@ -182,9 +184,9 @@ impl Database {
                 let busy: usize = self.running.iter().map(count).sum();
                 let busy = busy as f64 + self.others;
                 let speed = (keys / busy).min(1.0) / (1.0 + CONTENTION * (busy - keys).max(0.0)) / self.slowness;
-                let mark = self.running[first].left.pop()?;
-                self.pass((mark - self.worked).max(0.0) / speed);
-                self.worked = mark;
+                let probe = self.running[first].left.pop()?;
+                self.pass((probe - self.worked).max(0.0) / speed);
+                self.worked = probe;
                 self.running[first].left.is_empty().then(|| self.running.remove(first))
             }
             Curve::Statements { .. } => {

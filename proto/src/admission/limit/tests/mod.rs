@@ -5,14 +5,14 @@ mod database;
 
 const CEILING: u32 = 512;
 const BATCH_KEYS_MAX: u32 = 256;
-/// Fixed limits that the one found must compare with.
+/// Fixed limits that the adaptive one is compared with.
 const FIXED: [usize; 14] = [4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512];
 
 fn found(ceiling: u32) -> Who {
-    Who::Found(Box::new(Limit::new(ceiling, BATCH_KEYS_MAX, Instant::ZERO)))
+    Who::Found(Box::new(Limiter::new(ceiling, BATCH_KEYS_MAX, Instant::ZERO)))
 }
 
-/// The best that any fixed limit up to `ceiling` gives, and which.
+/// The best rate of any fixed limit up to `ceiling`, and that limit.
 fn best_fixed(curve: Curve, slowness: f64, ceiling: u32) -> (f64, usize) {
     FIXED
         .into_iter()
@@ -27,8 +27,8 @@ fn best_fixed(curve: Curve, slowness: f64, ceiling: u32) -> (f64, usize) {
         .unwrap()
 }
 
-/// Goodput of the limit found while the database is healthy, four times slower, and healthy again, each as a part of the best
-/// fixed limit's; the median of three seeds.
+/// Goodput of the adaptive limit, as a part of that of the best fixed limit. The database is healthy, then four times
+/// slower, then healthy again. The median of three seeds.
 fn parts_of_the_best(curve: Curve, ceiling: u32) -> [f64; 3] {
     let healthy = best_fixed(curve, 1.0, ceiling);
     let slow = best_fixed(curve, 4.0, ceiling);
@@ -58,7 +58,7 @@ fn nine_tenths_of_the_best_fixed_limit_at_any_knee_whether_healthy_slow_or_recov
     for keys in [8.0, 32.0, 128.0] {
         assert_ninety_percent(Curve::Knee { keys }, CEILING);
         assert_ninety_percent(Curve::Together { keys, key: 0.008 }, CEILING);
-        // 2,000 keys a second, however many of them side by side.
+        // 2,000 keys per second, at any concurrency.
         assert_ninety_percent(
             Curve::Together {
                 keys,
@@ -209,7 +209,7 @@ fn after_an_outage_the_limit_starts_from_a_quarter_and_finds_its_way_back() {
 fn limits_that_start_together_are_not_tried_in_step() {
     let mut rng = SmallRng::seed_from_u64(1);
     let [first, second] = [0, 1].map(|_| {
-        let mut limit = Limit::new(CEILING, BATCH_KEYS_MAX, Instant::ZERO);
+        let mut limit = Limiter::new(CEILING, BATCH_KEYS_MAX, Instant::ZERO);
         limit.seed(&mut rng);
         limit.seed(&mut rng);
         std::array::from_fn::<bool, 64, _>(|_| limit.rng.random())
@@ -220,15 +220,15 @@ fn limits_that_start_together_are_not_tried_in_step() {
 
 #[test]
 fn failures_among_the_answers_shrink_the_limit() {
-    let mut limit = Limit::new(CEILING, BATCH_KEYS_MAX, Instant::ZERO);
+    let mut limit = Limiter::new(CEILING, BATCH_KEYS_MAX, Instant::ZERO);
     let before = limit.keys();
     let mut now = Instant::ZERO;
-    for number in 1..=200 {
+    for number in 1..=200_u32 {
         let limit_keys = to_usize(limit.keys());
-        let id = BatchId::numbered(number);
-        limit.handle_sent(id, limit_keys.div_ceil(2), limit_keys, now);
-        now += Duration::from_millis(20);
-        limit.handle_ended(id, !number.is_multiple_of(10), now);
+        let (keys, took) = (limit_keys.div_ceil(2), Duration::from_millis(20));
+        let probe = limit.handle_sent(keys, limit_keys);
+        now += took;
+        limit.handle_ended(probe, keys, !number.is_multiple_of(10), took, now);
     }
 
     assert_eq!(limit.reason(), LimitReason::Errors);
@@ -237,7 +237,7 @@ fn failures_among_the_answers_shrink_the_limit() {
 
 #[test]
 fn plan_alarm_cuts_the_limit_to_two_and_gives_it_back() {
-    let mut limit = Limit::new(CEILING, BATCH_KEYS_MAX, Instant::ZERO);
+    let mut limit = Limiter::new(CEILING, BATCH_KEYS_MAX, Instant::ZERO);
     let before = limit.keys();
 
     limit.set_cut(true, Instant::ZERO);
@@ -245,6 +245,28 @@ fn plan_alarm_cuts_the_limit_to_two_and_gives_it_back() {
     assert_eq!((limit.keys(), limit.reason()), (2, LimitReason::PlanCut));
     limit.set_cut(false, Instant::ZERO);
     assert!(limit.keys() >= before * 3 / 4);
+}
+
+#[test]
+fn limit_that_could_not_move_at_all_finds_its_way_up_when_it_may() {
+    let mut limit = Limiter::new(1, BATCH_KEYS_MAX, Instant::ZERO);
+    let (took, mut now) = (Duration::from_millis(20), Instant::ZERO);
+    let mut run = |limit: &mut Limiter| {
+        for _ in 0..2_000 {
+            let keys = to_usize(limit.keys());
+            let probe = limit.handle_sent(keys.div_ceil(2), keys);
+            now += took;
+            limit.handle_ended(probe, keys.div_ceil(2), true, took, now);
+        }
+        now
+    };
+
+    let now = run(&mut limit);
+    limit.set_ceiling(CEILING, BATCH_KEYS_MAX, now);
+    run(&mut limit);
+
+    assert!(limit.dither.is_finite(), "{limit:?}");
+    assert!(limit.keys() > 100, "{}", limit.keys());
 }
 
 #[test]

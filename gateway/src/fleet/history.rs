@@ -1,0 +1,509 @@
+//! What this node remembers of a device: its presence, since when and how that is known, and its last attempts to
+//! connect.
+//!
+//! One table: a device takes 64 bytes, and eight more for each attempt before its latest. It is bounded in devices:
+//! where it is full, the one that was offline for longest makes room. Ids that were never authenticated have a table of
+//! their own, so that a flood of made-up ones can't push devices out. It lies in shards with a lock each: a walk
+//! through all of it holds up a connecting device for no longer than a shard takes. What changes is queued for the
+//! database: see [`queue`].
+
+use std::{
+    collections::{BTreeMap, BinaryHeap},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use seawall_proto::{
+    close::EndReason,
+    cohorts::RETURN_WITHIN,
+    id::{DeviceId, SessionId},
+    presence::{Cause, Evidence, Known, Presence},
+    time::{Instant, WallTime},
+};
+
+use self::{
+    groups::{Group, Groups},
+    packed::Kept,
+    queue::{QUEUE_LEN_MAX, Queue, Transition},
+};
+use crate::{
+    fleet::cohorts::{Cohort, Outcome},
+    store::{PresenceState, Reason},
+};
+
+pub mod groups;
+mod packed;
+pub mod queue;
+
+/// Attempts kept for each device.
+pub const ATTEMPTS_MAX: usize = 20;
+/// Maximum number of known devices. A full table takes 85 MB, and up to 240 MB where every device has all its attempts.
+pub const KNOWN_MAX: usize = 1_250_000;
+/// Ids in one generation of those that were never authenticated; at most two generations are kept.
+const STRANGERS_MAX: usize = 5_000;
+/// Shards of known devices: a power of two. With a million of them a shard has 1,000. Inserting one moves
+/// 64 KB at most, and a walk through it takes some microseconds.
+const SHARDS: usize = 1 << SHARD_BITS;
+const SHARD_BITS: u32 = 10;
+/// Shards of unknown ids: a power of two.
+const STRANGER_SHARDS: usize = 16;
+/// A shard that is full grows by an eighth: a vector that doubles is a third empty, on average.
+const GROWTH_MIN: usize = 4;
+
+/// One connect attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attempt {
+    pub at: WallTime,
+    pub outcome: Outcome,
+}
+
+/// The end of a device's last session here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Offline {
+    /// For people. Spans are reckoned from [`at`](Self::at): the wall clock may be set.
+    pub since: WallTime,
+    /// In whole seconds.
+    pub at: Instant,
+    pub reason: EndReason,
+    pub evidence: Evidence,
+    /// Repeats in a row, this session included; up to 63.
+    pub repeats: u8,
+}
+
+/// A session of a device that begins.
+#[derive(Debug, Clone, Copy)]
+pub struct Began<'a> {
+    pub epoch: SessionId,
+    pub cohort: &'a Arc<Cohort>,
+    pub tenant: &'a Arc<str>,
+    pub since: WallTime,
+    pub at: Instant,
+}
+
+/// What a session that begins changed.
+#[derive(Debug, Clone)]
+pub struct CameOnline {
+    /// `Some` if the device had another session until a short time ago: see [`RETURN_WITHIN`]. Then the number of its
+    /// last sessions that were repeats, without one that has not ended.
+    pub returned: Option<u8>,
+    /// Whether the device was online in an older session.
+    pub was_online: bool,
+    pub group: Arc<Group>,
+}
+
+/// All that is remembered of one device.
+#[derive(Debug, Clone)]
+pub struct Record {
+    /// Oldest first.
+    pub attempts: Vec<Attempt>,
+    pub known: Known,
+    /// Of the last transition.
+    pub reason: Reason,
+    /// Where its last session was here, and has ended.
+    pub offline: Option<Offline>,
+    /// What it was when it had a session last; `None` where it had none.
+    pub group: Option<Arc<Group>>,
+}
+
+/// All that is remembered.
+#[derive(Debug)]
+pub struct History {
+    /// Each ascending by device.
+    shards: Box<[Mutex<Vec<Kept>>]>,
+    unknown_ids: Box<[Mutex<UnknownIds>]>,
+    groups: Groups,
+    queue: Queue,
+    known_max: usize,
+    known_len: AtomicUsize,
+}
+
+/// Attempts of ids that were never authenticated, in two generations: the older is dropped whole when the younger is
+/// full.
+#[derive(Debug, Default)]
+struct UnknownIds {
+    young: BTreeMap<DeviceId, Kept>,
+    old: BTreeMap<DeviceId, Kept>,
+}
+
+impl Default for History {
+    fn default() -> Self {
+        Self::with_bounds(KNOWN_MAX, QUEUE_LEN_MAX)
+    }
+}
+
+impl History {
+    /// With other bounds than the usual ones, for tests.
+    #[must_use]
+    pub fn with_bounds(known_max: usize, queue_len_max: usize) -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            unknown_ids: (0..STRANGER_SHARDS).map(|_| Mutex::default()).collect(),
+            groups: Groups::default(),
+            queue: Queue::new(queue_len_max),
+            known_max,
+            known_len: AtomicUsize::new(0),
+        }
+    }
+
+    /// A device was admitted: from now on it is known.
+    pub fn admitted(&self, device: DeviceId, at: WallTime) {
+        let before = self.unknown(device).remove(device);
+        self.with(device, |kept| {
+            for attempt in before.map(|kept| kept.record().attempts).unwrap_or_default() {
+                kept.push(attempt);
+            }
+            kept.push(Attempt {
+                at,
+                outcome: Outcome::Admitted,
+            });
+        });
+    }
+
+    /// A device was refused, or left before its answer. The cohort of its last session here, where it had one.
+    pub fn refused(&self, device: DeviceId, at: WallTime, outcome: Outcome) -> Option<Arc<Cohort>> {
+        let attempt = Attempt { at, outcome };
+        {
+            let mut shard = self.shard(device);
+            if let Ok(index) = find(&shard, device) {
+                let kept = &mut shard[index];
+                kept.push(attempt);
+                return kept.group.as_ref().map(|group| Arc::clone(&group.cohort));
+            }
+        }
+        self.unknown(device).entry(device).push(attempt);
+        None
+    }
+
+    /// A device has a session.
+    pub fn came_online(&self, device: DeviceId, began: Began<'_>) -> CameOnline {
+        let group = self.groups.of(began.cohort, began.tenant);
+        let known = Known {
+            epoch: began.epoch,
+            presence: Presence::Online,
+            since: began.since,
+        };
+        self.with(device, |kept| {
+            let before = kept.known().presence;
+            let returned = match (before, kept.ended()) {
+                (Presence::Offline(_), Some((at, repeats))) => {
+                    (began.at.saturating_since(at) < RETURN_WITHIN).then_some(repeats)
+                }
+                (Presence::Online | Presence::Unknown(Cause::Path | Cause::NodeLagging), _) => Some(0),
+                (Presence::Offline(_) | Presence::Unknown(_), _) => None,
+            };
+            kept.clear_ended();
+            let was_online = before == Presence::Online;
+            let reason = if was_online {
+                EndReason::Replaced.into()
+            } else {
+                Reason::CONNECTED
+            };
+            self.change(kept, known, reason, Some(Arc::clone(&group)), true);
+            CameOnline {
+                returned,
+                was_online,
+                group,
+            }
+        })
+    }
+
+    /// A device's newest session ended. Returns the device's group if nothing newer is known.
+    pub fn went_offline(&self, device: DeviceId, epoch: SessionId, offline: Offline) -> Option<Arc<Group>> {
+        let known = Known {
+            epoch,
+            presence: Presence::Offline(offline.evidence),
+            since: offline.since,
+        };
+        self.with(device, |kept| {
+            if !self.change(kept, known, offline.reason.into(), None, true) {
+                return None;
+            }
+            kept.set_ended(offline.at, offline.repeats);
+            kept.group.clone()
+        })
+    }
+
+    /// Takes a report about a device's session. Returns the device's group if it changed what is known.
+    pub fn handle(&self, device: DeviceId, report: Known, reason: Reason) -> Option<Arc<Group>> {
+        let mut shard = self.shard(device);
+        let index = find(&shard, device).ok()?;
+        let kept = &mut shard[index];
+        let is_new = self.change(kept, report, reason, None, true);
+        kept.group.clone().filter(|_| is_new)
+    }
+
+    /// Takes what the database has of a device. It is not written again, unless the end of the process that held its
+    /// socket makes it unknown for this `cause`: returns whether it does.
+    pub fn restore(&self, stored: Stored<'_>, lost: Option<(Cause, WallTime)>) -> bool {
+        let group = self.groups.of(stored.cohort, stored.tenant);
+        self.with(stored.device, |kept| {
+            self.change(kept, stored.known, stored.reason, Some(group), false);
+            let lost = lost.and_then(|(cause, at)| {
+                let is_it = kept.known().epoch == stored.known.epoch;
+                let known = kept.known().left_behind(cause, at).filter(|_| is_it)?;
+                Some((known, cause))
+            });
+            if let Some((known, cause)) = lost {
+                self.change(kept, known, cause.into(), None, true);
+            }
+            matches!(
+                kept.known().presence,
+                Presence::Unknown(Cause::NodeRestarted | Cause::NodeLost)
+            )
+        })
+    }
+
+    /// A device did not return after a restart of its node: it is offline. `None` if it did.
+    pub fn give_up(&self, device: DeviceId, at: WallTime) -> Option<Record> {
+        let mut shard = self.shard(device);
+        let index = find(&shard, device).ok()?;
+        let kept = &mut shard[index];
+        let known = kept.known().given_up(at)?;
+        self.change(kept, known, Reason::NOT_BACK, None, true);
+        Some(kept.record())
+    }
+
+    #[must_use]
+    pub fn record(&self, device: DeviceId) -> Option<Record> {
+        {
+            let shard = self.shard(device);
+            if let Ok(index) = find(&shard, device) {
+                return Some(shard[index].record());
+            }
+        }
+        self.unknown(device).get(device).map(Kept::record)
+    }
+
+    /// Devices that have been authenticated and are remembered.
+    #[must_use]
+    pub fn known_len(&self) -> usize {
+        self.known_len.load(Ordering::Relaxed)
+    }
+
+    /// Known devices by what they are, with their presence.
+    #[must_use]
+    pub const fn groups(&self) -> &Groups {
+        &self.groups
+    }
+
+    /// What the database does not have yet.
+    #[must_use]
+    pub const fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// Known devices from `first` on for which `wanted` holds, in the order of ids, at most `len`. `wanted` is asked
+    /// once for each group. `state`: only devices in it. With a million devices it takes up to some 30 ms: not for an
+    /// async task.
+    #[must_use]
+    pub fn page(
+        &self,
+        first: Option<DeviceId>,
+        len: usize,
+        state: Option<PresenceState>,
+        wanted: impl Fn(&Group) -> bool,
+    ) -> Vec<DeviceId> {
+        let wanted = self.groups.matching(wanted);
+        // The greatest is on top: what is greater can't be on the page, once that is full.
+        let mut page = BinaryHeap::with_capacity(len + 1);
+        for shard in &self.shards {
+            let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            let start = first.map_or(0, |first| shard.partition_point(|kept| kept.device < first));
+            for kept in &shard[start..] {
+                let is_full = page.len() == len;
+                if is_full && page.peek().is_none_or(|last| kept.device >= *last) {
+                    break;
+                }
+                let is_in = state.is_none_or(|state| kept.state() == state);
+                if is_in && kept.group.as_ref().is_some_and(|group| wanted.has(group)) {
+                    if is_full {
+                        page.pop();
+                    }
+                    page.push(kept.device);
+                }
+            }
+        }
+        page.into_sorted_vec()
+    }
+
+    /// Queues the newest state of devices of which a transition was dropped, while there is room in the queue.
+    pub fn catch_up(&self) {
+        if !self.queue.is_behind() {
+            return;
+        }
+        // All that is dropped from here on sets it again.
+        self.queue.set_behind(false);
+        for shard in &self.shards {
+            let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            for kept in shard.iter_mut().filter(|kept| kept.is_unsaved()) {
+                if self.queue.room() == 0 {
+                    self.queue.set_behind(true);
+                    return;
+                }
+                let known = kept.known();
+                self.enqueue(kept, known.since);
+            }
+        }
+    }
+
+    /// Forgets a device that was deleted from the registry.
+    pub fn forget(&self, device: DeviceId) {
+        self.unknown(device).remove(device);
+        let mut shard = self.shard(device);
+        if let Ok(index) = find(&shard, device) {
+            let kept = shard.remove(index);
+            self.uncount(&kept);
+        }
+        // Behind the lock: what is queued of it before is forgotten, and what comes later is of a new device.
+        self.queue.forget(device);
+    }
+
+    /// Takes a report, if it is newer than what is known, counts it, and queues it if it is to be `written`.
+    fn change(
+        &self,
+        kept: &mut Kept,
+        report: Known,
+        reason: Reason,
+        group: Option<Arc<Group>>,
+        is_written: bool,
+    ) -> bool {
+        let mut known = kept.known();
+        let before = kept.state();
+        if !known.handle(report) {
+            return false;
+        }
+        let was_unsaved = kept.is_unsaved();
+        kept.set(known, reason);
+        if was_unsaved {
+            kept.set_unsaved();
+        }
+        if let Some(group) = &kept.group {
+            self.groups.remove(group, before);
+        }
+        if group.is_some() {
+            kept.group = group;
+        }
+        if let Some(group) = &kept.group {
+            self.groups.add(group, kept.state());
+        }
+        if is_written {
+            self.enqueue(kept, report.since);
+        }
+        true
+    }
+
+    fn enqueue(&self, kept: &mut Kept, at: WallTime) {
+        let Some(group) = &kept.group else { return };
+        let is_queued = self.queue.push(Transition {
+            device: kept.device,
+            known: kept.known(),
+            at,
+            reason: kept.reason(),
+            number: 0,
+            group: Arc::clone(group),
+        });
+        if is_queued {
+            kept.set_saved();
+        } else {
+            kept.set_unsaved();
+        }
+    }
+
+    /// Runs `work` on the record of a device, which is made if it is new.
+    fn with<T>(&self, device: DeviceId, work: impl FnOnce(&mut Kept) -> T) -> T {
+        let mut shard = self.shard(device);
+        let index = match find(&shard, device) {
+            Ok(index) => index,
+            Err(mut index) => {
+                if shard.len() >= (self.known_max / SHARDS).max(1)
+                    && let Some(oldest) = longest_away(&shard)
+                {
+                    let gone = shard.remove(oldest);
+                    self.uncount(&gone);
+                    index -= usize::from(oldest < index);
+                }
+                if shard.len() == shard.capacity() {
+                    let more = GROWTH_MIN.max(shard.len() / 8);
+                    shard.reserve_exact(more);
+                }
+                shard.insert(index, Kept::new(device));
+                self.known_len.fetch_add(1, Ordering::Relaxed);
+                index
+            }
+        };
+        work(&mut shard[index])
+    }
+
+    fn uncount(&self, kept: &Kept) {
+        self.known_len.fetch_sub(1, Ordering::Relaxed);
+        if let Some(group) = &kept.group {
+            self.groups.remove(group, kept.state());
+        }
+    }
+
+    fn shard(&self, device: DeviceId) -> MutexGuard<'_, Vec<Kept>> {
+        let index = hash(device) >> (u64::BITS - SHARD_BITS);
+        let index = usize::try_from(index).unwrap_or_default();
+        self.shards[index].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unknown(&self, device: DeviceId) -> MutexGuard<'_, UnknownIds> {
+        let index = usize::from(device.as_bytes()[15]) % STRANGER_SHARDS;
+        self.unknown_ids[index].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Presence of a device as the database has it.
+#[derive(Debug, Clone, Copy)]
+pub struct Stored<'a> {
+    pub device: DeviceId,
+    pub known: Known,
+    pub reason: Reason,
+    pub cohort: &'a Arc<Cohort>,
+    pub tenant: &'a Arc<str>,
+}
+
+fn find(shard: &[Kept], device: DeviceId) -> Result<usize, usize> {
+    shard.binary_search_by(|kept| kept.device.cmp(&device))
+}
+
+/// The device that makes room: it is not online, nor waits to be written, and has been so for longest.
+fn longest_away(shard: &[Kept]) -> Option<usize> {
+    let away = shard.iter().enumerate();
+    away.filter(|(_, kept)| kept.state() != PresenceState::Online && !kept.is_unsaved())
+        .min_by_key(|(_, kept)| kept.known().since)
+        .map(|(index, _)| index)
+}
+
+/// Spreads ids, which may follow each other.
+fn hash(device: DeviceId) -> u64 {
+    let (high, low) = device.as_uuid().as_u64_pair();
+    let mixed = (high ^ low.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (mixed ^ mixed >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9)
+}
+
+impl UnknownIds {
+    fn get(&self, device: DeviceId) -> Option<&Kept> {
+        self.young.get(&device).or_else(|| self.old.get(&device))
+    }
+
+    fn remove(&mut self, device: DeviceId) -> Option<Kept> {
+        self.young.remove(&device).or_else(|| self.old.remove(&device))
+    }
+
+    /// Whatever is kept of an id, in the young generation.
+    fn entry(&mut self, device: DeviceId) -> &mut Kept {
+        if !self.young.contains_key(&device) && self.young.len() >= STRANGERS_MAX / STRANGER_SHARDS {
+            self.old = std::mem::take(&mut self.young);
+        }
+        let old = &mut self.old;
+        self.young
+            .entry(device)
+            .or_insert_with(|| old.remove(&device).unwrap_or_else(|| Kept::new(device)))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,433 @@
+//! Presence of devices, which nodes write behind, in batches. A row is only replaced by one of a newer session, or by a
+//! later one of the same session. Neither the node that writes it nor its clock matters.
+//!
+//! All writes go over one connection of their own: they take none from lookups or operators.
+
+use std::time::Duration;
+
+use seawall_proto::{
+    epoch::{NodeTag, node_of},
+    id::{DeviceId, SessionId},
+    presence::{Cause, Known, Presence, known::Boot},
+    time::WallTime,
+};
+use serde_json::{Value as Json, json};
+
+use super::{
+    Store,
+    connection::{Row, Sql, Value},
+    error::StoreError,
+    failures::Operation,
+    model::{Page, from_ms, to_ms},
+    presence_words::{EvidenceText, PresenceState, Reason},
+};
+
+/// Maximum number of transitions of one call of [`Store::presence_write`].
+pub const PRESENCE_WRITE_MAX: usize = 1_000;
+/// Maximum number of transitions that one call of [`Store::presence_prune`] deletes, others of the same millisecond
+/// aside.
+pub const PRESENCE_PRUNE_MAX: u32 = 5_000;
+/// Maximum number of transitions of one device that are read.
+pub const PRESENCE_HISTORY_MAX: u32 = 1_000;
+/// Rows of a page of [`Store::presence_page`].
+const ROWS: u32 = 2_000;
+/// Age of a node's row up to which the node lives. It writes its row several times in this time.
+const LIVE_FOR: Duration = Duration::from_secs(30);
+/// Bit by which ids, which have no sign, are made numbers of the same order, which have one.
+const SIGN: u64 = 1 << 63;
+
+/// A transition of a device, to be stored.
+#[derive(Clone, Copy, Debug)]
+pub struct PresenceWrite<'a> {
+    pub device: DeviceId,
+    pub known: Known,
+    /// When it happened.
+    pub at: WallTime,
+    pub reason: Reason,
+    /// Order of the transitions that a node writes.
+    pub number: u64,
+    pub tenant: &'a str,
+    pub model: Option<&'a str>,
+    pub firmware: Option<&'a str>,
+}
+
+/// The newest stored state of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredPresence {
+    pub device: DeviceId,
+    pub known: Known,
+    pub reason: Reason,
+    /// Of its last session.
+    pub tenant: String,
+    pub model: Option<String>,
+    pub firmware: Option<String>,
+}
+
+/// A stored transition of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredTransition {
+    /// `since` is when it happened.
+    pub known: Known,
+    pub reason: Reason,
+}
+
+/// A node that writes presence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PresenceNode {
+    pub boot: Boot,
+    pub node: String,
+    pub is_live: bool,
+    /// Time since it wrote its row.
+    pub age: Duration,
+}
+
+/// Index: presence_history's primary key. A batch that is written again changes nothing.
+const ADD_HISTORY: Sql = Sql {
+    sqlite: "INSERT INTO presence_history (device, epoch, number, state, at, reason, evidence) \
+             SELECT unhex(value->>0), value->>1, value->>2, value->>3, value->>4, value->>5, value->>6 \
+             FROM json_each($1) WHERE true ON CONFLICT (device, epoch, number) DO NOTHING",
+    postgres: "INSERT INTO presence_history (device, epoch, number, state, at, reason, evidence) \
+               SELECT (value->>0)::uuid, (value->>1)::bigint, (value->>2)::bigint, (value->>3)::smallint, (value->>4)::bigint, \
+               value->>5, value->>6 FROM json_array_elements($1::json) AS item(value) \
+               ON CONFLICT (device, epoch, number) DO NOTHING",
+};
+
+/// Index: presence's primary key. Each device is there once, in the order of ids: two nodes that write the same devices
+/// wait for each other, and never in a circle.
+const UPSERT: Sql = Sql {
+    sqlite: "INSERT INTO presence (device, epoch, number, state, since, reason, evidence, tenant, model, firmware) \
+             SELECT unhex(value->>0), value->>1, value->>2, value->>3, value->>4, value->>5, value->>6, value->>7, value->>8, \
+             value->>9 FROM json_each($1) WHERE true \
+             ON CONFLICT (device) DO UPDATE SET epoch = excluded.epoch, number = excluded.number, state = excluded.state, \
+             since = excluded.since, reason = excluded.reason, evidence = excluded.evidence, tenant = excluded.tenant, \
+             model = excluded.model, firmware = excluded.firmware \
+             WHERE presence.epoch < excluded.epoch OR (presence.epoch = excluded.epoch AND presence.number <= excluded.number)",
+    postgres: "INSERT INTO presence (device, epoch, number, state, since, reason, evidence, tenant, model, firmware) \
+               SELECT (value->>0)::uuid, (value->>1)::bigint, (value->>2)::bigint, (value->>3)::smallint, (value->>4)::bigint, \
+               value->>5, value->>6, value->>7, value->>8, value->>9 FROM json_array_elements($1::json) AS item(value) \
+               ON CONFLICT (device) DO UPDATE SET epoch = excluded.epoch, number = excluded.number, state = excluded.state, \
+               since = excluded.since, reason = excluded.reason, evidence = excluded.evidence, tenant = excluded.tenant, \
+               model = excluded.model, firmware = excluded.firmware \
+               WHERE presence.epoch < excluded.epoch OR (presence.epoch = excluded.epoch AND presence.number <= excluded.number)",
+};
+
+/// Index: presence's primary key.
+const FORGET: Sql = Sql {
+    sqlite: "DELETE FROM presence WHERE device IN (SELECT unhex(value) FROM json_each($1))",
+    postgres: "DELETE FROM presence WHERE device = ANY($1)",
+};
+
+/// Index: presence_history's primary key.
+const FORGET_HISTORY: Sql = Sql {
+    sqlite: "DELETE FROM presence_history WHERE device IN (SELECT unhex(value) FROM json_each($1))",
+    postgres: "DELETE FROM presence_history WHERE device = ANY($1)",
+};
+
+/// Index: presence's primary key.
+const PAGE: Sql = Sql::both(
+    "SELECT device, epoch, state, since, reason, evidence, tenant, model, firmware FROM presence WHERE device >= $1 \
+     ORDER BY device LIMIT $2",
+);
+
+/// Index: presence's primary key.
+const AMONG: Sql = Sql {
+    sqlite: "SELECT device, epoch, state, since, reason, evidence, tenant, model, firmware FROM presence \
+             WHERE device IN (SELECT unhex(value) FROM json_each($1))",
+    postgres: "SELECT device, epoch, state, since, reason, evidence, tenant, model, firmware FROM presence WHERE device = ANY($1)",
+};
+
+/// Index: presence_history's primary key, from its end.
+const HISTORY: Sql = Sql::both(
+    "SELECT device, epoch, state, at AS since, reason, evidence FROM presence_history WHERE device = $1 \
+     ORDER BY epoch DESC, number DESC LIMIT $2",
+);
+
+/// Index: presence_history_by_at, for both.
+const PRUNE: Sql = Sql::both(
+    "DELETE FROM presence_history WHERE at <= (SELECT max(at) FROM \
+     (SELECT at FROM presence_history WHERE at < $1 ORDER BY at LIMIT $2) AS oldest)",
+);
+
+/// Index: presence_nodes' primary key.
+const WRITE_NODE: Sql = Sql {
+    sqlite: "INSERT INTO presence_nodes (tag, node, boot, seen_at) VALUES ($1, $2, $3, CAST(unixepoch('subsec') * 1000 AS INTEGER)) \
+             ON CONFLICT (tag) DO UPDATE SET node = excluded.node, boot = excluded.boot, seen_at = excluded.seen_at",
+    postgres: "INSERT INTO presence_nodes (tag, node, boot, seen_at) \
+               VALUES ($1, $2, $3, CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)) \
+               ON CONFLICT (tag) DO UPDATE SET node = excluded.node, boot = excluded.boot, seen_at = excluded.seen_at",
+};
+
+/// Reads the table, which has a row for each data directory that a node was ever started with.
+const NODES: Sql = Sql {
+    sqlite: "SELECT tag, node, boot, CAST(unixepoch('subsec') * 1000 AS INTEGER) - seen_at AS age FROM presence_nodes",
+    postgres: "SELECT tag, node, boot, \
+               CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT) - seen_at AS age FROM presence_nodes",
+};
+
+impl Store {
+    /// Stores transitions, oldest first, and the newest state of their devices. Those that are stored already are left
+    /// alone.
+    ///
+    /// # Errors
+    /// The database is unavailable, slow or full. Some may be stored all the same.
+    #[tracing::instrument(name = "db.presence.write", level = "debug", skip_all)]
+    pub async fn presence_write(&self, transitions: &[PresenceWrite<'_>]) -> Result<(), StoreError> {
+        let all: Vec<Json> = transitions.iter().map(history_row).collect();
+        let mut newest: Vec<&PresenceWrite<'_>> = transitions.iter().collect();
+        newest.sort_by_key(|transition| (transition.device, transition.known.epoch, transition.number));
+        let is_last = |pair: &[&PresenceWrite<'_>]| pair.get(1).is_none_or(|next| next.device != pair[0].device);
+        let rows: Vec<Json> = (0..newest.len())
+            .filter(|index| is_last(&newest[*index..newest.len().min(index + 2)]))
+            .map(|index| presence_row(newest[index]))
+            .collect();
+        let (all, rows) = (Json::from(all).to_string(), Json::from(rows).to_string());
+        self.bounded(Operation::Presence, async {
+            let mut held = self.presence_pool().take().await?;
+            held.begin().await?;
+            held.run(ADD_HISTORY, &[Value::from(all.as_str())]).await?;
+            held.run(UPSERT, &[Value::from(rows.as_str())]).await?;
+            held.commit().await
+        })
+        .await
+    }
+
+    /// Deletes all that is stored of devices.
+    ///
+    /// # Errors
+    /// The database is unavailable or slow.
+    #[tracing::instrument(name = "db.presence.forget", level = "debug", skip_all)]
+    pub async fn presence_forget(&self, devices: &[DeviceId]) -> Result<(), StoreError> {
+        self.bounded(Operation::Presence, async {
+            let mut held = self.presence_pool().take().await?;
+            held.begin().await?;
+            held.run(FORGET, &[Value::Keys(devices)]).await?;
+            held.run(FORGET_HISTORY, &[Value::Keys(devices)]).await?;
+            held.commit().await
+        })
+        .await
+    }
+
+    /// Notes that a run of a node lives.
+    ///
+    /// # Errors
+    /// The database is unavailable or slow.
+    #[tracing::instrument(name = "db.presence_nodes.write", level = "debug", skip_all)]
+    pub async fn presence_node_write(&self, boot: Boot, node: &str) -> Result<(), StoreError> {
+        let values = [
+            Value::from(i64::from(boot.node.0)),
+            Value::from(node),
+            Value::from(to_number(boot.epoch)),
+        ];
+        self.bounded(Operation::Presence, async {
+            let mut held = self.presence_pool().take().await?;
+            held.begin().await?;
+            held.run(WRITE_NODE, &values).await?;
+            held.commit().await
+        })
+        .await
+    }
+
+    /// Deletes the oldest transitions from before a time, about [`PRESENCE_PRUNE_MAX`] of them. Returns their number.
+    ///
+    /// # Errors
+    /// The database is unavailable or slow.
+    #[tracing::instrument(name = "db.presence_history.prune", level = "debug", skip_all)]
+    pub async fn presence_prune(&self, before: WallTime) -> Result<u64, StoreError> {
+        let values = [Value::from(to_ms(before)), Value::from(i64::from(PRESENCE_PRUNE_MAX))];
+        self.bounded(Operation::Presence, async {
+            let mut held = self.presence_pool().take().await?;
+            held.begin().await?;
+            let deleted = held.run(PRUNE, &values).await?;
+            held.commit().await?;
+            Ok(deleted)
+        })
+        .await
+    }
+
+    /// Returns the nodes that ever wrote presence.
+    ///
+    /// # Errors
+    /// The database is unavailable.
+    #[tracing::instrument(name = "db.presence_nodes.all", level = "debug", skip_all)]
+    pub async fn presence_nodes(&self) -> Result<Vec<PresenceNode>, StoreError> {
+        self.bounded(Operation::Read, async {
+            let mut held = self.reads().take().await?;
+            let rows = held.all(NODES, &[]).await?;
+            held.release();
+            rows.iter().map(node).collect()
+        })
+        .await
+    }
+
+    /// Returns stored states in the order of devices, from `cursor` on; 2,000 at a time.
+    ///
+    /// # Errors
+    /// The database is unavailable.
+    #[tracing::instrument(name = "db.presence.page", level = "debug", skip_all)]
+    pub async fn presence_page(&self, cursor: Option<DeviceId>) -> Result<Page<StoredPresence, DeviceId>, StoreError> {
+        let first = cursor.unwrap_or(DeviceId::from_uuid(uuid::Uuid::nil()));
+        let values = [first.into(), Value::from(i64::from(ROWS) + 1)];
+        self.bounded(Operation::Read, async {
+            let mut held = self.reads().take().await?;
+            let rows = held.all(PAGE, &values).await?;
+            held.release();
+            let rows = rows.iter().map(presence).collect::<Result<_, _>>()?;
+            Ok(Page::from_rows(rows, ROWS, |row: &StoredPresence| row.device))
+        })
+        .await
+    }
+
+    /// Returns the stored states of devices, in no order. The caller bounds their number.
+    ///
+    /// # Errors
+    /// The database is unavailable.
+    #[tracing::instrument(name = "db.presence.among", level = "debug", skip_all)]
+    pub async fn presence_among(&self, devices: &[DeviceId]) -> Result<Vec<StoredPresence>, StoreError> {
+        self.bounded(Operation::Read, async {
+            let mut held = self.reads().take().await?;
+            let rows = held.all(AMONG, &[Value::Keys(devices)]).await?;
+            held.release();
+            rows.iter().map(presence).collect()
+        })
+        .await
+    }
+
+    /// Returns stored transitions of a device, newest first, at most [`PRESENCE_HISTORY_MAX`].
+    ///
+    /// # Errors
+    /// The database is unavailable.
+    #[tracing::instrument(name = "db.presence_history.page", level = "debug", skip_all)]
+    pub async fn presence_history(&self, device: DeviceId, limit: u32) -> Result<Vec<StoredTransition>, StoreError> {
+        let limit = limit.min(PRESENCE_HISTORY_MAX);
+        let values = [device.into(), Value::from(i64::from(limit))];
+        self.bounded(Operation::Read, async {
+            let mut held = self.reads().take().await?;
+            let rows = held.all(HISTORY, &values).await?;
+            held.release();
+            let transition = |row: &Row| {
+                let (known, reason) = state(row)?;
+                Ok(StoredTransition { known, reason })
+            };
+            rows.iter().map(transition).collect()
+        })
+        .await
+    }
+}
+
+/// `[device, epoch, number, state, at, reason, evidence]`.
+fn history_row(transition: &PresenceWrite<'_>) -> Json {
+    let known = &transition.known;
+    json!([
+        transition.device.as_uuid().simple().to_string(),
+        to_number(known.epoch),
+        transition.number,
+        PresenceState::of(known.presence) as u8,
+        to_ms(transition.at),
+        transition.reason.as_str(),
+        evidence(known.presence),
+    ])
+}
+
+/// As [`history_row`], with the time of the state, and tenant, model and firmware behind it.
+fn presence_row(transition: &PresenceWrite<'_>) -> Json {
+    let mut row = history_row(transition);
+    if let Json::Array(row) = &mut row {
+        row[4] = to_ms(transition.known.since).into();
+        row.push(transition.tenant.into());
+        row.push(transition.model.into());
+        row.push(transition.firmware.into());
+    }
+    row
+}
+
+fn evidence(presence: Presence) -> Option<String> {
+    let evidence = EvidenceText::of(presence)?;
+    serde_json::to_string(&evidence).ok()
+}
+
+fn presence(row: &Row) -> Result<StoredPresence, StoreError> {
+    let (known, reason) = state(row)?;
+    Ok(StoredPresence {
+        device: DeviceId::from_uuid(row.uuid("device")?),
+        known,
+        reason,
+        tenant: row.text("tenant")?.unwrap_or_default(),
+        model: row.text("model")?,
+        firmware: row.text("firmware")?,
+    })
+}
+
+fn state(row: &Row) -> Result<(Known, Reason), StoreError> {
+    let reason = row.text("reason")?.unwrap_or_default();
+    let presence = match row.small("state")? {
+        0 => Presence::Online,
+        1 => {
+            let text = row.text("evidence")?.unwrap_or_default();
+            let evidence: Option<EvidenceText> = serde_json::from_str(&text).ok();
+            let evidence = evidence.and_then(|evidence| evidence.evidence());
+            Presence::Offline(evidence.ok_or_else(|| corrupt("evidence", text))?)
+        }
+        // Of a later version.
+        _ => {
+            let cause = Cause::ALL.into_iter().find(|cause| cause.as_str() == reason);
+            Presence::Unknown(cause.unwrap_or(Cause::NodeLost))
+        }
+    };
+    let known = Known {
+        epoch: from_number(row.int("epoch")?.unwrap_or_default()),
+        presence,
+        since: from_ms(row.int("since")?.unwrap_or_default()),
+    };
+    Ok((known, Reason::of(&reason)))
+}
+
+fn node(row: &Row) -> Result<PresenceNode, StoreError> {
+    let tag = row.int("tag")?.unwrap_or_default();
+    let age = Duration::from_millis(u64::try_from(row.int("age")?.unwrap_or_default()).unwrap_or_default());
+    Ok(PresenceNode {
+        boot: Boot {
+            node: NodeTag(u16::try_from(tag).map_err(|_| corrupt("tag", tag.to_string()))?),
+            epoch: from_number(row.int("boot")?.unwrap_or_default()),
+        },
+        node: row.text("node")?.unwrap_or_default(),
+        is_live: age <= LIVE_FOR,
+        age,
+    })
+}
+
+impl PresenceNode {
+    /// Whether it held, or holds, a session.
+    #[must_use]
+    pub fn has(&self, session: SessionId) -> bool {
+        node_of(session) == self.boot.node
+    }
+}
+
+const fn to_number(id: SessionId) -> i64 {
+    (id.0 ^ SIGN).cast_signed()
+}
+
+const fn from_number(number: i64) -> SessionId {
+    SessionId(number.cast_unsigned() ^ SIGN)
+}
+
+fn corrupt(column: &'static str, detail: String) -> StoreError {
+    StoreError::Corrupt {
+        table: "presence",
+        column,
+        detail,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn order_of_epochs_is_that_of_their_numbers() {
+        let ids = [0, 1, SIGN - 1, SIGN, u64::MAX].map(SessionId);
+
+        assert!(ids.map(to_number).is_sorted());
+        assert_eq!(ids.map(to_number).map(from_number), ids);
+    }
+}

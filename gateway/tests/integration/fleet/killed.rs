@@ -1,0 +1,87 @@
+//! A gateway process that is killed while devices are connected: nobody is shown online who may not be, until they
+//! return.
+
+use std::path::Path;
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use tokio::task::{block_in_place, spawn_blocking};
+
+use crate::{
+    harness::{
+        devices::{attempt, device, id},
+        pg,
+        process::{GatewayProcess, run},
+        wait::eventually,
+    },
+    scarce::import,
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn devices_of_a_killed_gateway_are_unknown_until_they_return_sqlite() {
+    killed(&[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn devices_of_a_killed_gateway_are_unknown_until_they_return_postgres() {
+    let url = pg::shared().database().await.unwrap();
+    killed(&["--database", url.expose()]).await;
+}
+
+async fn killed(args: &[&str]) {
+    let home = tempfile::tempdir().unwrap();
+    let start = || {
+        let (data_dir, args) = (home.path().join("data"), args.iter().map(|arg| (*arg).to_owned()));
+        let args: Vec<String> = args.collect();
+        spawn_blocking(move || start_on(&data_dir, &args))
+    };
+    let mut gateway = start().await.unwrap();
+    block_in_place(|| import(&gateway, 0..3));
+    let _zero = attempt(gateway.addresses.devices, device(0)).await.admitted();
+    let _one = attempt(gateway.addresses.devices, device(1)).await.admitted();
+    let metric = |gateway: &GatewayProcess, series: &str| gateway.metric(series).unwrap();
+    eventually(|| metric(&gateway, "seawall_presence_devices{state=\"online\"}") == 2).await;
+    eventually(|| metric(&gateway, "seawall_presence_queue ") == 0).await;
+
+    gateway.signal(Signal::KILL).unwrap();
+    block_in_place(|| gateway.wait(std::time::Duration::from_secs(10))).unwrap();
+    let gateway = start().await.unwrap();
+
+    eventually(|| metric(&gateway, "seawall_presence_devices{state=\"unknown\"}") == 2).await;
+    assert_eq!(metric(&gateway, "seawall_presence_devices{state=\"online\"}"), 0);
+    for number in [0, 1] {
+        let shown = presence(&gateway, number);
+        assert_eq!(
+            (&shown["state"], &shown["cause"]),
+            (&json!("unknown"), &json!("node_restarted")),
+            "{shown}"
+        );
+    }
+    assert_eq!(presence(&gateway, 2)["cause"], "never_seen");
+
+    let _back = attempt(gateway.addresses.devices, device(0)).await.admitted();
+    eventually(|| presence(&gateway, 0)["state"] == "online").await;
+    let history = answer(&gateway, &["devices", "history", &id(0).to_string()]);
+    let items = history["items"].as_array().unwrap();
+    let states: Vec<&str> = items.iter().map(|item| item["state"].as_str().unwrap()).collect();
+    assert_eq!(states, ["online", "unknown", "online"], "{history}");
+    let counts = answer(&gateway, &["presence", "--by", "tenant"]);
+    let tenant = json!({"key": "default", "online": 1, "offline": 0, "unknown": 1});
+    assert_eq!(counts["items"], json!([tenant]), "{counts}");
+}
+
+fn start_on(data_dir: &Path, args: &[String]) -> GatewayProcess {
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    GatewayProcess::start_on(data_dir, &args).unwrap()
+}
+
+fn presence(gateway: &GatewayProcess, number: u32) -> Value {
+    answer(gateway, &["devices", "show", &id(number).to_string()])["presence"].clone()
+}
+
+/// What the command line prints.
+fn answer(gateway: &GatewayProcess, args: &[&str]) -> Value {
+    let args = [args, &["--json"]].concat();
+    let output = block_in_place(|| run(&mut gateway.operator(&args))).unwrap();
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"))
+}
