@@ -41,9 +41,15 @@ impl<R: Clone, W> Admission<R, W> {
         Some(batch)
     }
 
-    /// Maximum number of keys in one statement: half of the limit, so that one can fill while the other runs.
+    /// Maximum number of keys in one statement: half of the limit, so that one can fill while the other runs. At the
+    /// ceiling per second a second statement would gain nothing, and one may have the whole limit.
     pub(super) fn share(&self) -> usize {
-        let share = to_usize(self.limit.keys()).div_ceil(BATCHES_IN_FLIGHT_MAX);
+        let limit = to_usize(self.limit.keys());
+        let share = if self.ceiling.is_reached() {
+            limit
+        } else {
+            limit.div_ceil(BATCHES_IN_FLIGHT_MAX)
+        };
         share.min(to_usize(self.config.batch_keys_max))
     }
 

@@ -18,6 +18,8 @@ pub(super) struct Ceiling {
     at_once: u32,
     /// Time from which blocked keys are admitted.
     blocked_until: Option<Instant>,
+    /// The last statement was blocked before it was admitted.
+    has_waited: bool,
 }
 
 impl Ceiling {
@@ -28,6 +30,7 @@ impl Ceiling {
             gcra: Gcra::default(),
             at_once: at_once(keys_per_second).min(burst),
             blocked_until: None,
+            has_waited: false,
         }
     }
 
@@ -47,11 +50,20 @@ impl Ceiling {
         if wanted == 0 || self.blocked_until.is_some_and(|until| now < until) {
             return 0;
         }
+        let had_to_wait = self.blocked_until.is_some();
         self.blocked_until = self.gcra.take(wanted, self.rate, now).err();
         match self.blocked_until {
             Some(_) => 0,
-            None => to_usize(wanted),
+            None => {
+                self.has_waited = had_to_wait;
+                to_usize(wanted)
+            }
         }
+    }
+
+    /// Whether statements wait for the ceiling: the current one, or the last one.
+    pub const fn is_reached(&self) -> bool {
+        self.blocked_until.is_some() || self.has_waited
     }
 
     /// Time from which keys are admitted, if the last ones were blocked.

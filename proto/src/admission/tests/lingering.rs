@@ -90,6 +90,20 @@ fn storm_at_the_ceiling_is_answered_at_the_ceiling_in_few_statements() {
 }
 
 #[test]
+fn ceiling_takes_few_statements_where_the_limit_is_low() {
+    // Half of the limit would be at least 100 statements of 30 keys.
+    let config = AdmissionConfig {
+        lookups_per_second_max: 1_000,
+        keys_in_flight_max: 60,
+        ..AdmissionConfig::default()
+    };
+
+    let (statements, _) = statements(config, 2_000);
+
+    assert!(statements <= 85, "{statements} for 3,000 keys");
+}
+
+#[test]
 fn nobody_waits_on_a_calm_day() {
     let (statements, longest) = statements(AdmissionConfig::default(), 200);
 
