@@ -15,6 +15,7 @@ use std::{
     },
 };
 
+use rand::Rng as _;
 use seawall_proto::{
     close::EndReason,
     cohorts::RETURN_WITHIN,
@@ -292,6 +293,18 @@ impl History {
     #[must_use]
     pub const fn queue(&self) -> &Queue {
         &self.queue
+    }
+
+    /// Known devices, one at random of each shard, which begin at a random one. The shards number 1,024.
+    pub fn sample(&self) -> impl Iterator<Item = DeviceId> {
+        let mut rng = rand::rng();
+        let first = rng.random_range(0..SHARDS);
+        let shards = self.shards[first..].iter().chain(&self.shards[..first]);
+        shards.filter_map(move |shard| {
+            let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            let len = shard.len();
+            (len > 0).then(|| shard[rng.random_range(0..len)].device)
+        })
     }
 
     /// Known devices from `first` on for which `wanted` holds, in the order of ids, at most `len`. `wanted` is asked

@@ -1,6 +1,6 @@
-//! Whether the registry is believed when it lacks a device. A registry that is suddenly empty, or far smaller than
-//! before, is not: it may be a lost volume, a wrong database or a partial backup. Devices that it lacks are then
-//! refused as devices that cannot be verified now, and no session ends.
+//! Whether the registry is believed when it lacks a device. A registry that is suddenly empty, far smaller than before,
+//! or without most of the devices that it had, is not: it may be a lost volume, a wrong database or a partial backup.
+//! Devices that it lacks are then refused as devices that cannot be verified now, and no session ends.
 //!
 //! The registry index tells what it had; deletions through the API are recorded. A missing device of the index is
 //! refused in the same way until a later count finds the registry complete. An operator accepts the registry by
@@ -23,6 +23,8 @@ pub struct Registry {
     pub(crate) was_believed: AtomicBool,
     /// Whether an operator accepted it as it is, until the registry index is next read.
     pub(crate) is_accepted: AtomicBool,
+    /// Whether the last reading of the registry did not have most devices of the registry index.
+    pub(crate) is_another: AtomicBool,
     /// Reading of the registry index in use. `None` if it was not read since the start.
     index_read: Mutex<Option<IndexRead>>,
 }

@@ -454,6 +454,14 @@ impl Sessions {
         }
     }
 
+    /// A session of each shard that has one: at most 64 devices, by no property of theirs.
+    pub fn sample(&self) -> impl Iterator<Item = DeviceId> {
+        self.shards.iter().filter_map(|shard| {
+            let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            shard.keys().next().map(|session| session.0.info.device)
+        })
+    }
+
     /// The sessions for which `wanted` holds, copied shard by shard, in the order of device ids.
     pub fn matching(&self, mut wanted: impl FnMut(&Session) -> bool) -> Vec<Arc<Session>> {
         let mut found = Vec::new();

@@ -1,6 +1,6 @@
 //! The registered devices, in pages, for the registry index of every node.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use seawall_proto::{id::DeviceId, resume::Generation, time::WallTime};
 
@@ -14,6 +14,8 @@ use super::{
 
 /// Number of rows of a page.
 const ROWS: u32 = 2_000;
+/// Maximum number of rows that are read for a page if so many in a row can't be read.
+const ROWS_MAX: u32 = 16 * ROWS;
 
 /// A device, and the name of its tenant.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,13 +33,16 @@ const PAGE: Sql =
 const COUNT: Sql = Sql::both("SELECT count(*) AS number FROM (SELECT 1 FROM devices LIMIT $1) AS counted");
 
 /// Reads the table, which pruning keeps small.
-const CHANGED: Sql =
-    Sql::both("SELECT count(*) AS number FROM (SELECT DISTINCT device FROM revocations WHERE at >= $1) AS changed");
+const CHANGED: Sql = Sql::both("SELECT DISTINCT device FROM revocations WHERE at >= $1");
 
 /// Index: revocations' primary key.
-const CHANGED_AFTER: Sql = Sql::both(
-    "SELECT count(*) AS number FROM (SELECT DISTINCT device FROM revocations WHERE revision > $1) AS changed",
-);
+const CHANGED_AFTER: Sql = Sql::both("SELECT DISTINCT device FROM revocations WHERE revision > $1");
+
+/// Index: devices' primary key.
+const PRESENT: Sql = Sql {
+    sqlite: "SELECT id AS device FROM devices WHERE id IN (SELECT unhex(value) FROM json_each($1))",
+    postgres: "SELECT id AS device FROM devices WHERE id = ANY($1)",
+};
 
 impl Store {
     /// Returns the number of registered devices, counted up to `most`.
@@ -47,34 +52,9 @@ impl Store {
     #[tracing::instrument(name = "db.devices.count", level = "debug", skip_all)]
     pub async fn devices_up_to(&self, most: usize) -> Result<usize, StoreError> {
         let most = i64::try_from(most).unwrap_or(i64::MAX);
-        self.count(COUNT, most).await
-    }
-
-    /// Returns devices that were deleted, disabled or given another credential since a time, or up to `skew` before it.
-    /// The record has the newest 65,536 of the last eight days.
-    ///
-    /// # Errors
-    /// The database is unavailable.
-    #[tracing::instrument(name = "db.revocations.count", level = "debug", skip_all)]
-    pub async fn changed_since(&self, at: WallTime, skew: Duration) -> Result<usize, StoreError> {
-        let skew = i64::try_from(skew.as_millis()).unwrap_or(i64::MAX);
-        self.count(CHANGED, to_ms(at).saturating_sub(skew)).await
-    }
-
-    /// Returns devices that were deleted, disabled or given another credential after a revision of the revocations. See
-    /// [`changed_since`](Self::changed_since).
-    ///
-    /// # Errors
-    /// The database is unavailable.
-    #[tracing::instrument(name = "db.revocations.count_after", level = "debug", skip_all)]
-    pub async fn changed_after(&self, revision: Generation) -> Result<usize, StoreError> {
-        self.count(CHANGED_AFTER, i64::from(revision.0)).await
-    }
-
-    async fn count(&self, sql: Sql, value: i64) -> Result<usize, StoreError> {
         self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
-            let row = held.first(sql, &[Value::from(value)]).await?;
+            let row = held.first(COUNT, &[Value::from(most)]).await?;
             held.release();
             let number = row.map(|row| row.int("number")).transpose()?.flatten();
             Ok(usize::try_from(number.unwrap_or_default()).unwrap_or_default())
@@ -82,41 +62,92 @@ impl Store {
         .await
     }
 
-    /// Returns the registered devices in the order of tenants, from `cursor` on; 2,000 at a time. A row that can't be
-    /// read is left out, and reported.
+    /// Returns devices that were deleted, disabled or given another credential since a time, or up to `skew` before it.
+    /// The record has the newest 65,536 of the last eight days.
     ///
     /// # Errors
-    /// The database is unavailable, or no row of the first page can be read.
+    /// The database is unavailable.
+    #[tracing::instrument(name = "db.revocations.changed", level = "debug", skip_all)]
+    pub async fn changed_since(&self, at: WallTime, skew: Duration) -> Result<BTreeSet<DeviceId>, StoreError> {
+        let skew = i64::try_from(skew.as_millis()).unwrap_or(i64::MAX);
+        self.device_set(CHANGED, to_ms(at).saturating_sub(skew).into()).await
+    }
+
+    /// Returns devices that were deleted, disabled or given another credential after a revision of the revocations. See
+    /// [`changed_since`](Self::changed_since).
+    ///
+    /// # Errors
+    /// The database is unavailable.
+    #[tracing::instrument(name = "db.revocations.changed_after", level = "debug", skip_all)]
+    pub async fn changed_after(&self, revision: Generation) -> Result<BTreeSet<DeviceId>, StoreError> {
+        self.device_set(CHANGED_AFTER, i64::from(revision.0).into()).await
+    }
+
+    /// Returns the registered devices among `ids`, whether or not their rows can be read.
+    ///
+    /// # Errors
+    /// The database is unavailable.
+    #[tracing::instrument(name = "db.devices.present", level = "debug", skip_all)]
+    pub async fn present_among(&self, ids: &[DeviceId]) -> Result<BTreeSet<DeviceId>, StoreError> {
+        self.device_set(PRESENT, Value::Keys(ids)).await
+    }
+
+    async fn device_set(&self, sql: Sql, value: Value<'_>) -> Result<BTreeSet<DeviceId>, StoreError> {
+        self.bounded(Operation::Read, async {
+            let mut held = self.reads().take().await?;
+            let rows = held.all(sql, &[value]).await?;
+            held.release();
+            rows.iter()
+                .map(|row| row.uuid("device").map(DeviceId::from_uuid))
+                .collect()
+        })
+        .await
+    }
+
+    /// Returns the registered devices in the order of tenants, from `cursor` on; usually 2,000 at a time. A row that
+    /// can't be read is left out, and reported.
+    ///
+    /// # Errors
+    /// The database is unavailable, no row of the first page can be read, or none of 32,000 in a row.
     #[tracing::instrument(name = "db.devices.registry_index", level = "debug", skip_all)]
     pub async fn registry_index_page(&self, cursor: Option<&IndexRow>) -> Result<Page<IndexRow, IndexRow>, StoreError> {
         let (tenant, first) = cursor.map_or(("", DeviceId::from_uuid(uuid::Uuid::nil())), |row| {
             (row.tenant.as_str(), row.device)
         });
-        let values = [tenant.into(), first.into(), Value::from(i64::from(ROWS) + 1)];
         self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
-            let rows = held.all(PAGE, &values).await?;
-            held.release();
-            let readable = self.readable(&rows, registry_index_row);
-            if cursor.is_none() && readable.is_empty() {
-                rows.first().map(registry_index_row).transpose()?;
+            let mut limit = ROWS;
+            loop {
+                let values = [tenant.into(), first.into(), Value::from(i64::from(limit) + 1)];
+                let rows = held.all(PAGE, &values).await?;
+                let readable = self.readable(&rows, registry_index_row);
+                if cursor.is_none() && readable.is_empty() {
+                    // Not a few rows: the schema is another one.
+                    rows.first().map(registry_index_row).transpose()?;
+                }
+                match page_of(readable, rows.len() > limit as usize, cursor) {
+                    Some(page) => {
+                        held.release();
+                        return Ok(page);
+                    }
+                    None if limit < ROWS_MAX => limit *= 2,
+                    None => return Err(StoreError::Unusable(format!("{limit} rows of devices can't be read"))),
+                }
             }
-            Ok(page_of(readable, rows.len(), cursor))
         })
         .await
     }
 }
 
-/// Makes a page of the readable ones among `read` rows. The last readable row begins the next page.
-fn page_of(mut readable: Vec<IndexRow>, read: usize, cursor: Option<&IndexRow>) -> Page<IndexRow, IndexRow> {
-    let has_more = read > ROWS as usize;
-    // Otherwise the next page would be this one.
-    let goes_on = readable.last().is_some_and(|last| Some(last) != cursor);
-    let next_cursor = if has_more && goes_on { readable.pop() } else { None };
-    Page {
+/// Makes a page of the readable rows. If there are more, the last readable one begins the next page. `None`: the next
+/// page would be this one.
+fn page_of(mut readable: Vec<IndexRow>, has_more: bool, cursor: Option<&IndexRow>) -> Option<Page<IndexRow, IndexRow>> {
+    let next_cursor = if has_more { readable.pop() } else { None };
+    let goes_on = !has_more || next_cursor.as_ref().is_some_and(|next| Some(next) != cursor);
+    goes_on.then_some(Page {
         items: readable,
         next_cursor,
-    }
+    })
 }
 
 fn registry_index_row(row: &Row) -> Result<IndexRow, StoreError> {
@@ -140,9 +171,9 @@ mod tests {
 
     #[test]
     fn next_page_begins_with_the_last_row_that_can_be_read() {
-        let all = page_of(rows(0..2_001), 2_001, None);
-        let most = page_of(rows(0..1_500), 2_001, None);
-        let last = page_of(rows(0..1_500), 2_000, None);
+        let all = page_of(rows(0..2_001), true, None).unwrap();
+        let most = page_of(rows(0..1_500), true, None).unwrap();
+        let last = page_of(rows(0..1_500), false, None).unwrap();
 
         assert_eq!((all.items.len(), all.next_cursor), (2_000, rows(2_000..2_001).pop()));
         assert_eq!((most.items.len(), most.next_cursor), (1_499, rows(1_499..1_500).pop()));
@@ -150,12 +181,12 @@ mod tests {
     }
 
     #[test]
-    fn page_whose_further_rows_can_not_be_read_is_the_last() {
+    fn page_whose_further_rows_can_not_be_read_is_none_unless_it_is_the_last() {
         let first = rows(7..8);
 
-        let page = page_of(first.clone(), 2_001, first.first());
-
-        assert_eq!((page.items, page.next_cursor), (first, None));
-        assert_eq!(page_of(Vec::new(), 2_001, rows(0..1).first()).next_cursor, None);
+        assert_eq!(page_of(first.clone(), true, first.first()), None);
+        assert_eq!(page_of(Vec::new(), true, first.first()), None);
+        assert_eq!(page_of(first.clone(), false, first.first()).unwrap().items, first);
+        assert_eq!(page_of(Vec::new(), false, None).unwrap().next_cursor, None);
     }
 }

@@ -55,13 +55,13 @@ pub async fn follow(state: Shared, stop: CancellationToken) {
                 state.registry_index_wanted.0.notified(),
             )
             .await;
-            let Some((registry_index, begun)) = read(&state).await else {
+            let Some((registry_index, begun, kept)) = read(&state).await else {
                 sleep(RETRY_PAUSE).await;
                 continue;
             };
             let registry_index = Arc::new(registry_index);
             tracing::debug!(devices = registry_index.len(), "registry index read");
-            if !registry::may_believe(&state, registry_index.len()).await {
+            if !registry::may_believe(&state, kept).await {
                 // The previous index stays, here and on disk, to judge the registry by.
                 sleep(PAUSE_MIN).await;
                 due = Instant::now() + age_max();
@@ -100,9 +100,11 @@ fn age_max() -> Duration {
     AGE.mul_f64(rand::rng().random_range(1.0 - AGE_SPREAD..=1.0 + AGE_SPREAD))
 }
 
-/// Reads the whole registry, however long it takes. Returns the index, and the beginning of the reading. `None`: the
-/// result was lost by a bug.
-async fn read(state: &State) -> Option<(RegistryIndex, IndexRead)> {
+/// Reads the whole registry, however long it takes. Returns the index, the beginning of the reading, and the number of
+/// devices of the previous index that are still there. `None`: the result was lost by a bug.
+async fn read(state: &State) -> Option<(RegistryIndex, IndexRead, usize)> {
+    let previous = state.lookups.registry_index();
+    let mut kept = 0;
     let mut builder = RegistryIndexBuilder::new(rand::random());
     quiet(state).await;
     let as_of = state.clock.wall();
@@ -122,6 +124,7 @@ async fn read(state: &State) -> Option<(RegistryIndex, IndexRead)> {
                 continue;
             }
         };
+        kept += page.items.iter().filter(|row| previous.has(row.device)).count();
         let has_room = page.items.iter().all(|row| builder.add(row.device, &row.tenant));
         if !has_room {
             tracing::warn!(
@@ -143,7 +146,7 @@ async fn read(state: &State) -> Option<(RegistryIndex, IndexRead)> {
     finished
         .inspect_err(|error| tracing::error!(%error, "registered devices were read, but sorting them failed"))
         .ok()
-        .map(|registry_index| (registry_index, begun))
+        .map(|registry_index| (registry_index, begun, kept))
 }
 
 /// Waits until lookups leave the database time for a page.

@@ -47,9 +47,10 @@ impl Doubts {
         self.settled = self.settled.max(last);
     }
 
-    /// Another index was read.
+    /// Another index was read. A device that it has is missing from the registry by a new doubt.
     pub fn clear(&mut self) {
         self.devices.clear();
+        self.settled = self.last;
     }
 }
 
@@ -78,5 +79,8 @@ mod tests {
         assert!(doubts.is_settled(two) && !doubts.are_open());
         doubts.clear();
         assert!(!doubts.is_settled(one), "with another index it is another doubt");
+        assert!(doubts.are_open());
+        doubts.clear();
+        assert!(!doubts.are_open(), "the index says which devices there are");
     }
 }

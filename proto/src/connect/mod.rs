@@ -367,7 +367,7 @@ impl<T> Connect<T> {
             }),
             Row::Missing => {
                 // The registry may have lost a device that it had when the index was read.
-                let was_there = slots.registry_index().tenant_of(device).is_some();
+                let was_there = slots.registry_index().has(device);
                 *has_doubt |= was_there;
                 // Recorded even while no absence is believed: the count that ends that state settles the doubt as well.
                 let is_settled = !was_there || doubts.is_settled(device);

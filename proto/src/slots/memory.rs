@@ -69,6 +69,12 @@ impl SlotMemory {
         self.slots.len()
     }
 
+    /// Makes room for this number of devices at once. Growing by doubling takes many milliseconds in the middle of a
+    /// storm, while all devices wait.
+    pub fn make_room(&mut self, devices: usize) {
+        make_room(&mut self.slots, devices.min(self.slots_max));
+    }
+
     /// The slot of `device`, unless it is past.
     pub fn get(&self, device: DeviceId, now: Instant) -> Option<Slot> {
         self.slots.get(&device).copied().filter(|slot| !is_past(slot, now))
@@ -117,6 +123,10 @@ impl SlotMemory {
     }
 }
 
+fn make_room<V>(map: &mut Map<V>, len: usize) {
+    map.reserve(len.saturating_sub(map.len()));
+}
+
 fn is_past(slot: &Slot, now: Instant) -> bool {
     now > slot.at + SLOT_GOOD_FOR
 }
@@ -148,6 +158,11 @@ impl KnownDevices {
 
     pub fn len(&self) -> usize {
         self.devices.len()
+    }
+
+    /// See [`SlotMemory::make_room`].
+    pub fn make_room(&mut self, devices: usize) {
+        make_room(&mut self.devices, devices.min(self.known_max));
     }
 
     pub fn tenant_of(&self, device: DeviceId) -> Option<TenantTag> {
@@ -238,6 +253,23 @@ mod tests {
         assert_eq!(stored, 1_000);
         assert_eq!(memory.get(device(1), later), None);
         assert!(memory.len() <= 1_000);
+    }
+
+    #[test]
+    fn registered_devices_never_make_the_memory_grow() {
+        let mut memory = SlotMemory::new(5_000, KEY);
+        let mut known = KnownDevices::new(5_000, KEY);
+        memory.make_room(usize::MAX);
+        known.make_room(usize::MAX);
+        let capacity = (memory.slots.capacity(), known.devices.capacity());
+        assert!(capacity.0 < 20_000, "bounded: {capacity:?}");
+
+        for n in 0..10_000 {
+            memory.put(device(n), slot(Instant::ZERO, Some("a")), Instant::ZERO);
+            known.insert(device(n), TenantTag::of("a"));
+        }
+
+        assert_eq!((memory.slots.capacity(), known.devices.capacity()), capacity);
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod token;
 pub use crate::keyring::Keyring as SlotKeys;
 pub use registry_index::{
     DamagedIndex, REGISTRY_INDEX_BYTES_MAX, REGISTRY_INDEX_MAX, RegistryIndex, RegistryIndexBuilder, believable_len,
+    is_same_registry,
 };
 pub(crate) use tenants::{QueueEnd, UNKNOWN_SHARE, Weights};
 pub use token::{TOKEN_TEXT_LEN, TenantTag};
@@ -184,6 +185,8 @@ impl Slots {
     /// Replaces the registered devices. Returns the previous ones, so that the caller can drop them outside its lock:
     /// dropping a large index takes a moment.
     pub fn set_registry_index(&mut self, registry_index: Arc<RegistryIndex>) -> Arc<RegistryIndex> {
+        self.memory.make_room(registry_index.len());
+        self.known.make_room(registry_index.len());
         std::mem::replace(&mut self.registry_index, registry_index)
     }
 

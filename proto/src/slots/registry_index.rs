@@ -42,6 +42,16 @@ pub const fn believable_len(known: usize, changed: usize) -> usize {
     if half < few_lost { half } else { few_lost }
 }
 
+/// Whether a registry that has `found` of `sample` devices of the index is the one that the index was read from.
+/// `changed`: the number of missing devices whose deletion may be on record. `None`: the sample is too small.
+#[must_use]
+pub const fn is_same_registry(sample: usize, found: usize, changed: usize) -> Option<bool> {
+    if believable_len(sample, 0) == 0 {
+        return None;
+    }
+    Some(found >= believable_len(sample, changed))
+}
+
 /// The registered devices as of a moment.
 ///
 /// A device is 48 bits of its id's `SipHash` with a key that only this index knows, so that ids cannot be chosen to
@@ -109,6 +119,12 @@ impl RegistryIndex {
             .get(from)
             .filter(|known| **known ^ wanted < TENANTS_MAX as u64)?;
         self.tenants.get(tenant_number(*found)).copied()
+    }
+
+    /// Whether the registry had the device.
+    #[must_use]
+    pub fn has(&self, device: DeviceId) -> bool {
+        self.tenant_of(device).is_some()
     }
 
     /// Encodes the index for the next process.
@@ -279,6 +295,15 @@ mod tests {
         assert!(is_believed(1_000, 981, 0), "deleted one by one");
         assert!(!is_believed(1_000, 500, 0));
         assert!(is_believed(1_000, 5_000, 0));
+    }
+
+    #[test]
+    fn registry_is_another_if_it_lacks_most_of_a_sample_whose_deletions_are_not_on_record() {
+        assert_eq!(is_same_registry(19, 0, 0), None);
+        assert_eq!(is_same_registry(20, 0, 0), Some(false));
+        assert_eq!(is_same_registry(128, 64, 0), Some(true));
+        assert_eq!(is_same_registry(128, 63, 0), Some(false));
+        assert_eq!(is_same_registry(128, 0, 128), Some(true), "deleted on record");
     }
 
     #[test]

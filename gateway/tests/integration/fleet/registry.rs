@@ -15,7 +15,7 @@ use sqlx::{AssertSqlSafe, Connection as _, PgConnection, SqliteConnection};
 
 use super::resume::{assert_resumed, returning};
 use crate::harness::{
-    devices::{add_rule, assert_alive, audit, block, device, devices, end_of, id},
+    devices::{add_rule, assert_alive, audit, block, device, devices, end_of, id, persist_all},
     gateway::Gateway,
     pg,
     wait::{PATIENCE, eventually},
@@ -25,7 +25,10 @@ use crate::harness::{
 const DEVICES: u32 = 30;
 
 async fn behind_the_back(gateway: &Gateway, sql: &str) {
-    let url = gateway.shared.config.database_url();
+    by_hand(&gateway.shared.config.database_url(), sql).await;
+}
+
+async fn by_hand(url: &DatabaseUrl, sql: &str) {
     let sql = sqlx::raw_sql(AssertSqlSafe(sql.to_owned()));
     match url.sqlite_path() {
         Some(path) => {
@@ -205,6 +208,80 @@ async fn eventually_held(gateway: &Gateway) {
         .connect(&device(2))
         .await
         .refused_with(503, "registry_unavailable");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn registry_of_another_fleet_of_the_same_size_is_not_believed_on_sqlite() {
+    assert_other_fleet_is_not_believed(None, "randomblob(16)").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn registry_of_another_fleet_of_the_same_size_is_not_believed_on_postgresql() {
+    let url = pg::shared().database().await.unwrap();
+    assert_other_fleet_is_not_believed(Some(&url), "gen_random_uuid()").await;
+}
+
+async fn assert_other_fleet_is_not_believed(database: Option<&DatabaseUrl>, random_id: &str) {
+    let gateway = known(database).await;
+    let mut live = persist_all(gateway.devices, devices(0..25)).await;
+    behind_the_back(
+        &gateway,
+        &format!("CREATE TABLE kept AS SELECT * FROM devices; UPDATE devices SET id = {random_id}"),
+    )
+    .await;
+
+    gateway
+        .connect(&device(26))
+        .await
+        .refused_with(503, "registry_unavailable");
+    eventually(|| has_reason(&gateway, Fault::RegistryShrunken)).await;
+
+    for attempt in gateway.connect_all(&devices(26..29)).await {
+        attempt.refused_with(503, "registry_unavailable");
+    }
+    for session in &mut live {
+        assert_alive(&mut session.connection).await;
+    }
+    assert!(
+        gateway.shared.readiness().ready,
+        "a load balancer must not move the fleet"
+    );
+    drop(live);
+
+    // A node that has only its registry index to judge by.
+    let url = gateway.shared.config.database_url();
+    let home = gateway.stop_and_keep().await;
+    by_hand(&url, "DELETE FROM presence").await;
+    let gateway = Gateway::start_in(home, database, "").await;
+
+    eventually(|| has_reason(&gateway, Fault::RegistryShrunken)).await;
+    assert!(!gateway.shared.readiness().ready);
+    gateway
+        .connect(&device(1))
+        .await
+        .refused_with(503, "registry_unavailable");
+    assert_eq!(registry_index_on_disk(&gateway.shared), DEVICES as usize);
+
+    by_hand(&url, "DELETE FROM devices; INSERT INTO devices SELECT * FROM kept").await;
+
+    eventually(|| gateway.shared.readiness().reasons.is_empty()).await;
+    gateway.connect(&device(1)).await.admitted();
+    gateway
+        .connect(&device(DEVICES))
+        .await
+        .refused_with(401, "unauthorized");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn recorded_changes_of_unknown_devices_explain_no_loss() {
+    let gateway = known(None).await;
+    let state = &gateway.shared;
+    for number in 0..2 * DEVICES {
+        let other = id(1_000 + number);
+        state.store.revoke_tokens(other, state.clock.wall()).await.unwrap();
+    }
+
+    eventually_held(&gateway).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,6 @@
 //! The registered devices in pages, as nodes read them for their registry index.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use seawall_gateway::store::{DEFAULT_TENANT, NewDevice};
 use seawall_proto::{resume::Generation, time::WallTime};
@@ -10,7 +10,8 @@ use super::{Fixture, audit, device, label, new_device, on_both};
 on_both!(
     pages_show_every_device_once_with_its_tenant,
     empty_registry_is_one_empty_page,
-    devices_changed_after_a_revision_are_counted_once_whatever_the_clock_said,
+    registered_devices_among_others_are_named,
+    devices_changed_after_a_revision_are_named_once_whatever_the_clock_said,
 );
 
 #[tokio::test]
@@ -61,7 +62,7 @@ async fn pages_show_every_device_once_with_its_tenant(fixture: &Fixture) {
     );
 }
 
-async fn devices_changed_after_a_revision_are_counted_once_whatever_the_clock_said(fixture: &Fixture) {
+async fn devices_changed_after_a_revision_are_named_once_whatever_the_clock_said(fixture: &Fixture) {
     let store = &fixture.store;
     for (number, at_ms) in [(1, 9_000), (2, 8_000), (2, 10), (3, 5)] {
         store
@@ -70,9 +71,21 @@ async fn devices_changed_after_a_revision_are_counted_once_whatever_the_clock_sa
             .unwrap();
     }
 
-    assert_eq!(store.changed_after(Generation(0)).await.unwrap(), 3);
-    assert_eq!(store.changed_after(Generation(1)).await.unwrap(), 2);
-    assert_eq!(store.changed_after(Generation(4)).await.unwrap(), 0);
+    let changed = async |revision| store.changed_after(Generation(revision)).await.unwrap();
+    assert_eq!(changed(0).await, [1, 2, 3].map(device).into());
+    assert_eq!(changed(1).await, [2, 3].map(device).into());
+    assert!(changed(4).await.is_empty());
+    let since = store.changed_since(WallTime::from_unix_ms(8_100), Duration::from_millis(100));
+    assert_eq!(since.await.unwrap(), [1, 2].map(device).into());
+}
+
+async fn registered_devices_among_others_are_named(fixture: &Fixture) {
+    fixture.db_fill(3).await;
+
+    let present = fixture.store.present_among(&[2, 3, 4, 5].map(device)).await.unwrap();
+
+    assert_eq!(present, [2, 3].map(device).into());
+    assert!(fixture.store.present_among(&[]).await.unwrap().is_empty());
 }
 
 async fn empty_registry_is_one_empty_page(fixture: &Fixture) {
