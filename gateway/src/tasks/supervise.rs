@@ -1,9 +1,16 @@
 //! Auxiliary tasks, which are restarted after a panic.
 //!
-//! A gateway stops without one of its *essential* tasks, which [`Lifecycle::spawn`] runs: `listener`, `api`, `session
-//! clock` and those of the lookup service. Without them it could not accept, answer or close connections. All others
-//! are *helpers*, which [`spawn_helper`] runs and restarts after a panic. All nodes read the same database, and a row
-//! that one helper cannot process must not close every session of the fleet at once.
+//! All nodes read the same database, and a row that one task cannot process must not close every session of the fleet
+//! at once. So most tasks are *helpers*, which [`spawn_helper`] runs and restarts after a panic. A gateway stops after
+//! a panic in one of its *essential* tasks, which [`Lifecycle::spawn`] runs:
+//!
+//! - `listener` and `api` accept connections. Each connection runs in a task of its own, whose panic ends it alone.
+//!   The sockets belong to these tasks, and are closed with them.
+//! - `session clock` wakes sessions at their deadlines. It reads no row and no byte of a device: a panic is in the
+//!   timers, which are then in an unknown state.
+//! - `lookup worker`, `lookup deadlines` and `registry contact` act on the connect machine under its lock, and so do
+//!   connections. A panic there leaves the machine in an unknown state: it may admit the wrong device. The lookup
+//!   itself reads rows, so its panic is a failed lookup.
 
 use std::{panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
 
