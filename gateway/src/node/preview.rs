@@ -1,11 +1,11 @@
 //! The devices that a rule would match, on all nodes: connected ones, and those that were seen within a day.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{collections::BTreeMap, time::Duration};
 
 use seawall_proto::{
     departures::eviction_rate_per_second,
     id::RuleId,
-    rules::{Beside, Preview, RuleSpec},
+    rules::{Beside, Preview, RuleSpec, Subject},
 };
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -25,8 +25,8 @@ pub struct RulePreview {
     pub affected: u64,
     /// All connected devices.
     pub connected_total: u64,
-    /// Matching devices that were authenticated within a day, or since their node started; connected ones included. A
-    /// device that several nodes have seen counts several times.
+    /// Matching devices that were seen, connected ones included: the largest number that one node knows of each
+    /// version, and those of earlier runs of nodes whose devices no later run knows.
     pub known: u64,
     /// All devices that were authenticated in that time.
     pub known_total: u64,
@@ -76,14 +76,18 @@ struct Others {
     unreadable: u64,
 }
 
+/// Age difference up to which two runs may have ended together, as in a crash of all nodes: they had different devices.
+const TOGETHER: Duration = Duration::from_secs(60);
+
 impl Others {
     /// `node` is the name of this node, which knows `known` devices.
     ///
-    /// An earlier run of a node is counted only while the later ones know less than half of its devices. Otherwise most
-    /// of its devices would be counted once per restart.
+    /// An earlier run is counted only while the later ones, of any name, know less than half of its devices. Otherwise
+    /// most of its devices would be counted once per restart.
     fn of(check: &RuleCheck, node: &str, known: u64) -> Self {
         let mut others = Self::default();
-        let mut known_by_node = HashMap::from([(node, known)]);
+        // The devices that each run knows, with the age of the run.
+        let mut runs = vec![(node, Duration::ZERO, known)];
         let (live, gone): (Vec<_>, Vec<_>) = check.nodes.iter().partition(|node| node.is_live);
         for node in live.into_iter().chain(gone) {
             let Ok(published) = serde_json::from_str::<Published>(&node.counts) else {
@@ -91,24 +95,41 @@ impl Others {
                 continue;
             };
             let known = published.known();
-            let later = known_by_node.entry(&node.node).or_default();
+            let is_later = |name: &str, age: Duration| name == node.node || age + TOGETHER < node.age;
+            let later = runs.iter().filter(|(name, age, _)| is_later(name, *age));
             if node.is_live {
-                *later += known;
+                runs.push((&node.node, Duration::ZERO, known));
                 others.live.push(published);
-            } else if *later < known.div_ceil(2) {
-                *later = known;
+            } else if later.map(|(_, _, known)| known).sum::<u64>() < known.div_ceil(2) {
+                runs.push((&node.node, node.age, known));
                 others.gone.push(published);
             }
         }
         others
     }
 
-    fn rest(published: &[Published]) -> Counts {
+    /// Devices of groups that are not listed.
+    fn rest(&self) -> Counts {
+        let live = |count: fn(&Counts) -> u64| self.live.iter().map(move |node| count(&node.rest));
         Counts {
-            connected: published.iter().map(|node| node.rest.connected).sum(),
-            known: published.iter().map(|node| node.rest.known).sum(),
+            connected: live(|rest| rest.connected).sum(),
+            known: live(|rest| rest.known).max().unwrap_or(0)
+                + self.gone.iter().map(|node| node.rest.known).sum::<u64>(),
         }
     }
+}
+
+/// Merges the groups of all live nodes. Each node knows nearly all devices that were seen, since it reads them at its
+/// start: the largest count stands for all.
+fn merged<'a>(groups: impl Iterator<Item = Group<'a>>) -> Vec<Group<'a>> {
+    let mut merged: BTreeMap<Subject<'a>, Counts> = BTreeMap::new();
+    for Group { subject, counts } in groups {
+        let all = merged.entry(subject).or_default();
+        all.connected += counts.connected;
+        all.known = all.known.max(counts.known).max(all.connected);
+    }
+    let groups = merged.into_iter().map(|(subject, counts)| Group { subject, counts });
+    groups.collect()
 }
 
 /// Which devices were counted.
@@ -152,15 +173,16 @@ impl RulePreview {
             .filter(|(id, spec)| is_counted(*id, spec))
             .map(|(_, spec)| spec)
             .collect();
-        let live = || census.groups().chain(others.live.iter().flat_map(Published::groups));
+        let live = merged(census.groups().chain(others.live.iter().flat_map(Published::groups)));
+        let live = || live.iter().copied();
         let gone = || others.gone.iter().flat_map(Published::groups);
-        let (live_rest, gone_rest) = (Others::rest(&others.live), Others::rest(&others.gone));
+        let rest = others.rest();
         let connected = Preview::of(
             spec,
             &Beside {
                 rules: &unconfirmed,
                 sent_away: live().map(|group| sent_away(group, &unconfirmed)).sum(),
-                unlisted: live_rest.connected,
+                unlisted: rest.connected,
             },
             live().map(Group::connected),
         );
@@ -169,11 +191,11 @@ impl RulePreview {
             &Beside {
                 rules: &unconfirmed,
                 sent_away: 0,
-                unlisted: live_rest.known + gone_rest.known,
+                unlisted: rest.known,
             },
             live().chain(gone()).map(Group::known),
         );
-        let connected_total = live().map(|group| group.counts.connected).sum::<u64>() + live_rest.connected;
+        let connected_total = live().map(|group| group.counts.connected).sum::<u64>() + rest.connected;
         // The registry index may be half an hour old, and the database's count has a maximum.
         let registered = registered.max(state.lookups.registry_index().len() as u64);
         let counts: BTreeMap<&str, u64> = connected
@@ -213,7 +235,7 @@ impl RulePreview {
             registered,
             nodes: 1 + others.live.len() as u64,
             unconfirmed_rules: unconfirmed.len() as u64,
-            unlisted: live_rest.connected,
+            unlisted: rest.connected,
             needs_confirmation: confirmation.is_some(),
             confirmation,
             evictions_per_second: {
@@ -254,5 +276,84 @@ fn refusal(preview: &Preview, which: &str, unconfirmed: usize) -> String {
             "{alone}, and {} of them together with {unconfirmed} rules of the last hour that no author confirmed",
             preview.together
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::CountedNode;
+
+    fn run(node: &str, age_s: u64, known: u64) -> CountedNode {
+        CountedNode {
+            node: node.to_owned(),
+            is_live: age_s <= 30,
+            age: Duration::from_secs(age_s),
+            counts: format!(r#"{{"groups":[{{"firmware":"1","connected":1,"known":{known}}}]}}"#),
+        }
+    }
+
+    fn known_of_gone(nodes: Vec<CountedNode>, known: u64) -> u64 {
+        let check = RuleCheck {
+            revision: 1,
+            registered: 0,
+            unconfirmed: Vec::new(),
+            nodes,
+        };
+        Others::of(&check, "here", known)
+            .gone
+            .iter()
+            .map(Published::known)
+            .sum()
+    }
+
+    #[test]
+    fn devices_count_once_however_often_nodes_of_other_names_were_deployed() {
+        let two_deploys = || {
+            let noon = [run("b1", 7_200, 100), run("b2", 7_500, 100), run("b3", 7_800, 100)];
+            let morning = [run("c1", 30_000, 100), run("c2", 30_300, 100)];
+            let live = [run("a2", 5, 100), run("a3", 5, 100)];
+            live.into_iter().chain(noon).chain(morning).collect::<Vec<_>>()
+        };
+
+        assert_eq!(known_of_gone(two_deploys(), 100), 0);
+        assert_eq!(
+            known_of_gone(two_deploys().split_off(2), 0),
+            100,
+            "this node is new, and alone"
+        );
+    }
+
+    #[test]
+    fn nodes_that_ended_together_had_different_devices() {
+        let crashed = vec![run("b1", 100, 50), run("b2", 110, 60), run("b3", 120, 70)];
+
+        assert_eq!(known_of_gone(crashed.clone(), 0), 180);
+        assert_eq!(known_of_gone(crashed, 40), 0);
+    }
+
+    #[test]
+    fn device_that_several_nodes_know_is_counted_once() {
+        let group = |firmware, connected, known| Group {
+            subject: Subject {
+                firmware: Some(firmware),
+                ..Subject::default()
+            },
+            counts: Counts { connected, known },
+        };
+        let nodes = [
+            group("1", 10, 100),
+            group("2", 5, 5),
+            group("1", 60, 90),
+            group("1", 40, 95),
+        ];
+
+        let merged = merged(nodes.into_iter());
+
+        let counts: Vec<_> = merged
+            .iter()
+            .map(|group| (group.counts.connected, group.counts.known))
+            .collect();
+        assert_eq!(counts, [(110, 110), (5, 5)]);
     }
 }

@@ -37,6 +37,8 @@ pub struct CountedNode {
     pub node: String,
     /// The row is current: its devices are connected now.
     pub is_live: bool,
+    /// Time since the row was written.
+    pub age: Duration,
     pub counts: String,
 }
 
@@ -172,9 +174,11 @@ impl Store {
                 check.unconfirmed.extend(rule(row)?.ok());
             }
             for (row, age) in nodes {
+                let age = Duration::from_millis(age.unsigned_abs());
                 check.nodes.push(CountedNode {
                     node: row.text("node")?.unwrap_or_default(),
-                    is_live: u128::from(age.unsigned_abs()) <= LIVE_FOR.as_millis(),
+                    is_live: age <= LIVE_FOR,
+                    age,
                     counts: row.text("counts")?.unwrap_or_default(),
                 });
             }
