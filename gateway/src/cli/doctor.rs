@@ -232,13 +232,12 @@ fn clock(offset: Duration) -> Finding {
     }
 }
 
-/// A finding about a database so far away that lookups take a large part of their time limit. A statement is one round
-/// trip; through a pooler it is four.
-fn round_trip(round_trip: Duration, is_pooled: bool) -> Option<Finding> {
-    let lookup = round_trip * if is_pooled { 4 } else { 1 };
+/// A finding about a database so far away that lookups take a large part of their time limit. A lookup is one round
+/// trip.
+fn round_trip(lookup: Duration) -> Option<Finding> {
     let limit = LOOKUP_MAX.as_millis();
     let text = format!(
-        "database: a lookup takes at least {} ms, and has {limit} ms: put the gateway near the database, or connect past a pooler",
+        "database: a lookup takes at least {} ms, and has {limit} ms: put the gateway near the database",
         lookup.as_millis()
     );
     let level = match lookup {
@@ -324,14 +323,14 @@ fn database(config: &Config, is_running: bool, findings: &mut Findings) -> Resul
         Ok(probe) => {
             findings.fine(format!("database: {url} answers"));
             findings.lines.extend(probe.clock_offset.map(clock));
-            findings.lines.extend(round_trip(probe.round_trip, probe.is_pooled));
+            findings.lines.extend(round_trip(probe.round_trip));
             if probe.is_read_only {
                 findings.wrong("database: it is read-only: point the gateway at the primary");
             }
             if probe.is_pooled {
                 findings.notice(
                     "database: a pooler in between does not pass start-up options on: each statement runs in a transaction \
-                     of its own, which takes three round trips more. Connect past it, or let `options` through in session mode",
+                     of its own, which takes three round trips more (for a lookup none). Connect past it, or let `options` through in session mode",
                 );
             }
         }
@@ -452,14 +451,11 @@ mod tests {
 
     #[test]
     fn far_database_is_noticed_and_one_beyond_the_limit_of_lookups_is_wrong() {
-        let level =
-            |ms, is_pooled| round_trip(Duration::from_millis(ms), is_pooled).map(|finding| finding.level.word());
+        let level = |ms| round_trip(Duration::from_millis(ms)).map(|finding| finding.level.word());
 
-        assert_eq!(level(60, false), None);
-        assert_eq!(level(62, true), None);
-        assert_eq!(level(63, true), Some("notice"));
-        assert_eq!(level(250, true), Some("wrong"));
-        assert_eq!(level(250, false), Some("notice"));
+        assert_eq!(level(249), None);
+        assert_eq!(level(250), Some("notice"));
+        assert_eq!(level(1_000), Some("wrong"));
     }
 
     #[test]

@@ -13,8 +13,8 @@ use super::{
     error::StoreError,
     failures::Operation,
     model::{
-        Audit, DEFAULT_TENANT, DeviceChange, DeviceFilter, DeviceRow, NewDevice, PAGE_MAX, Page, Rotated, Rotation,
-        from_ms, to_ms,
+        Audit, DEFAULT_TENANT, DeviceChange, DeviceFilter, DeviceRow, DeviceRows, NewDevice, PAGE_MAX, Rotated,
+        Rotation, from_ms, to_ms,
     },
     revocations,
 };
@@ -102,7 +102,7 @@ impl Store {
     }
 
     /// Returns devices in the order of their ids, from `cursor` on; at most [`PAGE_MAX`]. A row that can't be read is
-    /// left out, and reported as [`Trouble::Unreadable`](super::Trouble).
+    /// reported as [`Trouble::Unreadable`](super::Trouble).
     ///
     /// # Errors
     /// The database is unavailable, or no row of the first page can be read.
@@ -112,7 +112,7 @@ impl Store {
         filter: &DeviceFilter,
         cursor: Option<DeviceId>,
         limit: u32,
-    ) -> Result<Page<DeviceRow, DeviceId>, StoreError> {
+    ) -> Result<DeviceRows, StoreError> {
         let limit = limit.clamp(1, PAGE_MAX);
         let first = cursor.unwrap_or(DeviceId::from_uuid(uuid::Uuid::nil()));
         let state = Value::Small(filter.state.map(state_to_small));
@@ -131,34 +131,46 @@ impl Store {
             let mut held = self.reads().take().await?;
             let rows = held.all(sql, &values).await?;
             held.release();
-            let devices = self.readable(rows.iter().take(limit as usize), device_row);
-            if cursor.is_none() && devices.is_empty() {
+            let mut devices = self.device_rows(rows.iter().take(limit as usize));
+            if cursor.is_none() && devices.items.is_empty() {
                 // Not a few rows: the schema is another one.
                 rows.first().map(device_row).transpose()?;
             }
             let next = rows.get(limit as usize).map(|row| row.uuid("id")).transpose()?;
-            Ok(Page {
-                items: devices,
-                next_cursor: next.map(DeviceId::from_uuid),
-            })
+            devices.next_cursor = next.map(DeviceId::from_uuid);
+            Ok(devices)
         })
         .await
     }
 
-    /// Returns the registered devices among `ids`, in the order of ids. The caller bounds their number. A row that
-    /// can't be read is left out, as in [`devices_page`](Self::devices_page).
+    /// Returns the registered devices among `ids`, in the order of ids. The caller bounds their number. See
+    /// [`devices_page`](Self::devices_page).
     ///
     /// # Errors
     /// The database is unavailable.
     #[tracing::instrument(name = "db.devices.among", level = "debug", skip_all)]
-    pub async fn devices_among(&self, ids: &[DeviceId]) -> Result<Vec<DeviceRow>, StoreError> {
+    pub async fn devices_among(&self, ids: &[DeviceId]) -> Result<DeviceRows, StoreError> {
         self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
             let rows = held.all(AMONG, &[Value::Keys(ids)]).await?;
             held.release();
-            Ok(self.readable(&rows, device_row))
+            Ok(self.device_rows(&rows))
         })
         .await
+    }
+
+    fn device_rows<'a>(&self, rows: impl IntoIterator<Item = &'a Row>) -> DeviceRows {
+        let mut devices = DeviceRows::default();
+        for row in rows {
+            match device_row(row) {
+                Ok(device) => devices.items.push(device),
+                Err(error) => {
+                    self.failures().note_unreadable(row, &error);
+                    devices.unreadable.extend(row.uuid("id").ok().map(DeviceId::from_uuid));
+                }
+            }
+        }
+        devices
     }
 
     /// Reads rows. A row that can't be read is left out, and reported.
@@ -423,7 +435,7 @@ pub(super) fn device_record(row: &Row) -> Result<DeviceRecord, StoreError> {
 
 fn hash(row: &Row, column: &'static str) -> Result<Option<SecretHash>, StoreError> {
     row.bytes(column)?
-        .map(|bytes| <[u8; 32]>::try_from(bytes).map(SecretHash::from_bytes))
+        .map(|bytes| <[u8; 32]>::try_from(&*bytes).map(SecretHash::from_bytes))
         .transpose()
         .map_err(|_| corrupt(column, "not 32 bytes"))
 }

@@ -386,7 +386,7 @@ async fn collect(connection: &mut Connection, rows: &[(u64, ImportRow)]) -> Resu
             .unwrap_or_default();
         let secret = row
             .bytes("secret_sha256")?
-            .and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
+            .and_then(|bytes| <[u8; 32]>::try_from(&*bytes).ok());
         first.insert(row.uuid("id")?, (line, secret.map(SecretHash::from_bytes)));
     }
     for (number, row) in rows {

@@ -49,8 +49,8 @@ pub use self::{
     lookup::{Answer, KEYS_MAX, LookupWorker},
     migrations::SCHEMA_VERSION,
     model::{
-        Audit, AuditRecord, DEFAULT_TENANT, DeviceChange, DeviceFilter, DeviceRow, NewDevice, NewToken, PAGE_MAX, Page,
-        Role, Rotated, Rotation, TokenRow, UNKNOWN_ROLE,
+        Audit, AuditRecord, DEFAULT_TENANT, DeviceChange, DeviceFilter, DeviceRow, DeviceRows, NewDevice, NewToken,
+        PAGE_MAX, Page, Role, Rotated, Rotation, TokenRow, UNKNOWN_ROLE,
     },
     plan::PlanReport,
     presence::{
@@ -105,7 +105,8 @@ const PROBE: Sql = Sql {
 /// The result of [`Store::probe`] for a database that answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Probe {
-    /// A pooler in between does not pass start-up options: each statement takes three more round trips.
+    /// A pooler in between does not pass start-up options: each statement takes up to three more round trips, and a
+    /// lookup none.
     pub is_pooled: bool,
     /// It accepts no writes.
     pub is_read_only: bool,

@@ -74,6 +74,16 @@ pub struct DeviceRow {
     pub updated_at: WallTime,
 }
 
+/// Devices that were read, in the order of ids.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceRows {
+    pub items: Vec<DeviceRow>,
+    /// Devices between them whose rows can't be read.
+    pub unreadable: Vec<DeviceId>,
+    /// The first device of the next page; `None` on the last page.
+    pub next_cursor: Option<DeviceId>,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewDevice {
     pub id: DeviceId,

@@ -60,10 +60,13 @@ const REVISION: Sql = Sql {
                WHERE key = 'rules_revision'",
 };
 
-/// Reads the whole table, see [`RULES_MAX`]. One statement, so that rules and revision belong together.
+/// Reads the whole table, see [`RULES_MAX`]. One statement, so that rules and revision belong together, and because the
+/// server may be far away. The released rules are in a row of their own.
 const ALL: Sql = Sql::both(
-    "SELECT m.value AS revision, r.id, r.spec, r.created_at, r.revision AS changed_at FROM meta AS m \
-     LEFT JOIN rules AS r ON 1 = 1 WHERE m.key = 'rules_revision' ORDER BY r.created_at, r.id",
+    "SELECT m.value AS revision, NULL AS released, r.id, r.spec, r.created_at, r.revision AS changed_at FROM meta AS m \
+     LEFT JOIN rules AS r ON 1 = 1 WHERE m.key = 'rules_revision' \
+     UNION ALL SELECT NULL, value, NULL, NULL, NULL, NULL FROM meta WHERE key = 'rules_released' \
+     ORDER BY created_at, id",
 );
 
 /// Index: meta's primary key. First in each transaction, so that writers of rules queue here.
@@ -143,8 +146,10 @@ impl Store {
     pub async fn rules(&self) -> Result<StoredRules, StoreError> {
         self.polled(Operation::Rules, RULES_TIME_MAX, async |mut held: Held| {
             let rows = held.all(ALL, &[]).await?;
-            let released = released(&mut held).await?;
             held.release();
+            let is_of_rules = |row: &Row| !matches!(row.text("revision"), Ok(None));
+            let (rows, released): (Vec<Row>, Vec<Row>) = rows.into_iter().partition(is_of_rules);
+            let released = rule_ids(released.first(), "released")?;
             let revision = revision(rows.first())?;
             // Without rules the join has one row, of nulls.
             let is_empty = matches!(&rows[..], [only] if matches!(only.text("spec"), Ok(None)));
@@ -364,9 +369,13 @@ pub(super) fn values<'a>(
 }
 
 async fn released(connection: &mut Connection) -> Result<Vec<RuleId>, StoreError> {
-    let row = connection.first(RELEASED, &[]).await?;
+    rule_ids(connection.first(RELEASED, &[]).await?.as_ref(), "value")
+}
+
+/// The ids of rules in a text.
+fn rule_ids(row: Option<&Row>, column: &'static str) -> Result<Vec<RuleId>, StoreError> {
     let ids = row
-        .map(|row| row.text("value"))
+        .map(|row| row.text(column))
         .transpose()?
         .flatten()
         .unwrap_or_default();

@@ -149,7 +149,9 @@ fn token_row(row: &Row) -> Result<TokenRow, StoreError> {
         column,
         detail: detail.to_owned(),
     };
-    let sha256 = row.bytes("sha256")?.and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
+    let sha256 = row
+        .bytes("sha256")?
+        .and_then(|bytes| <[u8; 32]>::try_from(&*bytes).ok());
     Ok(TokenRow {
         id: row.uuid("id")?,
         name: row.text("name")?.unwrap_or_default(),

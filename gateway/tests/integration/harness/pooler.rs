@@ -84,6 +84,10 @@ impl Pooler {
         Ok(Some(pooler))
     }
 
+    pub const fn port(&self) -> u16 {
+        self.port
+    }
+
     /// The same database through the pooler.
     pub fn url(&self, direct: &DatabaseUrl, cluster: &Cluster) -> DatabaseUrl {
         let text = direct.expose();

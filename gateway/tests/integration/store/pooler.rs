@@ -1,6 +1,6 @@
 //! PostgreSQL behind a pooler that runs each transaction on any of its connections.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use seawall_gateway::{
@@ -10,7 +10,7 @@ use seawall_gateway::{
 use seawall_proto::id::SecretHash;
 use sqlx::{Connection as _, PgConnection, Row as _};
 
-use super::{audit, device, new_device, within};
+use super::{audit, device, new_device, server::far, within};
 use crate::harness::{
     pg::{self, Cluster},
     pooler::{Options, Pooler},
@@ -94,6 +94,34 @@ async fn pooler_that_refuses_start_up_options_gets_statements_that_need_no_sessi
 #[tokio::test]
 async fn pooler_that_drops_start_up_options_gets_statements_that_need_no_session() {
     assert_works(Options::Dropped).await;
+}
+
+#[tokio::test]
+async fn lookup_through_a_pooler_takes_one_round_trip() {
+    let cluster = pg::shared();
+    let Some(pooler) = Pooler::start(cluster, "transaction", Options::Dropped).unwrap() else {
+        return;
+    };
+    let (near, url) = behind(&pooler, cluster).await;
+    near.device_insert(&new_device(1), &audit("device.create", 1))
+        .await
+        .unwrap();
+    let far = far(pooler.port(), Duration::from_millis(200)).await;
+    let there = format!(":{}/", pooler.port());
+    let url: DatabaseUrl = url.expose().replace(&there, &format!(":{far}/")).parse().unwrap();
+    let store = Store::open(&url).await.unwrap();
+    within(store.ready()).await;
+    let mut worker = store.lookup_worker();
+    // A connection takes longer than one lookup may: the attempt continues between two.
+    eventually_async(async || store.lookup_worker().find(&[device(1)], LIMIT).await.is_ok()).await;
+
+    let begun = Instant::now();
+    let found = worker.find(&[device(1), device(2)], LIMIT).await.unwrap();
+
+    assert_eq!(found.records[0], near.device(device(1)).await.unwrap().unwrap().record);
+    assert_eq!((found.records.len(), found.unreadable.len()), (1, 0));
+    // Two would take 800 ms.
+    assert!(begun.elapsed() < Duration::from_millis(800), "{:?}", begun.elapsed());
 }
 
 #[tokio::test]

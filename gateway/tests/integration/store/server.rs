@@ -59,7 +59,7 @@ async fn find_in_the_end(worker: &mut LookupWorker, found: usize) {
 }
 
 /// A proxy to `port` that delays all data by `one_way`.
-async fn far(port: u16, one_way: Duration) -> u16 {
+pub async fn far(port: u16, one_way: Duration) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let far = listener.local_addr().unwrap().port();
     tokio::spawn(async move {
@@ -97,6 +97,11 @@ async fn database_300_ms_away_becomes_ready_and_looks_devices_up() {
     // A connection takes longer than one lookup may: the attempt continues between two.
     find_in_the_end(&mut store.lookup_worker(), 0).await;
     eventually_async(async || store.rules_revision().await.is_ok()).await;
+    // On a connection on which nothing was prepared yet.
+    let unprepared = Store::open(&at_port(&url, port)).await.unwrap();
+    within(unprepared.ready()).await;
+    eventually_async(async || unprepared.rules().await.is_ok()).await;
+    eventually_async(async || unprepared.revocations_since(None).await.is_ok()).await;
 }
 
 #[tokio::test]
