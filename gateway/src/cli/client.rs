@@ -162,14 +162,15 @@ impl Client {
         self.answer(answer)
     }
 
-    /// Reads up to `wanted` rows of a list, page by page. Its `source` is [`MEMORY`] if that of any page is.
+    /// Reads up to `wanted` rows of a list, page by page. Its `source` is [`MEMORY`] if that of any page is, and its
+    /// `unreadable` has those of all pages.
     ///
     /// # Errors
     /// The gateway can't be reached, or refuses.
     pub fn list(&self, path: &str, query: &[(&str, String)], wanted: usize) -> Result<Value, Failure> {
         let mut query = query.to_vec();
         let mut items = Vec::new();
-        let mut source = Value::Null;
+        let (mut source, mut unreadable) = (Value::Null, None);
         loop {
             let mut asked = query.clone();
             asked.push(("limit", (wanted - items.len()).min(PAGE_LEN).to_string()));
@@ -184,6 +185,9 @@ impl Client {
             if source != MEMORY {
                 source = page.get_mut("source").map(Value::take).unwrap_or_default();
             }
+            if let Some(Value::Array(ids)) = page.get_mut("unreadable").map(Value::take) {
+                unreadable.get_or_insert_with(Vec::new).extend(ids);
+            }
             // A page may be shorter than asked for, even empty, before the end of the list.
             match page.get("next_cursor").and_then(Value::as_str) {
                 Some(cursor) if items.len() < wanted => {
@@ -192,9 +196,12 @@ impl Client {
                 }
                 cursor => {
                     let mut list = serde_json::json!({"items": items, "next_cursor": cursor});
-                    // Only some lists have it.
+                    // Only some lists have them.
                     if !source.is_null() {
                         list["source"] = source;
+                    }
+                    if let Some(unreadable) = unreadable {
+                        list["unreadable"] = unreadable.into();
                     }
                     return Ok(list);
                 }

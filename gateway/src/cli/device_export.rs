@@ -44,7 +44,7 @@ pub struct Export {
 
 pub fn run(ctx: &Context, args: &Export) -> Result<(), Failure> {
     let Some(path) = &args.out else {
-        return write(ctx, args, io::stdout().lock());
+        return write(ctx, args, io::stdout().lock()).and_then(whole);
     };
     let unfinished = path.with_added_extension("part");
     let named = |path: &Path, error: io::Error| Failure::failed(format!("{}: {error}", path.display()));
@@ -53,12 +53,20 @@ pub fn run(ctx: &Context, args: &Export) -> Result<(), Failure> {
     if written.is_err() {
         // The first error is the reason.
         let _ = fs::remove_file(&unfinished);
-        return written;
     }
-    fs::rename(&unfinished, path).map_err(|error| named(path, error))
+    let unreadable = written?;
+    fs::rename(&unfinished, path).map_err(|error| named(path, error))?;
+    whole(unreadable)
 }
 
-fn write(ctx: &Context, args: &Export, out: impl Write) -> Result<(), Failure> {
+/// Fails if rows can't be read: all others were exported.
+fn whole(unreadable: Vec<Value>) -> Result<(), Failure> {
+    let list = serde_json::json!({ "unreadable": unreadable });
+    super::devices::unreadable(&list).map_or(Ok(()), |unreadable| Err(Failure::failed(unreadable)))
+}
+
+/// Returns the devices whose rows can't be read.
+fn write(ctx: &Context, args: &Export, out: impl Write) -> Result<Vec<Value>, Failure> {
     let mut lines = csv::Writer::from_writer(BufWriter::new(out));
     let failed = |error: csv::Error| Failure::from(io::Error::from(error));
     lines.write_record(COLUMNS.map(|(name, _)| name)).map_err(failed)?;
@@ -68,8 +76,9 @@ fn write(ctx: &Context, args: &Export, out: impl Write) -> Result<(), Failure> {
         .filter_map(|(name, value)| Some((name, value.clone()?)))
         .chain([("limit", PAGE_LEN.to_string())])
         .collect();
+    let mut unreadable = Vec::new();
     loop {
-        let page = ctx.client.get("/api/v1/devices", &query)?;
+        let mut page = ctx.client.get("/api/v1/devices", &query)?;
         if page["source"] == MEMORY {
             return Err(Failure::failed(
                 "the database does not answer, so an export would not be complete",
@@ -79,11 +88,15 @@ fn write(ctx: &Context, args: &Export, out: impl Write) -> Result<(), Failure> {
             let cells = COLUMNS.map(|(_, path)| device.pointer(path).and_then(Value::as_str).unwrap_or_default());
             lines.write_record(cells).map_err(failed)?;
         }
+        if let Some(Value::Array(ids)) = page.get_mut("unreadable").map(Value::take) {
+            unreadable.extend(ids);
+        }
         let Some(cursor) = page.get("next_cursor").and_then(Value::as_str) else {
             break;
         };
         query.retain(|(name, _)| *name != "cursor");
         query.push(("cursor", cursor.to_owned()));
     }
-    Ok(lines.flush()?)
+    lines.flush()?;
+    Ok(unreadable)
 }

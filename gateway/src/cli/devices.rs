@@ -26,6 +26,9 @@ const LIST_MAX: usize = 1_000_000;
 /// Maximum number of bad lines that are shown. The API reports no more.
 const BAD_LINES_SHOWN: usize = 100;
 
+/// Maximum number of devices that a warning names.
+const UNREADABLE_NAMED_MAX: usize = 20;
+
 /// Bytes that are not escaped in a segment of a path.
 const NON_ALPHANUMERIC_BUT_DASH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
@@ -302,8 +305,30 @@ fn list(ctx: &Context, query: &[(&str, String)], limit: usize) -> Result<(), Fai
     let answer = ctx.client.list("/api/v1/devices", query, limit)?;
     warn_of_memory(&answer);
     ctx.show(&answer, |answer| table::items(answer, &COLUMNS))?;
+    if let Some(unreadable) = unreadable(&answer) {
+        note(&format!("warning: {unreadable}"));
+    }
     ctx.note_next_page(&answer);
     Ok(())
+}
+
+/// Names the devices of a list whose rows can't be read. `None` if there are none.
+pub fn unreadable(list: &Value) -> Option<String> {
+    let ids = list
+        .get("unreadable")
+        .and_then(Value::as_array)
+        .filter(|ids| !ids.is_empty())?;
+    let named: Vec<&str> = ids
+        .iter()
+        .take(UNREADABLE_NAMED_MAX)
+        .filter_map(Value::as_str)
+        .collect();
+    let more = if ids.len() > named.len() { ", …" } else { "" };
+    Some(format!(
+        "the rows of {} devices can't be read, so they are not in the list: {}{more}. `seawall alarms` says why",
+        ids.len(),
+        named.join(", ")
+    ))
 }
 
 fn shown(device: &Value) -> String {

@@ -53,7 +53,7 @@ pub struct Resume {
     /// Time at which the database last confirmed them, in microseconds of the process clock; `u64::MAX` before the
     /// first time.
     confirmed_at: AtomicU64,
-    /// Whether revocations are known, or the database answered a read of them.
+    /// Whether revocations are known, or cannot be read until a person repairs the database.
     had_contact: AtomicBool,
     /// When the registry was found older than it had been, in microseconds of the process clock; `u64::MAX` for never.
     older_at: AtomicU64,
@@ -187,9 +187,10 @@ impl Resume {
     /// The database cannot be read; the known revocations stay.
     pub async fn poll(&self, store: &Store, clock: &Clock) -> Result<(), StoreError> {
         let polled = self.read(store, clock).await;
-        // A record that can't be read must not keep a node unready: devices are looked up.
-        let is_answered = !polled.as_ref().is_err_and(StoreError::is_away);
-        self.had_contact.fetch_or(is_answered, Ordering::Release);
+        // A record that can't be read until a person repairs it must not keep a node unready: devices are looked up.
+        let is_lasting = |error: &StoreError| store.is_ready() && !error.is_retryable();
+        let had_contact = polled.as_ref().err().is_none_or(is_lasting);
+        self.had_contact.fetch_or(had_contact, Ordering::Release);
         polled
     }
 

@@ -63,6 +63,9 @@ struct Wanted {
 #[derive(Debug, Serialize, ToSchema)]
 pub struct DevicePage {
     items: Vec<Device>,
+    /// Devices of the page whose rows cannot be read. The alarm `registry_unreadable` says why.
+    #[schema(value_type = Vec<uuid::Uuid>)]
+    unreadable: Vec<DeviceId>,
     /// The `cursor` of the next page; null on the last page.
     next_cursor: Option<String>,
     /// `memory`: the database did not answer, and the list is not complete.
@@ -109,41 +112,48 @@ async fn registered(api: &Arc<Api>, request: &ListRequest) -> Result<DevicePage,
     let limit = *asked as usize;
     let mut next = request.first;
     let gateway = &api.state;
-    let page = |items, next: Option<DeviceId>| DevicePage {
-        items,
-        next_cursor: next.map(|id| id.to_string()),
-        source: Source::Database,
-        as_of: gateway.clock.wall().to_rfc3339(),
+    let page = |items, mut unreadable: Vec<DeviceId>, next: Option<DeviceId>| {
+        unreadable.retain(|id| next.is_none_or(|next| *id < next));
+        DevicePage {
+            items,
+            unreadable,
+            next_cursor: next.map(|id| id.to_string()),
+            source: Source::Database,
+            as_of: gateway.clock.wall().to_rfc3339(),
+        }
     };
 
     // If only devices can match that this node knows, those are looked up.
     let needs_sight = wanted.needs_sight();
     // If the database applies the whole filter, one of its pages is one of this list.
     let chunk = if wanted.presence.is_some() { CHUNK } else { *asked };
-    let mut items = Vec::new();
+    let (mut items, mut unreadable) = (Vec::new(), Vec::new());
     let mut scanned = 0;
     loop {
-        let (rows, goes_on_at) = if needs_sight {
+        let rows = if needs_sight {
             let (ids, goes_on_at) = known(api, wanted, next, CHUNK as usize, Labels::Registered).await?;
             scanned += ids.len();
-            (gateway.store.devices_among(&ids).await?, goes_on_at)
+            let mut rows = gateway.store.devices_among(&ids).await?;
+            rows.next_cursor = goes_on_at;
+            rows
         } else {
-            let page = gateway.store.devices_page(&wanted.stored, next, chunk).await?;
-            scanned += page.items.len();
-            (page.items, page.next_cursor)
+            let rows = gateway.store.devices_page(&wanted.stored, next, chunk).await?;
+            scanned += rows.items.len() + rows.unreadable.len();
+            rows
         };
-        for row in rows {
+        unreadable.extend(rows.unreadable);
+        for row in rows.items {
             if !wanted.wants(&row, gateway) {
                 continue;
             }
             if items.len() == limit {
-                return Ok(page(items, Some(row.record.id)));
+                return Ok(page(items, unreadable, Some(row.record.id)));
             }
             items.push(Device::of(row, gateway));
         }
-        next = goes_on_at;
+        next = rows.next_cursor;
         if next.is_none() || items.len() == limit || scanned >= SCANNED_MAX {
-            return Ok(page(items, next));
+            return Ok(page(items, unreadable, next));
         }
     }
 }
@@ -161,6 +171,7 @@ async fn remembered(api: &Arc<Api>, request: &ListRequest) -> Result<DevicePage,
     let items = ids.iter().filter_map(|id| Device::remembered(*id, &api.state));
     Ok(DevicePage {
         items: items.collect(),
+        unreadable: Vec::new(),
         next_cursor: next.map(|id| id.to_string()),
         source: Source::Memory,
         as_of: api.state.clock.wall().to_rfc3339(),

@@ -2,6 +2,8 @@
 
 use std::{fs, io::Write, net::TcpListener, os::unix::fs::PermissionsExt, process::Stdio};
 
+use sqlx::{AssertSqlSafe, Connection as _, SqliteConnection};
+
 use super::{assert_refused, done, json};
 use crate::harness::process::{GatewayProcess, run, seawall};
 
@@ -304,6 +306,37 @@ fn device_is_updated_and_exported() {
     assert!(!all.contains(added["secret"].as_str().unwrap()));
     let nothing = run(&mut gateway.operator(&["devices", "update", id])).unwrap();
     assert_refused(&nothing, 2, &["--tenant or --model"]);
+}
+
+#[test]
+fn device_whose_row_can_not_be_read_is_named_and_all_others_are_exported() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let added: Vec<_> = (0..3)
+        .map(|_| json(&run(&mut gateway.operator(&["devices", "add", "--json"])).unwrap()))
+        .collect();
+    let id = |number: usize| added[number]["id"].as_str().unwrap();
+    let spoil = format!(
+        "UPDATE devices SET updated_at = 'yesterday' WHERE id = unhex('{}')",
+        id(1).replace('-', "")
+    );
+    let database = format!("sqlite:{}", gateway.data_dir().join("seawall.db").display());
+    let spoiled = async {
+        let mut hand = SqliteConnection::connect(&database).await.unwrap();
+        sqlx::raw_sql(AssertSqlSafe(spoil)).execute(&mut hand).await.unwrap();
+    };
+    tokio::runtime::Runtime::new().unwrap().block_on(spoiled);
+    let file = gateway.data_dir().join("devices.csv");
+
+    let listed = run(&mut gateway.operator(&["devices", "list"])).unwrap();
+    let in_json = json(&run(&mut gateway.operator(&["devices", "list", "--json"])).unwrap());
+    let exported = run(&mut gateway.operator(&["devices", "export", "--out", file.to_str().unwrap()])).unwrap();
+
+    assert!(listed.status.success());
+    assert!(String::from_utf8_lossy(&listed.stderr).contains(id(1)), "{listed:?}");
+    assert_eq!(in_json["unreadable"], serde_json::json!([id(1)]));
+    assert_refused(&exported, 1, &[id(1)]);
+    let exported = fs::read_to_string(file).unwrap();
+    assert!(exported.contains(id(0)) && exported.contains(id(2)) && !exported.contains(id(1)));
 }
 
 #[test]

@@ -18,11 +18,11 @@ on_both!(
     pages_obey_each_filter,
     row_out_of_bounds_is_refused_by_the_schema,
     calls_side_by_side_all_succeed,
-    row_that_can_not_be_read_is_left_out_of_lists_and_can_be_deleted,
+    row_that_can_not_be_read_is_named_in_lists_and_can_be_deleted,
     change_that_changes_nothing_is_not_written,
 );
 
-async fn row_that_can_not_be_read_is_left_out_of_lists_and_can_be_deleted(fixture: &Fixture) {
+async fn row_that_can_not_be_read_is_named_in_lists_and_can_be_deleted(fixture: &Fixture) {
     let store = &fixture.store;
     fixture.db_fill(5).await;
     let spoil = if fixture.url.sqlite_path().is_some() {
@@ -33,11 +33,12 @@ async fn row_that_can_not_be_read_is_left_out_of_lists_and_can_be_deleted(fixtur
     };
     fixture.db_run(spoil).await;
 
-    let (mut listed, mut cursor) = (Vec::new(), None);
+    let (mut listed, mut unreadable, mut cursor) = (Vec::new(), Vec::new(), None);
     loop {
         let filter = DeviceFilter::default();
         let page = store.devices_page(&filter, cursor, 2).await.unwrap();
         listed.extend(page.items.iter().map(|row| row.record.id));
+        unreadable.extend(page.unreadable);
         cursor = page.next_cursor;
         if cursor.is_none() {
             break;
@@ -46,7 +47,8 @@ async fn row_that_can_not_be_read_is_left_out_of_lists_and_can_be_deleted(fixtur
     let among = store.devices_among(&[device(2), device(3)]).await.unwrap();
 
     assert_eq!(listed, [1, 2, 4, 5].map(device));
-    assert_eq!(among.len(), 1);
+    assert_eq!(unreadable, [device(3)]);
+    assert_eq!((among.items.len(), among.unreadable), (1, vec![device(3)]));
     let trouble = store.trouble(Trouble::Unreadable).unwrap();
     assert!(trouble.contains(&device(3).to_string()), "{trouble}");
     assert!(store.device(device(3)).await.is_err());
