@@ -264,7 +264,7 @@ mod tests {
         let capacity = (memory.slots.capacity(), known.devices.capacity());
         assert!(capacity.0 < 20_000, "bounded: {capacity:?}");
 
-        for n in 0..10_000 {
+        for n in 0..5_000 {
             memory.put(device(n), slot(Instant::ZERO, Some("a")), Instant::ZERO);
             known.insert(device(n), TenantTag::of("a"));
         }
