@@ -114,6 +114,14 @@ pub const fn node_of(session: SessionId) -> NodeTag {
     NodeTag((session.0 >> COUNTER_BITS) as u16)
 }
 
+/// The greatest id that is believed at `wall`: later ones are of a clock that was more than [`AHEAD_MAX`] ahead, and are
+/// not [followed](SessionIds::observe).
+#[must_use]
+pub fn newest_believed(wall: WallTime) -> SessionId {
+    let time = followed(wall + AHEAD_MAX);
+    SessionId(time << (NODE_BITS + COUNTER_BITS) | ((1 << (NODE_BITS + COUNTER_BITS)) - 1))
+}
+
 /// The state after all ids of this time.
 const fn all_of(time: u64) -> u64 {
     time << COUNTER_BITS | COUNT_MAX
@@ -255,6 +263,18 @@ mod tests {
 
         assert!(later.is_sorted_by(|left, right| left < right));
         assert!(later[0] > first);
+    }
+
+    #[test]
+    fn each_id_that_is_believed_can_be_followed() {
+        let mut ids = ids(1);
+        let newest = newest_believed(NOON);
+
+        ids.observe(newest, NOON);
+
+        assert!(ids.next(NOON) > newest);
+        assert_eq!(time_of(newest), after(NOON, 86_400_000));
+        assert!(newest_believed(WallTime::from_unix_ms(u64::MAX)) < SessionId(u64::MAX));
     }
 
     #[test]

@@ -42,7 +42,8 @@ impl Online {
             let record = shared.history.record(info.device);
             is_repeat(record.and_then(|record| record.offline).as_ref(), opened_at)
         };
-        let registered = shared.sessions.register(info, |registered| {
+        let known = shared.history.epoch(info.device);
+        let registered = shared.sessions.register(info, known, |registered| {
             let session = &registered.session;
             let returned = shared.note_session(session);
             // A session that is replaced has not ended yet.

@@ -76,7 +76,7 @@ pub struct Offline {
 /// A session of a device that begins.
 #[derive(Debug, Clone, Copy)]
 pub struct Began<'a> {
-    pub epoch: SessionId,
+    pub session: SessionId,
     pub cohort: &'a Arc<Cohort>,
     pub tenant: &'a Arc<str>,
     pub since: WallTime,
@@ -91,7 +91,37 @@ pub struct CameOnline {
     pub returned: Option<u8>,
     /// Whether the device was online in an older session.
     pub was_online: bool,
+    /// The session's id, or the epoch by which this node claimed the device.
+    pub epoch: SessionId,
     pub group: Arc<Group>,
+}
+
+/// A change of a device's presence that this node knew nothing newer than.
+#[derive(Debug, Clone)]
+pub struct Change {
+    pub known: Known,
+    pub reason: Reason,
+    pub group: Arc<Group>,
+}
+
+/// What became of a state that the database has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Restored {
+    /// It is known, or something newer is.
+    Known,
+    /// The device is unknown until it returns, here or elsewhere. Not `is_new`: it was before.
+    Awaited { is_new: bool },
+    /// The device's socket is here, and the stored epoch is greater: it is to be [claimed](History::claim).
+    Outdone,
+}
+
+/// Why the socket behind a stored state is gone.
+#[derive(Debug, Clone, Copy)]
+pub struct Lost {
+    pub cause: Cause,
+    pub at: WallTime,
+    /// Number of the stored state, if another node than this one wrote it.
+    pub concluded_from: Option<u64>,
 }
 
 /// All that is remembered of one device.
@@ -135,7 +165,7 @@ impl Default for History {
 }
 
 impl History {
-    /// With other bounds than the usual ones, for tests.
+    /// With these bounds: other ones than the usual ones are for tests.
     #[must_use]
     pub fn with_bounds(known_max: usize, queue_len_max: usize) -> Self {
         Self {
@@ -177,93 +207,186 @@ impl History {
         None
     }
 
-    /// A device has a session.
-    pub fn came_online(&self, device: DeviceId, began: Began<'_>) -> CameOnline {
+    /// The greatest epoch that is known of a device. A session that begins gets a greater one.
+    #[must_use]
+    pub fn epoch(&self, device: DeviceId) -> SessionId {
+        let shard = self.shard(device);
+        find(&shard, device).map_or(Known::NEVER_SEEN.epoch, |index| shard[index].known().epoch)
+    }
+
+    /// A device has a session. Its socket is here, so nothing that another node reported counts more: if a greater epoch
+    /// is known, the device is claimed with one of `above`, which returns an epoch greater than the known one.
+    pub fn came_online(
+        &self,
+        device: DeviceId,
+        began: Began<'_>,
+        above: impl FnOnce(SessionId) -> SessionId,
+    ) -> CameOnline {
         let group = self.groups.of(began.cohort, began.tenant);
-        let known = Known {
-            epoch: began.epoch,
-            presence: Presence::Online,
-            since: began.since,
-        };
         self.with(device, |kept| {
-            let before = kept.known().presence;
-            let returned = match (before, kept.ended()) {
+            let before = kept.known();
+            let returned = match (before.presence, kept.ended()) {
                 (Presence::Offline(_), Some((at, repeats))) => {
                     (began.at.saturating_since(at) < RETURN_WITHIN).then_some(repeats)
                 }
                 (Presence::Online | Presence::Unknown(Cause::Path | Cause::NodeLagging), _) => Some(0),
                 (Presence::Offline(_) | Presence::Unknown(_), _) => None,
             };
-            kept.clear_ended();
-            let was_online = before == Presence::Online;
+            let was_online = before.presence == Presence::Online;
             let reason = if was_online {
                 EndReason::Replaced.into()
             } else {
                 Reason::CONNECTED
             };
-            self.change(kept, known, reason, Some(Arc::clone(&group)), true);
+            let is_newest = before.epoch < began.session;
+            let epoch = if is_newest { began.session } else { above(before.epoch) };
+            let known = Known {
+                epoch,
+                presence: Presence::Online,
+                since: began.since,
+            };
+            if self.change(kept, known, reason, Some(Arc::clone(&group)), Writing::Queued) && !is_newest {
+                kept.set_claim(began.session);
+            }
             CameOnline {
                 returned,
                 was_online,
+                epoch,
                 group,
             }
         })
     }
 
-    /// A device's newest session ended. Returns the device's group if nothing newer is known.
-    pub fn went_offline(&self, device: DeviceId, epoch: SessionId, offline: Offline) -> Option<Arc<Group>> {
+    /// A device's newest session ended.
+    pub fn went_offline(&self, device: DeviceId, session: SessionId, offline: Offline) -> Option<Change> {
         let known = Known {
-            epoch,
+            epoch: session,
             presence: Presence::Offline(offline.evidence),
             since: offline.since,
         };
         self.with(device, |kept| {
-            if !self.change(kept, known, offline.reason.into(), None, true) {
+            if !self.change(kept, known, offline.reason.into(), None, Writing::Queued) {
                 return None;
             }
             kept.set_ended(offline.at, offline.repeats);
-            kept.group.clone()
+            kept.change()
         })
     }
 
-    /// Takes a report about a device's session. Returns the device's group if it changed what is known.
-    pub fn handle(&self, device: DeviceId, report: Known, reason: Reason) -> Option<Arc<Group>> {
+    /// Takes a report about a device's session here.
+    pub fn handle(&self, device: DeviceId, report: Known, reason: Reason) -> Option<Change> {
         let mut shard = self.shard(device);
         let index = find(&shard, device).ok()?;
         let kept = &mut shard[index];
-        let is_new = self.change(kept, report, reason, None, true);
-        kept.group.clone().filter(|_| is_new)
+        let is_new = self.change(kept, report, reason, None, Writing::Queued);
+        kept.change().filter(|_| is_new)
     }
 
-    /// Takes what the database has of a device. It is not written again, unless the end of the process that held its
-    /// socket makes it unknown for this `cause`: returns whether it does.
-    pub fn restore(&self, stored: Stored<'_>, lost: Option<(Cause, WallTime)>) -> bool {
+    /// Claims a device whose socket is here, if `stored`, which the database has of it, is greater than its epoch:
+    /// `above` returns one that is greater still. Its state stays as it is.
+    pub fn claim(
+        &self,
+        device: DeviceId,
+        stored: SessionId,
+        above: impl FnOnce(SessionId) -> SessionId,
+    ) -> Option<Change> {
+        let mut shard = self.shard(device);
+        let index = find(&shard, device).ok()?;
+        let kept = &mut shard[index];
+        let (known, session) = (kept.known(), kept.session());
+        if !known.is_held() || known.epoch >= stored {
+            return None;
+        }
+        let claimed = Known {
+            epoch: above(stored),
+            ..known
+        };
+        kept.set(claimed, kept.reason());
+        kept.set_claim(session);
+        self.enqueue(kept, known.since);
+        kept.change()
+    }
+
+    /// Takes what the database has of a device whose socket is lost. It is not written again, unless the device is unknown
+    /// now.
+    pub fn restore(&self, stored: Stored<'_>, lost: Lost) -> Restored {
         let group = self.groups.of(stored.cohort, stored.tenant);
         self.with(stored.device, |kept| {
-            self.change(kept, stored.known, stored.reason, Some(group), false);
-            let lost = lost.and_then(|(cause, at)| {
-                let is_it = kept.known().epoch == stored.known.epoch;
-                let known = kept.known().left_behind(cause, at).filter(|_| is_it)?;
-                Some((known, cause))
-            });
-            if let Some((known, cause)) = lost {
-                self.change(kept, known, cause.into(), None, true);
+            let before = kept.known();
+            if before.is_held() {
+                return if before.epoch < stored.known.epoch {
+                    Restored::Outdone
+                } else {
+                    Restored::Known
+                };
             }
-            matches!(
-                kept.known().presence,
-                Presence::Unknown(Cause::NodeRestarted | Cause::NodeLost)
-            )
+            self.change(kept, stored.known, stored.reason, Some(group), Writing::Stored);
+            let is_it = kept.known().epoch == stored.known.epoch;
+            let unknown = kept.known().left_behind(lost.cause, lost.at).filter(|_| is_it);
+            if let Some(known) = unknown {
+                let writing = lost.concluded_from.map_or(Writing::Queued, Writing::Concluded);
+                self.change(kept, known, lost.cause.into(), None, writing);
+            }
+            let is_awaited = |known: Known| known.given_up(known.since).is_some();
+            if is_awaited(kept.known()) {
+                Restored::Awaited {
+                    is_new: !is_awaited(before),
+                }
+            } else {
+                Restored::Known
+            }
         })
     }
 
-    /// A device did not return after a restart of its node: it is offline. `None` if it did.
-    pub fn give_up(&self, device: DeviceId, at: WallTime) -> Option<Record> {
+    /// A device did not return after a restart of its node: it is offline. `None` if it did. `concluded_from`: see
+    /// [`Lost`].
+    pub fn give_up(&self, device: DeviceId, at: WallTime, concluded_from: Option<u64>) -> Option<Change> {
         let mut shard = self.shard(device);
         let index = find(&shard, device).ok()?;
         let kept = &mut shard[index];
         let known = kept.known().given_up(at)?;
-        self.change(kept, known, Reason::NOT_BACK, None, true);
-        Some(kept.record())
+        let writing = concluded_from.map_or(Writing::Queued, Writing::Concluded);
+        self.change(kept, known, Reason::NOT_BACK, None, writing);
+        kept.change()
+    }
+
+    /// Leaves a device that is waited for to the node that knows more of it. Its attempts are kept.
+    pub fn leave(&self, device: DeviceId) {
+        let mut shard = self.shard(device);
+        let Ok(index) = find(&shard, device) else { return };
+        let kept = &mut shard[index];
+        let known = kept.known();
+        // Nobody else waits for it.
+        if known.given_up(known.since).is_some() {
+            if let Some(group) = kept.group.take() {
+                self.groups.remove(&group, kept.state());
+            }
+            let never = Known {
+                epoch: known.epoch,
+                ..Known::NEVER_SEEN
+            };
+            kept.set(never, Reason::OTHER);
+        }
+    }
+
+    /// Queues the states of all devices whose sockets are here, at the pace of the writer: another node may have
+    /// overwritten them.
+    pub fn repeat_held(&self) {
+        for shard in &self.shards {
+            let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            for kept in shard.iter_mut().filter(|kept| kept.known().is_held()) {
+                kept.set_unsaved();
+            }
+        }
+        self.queue.set_behind(true);
+    }
+
+    /// What a device is known as: `None` before its first session.
+    #[must_use]
+    pub fn group(&self, device: DeviceId) -> Option<Arc<Group>> {
+        let shard = self.shard(device);
+        let index = find(&shard, device).ok()?;
+        shard[index].group.clone()
     }
 
     #[must_use]
@@ -373,22 +496,30 @@ impl History {
         self.queue.forget(device);
     }
 
-    /// Takes a report, if it is newer than what is known, counts it, and queues it if it is to be `written`.
+    /// Takes a report, if it is newer than what is known, and counts it.
     fn change(
         &self,
         kept: &mut Kept,
-        report: Known,
+        mut report: Known,
         reason: Reason,
         group: Option<Arc<Group>>,
-        is_written: bool,
+        writing: Writing,
     ) -> bool {
         let mut known = kept.known();
         let before = kept.state();
+        let session = kept.session();
+        let is_claimed = report.epoch == session && known.epoch != session;
+        if is_claimed {
+            report.epoch = known.epoch;
+        }
         if !known.handle(report) {
             return false;
         }
         let was_unsaved = kept.is_unsaved();
         kept.set(known, reason);
+        if is_claimed && kept.state() != PresenceState::Offline {
+            kept.set_claim(session);
+        }
         if was_unsaved {
             kept.set_unsaved();
         }
@@ -401,23 +532,25 @@ impl History {
         if let Some(group) = &kept.group {
             self.groups.add(group, kept.state());
         }
-        if is_written {
-            self.enqueue(kept, report.since);
+        match writing {
+            Writing::Stored => {}
+            Writing::Queued => self.enqueue(kept, report.since),
+            Writing::Concluded(stored) => {
+                let number = known.concluded_number(stored);
+                // Where there is no room, the next start of a node concludes the same.
+                if let Some(transition) = transition(kept, report.since, number) {
+                    self.queue.push(transition);
+                }
+            }
         }
         true
     }
 
     fn enqueue(&self, kept: &mut Kept, at: WallTime) {
-        let Some(group) = &kept.group else { return };
-        let is_queued = self.queue.push(Transition {
-            device: kept.device,
-            known: kept.known(),
-            at,
-            reason: kept.reason(),
-            number: 0,
-            group: Arc::clone(group),
-        });
-        if is_queued {
+        let Some(transition) = transition(kept, at, 0) else {
+            return;
+        };
+        if self.queue.push(transition) {
             kept.set_saved();
         } else {
             kept.set_unsaved();
@@ -435,6 +568,9 @@ impl History {
                 {
                     let gone = shard.remove(oldest);
                     self.uncount(&gone);
+                    if gone.is_unsaved() {
+                        self.queue.count_dropped(1);
+                    }
                     index -= usize::from(oldest < index);
                 }
                 if shard.len() == shard.capacity() {
@@ -468,6 +604,29 @@ impl History {
     }
 }
 
+/// How a change gets into the database.
+#[derive(Debug, Clone, Copy)]
+enum Writing {
+    /// It is there.
+    Stored,
+    Queued,
+    /// As the next one after the stored number, since it is about the session of another node: the next word of that
+    /// node counts more.
+    Concluded(u64),
+}
+
+/// `number`: 0 if the queue gives it one.
+fn transition(kept: &Kept, at: WallTime, number: u64) -> Option<Transition> {
+    Some(Transition {
+        device: kept.device,
+        known: kept.known(),
+        at,
+        reason: kept.reason(),
+        number,
+        group: Arc::clone(kept.group.as_ref()?),
+    })
+}
+
 /// Presence of a device as the database has it.
 #[derive(Debug, Clone, Copy)]
 pub struct Stored<'a> {
@@ -482,11 +641,11 @@ fn find(shard: &[Kept], device: DeviceId) -> Result<usize, usize> {
     shard.binary_search_by(|kept| kept.device.cmp(&device))
 }
 
-/// The device that makes room: it is not online, nor waits to be written, and has been so for longest.
+/// The device that makes room: its socket is not here, and it has been away for longest. One whose newest state waits for
+/// room in the queue comes last: the database has an older one.
 fn longest_away(shard: &[Kept]) -> Option<usize> {
-    let away = shard.iter().enumerate();
-    away.filter(|(_, kept)| kept.state() != PresenceState::Online && !kept.is_unsaved())
-        .min_by_key(|(_, kept)| kept.known().since)
+    let away = shard.iter().enumerate().filter(|(_, kept)| !kept.known().is_held());
+    away.min_by_key(|(_, kept)| (kept.is_unsaved(), kept.known().since))
         .map(|(index, _)| index)
 }
 

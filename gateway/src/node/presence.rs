@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use seawall_proto::{
     close::EndReason,
-    id::{DeviceId, Label},
+    id::{DeviceId, Label, SessionId},
     presence::{Cause, Evidence, Known, Presence},
     time::WallTime,
 };
@@ -14,7 +14,7 @@ use seawall_proto::{
 use crate::{
     fleet::{
         events::Body,
-        history::{Began, Offline, groups::Group},
+        history::{Began, Change, Offline},
     },
     node::State,
     session::sessions::Session,
@@ -36,16 +36,27 @@ impl State {
     pub fn note_session(&self, session: &Session) -> Option<u8> {
         let info = &session.info;
         let began = Began {
-            epoch: session.id,
+            session: session.id,
             cohort: &info.cohort,
             tenant: &info.tenant,
             since: info.since,
             at: info.opened_at,
         };
-        let came = self.history.came_online(info.device, began);
+        let came = self
+            .history
+            .came_online(info.device, began, |known| self.epoch_above(known));
         // A device that stays online in a newer session gives no event.
         if !came.was_online {
-            self.note(session, Presence::Online, Reason::CONNECTED, info.since, came.group);
+            let change = Change {
+                known: Known {
+                    epoch: came.epoch,
+                    presence: Presence::Online,
+                    since: info.since,
+                },
+                reason: Reason::CONNECTED,
+                group: came.group,
+            };
+            self.note(session, change, info.since);
         }
         came.returned
     }
@@ -53,7 +64,7 @@ impl State {
     /// A device's newest session ended.
     pub fn note_offline(&self, session: &Session, ended: Ended, at: WallTime) {
         let info = &session.info;
-        let group = if session.is_deleted() {
+        let change = if session.is_deleted() {
             self.history.forget(info.device);
             None
         } else {
@@ -66,14 +77,34 @@ impl State {
             };
             self.history.went_offline(info.device, session.id, offline)
         };
-        let group = group.unwrap_or_else(|| self.history.groups().of(&info.cohort, &info.tenant));
-        self.note(
-            session,
-            Presence::Offline(ended.evidence),
-            ended.reason.into(),
-            at,
-            group,
-        );
+        let change = change.unwrap_or_else(|| Change {
+            known: Known {
+                epoch: session.id,
+                presence: Presence::Offline(ended.evidence),
+                since: at,
+            },
+            reason: ended.reason.into(),
+            group: self.history.groups().of(&info.cohort, &info.tenant),
+        });
+        self.note(session, change, at);
+    }
+
+    /// The database has a state of a device with a greater epoch, `stored`. If the device's socket is here, this node
+    /// claims it: its clock was behind that of the node that reported the other state.
+    pub fn claim(&self, device: DeviceId, stored: SessionId) {
+        let at = self.clock.wall();
+        if let Some(change) = self.history.claim(device, stored, |stored| self.epoch_above(stored)) {
+            tracing::debug!(device.id = %device, "device claimed from a node whose clock is ahead");
+            self.publish(device, None, change, at);
+        }
+    }
+
+    /// Returns an epoch that is greater than one of another node. All later ones are greater as well.
+    fn epoch_above(&self, seen: SessionId) -> SessionId {
+        let at = self.clock.wall();
+        let mut ids = self.sessions.ids();
+        ids.observe(seen, at);
+        ids.next(at)
     }
 
     /// A device is silent, and so are many others of its group: whether it is still there can't be known.
@@ -86,13 +117,12 @@ impl State {
         self.note_change(session, Presence::Online, Reason::HEARD, at);
     }
 
-    /// A device did not return in time after a restart of its node.
-    pub fn note_given_up(&self, device: DeviceId) {
+    /// A device did not return in time after a restart of its node. `concluded_from`: see
+    /// [`Lost`](crate::fleet::history::Lost).
+    pub fn note_given_up(&self, device: DeviceId, concluded_from: Option<u64>) {
         let at = self.clock.wall();
-        if let Some(record) = self.history.give_up(device, at)
-            && let Some(group) = record.group
-        {
-            self.publish(device, None, record.known, Reason::NOT_BACK, at, group);
+        if let Some(change) = self.history.give_up(device, at, concluded_from) {
+            self.publish(device, None, change, at);
         }
     }
 
@@ -108,31 +138,18 @@ impl State {
             presence,
             since: at,
         };
-        if let Some(group) = self.history.handle(session.info.device, report, reason) {
-            self.note(session, presence, reason, at, group);
+        if let Some(change) = self.history.handle(session.info.device, report, reason) {
+            self.note(session, change, at);
         }
     }
 
-    fn note(&self, session: &Session, presence: Presence, reason: Reason, at: WallTime, group: Arc<Group>) {
-        let info = &session.info;
-        let external_id = info.external_id.as_deref().cloned();
-        let known = Known {
-            epoch: session.id,
-            presence,
-            since: at,
-        };
-        self.publish(info.device, external_id, known, reason, at, group);
+    fn note(&self, session: &Session, change: Change, at: WallTime) {
+        let external_id = session.info.external_id.as_deref().cloned();
+        self.publish(session.info.device, external_id, change, at);
     }
 
-    fn publish(
-        &self,
-        device: DeviceId,
-        external_id: Option<Label>,
-        known: Known,
-        reason: Reason,
-        at: WallTime,
-        group: Arc<Group>,
-    ) {
+    fn publish(&self, device: DeviceId, external_id: Option<Label>, change: Change, at: WallTime) {
+        let Change { known, reason, group } = change;
         let state = PresenceState::of(known.presence).as_str();
         self.metrics.presence_changes.increment(state);
         let body = Body::Presence {

@@ -17,11 +17,13 @@ use super::{
     auth::{Caller, Viewer},
     device_view::{Device, Source, presence, registry_unavailable, unless_unavailable},
     extract::{Params, label, page_cursor, page_limit},
+    presence::elsewhere,
     problem::{Code, Problem, ProblemBody},
 };
 use crate::{
     fleet::history::groups::Group,
     node::State as Gateway,
+    session::presence::Presence,
     store::{DeviceFilter, DeviceRow, PresenceState},
 };
 
@@ -123,10 +125,11 @@ async fn registered(api: &Arc<Api>, request: &ListRequest) -> Result<DevicePage,
         }
     };
 
-    // If only devices can match that this node knows, those are looked up.
-    let needs_sight = wanted.needs_sight();
+    // If only devices can match that this node knows, those are looked up, unless the registry has fewer to show.
+    let needs_sight = wanted.needs_sight() && wanted.is_faster_in_memory(gateway);
     // If the database applies the whole filter, one of its pages is one of this list.
-    let chunk = if wanted.presence.is_some() { CHUNK } else { *asked };
+    let is_whole = wanted.presence.is_none() && wanted.firmware.is_none();
+    let chunk = if is_whole { *asked } else { CHUNK };
     let (mut items, mut unreadable) = (Vec::new(), Vec::new());
     let mut scanned = 0;
     loop {
@@ -142,14 +145,21 @@ async fn registered(api: &Arc<Api>, request: &ListRequest) -> Result<DevicePage,
             rows
         };
         unreadable.extend(rows.unreadable);
+        let ids: Vec<DeviceId> = rows.items.iter().map(|row| row.record.id).collect();
+        let mut others = elsewhere(gateway, &ids).await;
         for row in rows.items {
-            if !wanted.wants(&row, gateway) {
+            let other = others.remove(&row.record.id);
+            if !wanted.wants(&row, other.as_ref(), gateway) {
                 continue;
             }
             if items.len() == limit {
                 return Ok(page(items, unreadable, Some(row.record.id)));
             }
-            items.push(Device::of(row, gateway));
+            let mut device = Device::of(row, gateway);
+            if let Some(other) = other {
+                device.take_presence(other);
+            }
+            items.push(device);
         }
         next = rows.next_cursor;
         if next.is_none() || items.len() == limit || scanned >= SCANNED_MAX {
@@ -239,28 +249,53 @@ impl Wanted {
         self.firmware.is_some() || matches!(self.presence, Some(PresenceState::Online | PresenceState::Offline))
     }
 
-    fn wants(&self, row: &DeviceRow, gateway: &Gateway) -> bool {
+    /// Whether memory has fewer candidates of all tenants than the registry has of the wanted ones.
+    fn is_faster_in_memory(&self, gateway: &Gateway) -> bool {
+        if self.stored.tenant.is_none() && self.stored.model.is_none() {
+            return true;
+        }
+        let (mut in_memory, mut registered) = (0, 0);
+        let (groups, _) = gateway.history.groups().all();
+        for (group, counts) in groups {
+            if self.wants_group(&group, Labels::Registered) {
+                in_memory += self.presence.map_or(counts.total(), |state| counts.of(state));
+            }
+            if self.has_labels(&group) {
+                registered += counts.total();
+            }
+        }
+        in_memory <= registered
+    }
+
+    /// `other`: presence of the device, if another node knows more of it.
+    fn wants(&self, row: &DeviceRow, other: Option<&Presence>, gateway: &Gateway) -> bool {
         let record = &row.record;
         let is_same =
             |wanted: &Option<_>, stored: Option<&_>| wanted.as_ref().is_none_or(|wanted| stored == Some(wanted));
         is_same(&self.stored.tenant, Some(&record.tenant))
             && is_same(&self.stored.model, record.model.as_ref())
             && self.stored.state.is_none_or(|state| state == record.state)
-            && self
-                .presence
-                .is_none_or(|wanted| wanted == presence(record.id, gateway).state)
+            && self.presence.is_none_or(|wanted| {
+                let state = other.map_or_else(|| presence(record.id, gateway).state, |other| other.state);
+                wanted == state
+            })
+            && self.firmware.as_ref().is_none_or(|range| {
+                let group = gateway.history.group(record.id);
+                group.is_some_and(|group| range.matches(group.cohort.firmware.as_deref()))
+            })
     }
 
     fn wants_group(&self, group: &Group, labels: Labels) -> bool {
+        let is_version = |range: &Range| range.matches(group.cohort.firmware.as_deref());
+        let has_labels = labels == Labels::Registered || self.has_labels(group);
+        has_labels && self.firmware.as_ref().is_none_or(is_version)
+    }
+
+    fn has_labels(&self, group: &Group) -> bool {
         let is_same = |wanted: &Option<Label>, known: Option<&str>| {
             wanted.as_ref().is_none_or(|wanted| known == Some(wanted.as_str()))
         };
-        let cohort = &group.cohort;
-        let is_version = |range: &Range| range.matches(cohort.firmware.as_deref());
-        let has_labels = labels == Labels::Registered
-            || (is_same(&self.stored.tenant, Some(&group.tenant))
-                && is_same(&self.stored.model, cohort.model.as_deref()));
-        has_labels && self.firmware.as_ref().is_none_or(is_version)
+        is_same(&self.stored.tenant, Some(&group.tenant)) && is_same(&self.stored.model, group.cohort.model.as_deref())
     }
 }
 

@@ -83,7 +83,7 @@ async fn show_device(
     let device = match unless_unavailable(&api.state, registered).await? {
         Some(row) => {
             let mut device = Device::of(row.ok_or_else(no_such_device)?, &api.state);
-            if let Some(newer) = elsewhere(&api.state, id).await {
+            if let Some(newer) = elsewhere(&api.state, &[id]).await.remove(&id) {
                 device.take_presence(newer);
             }
             device

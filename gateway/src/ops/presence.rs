@@ -1,12 +1,15 @@
 //! `GET /presence` and `GET /devices/{id}/history`: counts of devices by presence, and what changed for one of them.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use axum::{Json, extract::State};
 use seawall_proto::{
     epoch::node_of,
     id::DeviceId,
-    presence::{Known, known::lost_by},
+    presence::{
+        Known,
+        gone::{Sign, doubt, fate},
+    },
     time::WallTime,
 };
 use serde::{Deserialize, Serialize};
@@ -24,7 +27,8 @@ use crate::{
     fleet::history::{groups::By, queue::Transition},
     node::State as Gateway,
     session::presence::Presence,
-    store::{EvidenceText, PresenceState, Reason, cause_of},
+    store::{EvidenceText, PresenceState, Reason, StoredPresence, cause_of},
+    tasks::presence_returns::is_alone,
 };
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
@@ -136,8 +140,8 @@ pub struct PresenceChange {
     state: PresenceState,
     /// RFC 3339.
     at: String,
-    /// The session that it is about, as in its welcome frame. Of two changes the one with the greater epoch is the
-    /// newer.
+    /// The session that it is about, as in its welcome frame; greater if the clock of the session's node was behind that
+    /// of another one. Of two changes the one with the greater epoch is the newer.
     epoch: String,
     /// As in a device's `presence`.
     reason: &'static str,
@@ -207,31 +211,49 @@ async fn list_history(
     }))
 }
 
-/// What another node has stored of a device, if that is newer than what this node knows.
-pub async fn elsewhere(gateway: &Gateway, device: DeviceId) -> Option<Presence> {
-    if gateway.config.database_url().sqlite_path().is_some() {
-        // There are no others.
-        return None;
+/// What the database has of devices, where this node knows less: those without a socket here that another node has
+/// seen, or that this node does not remember. None if the database does not answer.
+pub async fn elsewhere(gateway: &Gateway, devices: &[DeviceId]) -> BTreeMap<DeviceId, Presence> {
+    let is_alone = is_alone(gateway);
+    let is_held = |device: DeviceId| gateway.sessions.get(device).is_some();
+    let is_known_best = |device: DeviceId| is_held(device) || (is_alone && gateway.history.group(device).is_some());
+    let asked = devices.iter().copied().filter(|device| !is_known_best(*device));
+    let asked: Vec<DeviceId> = asked.collect();
+    if asked.is_empty() {
+        return BTreeMap::new();
     }
-    let stored = gateway.store.presence_among(&[device]).await.ok()?.pop()?;
-    let known = gateway.history.record(device).map(|record| record.known);
-    let epoch = stored.known.epoch;
-    if known.is_some_and(|known| known.epoch >= epoch) || node_of(epoch) == gateway.boot.node {
-        return None;
-    }
-    let nodes = gateway.store.presence_nodes().await.ok()?;
-    let holder = nodes.iter().find(|node| node.has(epoch));
-    let as_of = gateway.clock.wall();
-    let at = match holder {
-        Some(node) if node.is_live => as_of,
-        Some(node) => as_of - node.age,
-        None => stored.known.since,
+    let Ok(stored) = gateway.store.presence_among(&asked).await else {
+        return BTreeMap::new();
     };
-    let node = holder.map_or("", |node| node.node.as_str());
-    let cause = lost_by(epoch, holder.map(|node| (node.boot, node.is_live)));
-    let lost = cause.and_then(|cause| Some((stored.known.left_behind(cause, at)?, cause.into())));
-    let (known, reason) = lost.unwrap_or((stored.known, stored.reason));
-    Some(Presence::known(known, reason, node, as_of))
+    let Ok(nodes) = gateway.store.presence_nodes().await else {
+        return BTreeMap::new();
+    };
+    let signs: Vec<Sign> = nodes.iter().map(|node| node.sign).collect();
+    let now = gateway.clock.wall();
+    let newer = stored.into_iter().filter(|stored| {
+        let (epoch, known) = (stored.known.epoch, gateway.history.epoch(stored.device));
+        let is_own = node_of(epoch) == gateway.boot.node;
+        let is_known = known > epoch || (known == epoch && is_own);
+        let is_remembered = is_known && gateway.history.group(stored.device).is_some();
+        !is_held(stored.device) && !is_remembered
+    });
+    let presence = |stored: StoredPresence| {
+        let epoch = stored.known.epoch;
+        let holder = nodes.iter().find(|node| node.has(epoch));
+        let cause = if is_alone {
+            fate(epoch, gateway.boot, &signs, true)
+        } else {
+            doubt(epoch, &signs)
+        };
+        // Nothing is known of it since.
+        let written = holder.filter(|node| node.sign.written.is_some());
+        let as_of = written.map_or(now, |node| now - node.age);
+        let lost = cause.and_then(|cause| Some((stored.known.left_behind(cause, as_of)?, cause.into())));
+        let (known, reason) = lost.unwrap_or((stored.known, stored.reason));
+        let node = holder.map_or("", |node| node.node.as_str());
+        (stored.device, Presence::known(known, reason, node, as_of))
+    };
+    newer.map(presence).collect()
 }
 
 /// Changes that are not written yet, newest first.

@@ -36,7 +36,7 @@ use crate::{
         cohorts::Cohorts,
         events::Events,
         faults::Faults,
-        history::History,
+        history::{History, KNOWN_MAX, queue::QUEUE_LEN_MAX},
         last_known_good,
         panics::Panics,
         registry::Registry,
@@ -147,6 +147,8 @@ pub struct Running {
 pub struct Overrides {
     /// Where memory is measured. Only the test measures then.
     pub memory: Option<Sources>,
+    /// Maximum number of changes of presence that wait to be written.
+    pub presence_queue_len_max: Option<usize>,
 }
 
 /// Starts a gateway, which listens when this returns. The settings must be valid.
@@ -245,7 +247,8 @@ async fn start_with(config: Config, overrides: Overrides, life: &Lifecycle) -> R
     let panics = Arc::new(Panics::new(metrics.task_panics.clone(), Arc::clone(&alarms)));
     let breaker = CohortBreaker::new(config.breaker.mode.into());
     let mut ids = ids::load(data_dir.path(), started);
-    let history = History::default();
+    let queue_len_max = overrides.presence_queue_len_max.unwrap_or(QUEUE_LEN_MAX);
+    let history = History::with_bounds(KNOWN_MAX, queue_len_max);
     history.queue().set_boot(started.max(ids.last_mark()));
     let boot = Boot {
         node: ids.node(),
@@ -405,7 +408,7 @@ fn spawn_tasks(state: &Shared, life: &Lifecycle, follows_memory: bool) {
     }
     helper!("certificates", tasks::tls::follow);
     helper!("presence", tasks::presence::write);
-    helper!("stored presence", tasks::presence::restore);
+    helper!("stored presence", tasks::presence_returns::follow);
     helper!("silence", tasks::silence::watch);
     helper!("registry", tasks::registry::guard);
     helper!("faults", tasks::faults::follow);

@@ -359,14 +359,21 @@ impl Sessions {
         self.ids.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes a session the one session of its device, and tells an older one to close (4500). `tell` runs before anybody else's session
-    /// of the device can come or go, so that what it says is said in order: it must be quick, and not ask for sessions.
-    pub fn register(&self, info: SessionInfo, tell: impl FnOnce(&Registered)) -> Registered {
+    /// Makes a session the one session of its device, and tells an older one to close (4500). Its id is greater than
+    /// `known`, the greatest epoch that is known of the device, on whichever node.
+    ///
+    /// `tell` runs before anybody else's session of the device can come or go, so that what it says is said in order: it
+    /// must be quick, and not ask for sessions.
+    pub fn register(&self, info: SessionInfo, known: SessionId, tell: impl FnOnce(&Registered)) -> Registered {
         let device = info.device;
         info.cohort.session_opened();
         let mut shard = self.shard(device);
         // Behind the lock: whichever session of the device comes later has the greater id.
-        let id = self.ids().next(info.since);
+        let id = {
+            let mut ids = self.ids();
+            ids.observe(known, info.since);
+            ids.next(info.since)
+        };
         let session = Arc::new(Session {
             id,
             info,
@@ -495,8 +502,8 @@ mod tests {
     fn a_second_session_replaces_the_first() {
         let (sessions, cohorts) = rig();
 
-        let first = sessions.register(info(&cohorts, 1), |_| {}).session;
-        let second = sessions.register(info(&cohorts, 1), |_| {});
+        let first = sessions.register(info(&cohorts, 1), SessionId(0), |_| {}).session;
+        let second = sessions.register(info(&cohorts, 1), SessionId(0), |_| {});
 
         assert!(matches!(first.take(), Some(Command::Close(Close::Replaced))));
         assert_eq!(second.replaced.map(|older| older.id), Some(first.id));
@@ -505,10 +512,21 @@ mod tests {
     }
 
     #[test]
+    fn session_is_newer_than_what_a_node_with_a_clock_ahead_has_reported() {
+        let (sessions, cohorts) = rig();
+        let hour_ahead = WallTime::from_unix_ms(3_600_000);
+        let known = SessionIds::new(NodeTag(9), None).next(hour_ahead);
+
+        let session = sessions.register(info(&cohorts, 1), known, |_| {}).session;
+
+        assert!(session.id > known);
+    }
+
+    #[test]
     fn a_late_close_does_not_evict_the_newer_session() {
         let (sessions, cohorts) = rig();
-        let first = sessions.register(info(&cohorts, 1), |_| {}).session;
-        let second = sessions.register(info(&cohorts, 1), |_| {}).session;
+        let first = sessions.register(info(&cohorts, 1), SessionId(0), |_| {}).session;
+        let second = sessions.register(info(&cohorts, 1), SessionId(0), |_| {}).session;
 
         assert!(!sessions.unregister(&first, || {}));
 
@@ -521,8 +539,8 @@ mod tests {
     #[test]
     fn cohort_counts_follow_the_newest_session_only() {
         let (sessions, cohorts) = rig();
-        let first = sessions.register(info(&cohorts, 1), |_| {}).session;
-        let second = sessions.register(info(&cohorts, 1), |_| {}).session;
+        let first = sessions.register(info(&cohorts, 1), SessionId(0), |_| {}).session;
+        let second = sessions.register(info(&cohorts, 1), SessionId(0), |_| {}).session;
 
         assert_eq!(second.info.cohort.sessions(), 1);
         sessions.unregister(&first, || {});
@@ -534,7 +552,7 @@ mod tests {
     #[test]
     fn a_full_mailbox_refuses_and_a_close_still_goes_first() {
         let (sessions, cohorts) = rig();
-        let session = sessions.register(info(&cohorts, 1), |_| {}).session;
+        let session = sessions.register(info(&cohorts, 1), SessionId(0), |_| {}).session;
         let message = || Outgoing {
             id: "m".into(),
             body: OutgoingBody::Json("{}".into()),
@@ -555,7 +573,7 @@ mod tests {
     #[test]
     fn messages_in_the_mailbox_of_a_session_that_ends_are_known_to_be_undelivered() {
         let (sessions, cohorts) = rig();
-        let session = sessions.register(info(&cohorts, 1), |_| {}).session;
+        let session = sessions.register(info(&cohorts, 1), SessionId(0), |_| {}).session;
         let (done, mut delivery) = oneshot::channel();
         let message = Outgoing {
             id: "m".into(),
@@ -575,7 +593,7 @@ mod tests {
         let (sessions, cohorts) = rig();
         let cx = Context::from_waker(Waker::noop());
         let at = Observed::from_units;
-        let first = sessions.register(info(&cohorts, 1), |_| {}).session;
+        let first = sessions.register(info(&cohorts, 1), SessionId(0), |_| {}).session;
         let called = |session: &Session| session.poll_call(&cx);
 
         sessions.call_at(&first, at(100));
@@ -586,7 +604,7 @@ mod tests {
         sessions.call_due(at(200));
         assert_eq!(called(&first), Poll::Pending);
 
-        let second = sessions.register(info(&cohorts, 1), |_| {}).session;
+        let second = sessions.register(info(&cohorts, 1), SessionId(0), |_| {}).session;
         sessions.call_at(&first, at(300));
         sessions.call_due(at(300));
         assert_eq!(called(&second), Poll::Pending);

@@ -129,7 +129,7 @@ impl Failures {
 
     /// Notes a row that can't be read, with its device if it has one.
     pub fn note_unreadable(&self, row: &Row, error: &StoreError) {
-        let detail = match row.uuid("id") {
+        let detail = match row.uuid("id").or_else(|_| row.uuid("device")) {
             Ok(device) => format!("the row of device {device}: {}", in_one_line(error)),
             Err(_) => in_one_line(error),
         };

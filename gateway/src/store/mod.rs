@@ -54,8 +54,8 @@ pub use self::{
     },
     plan::PlanReport,
     presence::{
-        PRESENCE_HISTORY_MAX, PRESENCE_PRUNE_MAX, PRESENCE_WRITE_MAX, PresenceNode, PresenceWrite, StoredPresence,
-        StoredTransition,
+        PRESENCE_HISTORY_MAX, PRESENCE_PRUNE_MAX, PRESENCE_WRITE_MAX, PresenceNode, PresencePage, PresenceWrite,
+        StoredPresence, StoredTransition,
     },
     presence_words::{EvidenceText, PresenceState, Reason, cause_of},
     registry_index::IndexRow,

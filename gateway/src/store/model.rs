@@ -27,15 +27,6 @@ pub struct Page<T, C> {
     pub next_cursor: Option<C>,
 }
 
-impl<T, C> Page<T, C> {
-    /// Makes a page of up to `limit + 1` rows. The last one begins the next page.
-    pub(super) fn from_rows(mut items: Vec<T>, limit: u32, cursor: impl FnOnce(&T) -> C) -> Self {
-        let next_cursor = items.get(limit as usize).map(cursor);
-        items.truncate(limit as usize);
-        Self { items, next_cursor }
-    }
-}
-
 /// The actor, action and time of a change. The store itself adds the subject and its states from the rows that it
 /// changes, so that no caller can write a secret there.
 #[derive(Clone, Debug, PartialEq, Eq)]

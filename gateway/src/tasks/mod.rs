@@ -10,6 +10,7 @@ pub mod last_known_good;
 pub mod memory;
 pub mod plan_guard;
 pub mod presence;
+pub mod presence_returns;
 pub mod registry;
 pub mod registry_index;
 pub mod resume;

@@ -18,6 +18,10 @@ pub const RETURN_GRACE: Duration = Duration::from_mins(5);
 /// Span after [`RETURN_GRACE`] over which devices that did not return turn offline, so that not all do at once.
 pub const RETURN_SPREAD: Duration = Duration::from_mins(1);
 
+/// Step between the numbers that a node gives to changes of its own sessions. What another node concludes about them gets
+/// a number in between. So the next word of the node that holds the socket is newer.
+pub const NUMBER_STEP: u64 = 4;
+
 /// State of a device as far as it is known, and the session that it is from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Known {
@@ -69,6 +73,26 @@ impl Known {
         })
     }
 
+    /// Whether the process that reported it holds the device's socket.
+    #[must_use]
+    pub const fn is_held(&self) -> bool {
+        matches!(
+            self.presence,
+            Presence::Online | Presence::Unknown(Cause::Path | Cause::NodeLagging)
+        )
+    }
+
+    /// Number of this state, if another node than the one that held the socket concludes it. `stored`: number of the
+    /// state that it is concluded from.
+    #[must_use]
+    pub fn concluded_number(&self, stored: u64) -> u64 {
+        let step = match self.presence {
+            Presence::Online | Presence::Unknown(_) => 1,
+            Presence::Offline(_) => 2,
+        };
+        stored.max(stored - stored % NUMBER_STEP + step)
+    }
+
     /// The state of a device that did not return in time. `None` if it did, or if nobody waits for it.
     #[must_use]
     pub const fn given_up(&self, at: WallTime) -> Option<Self> {
@@ -102,17 +126,6 @@ impl Boot {
     #[must_use]
     pub fn is_older(&self, session: SessionId) -> bool {
         node_of(session) == self.node && session < self.epoch
-    }
-}
-
-/// Why the socket of a session that another node held is gone. `holder`: the last run of that node, if it has reported
-/// one, and whether it lives. `None`: the node has the socket.
-#[must_use]
-pub fn lost_by(session: SessionId, holder: Option<(Boot, bool)>) -> Option<Cause> {
-    match holder {
-        Some((boot, true)) if boot.is_older(session) => Some(Cause::NodeRestarted),
-        Some((_, true)) => None,
-        Some((_, false)) | None => Some(Cause::NodeLost),
     }
 }
 
@@ -153,20 +166,17 @@ mod tests {
     }
 
     #[test]
-    fn session_of_another_node_is_there_while_the_run_that_holds_it_lives() {
-        let mut ids = SessionIds::new(NodeTag(7), None);
-        let before = ids.next(WallTime::from_unix_ms(1_000));
-        let boot = Boot {
-            node: node_of(before),
-            epoch: ids.next(WallTime::from_unix_ms(2_000)),
-        };
-        let session = ids.next(WallTime::from_unix_ms(3_000));
-
-        assert_eq!(lost_by(session, Some((boot, true))), None);
-        assert_eq!(lost_by(before, Some((boot, true))), Some(Cause::NodeRestarted));
-        for session in [before, session] {
-            assert_eq!(lost_by(session, Some((boot, false))), Some(Cause::NodeLost));
-            assert_eq!(lost_by(session, None), Some(Cause::NodeLost));
+    fn what_another_node_concludes_is_newer_than_the_state_and_older_than_the_next_word_of_its_node() {
+        let (lost, offline) = (known(1, Presence::Unknown(Cause::NodeLost), 1), known(1, RESET, 1));
+        for number in [0, NUMBER_STEP, 40 * NUMBER_STEP] {
+            let concluded = [
+                number,
+                lost.concluded_number(number),
+                offline.concluded_number(lost.concluded_number(number)),
+                number + NUMBER_STEP,
+            ];
+            assert!(concluded.is_sorted_by(|left, right| left < right), "{concluded:?}");
+            assert_eq!(lost.concluded_number(concluded[1]), concluded[1], "concluded twice");
         }
     }
 

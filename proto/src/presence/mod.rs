@@ -3,6 +3,8 @@
 //! A node knows what its own sockets and kernel tell it. Where it cannot trust itself or the network between, it says
 //! [`Presence::Unknown`] with the cause, never a guess.
 
+pub mod batches;
+pub mod gone;
 pub mod groups;
 pub mod known;
 pub mod observer;

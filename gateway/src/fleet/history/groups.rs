@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
 };
 
@@ -14,8 +14,8 @@ use crate::{fleet::cohorts::Cohort, store::PresenceState};
 /// Maximum number of groups with a row of their own. Devices of further ones are counted in a row without names, and
 /// each keeps its group itself.
 pub const GROUPS_MAX: usize = 16_384;
-/// Number of groups without a row.
-const UNNUMBERED: u32 = u32::MAX;
+/// Groups that find no room per search for groups without devices. Each search goes through all rows.
+const MISSES_PER_SEARCH: usize = 1_000;
 
 /// How many devices, by presence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,6 +29,16 @@ impl Counts {
     #[must_use]
     pub const fn total(self) -> u64 {
         self.online + self.offline + self.unknown
+    }
+
+    /// Devices in a state.
+    #[must_use]
+    pub const fn of(self, state: PresenceState) -> u64 {
+        match state {
+            PresenceState::Online => self.online,
+            PresenceState::Offline => self.offline,
+            PresenceState::Unknown => self.unknown,
+        }
     }
 
     const fn plus(self, other: Self) -> Self {
@@ -45,11 +55,9 @@ impl Counts {
 pub struct Group {
     pub cohort: Arc<Cohort>,
     pub tenant: Arc<str>,
-    /// Its bit in [`Matching`].
-    number: AtomicU32,
+    /// Its place in [`Matching`], less than [`GROUPS_MAX`]. `None` if there was no room for a row of its own.
+    number: Option<usize>,
     counts: [AtomicUsize; PresenceState::ALL.len()],
-    /// Where there was no room for a row of its own.
-    is_extra: bool,
 }
 
 /// Key of counts.
@@ -72,7 +80,10 @@ pub struct Groups {
 struct Rows {
     /// By the address of the cohort, which each group keeps.
     by_name: HashMap<(usize, Arc<str>), Arc<Group>>,
-    last_number: u32,
+    /// Numbers of groups that were forgotten.
+    free: Vec<usize>,
+    /// Groups that found no room.
+    missed: usize,
 }
 
 impl Groups {
@@ -83,24 +94,14 @@ impl Groups {
         if let Some(group) = rows.by_name.get(&name) {
             return Arc::clone(group);
         }
-        if rows.by_name.len() >= GROUPS_MAX {
-            rows.forget_empty();
-        }
-        let is_extra = rows.by_name.len() >= GROUPS_MAX;
-        let number = if is_extra {
-            UNNUMBERED
-        } else {
-            rows.last_number += 1;
-            rows.last_number
-        };
+        let number = rows.free_number();
         let group = Arc::new(Group {
             cohort: Arc::clone(cohort),
             tenant: Arc::clone(tenant),
-            number: AtomicU32::new(number),
+            number,
             counts: Default::default(),
-            is_extra,
         });
-        if !is_extra {
+        if number.is_some() {
             rows.by_name.insert(name, Arc::clone(&group));
         }
         group
@@ -117,7 +118,11 @@ impl Groups {
     }
 
     fn counts<'a>(&'a self, group: &'a Group) -> &'a [AtomicUsize; PresenceState::ALL.len()] {
-        if group.is_extra { &self.extra } else { &group.counts }
+        if group.number.is_some() {
+            &group.counts
+        } else {
+            &self.extra
+        }
     }
 
     /// Every group that has devices, with their number, in no order. Devices of groups without a row have none.
@@ -164,10 +169,15 @@ impl Groups {
 
     /// The groups for which `wanted` holds, decided once for each and not for each device.
     pub(super) fn matching<F: Fn(&Group) -> bool>(&self, wanted: F) -> Matching<F> {
-        let rows = self.rows();
-        let mut decided = vec![None; rows.last_number as usize + 1];
-        for group in rows.by_name.values() {
-            decided[group.number.load(Ordering::Relaxed) as usize] = Some(wanted(group));
+        // A connecting device needs the rows as well: nothing is decided behind their lock.
+        let groups: Vec<Arc<Group>> = self.rows().by_name.values().cloned().collect();
+        let len = groups.iter().filter_map(|group| group.number).max();
+        let mut decided = vec![None; len.map_or(0, |max| max + 1)];
+        for group in groups {
+            if let Some(number) = group.number {
+                let is_wanted = wanted(&group);
+                decided[number] = Some((group, is_wanted));
+            }
         }
         Matching { decided, wanted }
     }
@@ -178,29 +188,47 @@ impl Groups {
 }
 
 impl Rows {
-    /// Drops groups that no device belongs to, and numbers the others again.
-    fn forget_empty(&mut self) {
-        self.by_name.retain(|_, group| Arc::strong_count(group) > 1);
-        self.last_number = 0;
-        for group in self.by_name.values() {
-            self.last_number += 1;
-            group.number.store(self.last_number, Ordering::Relaxed);
+    /// The number of a new group, if there is room for one.
+    fn free_number(&mut self) -> Option<usize> {
+        if self.by_name.len() >= GROUPS_MAX {
+            if self.missed.is_multiple_of(MISSES_PER_SEARCH) {
+                self.forget_empty();
+            }
+            self.missed += 1;
         }
+        let has_room = self.by_name.len() < GROUPS_MAX;
+        // Without free numbers, those from 0 on are in use.
+        has_room.then(|| self.free.pop().unwrap_or(self.by_name.len()))
+    }
+
+    /// Drops groups that no device belongs to. The numbers of others stay: pages go by them.
+    fn forget_empty(&mut self) {
+        let free = &mut self.free;
+        self.by_name.retain(|_, group| {
+            let is_used = Arc::strong_count(group) > 1;
+            if !is_used {
+                free.extend(group.number);
+            }
+            is_used
+        });
     }
 }
 
 /// Groups that were decided about.
 pub(super) struct Matching<F> {
-    /// By number. A group that was not there is decided when it is met.
-    decided: Vec<Option<bool>>,
+    /// By number. They are kept, so that a group that gets the number of a forgotten one is not mistaken for it.
+    decided: Vec<Option<(Arc<Group>, bool)>>,
     wanted: F,
 }
 
 impl<F: Fn(&Group) -> bool> Matching<F> {
+    /// Whether the group is wanted. A group that was not there before is decided now.
     pub fn has(&self, group: &Group) -> bool {
-        let number = group.number.load(Ordering::Relaxed) as usize;
-        let decided = self.decided.get(number).copied().flatten();
-        decided.unwrap_or_else(|| (self.wanted)(group))
+        let decided = group.number.and_then(|number| self.decided.get(number)?.as_ref());
+        match decided {
+            Some((decided, is_wanted)) if std::ptr::eq(&raw const **decided, group) => *is_wanted,
+            Some(_) | None => (self.wanted)(group),
+        }
     }
 }
 
@@ -265,8 +293,53 @@ mod tests {
             assert_eq!(matching.has(group), group.tenant.ends_with('7'));
         }
 
-        drop(held);
-        groups.of(&cohort, &"new".into());
+        drop((held, matching));
+        for _ in 0..MISSES_PER_SEARCH {
+            groups.of(&cohort, &"new".into());
+        }
         assert_eq!(groups.rows().by_name.len(), 1, "what nobody belongs to makes room");
+    }
+
+    #[test]
+    fn page_that_began_before_a_clean_up_takes_no_group_for_another() {
+        let (groups, cohorts) = (Groups::default(), Cohorts::new());
+        let cohort = cohorts.intern(None, Some("1"));
+        let kept = groups.of(&cohort, &"kept".into());
+        let mut held: Vec<_> = (1..GROUPS_MAX)
+            .map(|n| groups.of(&cohort, &n.to_string().into()))
+            .collect();
+        let matching = groups.matching(|group| group.tenant.starts_with('7') || &*group.tenant == "kept");
+
+        // Others take their places while the page is read.
+        held.clear();
+        let number = kept.number;
+        let newer: Vec<_> = (0..3 * GROUPS_MAX)
+            .map(|n| groups.of(&cohort, &format!("newer-{n}").into()))
+            .collect();
+
+        assert!(matching.has(&kept) && kept.number == number);
+        assert!(newer.iter().all(|group| !matching.has(group)));
+    }
+
+    #[test]
+    fn groups_that_find_no_room_share_a_clean_up() {
+        let (groups, cohorts) = (Groups::default(), Cohorts::new());
+        let cohort = cohorts.intern(None, Some("1"));
+        let _held: Vec<_> = (0..GROUPS_MAX)
+            .map(|n| groups.of(&cohort, &n.to_string().into()))
+            .collect();
+        let begun = std::time::Instant::now();
+
+        for n in 0..20_000 {
+            groups.of(&cohort, &format!("extra-{n}").into());
+        }
+
+        // A search for each of them takes a minute.
+        assert!(
+            begun.elapsed() < std::time::Duration::from_secs(10),
+            "{:?}",
+            begun.elapsed()
+        );
+        assert_eq!(groups.rows().missed, 20_000);
     }
 }

@@ -8,7 +8,7 @@ use seawall_proto::{
     time::{Instant, WallTime},
 };
 
-use super::{ATTEMPTS_MAX, Attempt, Offline, Record, groups::Group};
+use super::{ATTEMPTS_MAX, Attempt, Change, Offline, Record, groups::Group};
 use crate::{
     fleet::cohorts::Outcome,
     store::{PresenceState, Reason},
@@ -36,9 +36,11 @@ pub(super) struct Kept {
     /// Presence, and [`UNSAVED`].
     state: u8,
     reason: Reason,
-    /// When its last session ended, and how many repeats it was the last of. 0: it did not end here.
+    /// When its last session ended, and how many repeats it was the last of. 0: it did not end here. While it is not
+    /// offline: see [`session`](Self::session).
     ended: u32,
-    /// Of the evidence: the close code, the silence, or the time that was waited.
+    /// Of the evidence: the close code, the silence, or the time that was waited. While it is not offline: see
+    /// [`session`](Self::session).
     detail: u32,
     /// `None` before its first session.
     pub group: Option<Arc<Group>>,
@@ -111,6 +113,26 @@ impl Kept {
         }
     }
 
+    /// The session that the state is about. Its epoch is the session's id; it is greater if this node
+    /// [claimed](Self::set_claim) the device.
+    pub const fn session(&self) -> SessionId {
+        let SessionId(epoch) = self.epoch;
+        match self.state() {
+            PresenceState::Offline => self.epoch,
+            PresenceState::Online | PresenceState::Unknown => {
+                SessionId(epoch - ((self.ended as u64) << 32 | self.detail as u64))
+            }
+        }
+    }
+
+    /// The state is about `session`, although its epoch is greater. For a device that is not offline.
+    pub fn set_claim(&mut self, session: SessionId) {
+        debug_assert_ne!(self.state(), PresenceState::Offline);
+        let ahead = self.epoch.0.saturating_sub(session.0);
+        self.ended = u32::try_from(ahead >> 32).unwrap_or(u32::MAX);
+        self.detail = u32::try_from(ahead & 0xffff_ffff).unwrap_or(u32::MAX);
+    }
+
     /// Replaces what is known of it. The length of a silence is kept up to 18 hours, its pings up to 63.
     pub fn set(&mut self, known: Known, reason: Reason) {
         let after = |earlier: WallTime, max: u32| {
@@ -137,6 +159,7 @@ impl Kept {
         self.state = state;
         self.reason = reason;
         self.detail = detail;
+        self.ended = 0;
     }
 
     pub const fn reason(&self) -> Reason {
@@ -162,11 +185,8 @@ impl Kept {
         self.ended = seconds << REPEATS_BITS | u32::from(repeats).min(REPEATS_MAX);
     }
 
-    pub const fn clear_ended(&mut self) {
-        self.ended = 0;
-    }
-
-    /// When its last session ended here, in whole seconds, and how many repeats it was the last of.
+    /// When its last session ended here, in whole seconds, and how many repeats it was the last of. For a device that is
+    /// offline.
     pub fn ended(&self) -> Option<(Instant, u8)> {
         let seconds = (self.ended >> REPEATS_BITS).checked_sub(1)?;
         let at = Instant::ZERO + Duration::from_secs(seconds.into());
@@ -186,6 +206,15 @@ impl Kept {
     fn attempts(&self) -> Vec<Attempt> {
         let earlier = self.earlier.as_ref().map_or(&[][..], |earlier| &earlier.0);
         earlier.iter().copied().chain(self.latest).map(Attempt::from).collect()
+    }
+
+    /// The last change. `None` before the first session.
+    pub fn change(&self) -> Option<Change> {
+        Some(Change {
+            known: self.known(),
+            reason: self.reason,
+            group: Arc::clone(self.group.as_ref()?),
+        })
     }
 
     pub fn record(&self) -> Record {
@@ -302,12 +331,37 @@ mod tests {
     #[test]
     fn end_of_the_last_session_is_kept_to_the_second() {
         let mut kept = Kept::new(DeviceId::from_uuid(uuid::Uuid::from_u128(1)));
+        let known = |presence| Known {
+            epoch: SessionId(7),
+            presence,
+            since: WallTime::from_unix_ms(1),
+        };
+        kept.set(known(Presence::Offline(Evidence::Reset)), Reason::OTHER);
         assert_eq!(kept.ended(), None);
         kept.set_ended(Instant::from_micros(90_500_000), 200);
         assert_eq!(kept.ended(), Some((Instant::from_micros(90_000_000), 63)));
         kept.set_ended(Instant::ZERO, 0);
         assert_eq!(kept.ended(), Some((Instant::ZERO, 0)));
-        kept.clear_ended();
-        assert_eq!(kept.ended(), None);
+        kept.set(known(Presence::Online), Reason::OTHER);
+        assert_eq!(kept.session(), SessionId(7));
+    }
+
+    #[test]
+    fn claimed_device_keeps_the_session_that_it_is_about() {
+        let mut kept = Kept::new(DeviceId::from_uuid(uuid::Uuid::from_u128(1)));
+        assert_eq!(kept.session(), Known::NEVER_SEEN.epoch);
+        for ahead in [0, 1, 1 << 32, u64::MAX >> 2] {
+            let known = Known {
+                epoch: SessionId(u64::MAX),
+                presence: Presence::Online,
+                since: WallTime::from_unix_ms(1),
+            };
+            kept.set(known, Reason::CONNECTED);
+            assert_eq!(kept.session(), known.epoch);
+
+            kept.set_claim(SessionId(u64::MAX - ahead));
+
+            assert_eq!((kept.session(), kept.known()), (SessionId(u64::MAX - ahead), known));
+        }
     }
 }

@@ -1,8 +1,9 @@
 //! Transitions that are not in the database yet, in the order in which they happened.
 //!
-//! The writer copies the oldest ones, and removes them once they are stored: one that fails is written again. While the
-//! queue is full, further transitions are dropped and counted. [`History`](super::History) keeps the newest state of
-//! each device, and queues it once there is room.
+//! The writer copies the oldest ones, and removes them once they are stored: one that fails is written again. Each has a
+//! position, so that two writers that stored the same ones remove them once. While the queue is full, further
+//! transitions are dropped and counted. [`History`](super::History) keeps the newest state of each device, and queues it
+//! once there is room.
 
 use std::{
     collections::VecDeque,
@@ -12,7 +13,11 @@ use std::{
     },
 };
 
-use seawall_proto::{id::DeviceId, presence::Known, time::WallTime};
+use seawall_proto::{
+    id::DeviceId,
+    presence::{Known, known::NUMBER_STEP},
+    time::WallTime,
+};
 
 use super::groups::Group;
 use crate::store::Reason;
@@ -38,7 +43,7 @@ pub struct Transition {
     /// When it happened. Differs from the state's `since` after a takeover.
     pub at: WallTime,
     pub reason: Reason,
-    /// Greater than that of each earlier transition on this node.
+    /// Greater than that of each earlier transition on this node, unless it is about the session of another node.
     pub number: u64,
     pub group: Arc<Group>,
 }
@@ -57,7 +62,17 @@ pub struct Queue {
 #[derive(Debug)]
 struct Waiting {
     entries: VecDeque<Entry>,
+    /// Position of the oldest entry: the number of those that were removed.
+    front: u64,
     last_number: u64,
+}
+
+/// Entries that follow each other.
+#[derive(Clone, Debug)]
+pub struct Copied {
+    pub entries: Vec<Entry>,
+    /// Position of the first.
+    pub start: u64,
 }
 
 impl Queue {
@@ -65,6 +80,7 @@ impl Queue {
         Self {
             waiting: Mutex::new(Waiting {
                 entries: VecDeque::new(),
+                front: 0,
                 last_number: 0,
             }),
             len_max,
@@ -82,31 +98,51 @@ impl Queue {
             .max(boot.as_unix_ms().saturating_mul(NUMBERS_PER_MS));
     }
 
-    /// Queues a transition, and gives it a number. Returns false if the queue is full.
+    /// Queues a transition, and gives it a number if it has none (0). Returns false if the queue is full.
     pub(super) fn push(&self, mut transition: Transition) -> bool {
         let mut waiting = self.lock();
         if waiting.entries.len() >= self.len_max {
             drop(waiting);
-            self.dropped.fetch_add(1, Ordering::Relaxed);
+            self.count_dropped(1);
             self.is_behind.store(true, Ordering::Relaxed);
             return false;
         }
-        waiting.last_number += 1;
-        transition.number = waiting.last_number;
+        if transition.number == 0 {
+            waiting.last_number += NUMBER_STEP;
+            transition.number = waiting.last_number;
+        }
         waiting.entries.push_back(Entry::Transition(transition));
         true
     }
 
     /// Queues the deletion of a device, even if the queue is full: a deletion needs the database, so few can wait.
+    /// Beyond twice the queue's length it is dropped, and counted.
     pub(super) fn forget(&self, device: DeviceId) {
-        self.lock().entries.push_back(Entry::Forget(device));
+        let mut waiting = self.lock();
+        if waiting.entries.len() < 2 * self.len_max {
+            waiting.entries.push_back(Entry::Forget(device));
+        } else {
+            drop(waiting);
+            self.count_dropped(1);
+        }
     }
 
-    /// Copies the oldest entries, at most `len_max`.
+    /// Position of the oldest entry. It grows with each that is removed.
     #[must_use]
-    pub fn oldest(&self, len_max: usize) -> Vec<Entry> {
+    pub fn front(&self) -> u64 {
+        self.lock().front
+    }
+
+    /// Copies entries from position `from` on, at most `len_max`; from the oldest on if that one was removed.
+    #[must_use]
+    pub fn copy(&self, from: u64, len_max: usize) -> Copied {
         let waiting = self.lock();
-        waiting.entries.iter().take(len_max).cloned().collect()
+        let start = from.max(waiting.front);
+        let skipped = usize::try_from(start - waiting.front).unwrap_or(usize::MAX);
+        Copied {
+            entries: waiting.entries.iter().skip(skipped).take(len_max).cloned().collect(),
+            start,
+        }
     }
 
     /// Copies the transitions of a device, oldest first, since it was forgotten last. Looks at every entry.
@@ -124,10 +160,13 @@ impl Queue {
         found
     }
 
-    /// Removes the oldest entries, which are stored.
-    pub fn remove(&self, len: usize) {
+    /// Removes the entries before position `end`, which are stored. Those that were removed already are not counted
+    /// again.
+    pub fn remove_until(&self, end: u64) {
         let mut waiting = self.lock();
+        let len = usize::try_from(end.saturating_sub(waiting.front)).unwrap_or(usize::MAX);
         let len = len.min(waiting.entries.len());
+        waiting.front += len as u64;
         let stored: Vec<Entry> = waiting.entries.drain(..len).collect();
         if waiting.entries.len() < waiting.entries.capacity() / 8 {
             let len = waiting.entries.len();
@@ -157,6 +196,11 @@ impl Queue {
     #[must_use]
     pub fn room(&self) -> usize {
         self.len_max.saturating_sub(self.len())
+    }
+
+    /// Counts changes that are not stored.
+    pub fn count_dropped(&self, len: u64) {
+        self.dropped.fetch_add(len, Ordering::Relaxed);
     }
 
     /// Transitions dropped since the start.

@@ -70,6 +70,51 @@ async fn killed(args: &[&str]) {
     assert_eq!(counts["items"], json!([tenant]), "{counts}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn device_that_moved_while_its_node_was_dead_stays_online_when_that_returns() {
+    let url = pg::shared().database().await.unwrap();
+    let (home, other_home) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let start = |home: &Path| {
+        let data_dir = home.join("data");
+        let args = ["--database", url.expose()].map(str::to_owned);
+        spawn_blocking(move || start_on(&data_dir, &args))
+    };
+    let mut killed = start(home.path()).await.unwrap();
+    let other = start(other_home.path()).await.unwrap();
+    block_in_place(|| import(&killed, 0..2));
+    let _zero = attempt(killed.addresses.devices, device(0)).await.admitted();
+    let _one = attempt(killed.addresses.devices, device(1)).await.admitted();
+    let metric = |gateway: &GatewayProcess, series: &str| gateway.metric(series).unwrap();
+    eventually(|| metric(&killed, "seawall_presence_devices{state=\"online\"}") == 2).await;
+    eventually(|| metric(&killed, "seawall_presence_queue ") == 0).await;
+    eventually(|| presence(&other, 1)["state"] == "online").await;
+
+    killed.signal(Signal::KILL).unwrap();
+    block_in_place(|| killed.wait(std::time::Duration::from_secs(10))).unwrap();
+    let _moved = attempt(other.addresses.devices, device(0)).await.admitted();
+    eventually(|| metric(&other, "seawall_presence_queue ") == 0).await;
+    let back = start(home.path()).await.unwrap();
+
+    eventually(|| presence(&other, 1)["cause"] == "node_restarted").await;
+    eventually(|| metric(&back, "seawall_presence_queue ") == 0).await;
+    for gateway in [&back, &other] {
+        assert_eq!(presence(gateway, 0)["state"], "online");
+        assert_eq!(presence(gateway, 1)["cause"], "node_restarted");
+    }
+    eventually(|| metric(&back, "seawall_presence_devices{state=\"unknown\"}") == 1).await;
+
+    // The other one returns to the other node.
+    let _returned = attempt(other.addresses.devices, device(1)).await.admitted();
+    eventually(|| presence(&back, 1)["state"] == "online").await;
+    let history = answer(&back, &["devices", "history", &id(1).to_string()]);
+    let items = history["items"].as_array().unwrap();
+    let states: Vec<&str> = items.iter().map(|item| item["state"].as_str().unwrap()).collect();
+    assert_eq!(states, ["online", "unknown", "online"], "{history}");
+    let history = answer(&back, &["devices", "history", &id(0).to_string()]);
+    let items = history["items"].as_array().unwrap();
+    assert!(items.iter().all(|item| item["state"] == "online"), "{history}");
+}
+
 fn start_on(data_dir: &Path, args: &[String]) -> GatewayProcess {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     GatewayProcess::start_on(data_dir, &args).unwrap()

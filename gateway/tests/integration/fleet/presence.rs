@@ -1,11 +1,19 @@
-//! Evidence that a device is offline, and its absence.
+//! Evidence that a device is offline, and its absence; changes that a slow database gets late.
 
-use seawall_proto::{close::Close, presence::Evidence};
+use std::sync::Arc;
+
+use seawall_gateway::fleet::history::{Began, Offline};
+use seawall_proto::{
+    close::{Close, EndReason},
+    presence::{Evidence, Presence},
+};
+use sqlx::{Connection as _, Executor as _, PgConnection};
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::harness::{
     devices::{device, id},
     gateway::Gateway,
+    pg,
     wait::eventually,
 };
 
@@ -35,4 +43,99 @@ async fn every_end_of_a_session_has_its_evidence() {
     assert_eq!(evidence(2), closed(4003, false));
     assert_eq!(evidence(3), closed(1003, false));
     drop((ordered.next_frame().await, binary.next_frame().await));
+}
+
+/// Devices that change often, and devices whose changes find no room in the queue.
+const CHANGING: u32 = 100;
+const DROPPED: u32 = 20;
+/// Changes of each of the former.
+const CHANGES: usize = 6;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_database_gets_all_in_order_and_the_newest_state_of_what_found_no_room() {
+    let url = pg::shared().database().await.unwrap();
+    let gateway = Gateway::start_with_presence_queue(CHANGING as usize * CHANGES, &url).await;
+    eventually(|| {
+        gateway
+            .shared
+            .is_presence_restored
+            .load(std::sync::atomic::Ordering::Relaxed)
+    })
+    .await;
+    gateway.register(0..CHANGING + DROPPED).await;
+    let mut connection = PgConnection::connect(url.expose()).await.unwrap();
+    // 600 of them take longer than a call may.
+    let slow = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS \
+                'BEGIN PERFORM pg_sleep(0.01); RETURN NEW; END'; \
+                CREATE TRIGGER slow BEFORE INSERT ON presence_history FOR EACH ROW EXECUTE FUNCTION slow()";
+    connection.execute(sqlx::raw_sql(slow)).await.unwrap();
+    let history = &gateway.shared.history;
+
+    for round in 0..CHANGES / 2 {
+        for number in 0..CHANGING {
+            change(&gateway, number, round % 2 == 0);
+        }
+    }
+    for number in CHANGING..CHANGING + DROPPED {
+        change(&gateway, number, true);
+    }
+    let dropped = u64::from(2 * DROPPED);
+    // A part of them may have been written by now.
+    assert!(history.queue().dropped() <= dropped);
+    let is_alarmed = || {
+        let active = gateway.shared.alarms.active();
+        active.iter().any(|(kind, ..)| *kind == "presence_queue")
+    };
+    eventually(is_alarmed).await;
+    let len = history.queue().len();
+    eventually(|| history.queue().len() < len).await;
+    connection
+        .execute(sqlx::raw_sql("DROP TRIGGER slow ON presence_history"))
+        .await
+        .unwrap();
+    eventually(|| history.queue().is_empty() && !history.queue().is_behind()).await;
+    eventually(|| !is_alarmed()).await;
+    assert!(history.queue().dropped() > 0);
+
+    for number in 0..CHANGING + DROPPED {
+        let stored = gateway.shared.store.presence_history(id(number), 100).await.unwrap();
+        let newest = gateway.shared.store.presence_among(&[id(number)]).await.unwrap();
+        let known = history.record(id(number)).unwrap().known;
+        assert_eq!((newest[0].known, stored[0].known.presence), (known, known.presence));
+        if number < CHANGING {
+            let online = stored.iter().map(|row| row.known.presence == Presence::Online);
+            assert!(online.eq([false, true].repeat(CHANGES / 2)), "{stored:?}");
+        }
+    }
+    gateway.stop().await;
+}
+
+/// A session of a device begins and ends.
+fn change(gateway: &Gateway, number: u32, is_reset: bool) {
+    let shared = &gateway.shared;
+    let at = shared.clock.wall();
+    let session = shared.sessions.ids().next(at);
+    let began = Began {
+        session,
+        cohort: &shared.cohorts.intern(None, Some("1.0.0")),
+        tenant: &Arc::from("default"),
+        since: at,
+        at: shared.clock.now(),
+    };
+    shared.history.came_online(id(number), began, |known| known);
+    let offline = Offline {
+        since: at,
+        at: shared.clock.now(),
+        reason: EndReason::ClientGone,
+        evidence: if is_reset {
+            Evidence::Reset
+        } else {
+            Evidence::Closed {
+                code: 1000,
+                by_device: true,
+            }
+        },
+        repeats: 0,
+    };
+    shared.history.went_offline(id(number), session, offline).unwrap();
 }

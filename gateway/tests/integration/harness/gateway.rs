@@ -51,8 +51,20 @@ impl Gateway {
 
     /// With memory from these sources, which only the test measures.
     pub async fn start_with_memory(sources: Sources, settings: &str) -> Self {
-        let overrides = Overrides { memory: Some(sources) };
+        let overrides = Overrides {
+            memory: Some(sources),
+            ..Overrides::default()
+        };
         Self::start_over(overrides, tempfile::tempdir().unwrap(), None, settings).await
+    }
+
+    /// With room for few changes of presence that wait to be written.
+    pub async fn start_with_presence_queue(len_max: usize, database: &DatabaseUrl) -> Self {
+        let overrides = Overrides {
+            presence_queue_len_max: Some(len_max),
+            ..Overrides::default()
+        };
+        Self::start_over(overrides, tempfile::tempdir().unwrap(), Some(database), "").await
     }
 
     /// In `data` of a directory that may have files already.

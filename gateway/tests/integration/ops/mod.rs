@@ -14,6 +14,7 @@ mod listener;
 mod messages;
 mod names;
 mod presence;
+mod presence_nodes;
 mod proposals;
 mod rig;
 mod rollouts;

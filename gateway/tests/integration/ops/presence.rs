@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use sqlx::{AssertSqlSafe, Connection as _, SqliteConnection};
 
 use super::{
     events::Stream,
@@ -13,16 +14,16 @@ use crate::harness::pg::Cluster;
 /// A change is seen within this time.
 const SEEN_WITHIN: Duration = Duration::from_secs(1);
 
-fn presence(gateway: &Gateway, id: &str) -> Value {
+pub fn presence(gateway: &Gateway, id: &str) -> Value {
     gateway.get(&format!("/api/v1/devices/{id}")).json()["presence"].clone()
 }
 
-fn history(gateway: &Gateway, id: &str) -> Value {
+pub fn history(gateway: &Gateway, id: &str) -> Value {
     gateway.get(&format!("/api/v1/devices/{id}/history")).json()
 }
 
 /// States of a history, newest first.
-fn states(history: &Value) -> Vec<String> {
+pub fn states(history: &Value) -> Vec<String> {
     history["items"]
         .as_array()
         .unwrap()
@@ -201,6 +202,38 @@ fn deleted_device_leaves_nothing_behind() {
     gateway.eventually(|| gateway.state().sessions.is_empty() && gateway.state().history.queue().is_empty());
     assert_eq!(history(&gateway, &id)["items"], json!([]));
     assert_eq!(gateway.state().history.groups().total().total(), 0);
+}
+
+#[test]
+fn change_that_the_database_refuses_is_skipped_and_counted_and_others_are_stored() {
+    let gateway = Gateway::start();
+    let (bad, bad_secret) = gateway.register(json!({}));
+    let file = gateway.state().config.database_url().sqlite_path().unwrap().to_owned();
+    let hex = bad.replace('-', "").to_uppercase();
+    let trigger = format!(
+        "CREATE TRIGGER refuse BEFORE INSERT ON presence_history WHEN hex(new.device) = '{hex}' \
+         BEGIN SELECT RAISE(ABORT, 'not this one'); END"
+    );
+    gateway.block_on(async {
+        let mut connection = SqliteConnection::connect(&format!("sqlite:{}", file.display()))
+            .await
+            .unwrap();
+        sqlx::raw_sql(AssertSqlSafe(trigger))
+            .execute(&mut connection)
+            .await
+            .unwrap();
+    });
+
+    let _bad = gateway.connect(&bad, &bad_secret, &[V1]);
+    let others: Vec<_> = (0..3).map(|_| gateway.connected(&[V1])).collect();
+
+    gateway.eventually(|| gateway.state().history.queue().is_empty());
+    gateway.eventually(|| gateway.metric("seawall_dropped_total{buffer=\"presence\"}") == 1);
+    for (id, _) in &others {
+        assert_eq!(states(&history(&gateway, id)), ["online"]);
+    }
+    assert_eq!(history(&gateway, &bad)["items"], json!([]));
+    assert_eq!(presence(&gateway, &bad)["state"], "online");
 }
 
 #[test]
