@@ -70,7 +70,7 @@ pub async fn on_postgres() -> (Cluster, DatabaseUrl, Gateway) {
     let cluster = Cluster::start().unwrap();
     let url = cluster.database().await.unwrap();
     let gateway = Gateway::start_on(Some(&url), "").await;
-    eventually(|| gateway.shared.readiness().ready).await;
+    gateway.settled().await;
     // The first probes are also statements.
     eventually(|| gateway.shared.lookups.state().breaker == BreakerState::Closed).await;
     (cluster, url, gateway)

@@ -39,9 +39,14 @@ impl Gateway {
     /// On a new SQLite database, with these settings (TOML) over the defaults, and ready.
     pub async fn start(settings: &str) -> Self {
         let gateway = Self::start_on(None, settings).await;
-        // On a busy machine it listens before.
-        eventually(|| gateway.shared.readiness().ready).await;
+        gateway.settled().await;
         gateway
+    }
+
+    /// Waits until it is ready, and has read the registry for its index. On a busy machine both come after the start:
+    /// the index would have devices that the test registers, and doubts about those that it deletes.
+    pub async fn settled(&self) {
+        eventually(|| self.shared.readiness().ready && self.shared.registry.index_read().is_some()).await;
     }
 
     /// On a database that may be shared.
