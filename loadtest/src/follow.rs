@@ -111,7 +111,7 @@ fn read_events(
                 if let Some(id) = text.strip_prefix("id:") {
                     last_id = Some(id.trim().to_owned());
                 } else if let Some(data) = text.strip_prefix("data:") {
-                    handle(data.trim(), places, recorder);
+                    handle(data.trim(), places, recorder, || ops.unknown_devices());
                 }
                 line.clear();
             }
@@ -121,7 +121,13 @@ fn read_events(
 }
 
 /// An event that is not about presence, or about another device, is passed over.
-fn handle(data: &str, places: &BTreeMap<Uuid, usize>, recorder: &Recorder) {
+/// `unknown`: asks for the devices that are listed as unknown.
+fn handle(
+    data: &str,
+    places: &BTreeMap<Uuid, usize>,
+    recorder: &Recorder,
+    unknown: impl FnOnce() -> Result<Vec<Uuid>>,
+) {
     let Ok(event) = serde_json::from_str::<Published>(data) else {
         return;
     };
@@ -138,7 +144,14 @@ fn handle(data: &str, places: &BTreeMap<Uuid, usize>, recorder: &Recorder) {
                 recorder.published(*place, state, now);
             }
         }
-        "presence_group" => recorder.group_published(),
+        "presence_group" => {
+            // A server that does not answer says nothing new.
+            if let Ok(unknown) = unknown() {
+                let unknown = unknown.iter().filter_map(|device| places.get(device).copied());
+                let is_held = event.state.as_deref() == Some("held");
+                recorder.group_published(is_held, &unknown.collect(), now);
+            }
+        }
         "missed" => recorder.missed(),
         _ => {}
     }
@@ -163,12 +176,18 @@ mod tests {
             format!(r#"{{"id":1,"at":"x","type":"presence","device":"{known}","state":"offline","reason":"reset"}}"#),
             format!(r#"{{"type":"presence","device":"{other}","state":"offline"}}"#),
             format!(r#"{{"type":"presence","device":"{known}","state":"unknown","reason":"path"}}"#),
-            r#"{"type":"presence_group","group":"node","device":null}"#.to_owned(),
+            r#"{"type":"presence_group","group":"node","state":"held","device":null}"#.to_owned(),
+            r#"{"type":"presence_group","group":"node","state":"released"}"#.to_owned(),
             r#"{"type":"missed"}"#.to_owned(),
             r#"{"type":"alarm","state":"raised"}"#.to_owned(),
             "no JSON".to_owned(),
         ] {
-            handle(&data, &places, &recorder);
+            let listed = if data.contains("held") {
+                vec![known, other]
+            } else {
+                Vec::new()
+            };
+            handle(&data, &places, &recorder, || Ok(listed));
         }
 
         let total = recorder.presence(now).unwrap();

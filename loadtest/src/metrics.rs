@@ -70,6 +70,17 @@ struct PresenceAnswer {
 }
 
 #[derive(Debug, Deserialize)]
+struct DevicePage {
+    items: Vec<ListedDevice>,
+    next_cursor: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct ListedDevice {
+    id: uuid::Uuid,
+}
+
+#[derive(Debug, Deserialize)]
 struct PresenceItem {
     online: u64,
     offline: u64,
@@ -145,6 +156,24 @@ impl Ops {
             offline: sum.offline + item.offline,
             unknown: sum.unknown + item.unknown,
         }))
+    }
+
+    /// The devices that are listed as unknown.
+    ///
+    /// # Errors
+    /// No answer, or one that is not understood.
+    pub fn unknown_devices(&self) -> Result<Vec<uuid::Uuid>> {
+        let mut found = Vec::new();
+        let mut cursor = String::new();
+        loop {
+            let answer = self.get(&format!("/api/v1/devices?state=unknown&limit=1000{cursor}"))?;
+            let page: DevicePage = serde_json::from_str(&answer).context("reading a page of devices")?;
+            found.extend(page.items.into_iter().map(|item| item.id));
+            match page.next_cursor {
+                Some(next) => cursor = format!("&cursor={next}"),
+                None => return Ok(found),
+            }
+        }
     }
 
     /// Blocks. Opens the stream of events, after the event of this id if one is given.

@@ -36,6 +36,37 @@ impl Instant {
     }
 }
 
+/// Monotonic time in tenths of a second, since the same origin.
+///
+/// Four bytes, since every session has several. It ends after 13 years.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Tenths(u32);
+
+impl Tenths {
+    /// Later than every time that can be reached.
+    pub const FAR_FUTURE: Self = Self(u32::MAX);
+
+    const MICROS: u64 = 100_000;
+
+    /// The last tenth that has begun at `at`.
+    #[must_use]
+    pub fn begun(at: Instant) -> Self {
+        Self(u32::try_from(at.0 / Self::MICROS).unwrap_or(u32::MAX - 1))
+    }
+
+    /// The first tenth that does not begin before `at`.
+    #[must_use]
+    pub fn not_before(at: Instant) -> Self {
+        Self(u32::try_from(at.0.div_ceil(Self::MICROS)).unwrap_or(u32::MAX))
+    }
+
+    /// Its beginning.
+    #[must_use]
+    pub const fn begin(self) -> Instant {
+        Instant(self.0 as u64 * Self::MICROS)
+    }
+}
+
 /// Saturates at [`Instant::FAR_FUTURE`].
 impl Add<Duration> for Instant {
     type Output = Self;

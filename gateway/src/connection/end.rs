@@ -21,11 +21,12 @@ pub(super) enum End {
     BadGoodbye,
     /// The connection broke.
     Gone,
-    /// The peer does not read.
+    /// The peer is there, and does not read.
     Slow,
-    /// The peer did not read in time what would tell it that its session ends for this reason.
+    /// The peer did not read in time what would tell it that its session ends for this reason, with this close code.
     Unheard {
         reason: EndReason,
+        code: u16,
         /// Bytes written when it began to be waited for.
         written: u64,
     },
@@ -65,7 +66,15 @@ impl End {
                 code: Close::Protocol.code(),
                 by_device: true,
             },
-            Self::Gone | Self::Slow | Self::Unheard { .. } => Evidence::Reset,
+            Self::Slow => Evidence::Closed {
+                code: Close::Policy.code(),
+                by_device: false,
+            },
+            Self::Unheard { code, .. } => Evidence::Closed {
+                code: *code,
+                by_device: false,
+            },
+            Self::Gone => Evidence::Reset,
         }
     }
 }

@@ -11,14 +11,14 @@ use std::{
 };
 
 use seawall_proto::{
-    close::EndReason,
+    close::{Close, EndReason},
     cohorts::Figure,
     frame::ErrorCode,
     hello::SessionKind,
     id::SessionId,
     presence::{groups::GRACE, observer::HEALTH_WORST},
     resume::{Grant, Minted},
-    session::{self, Action, OutBody, Received, Silence},
+    session::{self, Action, Moment, OutBody, Received, Silence},
 };
 use tokio::{sync::oneshot, time::timeout};
 use tokio_tungstenite::tungstenite::protocol::frame::{
@@ -116,7 +116,8 @@ impl Live {
         connection: Share,
     ) -> Self {
         let shared = online.shared();
-        shared.sessions.call_at(online.session(), machine.poll_timeout());
+        let next = machine.poll_timeout(shared.observer.moment());
+        shared.sessions.call_at(online.session(), next);
         // On a path that broke the kernel would end the connection of a held device, as if it were offline.
         let silent_max = shared.session_limits.silence_max() * (1 + u32::from(HEALTH_WORST));
         stream.keep_unacknowledged_for(silent_max + GRACE + RELEASE_MAX);
@@ -147,7 +148,7 @@ impl Live {
                     Step::End(end) => break end,
                     Step::Write => {
                         self.waited_for_peer = true;
-                        if let Err(end) = Box::pin(self.act_until_ordered()).await {
+                        if let Err(end) = Box::pin(self.act_or_outlast()).await {
                             break end;
                         }
                     }
@@ -195,6 +196,14 @@ impl Live {
         Poll::Ready(None)
     }
 
+    /// As [`act_until_ordered`](Self::act_until_ordered). A peer out of reach has as much time as any silent device.
+    async fn act_or_outlast(&mut self) -> Result<(), End> {
+        match self.act_until_ordered().await {
+            Err(End::Slow) if self.socket.is_out_of_reach() => self.outlast().await,
+            acted => acted,
+        }
+    }
+
     /// A peer that does not read must not hold up an order to end its session: then what is being written gets a moment more.
     async fn act_until_ordered(&mut self) -> Result<(), End> {
         let handle = Arc::clone(self.online.session());
@@ -219,8 +228,50 @@ impl Live {
                 } else {
                     EndReason::SlowReader
                 },
+                code: self.machine.pending_close().unwrap_or(&Close::Policy).code(),
                 written,
             }),
+        }
+    }
+
+    /// The peer takes nothing, and nothing comes from its machine: the path to it may be broken. So it is treated as any
+    /// other device that is silent. Returns once it takes something again.
+    async fn outlast(&mut self) -> Result<(), End> {
+        let handle = Arc::clone(self.online.session());
+        let written = self.socket.written();
+        loop {
+            let now = self.online.shared().observer.moment();
+            self.machine.handle_stalled(now.observed);
+            self.call_later(now);
+            while let Some(action) = self.machine.poll_silence() {
+                if let Action::Close(close) = action {
+                    return Err(End::Closed(close));
+                }
+                self.handle_silence(&action);
+            }
+            let event = poll_fn(|cx| match handle.poll_order(cx) {
+                Poll::Ready(call) => Poll::Ready(Ok(call)),
+                Poll::Pending => self.socket.poll_flush(cx).map(Err),
+            });
+            match event.await {
+                Err(flushed) => return flushed.map_err(End::from),
+                Ok(Call::Mail) => {
+                    self.obey();
+                    return Err(End::Unheard {
+                        reason: self.online.order(),
+                        code: self.machine.pending_close().unwrap_or(&Close::Policy).code(),
+                        written,
+                    });
+                }
+                Ok(Call::Due) => self.tick(),
+            }
+            self.waited_for_peer = true;
+            if self.socket.written() != written {
+                return Ok(());
+            }
+            if !self.socket.is_out_of_reach() {
+                return Err(End::Slow);
+            }
         }
     }
 
@@ -354,6 +405,9 @@ impl Live {
     }
 
     fn count_bytes(&self, direction: &'static str, len: usize) {
+        if len == 0 {
+            return;
+        }
         let len = u64::try_from(len).unwrap_or(u64::MAX);
         self.online.shared().metrics.session_bytes.add(direction, len);
         self.online.session().info.cohort.count(Figure::Bytes, len);
@@ -362,31 +416,42 @@ impl Live {
     fn tick(&mut self) {
         let shared = self.online.shared();
         let observer = &shared.observer;
+        let now = observer.moment();
         // A peer that does not read delays its own pings, and says nothing about this node.
-        if !std::mem::take(&mut self.waited_for_peer) {
-            let lag = observer.note_ping(self.machine.poll_timeout());
-            shared.metrics.heartbeat_lag_seconds.record(lag);
+        let has_waited = std::mem::take(&mut self.waited_for_peer);
+        if let Some(after) = self.machine.ping_lag(now.real)
+            && !has_waited
+        {
+            shared.metrics.heartbeat_lag_seconds.record(observer.note_ping(after));
         }
-        self.machine.handle_timeout(observer.moment(), observer.health());
-        shared
-            .sessions
-            .call_at(self.online.session(), self.machine.poll_timeout());
+        self.machine.handle_timeout(now, observer.health());
+        self.call_later(now);
+    }
+
+    /// Has this task called when the machine wants it.
+    fn call_later(&self, now: Moment) {
+        let next = self.machine.poll_timeout(now);
+        self.online.shared().sessions.call_at(self.online.session(), next);
     }
 
     /// What the machine wants done about a device that is silent, or was.
     fn handle_silence(&mut self, action: &Action) {
         let (shared, session) = (self.online.shared(), self.online.session());
-        let (silence, now) = (&shared.silence, shared.observer.now());
+        let (silence, moment) = (&shared.silence, shared.observer.moment());
+        let now = moment.observed;
         match action {
             Action::Silent => silence.handle_silent(session),
             Action::Suspect => silence.handle_suspect(session.id, now),
-            Action::HeardAgain => silence.handle_heard(session.id, || {
+            Action::HeardAgain => silence.handle_heard(session.id, |heard| {
                 if !session.is_closing() {
-                    shared.note_resolved(session, shared.clock.wall());
+                    shared.note_resolved(session, heard, shared.clock.wall());
                 }
             }),
             Action::AskKernel => {
-                let found = self.machine.handle_kernel(self.socket.kernel_view(), now);
+                let mut view = self.socket.kernel_view();
+                // While nothing can be written nothing is read: what lies unread may be older than the silence.
+                view.has_unread &= !(self.waited_for_peer && view.last_data.is_some());
+                let found = self.machine.handle_kernel(view, now);
                 shared.metrics.silence_checks.increment(found.as_str());
             }
             Action::AskGroups => {
@@ -402,7 +467,7 @@ impl Live {
             | Action::RenewToken
             | Action::Close(_) => {}
         }
-        shared.sessions.call_at(session, self.machine.poll_timeout());
+        self.call_later(moment);
     }
 
     /// Into the event buffer; a full one means no acknowledgement, so that the device keeps its message.

@@ -45,7 +45,7 @@ impl Online {
         let known = shared.history.epoch(info.device);
         let registered = shared.sessions.register(info, known, |registered| {
             let session = &registered.session;
-            let returned = shared.note_session(session);
+            let returned = shared.note_session(session, registered.replaced.as_deref());
             // A session that is replaced has not ended yet.
             let of_replaced = registered
                 .replaced

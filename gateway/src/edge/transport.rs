@@ -58,12 +58,19 @@ impl Transport {
     #[must_use]
     pub fn kernel_view(&self) -> KernelView {
         let tcp = self.tcp();
-        let (last_data, round_trip) = timing(tcp).unzip();
+        let timing = timing(tcp);
         KernelView {
             has_unread: has_unread(tcp),
-            last_data,
-            round_trip,
+            last_data: timing.map(|timing| timing.last_data),
+            round_trip: timing.map(|timing| timing.round_trip),
         }
+    }
+
+    /// Time since anything came from the client's machine, be it the acknowledgement of a probe. `None` where the
+    /// kernel does not tell.
+    #[must_use]
+    pub fn last_segment(&self) -> Option<Duration> {
+        timing(self.tcp()).map(|timing| timing.last_data.min(timing.last_ack))
     }
 
     /// Whether the client has left, as far as the kernel knows.
@@ -130,10 +137,20 @@ pub fn has_unread(tcp: &TcpStream) -> bool {
     peeked.is_ok_and(|len| len > 0)
 }
 
-/// Time since the last data came in, and the smoothed round-trip time (`TCP_INFO`).
+/// What the kernel knows of a connection's times (`TCP_INFO`).
+#[derive(Clone, Copy)]
+struct Timing {
+    /// Time since the last data came in.
+    last_data: Duration,
+    /// Time since the last acknowledgement came in.
+    last_ack: Duration,
+    /// Smoothed round-trip time.
+    round_trip: Duration,
+}
+
 #[cfg(target_os = "linux")]
 #[expect(unsafe_code, reason = "no safe wrapper of TCP_INFO exists")]
-fn timing(tcp: &TcpStream) -> Option<(Duration, Duration)> {
+fn timing(tcp: &TcpStream) -> Option<Timing> {
     let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
     let mut len = libc::socklen_t::try_from(size_of::<libc::tcp_info>()).ok()?;
     // SAFETY: the descriptor is open for as long as `tcp` is borrowed, and the kernel writes at most `len` bytes into
@@ -152,13 +169,16 @@ fn timing(tcp: &TcpStream) -> Option<(Duration, Duration)> {
     }
     // SAFETY: a struct of integers, all of whose bytes were zero before the kernel wrote some of them.
     let info = unsafe { info.assume_init() };
-    let last_data = Duration::from_millis(info.tcpi_last_data_recv.into());
-    Some((last_data, Duration::from_micros(info.tcpi_rtt.into())))
+    Some(Timing {
+        last_data: Duration::from_millis(info.tcpi_last_data_recv.into()),
+        last_ack: Duration::from_millis(info.tcpi_last_ack_recv.into()),
+        round_trip: Duration::from_micros(info.tcpi_rtt.into()),
+    })
 }
 
 /// Only Linux tells.
 #[cfg(not(target_os = "linux"))]
-const fn timing(_: &TcpStream) -> Option<(Duration, Duration)> {
+const fn timing(_: &TcpStream) -> Option<Timing> {
     None
 }
 

@@ -4,9 +4,10 @@ use std::{
     borrow::Cow,
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use seawall_proto::time::WallTime;
+use seawall_proto::time::{Instant, WallTime};
 use serde_json::json;
 
 use crate::{
@@ -23,10 +24,17 @@ pub const NODE: &str = "node";
 /// Active alarms of this node, one per kind and subject.
 #[derive(Debug)]
 pub struct Alarms {
-    active: Mutex<BTreeMap<Key, Active>>,
+    conditions: Mutex<Conditions>,
     events: Arc<Events>,
     webhook: Arc<Webhook>,
     clock: Clock,
+}
+
+#[derive(Debug, Default)]
+struct Conditions {
+    active: BTreeMap<Key, Active>,
+    /// Since when a condition is other than its alarm says, where that has to last: see [`Hold`].
+    changing: BTreeMap<Key, Instant>,
 }
 
 type Key = (&'static str, String);
@@ -52,35 +60,65 @@ pub enum Severity {
 
 use Severity::{Critical, Warning};
 
+/// How long a condition lasts before its alarm is raised, and how long it is over before the alarm ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Hold {
+    raise_after: Duration,
+    end_after: Duration,
+}
+
+/// For conditions that decide themselves when they begin and end.
+const AT_ONCE: Hold = Hold {
+    raise_after: Duration::ZERO,
+    end_after: Duration::ZERO,
+};
+/// For conditions that come and go: one alarm and not many.
+const END_LATER: Hold = Hold {
+    end_after: Duration::from_secs(60),
+    ..AT_ONCE
+};
+/// For a node that was late once: that is over before an operator could look.
+const LATE_NODE: Hold = Hold {
+    raise_after: Duration::from_secs(10),
+    ..END_LATER
+};
+
 /// Every kind of alarm, with its usual action. docs/OPERATIONS.md has a runbook for each.
-const KINDS: [(&str, Severity, Option<&str>); 27] = [
-    ("lookups_fail", Critical, Some("seawall doctor")),
-    ("database_refuses", Critical, Some("seawall doctor")),
-    ("database_file", Critical, Some("seawall doctor")),
-    ("registry_unreadable", Critical, Some("seawall doctor")),
-    ("registry_older", Critical, Some("seawall audit")),
-    ("registry_shrunken", Critical, Some("seawall devices list")),
-    ("rules_unsupported", Critical, Some("seawall rules list")),
-    ("rules_lost", Critical, Some("seawall rules list")),
-    ("disk_full", Critical, Some("df -h -i")),
-    ("disk_read_only", Critical, Some("seawall doctor")),
-    ("memory_short", Critical, Some("seawall nodes")),
-    ("bad_cohort", Critical, Some("seawall proposals list")),
-    ("admission_ceiling", Warning, Some("seawall config show")),
-    ("certificate_expires", Warning, Some("seawall config show")),
-    ("costly_cohort", Warning, Some("seawall firmware")),
-    ("duplicate_id", Warning, None),
-    ("node_lagging", Warning, Some("seawall nodes")),
-    ("panic", Warning, None),
-    ("plan", Warning, Some("seawall doctor")),
-    ("presence_group", Warning, Some("seawall nodes")),
-    ("presence_queue", Warning, Some("seawall doctor")),
-    ("rollout_halted", Warning, None),
-    ("rules_conflict", Warning, Some("seawall rules list")),
-    ("rules_local", Warning, Some("seawall doctor")),
-    ("revocation_list_out_of_date", Warning, Some("seawall config show")),
-    ("task_failed", Warning, None),
-    ("tls_files", Warning, Some("seawall config show")),
+const KINDS: [(&str, Severity, Option<&str>, Hold); 29] = [
+    ("lookups_fail", Critical, Some("seawall doctor"), AT_ONCE),
+    ("database_refuses", Critical, Some("seawall doctor"), AT_ONCE),
+    ("database_file", Critical, Some("seawall doctor"), AT_ONCE),
+    ("registry_unreadable", Critical, Some("seawall doctor"), AT_ONCE),
+    ("registry_older", Critical, Some("seawall audit"), AT_ONCE),
+    ("registry_shrunken", Critical, Some("seawall devices list"), AT_ONCE),
+    ("rules_unsupported", Critical, Some("seawall rules list"), AT_ONCE),
+    ("rules_lost", Critical, Some("seawall rules list"), AT_ONCE),
+    ("disk_full", Critical, Some("df -h -i"), AT_ONCE),
+    ("disk_read_only", Critical, Some("seawall doctor"), AT_ONCE),
+    ("memory_short", Critical, Some("seawall nodes"), AT_ONCE),
+    ("bad_cohort", Critical, Some("seawall proposals list"), AT_ONCE),
+    ("admission_ceiling", Warning, Some("seawall config show"), END_LATER),
+    ("certificate_expires", Warning, Some("seawall config show"), AT_ONCE),
+    ("costly_cohort", Warning, Some("seawall firmware"), AT_ONCE),
+    ("duplicate_id", Warning, None, AT_ONCE),
+    ("node_lagging", Warning, Some("seawall nodes"), LATE_NODE),
+    ("panic", Warning, None, AT_ONCE),
+    ("plan", Warning, Some("seawall doctor"), AT_ONCE),
+    ("presence_changes", Warning, Some("seawall nodes"), END_LATER),
+    ("presence_group", Warning, Some("seawall nodes"), AT_ONCE),
+    ("presence_queue", Warning, Some("seawall doctor"), AT_ONCE),
+    ("presence_unknown", Warning, Some("seawall nodes"), END_LATER),
+    ("rollout_halted", Warning, None, AT_ONCE),
+    ("rules_conflict", Warning, Some("seawall rules list"), AT_ONCE),
+    ("rules_local", Warning, Some("seawall doctor"), AT_ONCE),
+    (
+        "revocation_list_out_of_date",
+        Warning,
+        Some("seawall config show"),
+        AT_ONCE,
+    ),
+    ("task_failed", Warning, None, AT_ONCE),
+    ("tls_files", Warning, Some("seawall config show"), AT_ONCE),
 ];
 
 /// Names of all kinds.
@@ -93,7 +131,7 @@ impl Severity {
     /// Severity of a kind of alarm.
     #[must_use]
     pub fn of(kind: &str) -> Self {
-        known(kind).map_or(Warning, |(_, severity, _)| *severity)
+        known(kind).map_or(Warning, |(_, severity, ..)| *severity)
     }
 
     #[must_use]
@@ -105,8 +143,25 @@ impl Severity {
     }
 }
 
-fn known(kind: &str) -> Option<&'static (&'static str, Severity, Option<&'static str>)> {
+fn known(kind: &str) -> Option<&'static (&'static str, Severity, Option<&'static str>, Hold)> {
     KINDS.iter().find(|(name, ..)| *name == kind)
+}
+
+impl Conditions {
+    /// Whether a condition has been as it is now for as long as its kind wants.
+    fn has_lasted(&mut self, key: Key, is_raised: bool, hold: Hold, now: Instant) -> bool {
+        let wait = if is_raised { hold.raise_after } else { hold.end_after };
+        if self.active.contains_key(&key) == is_raised || wait.is_zero() {
+            self.changing.remove(&key);
+            return true;
+        }
+        let since = *self.changing.entry(key.clone()).or_insert(now);
+        let has_lasted = now.saturating_since(since) >= wait;
+        if has_lasted {
+            self.changing.remove(&key);
+        }
+        has_lasted
+    }
 }
 
 impl Alarms {
@@ -114,7 +169,7 @@ impl Alarms {
     #[must_use]
     pub fn new(events: Arc<Events>, webhook: Arc<Webhook>, clock: Clock) -> Self {
         Self {
-            active: Mutex::default(),
+            conditions: Mutex::default(),
             events,
             webhook,
             clock,
@@ -128,9 +183,18 @@ impl Alarms {
 
     /// Raises or ends an alarm about a part of the node: in the list, in the log and as an event. If it is already
     /// active, only its detail is replaced. If it is not active, it is not ended.
+    ///
+    /// Some kinds have a time for which the condition must last or be over before. They are to be set about once a
+    /// second.
     pub fn set_for(&self, kind: &'static str, subject: &str, is_raised: bool, detail: impl Into<String>) {
+        let known = known(kind);
+        let hold = known.map_or(AT_ONCE, |(.., hold)| *hold);
+        let key = (kind, subject.to_owned());
+        if !self.lock().has_lasted(key, is_raised, hold, self.clock.now()) {
+            return;
+        }
         if is_raised {
-            let action = known(kind).and_then(|(.., action)| *action).map(Cow::Borrowed);
+            let action = known.and_then(|(_, _, action, _)| *action).map(Cow::Borrowed);
             self.raise(kind, subject, detail.into(), action);
         } else {
             self.end(kind, subject, detail.into());
@@ -141,7 +205,8 @@ impl Alarms {
     pub fn raise(&self, kind: &'static str, subject: &str, detail: String, action: Option<Cow<'static, str>>) {
         debug_assert!(known(kind).is_some(), "{kind} is not one of the kinds");
         let now = self.clock.wall();
-        let mut active = self.lock();
+        let mut conditions = self.lock();
+        let active = &mut conditions.active;
         if let Some(alarm) = active.get_mut(&(kind, subject.to_owned())) {
             (alarm.detail, alarm.action) = (detail, action);
             return;
@@ -161,12 +226,12 @@ impl Alarms {
         );
         // Before the lock is released: otherwise a reader could see the end of the alarm first.
         self.notice(kind, subject, "raised", alarm, now);
-        drop(active);
+        drop(conditions);
     }
 
     fn end(&self, kind: &'static str, subject: &str, detail: String) {
-        let mut active = self.lock();
-        if let Some(ended) = active.remove(&(kind, subject.to_owned())) {
+        let mut conditions = self.lock();
+        if let Some(ended) = conditions.active.remove(&(kind, subject.to_owned())) {
             tracing::info!(alarm = kind, subject, detail, "alarm ended");
             let alarm = Active {
                 detail,
@@ -208,6 +273,7 @@ impl Alarms {
     pub fn retain(&self, kind: &str, is_there: impl Fn(&str) -> bool) {
         let gone: Vec<Key> = self
             .lock()
+            .active
             .keys()
             .filter(|(other, subject)| *other == kind && !is_there(subject))
             .cloned()
@@ -220,7 +286,7 @@ impl Alarms {
     /// Whether an alarm of this kind is active, for any subject.
     #[must_use]
     pub fn is_active(&self, kind: &str) -> bool {
-        self.lock().keys().any(|(other, _)| *other == kind)
+        self.lock().active.keys().any(|(other, _)| *other == kind)
     }
 
     /// All active alarms with kind and subject, critical ones first.
@@ -228,6 +294,7 @@ impl Alarms {
     pub fn active(&self) -> Vec<(&'static str, String, Active)> {
         let mut active: Vec<_> = self
             .lock()
+            .active
             .iter()
             .map(|((kind, subject), alarm)| (*kind, subject.clone(), alarm.clone()))
             .collect();
@@ -235,8 +302,8 @@ impl Alarms {
         active
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Key, Active>> {
-        self.active.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Conditions> {
+        self.conditions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -300,6 +367,32 @@ mod tests {
             (&json!("box/2"), &json!("cleared"))
         );
         assert!(alarms.is_active("panic") && !alarms.is_active("costly_cohort"));
+    }
+
+    #[test]
+    fn condition_of_a_kind_that_waits_has_to_last_before_its_alarm_is_raised_and_ends() {
+        let mut conditions = Conditions::default();
+        let key = || ("node_lagging", NODE.to_owned());
+        let at = |seconds| Instant::ZERO + Duration::from_secs(seconds);
+        let mut set = |is_raised, seconds| {
+            let has_lasted = conditions.has_lasted(key(), is_raised, LATE_NODE, at(seconds));
+            if has_lasted && is_raised {
+                conditions.active.entry(key()).or_insert(Active {
+                    since: WallTime::default(),
+                    detail: String::new(),
+                    action: None,
+                });
+            } else if has_lasted {
+                conditions.active.remove(&key());
+            }
+            conditions.active.contains_key(&key())
+        };
+
+        assert!(!set(true, 0) && !set(true, 9) && !set(false, 10), "it was late once");
+        assert!(!set(true, 20) && !set(true, 29) && set(true, 30));
+        assert!(set(false, 40) && set(false, 99) && set(true, 100), "it is not over");
+        assert!(set(false, 110) && set(false, 169) && !set(false, 170));
+        assert!(conditions.changing.is_empty());
     }
 
     #[test]

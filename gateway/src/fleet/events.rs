@@ -6,7 +6,7 @@
 
 use std::{
     borrow::Cow,
-    collections::VecDeque,
+    collections::{BTreeSet, VecDeque},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -14,7 +14,7 @@ use std::{
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use seawall_proto::{
     id::{DeviceId, Label, RuleId},
-    presence::Known,
+    presence::{Known, groups},
     session::{Payload, Received},
     time::{Instant, WallTime},
 };
@@ -96,23 +96,9 @@ pub enum Body {
         #[serde(flatten, serialize_with = "tenant_and_cohort")]
         group: Arc<Group>,
     },
-    /// Many devices of a group went silent together and are held: they may be offline, or out of sight. Or none of
-    /// them is held any more.
-    PresenceGroup {
-        /// `node`, `tenant` or `address_block`.
-        group: &'static str,
-        /// The tenant or the block; empty for the node.
-        key: String,
-        /// `held` or `released`.
-        state: &'static str,
-        cause: &'static str,
-        /// Members when it was held, silent and not.
-        members: u32,
-        /// Members that were held, all in all.
-        held: u32,
-        /// Those that have been heard again.
-        resolved: u32,
-    },
+    /// Many devices of a group went silent together and are held: they may be offline, or out of sight. Or they were
+    /// heard again.
+    PresenceGroup(Box<GroupNotice>),
     /// A rule was created, changed or deleted, or a revision came from another node.
     Rules {
         revision: u64,
@@ -159,6 +145,56 @@ pub enum Body {
     },
 }
 
+/// What has become of devices that went silent together. It stands for the `presence` events of all of them that become
+/// unknown, and of those that are heard again at once.
+#[derive(Debug, Clone, Serialize)]
+pub struct GroupNotice {
+    #[serde(skip)]
+    pub of: groups::Group,
+    /// `node`, `tenant`, `address_block` or `site`.
+    pub group: &'static str,
+    /// The tenant, the block or the address; empty for the node.
+    pub key: String,
+    /// `held`, `resolving` or `released`.
+    pub state: &'static str,
+    pub cause: &'static str,
+    /// Members when it was held, silent and not.
+    pub members: u32,
+    /// Members that were held, all in all.
+    pub held: u32,
+    /// Those that have been heard again.
+    pub resolved: u32,
+    /// Those that are still held.
+    pub unknown: u32,
+    /// Tenants of the members that were held. Left out if there are more than 16.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tenants: Option<BTreeSet<Arc<str>>>,
+}
+
+impl GroupNotice {
+    #[must_use]
+    pub fn new(held: &groups::Held, state: &'static str) -> Self {
+        Self {
+            of: held.group.clone(),
+            group: held.group.kind().as_str(),
+            key: held.group.key(),
+            state,
+            cause: held.cause.as_str(),
+            members: held.members,
+            held: held.held,
+            resolved: held.resolved,
+            unknown: held.left,
+            tenants: held.tenants.clone(),
+        }
+    }
+
+    /// Whether it may concern devices of `tenant`.
+    #[must_use]
+    pub fn concerns(&self, tenant: &str) -> bool {
+        self.tenants.as_ref().is_none_or(|tenants| tenants.contains(tenant))
+    }
+}
+
 /// The beginning or the end of an alarm. In a box: there are few, and every event has room for the largest.
 #[derive(Debug, Clone, Serialize)]
 pub struct AlarmNotice {
@@ -180,7 +216,7 @@ impl Body {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Presence { .. } => "presence",
-            Self::PresenceGroup { .. } => "presence_group",
+            Self::PresenceGroup(_) => "presence_group",
             Self::Rules { .. } => "rules",
             Self::Rollout { .. } => "rollout",
             Self::Alarm(_) => "alarm",
@@ -195,7 +231,7 @@ impl Body {
     pub const fn device(&self) -> Option<DeviceId> {
         match self {
             Self::Presence { device, .. } | Self::Message { device, .. } => Some(*device),
-            Self::PresenceGroup { .. }
+            Self::PresenceGroup(_)
             | Self::Rules { .. }
             | Self::Rollout { .. }
             | Self::Alarm(_)
@@ -209,7 +245,7 @@ impl Body {
     pub fn group(&self) -> Option<&Group> {
         match self {
             Self::Presence { group, .. } => Some(group),
-            Self::PresenceGroup { .. }
+            Self::PresenceGroup(_)
             | Self::Message { .. }
             | Self::Rules { .. }
             | Self::Rollout { .. }
@@ -230,7 +266,7 @@ impl Body {
                     + payload_base64.as_ref().map_or(0, |text| text.len())
             }
             Self::Presence { .. }
-            | Self::PresenceGroup { .. }
+            | Self::PresenceGroup(_)
             | Self::Rules { .. }
             | Self::Rollout { .. }
             | Self::Alarm(_)

@@ -395,7 +395,7 @@ impl Metrics {
             ),
             heartbeat_lag_seconds: names.histogram(
                 "seawall_heartbeat_lag_seconds",
-                "Delay between the time at which a session's ping or deadline was due and its being carried out.",
+                "Delay of a session's ping, after the tick of 100 ms within which it is due.",
             ),
             observer_lag_seconds: names.gauge(
                 "seawall_observer_lag_seconds",
@@ -420,11 +420,11 @@ impl Metrics {
             ),
             presence_groups_held: names.gauge(
                 "seawall_presence_groups_held",
-                "Groups of devices that went silent together and are held, at most 64.",
+                "Groups of devices that went silent together and are held, at most 65.",
             ),
             presence_changes: names.family(
                 "seawall_presence_changes_total",
-                "Changes of presence that were published, by the new state.",
+                "Changes of presence, by the new state. One event may tell many of them: see `presence_group`.",
                 &[],
                 "state",
                 &PRESENCE_STATES,

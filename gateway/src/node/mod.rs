@@ -2,7 +2,10 @@
 //! dependencies when it is created. There are no globals, so several gateways can run in one process.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64},
+    },
     time::Duration,
 };
 
@@ -79,6 +82,8 @@ pub struct State {
     pub observer: Arc<ObserverClock>,
     /// Devices that left pings unanswered.
     pub silence: Silence,
+    /// Devices so far that went offline by themselves, or became unknown.
+    pub lost: AtomicU64,
     pub restricted: RestrictedSessions,
     pub cohorts: Cohorts,
     /// Finds a cohort whose devices fail.
@@ -223,6 +228,8 @@ impl State {
         if self.silence.is_holding() {
             reasons.push("presence_group");
         }
+        let of_fleet = ["presence_unknown", "presence_changes"];
+        reasons.extend(of_fleet.into_iter().filter(|kind| self.alarms.is_active(kind)));
         if self.panics.has_panicked() {
             reasons.push("panic");
         }

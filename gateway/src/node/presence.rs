@@ -2,12 +2,12 @@
 //!
 //! The methods are called in the order in which things happen to a session. Only the newest session of a device counts.
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering};
 
 use seawall_proto::{
-    close::EndReason,
+    close::{EndReason, EndedBy},
     id::{DeviceId, Label, SessionId},
-    presence::{Cause, Evidence, Known, Presence},
+    presence::{Cause, Evidence, Known, Presence, groups::Heard},
     time::WallTime,
 };
 
@@ -31,9 +31,13 @@ pub struct Ended {
 }
 
 impl State {
-    /// A device has a session. Returns whether that is a return: see
+    /// A device has a session, which has `replaced` an older one. Returns whether that is a return: see
     /// [`CameOnline::returned`](crate::fleet::history::CameOnline::returned).
-    pub fn note_session(&self, session: &Session) -> Option<u8> {
+    pub fn note_session(&self, session: &Session, replaced: Option<&Session>) -> Option<u8> {
+        let mut heard = Heard::NotHeld;
+        if let Some(older) = replaced {
+            self.silence.handle_heard(older.id, |how| heard = how);
+        }
         let info = &session.info;
         let began = Began {
             session: session.id,
@@ -56,7 +60,10 @@ impl State {
                 reason: Reason::CONNECTED,
                 group: came.group,
             };
-            self.note(session, change, info.since);
+            self.count_change(&change);
+            if heard != Heard::WithGroup {
+                self.note(session, change, info.since);
+            }
         }
         came.returned
     }
@@ -86,6 +93,10 @@ impl State {
             reason: ended.reason.into(),
             group: self.history.groups().of(&info.cohort, &info.tenant),
         });
+        self.count_change(&change);
+        if ended.reason.ended_by() != EndedBy::Gateway {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
         self.note(session, change, at);
     }
 
@@ -95,6 +106,7 @@ impl State {
         let at = self.clock.wall();
         if let Some(change) = self.history.claim(device, stored, |stored| self.epoch_above(stored)) {
             tracing::debug!(device.id = %device, "device claimed from a node whose clock is ahead");
+            self.count_change(&change);
             self.publish(device, None, change, at);
         }
     }
@@ -107,14 +119,23 @@ impl State {
         ids.next(at)
     }
 
-    /// A device is silent, and so are many others of its group: whether it is still there can't be known.
+    /// A device is silent, and so are many others of its group: whether it is still there can't be known. The event is
+    /// its group's.
     pub fn note_held(&self, session: &Session, cause: Cause, at: WallTime) {
-        self.note_change(session, Presence::Unknown(cause), cause.into(), at);
+        if self
+            .note_change(session, Presence::Unknown(cause), cause.into(), at)
+            .is_some()
+        {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// A device that was [held](Self::note_held) was heard again, in the same session.
-    pub fn note_resolved(&self, session: &Session, at: WallTime) {
-        self.note_change(session, Presence::Online, Reason::HEARD, at);
+    pub fn note_resolved(&self, session: &Session, heard: Heard, at: WallTime) {
+        let change = self.note_change(session, Presence::Online, Reason::HEARD, at);
+        if let Some(change) = change.filter(|_| heard == Heard::Singly) {
+            self.note(session, change, at);
+        }
     }
 
     /// A device did not return in time after a restart of its node. `concluded_from`: see
@@ -122,6 +143,7 @@ impl State {
     pub fn note_given_up(&self, device: DeviceId, concluded_from: Option<u64>) {
         let at = self.clock.wall();
         if let Some(change) = self.history.give_up(device, at, concluded_from) {
+            self.count_change(&change);
             self.publish(device, None, change, at);
         }
     }
@@ -132,15 +154,21 @@ impl State {
         u64::try_from(self.observer.lag().as_millis()).unwrap_or(u64::MAX)
     }
 
-    fn note_change(&self, session: &Session, presence: Presence, reason: Reason, at: WallTime) {
+    /// Returns the change, if there is one.
+    fn note_change(&self, session: &Session, presence: Presence, reason: Reason, at: WallTime) -> Option<Change> {
         let report = Known {
             epoch: session.id,
             presence,
             since: at,
         };
-        if let Some(change) = self.history.handle(session.info.device, report, reason) {
-            self.note(session, change, at);
-        }
+        let change = self.history.handle(session.info.device, report, reason)?;
+        self.count_change(&change);
+        Some(change)
+    }
+
+    fn count_change(&self, change: &Change) {
+        let state = PresenceState::of(change.known.presence).as_str();
+        self.metrics.presence_changes.increment(state);
     }
 
     fn note(&self, session: &Session, change: Change, at: WallTime) {
@@ -150,8 +178,6 @@ impl State {
 
     fn publish(&self, device: DeviceId, external_id: Option<Label>, change: Change, at: WallTime) {
         let Change { known, reason, group } = change;
-        let state = PresenceState::of(known.presence).as_str();
-        self.metrics.presence_changes.increment(state);
         let body = Body::Presence {
             device,
             external_id,

@@ -28,10 +28,11 @@ use super::{
 };
 use crate::{
     fleet::{
-        events::{Event, NAMES},
+        events::{Body, Event, GroupNotice, NAMES},
         history::groups::Group,
     },
     node::{Shared, State as Gateway},
+    session::silence::SilentSession,
 };
 
 /// Maximum time without a byte on a stream. Then a comment is sent, so that proxies and readers know that it is alive.
@@ -56,11 +57,12 @@ pub struct EventParams {
     /// Only events with these names, separated by commas.
     #[serde(rename = "type")]
     names: Option<String>,
-    /// Only events of this device.
+    /// Only events of this device, and `presence_group` of groups that it belongs to.
     device: Option<String>,
-    /// Only events of devices of this tenant.
+    /// Only events of devices of this tenant, and `presence_group` of groups with devices of it.
     tenant: Option<String>,
-    /// Only events of devices with this firmware: a range as in rules (`>=3.8.0-b3`) or one version.
+    /// Only events of devices with this firmware: a range as in rules (`>=3.8.0-b3`) or one version. And all
+    /// `presence_group`: a group may have any firmware.
     firmware: Option<String>,
 }
 
@@ -98,9 +100,14 @@ impl Filter {
     }
 
     fn wants(&self, event: &Event, gateway: &Gateway) -> bool {
-        let is_name = self.names.is_empty() || self.names.contains(&event.body.name());
+        if !self.names.is_empty() && !self.names.contains(&event.body.name()) {
+            return false;
+        }
+        if let Body::PresenceGroup(notice) = &event.body {
+            return self.wants_notice(notice, gateway);
+        }
         let device = event.body.device();
-        if !is_name || self.device.is_some_and(|wanted| device != Some(wanted)) {
+        if self.device.is_some_and(|wanted| device != Some(wanted)) {
             return false;
         }
         if self.tenant.is_none() && self.firmware.is_none() {
@@ -111,6 +118,18 @@ impl Filter {
         }
         let known = device.and_then(|device| gateway.history.record(device)?.group);
         known.is_some_and(|group| self.wants_group(&group))
+    }
+
+    /// It may concern any firmware version.
+    fn wants_notice(&self, notice: &GroupNotice, gateway: &Gateway) -> bool {
+        let is_member = |device| {
+            let session = gateway.sessions.get(device);
+            session.is_some_and(|session| notice.of.has(&SilentSession(session)))
+        };
+        self.tenant
+            .as_ref()
+            .is_none_or(|tenant| notice.concerns(tenant.as_str()))
+            && self.device.is_none_or(is_member)
     }
 
     fn wants_group(&self, group: &Group) -> bool {
@@ -126,6 +145,10 @@ impl Filter {
 /// that have left the buffer: `missed`, whatever the filter. With `Last-Event-ID` the stream continues after that event.
 /// Without it, it begins now. A comment is sent every 15 s. At most `ops.event_readers_max` readers. The stream ends
 /// when its token is no longer valid, or when the reader takes nothing for 30 s.
+///
+/// If many devices go silent together, one `presence_group` with the state `held` replaces their `presence` events:
+/// `GET /devices?state=unknown` has them. A device that is heard again is `online` by a `presence` event. If over 20 are
+/// within a second, `presence_group` with the state `resolving` stands for the rest. `released`: none is held any more.
 #[utoipa::path(
     get, path = "/api/v1/events", tag = "events",
     params(EventParams, ("Last-Event-ID" = Option<u64>, Header, description = "`id` of the last event that was read")),

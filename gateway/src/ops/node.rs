@@ -73,9 +73,9 @@ pub struct PresenceView {
 /// Devices that went silent together.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct HeldGroupView {
-    /// `node`, `tenant` or `address_block`.
+    /// `node`, `tenant`, `address_block` or `site`.
     group: &'static str,
-    /// The tenant or the block; empty for the node.
+    /// The tenant, the block or the address; empty for the node.
     key: String,
     /// `path` or `node_lagging`.
     cause: &'static str,

@@ -8,7 +8,10 @@ use std::{
     io,
     net::SocketAddr,
     path::PathBuf,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64},
+    },
     time::Duration,
 };
 
@@ -275,6 +278,7 @@ async fn start_with(config: Config, overrides: Overrides, life: &Lifecycle) -> R
         sessions: Sessions::new(ids),
         observer: start_observer(clock, life)?,
         silence: Silence::default(),
+        lost: AtomicU64::new(0),
         cohorts: Cohorts::new(),
         breaker,
         history,

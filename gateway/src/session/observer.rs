@@ -18,9 +18,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::runtime::clock::Clock;
 
-/// Number of last units of observed time whose beginning is remembered: 102 s. A power of two.
-const REMEMBERED: usize = 1_024;
-
 /// The observed time of this process, and how late it runs. Reading it costs a load from memory.
 #[derive(Debug)]
 pub struct ObserverClock {
@@ -35,8 +32,6 @@ pub struct ObserverClock {
     /// The longest lags since the last tick, in microseconds.
     loop_lag: AtomicU64,
     ping_lag: AtomicU64,
-    /// Monotonic time at which each of the last units of observed time began, in microseconds.
-    begun_at: Box<[AtomicU64]>,
     wake: Notify,
 }
 
@@ -53,7 +48,6 @@ impl ObserverClock {
             woken_at: AtomicU64::new(0),
             loop_lag: AtomicU64::new(0),
             ping_lag: AtomicU64::new(0),
-            begun_at: (0..REMEMBERED).map(|_| AtomicU64::new(0)).collect(),
             wake: Notify::new(),
         }
     }
@@ -116,14 +110,10 @@ impl ObserverClock {
     }
 
     fn publish(&self, observer: &Observer, now: Instant) {
-        let (before, after) = (self.now().as_units(), observer.now().as_units());
-        for unit in before + 1..=after {
-            self.begun_at[unit as usize % REMEMBERED].store(now.as_micros(), Ordering::Relaxed);
-        }
         self.health.store(observer.health(), Ordering::Relaxed);
         self.lag_micros.store(micros(observer.lag()), Ordering::Relaxed);
         self.ticked_at.store(now.as_micros(), Ordering::Relaxed);
-        self.observed.store(after, Ordering::Relaxed);
+        self.observed.store(observer.now().as_units(), Ordering::Relaxed);
     }
 
     /// Waits for the next tick. For one task alone, which is to call [`note_run`](Self::note_run) at once.
@@ -143,16 +133,9 @@ impl ObserverClock {
         lag
     }
 
-    /// A session does what was due at `due`. Returns how late it does.
-    pub fn note_ping(&self, due: Observed) -> Duration {
-        let now = self.now();
-        let due = due.as_units().min(now.as_units());
-        // Of those that were forgotten the oldest that is known stands for all.
-        let oldest = now
-            .as_units()
-            .saturating_sub(u32::try_from(REMEMBERED).unwrap_or(u32::MAX) - 2);
-        let begun_at = self.begun_at[due.max(oldest) as usize % REMEMBERED].load(Ordering::Relaxed);
-        let lag = self.clock.now().saturating_since(Instant::from_micros(begun_at));
+    /// A ping goes out so long after it was due. Returns how late it is: not at all within the tick after its time.
+    pub fn note_ping(&self, after: Duration) -> Duration {
+        let lag = after.saturating_sub(TICK);
         self.ping_lag.fetch_max(micros(lag), Ordering::Relaxed);
         lag
     }
@@ -219,22 +202,13 @@ mod tests {
         answering.abort();
     }
 
-    #[tokio::test]
-    async fn lag_of_a_ping_is_the_time_since_its_unit_began() {
-        let (observer, stop) = running();
-        let answering = tokio::spawn(answer(Arc::clone(&observer)));
-        while observer.now() < Observed::from_units(10) {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+    #[test]
+    fn ping_within_the_tick_after_its_time_is_not_late() {
+        let observer = ObserverClock::new(Clock::start());
 
-        let (late, soon) = (
-            observer.note_ping(Observed::from_units(5)),
-            observer.note_ping(observer.now()),
-        );
+        let lags = [0, 100, 101, 1_600].map(|ms| observer.note_ping(Duration::from_millis(ms)).as_millis());
 
-        assert!(late >= Duration::from_millis(400), "{late:?}");
-        assert!(soon < late, "{soon:?}");
-        stop.cancel();
-        answering.abort();
+        assert_eq!(lags, [0, 0, 1, 1_500]);
+        assert_eq!(observer.ping_lag.load(Ordering::Relaxed), 1_500_000, "the longest");
     }
 }

@@ -21,8 +21,7 @@ use seawall_proto::{
     close::Close,
     epoch::SessionIds,
     id::{CredentialTag, DeviceId, Label, SessionId},
-    presence::observer::Observed,
-    time::{Instant, WallTime},
+    time::{Instant, Tenths, WallTime},
 };
 use tokio::sync::oneshot;
 
@@ -242,6 +241,16 @@ impl Session {
         })
     }
 
+    /// As [`poll_call`](Self::poll_call), but messages wait: [`Call::Mail`] is an order to end.
+    pub fn poll_order(&self, cx: &Context<'_>) -> Poll<Call> {
+        self.poll_inbox(cx, |inbox| {
+            if inbox.is_ending() {
+                return Some(Call::Mail);
+            }
+            std::mem::take(&mut inbox.is_due).then_some(Call::Due)
+        })
+    }
+
     /// The next command; an order to close goes before messages.
     pub fn take(&self) -> Option<Command> {
         let mut inbox = self.inbox();
@@ -309,8 +318,8 @@ pub struct Sessions {
     len: AtomicUsize,
 }
 
-/// Sessions by device, each with the observed time at which it is to be called.
-type Shard = HashMap<ByDevice, Observed>;
+/// Sessions by device, each with the time at which it is to be called.
+type Shard = HashMap<ByDevice, Tenths>;
 
 /// A session that is found by its device's id, which it holds itself.
 #[derive(Debug)]
@@ -381,7 +390,7 @@ impl Sessions {
             inbox: Mutex::default(),
         });
         let replaced = shard.remove_entry(&device).map(|(ByDevice(older), _)| older);
-        shard.insert(ByDevice(Arc::clone(&session)), Observed::FAR_FUTURE);
+        shard.insert(ByDevice(Arc::clone(&session)), Tenths::FAR_FUTURE);
         match &replaced {
             Some(older) => {
                 older.info.cohort.session_closed();
@@ -422,7 +431,7 @@ impl Sessions {
 
     /// Has a session's task [called](Session::poll_call) once it is `at`, instead of any time named before. A session that is no
     /// longer its device's newest is not called: it has been told to close.
-    pub fn call_at(&self, session: &Session, at: Observed) {
+    pub fn call_at(&self, session: &Session, at: Tenths) {
         let mut shard = self.shard(session.info.device);
         let is_newest = shard
             .get_key_value(&session.info.device)
@@ -433,11 +442,12 @@ impl Sessions {
     }
 
     /// Calls the sessions whose time has come.
-    pub fn call_due(&self, now: Observed) {
+    pub fn call_due(&self, now: Instant) {
+        let now = Tenths::begun(now);
         for shard in &self.shards {
             let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
             for (session, due) in shard.iter_mut().filter(|(_, due)| **due <= now) {
-                *due = Observed::FAR_FUTURE;
+                *due = Tenths::FAR_FUTURE;
                 session.0.call();
             }
         }
@@ -592,21 +602,22 @@ mod tests {
     fn a_session_is_called_once_when_its_time_has_come_and_no_longer_once_it_is_replaced() {
         let (sessions, cohorts) = rig();
         let cx = Context::from_waker(Waker::noop());
-        let at = Observed::from_units;
+        let instant = |tenths: u64| Instant::from_micros(tenths * 100_000);
+        let at = |tenths| Tenths::begun(instant(tenths));
         let first = sessions.register(info(&cohorts, 1), SessionId(0), |_| {}).session;
         let called = |session: &Session| session.poll_call(&cx);
 
         sessions.call_at(&first, at(100));
-        sessions.call_due(at(99));
+        sessions.call_due(instant(99));
         assert_eq!(called(&first), Poll::Pending);
-        sessions.call_due(at(100));
+        sessions.call_due(instant(100));
         assert_eq!(called(&first), Poll::Ready(Call::Due));
-        sessions.call_due(at(200));
+        sessions.call_due(instant(200));
         assert_eq!(called(&first), Poll::Pending);
 
         let second = sessions.register(info(&cohorts, 1), SessionId(0), |_| {}).session;
         sessions.call_at(&first, at(300));
-        sessions.call_due(at(300));
+        sessions.call_due(instant(300));
         assert_eq!(called(&second), Poll::Pending);
         assert_eq!(called(&first), Poll::Ready(Call::Mail), "it has been told to close");
     }

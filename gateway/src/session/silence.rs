@@ -2,7 +2,8 @@
 //! [`Silence`].
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -10,7 +11,7 @@ use std::{
 use seawall_proto::{
     id::SessionId,
     presence::{
-        groups::{Block, Count, Group, Groups, Held, Member, Verdict},
+        groups::{Block, Count, Group, Groups, Heard, Held, Member, Site, Verdict},
         observer::Observed,
     },
 };
@@ -26,8 +27,8 @@ impl Member for SilentSession {
         &self.0.info.tenant
     }
 
-    fn block(&self) -> Block {
-        Block::from(self.0.info.address)
+    fn address(&self) -> IpAddr {
+        self.0.info.address
     }
 }
 
@@ -62,11 +63,13 @@ impl Silence {
         self.groups().handle_suspect(session, now);
     }
 
-    /// `resolve`: what is to be told if the session was held, before anything else can happen to it.
-    pub fn handle_heard(&self, session: SessionId, resolve: impl FnOnce()) {
+    /// A device was heard, in its session or in a newer one. `resolve`: what is to be told of it if it was held, before
+    /// anything else can happen to it.
+    pub fn handle_heard(&self, session: SessionId, resolve: impl FnOnce(Heard)) {
         let mut groups = self.groups();
-        if groups.handle_heard(session) {
-            resolve();
+        match groups.handle_heard(session) {
+            Heard::NotHeld => {}
+            heard @ (Heard::Singly | Heard::WithGroup) => resolve(heard),
         }
     }
 
@@ -110,7 +113,8 @@ pub struct MemberCounts {
 impl MemberCounts {
     /// Members of each of `groups`. Goes over all sessions, shard by shard: not for an async task.
     pub fn of(&mut self, sessions: &Sessions, groups: Vec<Group>, now: Observed) -> &[Count] {
-        let is_known = |group: &Group| self.counts.iter().any(|count| count.group == *group);
+        let known: BTreeSet<&Group> = self.counts.iter().map(|count| &count.group).collect();
+        let is_known = |group: &Group| known.contains(group);
         if now.saturating_since(self.at) >= COUNTS_AGE_MAX || !groups.iter().all(is_known) {
             self.counts = count(sessions, groups);
             self.at = now;
@@ -122,6 +126,7 @@ impl MemberCounts {
 fn count(sessions: &Sessions, groups: Vec<Group>) -> Vec<Count> {
     let mut tenants: BTreeMap<Arc<str>, u32> = BTreeMap::new();
     let mut blocks: BTreeMap<Block, u32> = BTreeMap::new();
+    let mut sites: BTreeMap<Site, u32> = BTreeMap::new();
     for group in &groups {
         match group {
             Group::Node => {}
@@ -131,14 +136,20 @@ fn count(sessions: &Sessions, groups: Vec<Group>) -> Vec<Count> {
             Group::AddressBlock(block) => {
                 blocks.insert(*block, 0);
             }
+            Group::Site(site) => {
+                sites.insert(*site, 0);
+            }
         }
     }
-    if !tenants.is_empty() || !blocks.is_empty() {
+    if !(tenants.is_empty() && blocks.is_empty() && sites.is_empty()) {
         sessions.for_each(|session| {
             if let Some(members) = tenants.get_mut(&session.info.tenant) {
                 *members += 1;
             }
             if let Some(members) = blocks.get_mut(&Block::from(session.info.address)) {
+                *members += 1;
+            }
+            if let Some(members) = sites.get_mut(&Site::from(session.info.address)) {
                 *members += 1;
             }
         });
@@ -147,6 +158,7 @@ fn count(sessions: &Sessions, groups: Vec<Group>) -> Vec<Count> {
         Group::Node => u32::try_from(sessions.len()).unwrap_or(u32::MAX),
         Group::Tenant(tenant) => tenants.get(tenant).copied().unwrap_or(0),
         Group::AddressBlock(block) => blocks.get(block).copied().unwrap_or(0),
+        Group::Site(site) => sites.get(site).copied().unwrap_or(0),
     };
     let counts = groups.into_iter().map(|group| Count {
         members: members(&group),

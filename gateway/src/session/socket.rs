@@ -26,7 +26,7 @@ use tokio_tungstenite::tungstenite::{
     protocol::{CloseFrame, Role, WebSocketConfig, WebSocketContext, frame::coding::CloseCode},
 };
 
-use self::aligned::{Aligned, Overlong, Unread};
+use self::aligned::{Aligned, First, Lone, Overlong, PING, PONG, Unread, write_lone};
 
 use crate::{edge::transport::Transport, runtime::config::Limits};
 
@@ -185,6 +185,8 @@ struct Busy {
     unread: Unread,
     /// The transport takes no more for now: what is in the write buffer goes first.
     is_blocked: bool,
+    /// Of a control frame only the first of two bytes went out.
+    half_sent: bool,
     /// Bytes that the transport has taken. Wraps.
     written: u64,
 }
@@ -202,6 +204,7 @@ impl Busy {
             context: WebSocketContext::new(Role::Server, Some(config)),
             unread,
             is_blocked: false,
+            half_sent: false,
             written: 0,
         })
     }
@@ -254,6 +257,14 @@ impl Socket {
         self.transport.kernel_view()
     }
 
+    /// Whether nothing at all came from the peer's machine for the time of a write: it is not there, or out of reach. A
+    /// peer that only does not read still acknowledges the kernel's probes.
+    #[must_use]
+    pub fn is_out_of_reach(&self) -> bool {
+        let last = self.transport.last_segment();
+        last.is_some_and(|last| last >= self.limits.write_timeout)
+    }
+
     /// Bounds the time for which the kernel keeps unacknowledged data, even after the connection was closed.
     pub fn keep_unacknowledged_for(&self, time_max: Duration) {
         self.transport.keep_unacknowledged_for(time_max);
@@ -275,6 +286,9 @@ impl Socket {
     /// # Errors
     /// The peer does not read, or is gone.
     pub fn feed(&mut self, outbound: Outbound, cx: &mut Context<'_>) -> Result<(), SendError> {
+        if matches!(outbound, Outbound::Ping) && self.write_lone(PING, cx) {
+            return Ok(());
+        }
         self.write(outbound.into(), cx).map_err(SendError::from)
     }
 
@@ -426,6 +440,23 @@ impl Socket {
         }
     }
 
+    /// Writes a control frame without payload, if nothing else is under way. False: it is to be written as any other.
+    fn write_lone(&mut self, first: u8, cx: &mut Context<'_>) -> bool {
+        if self.busy.is_some() {
+            return false;
+        }
+        match write_lone(&mut self.transport, first, cx) {
+            Lone::Written => true,
+            Lone::Half => {
+                let mut busy = Busy::new(&self.limits, Unread::default());
+                (busy.half_sent, busy.is_blocked) = (true, true);
+                self.busy = Some(busy);
+                true
+            }
+            Lone::Untouched => false,
+        }
+    }
+
     fn poll_sent(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         if self.busy.is_none() {
             return Poll::Ready(Ok(()));
@@ -451,10 +482,19 @@ impl Socket {
             return Poll::Ready(None);
         }
         if self.busy.is_none() {
-            let mut unread = Unread::default();
-            match ready!(unread.poll_fill(&mut self.transport, cx)) {
-                Ok(1..) => self.busy = Some(Busy::new(&self.limits, unread)),
-                Ok(0) | Err(_) => {
+            match ready!(Unread::poll_first(&mut self.transport, cx)) {
+                Ok(First::Pong) => return Poll::Ready(Some(Ok(Message::Pong(Bytes::new())))),
+                Ok(First::Ping) => {
+                    if !self.write_lone(PONG, cx)
+                        && let Err(error) = self.write(Message::Pong(Bytes::new()), cx)
+                    {
+                        self.has_ended = true;
+                        return Poll::Ready(Some(Err(error)));
+                    }
+                    return Poll::Ready(Some(Ok(Message::Ping(Bytes::new()))));
+                }
+                Ok(First::Other(unread)) => self.busy = Some(Busy::new(&self.limits, unread)),
+                Ok(First::End) | Err(_) => {
                     self.has_ended = true;
                     return Poll::Ready(None);
                 }
@@ -487,6 +527,7 @@ impl Socket {
             context,
             unread,
             written,
+            half_sent,
             ..
         } = &mut **busy;
         let transport = &mut self.transport;
@@ -494,6 +535,7 @@ impl Socket {
             transport,
             unread,
             written,
+            half_sent,
             cx,
             message_time_max: self.limits.message_time_max,
         };
@@ -512,7 +554,7 @@ impl Socket {
 
     /// Gives everything back that messages needed, where everything was written and no message is under way.
     fn rest(&mut self) {
-        if self.is_between_messages() {
+        if self.is_between_messages() && !self.busy.as_ref().is_some_and(|busy| busy.half_sent) {
             self.busy = None;
         }
     }
@@ -842,6 +884,45 @@ mod tests {
         assert_eq!(header[0], 0x88);
         assert!(usize::from(header[1]) <= REASON_LEN_MAX + 2);
         assert_eq!(header[2..4], 4500_u16.to_be_bytes());
+    }
+
+    #[tokio::test]
+    async fn lone_control_frames_are_handled_without_a_buffer_and_all_others_with_one() {
+        let (mut client, mut socket) = pair().await;
+
+        client.write_all(&frame(0x8a, b"")).await.unwrap();
+        assert!(matches!(socket.next().await, Inbound::Control));
+        assert!(socket.busy.is_none());
+        client.write_all(&frame(0x89, b"")).await.unwrap();
+        assert!(matches!(socket.next().await, Inbound::Control));
+        assert!(socket.busy.is_none());
+        socket.send(Outbound::Ping).await.unwrap();
+        assert!(socket.busy.is_none());
+        let both = [frame(0x89, b""), frame(0x89, b"x"), frame(0x81, b"text")].concat();
+        client.write_all(&both).await.unwrap();
+        for _ in 0..2 {
+            assert!(matches!(socket.next().await, Inbound::Control));
+        }
+        assert!(matches!(socket.next().await, Inbound::Text(text) if text.as_str() == "text"));
+        socket.flush().await.unwrap();
+        drop(socket);
+
+        let bytes = all_of(client).await;
+        assert_eq!(bytes, [0x8a, 0, 0x89, 0, 0x8a, 0, 0x8a, 1, b'x']);
+    }
+
+    #[tokio::test]
+    async fn control_frame_that_was_half_sent_goes_on_before_all_others() {
+        let (client, mut socket) = pair().await;
+        let mut busy = Busy::new(&socket.limits, Unread::default());
+        (busy.half_sent, busy.is_blocked) = (true, true);
+        socket.busy = Some(busy);
+
+        socket.send(Outbound::Text("x".to_owned())).await.unwrap();
+
+        assert!(socket.busy.is_none());
+        drop(socket);
+        assert_eq!(all_of(client).await, [0, 0x81, 1, b'x']);
     }
 
     #[tokio::test]

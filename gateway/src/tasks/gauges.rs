@@ -8,7 +8,7 @@ use seawall_proto::{
     duplicates::{REPLACEMENTS, WINDOW},
     webhook::Delivery,
 };
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::{fleet::alarms, node::Shared, runtime::telemetry, store::Operation};
@@ -23,15 +23,12 @@ const COSTLY_ALARM: &str = "costly_cohort";
 
 /// Alarm while devices wait because the limit on lookups is at its ceiling.
 const CEILING_ALARM: &str = "admission_ceiling";
-/// Time without a sign of it after which that alarm ends.
-const CEILING_QUIET: Duration = Duration::from_secs(60);
 
 /// Alarm while devices share an id.
 const DUPLICATE_ALARM: &str = "duplicate_id";
 
 /// Publishes figures that are kept elsewhere or that change only with time, and aggregates samples, until `stop`.
 pub async fn publish(state: Shared, stop: CancellationToken) {
-    let mut ceiling_seen: Option<Instant> = None;
     let mut gauges = interval(GAUGES_INTERVAL);
     let mut samples = interval(SAMPLES_INTERVAL);
     let mut costly_cohorts = BTreeMap::new();
@@ -43,7 +40,7 @@ pub async fn publish(state: Shared, stop: CancellationToken) {
             _ = gauges.tick() => {
                 publish_gauges(&state);
                 watch_costs(&state, &mut costly_cohorts);
-                publish_admission(&state, &mut ceiling_seen);
+                publish_admission(&state);
                 watch_duplicates(&state);
             }
             _ = samples.tick() => state.metrics.aggregate(),
@@ -179,9 +176,8 @@ fn watch_duplicates(state: &Shared) {
     }
 }
 
-/// Publishes the reason of the limit on lookups, and raises the alarm if its ceiling is too low. `ceiling_seen` is the
-/// last time that this was seen, while the alarm is active.
-fn publish_admission(state: &Shared, ceiling_seen: &mut Option<Instant>) {
+/// Publishes the reason of the limit on lookups, and raises the alarm if its ceiling is too low.
+fn publish_admission(state: &Shared) {
     let admission = state.lookups.state();
     let metrics = &state.metrics;
     for reason in LimitReason::ALL {
@@ -200,20 +196,15 @@ fn publish_admission(state: &Shared, ceiling_seen: &mut Option<Instant>) {
     capacity.set("peak", admission.k_peak);
     capacity.set("last_known_good", admission.k_last_known_good);
     capacity.set("reference", admission.k_ref);
-    let now = Instant::now();
-    if admission.is_ceiling_too_low {
-        let detail = format!(
+    let detail = if admission.is_ceiling_too_low {
+        format!(
             "devices wait, and the database would answer more than {} keys at a time: raise admission.keys_in_flight_max",
             admission.limit_ceiling
-        );
-        state.alarms.set(CEILING_ALARM, true, detail);
-        *ceiling_seen = Some(now);
-    } else if ceiling_seen.is_some_and(|seen| now.duration_since(seen) >= CEILING_QUIET) {
-        state
-            .alarms
-            .set(CEILING_ALARM, false, "the limit on lookups is no longer at its ceiling");
-        *ceiling_seen = None;
-    }
-    let is_alarm = ceiling_seen.is_some();
+        )
+    } else {
+        "the limit on lookups is no longer at its ceiling".to_owned()
+    };
+    state.alarms.set(CEILING_ALARM, admission.is_ceiling_too_low, detail);
+    let is_alarm = state.alarms.is_active(CEILING_ALARM);
     metrics.admission_ceiling_alarm.set(if is_alarm { 1.0 } else { 0.0 });
 }

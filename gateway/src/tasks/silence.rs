@@ -1,19 +1,20 @@
 //! The group test of silent devices, once a second, with the events and alarms that follow. Start with [`watch`].
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
 use seawall_proto::presence::{
     groups::{Change, Group},
     observer::HEALTH_LAGGING,
+    usual::{Figures, LOST_WITHIN, Outlook},
 };
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    fleet::events::Body,
+    fleet::events::{Body, GroupNotice},
     node::{Shared, State},
     runtime::lifecycle::blocking,
     session::silence::MemberCounts,
@@ -24,22 +25,24 @@ const STEP_INTERVAL: Duration = Duration::from_secs(1);
 /// Silent sessions that are gone over while the group test is locked: well under a millisecond.
 const CHUNK: usize = 1_000;
 
-/// The alarm that operators see while silent devices of a group are held.
+/// Alarm while silent devices of a group are held.
 const GROUP_ALARM: &str = "presence_group";
-/// The alarm that operators see while this node is too late to tell who is silent.
-pub const LAGGING_ALARM: &str = "node_lagging";
-/// Time for which the node lags before that alarm, and for which it does not before the alarm ends.
-const LAGGING_FOR: Duration = Duration::from_secs(10);
-const WELL_FOR: Duration = Duration::from_secs(60);
+/// Alarm while this node is too late to tell who is silent.
+const LAGGING_ALARM: &str = "node_lagging";
+/// Alarm while this node cannot tell of many devices whether they are connected.
+const UNKNOWN_ALARM: &str = "presence_unknown";
+/// Alarm while many devices go offline or become unknown.
+const CHANGES_ALARM: &str = "presence_changes";
 
 /// Tests silent devices until `stop`.
 pub async fn watch(state: Shared, stop: CancellationToken) {
     let counts = Arc::new(Mutex::new(MemberCounts::default()));
-    let mut lagging = Lagging::default();
+    let mut outlook = Outlook::default();
     let mut steps = interval(STEP_INTERVAL);
     steps.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while stop.run_until_cancelled(steps.tick()).await.is_some() {
-        watch_lag(&state, &mut lagging);
+        watch_lag(&state);
+        watch_fleet(&state, &mut outlook);
         let (shared, counts) = (Arc::clone(&state), Arc::clone(&counts));
         let step = move || step(&shared, &mut counts.lock().unwrap_or_else(PoisonError::into_inner));
         if blocking(step).await.is_none() {
@@ -88,34 +91,33 @@ fn hold_some(state: &State) -> bool {
 fn note_change(state: &State, change: &Change) {
     let (held, word) = match change {
         Change::Held(held) => (held, "held"),
+        Change::Resolving(held) => (held, "resolving"),
         Change::Released(held) => (held, "released"),
     };
     let subject = subject(&held.group);
-    let is_held = word == "held";
-    let detail = if is_held {
-        format!(
-            "{} of {} devices of {subject} went silent together: they are unknown ({}) until they are heard, or for five minutes",
-            held.held,
-            held.members,
-            held.cause.as_str()
-        )
-    } else {
-        format!(
-            "{} devices of {subject} were held, {} of them have been heard again",
-            held.held, held.resolved
-        )
-    };
-    state.alarms.set_for(GROUP_ALARM, &subject, is_held, detail);
-    let body = Body::PresenceGroup {
-        group: held.group.kind().as_str(),
-        key: held.group.key(),
-        state: word,
-        cause: held.cause.as_str(),
-        members: held.members,
-        held: held.held,
-        resolved: held.resolved,
-    };
-    state.events.notice(state.clock.wall(), body);
+    match change {
+        Change::Held(_) => {
+            let detail = format!(
+                "{} of {} devices of {subject} went silent together: they are unknown ({}) until they are heard, or for five minutes",
+                held.held,
+                held.members,
+                held.cause.as_str()
+            );
+            state.alarms.set_for(GROUP_ALARM, &subject, true, detail);
+        }
+        Change::Resolving(_) => {}
+        Change::Released(_) => {
+            let detail = format!(
+                "{} devices of {subject} were held, {} of them have been heard again",
+                held.held, held.resolved
+            );
+            state.alarms.set_for(GROUP_ALARM, &subject, false, detail);
+        }
+    }
+    let notice = GroupNotice::new(held, word);
+    state
+        .events
+        .notice(state.clock.wall(), Body::PresenceGroup(Box::new(notice)));
 }
 
 /// How an operator names a group.
@@ -124,38 +126,14 @@ fn subject(group: &Group) -> String {
         Group::Node => "this node".to_owned(),
         Group::Tenant(tenant) => format!("tenant {tenant}"),
         Group::AddressBlock(block) => format!("addresses {block}"),
+        Group::Site(site) => format!("address {site}"),
     }
 }
 
-/// How long the node has been lagging, or well.
-#[derive(Debug, Default)]
-struct Lagging {
-    is_raised: bool,
-    /// Since when it has been other than the alarm says.
-    since: Option<seawall_proto::time::Instant>,
-}
-
-/// Raises and ends the alarm about a node that is late. By the monotonic clock: the observed one stands still
-/// meanwhile.
-fn watch_lag(state: &State, lagging: &mut Lagging) {
-    let (now, health) = (state.clock.now(), state.observer.health());
-    let is_other = if lagging.is_raised {
-        health == 0
-    } else {
-        health >= HEALTH_LAGGING
-    };
-    if !is_other {
-        lagging.since = None;
-        return;
-    }
-    let lasts = now.saturating_since(*lagging.since.get_or_insert(now));
-    let hold = if lagging.is_raised { WELL_FOR } else { LAGGING_FOR };
-    if lasts < hold {
-        return;
-    }
-    lagging.is_raised = !lagging.is_raised;
-    lagging.since = None;
-    let detail = if lagging.is_raised {
+/// Raises and ends the alarm about a node that is late.
+fn watch_lag(state: &State) {
+    let is_lagging = state.observer.health() >= HEALTH_LAGGING;
+    let detail = if is_lagging {
         format!(
             "this node runs {:.1} s late: deadlines of silent devices are stretched, and nobody is published as offline for silence. \
              It needs more processor time",
@@ -164,5 +142,38 @@ fn watch_lag(state: &State, lagging: &mut Lagging) {
     } else {
         "this node runs in time again".to_owned()
     };
-    state.alarms.set(LAGGING_ALARM, lagging.is_raised, detail);
+    state.alarms.set(LAGGING_ALARM, is_lagging, detail);
+}
+
+/// Raises and ends the alarms about the fleet as a whole.
+fn watch_fleet(state: &State, outlook: &mut Outlook) {
+    let known = state.history.groups().total();
+    let to_u32 = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+    let figures = Figures {
+        online: to_u32(known.online),
+        unknown: to_u32(known.unknown),
+        lost: state.lost.load(Ordering::Relaxed),
+    };
+    let unusual = outlook.handle(figures, state.clock.now());
+    let connected = known.online + known.unknown;
+    let detail = if unusual.has_unknown {
+        format!(
+            "it is not known of {} of {connected} devices whether they are connected",
+            known.unknown
+        )
+    } else {
+        "no unusual number of devices is unknown".to_owned()
+    };
+    state.alarms.set(UNKNOWN_ALARM, unusual.has_unknown, detail);
+    let detail = if unusual.has_lost {
+        format!(
+            "{} devices went offline or became unknown within {} s, and {} are online",
+            unusual.lost,
+            LOST_WITHIN.as_secs(),
+            known.online
+        )
+    } else {
+        "no unusual number of devices goes offline".to_owned()
+    };
+    state.alarms.set(CHANGES_ALARM, unusual.has_lost, detail);
 }

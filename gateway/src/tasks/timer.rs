@@ -1,4 +1,4 @@
-//! The timer of all sessions, on observed time. Start with [`call_sessions`].
+//! The timer of all sessions. Start with [`call_sessions`].
 
 use tokio_util::sync::CancellationToken;
 
@@ -13,6 +13,6 @@ pub async fn call_sessions(state: Shared, stop: CancellationToken) {
         tokio::task::yield_now().await;
         let lag = state.observer.note_run();
         state.metrics.event_loop_lag_seconds.record(lag);
-        state.sessions.call_due(state.observer.now());
+        state.sessions.call_due(state.clock.now());
     }
 }

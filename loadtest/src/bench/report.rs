@@ -120,7 +120,7 @@ impl Report {
                 |m| m.hold_cores * 100.0,
                 "% of a core",
                 2,
-                Bound::Most(5.0),
+                Bound::Times(1.3),
             ),
             row(
                 "storm: a reconnect by a look-up",

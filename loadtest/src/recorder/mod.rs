@@ -10,7 +10,7 @@ mod records;
 mod tests;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -187,9 +187,9 @@ impl Recorder {
         self.compare(now, |presence, now| presence.published(index, state, now));
     }
 
-    /// It published an event about a group of devices.
-    pub fn group_published(&self) {
-        self.compare(Instant::now(), |presence, _| presence.group_published());
+    /// It published an event about a group of devices, and lists these as unknown.
+    pub fn group_published(&self, is_held: bool, unknown: &BTreeSet<usize>, now: Instant) {
+        self.compare(now, |presence, now| presence.group_published(is_held, unknown, now));
     }
 
     /// Its stream of events has a gap.

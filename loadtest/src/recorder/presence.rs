@@ -3,7 +3,7 @@
 //! Times are since the start of the run, so that real runs and simulated ones use the same code. Ages of ended sessions
 //! exclude the time in which the test disturbs the server ([`Comparison::disturb`]).
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use crate::report::{Presence, Spread};
 
@@ -221,9 +221,18 @@ impl Comparison {
         device.told = Some(state);
     }
 
-    /// One event replaces those of many devices that went silent together.
-    pub fn group_published(&mut self) {
-        self.tally(|tally| tally.groups += 1);
+    /// One event stands for those of many devices that went silent together, or were heard again. `unknown`: the devices
+    /// that the server lists as unknown since then. `is_held`: they went silent.
+    pub fn group_published(&mut self, is_held: bool, unknown: &BTreeSet<usize>, now: Duration) {
+        self.tally(|tally| tally.groups += u64::from(is_held));
+        for index in 0..self.devices.len() {
+            let was_unknown = self.devices[index].told == Some(State::Unknown);
+            match (was_unknown, unknown.contains(&index)) {
+                (false, true) => self.published(index, State::Unknown, now),
+                (true, false) => self.published(index, State::Online, now),
+                (true, true) | (false, false) => {}
+            }
+        }
     }
 
     /// The server says that it has no longer all events.

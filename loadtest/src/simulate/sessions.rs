@@ -19,10 +19,10 @@ use seawall_proto::{
     id::SessionId,
     presence::{
         groups::Verdict,
-        observer::{HEALTH_LAGGING, Observed, Observer, TICK, Tick},
+        observer::{HEALTH_LAGGING, Observer, TICK, Tick},
     },
     session::{Action as SessionAction, KernelView, Moment, Session, SessionLimits},
-    time::{Instant, WallTime},
+    time::{Instant, Tenths, WallTime},
 };
 
 use super::{database::exponential, network::Network, queue::Calendar};
@@ -447,9 +447,10 @@ impl Node<'_> {
             return;
         };
         let due = match &held.state {
-            Side::Seawall(session) => match session.poll_timeout() {
-                Observed::FAR_FUTURE => Instant::FAR_FUTURE,
-                due => self.now + due.saturating_since(self.observer.now()).max(TICK),
+            // At the next tick at the soonest.
+            Side::Seawall(session) => match session.poll_timeout(self.moment()) {
+                Tenths::FAR_FUTURE => Instant::FAR_FUTURE,
+                due => due.begin().max(self.now + TICK),
             },
             Side::Naive { next_ping, .. } => *next_ping,
         };
@@ -475,7 +476,7 @@ impl Node<'_> {
         let (mut pings, mut closes) = (false, false);
         match &mut held.state {
             Side::Seawall(machine) => {
-                if machine.poll_timeout() <= moment.observed {
+                if machine.poll_timeout(moment).begin() <= now {
                     machine.handle_timeout(moment, health);
                 }
                 while let Some(action) = machine.poll_action() {

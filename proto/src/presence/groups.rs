@@ -4,32 +4,29 @@
 //! Devices die one by one. A path that breaks, or a node that fails, silences many at once, and what they have in
 //! common says which of both it is. Nothing here is done for a device that answers its pings.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, ops::Bound, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
+    ops::Bound,
+    sync::Arc,
+    time::Duration,
+};
 
 use crate::{
     id::SessionId,
     presence::{
         Cause,
         observer::{HEALTH_LAGGING, Observed},
+        usual::{COUNT_MIN, UsualShare},
     },
 };
-
-/// Minimum number of silent members of a group that is held: fewer may well have died one by one.
-const SILENT_MIN: u32 = 20;
 
 /// Share of a group's members that must be silent.
 const SHARE_MIN: f64 = 0.3;
 
 /// A group of which at least this share is silent is silent as a whole: then the widest such group is the one to name.
 const SHARE_WHOLE: f64 = 0.8;
-
-/// Natural logarithm of the probability below which as many silent members are not chance: 1e-9.
-const CHANCE_MAX_LN: f64 = -20.72;
-
-/// The least share of silent devices that is taken for usual.
-const BASELINE_MIN: f64 = 0.001;
-/// Time constant of the usual share.
-const BASELINE_WINDOW: Duration = Duration::from_hours(24);
 
 /// Time for which a group is held. Devices return from a broken path within it, by an answer or a new session.
 pub const GRACE: Duration = Duration::from_mins(5);
@@ -39,11 +36,25 @@ const RELEASE_WITHIN_STEPS: u32 = 60;
 /// Least number of devices per step that go offline after the grace.
 pub const RELEASED_MIN: u32 = 20;
 
-/// Maximum number of groups that are held at a time. Silent devices of further groups go offline one by one.
+/// Once a node that lagged is well, the members that it held are asked again within about this time. Per step these are
+/// at least [`ASKED_MIN`].
+const ASK_WITHIN_STEPS: u32 = 20;
+/// Least number of devices per step that are asked again: their pings cost well under 100 ms of processor time.
+const ASKED_MIN: u32 = 1_000;
+
+/// Maximum number of groups that are held at a time. If there are more, the whole node is held as one more group.
 pub const HELD_MAX: usize = 64;
 /// Maximum number of groups among which silent devices are counted. Devices of further groups count for their node and
 /// tenant.
 const COUNTED_MAX: usize = 16_384;
+/// Maximum number of sites among those. There may be as many as devices, and the wider groups need room.
+const SITES_COUNTED_MAX: usize = COUNTED_MAX / 2;
+
+/// Devices of held groups that have an event each in a step, if they are heard again. If there are more, their
+/// groups have an event instead.
+const TOLD_SINGLY_MAX: u32 = 20;
+/// Maximum number of tenants that an event of a group names.
+pub const TENANTS_MAX: usize = 16;
 
 /// A block of addresses: IPv4 /20, IPv6 /48. What one fault of a provider is likely to hit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -75,6 +86,32 @@ impl fmt::Display for Block {
     }
 }
 
+/// A site: one IPv4 address, or one IPv6 /64. The devices behind one router.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Site {
+    V4(u32),
+    /// The upper half.
+    V6(u64),
+}
+
+impl From<IpAddr> for Site {
+    fn from(address: IpAddr) -> Self {
+        match address.to_canonical() {
+            IpAddr::V4(address) => Self::V4(address.to_bits()),
+            IpAddr::V6(address) => Self::V6((address.to_bits() >> 64) as u64),
+        }
+    }
+}
+
+impl fmt::Display for Site {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::V4(bits) => std::net::Ipv4Addr::from_bits(*bits).fmt(f),
+            Self::V6(upper) => write!(f, "{}/64", std::net::Ipv6Addr::from_bits(u128::from(*upper) << 64)),
+        }
+    }
+}
+
 crate::labels! {
     /// What the devices of a group have in common.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -82,6 +119,7 @@ crate::labels! {
         Node = "node",
         Tenant = "tenant",
         AddressBlock = "address_block",
+        Site = "site",
     }
 }
 
@@ -92,6 +130,7 @@ pub enum Group {
     Node,
     Tenant(Arc<str>),
     AddressBlock(Block),
+    Site(Site),
 }
 
 impl Group {
@@ -101,16 +140,18 @@ impl Group {
             Self::Node => GroupKind::Node,
             Self::Tenant(_) => GroupKind::Tenant,
             Self::AddressBlock(_) => GroupKind::AddressBlock,
+            Self::Site(_) => GroupKind::Site,
         }
     }
 
-    /// Its name among groups of its kind: the tenant or the block; empty for the node.
+    /// Its name among groups of its kind: the tenant, the block or the address; empty for the node.
     #[must_use]
     pub fn key(&self) -> String {
         match self {
             Self::Node => String::new(),
             Self::Tenant(tenant) => tenant.to_string(),
             Self::AddressBlock(block) => block.to_string(),
+            Self::Site(site) => site.to_string(),
         }
     }
 
@@ -119,7 +160,8 @@ impl Group {
         match self {
             Self::Node => true,
             Self::Tenant(tenant) => tenant == member.tenant(),
-            Self::AddressBlock(block) => *block == member.block(),
+            Self::AddressBlock(block) => *block == member.address().into(),
+            Self::Site(site) => *site == member.address().into(),
         }
     }
 }
@@ -127,7 +169,7 @@ impl Group {
 /// A session, as far as its groups go. Cheap to clone.
 pub trait Member: Clone {
     fn tenant(&self) -> &Arc<str>;
-    fn block(&self) -> Block;
+    fn address(&self) -> IpAddr;
 }
 
 /// What to do about a suspect that left its last ping unanswered.
@@ -137,8 +179,32 @@ pub enum Verdict {
     Wait,
     /// A group that it belongs to is held. It keeps its socket, and is told when the grace is over.
     Held,
+    /// It was held while this node lagged, which is over: ask it once more, as one whose deadline has just passed.
+    AskAgain,
     /// It is offline.
     Offline,
+}
+
+/// Event that follows when a silent device is heard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Heard {
+    /// It was not held: none.
+    NotHeld,
+    /// It was held: its own.
+    Singly,
+    /// It was held, and so were many others that are heard: its group's.
+    WithGroup,
+}
+
+/// How far a held group is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Members that fall silent are held with it.
+    Open,
+    /// The grace is over: so many members go offline per step.
+    Releasing { per_step: u32 },
+    /// The lag is over: so many members are asked again per step.
+    Asking { per_step: u32 },
 }
 
 /// A group whose silent members are neither online nor offline.
@@ -155,10 +221,30 @@ pub struct Held {
     pub resolved: u32,
     /// Held members that nobody has heard since.
     pub left: u32,
-    /// Members that go offline per step; 0 during the grace.
-    release_per_step: u32,
+    /// Tenants of the members that were held. `None`: more than [`TENANTS_MAX`].
+    pub tenants: Option<BTreeSet<Arc<str>>>,
+    phase: Phase,
+    /// It is held since this node lagged, and for as long.
+    ends_with_lag: bool,
     /// Its [`Change::Held`] was named.
     is_told: bool,
+    /// Members were heard that have no event of their own.
+    has_untold: bool,
+}
+
+impl Held {
+    fn take(&mut self, tenant: &Arc<str>) {
+        self.held += 1;
+        self.left += 1;
+        if let Some(tenants) = &mut self.tenants
+            && !tenants.contains(tenant)
+        {
+            tenants.insert(Arc::clone(tenant));
+            if tenants.len() > TENANTS_MAX {
+                self.tenants = None;
+            }
+        }
+    }
 }
 
 /// What a step has changed about a group.
@@ -166,6 +252,8 @@ pub struct Held {
 pub enum Change {
     /// It is held, with all its members that are silent now.
     Held(Held),
+    /// Many of its members were heard again.
+    Resolving(Held),
     /// None of its members is held any more.
     Released(Held),
 }
@@ -187,7 +275,7 @@ enum State {
     Suspect {
         since: Observed,
     },
-    Held(HeldId),
+    Held,
     /// The grace of its group is over.
     Released,
 }
@@ -196,10 +284,12 @@ enum State {
 struct Entry<M> {
     member: M,
     state: State,
+    /// The group with which it became unknown.
+    group: Option<HeldId>,
 }
 
 impl<M> Entry<M> {
-    /// It counts for its groups: no group holds it, or has held it.
+    /// It counts for its groups: none holds it, and the grace of none that held it is over.
     const fn is_free(&self) -> bool {
         matches!(self.state, State::Silent | State::Suspect { .. })
     }
@@ -232,14 +322,17 @@ pub struct Groups<M> {
     held: BTreeMap<HeldId, Held>,
     last_id: HeldId,
     /// Usual share of silent devices.
-    baseline: f64,
+    usual: UsualShare,
     stepped_at: Observed,
     /// Begin of the last test that found no group to hold.
     tested_at: Observed,
     /// Silent devices by group, as counted in this step.
     counts: BTreeMap<Group, u32>,
+    sites_counted: usize,
     /// Sessions up to here were gone over in this pass.
     cursor: Option<SessionId>,
+    /// Devices that had an event each in this step.
+    told_singly: u32,
 }
 
 impl<M> Default for Groups<M> {
@@ -249,11 +342,13 @@ impl<M> Default for Groups<M> {
             suspects: 0,
             held: BTreeMap::new(),
             last_id: 0,
-            baseline: BASELINE_MIN,
+            usual: UsualShare::default(),
             stepped_at: Observed::ZERO,
             tested_at: Observed::ZERO,
             counts: BTreeMap::new(),
+            sites_counted: 0,
             cursor: None,
+            told_singly: 0,
         }
     }
 }
@@ -261,8 +356,11 @@ impl<M> Default for Groups<M> {
 impl<M: Member> Groups<M> {
     /// A device left two pings unanswered.
     pub fn handle_silent(&mut self, id: SessionId, member: M) {
-        let state = State::Silent;
-        self.silent.entry(id).or_insert(Entry { member, state });
+        self.silent.entry(id).or_insert(Entry {
+            member,
+            state: State::Silent,
+            group: None,
+        });
     }
 
     /// The deadline of a silent device has passed, and its kernel buffer holds nothing of it.
@@ -275,13 +373,18 @@ impl<M: Member> Groups<M> {
         }
     }
 
-    /// A silent device was heard. True if it was held.
-    pub fn handle_heard(&mut self, id: SessionId) -> bool {
-        let held = self.remove(id);
-        if let Some(held) = held.and_then(|id| self.held.get_mut(&id)) {
+    /// A silent device was heard, in its session or in a newer one. Says how that is told.
+    pub fn handle_heard(&mut self, id: SessionId) -> Heard {
+        let Some(group) = self.remove(id) else {
+            return Heard::NotHeld;
+        };
+        self.told_singly = self.told_singly.saturating_add(1);
+        let is_single = self.told_singly <= TOLD_SINGLY_MAX;
+        if let Some(held) = self.held.get_mut(&group) {
             held.resolved += 1;
+            held.has_untold |= !is_single;
         }
-        held.is_some()
+        if is_single { Heard::Singly } else { Heard::WithGroup }
     }
 
     /// A session has ended: its device is offline, or has a newer session.
@@ -289,28 +392,29 @@ impl<M: Member> Groups<M> {
         self.remove(id);
     }
 
-    /// Returns the group that held it.
+    /// Returns the group with which it became unknown.
     fn remove(&mut self, id: SessionId) -> Option<HeldId> {
-        match self.silent.remove(&id)?.state {
-            State::Suspect { .. } => self.suspects -= 1,
-            State::Held(group) => {
-                if let Some(held) = self.held.get_mut(&group) {
-                    held.left -= 1;
-                }
-                return Some(group);
-            }
-            State::Silent | State::Released => {}
+        let entry = self.silent.remove(&id)?;
+        if matches!(entry.state, State::Suspect { .. }) {
+            self.suspects -= 1;
         }
-        None
+        // The grace of a released one is over: it is not among those that are left.
+        let group = entry.group.filter(|_| entry.state != State::Released)?;
+        if let Some(held) = self.held.get_mut(&group) {
+            held.left -= 1;
+        }
+        Some(group)
     }
 
     /// What to do about a suspect. `health`: local health of the node.
     #[must_use]
     pub fn verdict(&self, id: SessionId, health: u8) -> Verdict {
         match self.silent.get(&id).map(|entry| entry.state) {
-            Some(State::Held(_)) => Verdict::Held,
+            Some(State::Held) => Verdict::Held,
+            // Its session has asked before: it was held meanwhile.
+            Some(State::Silent) => Verdict::AskAgain,
             Some(State::Suspect { since }) if since < self.tested_at && health < HEALTH_LAGGING => Verdict::Offline,
-            Some(State::Suspect { .. } | State::Silent) => Verdict::Wait,
+            Some(State::Suspect { .. }) => Verdict::Wait,
             Some(State::Released) | None => Verdict::Offline,
         }
     }
@@ -319,16 +423,12 @@ impl<M: Member> Groups<M> {
     pub fn begin_step(&mut self, sessions: u32, now: Observed) -> bool {
         let elapsed = now.saturating_since(self.stepped_at);
         self.stepped_at = now;
+        self.told_singly = 0;
         self.cursor = None;
         self.counts.clear();
-        if self.held.is_empty() && sessions > 0 {
-            let share = f64::from(self.unheld()) / f64::from(sessions);
-            let weight = (elapsed.as_secs_f64() / BASELINE_WINDOW.as_secs_f64()).min(1.0);
-            self.baseline = (self.baseline + (share - self.baseline) * weight).max(BASELINE_MIN);
-        }
-        if self.held.len() >= HELD_MAX {
-            self.tested_at = now;
-            return false;
+        self.sites_counted = 0;
+        if self.held.is_empty() {
+            self.usual.handle(self.unheld(), sessions, elapsed);
         }
         self.suspects > 0
     }
@@ -344,12 +444,15 @@ impl<M: Member> Groups<M> {
             let groups = [
                 Group::Node,
                 Group::Tenant(Arc::clone(entry.member.tenant())),
-                Group::AddressBlock(entry.member.block()),
+                Group::AddressBlock(entry.member.address().into()),
+                Group::Site(entry.member.address().into()),
             ];
             for group in groups {
+                let is_site = group.kind() == GroupKind::Site;
                 if let Some(count) = self.counts.get_mut(&group) {
                     *count += 1;
-                } else if self.counts.len() < COUNTED_MAX {
+                } else if self.counts.len() < COUNTED_MAX && !(is_site && self.sites_counted >= SITES_COUNTED_MAX) {
+                    self.sites_counted += usize::from(is_site);
                     self.counts.insert(group, 1);
                 }
             }
@@ -364,24 +467,24 @@ impl<M: Member> Groups<M> {
     /// The groups whose members are to be counted, once all silent devices are.
     #[must_use]
     pub fn candidates(&self) -> Vec<Group> {
-        let many = self.counts.iter().filter(|(_, silent)| **silent >= SILENT_MIN);
+        let many = self.counts.iter().filter(|(_, silent)| **silent >= COUNT_MIN);
         many.map(|(group, _)| group.clone()).collect()
     }
 
     /// Ends the test of a step: holds the group that explains most of the silence, if there is one. `counts`: members
     /// of the [candidates](Self::candidates). `health`: local health of the node.
     pub fn handle_counts(&mut self, counts: &[Count], sessions: u32, health: u8) {
-        if self.suspects == 0 || self.held.len() >= HELD_MAX {
+        if self.suspects == 0 {
             self.tested_at = self.stepped_at;
             return;
         }
         if health >= HEALTH_LAGGING {
-            return self.hold(Group::Node, sessions, health);
+            return self.hold(Group::Node, sessions, Cause::NodeLagging, true);
         }
         let found = counts.iter().filter_map(|count| {
             let silent = *self.counts.get(&count.group)?;
-            self.is_improbable(silent, count.members)
-                .then(|| (f64::from(silent) / f64::from(count.members.max(silent)), count))
+            let share = f64::from(silent) / f64::from(count.members.max(silent));
+            (share > SHARE_MIN && self.usual.is_exceeded(silent, count.members)).then_some((share, count))
         });
         // The widest that is silent as a whole; otherwise the one that is silent most.
         let found = found.max_by(|(one_share, one), (other_share, other)| {
@@ -394,31 +497,39 @@ impl<M: Member> Groups<M> {
             })
         });
         match found {
+            // What hits so many groups is none of theirs.
+            Some(_) if self.held.len() >= HELD_MAX => self.hold(Group::Node, sessions, Cause::Path, false),
             // The others wait: one fault may have silenced several groups, and a step holds one of them.
-            Some((_, count)) => self.hold(count.group.clone(), count.members, health),
+            Some((_, count)) => {
+                let cause = if count.group == Group::Node {
+                    Cause::NodeLagging
+                } else {
+                    Cause::Path
+                };
+                self.hold(count.group.clone(), count.members, cause, false);
+            }
             None => self.tested_at = self.stepped_at,
         }
     }
 
-    fn hold(&mut self, group: Group, members: u32, health: u8) {
-        if self
-            .held
-            .values()
-            .any(|held| held.group == group && held.release_per_step == 0)
-        {
+    fn hold(&mut self, group: Group, members: u32, cause: Cause, ends_with_lag: bool) {
+        let is_it = |held: &Held| held.group == group && held.phase == Phase::Open;
+        if self.held.values().any(is_it) {
             return;
         }
-        let is_ours = group == Group::Node || health >= HEALTH_LAGGING;
         let held = Held {
             group,
-            cause: if is_ours { Cause::NodeLagging } else { Cause::Path },
+            cause,
             since: self.stepped_at,
             members,
             held: 0,
             resolved: 0,
             left: 0,
-            release_per_step: 0,
+            tenants: Some(BTreeSet::new()),
+            phase: Phase::Open,
+            ends_with_lag,
             is_told: false,
+            has_untold: false,
         };
         self.last_id = self.last_id.wrapping_add(1);
         self.held.insert(self.last_id, held);
@@ -427,8 +538,7 @@ impl<M: Member> Groups<M> {
     /// Goes over the next silent sessions, at most `max` of them. Returns those that belong to a held group: they are
     /// held from now on. `None` once all were gone over.
     pub fn poll_held(&mut self, max: usize) -> Option<Vec<(M, Cause)>> {
-        let is_open = |held: &Held| held.release_per_step == 0;
-        if !self.held.values().any(is_open) {
+        if !self.held.values().any(|held| held.phase == Phase::Open) {
             return None;
         }
         let mut found = Vec::new();
@@ -438,15 +548,19 @@ impl<M: Member> Groups<M> {
             if !entry.is_free() {
                 continue;
             }
-            let mut groups = self.held.iter_mut().filter(|(_, held)| is_open(held));
-            if let Some((id, held)) = groups.find(|(_, held)| held.group.has(&entry.member)) {
-                if matches!(entry.state, State::Suspect { .. }) {
-                    self.suspects -= 1;
-                }
-                entry.state = State::Held(*id);
-                held.held += 1;
-                held.left += 1;
-                found.push((entry.member.clone(), held.cause));
+            let mut groups = self.held.iter_mut().filter(|(_, held)| held.phase == Phase::Open);
+            let Some((id, held)) = groups.find(|(_, held)| held.group.has(&entry.member)) else {
+                continue;
+            };
+            if matches!(entry.state, State::Suspect { .. }) {
+                self.suspects -= 1;
+            }
+            entry.state = State::Held;
+            held.take(entry.member.tenant());
+            found.push((entry.member.clone(), held.cause));
+            let before = entry.group.replace(*id);
+            if let Some(before) = before.and_then(|id| self.held.get_mut(&id)) {
+                before.left -= 1;
             }
         }
         if seen == 0 {
@@ -456,37 +570,50 @@ impl<M: Member> Groups<M> {
         Some(found)
     }
 
-    /// Members whose grace is over, as many as may go offline in this step: once a step. Each is to ask for its
-    /// [verdict](Self::verdict).
+    /// Members whose grace is over, or that are to be asked again, as many as may be in this step: once a step. Each is
+    /// to ask for its [verdict](Self::verdict).
     pub fn poll_released(&mut self, health: u8, now: Observed) -> Vec<M> {
         if health >= HEALTH_LAGGING {
             return Vec::new();
         }
         let mut room = BTreeMap::new();
         for (id, held) in &mut self.held {
-            if now < held.since + GRACE {
-                continue;
+            held.phase = match held.phase {
+                Phase::Open if held.ends_with_lag && health == 0 => Phase::Asking {
+                    per_step: held.left.div_ceil(ASK_WITHIN_STEPS).max(ASKED_MIN),
+                },
+                Phase::Open if !held.ends_with_lag && now >= held.since + GRACE => Phase::Releasing {
+                    per_step: held.left.div_ceil(RELEASE_WITHIN_STEPS).max(RELEASED_MIN),
+                },
+                phase => phase,
+            };
+            match held.phase {
+                Phase::Open => {}
+                Phase::Releasing { per_step } => {
+                    room.insert(*id, (per_step.min(held.left), State::Released));
+                }
+                Phase::Asking { per_step } => {
+                    room.insert(*id, (per_step.min(held.left), State::Silent));
+                }
             }
-            if held.release_per_step == 0 {
-                held.release_per_step = held.left.div_ceil(RELEASE_WITHIN_STEPS).max(RELEASED_MIN);
-            }
-            room.insert(*id, held.release_per_step.min(held.left));
         }
-        let mut left: u32 = room.values().sum();
+        let mut left: u32 = room.values().map(|(room, _)| room).sum();
         let mut released = Vec::new();
         for entry in self.silent.values_mut() {
             if left == 0 {
                 break;
             }
-            let State::Held(id) = entry.state else { continue };
-            let (Some(room), Some(held)) = (room.get_mut(&id), self.held.get_mut(&id)) else {
+            let (State::Held, Some(id)) = (entry.state, entry.group) else {
+                continue;
+            };
+            let (Some((room, state)), Some(held)) = (room.get_mut(&id), self.held.get_mut(&id)) else {
                 continue;
             };
             if *room > 0 {
-                entry.state = State::Released;
+                entry.state = *state;
                 *room -= 1;
                 left -= 1;
-                held.left -= 1;
+                held.left -= u32::from(*state == State::Released);
                 released.push(entry.member.clone());
             }
         }
@@ -499,14 +626,17 @@ impl<M: Member> Groups<M> {
             held.is_told = true;
             return Some(Change::Held(held.clone()));
         }
-        let empty = self.held.iter().find(|(_, held)| held.left == 0);
-        let id = *empty?.0;
-        let held = self.held.remove(&id)?;
-        if held.held > 0 {
-            Some(Change::Released(held))
-        } else {
-            self.poll_change()
+        let empty = self.held.iter().find(|(_, held)| held.left == 0).map(|(id, _)| *id);
+        if let Some(held) = empty.and_then(|id| self.held.remove(&id)) {
+            return if held.held > 0 {
+                Some(Change::Released(held))
+            } else {
+                self.poll_change()
+            };
         }
+        let held = self.held.values_mut().find(|held| held.has_untold)?;
+        held.has_untold = false;
+        Some(Change::Resolving(held.clone()))
     }
 
     /// Groups that are held, oldest first.
@@ -533,22 +663,6 @@ impl<M: Member> Groups<M> {
     #[must_use]
     pub const fn suspects(&self) -> u32 {
         self.suspects
-    }
-
-    /// Whether so many silent members are more than chance (Chernoff's bound of the binomial tail).
-    fn is_improbable(&self, silent: u32, members: u32) -> bool {
-        let share = f64::from(silent) / f64::from(members.max(1));
-        if silent < SILENT_MIN || share <= SHARE_MIN || share <= self.baseline {
-            return false;
-        }
-        let share = share.min(1.0);
-        let gone = share * (share / self.baseline).ln();
-        let there = if share < 1.0 {
-            (1.0 - share) * ((1.0 - share) / (1.0 - self.baseline)).ln()
-        } else {
-            0.0
-        };
-        -f64::from(members) * (gone + there) < CHANCE_MAX_LN
     }
 }
 

@@ -8,6 +8,7 @@ pub mod gone;
 pub mod groups;
 pub mod known;
 pub mod observer;
+pub mod usual;
 
 pub use self::known::Known;
 use crate::time::WallTime;

@@ -82,7 +82,7 @@ pub struct Tick {
     pub elapsed: Duration,
     /// Time that a task needed to run after it was woken, or for which it has not run yet.
     pub loop_lag: Duration,
-    /// Longest time from a ping that was due to the ping.
+    /// How late the latest of the pings was that went out.
     pub ping_lag: Duration,
 }
 

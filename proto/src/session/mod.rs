@@ -20,7 +20,7 @@ use crate::{
     id::SessionId,
     presence::observer::Observed,
     resume::Minted,
-    time::{Instant, WallTime},
+    time::{Instant, Tenths, WallTime},
 };
 use limit::{BadFrames, MessageRate};
 use silence::Standing;
@@ -35,9 +35,9 @@ const SILENCE_MIN: Duration = Duration::from_secs(60);
 /// One moment on the two clocks of a session.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Moment {
-    /// For what a device pays for: its message rate. And for what others decide by: its resume token.
+    /// For pings. For what a device pays for: its message rate. And for what others decide by: its resume token.
     pub real: Instant,
-    /// For pings and silence.
+    /// For silence.
     pub observed: Observed,
 }
 
@@ -155,7 +155,7 @@ pub struct Session {
     /// Messages to the device that it has not acknowledged: so many acknowledgements are free. Stops at 65,535.
     acks_expected: u16,
     last_heard: Observed,
-    next_ping: Observed,
+    next_ping: Tenths,
     /// Earliest time of the next step towards its end. Only for a device that is silent.
     next_step: Observed,
     /// In seconds of monotonic time; [`NEVER`] where there is nothing to renew.
@@ -183,7 +183,7 @@ impl Session {
         rng: &mut impl Rng,
     ) -> Self {
         let phase_micros = u64::try_from(limits.heartbeat.as_micros()).unwrap_or(u64::MAX).max(1);
-        let next_ping = now.observed + Duration::from_micros(rng.random_range(1..=phase_micros));
+        let next_ping = Tenths::not_before(now.real + Duration::from_micros(rng.random_range(1..=phase_micros)));
         let mut session = Self {
             kind,
             is_closing: false,
@@ -287,14 +287,8 @@ impl Session {
         if self.is_closing {
             return;
         }
-        self.handle_silence(now.observed, health);
-        if now.observed >= self.next_ping {
-            self.ping(now.observed);
-            self.next_ping = self.next_ping + self.limits.heartbeat;
-            if self.next_ping <= now.observed {
-                self.next_ping = now.observed + self.limits.heartbeat;
-            }
-        }
+        self.handle_silence(now, health);
+        self.handle_ping_time(now);
         if seconds(now.real) >= self.renew_at_seconds {
             self.renew_at_seconds = NEVER;
             self.actions.push_back(Action::RenewToken);
@@ -304,12 +298,27 @@ impl Session {
     /// When to call [`handle_timeout`](Self::handle_timeout). Frames only ever move it later, so that a timer need
     /// not be set anew for each of them: let it fire, ask again, and set it to what this says then. A resume token is
     /// renewed with the ping behind its time.
+    ///
+    /// Observed time never runs faster than monotonic time. So a step that is due by it may be named too early, and is
+    /// named again then.
     #[must_use]
-    pub fn poll_timeout(&self) -> Observed {
+    pub fn poll_timeout(&self, now: Moment) -> Tenths {
         if self.is_closing {
-            return Observed::FAR_FUTURE;
+            return Tenths::FAR_FUTURE;
         }
-        self.next_ping.min(self.silent_until())
+        let silent_until = self.silent_until();
+        if silent_until == Observed::FAR_FUTURE {
+            return self.next_ping;
+        }
+        let step_at = now.real + silent_until.saturating_since(now.observed);
+        self.next_ping.min(Tenths::not_before(step_at))
+    }
+
+    /// How late a ping is that is due.
+    #[must_use]
+    pub fn ping_lag(&self, now: Instant) -> Option<Duration> {
+        let due = self.next_ping.begin();
+        (!self.is_closing && now >= due).then(|| now.saturating_since(due))
     }
 
     /// The next thing to do. Gives the queue's memory back when it was the last.
@@ -319,6 +328,44 @@ impl Session {
             self.actions = VecDeque::new();
         }
         action
+    }
+
+    /// The next thing to do about a device that is silent, past frames that can't be written: a broken path takes none.
+    /// A close for silence ends the session there.
+    pub fn poll_silence(&mut self) -> Option<Action> {
+        let is_it = |action: &Action| match action {
+            Action::Silent | Action::Suspect | Action::HeardAgain | Action::AskKernel | Action::AskGroups => true,
+            Action::Close(close) => matches!(close, Close::HeartbeatMissed { .. }),
+            Action::Text(_)
+            | Action::Binary(_)
+            | Action::Ping
+            | Action::Received(_)
+            | Action::Complained(_)
+            | Action::Acked(_)
+            | Action::RenewToken => false,
+        };
+        let at = self.actions.iter().position(is_it)?;
+        self.actions.remove(at)
+    }
+
+    /// The close that was decided and is not carried out yet.
+    #[must_use]
+    pub fn pending_close(&self) -> Option<&Close> {
+        self.actions.iter().find_map(|action| match action {
+            Action::Close(close) => Some(close),
+            Action::Text(_)
+            | Action::Binary(_)
+            | Action::Ping
+            | Action::Received(_)
+            | Action::Complained(_)
+            | Action::Acked(_)
+            | Action::RenewToken
+            | Action::Silent
+            | Action::Suspect
+            | Action::HeardAgain
+            | Action::AskKernel
+            | Action::AskGroups => None,
+        })
     }
 
     /// The next thing to do where that is to send text; `None` otherwise. What a session says first fits behind the

@@ -12,7 +12,8 @@ use crate::{
         groups::Verdict,
         observer::{Observed, RECOVERY},
     },
-    session::{Action, Session},
+    session::{Action, Moment, Session},
+    time::Tenths,
 };
 
 /// Pings that a device must have left unanswered before its deadline counts, the last of them for a heartbeat.
@@ -86,6 +87,15 @@ impl Session {
         }
     }
 
+    /// Nothing can be written to the device, and its kernel acknowledges nothing: it is silent, as if it had left pings
+    /// unanswered.
+    pub fn handle_stalled(&mut self, now: Observed) {
+        if !self.is_closing && self.standing == Standing::Heard {
+            self.become_silent(now);
+            self.next_step = now;
+        }
+    }
+
     /// The kernel's answer to [`Action::AskKernel`].
     pub fn handle_kernel(&mut self, view: KernelView, now: Observed) -> Finding {
         if self.is_closing {
@@ -127,6 +137,10 @@ impl Session {
         match verdict {
             Verdict::Wait => self.next_step = now + VERDICT_INTERVAL,
             Verdict::Held => self.next_step = now + HELD_INTERVAL,
+            Verdict::AskAgain => {
+                self.standing = Standing::Silent;
+                self.next_step = now;
+            }
             Verdict::Offline => self.handle_close(Close::heartbeat_missed(rng)),
         }
     }
@@ -142,8 +156,9 @@ impl Session {
     }
 
     /// Takes the next step towards the end of a device that is silent, if it is due.
-    pub(super) fn handle_silence(&mut self, now: Observed, health: u8) {
-        if now >= self.next_ping + self.limits.heartbeat {
+    pub(super) fn handle_silence(&mut self, moment: Moment, health: u8) {
+        let now = moment.observed;
+        if moment.real >= self.next_ping.begin() + self.limits.heartbeat {
             // A whole ping was missed: this session stood still. What the device sent meanwhile may not be read yet.
             match self.standing {
                 Standing::Heard => self.pings_unanswered = 0,
@@ -167,15 +182,38 @@ impl Session {
         self.actions.push_back(Action::AskKernel);
     }
 
+    /// Sends a ping, if it is time. By the monotonic clock: devices wait for pings whatever this node observes.
+    ///
+    /// A ping that is late by over half a heartbeat is left out. The next one is nearer, and after a stop of the process
+    /// not all devices are pinged at once.
+    pub(super) fn handle_ping_time(&mut self, now: Moment) {
+        let Some(late) = self.ping_lag(now.real) else { return };
+        let heartbeat = self.limits.heartbeat;
+        if late <= heartbeat / 2 {
+            self.ping(now.observed);
+        }
+        let missed = u32::try_from(late.as_micros() / heartbeat.as_micros().max(1)).unwrap_or(u32::MAX);
+        let next = self.next_ping.begin() + heartbeat.saturating_mul(missed.saturating_add(1));
+        self.next_ping = Tenths::not_before(next);
+    }
+
     /// Sends a ping.
     pub(super) fn ping(&mut self, now: Observed) {
+        if self.actions.contains(&Action::Ping) {
+            // The device does not read: the one before has not gone out.
+            return;
+        }
         self.actions.push_back(Action::Ping);
         self.pings_unanswered = self.pings_unanswered.saturating_add(1);
         if self.standing == Standing::Heard && self.pings_unanswered >= PINGS_UNANSWERED_MIN {
-            self.standing = Standing::Silent;
-            self.next_step = now + self.limits.heartbeat;
-            self.actions.push_back(Action::Silent);
+            self.become_silent(now);
         }
+    }
+
+    fn become_silent(&mut self, now: Observed) {
+        self.standing = Standing::Silent;
+        self.next_step = now + self.limits.heartbeat;
+        self.actions.push_back(Action::Silent);
     }
 
     /// When the next step towards its end is due, if nothing is heard until then.

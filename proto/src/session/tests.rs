@@ -5,12 +5,20 @@ use crate::{close::Restart, refusal::Hint};
 
 /// Both clocks show the same.
 fn at(ms: u64) -> Moment {
-    moment(Observed::ZERO + Duration::from_millis(ms))
+    let span = Duration::from_millis(ms);
+    Moment {
+        real: Instant::ZERO + span,
+        observed: Observed::ZERO + span,
+    }
 }
 
-fn moment(observed: Observed) -> Moment {
-    let real = Instant::ZERO + observed.saturating_since(Observed::ZERO);
-    Moment { real, observed }
+/// The next time of a session that is called on time.
+fn next(session: &Session, now: Moment) -> Moment {
+    let real = session.poll_timeout(now).begin();
+    Moment {
+        real,
+        observed: Observed::ZERO + real.saturating_since(Instant::ZERO),
+    }
 }
 
 fn rng() -> SmallRng {
@@ -232,9 +240,9 @@ fn device_over_its_rate_is_told_then_closed() {
 #[test]
 fn both_kinds_are_pinged_each_heartbeat() {
     for mut session in [v1(), plain()] {
-        let mut pings = Vec::new();
+        let (mut pings, mut now) = (Vec::new(), at(0));
         for _ in 0..3 {
-            let now = moment(session.poll_timeout());
+            now = next(&session, now);
             session.handle_timeout(now, 0);
             assert_eq!(drain(&mut session), [Action::Ping]);
             session.handle_control(now);
@@ -277,13 +285,13 @@ fn acknowledgements_of_messages_to_the_device_are_free_and_no_others() {
 #[test]
 fn frames_only_ever_move_the_deadline_later() {
     let mut session = plain();
-    let mut last = session.poll_timeout();
+    let mut last = session.poll_timeout(at(0));
 
     for n in 1..100 {
         session.handle_text("x", at(n * 10));
 
-        assert!(session.poll_timeout() >= last);
-        last = session.poll_timeout();
+        assert!(session.poll_timeout(at(n * 10)) >= last);
+        last = session.poll_timeout(at(n * 10));
     }
 }
 
@@ -327,7 +335,7 @@ fn nothing_follows_a_close() {
         session.handle_message_out("a", OutBody::Json("1")),
         Err(Unsendable::Closing)
     );
-    assert_eq!(session.poll_timeout(), Observed::FAR_FUTURE);
+    assert_eq!(session.poll_timeout(at(1_000_000)), Tenths::FAR_FUTURE);
 }
 
 #[test]
@@ -383,7 +391,7 @@ fn token_is_in_the_welcome_and_renewed_when_due_for_as_long_as_the_session_lives
     let mut renewed_at = Vec::new();
     let mut now = at(0);
     while now.real < at(60 * 3_600_000).real {
-        now = moment(session.poll_timeout());
+        now = next(&session, now);
         session.handle_control(now);
         session.handle_timeout(now, 0);
         if drain(&mut session).contains(&Action::RenewToken) {
@@ -402,7 +410,7 @@ fn token_that_can_t_be_renewed_is_not() {
 
     let mut now = at(0);
     while now.real < at(60 * 3_600_000).real {
-        now = moment(session.poll_timeout());
+        now = next(&session, now);
         session.handle_control(now);
         session.handle_timeout(now, 0);
         assert!(!drain(&mut session).contains(&Action::RenewToken));

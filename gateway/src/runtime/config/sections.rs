@@ -171,7 +171,8 @@ section! {
         /// Time for writing a refusal or an upgrade to a device that reads slowly; then the connection is closed.
         pub answer_timeout_ms: u64 = 5_000, "milliseconds", 100..=60_000;
         /// Maximum time in which a device reads not a byte of what is sent to it; then the session ends. A device that
-        /// reads slowly has ten times as long for all of it.
+        /// reads slowly has ten times as long for all of it. A device whose machine does not answer at all is silent,
+        /// and has as long as other silent devices.
         pub write_timeout_ms: u64 = 20_000, "milliseconds", 1_000..=300_000;
         /// Maximum frame from a device; then close 1009.
         pub frame_bytes_max: usize = 64 * 1024, "bytes", 256..=1_048_576;

@@ -44,6 +44,30 @@ pub(super) struct Unread {
     complete_len: u32,
 }
 
+/// Writes a control frame without payload to a peer to which nothing else is under way. False: not a byte of it went
+/// out, and the frame is to be written as any other.
+pub(super) fn write_lone(transport: &mut Transport, first: u8, cx: &mut Context<'_>) -> Lone {
+    // TLS has a buffer of its own, which would have to be flushed.
+    if !matches!(transport, Transport::Plain(_)) {
+        return Lone::Untouched;
+    }
+    match Pin::new(transport).poll_write(cx, &[first, EMPTY]) {
+        Poll::Ready(Ok(2)) => Lone::Written,
+        Poll::Ready(Ok(1)) => Lone::Half,
+        // The connection is gone, which shows at the next try; or the kernel has no room.
+        Poll::Ready(Ok(_) | Err(_)) | Poll::Pending => Lone::Untouched,
+    }
+}
+
+/// How far a lone control frame went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lone {
+    Written,
+    /// Its second byte is to go first of all that follows.
+    Half,
+    Untouched,
+}
+
 /// What came of a message that is not complete.
 #[derive(Debug, Clone, Copy)]
 struct Fragments {
@@ -52,6 +76,26 @@ struct Fragments {
     /// From its first frame to the latest one that came, each gap up to [`GAP_MAX`].
     lasted: Duration,
     latest_at: Instant,
+}
+
+/// First byte of a ping and of a pong that are whole frames (RFC 6455 §5.2).
+pub(super) const PING: u8 = 0x89;
+pub(super) const PONG: u8 = 0x8a;
+/// Second byte of a client's frame without payload; the key of its mask follows.
+const EMPTY_MASKED: u8 = 0x80;
+/// Second byte of our frames without payload.
+pub(super) const EMPTY: u8 = 0;
+
+/// Result of a read while nothing else was under way.
+#[derive(Debug)]
+pub(super) enum First {
+    /// The stream has ended.
+    End,
+    /// One ping without payload, and no more.
+    Ping,
+    /// One pong without payload, and no more.
+    Pong,
+    Other(Unread),
 }
 
 /// A message has too many frames, or takes too long.
@@ -85,6 +129,20 @@ impl Unread {
         ready!(Pin::new(transport).poll_read(cx, &mut read))?;
         self.bytes.extend_from_slice(read.filled());
         Poll::Ready(Ok(read.filled().len()))
+    }
+
+    /// Reads what is there between two messages. A lone pong is most of what idle devices send: it needs no buffer.
+    pub(super) fn poll_first(transport: &mut Transport, cx: &mut Context<'_>) -> Poll<io::Result<First>> {
+        let mut scratch = [const { MaybeUninit::uninit() }; READ_LEN];
+        let mut read = ReadBuf::uninit(&mut scratch);
+        ready!(Pin::new(transport).poll_read(cx, &mut read))?;
+        let first = match read.filled() {
+            [] => First::End,
+            [PONG, EMPTY_MASKED, _, _, _, _] => First::Pong,
+            [PING, EMPTY_MASKED, _, _, _, _] => First::Ping,
+            bytes => First::Other(Self::new(bytes)),
+        };
+        Poll::Ready(Ok(first))
     }
 
     /// Hands on what is there, and belongs to one frame. `None`: the next frame's header is not complete.
@@ -164,6 +222,8 @@ pub(super) struct Aligned<'a, 'w> {
     pub(super) unread: &'a mut Unread,
     /// Bytes that the transport has taken. Wraps.
     pub(super) written: &'a mut u64,
+    /// The second byte of a control frame whose first one went out alone.
+    pub(super) half_sent: &'a mut bool,
     pub(super) cx: &'a mut Context<'w>,
     /// Longest time from the first to the last frame of a message.
     pub(super) message_time_max: Duration,
@@ -187,14 +247,26 @@ impl Read for Aligned<'_, '_> {
     }
 }
 
+impl Aligned<'_, '_> {
+    fn send_half(&mut self) -> io::Result<()> {
+        if *self.half_sent {
+            let len = unblocked(Pin::new(&mut *self.transport).poll_write(self.cx, &[EMPTY]))?;
+            *self.half_sent = len == 0;
+        }
+        Ok(())
+    }
+}
+
 impl Write for Aligned<'_, '_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.send_half()?;
         let len = unblocked(Pin::new(&mut *self.transport).poll_write(self.cx, buf))?;
         *self.written = self.written.wrapping_add(len as u64);
         Ok(len)
     }
 
     fn flush(&mut self) -> io::Result<()> {
+        self.send_half()?;
         unblocked(Pin::new(&mut *self.transport).poll_flush(self.cx))
     }
 }

@@ -17,4 +17,5 @@ mod resume;
 mod revoked;
 mod rollouts;
 mod rules;
+mod silence;
 mod storm;

@@ -1,17 +1,21 @@
 //! Evidence that a device is offline, and its absence; changes that a slow database gets late.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use seawall_gateway::fleet::history::{Began, Offline};
+use seawall_gateway::{
+    fleet::history::{Began, Offline},
+    session::sessions::{Outgoing, OutgoingBody, PostError},
+};
 use seawall_proto::{
     close::{Close, EndReason},
     presence::{Evidence, Presence},
 };
 use sqlx::{Connection as _, Executor as _, PgConnection};
+use tokio::sync::oneshot;
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::harness::{
-    devices::{device, id},
+    devices::{device, id, plain},
     gateway::Gateway,
     pg,
     wait::eventually,
@@ -138,4 +142,48 @@ fn change(gateway: &Gateway, number: u32, is_reset: bool) {
         repeats: 0,
     };
     shared.history.went_offline(id(number), session, offline).unwrap();
+}
+
+/// Posts large messages to a device that reads none, until its mailbox stays full or its session ends.
+async fn fill(gateway: &Gateway, number: u32) {
+    let session = gateway.shared.sessions.get(id(number)).unwrap();
+    let mut full_for = 0;
+    while full_for < 20 {
+        let posted = session.post(Outgoing {
+            id: "m".into(),
+            body: OutgoingBody::Binary(vec![7; 45 * 1024].into()),
+            done: oneshot::channel().0,
+        });
+        match posted {
+            Ok(()) => full_for = 0,
+            Err(PostError::MailboxFull) => {
+                full_for += 1;
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            Err(PostError::Offline) => return,
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn device_that_does_not_read_was_ended_by_the_gateway() {
+    let gateway = Gateway::start("[limits]\nwrite_timeout_ms = 3000\n").await;
+    gateway.register(0..2).await;
+    let slow = gateway.session(&plain(device(0))).await;
+    let unheard = gateway.session(&plain(device(1))).await;
+
+    fill(&gateway, 1).await;
+    let order = Close::disconnected(&mut rand::rng());
+    gateway.shared.sessions.get(id(1)).unwrap().close(order);
+    fill(&gateway, 0).await;
+    eventually(|| gateway.shared.sessions.is_empty()).await;
+
+    let ended = |number| {
+        let offline = gateway.shared.history.record(id(number)).unwrap().offline.unwrap();
+        (offline.reason, offline.evidence)
+    };
+    let closed = |code| Evidence::Closed { code, by_device: false };
+    assert_eq!(ended(0), (EndReason::SlowReader, closed(1008)));
+    assert_eq!(ended(1), (EndReason::Disconnected, closed(4003)));
+    drop((slow, unheard));
 }

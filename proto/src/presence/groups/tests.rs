@@ -6,7 +6,7 @@ const TENANT: &str = "acme";
 struct Device {
     number: u64,
     tenant: Arc<str>,
-    block: Block,
+    address: IpAddr,
 }
 
 impl Member for Device {
@@ -14,8 +14,8 @@ impl Member for Device {
         &self.tenant
     }
 
-    fn block(&self) -> Block {
-        self.block
+    fn address(&self) -> IpAddr {
+        self.address
     }
 }
 
@@ -35,14 +35,22 @@ impl Rig {
     fn new(blocks: &[u64]) -> Self {
         let mut devices = Vec::new();
         for (block, len) in (0_u32..).zip(blocks) {
-            for _ in 0..*len {
-                devices.push(Device {
-                    number: devices.len() as u64,
-                    tenant: if block % 2 == 0 { TENANT.into() } else { "other".into() },
-                    block: Block::V4(block << 12),
-                });
+            for host in 0..u32::try_from(*len).unwrap() {
+                let tenant = if block % 2 == 0 { TENANT } else { "other" };
+                devices.push((tenant.into(), (block << 12) + host % 4_096));
             }
         }
+        Self::of(devices)
+    }
+
+    /// Devices by tenant and address.
+    fn of(devices: Vec<(Arc<str>, u32)>) -> Self {
+        let device = |(number, (tenant, address))| Device {
+            number,
+            tenant,
+            address: std::net::Ipv4Addr::from_bits(address).into(),
+        };
+        let devices = (0_u64..).zip(devices).map(device).collect();
         Self {
             groups: Groups::default(),
             devices,
@@ -105,7 +113,7 @@ impl Rig {
     fn held(&self) -> Vec<(Group, Cause, u32)> {
         let held = self.changes.iter().filter_map(|change| match change {
             Change::Held(held) => Some((held.group.clone(), held.cause, held.held)),
-            Change::Released(_) => None,
+            Change::Resolving(_) | Change::Released(_) => None,
         });
         held.collect()
     }
@@ -176,9 +184,15 @@ fn members_that_are_heard_are_resolved_one_by_one_and_end_the_hold() {
     rig.suspect(0);
     rig.step();
 
-    assert!((0..99).all(|number| rig.groups.handle_heard(SessionId(number))));
+    let heard: Vec<Heard> = (0..99)
+        .map(|number| rig.groups.handle_heard(SessionId(number)))
+        .collect();
     rig.step();
-    assert_eq!(rig.changes.len(), 1);
+    assert_eq!(heard.iter().filter(|heard| **heard == Heard::Singly).count(), 20);
+    assert_eq!(heard.iter().filter(|heard| **heard == Heard::WithGroup).count(), 79);
+    assert!(matches!(&rig.changes[1..], [Change::Resolving(held)] if held.resolved == 99));
+    rig.step();
+    assert_eq!(rig.changes.len(), 2, "once");
     // It has a newer session.
     rig.groups.handle_ended(SessionId(99));
     rig.step();
@@ -187,7 +201,7 @@ fn members_that_are_heard_are_resolved_one_by_one_and_end_the_hold() {
         panic!("released");
     };
     assert_eq!((held.held, held.resolved, held.left), (100, 99, 0));
-    assert!(!rig.groups.handle_heard(SessionId(0)), "it is not held any more");
+    assert_eq!(rig.groups.handle_heard(SessionId(0)), Heard::NotHeld);
 }
 
 #[test]
@@ -316,13 +330,96 @@ fn lagging_node_holds_whoever_is_silent_and_publishes_nobody_as_offline() {
     assert_eq!(rig.held(), [(Group::Node, Cause::NodeLagging, 3)]);
     (0..1_000).for_each(|_| rig.step());
     assert!(rig.released.is_empty(), "it lags on");
-    rig.health = 0;
+    rig.health = 1;
     rig.step();
-    assert_eq!(rig.released.len(), 3);
+    assert!(rig.released.is_empty(), "it recovers");
 }
 
 #[test]
-fn groups_that_can_be_held_are_bounded() {
+fn devices_that_were_held_while_the_node_lagged_are_asked_again_once_it_is_well() {
+    let mut rig = Rig::new(&[1_000]);
+    rig.health = HEALTH_LAGGING;
+    rig.silence(0..3);
+    rig.suspect(0);
+    rig.step();
+
+    rig.health = 0;
+    rig.step();
+
+    assert_eq!(rig.released, [0, 1, 2]);
+    assert!((0..3).all(|number| rig.verdict(number) == Verdict::AskAgain));
+    assert_eq!(rig.groups.unknown(), 3, "nobody knows yet");
+    assert_eq!(rig.groups.handle_heard(SessionId(1)), Heard::Singly);
+    // The others are silent past their deadlines.
+    for number in [0, 2] {
+        rig.suspect(number);
+        assert_eq!(rig.verdict(number), Verdict::Wait, "no test has seen it since");
+    }
+    rig.step();
+    for number in [0, 2] {
+        assert_eq!(rig.verdict(number), Verdict::Offline);
+        rig.groups.handle_ended(SessionId(number));
+    }
+    rig.step();
+    assert!(matches!(rig.changes.last(), Some(Change::Released(held)) if held.resolved == 1 && held.left == 0));
+    assert_eq!(rig.changes.len(), 2);
+}
+
+#[test]
+fn path_that_broke_while_the_node_lagged_is_found_once_it_is_well() {
+    let mut rig = Rig::new(&[5_000, 10_000]);
+    rig.health = HEALTH_LAGGING;
+    rig.silence(0..5_000);
+    rig.suspect(0);
+    rig.step();
+    rig.health = 0;
+
+    rig.step();
+    assert_eq!(rig.released.len(), 1_000, "not all pings at once");
+    (0..10).for_each(|_| rig.step());
+    assert_eq!(rig.released.len(), 5_000);
+    rig.suspect(0);
+    rig.step();
+
+    let tenant = Group::Tenant(TENANT.into());
+    assert_eq!(rig.held()[1..], [(tenant, Cause::Path, 5_000)]);
+    assert!(matches!(rig.changes.last(), Some(Change::Released(held)) if held.group == Group::Node));
+    assert_eq!((rig.groups.unknown(), rig.verdict(4_999)), (5_000, Verdict::Held));
+}
+
+#[test]
+fn site_behind_one_address_is_a_group() {
+    // 30 devices of a site, in a block with 300 others.
+    let site = (0..30).map(|_| (TENANT.into(), 7));
+    let others = (0..300).map(|host| (TENANT.into(), 100 + host));
+    let mut rig = Rig::of(site.chain(others).collect());
+    rig.silence(0..30);
+    rig.suspect(0);
+
+    rig.step();
+
+    assert_eq!(rig.held(), [(Group::Site(Site::V4(7)), Cause::Path, 30)]);
+}
+
+#[test]
+fn held_group_names_its_tenants_up_to_a_bound() {
+    for (tenants, named) in [(1, Some(1)), (16, Some(16)), (17, None)] {
+        let device = |number: u32| (format!("tenant {}", number % tenants).into(), number);
+        let mut rig = Rig::of((0..4_000).map(device).collect());
+        rig.silence(0..4_000);
+        rig.suspect(0);
+
+        rig.step();
+
+        let Some(Change::Held(held)) = rig.changes.first() else {
+            panic!("held");
+        };
+        assert_eq!(held.tenants.as_ref().map(BTreeSet::len), named);
+    }
+}
+
+#[test]
+fn groups_that_can_be_held_are_bounded_and_the_node_holds_what_is_beyond() {
     let mut rig = Rig::new(&[20; 200]);
     for number in 0..u64::try_from(HELD_MAX).unwrap() + 1 {
         let first = number * 40;
@@ -331,17 +428,26 @@ fn groups_that_can_be_held_are_bounded() {
         rig.step();
     }
 
-    assert_eq!(rig.groups.held().count(), HELD_MAX);
-    let beyond = u64::try_from(HELD_MAX).unwrap() * 40;
+    assert_eq!(rig.groups.held().count(), HELD_MAX + 1);
+    assert_eq!(rig.held().last(), Some(&(Group::Node, Cause::Path, 20)));
+    // Whatever falls silent now belongs to it.
+    for number in [1_000, 2_000, 3_000].map(|number| number + 20) {
+        rig.silence([number]);
+        rig.suspect(number);
+    }
     rig.step();
-    assert_eq!(rig.verdict(beyond), Verdict::Offline);
+    assert_eq!(rig.groups.held().count(), HELD_MAX + 1);
+    assert_eq!((rig.groups.suspects(), rig.verdict(3_020)), (0, Verdict::Held));
 }
 
 #[test]
-fn blocks_have_names() {
+fn blocks_and_sites_have_names() {
     let of = |address: &str| Block::from(address.parse::<IpAddr>().unwrap()).to_string();
 
     assert_eq!(of("10.1.23.4"), "10.1.16.0/20");
     assert_eq!(of("::ffff:10.1.23.4"), "10.1.16.0/20");
     assert_eq!(of("2001:db8:1:2::3"), "2001:db8:1::/48");
+    let site = |address: &str| Site::from(address.parse::<IpAddr>().unwrap()).to_string();
+    assert_eq!(site("::ffff:10.1.23.4"), "10.1.23.4");
+    assert_eq!(site("2001:db8:1:2::3"), "2001:db8:1:2::/64");
 }

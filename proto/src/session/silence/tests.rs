@@ -20,10 +20,18 @@ fn at(ms: u64) -> Observed {
     Observed::ZERO + Duration::from_millis(ms)
 }
 
-/// The monotonic clock is a day ahead: nothing here may follow it.
+/// The monotonic clock is a day ahead.
+const AHEAD: Duration = Duration::from_hours(24);
+
 fn moment(observed: Observed) -> Moment {
-    let real = Instant::ZERO + Duration::from_hours(24) + observed.saturating_since(Observed::ZERO);
+    let real = Instant::ZERO + AHEAD + observed.saturating_since(Observed::ZERO);
     Moment { real, observed }
+}
+
+/// When a session is called next, if it is called on time.
+fn due(session: &Session, now: Observed) -> Observed {
+    let real = session.poll_timeout(moment(now)).begin();
+    Observed::ZERO + real.saturating_since(Instant::ZERO + AHEAD)
 }
 
 fn open(heartbeat_seconds: u64, seed: u64) -> Session {
@@ -69,7 +77,7 @@ impl Rig {
 
     /// Calls it at its next time, but not before `now`.
     fn call(&mut self) {
-        self.now = self.session.poll_timeout().max(self.now);
+        self.now = due(&self.session, self.now).max(self.now);
         self.session.handle_timeout(moment(self.now), self.health);
         self.act();
     }
@@ -100,7 +108,7 @@ impl Rig {
     }
 
     fn call_until(&mut self, end: Observed) {
-        while self.session.poll_timeout() <= end {
+        while due(&self.session, self.now) <= end {
             self.call();
         }
         self.now = end;
@@ -212,7 +220,7 @@ fn deadline_is_stretched_while_the_node_is_late_and_no_longer() {
         let mut rig = Rig::new(open(30, 1));
         rig.health = 3;
         while !rig.session.is_closing() {
-            if rig.session.poll_timeout() >= at(recovers_at) {
+            if due(&rig.session, rig.now) >= at(recovers_at) {
                 rig.health = 0;
             }
             rig.call();
@@ -256,6 +264,134 @@ fn suspect_without_a_verdict_asks_again_each_second() {
     rig.verdict = Verdict::Offline;
 
     assert!(rig.end() <= at(121_100));
+}
+
+#[test]
+fn held_device_that_is_asked_again_gets_a_ping_and_time_to_answer() {
+    let mut rig = Rig::new(open(30, 1));
+    rig.verdict = Verdict::Held;
+    rig.call_until(at(200_000));
+    let pings = rig.pings;
+    rig.said.clear();
+
+    rig.verdict = Verdict::AskAgain;
+    rig.session.handle_timeout(moment(rig.now), 0);
+    rig.act();
+    rig.verdict = Verdict::Offline;
+    let asked = rig.now;
+    let end = rig.end();
+
+    assert_eq!(rig.said[0], Action::Suspect);
+    assert!(is_missed(&rig.said) && rig.pings > pings);
+    let waited = end.saturating_since(asked).as_secs();
+    assert!((5..=15).contains(&waited), "{waited} s");
+}
+
+#[test]
+fn device_to_which_nothing_can_be_written_is_silent_until_its_deadline() {
+    let mut session = open(30, 1);
+    session.handle_control(moment(at(10_000)));
+    session.handle_stalled(at(30_000));
+    assert_eq!(session.poll_silence(), Some(Action::Silent));
+
+    let mut said = Vec::new();
+    let mut now = at(30_000);
+    while !session.is_closing() {
+        now = due(&session, now).max(now);
+        session.handle_timeout(moment(now), 0);
+        while let Some(action) = session.poll_silence() {
+            match &action {
+                Action::AskKernel => {
+                    session.handle_kernel(SILENT, now);
+                }
+                Action::AskGroups => session.handle_verdict(Verdict::Offline, now, &mut SmallRng::seed_from_u64(1)),
+                Action::Silent | Action::Suspect | Action::HeardAgain | Action::Close(_) => said.push(action),
+                other @ (Action::Text(_)
+                | Action::Binary(_)
+                | Action::Ping
+                | Action::Received(_)
+                | Action::Complained(_)
+                | Action::Acked(_)
+                | Action::RenewToken) => panic!("{other:?} can't be written"),
+            }
+        }
+    }
+
+    assert_eq!(said[0], Action::Suspect);
+    assert!(is_missed(&said));
+    assert!((100..=120).contains(&now.saturating_since(at(0)).as_secs()), "{now:?}");
+    let pings = std::iter::from_fn(|| session.poll_action()).filter(|action| *action == Action::Ping);
+    assert_eq!(pings.count(), 1, "those that can't go out are one");
+    assert_eq!(session.silence(now).pings_unanswered, 1);
+}
+
+/// Calls a session on time for five minutes, while only a part of the time is observed.
+fn pings_at(observed_per_second: f64, answers: bool) -> (Vec<u64>, bool) {
+    let mut session = open(30, 1);
+    let mut pings = Vec::new();
+    for tenth in 0..3_000_u64 {
+        let real = Instant::from_micros(tenth * 100_000) + AHEAD;
+        let observed = at(0) + Duration::from_millis(tenth * 100).mul_f64(observed_per_second);
+        let now = Moment { real, observed };
+        if session.poll_timeout(now).begin() <= real {
+            session.handle_timeout(now, 0);
+        }
+        while let Some(action) = session.poll_action() {
+            if action == Action::Ping {
+                pings.push(tenth / 10);
+            } else if action == Action::AskKernel {
+                session.handle_kernel(SILENT, observed);
+            }
+        }
+        if answers && pings.last() == Some(&(tenth / 10)) {
+            session.handle_control(now);
+        }
+    }
+    (
+        pings,
+        session.standing == Standing::Heard || session.standing == Standing::Silent,
+    )
+}
+
+#[test]
+fn pings_go_out_on_time_however_little_is_observed_and_deadlines_do_not() {
+    for observed in [0.0, 0.3, 1.0] {
+        let (pings, is_in_time) = pings_at(observed, true);
+        assert_eq!(pings.len(), 10, "{observed}: {pings:?}");
+        assert!(pings.windows(2).all(|pair| pair[1] - pair[0] == 30), "{pings:?}");
+        assert!(is_in_time);
+    }
+    // A deadline of 90 s has not passed where 89 s were observed.
+    assert!(pings_at(0.29, false).1);
+    assert!(!pings_at(0.35, false).1);
+}
+
+#[test]
+fn pings_that_were_missed_are_left_out_and_the_phase_stays() {
+    for stopped_ms in [5_000_u64, 14_000, 16_000, 29_000, 31_000, 300_000] {
+        let mut session = open(30, 1);
+        let first = session.poll_timeout(moment(at(0))).begin();
+        let now = Moment {
+            real: first + Duration::from_millis(stopped_ms),
+            observed: at(0),
+        };
+
+        session.handle_timeout(now, 0);
+
+        let has_pinged = std::iter::from_fn(|| session.poll_action()).any(|action| action == Action::Ping);
+        assert_eq!(has_pinged, stopped_ms <= 15_000, "{stopped_ms}");
+        let next = session.poll_timeout(now).begin();
+        assert!(
+            next > now.real && next <= now.real + Duration::from_secs(30),
+            "{stopped_ms}"
+        );
+        let micros = next.saturating_since(first).as_micros();
+        assert_eq!(
+            micros % 30_000_000,
+            0,
+            "{stopped_ms}: its devices are not pinged together"
+        );
+    }
 }
 
 #[test]
