@@ -92,7 +92,7 @@ fn shown_rollout(rollout: &Value) -> String {
         .map(|stage| format!("{stage} %"))
         .collect();
     let ratio = rollout
-        .get("log_likelihood_ratio")
+        .pointer("/evidence/log_likelihood_ratio")
         .and_then(Value::as_f64)
         .unwrap_or_default();
     let mut text = table::facts(&[
@@ -140,8 +140,10 @@ mod tests {
         let text = shown_rollout(&json!({
             "rule": "r", "direction": "release", "state": "halted", "stage": 1, "percent": 1, "stages": [1, 5, 100],
             "bake": "10m", "connects_min": 200, "connects_needed": 200,
-            "evidence": {"treated": {"connects": 60, "failed": 9}, "control": {"connects": 5_000, "failed": 2}},
-            "log_likelihood_ratio": 20.125,
+            "evidence": {
+                "treated": {"connects": 60, "failed": 9}, "control": {"connects": 5_000, "failed": 2},
+                "log_likelihood_ratio": 20.125,
+            },
             "steps": [{"at": "2026-11-21T04:07:08Z", "stage": 1, "percent": 1, "verdict": "started"}],
         }));
 

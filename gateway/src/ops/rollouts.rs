@@ -47,14 +47,15 @@ pub fn routes() -> OpenApiRouter<Arc<Api>> {
     reason = "describes `Plan` for the OpenAPI document; a test compares the two"
 )]
 pub struct PlanDoc {
-    /// Rising shares of the matched devices, in percent; at most 20. Default 1, 5, 25, 50, 100. The first stage has at
-    /// least 20 devices if that many are known.
+    /// Rising shares of the matched devices, in percent; at most 20. They are kept as ordered. Default 1, 5, 25, 50,
+    /// 100, of which the first has at least 20 devices if that many are known.
     #[schema(nullable = false, default = json!([1, 5, 25, 50, 100]))]
     stages: Option<Vec<u8>>,
     /// Minimum time of a stage. 1 second to 7 days.
     #[schema(nullable = false, default = "10m")]
     bake: Option<String>,
-    /// Connects of treated devices that a stage needs; fewer if the stage is known to have few devices.
+    /// Connects of treated devices that a stage needs; fewer if the stage is known to have few devices. A stage of
+    /// fewer than 20 devices waits for them for at most three bakes.
     #[schema(nullable = false, default = 200, minimum = 1, maximum = 1_000_000)]
     connects_min: Option<u32>,
 }
@@ -83,7 +84,7 @@ pub struct RolloutView {
     connects_needed: u64,
     /// Connects on all nodes since this stage began. After a halt, those that led to it.
     evidence: EvidenceView,
-    /// 9.16 and more: worse. -3 and less: not worse. Between the two: not decided.
+    /// As in `evidence`.
     log_likelihood_ratio: f64,
     /// Oldest first; at most the last 100.
     steps: Vec<StepView>,
@@ -95,6 +96,8 @@ pub struct RolloutView {
 pub struct EvidenceView {
     treated: CountsView,
     control: CountsView,
+    /// 9.16 and more: worse. -3 and less: not worse. Between the two: not decided.
+    log_likelihood_ratio: f64,
 }
 
 /// Connects whose outcome is known.
@@ -158,6 +161,7 @@ impl RolloutView {
             evidence: EvidenceView {
                 treated: totals.treated.into(),
                 control: totals.control().into(),
+                log_likelihood_ratio: rollout.log_likelihood_ratio(),
             },
             log_likelihood_ratio: rollout.log_likelihood_ratio(),
             steps: rollout.steps().iter().map(StepView::from).collect(),
@@ -198,6 +202,7 @@ async fn release_rule(
     OptionalBody(plan): OptionalBody<Plan>,
 ) -> Result<(StatusCode, Json<RolloutView>), Problem> {
     plan.validate().map_err(invalid)?;
+    needs_database(&api)?;
     let rules = api.state.rules.current();
     if let Some(unsupported) = rules.unsupported().iter().find(|rule| rule.id == id) {
         let why = format!("this version can't enforce the rule ({})", unsupported.problem);
@@ -273,6 +278,7 @@ async fn change_rollout(
     Id(id): Id<RuleId>,
     Body(patch): Body<PatchBody>,
 ) -> Result<Json<RolloutView>, Problem> {
+    needs_database(&api)?;
     let mut attempts = 0;
     loop {
         attempts += 1;
@@ -339,6 +345,19 @@ async fn find(api: &Api, id: RuleId) -> Result<StoredRollout, Problem> {
     stored.ok_or_else(|| Problem::not_found("rollout"))
 }
 
+/// A staged change keeps its stages, its evidence and the node that drives it in the database. So no journal can keep it:
+/// without the database a node would advance on its own evidence, or take a step that another node takes as well.
+///
+/// # Errors
+/// The database is known to be away: the caller must not wait for it.
+fn needs_database(api: &Api) -> Result<(), Problem> {
+    if api.state.store.is_away() {
+        let problem = "the database can't be reached, and a staged change has its evidence and its steps there: repeat this when it is back, or make a rule without stages";
+        return Err(Problem::new(Code::DatabaseUnavailable, problem));
+    }
+    Ok(())
+}
+
 /// Matched devices that the cluster knows. 0 if none are.
 pub(super) async fn known(api: &Api, spec: &RuleSpec) -> Result<u64, Problem> {
     let checked = Checked::of(api, spec, None).await?;
@@ -352,6 +371,7 @@ pub(super) async fn of_new(api: &Api, spec: &RuleSpec, plan: Plan) -> Result<Rol
             "rollout: the rule must have mode enforce and admit_percent 0, which is what a rollout leads to",
         ));
     }
+    needs_database(api)?;
     let devices = known(api, spec).await?;
     let now = api.state.store.now().await?;
     Rollout::begin(Direction::Rollout, plan, 0, devices, now).map_err(invalid)
@@ -382,6 +402,6 @@ mod tests {
             fields(&serde_json::to_value(Plan::default()).unwrap())
         );
         let stages = documented.pointer("/properties/stages/default").unwrap();
-        assert_eq!(*stages, serde_json::json!(Plan::default().stages));
+        assert_eq!(*stages, serde_json::json!(Plan::STAGES_DEFAULT));
     }
 }

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 pub use counting::{Counting, Side};
+use plan::FEW_DEVICES;
 pub use plan::{Plan, PlanError};
 pub use sequential::{Counts, Totals};
 pub(crate) use sequential::{Finding, Sequential};
@@ -24,6 +25,8 @@ use crate::time::WallTime;
 pub const SILENCE_MAX: Duration = Duration::from_secs(15);
 /// Steps that are remembered: the newest.
 pub const STEPS_MAX: usize = 100;
+/// Bakes that a stage of few devices waits for its connects.
+const FEW_DEVICES_BAKES: u32 = 3;
 /// A session that lives this long has proved itself, unless the bake is shorter: 120 s.
 pub(crate) const SHORT_SESSION: Duration = Duration::from_secs(120);
 
@@ -139,7 +142,8 @@ impl Rollout {
     /// Begins with the first stage. `devices`: number of the matched devices, 0 if unknown. `admit_before`: the rule's
     /// present share.
     ///
-    /// A first stage has at least 20 devices where there are that many, so stages below that share are left out.
+    /// Stages that were ordered are kept. The first of the default stages has at least 20 devices where there are that
+    /// many: smaller ones are left out.
     ///
     /// # Errors
     /// The plan is not valid, or a release has no stage above the present share.
@@ -253,14 +257,30 @@ impl Rollout {
     }
 
     /// Connects of treated devices that the present stage needs: `connects_min`, or half of the stage's devices where
-    /// these are fewer.
+    /// these are fewer. 0 where it is expected to have no device.
     #[must_use]
     pub fn connects_needed(&self) -> u64 {
         let most = u64::from(self.plan.connects_min);
-        match self.devices {
-            0 => most,
-            devices => most.min(devices.saturating_mul(u64::from(self.percent())) / 200).max(1),
+        match self.expected_devices() {
+            None => most,
+            Some(0) => 0,
+            Some(devices) => most.min(devices / 2).max(1),
         }
+    }
+
+    /// Devices that the present stage has by its share; `None` if the number of matched devices is unknown. The hash
+    /// that chooses them may give it fewer, or none.
+    fn expected_devices(&self) -> Option<u64> {
+        let devices = self.devices.saturating_mul(u64::from(self.percent())) / 100;
+        (self.devices > 0).then_some(devices)
+    }
+
+    /// Whether the stage no longer waits for connects. Few devices may be fewer than expected, and stay connected. So
+    /// after some bakes those that came are enough, even if none came. A stage without devices does not wait at all.
+    fn is_done_waiting(&self, now: WallTime) -> bool {
+        let is_late = now.saturating_since(self.since) >= self.plan.bake * FEW_DEVICES_BAKES;
+        let is_enough = |devices| devices == 0 || (is_late && devices < FEW_DEVICES);
+        self.expected_devices().is_some_and(is_enough)
     }
 
     /// A session that ends within this time, other than by us, has failed: 120 s, or the bake where that is shorter.
@@ -300,19 +320,27 @@ impl Rollout {
         self.seen_at = now;
         self.totals = totals;
         let interval = (self.plan.bake / 10).clamp(Duration::from_secs(1), Duration::from_secs(60));
-        match self.test.handle_totals(&totals, self.connects_needed(), interval, now) {
+        let needed = self.connects_needed();
+        match self.test.handle_totals(&totals, needed, interval, now) {
             Finding::Worse => {
                 self.state = State::Halted;
                 self.stage = self.stage.saturating_sub(1);
                 Handled::Stepped(self.step(Verdict::Worse, now))
             }
-            Finding::Fine if self.may_advance(now) => Handled::Stepped(self.advance(now)),
-            Finding::Fine | Finding::Open => Handled::Noted,
+            Finding::Fine | Finding::Open if now.saturating_since(self.since) < self.plan.bake => Handled::Noted,
+            Finding::Fine if totals.treated.connects >= needed => Handled::Stepped(self.advance(now)),
+            Finding::Fine => self.advance_if(self.is_done_waiting(now), now),
+            // Too few connects to decide: none of them may have failed.
+            Finding::Open => self.advance_if(self.is_done_waiting(now) && totals.treated.failed == 0, now),
         }
     }
 
-    fn may_advance(&self, now: WallTime) -> bool {
-        now.saturating_since(self.since) >= self.plan.bake && self.totals.treated.connects >= self.connects_needed()
+    fn advance_if(&mut self, may_advance: bool, now: WallTime) -> Handled {
+        if may_advance {
+            Handled::Stepped(self.advance(now))
+        } else {
+            Handled::Noted
+        }
     }
 
     fn advance(&mut self, now: WallTime) -> Step {

@@ -6,17 +6,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::rules::text;
 
-/// Devices that a first stage has at least, where there are that many.
-const FIRST_STAGE_DEVICES: u64 = 20;
-/// Largest first stage, in percent, that [`FIRST_STAGE_DEVICES`] can lead to.
+/// Devices that a first stage of the default stages has at least, where there are that many. A stage of fewer devices
+/// does not wait for its connects without an end.
+pub(super) const FEW_DEVICES: u64 = 20;
+/// Largest first stage, in percent, that [`FEW_DEVICES`] can lead to.
 const FIRST_STAGE_MAX: u8 = 50;
 
 /// Stages of a rollout, and what each of them needs before the next.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
-    /// Shares of the matched devices, in percent, rising. Default 1, 5, 25, 50, 100; at most [`Plan::STAGES_MAX`].
-    #[serde(default = "Plan::default_stages")]
+    /// Shares of the matched devices, in percent, rising; at most [`Plan::STAGES_MAX`]. They are kept as ordered. Empty:
+    /// [`Plan::STAGES_DEFAULT`], with a first stage that has enough devices.
+    #[serde(default, deserialize_with = "ordered")]
     pub stages: Vec<u8>,
     /// Shortest time of a stage. Default 10 minutes, 1 second to 7 days.
     #[serde(default = "Plan::default_bake", with = "text::span")]
@@ -30,7 +32,7 @@ pub struct Plan {
 impl Default for Plan {
     fn default() -> Self {
         Self {
-            stages: Self::default_stages(),
+            stages: Vec::new(),
             bake: Self::default_bake(),
             connects_min: Self::default_connects_min(),
         }
@@ -38,6 +40,8 @@ impl Default for Plan {
 }
 
 impl Plan {
+    /// Stages that are used if none are ordered.
+    pub const STAGES_DEFAULT: [u8; 5] = [1, 5, 25, 50, 100];
     /// Most stages.
     pub const STAGES_MAX: usize = 20;
     /// Shortest bake.
@@ -54,7 +58,7 @@ impl Plan {
     pub fn validate(&self) -> Result<(), PlanError> {
         let is_rising = self.stages.is_sorted_by(|left, right| left < right);
         let is_percent = self.stages.iter().all(|stage| (1..=100).contains(stage));
-        if !(1..=Self::STAGES_MAX).contains(&self.stages.len()) || !is_rising || !is_percent {
+        if self.stages.len() > Self::STAGES_MAX || !is_rising || !is_percent {
             return Err(PlanError::Stages);
         }
         if !(Self::BAKE_MIN..=Self::BAKE_MAX).contains(&self.bake) {
@@ -66,28 +70,23 @@ impl Plan {
         Ok(())
     }
 
-    /// The stages above `treated` percent, the first of them with enough devices where there are that many. `devices`
+    /// The stages above `treated` percent. Default stages begin with enough devices where there are that many. `devices`
     /// is the number of matched devices, 0 if unknown.
     pub(super) fn fitted(mut self, devices: u64, treated: u8) -> Result<Self, PlanError> {
-        let least = match devices {
-            0 => 1,
-            devices => u8::try_from((FIRST_STAGE_DEVICES * 100).div_ceil(devices)).unwrap_or(u8::MAX),
-        };
-        let last = self.stages.last().copied().unwrap_or(100);
-        let least = least.min(FIRST_STAGE_MAX).min(last);
-        for stage in &mut self.stages {
-            *stage = (*stage).max(least);
+        if self.stages.is_empty() {
+            let least = match devices {
+                0 => 1,
+                devices => u8::try_from((FEW_DEVICES * 100).div_ceil(devices)).unwrap_or(u8::MAX),
+            };
+            let least = least.min(FIRST_STAGE_MAX);
+            self.stages = Self::STAGES_DEFAULT.map(|stage| stage.max(least)).to_vec();
+            self.stages.dedup();
         }
-        self.stages.dedup();
         self.stages.retain(|stage| *stage > treated);
         if self.stages.is_empty() {
             return Err(PlanError::NothingLeft(treated));
         }
         Ok(self)
-    }
-
-    fn default_stages() -> Vec<u8> {
-        vec![1, 5, 25, 50, 100]
     }
 
     const fn default_bake() -> Duration {
@@ -97,6 +96,15 @@ impl Plan {
     const fn default_connects_min() -> u32 {
         200
     }
+}
+
+/// Reads stages that are ordered. None at all are a mistake.
+fn ordered<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+    let stages = Vec::deserialize(deserializer)?;
+    if stages.is_empty() {
+        return Err(serde::de::Error::custom(PlanError::Stages));
+    }
+    Ok(stages)
 }
 
 /// Why a plan is not taken.

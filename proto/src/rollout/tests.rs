@@ -359,7 +359,7 @@ fn plans_that_make_no_sense_are_refused() {
     let error = |plan: Plan| plan.validate().unwrap_err();
 
     let rising: Vec<u8> = (1..=21).collect();
-    for stages in [&[][..], &[0, 50], &[50, 50], &[50, 20], &[50, 101], &rising] {
+    for stages in [&[0, 50][..], &[50, 50], &[50, 20], &[50, 101], &rising] {
         assert_eq!(error(plan(stages, 600, 200)), PlanError::Stages, "{stages:?}");
     }
     assert_eq!(error(plan(&[1], 0, 200)), PlanError::Bake);
@@ -369,6 +369,8 @@ fn plans_that_make_no_sense_are_refused() {
     assert_eq!(Plan::default().validate(), Ok(()));
     let read: Plan = serde_json::from_str(r#"{"stages":[5,100],"bake":"90s"}"#).unwrap();
     assert_eq!(read, plan(&[5, 100], 90, 200));
+    assert!(serde_json::from_str::<Plan>(r#"{"stages":[]}"#).is_err());
+    assert_eq!(serde_json::from_str::<Plan>("{}").unwrap(), Plan::default());
     assert!(serde_json::from_str::<Plan>(r#"{"stages":[5],"bakes":"90s"}"#).is_err());
 }
 
@@ -513,6 +515,48 @@ fn a_small_cohort_is_released_too() {
     assert_eq!((rollout.state(), second), (State::Done, 2 * 600));
 }
 
+#[test]
+fn stages_that_are_ordered_are_kept_however_few_devices_there_are() {
+    for (devices, stages) in [(24, vec![1, 5, 25, 50, 100]), (3, vec![1, 2, 100]), (100_000, vec![7])] {
+        let rollout = Rollout::begin(Direction::Release, plan(&stages, 600, 200), 0, devices, NOON).unwrap();
+        assert_eq!((&rollout.plan().stages, rollout.percent()), (&stages, stages[0]));
+    }
+}
+
+#[test]
+fn stage_without_devices_takes_its_time_and_does_not_wait_for_ever() {
+    // The number of devices that each stage really has.
+    for have in [[0, 0, 6, 12, 24], [0, 3, 4, 12, 24], [1, 1, 1, 1, 24], [0, 0, 0, 0, 24]] {
+        let stages = [1, 5, 25, 50, 100];
+        let mut rollout = Rollout::begin(Direction::Release, plan(&stages, 600, 200), 0, 24, NOON).unwrap();
+        let mut second = 0;
+        while !rollout.is_over() && second < 5 * 3 * 700 {
+            second += 5;
+            let came = (have[usize::from(rollout.stage()) - 1], 0);
+            rollout.handle_evidence(NODE, totals(came, (1_000, 0)), 0, at(second));
+            let shortest = 600 * (u64::from(rollout.stage()) - 1);
+            assert!(second >= shortest, "{have:?}: a stage took less than its bake");
+        }
+        assert_eq!(rollout.state(), State::Done, "{have:?}");
+    }
+}
+
+#[test]
+fn stage_of_few_devices_whose_connects_fail_holds_or_halts_and_a_large_one_waits_for_connects() {
+    let after = |devices, came| {
+        let mut rollout = Rollout::begin(Direction::Release, plan(&[10, 100], 60, 200), 0, devices, NOON).unwrap();
+        for second in (5..3_600).step_by(5) {
+            rollout.handle_evidence(NODE, totals(came, (1_000, 0)), 0, at(second));
+        }
+        (rollout.state(), rollout.percent())
+    };
+
+    assert_eq!(after(24, (1, 1)), (State::Running, 10), "it holds");
+    assert_eq!(after(24, (6, 6)), (State::Halted, 0));
+    assert_eq!(after(10_000, (0, 0)), (State::Running, 10));
+    assert_eq!(after(0, (0, 0)), (State::Running, 10), "the number is unknown");
+}
+
 // === Any order ===
 
 #[derive(Clone, Debug)]
@@ -558,7 +602,8 @@ proptest! {
                     }
                     if rollout.percent() > before.percent() {
                         prop_assert!(now.saturating_since(before.since) >= before.plan.bake);
-                        prop_assert!(totals.treated.connects >= before.connects_needed());
+                        let has_enough = totals.treated.connects >= before.connects_needed();
+                        prop_assert!(has_enough || (before.is_done_waiting(now) && (devices == 3 || devices == 300)));
                         prop_assert!(now.saturating_since(before.seen_at) <= SILENCE_MAX);
                         prop_assert_eq!(revision, before.rule_revision);
                         prop_assert_eq!(before.state, State::Running);

@@ -144,7 +144,9 @@ fn good_release_is_done_by_itself(database: Option<&DatabaseUrl>) {
         treated["connects"].as_u64() >= Some(5) && treated["failed"] == 0,
         "{rollout:#}"
     );
-    assert!(rollout["log_likelihood_ratio"].as_f64().unwrap() <= -3.0, "{rollout:#}");
+    let ratio = &rollout["evidence"]["log_likelihood_ratio"];
+    assert!(ratio.as_f64().unwrap() <= -3.0, "{rollout:#}");
+    assert_eq!(*ratio, rollout["log_likelihood_ratio"]);
     assert_eq!(fleet.rule(&rule)["admit_percent"], 100);
     assert_eq!(fleet.gateway.metric("seawall_rollout_steps_total{verdict=\"fine\""), 2);
     let records = fleet.gateway.all("/api/v1/audit?", 100);
