@@ -14,6 +14,9 @@ use uuid::Uuid;
 pub struct DeviceId(Uuid);
 
 impl DeviceId {
+    /// Maximum length of its text, dashes included.
+    const TEXT_LEN_MAX: usize = 64;
+
     #[must_use]
     pub const fn from_uuid(uuid: Uuid) -> Self {
         Self(uuid)
@@ -30,15 +33,32 @@ impl DeviceId {
     }
 }
 
-/// Any letter case, with all four dashes or none; without braces and `urn:`.
+/// Any letter case, with dashes anywhere or none; without braces and `urn:`.
 impl FromStr for DeviceId {
     type Err = InvalidDeviceId;
 
     fn from_str(text: &str) -> Result<Self, InvalidDeviceId> {
-        if !matches!(text.len(), 32 | 36) {
-            return Err(InvalidDeviceId);
+        // The usual forms.
+        if matches!(text.len(), 32 | 36)
+            && let Ok(id) = Uuid::try_parse(text)
+        {
+            return Ok(Self(id));
         }
-        Uuid::try_parse(text).map(Self).map_err(|_| InvalidDeviceId)
+        let mut id = 0_u128;
+        let mut digits = 0;
+        for byte in text.bytes().filter(|byte| *byte != b'-') {
+            let digit = char::from(byte).to_digit(16).ok_or(InvalidDeviceId)?;
+            id = id << 4 | u128::from(digit);
+            digits += 1;
+            if digits > 32 {
+                return Err(InvalidDeviceId);
+            }
+        }
+        if digits == 32 && text.len() <= Self::TEXT_LEN_MAX {
+            Ok(Self(Uuid::from_u128(id)))
+        } else {
+            Err(InvalidDeviceId)
+        }
     }
 }
 
@@ -57,7 +77,7 @@ impl<'de> Deserialize<'de> for DeviceId {
 
 /// The text is not a UUID.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not a UUID: expected 32 hexadecimal digits, with dashes as 8-4-4-4-12 or without")]
+#[error("not a UUID: expected 32 hexadecimal digits, with or without dashes")]
 pub struct InvalidDeviceId;
 
 /// A firmware rule's id.
@@ -129,7 +149,7 @@ pub enum Credential {
 
 /// A part of a credential's hash that a session keeps: 31 bits, and one bit for its kind. It shows that a secret was
 /// replaced or a certificate revoked, and proves nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CredentialTag(u32);
 
 /// The bit that is set in the tag of a secret.
@@ -140,6 +160,16 @@ impl CredentialTag {
     #[must_use]
     pub fn may_be(self, secret: &SecretHash) -> bool {
         self.certificate().is_some() || self == Self::from(&Credential::Secret(*secret))
+    }
+
+    /// The kind of proof.
+    #[must_use]
+    pub const fn proof(self) -> Proof {
+        if self.0 & OF_SECRET == 0 {
+            Proof::Certificate
+        } else {
+            Proof::Secret
+        }
     }
 
     /// The certificate's tag; `None` for a secret.
@@ -350,17 +380,20 @@ mod tests {
         let id: DeviceId = "9B0C2E4A-11d2-7f00-8000-0000000000AA".parse().unwrap();
 
         assert_eq!(id, "9b0c2e4a11d27f0080000000000000aa".parse().unwrap());
+        assert_eq!(id, "9b0c2e4a-11d27f008000-0000000000aa".parse().unwrap());
+        assert_eq!(id, "9b0c2e4a1-1d2-7f00-8000-0000000000aa".parse().unwrap());
         assert_eq!(id.to_string(), "9b0c2e4a-11d2-7f00-8000-0000000000aa");
     }
 
     #[test]
-    fn device_id_refuses_braces_urn_and_misplaced_dashes() {
+    fn device_id_refuses_braces_urn_and_other_numbers_of_digits() {
         for text in [
             "",
             "9b0c2e4a",
             "{9b0c2e4a-11d2-7f00-8000-0000000000aa}",
             "urn:uuid:9b0c2e4a-11d2-7f00-8000-0000000000aa",
-            "9b0c2e4a1-1d2-7f00-8000-0000000000aa",
+            "9b0c2e4a-11d2-7f00-8000-0000000000a",
+            "-".repeat(36).as_str(),
             "zb0c2e4a-11d2-7f00-8000-0000000000aa",
             "9b0c2e4a-11d27f00-8000-0000000000aa0",
         ] {

@@ -39,6 +39,15 @@ impl DeviceRecord {
         is_current | (is_previous & (wall < valid_until))
     }
 
+    /// The secrets that it [accepts](Self::accepts) now. None if the device is revoked.
+    #[must_use]
+    pub fn right(&self, wall: WallTime) -> [Option<CredentialTag>; 2] {
+        let tag = |secret: SecretHash| CredentialTag::from(&Credential::Secret(secret));
+        let previous = self.previous_secret.filter(|(_, until)| wall < *until);
+        let right = [Some(tag(self.secret)), previous.map(|(secret, _)| tag(secret))];
+        right.map(|secret| secret.filter(|_| self.state != DeviceState::Revoked))
+    }
+
     /// Whether a session with this credential may stay: its secret was not replaced since, or the overlap of the
     /// rotation has not ended.
     #[must_use]

@@ -12,7 +12,7 @@ use seawall_proto::{
         Admission, AdmissionConfig, AdmissionState, Arrival, BatchFailure, BatchId, BreakerState, CohortTag, Decision,
         LOOKUP_MAX, LimitReason, Output, Ticket, Told,
     },
-    id::{DeviceId, Network, Proof},
+    id::{Credential, DeviceId, Network, SecretHash},
     slots::{SlotKeys, Slots},
     time::{Instant, WallTime},
 };
@@ -54,7 +54,7 @@ fn arrival(number: u128, arrived: Instant) -> Arrival<'static> {
         slot_token: None,
         arrived,
         is_known_absent: false,
-        proof: Proof::Secret,
+        credential: (&Credential::from(SecretHash::of(b"a secret"))).into(),
         network: Network::V4(1),
     }
 }

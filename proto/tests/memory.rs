@@ -8,7 +8,7 @@ use std::{
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use seawall_proto::{
     admission::{Admission, AdmissionConfig, Arrival, CohortTag, Decision, Registry},
-    id::{DeviceId, Network, Proof},
+    id::{Credential, DeviceId, Network, SecretHash},
     slots::{SlotKeys, Slots},
     time::{Instant, WallTime},
 };
@@ -76,7 +76,7 @@ impl Node {
             slot_token: None,
             arrived: now,
             is_known_absent: false,
-            proof: Proof::Secret,
+            credential: (&Credential::from(SecretHash::of(b"a secret"))).into(),
             network: Network::V4(1),
         };
         let wall = WallTime::from_unix_ms(1_800_000_000_000 + now.as_micros() / 1_000);

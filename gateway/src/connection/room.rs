@@ -3,7 +3,11 @@
 
 use std::time::Duration;
 
-use seawall_proto::{hello::Hello, refusal::Refusal};
+use seawall_proto::{
+    hello::Hello,
+    id::{Credential, CredentialTag},
+    refusal::Refusal,
+};
 
 use super::throttled;
 use crate::{
@@ -49,8 +53,12 @@ pub(super) fn take(
 /// Whether a device proves by a token that it returns at its slot, or resumes its session. The rate limits of its
 /// address then do not apply. Its credential is verified later.
 fn is_awaited(shared: &Shared, hello: &Hello, network: Network) -> bool {
-    let is_at_its_slot = |token: &str| shared.lookups.is_at_its_slot(hello.device, token, network);
-    shared.resume.is_shown_by(hello, &shared.clock) || hello.slot.as_deref().is_some_and(is_at_its_slot)
+    let is_at_its_slot = |(credential, token): (&Credential, &str)| {
+        let shown = (hello.device, CredentialTag::from(credential));
+        shared.lookups.is_at_its_slot(shown, token, network)
+    };
+    let shown = hello.credential.as_ref().zip(hello.slot.as_deref());
+    shared.resume.is_shown_by(hello, &shared.clock) || shown.is_some_and(is_at_its_slot)
 }
 
 /// Acquires memory for a device. Unknown devices hold at most half of it until they are decided on. A device that is

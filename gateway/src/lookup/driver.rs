@@ -136,7 +136,12 @@ impl Driver {
     }
 
     pub(super) fn enter(self: &Arc<Self>, attempt: Attempt<'_>) -> Entered {
-        let screening = self.by_conditions(|conditions| connect::screen(attempt, conditions, &mut rand::rng()));
+        // Read before: the machine's lock is never taken while the conditions are held.
+        let names_tenants = self.dependencies.rules.current().name_tenants();
+        let known = || self.lock().connect.claimed_tenant(&attempt, self.clock.now());
+        let known_tenant = names_tenants.then(known).flatten();
+        let screening =
+            self.by_conditions(|conditions| connect::screen(attempt, conditions, |_| known_tenant, &mut rand::rng()));
         if let Some(outcome) = screening.resume {
             self.dependencies.metrics.resumes.increment(outcome.as_str());
         }

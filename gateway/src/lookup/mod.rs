@@ -11,7 +11,7 @@ use std::{sync::Arc, time::Duration};
 use seawall_proto::{
     admission::{AdmissionConfig, AdmissionState, Costly, Registry, STATEMENTS_IN_FLIGHT_MAX},
     connect::{Attempt, Conclusion},
-    id::{DeviceId, Network},
+    id::{CredentialTag, DeviceId, Network},
     refusal::{Hint, Refusal},
     slots::{RegistryIndex, SlotKeys, SlotsState},
 };
@@ -123,10 +123,10 @@ impl Lookups {
 
     /// Whether a device proves by a slot token that it returns at its slot.
     #[must_use]
-    pub fn is_at_its_slot(&self, device: DeviceId, slot_token: &str, network: Network) -> bool {
+    pub fn is_at_its_slot(&self, shown: (DeviceId, CredentialTag), slot_token: &str, network: Network) -> bool {
         let times = (self.0.clock.now(), self.0.clock.wall());
         let core = self.0.lock();
-        core.connect.is_at_its_slot(device, slot_token, network, times)
+        core.connect.is_at_its_slot(shown, slot_token, network, times)
     }
 
     /// A device was registered, or changed: its remembered absence and attempts are forgotten.

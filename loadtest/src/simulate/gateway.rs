@@ -66,7 +66,8 @@ impl World<'_> {
                 Some(id) => attempt_of_nobody(id, now),
                 None => attempt_of(devices, device as usize, now),
             };
-            match screen(attempt, conditions, rng).next {
+            let known_tenant = |attempt: &Attempt<'_>| at.connect.claimed_tenant(attempt, now);
+            match screen(attempt, conditions, known_tenant, rng).next {
                 Ok(screened) => at.connect.handle_screened(screened, || waiting, conditions, rng),
                 Err(conclusion) => Step::Concluded(conclusion),
             }
@@ -286,7 +287,9 @@ impl World<'_> {
         let wall = self.wall_at(node);
         let is_blocked = |device: &u32| {
             let attempt = attempt_of(&self.devices, *device as usize, self.now);
-            let enforced = self.rules.verdict(&attempt.claims(), wall).enforced;
+            let at = &self.nodes[usize::from(node)];
+            let tenant = at.connect.claimed_tenant(&attempt, self.now);
+            let enforced = self.rules.verdict(&attempt.claims(tenant, &self.rules), wall).enforced;
             matches!(enforced, Some(Ruling::Block(_)))
         };
         let at = &self.nodes[usize::from(node)];

@@ -2,7 +2,7 @@ use std::{path::Path, time::Duration};
 
 use seawall_proto::{
     admission::{Admission, AdmissionConfig, AdmissionState, Arrival, Batch, BreakerState, CohortTag, Output},
-    id::{DeviceId, Network, Proof},
+    id::{Credential, DeviceId, Network, SecretHash},
     slots::{SlotKeys, Slots},
     time::{Instant, WallTime},
 };
@@ -354,7 +354,7 @@ fn each_claim_on_a_statement_can_fail() {
         slot_token: None,
         arrived: Instant::ZERO,
         is_known_absent: false,
-        proof: Proof::Secret,
+        credential: (&Credential::from(SecretHash::of(b"a secret"))).into(),
         network: Network::V4(1),
     };
     let times = (Instant::ZERO, WallTime::from_unix_ms(0));

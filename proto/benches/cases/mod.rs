@@ -10,7 +10,7 @@ use seawall_proto::{
     firmware::Range,
     frame::{DeviceFrame, ServerFrame},
     hello::{self, Head, Hello, IdentityNames, Paths, Request},
-    id::{DeviceId, Label, Network, Proof, RuleId, SecretHash, SessionId},
+    id::{Credential, DeviceId, Label, Network, RuleId, SecretHash, SessionId},
     record::{DeviceRecord, DeviceState},
     resume::{Accepted, Generation, Grant, LIFE, Minted, ResumeKeys, Revoked, Verifier},
     rules::{Effect, Match, Rule, RuleSet, RuleSpec, Subject, Verdict},
@@ -223,7 +223,9 @@ impl ConnectPath {
             now: self.now,
             wall: WALL,
         };
-        let screened = match connect::screen(attempt, &conditions, &mut self.rng).next {
+        let connect = &self.connect;
+        let known_tenant = |attempt: &connect::Attempt<'_>| connect.claimed_tenant(attempt, conditions.now);
+        let screened = match connect::screen(attempt, &conditions, known_tenant, &mut self.rng).next {
             Ok(screened) => screened,
             Err(conclusion) => return conclusion,
         };
@@ -305,7 +307,7 @@ impl Node {
         let arrival = Arrival {
             device: device(number),
             cohort: CohortTag::of(Some("camera"), Some("3.8.0-b2")),
-            proof: Proof::Secret,
+            credential: (&Credential::from(SecretHash::of(b"a secret"))).into(),
             network: Network::V4(1),
             slot_token,
             arrived: self.now,

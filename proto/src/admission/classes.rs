@@ -38,7 +38,7 @@ impl<R: Clone, W> Admission<R, W> {
         let class = self.class_with_room(arrival, standing, now);
         let waiter = || Waiter {
             device,
-            proof: arrival.proof,
+            proof: arrival.credential.proof(),
             network: arrival.network,
             cohort: arrival.cohort,
             standing: *standing,
@@ -73,7 +73,7 @@ impl<R: Clone, W> Admission<R, W> {
     }
 
     fn is_disputed(&self, arrival: &Arrival<'_>, now: Instant) -> bool {
-        let claim = (arrival.device, arrival.proof);
+        let claim = (arrival.device, arrival.credential.proof());
         self.throttle.is_disputed(claim, arrival.network, now)
     }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Batch, BreakerState, CohortTag, LimitReason, Ticket, throttle::Claim};
 use crate::{
-    id::{DeviceId, Network, Proof},
+    id::{CredentialTag, DeviceId, Network},
     refusal::{Code, Hint, Limit, Refusal},
     slots::Standing,
     time::Instant,
@@ -21,8 +21,8 @@ pub struct Arrival<'a> {
     pub arrived: Instant,
     /// Whether the caller remembers that there is no such device. The throttle is checked first nevertheless.
     pub is_known_absent: bool,
-    /// The kind of its credential. Wrong secrets are never counted against a certificate.
-    pub proof: Proof,
+    /// Its credential. Wrong secrets are never counted against a certificate.
+    pub credential: CredentialTag,
     /// The network that it comes from. Wrong credentials from one network have little effect on the id elsewhere.
     pub network: Network,
 }

@@ -29,7 +29,7 @@ pub use cost::{CohortTag, Costly};
 pub use decision::{AdmissionState, Answered, Arrival, BatchFailure, Cause, Decision, Output, Refused, Told};
 pub use limit::LimitReason;
 pub use queue::{Batch, BatchId, Ticket};
-pub use throttle::Outcome;
+pub use throttle::{Outcome, Right};
 
 use self::{
     breaker::Breaker,
@@ -42,7 +42,7 @@ use self::{
 };
 use crate::{
     hint::{self, draw},
-    id::{DeviceId, Network, Proof},
+    id::{CredentialTag, DeviceId, Network},
     slots::{HINT_MIN, Slots, Standing, Weights},
     time::{Instant, WallTime},
 };
@@ -122,8 +122,9 @@ impl<R: Clone, W> Admission<R, W> {
         self.limit.seed(rng);
         let device = arrival.device;
         let standing = slots.standing(device, arrival.slot_token, now, wall);
-        let claim = (device, arrival.proof);
-        let (cause, at_least) = if self.throttle.is_throttled(claim, arrival.network, standing.is_due, now) {
+        let claim = (device, arrival.credential.proof());
+        let shown = (device, arrival.credential);
+        let (cause, at_least) = if self.throttle.is_throttled(shown, arrival.network, standing.is_due, now) {
             let at_least = draw(hint::THROTTLED, rng);
             if standing.is_due {
                 // Anybody can name this device id, so the remembered slot does not change.
@@ -175,6 +176,12 @@ impl<R: Clone, W> Admission<R, W> {
         self.throttle.end(claim, network, outcome, now);
     }
 
+    /// Reports the credentials of a device whose lookup found another one than it showed. A call of
+    /// [`end`](Self::end) or [`refuse`](Self::refuse) follows.
+    pub fn learn(&mut self, answered: &Answered, right: Right) {
+        self.throttle.learn(answered.claim, right);
+    }
+
     fn refuse_all_waiting(&mut self) {
         let waiting = self.queue.drain();
         self.refuse_later(waiting, Cause::Breaker);
@@ -217,13 +224,13 @@ impl<R: Clone, W> Admission<R, W> {
     pub fn is_at_its_slot(
         &self,
         slots: &Slots,
-        device: DeviceId,
+        (device, credential): (DeviceId, CredentialTag),
         slot_token: &str,
         network: Network,
         (now, wall): (Instant, WallTime),
     ) -> bool {
         // A throttled device gains nothing by its slot, and could otherwise return without limit.
-        let is_throttled = self.throttle.is_throttled((device, Proof::Secret), network, true, now);
+        let is_throttled = self.throttle.is_throttled((device, credential), network, true, now);
         !is_throttled && slots.shows_due(device, slot_token, now, wall)
     }
 

@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::{
-    id::{Network, Proof},
+    id::{Credential, CredentialTag, Network, SecretHash},
     refusal::{Code, Hint},
     slots::SlotKeys,
 };
@@ -19,6 +19,10 @@ mod shares;
 
 fn device(n: u128) -> DeviceId {
     DeviceId::from_uuid(Uuid::from_u128(n + 1))
+}
+
+fn secret() -> CredentialTag {
+    CredentialTag::from(&Credential::from(SecretHash::of(b"a secret")))
 }
 
 fn at(ms: u64) -> Instant {
@@ -39,7 +43,7 @@ fn arrival(n: u128, now: Instant) -> Arrival<'static> {
         slot_token: None,
         arrived: now,
         is_known_absent: false,
-        proof: Proof::Secret,
+        credential: secret(),
         network: HERE,
     }
 }

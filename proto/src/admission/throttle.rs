@@ -4,15 +4,18 @@
 //! An attempt is counted when it enters the queue, and refunded if its credential was right or was never compared. So
 //! parallel connections get no more credentials compared than the budget allows.
 //!
-//! Guesses from other networks do not lock a device out: at a due slot each network has its own budget. It is
-//! small, because any client can get a slot for any id. An id that is guessed at is *disputed* for the guessing
-//! network: it loses its priority there. Secrets and certificates are counted separately.
+//! Guesses do not lock a device out: at a due slot each network has its own budget. It is small, because any client
+//! can get a slot for any id. Beyond it, an attempt at a due slot is compared with what the last lookup found: it is
+//! never throttled if it shows that, and costs no lookup otherwise.
+//!
+//! An id that is guessed at is *disputed* for the guessing network: it loses its priority there. Secrets and
+//! certificates are counted separately.
 
 use std::time::Duration;
 
 use crate::{
     bounded::Bounded,
-    id::{DeviceId, Network, Proof},
+    id::{CredentialTag, DeviceId, Network, Proof},
     rate::{Gcra, Rate},
     time::Instant,
 };
@@ -97,9 +100,16 @@ impl FromNetwork {
     }
 }
 
+/// Credentials of one device, as a lookup found them: its secret, and the previous one within the overlap of a
+/// rotation. No entry for a device that is not registered.
+pub type Right = [Option<CredentialTag>; 2];
+
 /// Attempts with one claim.
 #[derive(Debug, Default)]
 struct Account {
+    /// What the last lookup with a wrong credential found. It is read again once per 30 s at least while somebody
+    /// guesses: [`WRONG`] lets one attempt through. An absent one is zero, which one credential in two billion equals.
+    right: [CredentialTag; 2],
     wrong: Gcra,
     /// Further wrong credentials, at due slots.
     wrong_due: Gcra,
@@ -180,6 +190,11 @@ impl Throttle {
         from.open = from.open.saturating_add(1);
     }
 
+    /// A lookup found these credentials, and not the one that was shown.
+    pub fn learn(&mut self, claim: Claim, right: Right) {
+        self.account(claim).right = right.map(Option::unwrap_or_default);
+    }
+
     /// An attempt has its result.
     pub fn end(&mut self, claim: Claim, network: Network, outcome: Outcome, now: Instant) {
         let account = match outcome {
@@ -226,9 +241,16 @@ impl Throttle {
     }
 
     /// Whether there were too many wrong credentials lately. `is_due`: the device returns at its slot.
-    pub fn is_throttled(&self, claim: Claim, network: Network, is_due: bool, now: Instant) -> bool {
-        self.accounts.get(&claim).is_some_and(|account| {
-            let has_room = account.has_room(now) || (is_due && account.has_room_when_due(network, now));
+    pub fn is_throttled(
+        &self,
+        (device, presented): (DeviceId, CredentialTag),
+        network: Network,
+        is_due: bool,
+        now: Instant,
+    ) -> bool {
+        self.accounts.get(&(device, presented.proof())).is_some_and(|account| {
+            let is_let_in = || account.has_room_when_due(network, now) || account.right.contains(&presented);
+            let has_room = account.has_room(now) || (is_due && is_let_in());
             !has_room
         })
     }
@@ -250,6 +272,8 @@ impl Throttle {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    use crate::id::{Credential, SecretHash};
 
     const HERE: Network = Network::V4(1);
     const ELSEWHERE: Network = Network::V4(2);
@@ -283,12 +307,13 @@ mod tests {
 
         fn wrong(&mut self, claim: Claim, network: Network, now: Instant) {
             self.begin(claim, network);
+            self.learn(claim, [Some(right()), None]);
             self.end(claim, network, Outcome::Wrong, now);
         }
 
-        /// Begins an attempt if it is allowed.
+        /// Begins an attempt with a wrong credential if it is allowed.
         fn try_begin(&mut self, claim: Claim, network: Network, is_due: bool, now: Instant) -> bool {
-            let may = !self.is_throttled(claim, network, is_due, now);
+            let may = !self.is_throttled((claim.0, guess(claim.1)), network, is_due, now);
             if may {
                 self.begin(claim, network);
             }
@@ -296,8 +321,19 @@ mod tests {
         }
 
         fn is_refused(&self, claim: Claim, now: Instant) -> bool {
-            self.is_throttled(claim, HERE, false, now)
+            self.is_throttled((claim.0, guess(claim.1)), HERE, false, now)
         }
+    }
+
+    fn guess(proof: Proof) -> CredentialTag {
+        match proof {
+            Proof::Secret => CredentialTag::from(&Credential::from(SecretHash::of(b"a guess"))),
+            Proof::Certificate => CredentialTag::from(&Credential::Certificate(SecretHash::of(b"a guess"))),
+        }
+    }
+
+    fn right() -> CredentialTag {
+        CredentialTag::from(&Credential::from(SecretHash::of(b"right")))
     }
 
     fn guessed_at() -> Throttle {
@@ -411,19 +447,55 @@ mod tests {
     }
 
     #[test]
-    fn device_behind_one_address_with_who_guesses_all_the_time_gets_what_the_guesser_leaves() {
+    fn right_credential_at_a_due_slot_is_looked_up_whoever_guesses_with_the_same_slot_from_its_address() {
         let mut throttle = Throttle::default();
-        let mut admitted = 0;
+        let mut guesses = 0;
         for second in 0..300 {
+            let now = at(second);
             // The slot belongs to the id, so the attacker is due whenever the device is.
-            while throttle.try_begin(device(1), HERE, true, at(second)) {
-                throttle.end(device(1), HERE, Outcome::Wrong, at(second));
+            while throttle.try_begin(device(1), HERE, true, now) {
+                throttle.learn(device(1), [Some(right()), None]);
+                throttle.end(device(1), HERE, Outcome::Wrong, now);
+                guesses += 1;
             }
-            let is_let_in = throttle.try_begin(device(1), HERE, true, at(second));
-            admitted += u32::from(is_let_in);
+            // One of its guesses is always being looked up.
+            throttle.begin(device(1), HERE);
+
+            assert!(
+                !throttle.is_throttled((device(1).0, right()), HERE, true, now),
+                "{second}"
+            );
+            throttle.end(device(1), HERE, Outcome::Open, now);
         }
 
-        assert_eq!(admitted, 0, "SECURITY.md says that they share one budget");
+        assert!(guesses <= 10 + 3 + 10, "{guesses}");
+        assert!(
+            throttle.is_throttled((device(1).0, right()), HERE, false, at(299)),
+            "it has no slot"
+        );
+    }
+
+    #[test]
+    fn rotated_secret_is_known_after_the_next_lookup_even_if_that_is_of_a_guess() {
+        let mut throttle = Throttle::default();
+        for second in 0..60 {
+            while throttle.try_begin(device(1), HERE, true, at(second)) {
+                throttle.learn(device(1), [Some(right()), None]);
+                throttle.end(device(1), HERE, Outcome::Wrong, at(second));
+            }
+        }
+        let rotated = CredentialTag::from(&Credential::from(SecretHash::of(b"rotated")));
+
+        assert!(throttle.is_throttled((device(1).0, rotated), HERE, true, at(59)));
+        assert!(!throttle.is_throttled((device(1).0, rotated), HERE, true, at(60)));
+        // A guess takes that lookup, and finds the new secret.
+        throttle.begin(device(1), HERE);
+        throttle.learn(device(1), [Some(rotated), Some(right())]);
+        throttle.end(device(1), HERE, Outcome::Wrong, at(60));
+        for secret in [rotated, right()] {
+            assert!(!throttle.is_throttled((device(1).0, secret), HERE, true, at(60)));
+        }
+        assert!(throttle.is_throttled((device(1).0, guess(Proof::Secret)), HERE, true, at(60)));
     }
 
     #[test]

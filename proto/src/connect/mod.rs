@@ -30,7 +30,7 @@ pub use self::screening::{Attempt, Restriction, ResumeOutcome, Screened, Screeni
 use self::{
     absences::{Absences, Registrations},
     doubts::Doubts,
-    screening::{Standing, concluded, ruled},
+    screening::{Standing, claimed_tenant, concluded, ruled},
     throttles::{Asking, Throttle, Throttles},
 };
 use crate::{
@@ -39,12 +39,12 @@ use crate::{
         Outcome, Refused, Registry, Ticket, Told,
     },
     cohort::CohortTag,
-    id::{Credential, DeviceId, Label, Network, RuleId, SessionId},
+    id::{Credential, CredentialTag, DeviceId, Label, Network, RuleId, SessionId},
     record::{DeviceRecord, DeviceState},
     refusal::{Hint, Peers, Refusal},
     resume::{Generation, Grant, Verifier},
     rules::{OwnedSubject, RuleSet, Subject},
-    slots::{RegistryIndex, SlotKeys, Slots},
+    slots::{RegistryIndex, SlotKeys, Slots, TenantTag},
     time::{Instant, WallTime},
 };
 
@@ -196,6 +196,8 @@ pub enum Output<T> {
 struct Waiting<T> {
     credential: Credential,
     claims: OwnedSubject,
+    /// See [`Screened::tenant`].
+    tenant: Option<TenantTag>,
     dry_run: Option<RuleId>,
     /// It has taken a permit of its throttle at its arrival.
     is_paid: bool,
@@ -260,16 +262,18 @@ impl<T> Connect<T> {
             attempt,
             credential,
             rules,
+            tenant,
             standing,
             mut dry_run,
             mut throttle,
         } = screened;
         let Conditions { now, wall, .. } = *conditions;
-        let subject = match &standing {
-            Standing::Resumed(admitted) => admitted.subject(attempt.firmware),
-            Standing::Unproven { .. } => attempt.claims(),
-        };
         if !Arc::ptr_eq(&rules, conditions.rules) {
+            let known = || self.slots.claimed_tenant(attempt.device, attempt.slot, now);
+            let subject = match &standing {
+                Standing::Resumed(admitted) => admitted.subject(attempt.firmware),
+                Standing::Unproven { .. } => attempt.claims(tenant.or_else(known), conditions.rules),
+            };
             let ruled = ruled(conditions.rules, &subject, wall, rng);
             (dry_run, throttle) = (ruled.dry_run, ruled.throttle);
             if let Some(decision) = ruled.decision {
@@ -301,12 +305,13 @@ impl<T> Connect<T> {
             slot_token: attempt.slot,
             arrived: attempt.arrived,
             is_known_absent: self.absences.contains(attempt.device, now),
-            proof: credential.proof(),
+            credential: CredentialTag::from(&credential),
             network: attempt.network,
         };
         let waiting = || Waiting {
             credential,
             claims: attempt.owned_claims(),
+            tenant,
             dry_run,
             is_paid: throttle.is_some(),
             is_exempt,
@@ -445,8 +450,22 @@ impl<T> Connect<T> {
         // refused devices only.
         let mut is_ruled: BTreeMap<Subject<'_>, bool> = BTreeMap::new();
         let mut refused = Vec::new();
-        for (ticket, Waiting { claims, dry_run, .. }) in self.admission.waiting() {
-            let claims = claims.as_subject();
+        for (ticket, waiting) in self.admission.waiting() {
+            let Waiting {
+                claims,
+                tenant,
+                dry_run,
+                ..
+            } = waiting;
+            let known = || {
+                let device = claims.device.filter(|_| self.rules.name_tenants())?;
+                self.slots.claimed_tenant(device, None, conditions.now)
+            };
+            let tenant = claimed_tenant(claims.tenant.as_ref(), tenant.or_else(known), &self.rules);
+            let claims = Subject {
+                tenant: Some(tenant),
+                ..claims.as_subject()
+            };
             let all = Subject { device: None, ..claims };
             let is_any_ruled = || self.rules.verdict(&all, conditions.wall).enforced.is_some();
             if *is_ruled.entry(all).or_insert_with(is_any_ruled)
@@ -480,6 +499,8 @@ impl<T> Connect<T> {
             record.accepts(&waiting.credential, wall) && record.state != DeviceState::Revoked
         });
         let Some(Found { record, as_of, .. }) = right else {
+            let right = found.as_ref().map(|found| found.record.right(wall));
+            self.admission.learn(&answered, right.unwrap_or_default());
             let unproven = self.not_proven(answered, dry_run, conditions, rng);
             return Conclusion {
                 look_up: Some(look_up),
@@ -714,17 +735,23 @@ impl<T> Connect<T> {
         &self.slots
     }
 
+    /// See [`Slots::claimed_tenant`].
+    #[must_use]
+    pub fn claimed_tenant(&self, attempt: &Attempt<'_>, now: Instant) -> Option<TenantTag> {
+        self.slots.claimed_tenant(attempt.device, attempt.slot, now)
+    }
+
     /// See [`Admission::is_at_its_slot`].
     #[must_use]
     pub fn is_at_its_slot(
         &self,
-        device: DeviceId,
+        shown: (DeviceId, CredentialTag),
         slot_token: &str,
         network: Network,
         times: (Instant, WallTime),
     ) -> bool {
         self.admission
-            .is_at_its_slot(&self.slots, device, slot_token, network, times)
+            .is_at_its_slot(&self.slots, shown, slot_token, network, times)
     }
 
     /// Isolated cohorts, whose lookups cost far more than those of others.

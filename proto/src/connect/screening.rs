@@ -11,8 +11,12 @@ use crate::{
     refusal::Refusal,
     resume::{Accepted, Rejected},
     rules::{OwnedSubject, Rule, RuleSet, Ruling, Subject},
+    slots::TenantTag,
     time::{Instant, WallTime},
 };
+
+/// The tenant of a device that names none and that nothing is known of.
+const TENANT_DEFAULT: &str = "default";
 
 /// The claims of a connecting device, and its network. Nothing in it is verified.
 #[derive(Clone, Copy, Debug)]
@@ -34,15 +38,18 @@ pub struct Attempt<'a> {
 }
 
 impl<'a> Attempt<'a> {
-    /// The device by its claims, for firmware rules. A tenant that it does not name is unknown before its lookup: rules
-    /// on tenants do not match it until then.
+    /// The device by its claims, for `rules`. Its tenant is the one with the tag `proven`, of a token or of this node's
+    /// memory; else the one that it names; else `default`.
     #[must_use]
-    pub fn claims(&self) -> Subject<'a> {
+    pub fn claims<'r>(&self, proven: Option<TenantTag>, rules: &'r RuleSet) -> Subject<'r>
+    where
+        'a: 'r,
+    {
         Subject {
             device: Some(self.device),
             firmware: self.firmware.map(Label::as_str),
             model: self.model.map(Label::as_str),
-            tenant: self.tenant.map(Label::as_str),
+            tenant: Some(claimed_tenant(self.tenant, proven, rules)),
         }
     }
 
@@ -54,6 +61,14 @@ impl<'a> Attempt<'a> {
             model: self.model.cloned(),
             tenant: self.tenant.cloned(),
         }
+    }
+}
+
+/// The tenant that `rules` see before a lookup.
+pub(super) fn claimed_tenant<'r>(named: Option<&'r Label>, proven: Option<TenantTag>, rules: &'r RuleSet) -> &'r str {
+    match proven {
+        Some(tag) => rules.tenant_of(tag),
+        None => named.map_or(TENANT_DEFAULT, Label::as_str),
     }
 }
 
@@ -74,6 +89,8 @@ pub struct Screened<'a> {
     pub(super) credential: Credential,
     /// The rules that do not refuse it.
     pub(super) rules: Arc<RuleSet>,
+    /// Its tenant by a token or this node's memory. `None` if neither has one, or if no rule names a tenant.
+    pub(super) tenant: Option<TenantTag>,
     pub(super) standing: Standing,
     pub(super) dry_run: Option<RuleId>,
     /// The rule whose rate it needs a permit of.
@@ -130,7 +147,17 @@ impl ResumeOutcome {
 
 /// Decides as far as no lookup and no shared state is needed: draining, then rules on the device's claims, then whether
 /// it shows a credential, then its resume token.
-pub fn screen<'a>(attempt: Attempt<'a>, conditions: &Conditions<'_>, rng: &mut impl Rng) -> Screening<'a> {
+///
+/// `known_tenant` returns the tenant by its slot token or this node's memory ([`Connect::claimed_tenant`]). It is called
+/// only if rules name tenants and its resume token does not.
+///
+/// [`Connect::claimed_tenant`]: super::Connect::claimed_tenant
+pub fn screen<'a>(
+    attempt: Attempt<'a>,
+    conditions: &Conditions<'_>,
+    known_tenant: impl FnOnce(&Attempt<'a>) -> Option<TenantTag>,
+    rng: &mut impl Rng,
+) -> Screening<'a> {
     let ended = |decision, dry_run| Screening {
         resume: None,
         next: Err(concluded(decision, dry_run)),
@@ -138,14 +165,27 @@ pub fn screen<'a>(attempt: Attempt<'a>, conditions: &Conditions<'_>, rng: &mut i
     if let Some(peers) = conditions.draining {
         return ended(Decision::Refused(Refusal::draining(peers, rng)), None);
     }
-    let mut ruled = ruled(conditions.rules, &attempt.claims(), conditions.wall, rng);
+    // A tenant is read from a token before the rules, and the token is judged after them.
+    let by_tenant = conditions.rules.name_tenants();
+    let verify = || verify(&attempt, attempt.credential.as_ref()?, conditions);
+    let mut verified = None;
+    let tenant = if by_tenant {
+        verified = verify();
+        let named = verified.as_ref().and_then(tenant_in);
+        named.map(TenantTag::of).or_else(|| known_tenant(&attempt))
+    } else {
+        None
+    };
+    let claims = attempt.claims(tenant, conditions.rules);
+    let mut ruled = ruled(conditions.rules, &claims, conditions.wall, rng);
     if let Some(decision) = ruled.decision {
         return ended(decision, ruled.dry_run);
     }
     let Some(credential) = attempt.credential else {
         return ended(Decision::Refused(Refusal::unauthorized(rng)), ruled.dry_run);
     };
-    let (resume, standing) = match verify(&attempt, &credential, conditions) {
+    let verified = if by_tenant { verified } else { verify() };
+    let (resume, standing) = match verified {
         None => (None, Ok(Standing::Unproven { hinted: None })),
         Some(Ok(accepted)) => resumed(&attempt, accepted, conditions, &mut ruled, rng),
         Some(Err(rejected)) => {
@@ -158,6 +198,7 @@ pub fn screen<'a>(attempt: Attempt<'a>, conditions: &Conditions<'_>, rng: &mut i
             attempt,
             credential,
             rules: Arc::clone(conditions.rules),
+            tenant,
             standing,
             dry_run: ruled.dry_run,
             throttle: ruled.throttle,
@@ -175,6 +216,14 @@ fn verify(
     let token = attempt.resume?;
     let verifier = &conditions.verifier;
     Some(verifier.verify(attempt.device, credential, token, conditions.wall))
+}
+
+/// The tenant that a resume token names whose MAC is right.
+fn tenant_in(verified: &Result<Accepted, Rejected>) -> Option<&str> {
+    match verified {
+        Ok(accepted) => Some(accepted.grant.tenant.as_str()),
+        Err(rejected) => rejected.tenant().map(Label::as_str),
+    }
 }
 
 fn resumed(

@@ -169,19 +169,21 @@ impl Node {
     }
 
     fn screen(&mut self, said: &Said) -> (Option<ResumeOutcome>, Result<(), Refusal>) {
-        self.with(|_, conditions, rng| {
-            let screening = screen(said.attempt(conditions.now), conditions, rng);
+        self.with(|connect, conditions, rng| {
+            let known = |attempt: &Attempt<'_>| connect.claimed_tenant(attempt, conditions.now);
+            let screening = screen(said.attempt(conditions.now), conditions, known, rng);
             (screening.resume, screening.next.map(drop).map_err(refusal))
         })
     }
 
     fn enter(&mut self, said: &Said) -> Step {
-        self.with(
-            |connect, conditions, rng| match screen(said.attempt(conditions.now), conditions, rng).next {
+        self.with(|connect, conditions, rng| {
+            let known = |attempt: &Attempt<'_>| connect.claimed_tenant(attempt, conditions.now);
+            match screen(said.attempt(conditions.now), conditions, known, rng).next {
                 Ok(screened) => connect.handle_screened(screened, || (), conditions, rng),
                 Err(conclusion) => Step::Concluded(conclusion),
-            },
-        )
+            }
+        })
     }
 
     fn wait_for_look_up(&mut self, said: &Said) -> Ticket {
@@ -270,6 +272,32 @@ impl Said {
             arrived,
         }
     }
+}
+
+// === Guesses ===
+
+#[test]
+fn right_secret_at_a_due_slot_is_looked_up_after_any_number_of_guesses_with_the_same_slot() {
+    let mut node = Node::usual();
+    let mut guesses = 0;
+    let throttled = loop {
+        guesses += 1;
+        let refusal = node.refuse(&wrong());
+        if refusal.code == Code::Throttled {
+            break refusal;
+        }
+        assert!(guesses < 20 && refusal.code == Code::Unauthorized, "{refusal:?}");
+    };
+    // The slot is remembered, so that it is every client's that names the device.
+    node.now += throttled.hint.unwrap().after;
+    let asked = node.asked;
+    for _ in 0..1_000 {
+        node.refuse(&wrong());
+    }
+    assert!(node.asked - asked <= 4, "{} lookups", node.asked - asked);
+    assert_eq!(node.refuse(&wrong()).code, Code::Throttled);
+
+    node.admit(&said("1"));
 }
 
 // === Before the lookup ===
@@ -416,7 +444,7 @@ fn throttled_device_waits_for_its_rate_unless_it_resumes_and_attempts_without_a_
         assert_eq!((refusal.code, refusal.limit), (Code::Throttled, Some(Limit::Rule)));
         assert_eq!(refusal.rule, Some(RuleId(Uuid::from_u128(1))));
         let hint = refusal.hint.unwrap();
-        assert!(hint.after <= Duration::from_secs(1) && hint.slot.is_none(), "{hint:?}");
+        assert!(hint.after <= Duration::from_secs(3) && hint.slot.is_none(), "{hint:?}");
         node.now += hint.after;
         node.admit(&returning);
     }
@@ -437,12 +465,12 @@ fn two_rules_that_throttle_a_device_before_and_after_its_look_up_admit_it_at_its
         firmware: Some(">=3".parse().unwrap()),
         ..Match::default()
     };
-    let by_tenant = Match {
-        tenant: Some(label("acme")),
+    let by_model = Match {
+        model: Some(label("cam")),
         ..Match::default()
     };
-    // By registry data the older rule applies: the tenant's.
-    let rules = RuleSet::compile(1, vec![rule(1, by_tenant), rule(2, by_firmware)]);
+    // By registry data the older rule applies: the model's.
+    let rules = RuleSet::compile(1, vec![rule(1, by_model), rule(2, by_firmware)]);
     let mut node = Node::usual().with_index().ruled_by(Arc::new(rules));
     node.admit(&said("3"));
     for asked in 2..9 {
@@ -451,7 +479,8 @@ fn two_rules_that_throttle_a_device_before_and_after_its_look_up_admit_it_at_its
             (refusal.code, refusal.rule),
             (Code::Throttled, Some(RuleId(Uuid::from_u128(2))))
         );
-        node.now += refusal.hint.unwrap().after;
+        // The place is at most a second ahead. The hint may be later.
+        node.now += Duration::from_secs(1);
         node.admit(&said("3"));
         assert_eq!(node.asked, asked, "one lookup for each admission");
     }
@@ -516,7 +545,10 @@ fn rule_that_comes_into_force_behind_the_screening_refuses_all_the_same() {
     for resume in [None, token] {
         let said = Said { resume, ..said("3") };
         let step = node.with(|connect, conditions, rng| {
-            let screened = screen(said.attempt(conditions.now), conditions, rng).next.unwrap();
+            let known = |attempt: &Attempt<'_>| connect.claimed_tenant(attempt, conditions.now);
+            let screened = screen(said.attempt(conditions.now), conditions, known, rng)
+                .next
+                .unwrap();
             let newer = Conditions {
                 rules: &newest,
                 ..*conditions
@@ -529,6 +561,74 @@ fn rule_that_comes_into_force_behind_the_screening_refuses_all_the_same() {
         };
         assert_eq!(refusal(conclusion).code, Code::FirmwareBlocked);
     }
+}
+
+#[test]
+fn tenant_that_rules_see_is_of_the_token_then_of_memory_then_as_named_then_default() {
+    let code = |node: &mut Node, said: &Said| node.screen(said).1.err().map(|refusal| refusal.code);
+    let blocked = Some(Code::FirmwareBlocked);
+    let resuming = returning("1").resume;
+    let naming = |tenant: Option<&str>| Said {
+        tenant: tenant.map(label),
+        ..said("1")
+    };
+    let with_resume = Said {
+        resume: resuming.clone(),
+        ..naming(Some("other"))
+    };
+    let (mut acme, mut other, mut default) = (
+        Node::usual().ruled_by(by_tenant("acme")),
+        Node::usual().ruled_by(by_tenant("other")),
+        Node::usual().ruled_by(by_tenant("default")),
+    );
+
+    // As named, else `default`.
+    assert_eq!(code(&mut acme, &naming(Some("acme"))), blocked);
+    assert_eq!(code(&mut acme, &naming(None)), None);
+    assert_eq!(code(&mut default, &naming(None)), blocked);
+    assert_eq!(code(&mut default, &naming(Some("acme"))), None);
+    // The resume token comes first, if its MAC is right for this credential.
+    assert_eq!(code(&mut acme, &with_resume), blocked);
+    assert_eq!(code(&mut other, &with_resume), None);
+    let stolen = Said {
+        secret: Some(SecretHash::of(b"wrong").into()),
+        ..with_resume
+    };
+    assert_eq!(code(&mut other, &stolen), blocked);
+    assert_eq!(code(&mut acme, &stolen), None);
+    // Then this node's memory.
+    let [mut acme, mut other] = [acme, other].map(Node::with_index);
+    assert_eq!(code(&mut acme, &naming(Some("other"))), blocked);
+    assert_eq!(code(&mut other, &naming(Some("other"))), None);
+    assert_eq!((acme.asked, other.asked, default.asked), (0, 0, 0));
+}
+
+#[test]
+fn slot_token_names_the_tenant_on_a_node_that_does_not_know_the_device() {
+    let mut node = Node::usual().with_index();
+    let hint = node
+        .with(|connect, conditions, rng| connect.give_slot(id(1), None, Duration::ZERO, (conditions.now, WALL), rng));
+    let said = Said {
+        slot: hint.slot,
+        ..said("1")
+    };
+
+    let refusal = Node::usual().ruled_by(by_tenant("acme")).refuse(&said);
+
+    assert_eq!(refusal.code, Code::FirmwareBlocked);
+    let another = Said { device: id(2), ..said };
+    assert_eq!(Node::usual().ruled_by(by_tenant("acme")).screen(&another).1, Ok(()));
+}
+
+#[test]
+fn rule_on_a_tenant_that_comes_while_a_device_waits_refuses_it_by_its_remembered_tenant() {
+    let mut node = Node::usual().with_index();
+    node.wait_for_look_up(&said("1"));
+
+    node.rules = by_tenant("acme");
+
+    assert_eq!(refusal(node.conclusion()).code, Code::FirmwareBlocked);
+    assert_eq!(node.asked, 0);
 }
 
 // === Resume tokens ===
@@ -597,12 +697,16 @@ fn token_that_was_valid_once_hints_at_the_tenant_and_a_stolen_one_does_not() {
 
 #[test]
 fn rules_by_registry_data_win_over_the_token() {
-    for rules in [by_tenant("acme"), by_model("cam")] {
+    // The tenant in the token is used before the token is judged.
+    for (rules, judged) in [
+        (by_tenant("acme"), None),
+        (by_model("cam"), Some(ResumeOutcome::Blocked)),
+    ] {
         let mut node = Node::usual().ruled_by(rules);
 
         let outcome = node.screen(&returning("1")).0;
 
-        assert_eq!(outcome, Some(ResumeOutcome::Blocked));
+        assert_eq!(outcome, judged);
         assert_eq!(node.refuse(&returning("1")).code, Code::FirmwareBlocked);
     }
 }

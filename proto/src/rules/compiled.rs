@@ -19,6 +19,7 @@ use crate::{
     firmware::{Cut, Exact, Span, Version},
     frame::ServerFrame,
     id::{DeviceId, Label, RuleId},
+    slots::TenantTag,
     time::WallTime,
 };
 
@@ -43,6 +44,8 @@ pub struct RuleSet {
     /// The enforced rules that also close sessions.
     evicting: Groups,
     dry_run: Groups,
+    /// The tenants that rules name.
+    tenants: BTreeMap<TenantTag, Label>,
 }
 
 impl RuleSet {
@@ -79,6 +82,7 @@ impl RuleSet {
         let is_enforced = |rule: &Rule| rule.spec.mode == Mode::Enforce;
         let mut by_id: Box<[_]> = rules.iter().map(|rule| rule.id).zip(0..).collect();
         by_id.sort_unstable();
+        let tenants = rules.iter().filter_map(|rule| rule.spec.matches.tenant.clone());
         let restricting = rules.iter().filter(|rule| rule.spec.effect == Effect::Restrict);
         Self {
             revision,
@@ -88,6 +92,7 @@ impl RuleSet {
             enforced: Groups::compile(&rules, is_enforced),
             evicting: Groups::compile(&rules, |rule| is_enforced(rule) && rule.spec.evict),
             dry_run: Groups::compile(&rules, |rule| !is_enforced(rule)),
+            tenants: tenants.map(|tenant| (TenantTag::of(tenant.as_str()), tenant)).collect(),
             rules: rules.into(),
             unsupported: unsupported.into(),
         }
@@ -126,6 +131,18 @@ impl RuleSet {
         let at = self.by_id.binary_search_by_key(&id, |(id, _)| *id).ok()?;
         let (_, rank) = self.by_id.get(at)?;
         self.rules.get(*rank as usize)
+    }
+
+    /// Whether any rule names a tenant.
+    #[must_use]
+    pub fn name_tenants(&self) -> bool {
+        !self.tenants.is_empty()
+    }
+
+    /// The tenant with this tag as rules name it. Empty if none does: no rule on tenants matches it.
+    #[must_use]
+    pub fn tenant_of(&self, tag: TenantTag) -> &str {
+        self.tenants.get(&tag).map_or("", Label::as_str)
     }
 
     /// The `update` frame of a rule that restricts, as text.

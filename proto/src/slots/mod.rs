@@ -47,7 +47,8 @@ const SLOT_KEPT: Duration = Duration::from_millis(200);
 /// Minimum time before a slot at which a retry shows that the device does not follow hints. Its time in the virtual
 /// queue is then given to one more device. Its slot stays.
 const SLOT_EARLY_FAR: Duration = Duration::from_secs(2);
-/// Tolerated difference between the wall clocks of two nodes for tokens to have full effect. See docs/design/slots.md.
+/// Tolerated difference between the wall clocks of two nodes for tokens to have full effect, for tokens of another node.
+/// See docs/design/slots.md.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(5);
 
 /// A slot of a device.
@@ -62,6 +63,13 @@ pub(crate) struct Slot {
     pub tenant: Option<TenantTag>,
     /// Whether its time in the virtual queue is the device's alone.
     pub ownership: Ownership,
+}
+
+/// A slot from a token, and the time before it from which it gives priority.
+#[derive(Clone, Copy, Debug)]
+struct Carried {
+    slot: Slot,
+    early: Duration,
 }
 
 /// Whether a time in the virtual queue belongs to one device. See [`SLOT_EARLY_FAR`].
@@ -204,19 +212,32 @@ impl Slots {
     }
 
     /// The same, with the slot of a valid token.
-    fn standing_with(&self, device: DeviceId, carried: Option<Slot>, now: Instant) -> Standing {
+    fn standing_with(&self, device: DeviceId, carried: Option<Carried>, now: Instant) -> Standing {
         let remembered = self.memory.get(device, now);
+        let early_by_token = carried.map_or(SLOT_EARLY, |carried| carried.early);
+        let carried = carried.map(|carried| carried.slot);
         let tenant = [remembered, carried].into_iter().flatten().find_map(|slot| slot.tenant);
         let (slot, early) = match (remembered, carried) {
-            (Some(remembered), Some(carried)) if carried.replaces(&remembered) => (Some(carried), CLOCK_TOLERANCE),
+            (Some(remembered), Some(carried)) if carried.replaces(&remembered) => (Some(carried), early_by_token),
             (Some(remembered), _) => (Some(remembered), SLOT_EARLY),
-            (None, carried) => (carried, CLOCK_TOLERANCE),
+            (None, carried) => (carried, early_by_token),
         };
         Standing {
             tenant: self.tenant_of(device).or(tenant),
             slot,
             is_due: slot.is_some_and(|slot| now + early >= slot.at),
         }
+    }
+
+    /// The tenant that a device has by its slot token, whatever the time of that, else as far as this node knows.
+    #[must_use]
+    pub fn claimed_tenant(&self, device: DeviceId, token: Option<&str>, now: Instant) -> Option<TenantTag> {
+        let carried = token.and_then(|text| self.keys.verify_slot(device, text));
+        let remembered = || self.memory.get(device, now).and_then(|slot| slot.tenant);
+        carried
+            .and_then(|claims| claims.tenant)
+            .or_else(|| self.tenant_of(device))
+            .or_else(remembered)
     }
 
     /// Whether a device was seen authenticated, or is registered as far as this node knows. The id alone decides, and
@@ -233,22 +254,29 @@ impl Slots {
         carried.is_some() && self.standing_with(device, carried, now).is_due
     }
 
-    fn carried(&self, device: DeviceId, text: &str, now: Instant, wall: WallTime) -> Option<Slot> {
+    fn carried(&self, device: DeviceId, text: &str, now: Instant, wall: WallTime) -> Option<Carried> {
         let claims = self.keys.verify_slot(device, text)?;
         let is_from_the_future =
             claims.issued_unix_s > unix_s(wall).saturating_add(u32::try_from(CLOCK_TOLERANCE.as_secs()).unwrap_or(0));
-        let is_past = wall > claims.slot + SLOT_GOOD_FOR + CLOCK_TOLERANCE;
+        // A token of this node is of its own clock.
+        let (early, tolerance) = if claims.is_own {
+            (SLOT_EARLY, Duration::ZERO)
+        } else {
+            (CLOCK_TOLERANCE, CLOCK_TOLERANCE)
+        };
+        let is_past = wall > claims.slot + SLOT_GOOD_FOR + tolerance;
         if is_from_the_future || is_past {
             return None;
         }
-        Some(Slot {
+        let slot = Slot {
             at: now + claims.slot.saturating_since(wall) - wall.saturating_since(claims.slot),
             first_unix_s: claims.first_unix_s,
             refusals: claims.refusals,
             tenant: claims.tenant,
             // The issuing node may have shared it already.
             ownership: Ownership::Shared,
-        })
+        };
+        Some(Carried { slot, early })
     }
 
     /// Gives a slot to a device that does not ask for a lookup: its session is closed, or the node has no room for it.
@@ -383,6 +411,7 @@ impl Slots {
             wait.max(HINT_MIN)
         };
         let claims = Claims {
+            is_own: true,
             slot: wall + wait,
             first_unix_s: slot.first_unix_s,
             refusals: slot.refusals,

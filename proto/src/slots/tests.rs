@@ -32,10 +32,19 @@ impl Node {
     }
 
     fn with(config: &SlotsConfig) -> Self {
+        Self::named("a", config)
+    }
+
+    fn named(name: &str, config: &SlotsConfig) -> Self {
         Self {
-            slots: Slots::new(config, SlotKeys::new(1, [7; 32])),
+            slots: Slots::new(config, SlotKeys::new(1, [7; 32]).with_issuer(name)),
             rng: SmallRng::seed_from_u64(1),
         }
+    }
+
+    /// Another node of the cluster.
+    fn other() -> Self {
+        Self::named("b", &SlotsConfig::default())
     }
 
     fn refuse_on(&mut self, n: u128, token: Option<&str>, now: Instant, wall: WallTime) -> Hint {
@@ -134,9 +143,31 @@ fn slot_helps_from_300_ms_before_to_60_s_after_its_time() {
 }
 
 #[test]
+fn token_of_this_node_helps_from_300_ms_before_to_60_s_after_its_slot_even_after_a_restart() {
+    let mut node = Node::new();
+    node.insert(1);
+    node.fill(20_000);
+    let slot = 500 + 20_000;
+    let token = node.refuse(1, None, at(0)).slot;
+    let (restarted, other) = (Node::new(), Node::other());
+
+    for (ms, is_due, is_due_there) in [
+        (slot - 5_001, false, false),
+        (slot - 301, false, true),
+        (slot - 300, true, true),
+        (slot + 60_000, true, true),
+        (slot + 60_001, false, true),
+        (slot + 65_001, false, false),
+    ] {
+        assert_eq!(restarted.is_due(1, token.as_deref(), at(ms)), is_due, "{ms}");
+        assert_eq!(other.is_due(1, token.as_deref(), at(ms)), is_due_there, "{ms}");
+    }
+}
+
+#[test]
 fn token_holds_on_another_node_whose_clock_differs_by_five_seconds() {
     let mut node = Node::new();
-    let other = Node::new();
+    let other = Node::other();
     node.insert(1);
     node.fill(60_000);
     let hint = node.refuse(1, None, at(0));
@@ -153,7 +184,7 @@ fn token_holds_on_another_node_whose_clock_differs_by_five_seconds() {
 #[test]
 fn token_that_is_forged_expired_anothers_or_of_a_stepped_clock_is_as_none() {
     let mut node = Node::new();
-    let other = Node::new();
+    let other = Node::other();
     node.insert(1);
     node.fill(20_000);
     let token = node.refuse(1, None, at(0)).slot.unwrap();
@@ -220,7 +251,7 @@ fn first_token_can_not_be_used_again_after_a_second_was_given() {
 #[test]
 fn far_slot_is_not_shortened_by_the_token_of_a_node_with_a_shorter_queue() {
     let mut node = Node::new();
-    let mut idle = Node::new();
+    let mut idle = Node::other();
     node.insert(1);
     node.fill(400_000);
     let far = node.refuse(1, None, at(0));

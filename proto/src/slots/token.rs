@@ -1,7 +1,8 @@
 //! Slot tokens: a slot that the device carries itself, so that any node with the keys knows it, even after a restart.
 //!
 //! A token gives priority at a time, to one device. It never authenticates. 39 bytes, 52 characters of base64url:
-//! `version 1 | key id 1 | slot, unix ms 6 | issued, unix s 4 | sealed 11 | MAC 16`. The sealed part is `first refusal,
+//! `version and issuer 1 | key id 1 | issuer and slot, unix ms 6 | issued, unix s 4 | sealed 11 | MAC 16`. The issuer is
+//! a tag of the node: its low four bits, and its high six bits. The sealed part is `first refusal,
 //! unix s 4 | refusals 1 | tenant 6`; the tenant of an unknown device is zero. The MAC (HMAC-SHA-256, truncated) covers
 //! the plain text and the device's id, which is not in the token. It is also the nonce of the seal (a synthetic nonce,
 //! as in RFC 5297). Anybody can get a token for any id, and must not learn from it whether the id is registered, or its
@@ -17,7 +18,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     id::DeviceId,
-    keyring::{Keyring, keyed},
+    keyring::{Issuer, Keyring, keyed},
     time::WallTime,
 };
 
@@ -25,6 +26,10 @@ use crate::{
 const VERSION: u8 = 2;
 /// Version that is still accepted: a token of the previous release is valid until its slot is past.
 const VERSION_CLEAR: u8 = 1;
+/// Bits of the time of a slot, in milliseconds: enough until 2109. Above them are bits of the issuer.
+const SLOT_BITS: u32 = 42;
+/// Bits of the issuer in the first byte.
+const ISSUER_LOW_BITS: u32 = 4;
 /// Flag of version 1: the device had been seen authenticated when the token was issued.
 const FLAG_KNOWN: u8 = 1;
 const BODY_LEN: usize = 23;
@@ -56,9 +61,12 @@ impl Keyring {
     pub(super) fn sign_slot(&self, device: DeviceId, claims: &Claims) -> Box<str> {
         let (key_id, secret) = self.newest();
         let mut token = [0; TOKEN_LEN];
-        token[0] = VERSION << 4;
+        let issuer = u64::from(self.issuer().bits());
+        let [.., low] = (issuer & 0xf).to_be_bytes();
+        token[0] = VERSION << 4 | low;
         token[1] = key_id;
-        token[2..8].copy_from_slice(&low_bytes(claims.slot.as_unix_ms()));
+        let slot = claims.slot.as_unix_ms() & ((1 << SLOT_BITS) - 1);
+        token[2..8].copy_from_slice(&low_bytes(issuer >> ISSUER_LOW_BITS << SLOT_BITS | slot));
         token[8..12].copy_from_slice(&claims.issued_unix_s.to_be_bytes());
         token[12..16].copy_from_slice(&claims.first_unix_s.to_be_bytes());
         token[16] = claims.refusals;
@@ -95,8 +103,11 @@ impl Keyring {
             .verify_truncated_left(&token[BODY_LEN..])
             .ok()?;
         Some(if domain == MAC_DOMAIN {
+            let slot = number(&token[2..8]);
+            let issuer = u16::try_from(slot >> SLOT_BITS).unwrap_or_default();
             Claims {
-                slot: WallTime::from_unix_ms(number(&token[2..8])),
+                is_own: Issuer::from_bits(issuer << ISSUER_LOW_BITS | u16::from(token[0] & 0xf)) == self.issuer(),
+                slot: WallTime::from_unix_ms(slot & ((1 << SLOT_BITS) - 1)),
                 issued_unix_s: u32::from_be_bytes([token[8], token[9], token[10], token[11]]),
                 first_unix_s: u32::from_be_bytes([token[12], token[13], token[14], token[15]]),
                 refusals: token[16],
@@ -105,6 +116,7 @@ impl Keyring {
         } else {
             let known = token[0] & FLAG_KNOWN != 0;
             Claims {
+                is_own: false,
                 slot: WallTime::from_unix_ms(number(&token[2..8])),
                 first_unix_s: u32::from_be_bytes([token[8], token[9], token[10], token[11]]),
                 refusals: token[12],
@@ -128,6 +140,8 @@ fn apply_seal(secret: &[u8; 32], token: &mut [u8; TOKEN_LEN]) {
 /// Content of a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Claims {
+    /// This node issued it. Signing sets it.
+    pub is_own: bool,
     pub slot: WallTime,
     pub first_unix_s: u32,
     pub refusals: u8,
@@ -186,6 +200,7 @@ mod tests {
 
     fn claims() -> Claims {
         Claims {
+            is_own: true,
             slot: WallTime::from_unix_ms(1_800_000_012_345),
             first_unix_s: 1_800_000_000,
             refusals: 3,
@@ -261,7 +276,15 @@ mod tests {
 
             let read = keys.verify_slot(device(1), &URL_SAFE_NO_PAD.encode(token));
 
-            assert_eq!(read, Some(Claims { tenant, ..claims }));
+            let is_own = false;
+            assert_eq!(
+                read,
+                Some(Claims {
+                    is_own,
+                    tenant,
+                    ..claims
+                })
+            );
             token[0] = VERSION << 4;
             assert_eq!(keys.verify_slot(device(1), &URL_SAFE_NO_PAD.encode(token)), None);
         }
@@ -305,6 +328,22 @@ mod tests {
 
             prop_assert_eq!(keys.verify_slot(device(1), &forged).is_some(), *forged == *token, "{}", forged);
         }
+    }
+
+    #[test]
+    fn node_tells_its_own_tokens_by_its_name_and_accepts_those_of_others() {
+        let keys = Keyring::new(7, [1; 32]);
+        let is_own = |signer: &str, reader: &str| {
+            let token = keys.clone().with_issuer(signer).sign_slot(device(1), &claims());
+            let read = keys.clone().with_issuer(reader).verify_slot(device(1), &token).unwrap();
+            assert_eq!(Claims { is_own: true, ..read }, claims());
+            read.is_own
+        };
+
+        for name in ["a", "gw-1", "gw-2", "x.example"] {
+            assert!(is_own(name, name), "{name}");
+        }
+        assert!(!is_own("gw-1", "gw-2") && !is_own("gw-2", "gw-1"));
     }
 
     #[test]

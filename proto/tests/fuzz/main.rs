@@ -22,7 +22,7 @@ use seawall_proto::{
     firmware::{Range, Version, compare},
     frame::{DeviceFrame, ServerFrame},
     hello::{self, Head, Hello, IdentityNames, Paths, Request},
-    id::{Credential, DeviceId, Label, Network, Proof, SecretHash, SessionId},
+    id::{Credential, DeviceId, Label, Network, SecretHash, SessionId},
     resume::{Generation, Grant, ResumeKeys, Revoked, Verifier},
     rules::{Rule, RuleSet, RuleSpec, Subject},
     slots::{SlotKeys, Slots},
@@ -279,7 +279,7 @@ fn slot_tokens_of_nobody_change_nothing() {
             slot_token: Some(text),
             arrived: now,
             is_known_absent: false,
-            proof: Proof::Secret,
+            credential: (&Credential::from(SecretHash::of(b"a secret"))).into(),
             network: Network::V4(1),
         };
         let decision = admission.attempt(&arrival, || (), slots, (now, WALL), rng);

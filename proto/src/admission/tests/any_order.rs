@@ -94,7 +94,7 @@ proptest! {
                 Step::Attempt { device: n, arrived_ms_ago, with_token } => {
                     let arrived = now - Duration::from_millis(arrived_ms_ago.into());
                     let token = tokens.get(&n).filter(|_| with_token).cloned();
-                    let arrival = Arrival { device: device(n.into()), cohort: CohortTag::of(None, None), slot_token: token.as_deref(), arrived, is_known_absent: false, proof: Proof::Secret, network: Network::V4(1) };
+                    let arrival = Arrival { device: device(n.into()), cohort: CohortTag::of(None, None), slot_token: token.as_deref(), arrived, is_known_absent: false, credential: secret(), network: Network::V4(1) };
                     match node.arrive(&arrival, now) {
                         Decision::Queued(ticket) => prop_assert!(waiting.insert(ticket, (arrival.device, arrived)).is_none()),
                         Decision::Refused(refused) => {

@@ -96,7 +96,7 @@ impl World {
             slot_token: None,
             arrived: self.now,
             is_known_absent: false,
-            proof: Proof::Secret,
+            credential: secret(),
             network: Network::V4(1),
         };
         let now = self.now;
@@ -384,7 +384,7 @@ fn slots_of_a_cohort_apart_are_as_far_apart_as_its_look_ups() {
             slot_token: None,
             arrived: now,
             is_known_absent: false,
-            proof: Proof::Secret,
+            credential: secret(),
             network: Network::V4(1),
         };
         match world.node.arrive(&arrival, now) {

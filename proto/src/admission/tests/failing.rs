@@ -259,7 +259,7 @@ fn device_that_its_certificate_proves_is_neither_throttled_nor_disputed_by_guess
     node.guess(1, 20, at(0));
     assert_eq!(node.refused(1, None, at(0)).cause, Cause::Throttle);
     let arrival = Arrival {
-        proof: Proof::Certificate,
+        credential: CredentialTag::from(&Credential::Certificate(SecretHash::of(b"a certificate"))),
         ..arrival(1, at(0))
     };
 
@@ -380,7 +380,7 @@ fn throttled_guesser_is_not_at_its_slot_for_the_limits_of_its_address() {
     let back = at(refused.hint.after.as_millis().try_into().unwrap());
     let shows = |node: &Node, network| {
         node.admission
-            .is_at_its_slot(&node.slots, device(1), &token, network, (back, wall(back)))
+            .is_at_its_slot(&node.slots, (device(1), secret()), &token, network, (back, wall(back)))
     };
     assert!(shows(&node, HERE));
 
