@@ -11,8 +11,8 @@ const POST_WORDS: [&str; 7] = ["fix", "hotfix", "p", "patch", "post", "r", "rev"
 /// Words that mark a build made after the release if a number follows them.
 const NUMBERED_POST_WORDS: [&str; 5] = ["build", "hf", "sp", "u", "update"];
 
-/// Pre-release words of two letters. Directly after a digit they are not a patch level such as OpenSSL's `1.0.2za`.
-const SHORT_PRE_WORDS: [&str; 4] = ["cr", "ea", "pr", "rc"];
+/// Pre-release word of two letters. Directly after a digit it is not a patch level such as OpenSSL's `1.0.2za`.
+const SHORT_PRE_WORD: &str = "rc";
 
 /// Words that mark the release itself. At the end they are not compared.
 const RELEASE_WORDS: [&str; 6] = ["final", "ga", "lts", "prod", "release", "stable"];
@@ -137,7 +137,7 @@ pub(super) fn is_post_word(word: &str, next: Option<Token<'_>>) -> bool {
 pub(super) fn is_patch_level(word: &str) -> bool {
     match word.chars().count() {
         1 => true,
-        2 => word.is_ascii() && !is_one_of(&SHORT_PRE_WORDS, word),
+        2 => word.is_ascii() && !word.eq_ignore_ascii_case(SHORT_PRE_WORD),
         _ => false,
     }
 }
@@ -159,7 +159,7 @@ pub(super) fn counted(part: &str) -> &str {
     }
 }
 
-/// The text before a remark in round brackets at the end of `text`. Digits alone are a build number, not a remark.
+/// The text before a remark in round brackets at the end of `text`.
 pub(super) fn without_remark(text: &str) -> Option<&str> {
     let mut open = 0_usize;
     for (at, byte) in text.bytes().enumerate().rev() {
@@ -168,10 +168,7 @@ pub(super) fn without_remark(text: &str) -> Option<&str> {
             b'~' => return None,
             // The first character seen is the last one of the text.
             _ if open == 0 => return None,
-            b'(' if open == 1 => {
-                let is_remark = text[at..].bytes().any(is_word_byte);
-                return is_remark.then(|| &text[..at]);
-            }
+            b'(' if open == 1 => return Some(&text[..at]),
             b'(' => open -= 1,
             _ => {}
         }
@@ -188,8 +185,6 @@ fn without_hash(text: &str) -> Option<&str> {
     let (head, hash) = (&text[..at], &text.as_bytes()[at + 1..]);
     let is_hash = match hash {
         [b'g' | b'G', digits @ ..] if is_hexadecimal(digits, &MARKED_HASH_LEN) => !ends_in_count(head),
-        // `b20251102` is a beta and `a7` an alpha, whatever the length of the number.
-        [b'a' | b'b' | b'A' | b'B', digits @ ..] if digits.iter().all(u8::is_ascii_digit) => false,
         digits => {
             is_hexadecimal(digits, &HASH_LEN)
                 && digits.iter().any(u8::is_ascii_digit)
