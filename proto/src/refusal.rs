@@ -42,7 +42,6 @@ struct Spec {
     reason_phrase: &'static str,
     title: &'static str,
     header_lines: &'static str,
-    connection: &'static str,
 }
 
 const fn spec(status: u16, reason_phrase: &'static str, title: &'static str) -> Spec {
@@ -51,7 +50,6 @@ const fn spec(status: u16, reason_phrase: &'static str, title: &'static str) -> 
         reason_phrase,
         title,
         header_lines: "",
-        connection: "close",
     }
 }
 
@@ -72,9 +70,9 @@ impl Code {
                 ..spec(405, "Method Not Allowed", "Only GET is allowed here")
             },
             Self::UpgradeRequired => Spec {
-                header_lines: "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
-                // `Upgrade` is a hop-by-hop header, so `Connection` must name it (RFC 9110 §7.8).
-                connection: "upgrade, close",
+                // `Upgrade` is a hop-by-hop header, so `Connection` must name it (RFC 9110 §7.8). On a line of its own,
+                // which means the same, so that the first line is `close` in every refusal.
+                header_lines: "Connection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
                 ..spec(426, "Upgrade Required", "A WebSocket upgrade is required")
             },
             Self::RequestTimeout => spec(408, "Request Timeout", "The request took too long"),
@@ -210,7 +208,7 @@ impl Refusal {
     pub const fn headers_too_large() -> Self {
         Self::plain(
             Code::HeadersTooLarge,
-            "the request head is over the limit, 8 KiB unless configured, or has over 64 headers",
+            "the request head is over the limit, 8 KiB unless configured",
         )
     }
 
@@ -299,12 +297,11 @@ impl Refusal {
             status,
             reason_phrase,
             header_lines,
-            connection,
             ..
         } = self.code.spec();
         out.extend_from_slice(
             format!(
-                "HTTP/1.1 {status} {reason_phrase}\r\nContent-Type: application/problem+json\r\nContent-Length: {}\r\nConnection: {connection}\r\nCache-Control: no-store\r\n{header_lines}{hint_lines}\r\n",
+                "HTTP/1.1 {status} {reason_phrase}\r\nContent-Type: application/problem+json\r\nContent-Length: {}\r\nConnection: close\r\nCache-Control: no-store\r\n{header_lines}{hint_lines}\r\n",
                 body.len(),
             )
             .as_bytes(),

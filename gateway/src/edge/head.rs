@@ -10,8 +10,8 @@ use tokio::io::AsyncReadExt;
 
 use crate::edge::transport::Transport;
 
-/// Maximum number of header lines in a head; then 431. The limit on bytes alone would allow thousands.
-const HEADERS_MAX: usize = 64;
+/// Header lines of a head that is parsed without an allocation. A head has at most as many lines as its bytes allow.
+const USUAL_HEADERS: usize = 64;
 
 /// Length of the first read. Most heads fit.
 const FIRST_READ_LEN: usize = 1024;
@@ -95,26 +95,28 @@ impl HeadReader {
     }
 
     fn parse<T>(&mut self, parse: &mut impl FnMut(&Head<'_>) -> T) -> Result<Option<Complete<T>>, HeadError> {
-        let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
-        let mut request = httparse::Request::new(&mut headers);
-        match request.parse(&self.buffer) {
-            Ok(httparse::Status::Complete(head_len)) => {
-                let mut pairs: [(&str, &[u8]); HEADERS_MAX] = [("", b""); HEADERS_MAX];
-                let headers_len = request.headers.len();
-                for (pair, header) in pairs.iter_mut().zip(request.headers.iter()) {
-                    *pair = (header.name, header.value);
-                }
-                let parsed = parse(&Head {
-                    method: request.method.unwrap_or_default(),
-                    target: request.path.unwrap_or_default(),
-                    http_minor: request.version.unwrap_or_default(),
-                    headers: &pairs[..headers_len],
-                });
-                Ok(Some(Complete {
-                    parsed,
-                    leftover: self.buffer[head_len..].to_vec(),
-                }))
-            }
+        let parsed = parse_into(
+            &self.buffer,
+            &mut [httparse::EMPTY_HEADER; USUAL_HEADERS],
+            &mut [("", b"".as_slice()); USUAL_HEADERS],
+            parse,
+        );
+        let parsed = if matches!(parsed, Err(httparse::Error::TooManyHeaders)) {
+            let lines_max = self.buffer.iter().filter(|byte| **byte == b'\n').count() + 1;
+            parse_into(
+                &self.buffer,
+                &mut vec![httparse::EMPTY_HEADER; lines_max],
+                &mut vec![("", b"".as_slice()); lines_max],
+                parse,
+            )
+        } else {
+            parsed
+        };
+        match parsed {
+            Ok(httparse::Status::Complete((parsed, head_len))) => Ok(Some(Complete {
+                parsed,
+                leftover: self.buffer[head_len..].to_vec(),
+            })),
             Ok(httparse::Status::Partial) => {
                 self.parse_at = self.buffer.len().saturating_mul(2);
                 Ok(None)
@@ -130,6 +132,30 @@ impl HeadReader {
             ) => Err(HeadError::Refused(Refusal::bad_request("not an HTTP/1.1 request"))),
         }
     }
+}
+
+/// Parses a head into `headers` and `pairs`, and passes it to `parse`. Returns the length of the head as well.
+fn parse_into<'b, T>(
+    buffer: &'b [u8],
+    headers: &mut [httparse::Header<'b>],
+    pairs: &mut [(&'b str, &'b [u8])],
+    parse: &mut impl FnMut(&Head<'_>) -> T,
+) -> Result<httparse::Status<(T, usize)>, httparse::Error> {
+    let mut request = httparse::Request::new(headers);
+    let httparse::Status::Complete(head_len) = request.parse(buffer)? else {
+        return Ok(httparse::Status::Partial);
+    };
+    let headers_len = request.headers.len();
+    for (pair, header) in pairs.iter_mut().zip(request.headers.iter()) {
+        *pair = (header.name, header.value);
+    }
+    let parsed = parse(&Head {
+        method: request.method.unwrap_or_default(),
+        target: request.path.unwrap_or_default(),
+        http_minor: request.version.unwrap_or_default(),
+        headers: &pairs[..headers_len],
+    });
+    Ok(httparse::Status::Complete((parsed, head_len)))
 }
 
 /// Whether an empty line ends at or after `len_before`. A line may end with or without a carriage return, as `httparse`
@@ -261,11 +287,21 @@ mod tests {
     async fn limits_have_their_own_answers() {
         let long_target = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(LEN_MAX));
         let long_header = format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(LEN_MAX));
-        let many_headers = format!("GET / HTTP/1.1\r\n{}\r\n", "X: y\r\n".repeat(HEADERS_MAX + 1));
+        let many_headers = format!("GET / HTTP/1.1\r\n{}\r\n", "X: y\r\n".repeat(LEN_MAX / 6));
 
         assert_eq!(code(read(long_target.as_bytes()).await), Some(Code::UriTooLong));
         assert_eq!(code(read(long_header.as_bytes()).await), Some(Code::HeadersTooLarge));
         assert_eq!(code(read(many_headers.as_bytes()).await), Some(Code::HeadersTooLarge));
+    }
+
+    #[tokio::test]
+    async fn number_of_header_lines_is_bounded_by_the_size_of_the_head_alone() {
+        for lines in [USUAL_HEADERS, USUAL_HEADERS + 1, 67, 2_700] {
+            let head = format!("GET / HTTP/1.1\n{}\n", "a:\n".repeat(lines));
+            assert!(head.len() <= LEN_MAX);
+
+            assert_eq!(read(head.as_bytes()).await.unwrap().parsed.1, lines);
+        }
     }
 
     #[tokio::test]
