@@ -93,8 +93,11 @@ pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
         }
         Err(error) => findings.wrong(format!("configuration: {error}")),
     }
-    for name in super::unknown_variables() {
-        findings.notice(format!("environment: {name} is not a setting"));
+    for super::UnknownVariable { name, meant } in super::unknown_variables() {
+        match meant {
+            Some(meant) => findings.wrong(format!("environment: {name} is not a setting: {meant} is meant?")),
+            None => findings.notice(format!("environment: {name} is not a setting")),
+        }
     }
     gateway(common, is_listening, &mut findings)?;
     report(common, &findings)

@@ -48,6 +48,9 @@ enum EventsVerb {
     Follow,
 }
 
+/// Name of what stands for events that have left the buffer. It does not count as an event.
+const MISSED: &str = "missed";
+
 /// One event of the stream.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Event {
@@ -77,7 +80,9 @@ pub fn run(ctx: &Context, args: &Events) -> Result<(), Failure> {
             Ok(Some(event)) => {
                 wait = RETRY_WAIT_MIN;
                 last = event.id.clone().or(last);
-                left = left.map(|left| left - 1);
+                if event.name != MISSED {
+                    left = left.map(|left| left - 1);
+                }
                 table::print(&shown(ctx, &event))?;
             }
             Ok(None) | Err(_) => {

@@ -25,8 +25,6 @@ pub enum Failure {
     WrongUse(String),
     /// The reason is in the log. The exit status is this one.
     Logged(u8),
-    /// Nothing was found. The output is empty.
-    NoMatch,
     /// The reader has closed standard output.
     OutputClosed,
 }
@@ -43,7 +41,7 @@ impl Failure {
             Self::OutputClosed => DONE,
             Self::Logged(status) => *status,
             Self::Refused(refusal) if refusal.is_wrong_use() => WRONG_USE,
-            Self::Refused(_) | Self::Failed(_) | Self::Unreachable(_) | Self::NoMatch => FAILED,
+            Self::Refused(_) | Self::Failed(_) | Self::Unreachable(_) => FAILED,
             Self::WrongUse(_) => WRONG_USE,
         }
     }
@@ -54,7 +52,7 @@ impl Failure {
             Self::Refused(refusal) => Some(refusal.text.clone()),
             Self::Failed(error) | Self::Unreachable(error) => Some(format!("{error:#}")),
             Self::WrongUse(problem) => Some(problem.clone()),
-            Self::Logged(_) | Self::NoMatch | Self::OutputClosed => None,
+            Self::Logged(_) | Self::OutputClosed => None,
         }
     }
 
@@ -65,7 +63,7 @@ impl Failure {
             Self::Refused(_) | Self::Failed(_) => ("failed", "The command failed"),
             Self::Unreachable(_) => ("unreachable", "The gateway cannot be reached"),
             Self::WrongUse(_) => ("wrong_use", "The command line or a setting is wrong"),
-            Self::Logged(_) | Self::NoMatch | Self::OutputClosed => return None,
+            Self::Logged(_) | Self::OutputClosed => return None,
         };
         Some(serde_json::json!({
             "type": format!("urn:seawall:problem:{code}"),
@@ -225,7 +223,6 @@ mod tests {
                 FAILED,
             ),
             (Failure::failed("x"), FAILED),
-            (Failure::NoMatch, FAILED),
             (Failure::OutputClosed, DONE),
         ] {
             assert_eq!(failure.exit_status(), status, "{failure:?}");

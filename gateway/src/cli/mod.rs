@@ -291,11 +291,21 @@ fn quoted(word: &str) -> String {
     }
 }
 
+/// Maximum number of wrong characters in the name of a variable that is taken for a misspelt setting.
+const TYPOS_MAX: usize = 2;
+
+/// An environment variable that looks like a setting and is not one.
+struct UnknownVariable {
+    name: String,
+    /// The setting that is meant, if the name is almost the same. Then it is an error.
+    meant: Option<String>,
+}
+
 /// Returns the environment variables that look like a setting and are not one, in order.
 ///
-/// They are not an error: Kubernetes adds variables for each service, such as `SEAWALL_PORT` and
+/// Most are not an error: Kubernetes adds variables for each service, such as `SEAWALL_PORT` and
 /// `SEAWALL_SERVICE_HOST`.
-fn unknown_variables() -> Vec<String> {
+fn unknown_variables() -> Vec<UnknownVariable> {
     let mut known = vec!["SEAWALL_TOKEN".to_owned()];
     let mut commands = vec![Cli::command()];
     while let Some(command) = commands.pop() {
@@ -308,7 +318,26 @@ fn unknown_variables() -> Vec<String> {
         .filter(|name| is_unknown(name, &known))
         .collect();
     names.sort();
-    names
+    let meant = |name: &str| known.iter().find(|one| typos(one, name) <= TYPOS_MAX).cloned();
+    let unknown = names.into_iter().map(|name| UnknownVariable {
+        meant: meant(&name),
+        name,
+    });
+    unknown.collect()
+}
+
+/// Number of characters to insert, remove or replace that make one text of the other (Levenshtein).
+fn typos(left: &str, right: &str) -> usize {
+    let mut row: Vec<usize> = (0..=right.len()).collect();
+    for (at, left) in left.bytes().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], at + 1);
+        for (column, right) in right.bytes().enumerate() {
+            let replaced = diagonal + usize::from(left != right);
+            diagonal = row[column + 1];
+            row[column + 1] = replaced.min(diagonal + 1).min(row[column] + 1);
+        }
+    }
+    row[right.len()]
 }
 
 fn is_unknown(name: &str, known: &[String]) -> bool {
@@ -335,6 +364,24 @@ mod tests {
             ("HOME", false),
         ] {
             assert_eq!(is_unknown(name, &known), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn typos_are_counted() {
+        for (left, right, expected) in [
+            ("SEAWALL_LISTEN", "SEAWALL_LISTEN", 0),
+            ("SEAWALL_LISTEN", "SEAWALL_LISTENN", 1),
+            ("SEAWALL_DATABASE", "SEAWALL_DATBASE", 1),
+            ("SEAWALL_DATABASE", "SEAWALL_DATABASE_URL", 4),
+            ("SEAWALL_TLS_CERT", "SEAWALL_TSL_CERT", 2),
+            ("", "abc", 3),
+        ] {
+            assert_eq!(
+                (typos(left, right), typos(right, left)),
+                (expected, expected),
+                "{left} {right}"
+            );
         }
     }
 

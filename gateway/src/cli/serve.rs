@@ -143,9 +143,15 @@ impl From<StartError> for Failure {
 
 pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
     let config = args.load(common.data_dir.as_ref())?;
+    let unknown = super::unknown_variables();
+    if let Some((name, meant)) = unknown.iter().find_map(|one| Some((&one.name, one.meant.as_ref()?))) {
+        return Err(Failure::WrongUse(format!(
+            "environment variable {name} is not a setting: {meant} is meant?"
+        )));
+    }
     let log = telemetry::start(&config.logging, &serve::node_name(&config))?;
-    for name in super::unknown_variables() {
-        tracing::warn!(name, "unknown environment variable: not a setting");
+    for one in unknown {
+        tracing::warn!(name = one.name, "unknown environment variable: not a setting");
     }
     if args.shows_password() {
         tracing::warn!(

@@ -28,7 +28,7 @@ pub enum Versions {
         /// File with one version per line [default, and `-`: standard input]
         file: Option<PathBuf>,
     },
-    /// Print the lines that a range matches; an empty line is a missing version. Exit status 1 if there is none
+    /// Print the lines that a range matches; an empty line is a missing version
     Match {
         /// Range, such as '>=3.8.0-b3,<3.9', '3.8.*' or '=(none)'
         #[arg(allow_hyphen_values = true)]
@@ -44,7 +44,7 @@ pub fn run(verb: Versions) -> Result<(), Failure> {
     let (file, done) = match verb {
         Versions::Sort { file } => {
             let done = open(file.as_deref()).and_then(|input| sort(input, out));
-            (file, done.map(|()| true))
+            (file, done)
         }
         Versions::Match { range, file } => {
             let range: Range = range
@@ -55,8 +55,7 @@ pub fn run(verb: Versions) -> Result<(), Failure> {
         }
     };
     match done {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(Failure::NoMatch),
+        Ok(()) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Failure::OutputClosed),
         Err(error) => {
             let shown = file.map_or_else(|| "standard input".to_owned(), |file| file.display().to_string());
@@ -89,20 +88,18 @@ pub fn sort(input: impl Read, mut out: impl Write) -> io::Result<()> {
     out.flush()
 }
 
-/// Writes the lines of `input` that `range` matches, in their order, as they arrive. Returns whether there was any.
+/// Writes the lines of `input` that `range` matches, in their order, as they arrive.
 ///
 /// # Errors
 /// Reading or writing fails, or a line is longer than 1 MiB.
-pub fn matching(range: &Range, input: impl Read, mut out: impl Write) -> io::Result<bool> {
-    let mut has_match = false;
+pub fn matching(range: &Range, input: impl Read, mut out: impl Write) -> io::Result<()> {
     let mut input = BufReader::new(input);
     let mut line = Vec::new();
     loop {
         line.clear();
         input.by_ref().take(LINE_LEN_MAX + 1).read_until(b'\n', &mut line)?;
         if line.is_empty() {
-            out.flush()?;
-            return Ok(has_match);
+            return out.flush();
         }
         if line.len() as u64 > LINE_LEN_MAX {
             return Err(io::Error::new(
@@ -112,7 +109,6 @@ pub fn matching(range: &Range, input: impl Read, mut out: impl Write) -> io::Res
         }
         let line = line.strip_suffix(b"\n").unwrap_or(&line);
         if range.matches(Some(&String::from_utf8_lossy(line))) {
-            has_match = true;
             write_line(&mut out, line)?;
         }
         if input.buffer().is_empty() {

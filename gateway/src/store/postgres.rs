@@ -112,9 +112,11 @@ impl Purpose {
 
 /// # Errors
 /// The driver rejects the URL. Its message is not repeated, since it may hold a part of the password. Or one of the
-/// driver's environment variables is not valid.
+/// driver's environment variables is not valid, or a file for TLS cannot be read.
 pub(super) fn parse(url: &DatabaseUrl) -> Result<PgConnectOptions, StoreError> {
-    url.check_environment(|name| std::env::var(name).ok())
+    let variable = |name: &str| std::env::var(name).ok();
+    url.check_environment(variable)
+        .and_then(|()| url.check_files(variable))
         .map_err(|error| StoreError::Invalid(error.to_string()))?;
     PgConnectOptions::from_str(&url.for_driver())
         .map(ConnectOptions::disable_statement_logging)

@@ -146,7 +146,8 @@ section! {
         /// SQLite. Special characters of the password are percent-encoded. Parameters: `sslmode` (default `prefer`,
         /// which verifies nothing; use `verify-full`), `sslrootcert`, `sslcert`, `sslkey`, `connect_timeout` (seconds,
         /// 1 to 60, default 3), `host`, `hostaddr`, `port`, `user`, `password`, `dbname`, `options`. Any other
-        /// parameter stops the start. Flag `--database`, environment `SEAWALL_DATABASE`.
+        /// parameter, and a file for TLS that cannot be read, stops the start. Of SQLite, `?mode=rwc` is accepted and
+        /// changes nothing. Flag `--database`, environment `SEAWALL_DATABASE`.
         pub url: Option<DatabaseUrl> = None;
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    io::Read as _,
     net::{IpAddr, Ipv6Addr},
     path::PathBuf,
     str::FromStr,
@@ -116,6 +117,32 @@ impl DatabaseUrl {
         Ok(())
     }
 
+    /// Checks the files that the driver reads for TLS: those of the URL, else those of its environment variables.
+    ///
+    /// # Errors
+    /// A file cannot be read. The error names the parameter or the variable alone.
+    pub fn check_files(&self, variable: impl Fn(&str) -> Option<String>) -> Result<(), InvalidDatabaseUrl> {
+        const UNREADABLE: &str = "the file cannot be read";
+        for (names, variable_name) in FILE_PARAMETERS {
+            let given = names.iter().find_map(|name| Some((*name, self.parameter(name)?)));
+            let (path, error) = match given {
+                Some((name, value)) => (
+                    percent_decoded(value).unwrap_or_default(),
+                    InvalidDatabaseUrl::Value(name, UNREADABLE),
+                ),
+                None => match variable(variable_name) {
+                    Some(path) => (path, InvalidDatabaseUrl::Variable(variable_name, UNREADABLE)),
+                    None => continue,
+                },
+            };
+            // The driver takes the content itself as well.
+            if !path.trim_start().starts_with("-----BEGIN") && !is_readable(&path) {
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
     fn parameter(&self, name: &str) -> Option<&str> {
         let (_, query) = self.0.split_once('?')?;
         query.split('&').find_map(|parameter| parameter_value(parameter, name))
@@ -127,6 +154,18 @@ impl DatabaseUrl {
         let path = self.0.strip_prefix("sqlite:")?;
         Some(PathBuf::from(path.strip_prefix("//").unwrap_or(path)))
     }
+}
+
+/// Parameters that name a file, and the variable that the driver reads if none of them is given.
+const FILE_PARAMETERS: [(&[&str], &str); 3] = [
+    (&["sslrootcert", "ssl-root-cert", "ssl-ca"], "PGSSLROOTCERT"),
+    (&["sslcert", "ssl-cert"], "PGSSLCERT"),
+    (&["sslkey", "ssl-key"], "PGSSLKEY"),
+];
+
+fn is_readable(path: &str) -> bool {
+    let read = std::fs::File::open(path).and_then(|mut file| file.read(&mut [0]));
+    read.is_ok_and(|len| len > 0)
 }
 
 fn parameter_value<'a>(parameter: &'a str, name: &str) -> Option<&'a str> {
@@ -145,8 +184,11 @@ impl FromStr for DatabaseUrl {
             Some(rest) if !rest.is_empty() && !text.chars().any(char::is_control) => {
                 if !text.starts_with("sqlite:") {
                     check_postgres(rest)?;
+                    return Ok(Self(text.to_owned()));
                 }
-                Ok(Self(text.to_owned()))
+                check_sqlite(rest)?;
+                // The file is opened in this mode without it.
+                Ok(Self(text.split('?').next().unwrap_or(text).to_owned()))
             }
             Some(_) | None => Err(InvalidDatabaseUrl::Form),
         }
@@ -179,6 +221,28 @@ const CONNECT_TIMEOUT_SECONDS_MAX: u64 = 60;
 /// Maximum length of a parameter's name that an error repeats.
 const NAME_LEN_MAX: usize = 40;
 
+/// Checks the part after `sqlite:`: a path, and at most the parameter `mode=rwc`.
+fn check_sqlite(rest: &str) -> Result<(), InvalidDatabaseUrl> {
+    use InvalidDatabaseUrl as Invalid;
+    let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let path = path.strip_prefix("//").unwrap_or(path);
+    if path.is_empty() {
+        return Err(Invalid::Form);
+    }
+    if path.trim_start_matches("file:").starts_with(":memory:") {
+        return Err(Invalid::InMemory);
+    }
+    for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
+        match parameter.split_once('=').unwrap_or((parameter, "")) {
+            ("mode", "rwc") => {}
+            ("mode", _) => return Err(Invalid::Value("mode", "expected rwc")),
+            (name, _) if is_plain_name(name) => return Err(Invalid::SqliteParameter(name.to_owned())),
+            _ => return Err(Invalid::Form),
+        }
+    }
+    Ok(())
+}
+
 /// Checks the part after `postgres://`. Every part may be a piece of a password whose special characters are not
 /// percent-encoded. So an error repeats nothing except the name of a parameter, where no such piece can occur.
 fn check_postgres(rest: &str) -> Result<(), InvalidDatabaseUrl> {
@@ -204,7 +268,9 @@ fn check_postgres(rest: &str) -> Result<(), InvalidDatabaseUrl> {
     for parameter in parameters {
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
         let Some(known) = known_parameter(name) else {
-            return Err(if query.contains('@') || !is_plain_name(name) {
+            // Behind `password` it may be a piece of that.
+            let is_unsure = query.contains('@') || seen.contains(&"password");
+            return Err(if is_unsure || !is_plain_name(name) {
                 Invalid::NotEncoded
             } else {
                 Invalid::Parameter(name.to_owned())
@@ -290,12 +356,16 @@ fn is_port(text: &str) -> bool {
 }
 
 fn is_plain_name(name: &str) -> bool {
-    let is_plain = |c: char| c.is_ascii_lowercase() || c == '_' || c == '-';
+    let is_plain = |c: char| c.is_ascii_alphabetic() || c == '_' || c == '-';
     !name.is_empty() && name.len() <= NAME_LEN_MAX && name.chars().all(is_plain)
 }
 
 /// Whether each `%` is followed by two hexadecimal digits, and the decoded bytes are UTF-8.
 fn is_percent_encoded(text: &str) -> bool {
+    percent_decoded(text).is_some()
+}
+
+fn percent_decoded(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let [first, tail @ ..] = rest {
@@ -304,20 +374,18 @@ fn is_percent_encoded(text: &str) -> bool {
             bytes.push(*first);
             continue;
         }
-        let [high, low, tail @ ..] = tail else { return false };
+        let [high, low, tail @ ..] = tail else { return None };
         let digit = |digit: u8| {
             char::from(digit)
                 .to_digit(16)
                 .and_then(|digit| u8::try_from(digit).ok())
         };
-        let (Some(high), Some(low)) = (digit(*high), digit(*low)) else {
-            return false;
-        };
+        let (high, low) = (digit(*high)?, digit(*low)?);
         bytes.push(high << 4 | low);
         rest = tail;
     }
     // A zero byte would end the text for the server.
-    !bytes.contains(&0) && std::str::from_utf8(&bytes).is_ok()
+    String::from_utf8(bytes).ok().filter(|text| !text.contains('\0'))
 }
 
 /// The colons of an IPv6 address may be encoded in a parameter.
@@ -386,6 +454,10 @@ pub enum InvalidDatabaseUrl {
          dbname, application_name, options and statement-cache-capacity"
     )]
     Parameter(String),
+    #[error("unknown parameter {0} of an SQLite database: known is mode=rwc")]
+    SqliteParameter(String),
+    #[error("an SQLite database in memory is not possible: expected sqlite:PATH")]
+    InMemory,
     #[error("parameter {0}: {1}")]
     Value(&'static str, &'static str),
     /// A variable that applies because the URL leaves the parameter out.
@@ -446,7 +518,14 @@ mod tests {
 
     #[test]
     fn unknown_parameter_is_named_without_its_value() {
-        for name in ["sslmod", "ssl_mode", "channel_binding", "target_session_attrs"] {
+        for name in [
+            "sslmod",
+            "ssl_mode",
+            "sslMode",
+            "SSLMODE",
+            "channel_binding",
+            "target_session_attrs",
+        ] {
             let text = format!("postgres://fleet@127.0.0.1:5/fleet?sslmode=require&{name}=hidden");
 
             let error = text.parse::<DatabaseUrl>().unwrap_err();
@@ -577,6 +656,62 @@ mod tests {
                 "{text}"
             );
         }
+    }
+
+    #[test]
+    fn sqlite_takes_no_parameter_but_mode_and_no_memory() {
+        for (text, named) in [
+            ("sqlite:a.db?mode=rwcX", "mode"),
+            ("sqlite:a.db?mode=memory", "mode"),
+            ("sqlite:a.db?mode", "mode"),
+            ("sqlite:a.db?cache=hidden", "cache"),
+            ("sqlite:a.db?mode=rwc&vfs=hidden", "vfs"),
+            ("sqlite::memory:", "memory"),
+            ("sqlite://:memory:", "memory"),
+        ] {
+            let error = text.parse::<DatabaseUrl>().unwrap_err().to_string();
+
+            assert!(error.contains(named), "{text}: {error}");
+            assert!(!error.contains("hidden") && !error.contains("rwcX"), "{text}: {error}");
+        }
+        let url: DatabaseUrl = "sqlite:a.db?mode=rwc".parse().unwrap();
+        assert_eq!(url, "sqlite:a.db".parse().unwrap());
+        assert!("sqlite:?mode=rwc".parse::<DatabaseUrl>().is_err());
+    }
+
+    #[test]
+    fn file_of_a_parameter_that_cannot_be_read_is_an_error_that_names_the_parameter() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("root ca.pem");
+        std::fs::write(&file, "x").unwrap();
+        let there = file.display().to_string().replace(' ', "%20");
+        let check = |query: &str, variable: Option<(&str, &str)>| {
+            let url = format!("postgres://fleet@h/fleet?sslmode=verify-full{query}");
+            let set = |name: &str| {
+                variable
+                    .filter(|(set, _)| *set == name)
+                    .map(|(_, value)| value.to_owned())
+            };
+            url.parse::<DatabaseUrl>().unwrap().check_files(set)
+        };
+
+        for (query, name) in [
+            ("&sslrootcert=/hidden/ca.pem", "sslrootcert"),
+            ("&sslcert=/hidden/a.pem", "sslcert"),
+            ("&ssl-key=/hidden/a.pem", "ssl-key"),
+            ("&sslkey=", "sslkey"),
+        ] {
+            let error = check(query, None).unwrap_err().to_string();
+            assert!(error.contains(name) && !error.contains("hidden"), "{error}");
+        }
+        let error = check("", Some(("PGSSLROOTCERT", "/hidden"))).unwrap_err().to_string();
+        assert!(error.contains("PGSSLROOTCERT") && !error.contains("hidden"), "{error}");
+        assert_eq!(
+            check(&format!("&sslrootcert={there}"), Some(("PGSSLROOTCERT", "/hidden"))),
+            Ok(())
+        );
+        assert_eq!(check("", None), Ok(()));
+        assert_eq!(check("&sslcert=-----BEGIN%20CERTIFICATE-----", None), Ok(()));
     }
 
     #[test]

@@ -87,6 +87,23 @@ fn mistyped_parameter_of_the_database_url_stops_the_start_in_flag_and_file() {
 }
 
 #[test]
+fn other_mistakes_of_the_database_url_and_misspelt_variables_stop_the_start() {
+    for (url, named) in [
+        ("postgres://fleet@127.0.0.1:5/fleet?sslMode=hidden", "unknown parameter sslMode"),
+        ("postgres://fleet@127.0.0.1:5/fleet?sslrootcert=/hidden/ca.pem", "parameter sslrootcert"),
+        ("sqlite:a.db?mode=hidden", "parameter mode"),
+        ("sqlite::memory:", "in memory"),
+    ] {
+        let output = serve(&["--database", url]);
+
+        assert_refused(&output, 2, &[named]);
+        assert!(!complaint(&output).contains("hidden"), "{}", complaint(&output));
+    }
+    let misspelt = run(seawall().arg("serve").env("SEAWALL_LISTNE", "127.0.0.1:0")).unwrap();
+    assert_refused(&misspelt, 2, &["SEAWALL_LISTNE", "SEAWALL_LISTEN"]);
+}
+
+#[test]
 fn no_part_of_a_password_that_is_not_encoded_is_shown_by_any_verb() {
     for mark in ["#", "?", "/"] {
         for head in ["Sup3r", "1234"] {
