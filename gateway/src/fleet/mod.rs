@@ -2,6 +2,7 @@
 //! alarms.
 
 pub mod alarms;
+pub mod audit_journal;
 pub mod breaker;
 pub mod cohorts;
 pub mod events;

@@ -19,8 +19,6 @@ pub const ACCEPT_FILE: &str = "accept-registry";
 /// State of the registry.
 #[derive(Debug, Default)]
 pub struct Registry {
-    /// Whether it was believed at least once since the start.
-    pub(crate) was_believed: AtomicBool,
     /// Whether an operator accepted it as it is, until the registry index is next read.
     pub(crate) is_accepted: AtomicBool,
     /// Whether the last reading of the registry did not have most devices of the registry index.
@@ -38,11 +36,6 @@ pub struct IndexRead {
 }
 
 impl Registry {
-    #[must_use]
-    pub fn was_believed(&self) -> bool {
-        self.was_believed.load(Ordering::Acquire)
-    }
-
     /// Reading of the registry index in use. `None` if it was not read since the start.
     #[must_use]
     pub fn index_read(&self) -> Option<IndexRead> {

@@ -35,7 +35,7 @@ use crate::{
 };
 
 pub mod hits;
-mod journal;
+pub(super) mod journal;
 mod local;
 mod saved;
 mod written;

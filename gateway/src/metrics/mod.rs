@@ -87,6 +87,7 @@ pub struct Metrics {
     pub presence_queue: Gauge,
     pub messages_in: Family,
     pub messages_out: Family,
+    pub audit_records: Family,
     pub event_loop_lag_seconds: Histogram,
     pub heartbeat_lag_seconds: Histogram,
     pub observer_lag_seconds: Gauge,
@@ -139,6 +140,8 @@ pub const LOOKUP_OUTCOMES: [&str; 5] = ["found", "not_found", "cached", "failed"
 pub const CAPACITY_MEASURES: [&str; 4] = ["measured", "peak", "last_known_good", "reference"];
 /// Label `outcome` of `seawall_messages_total` for messages from devices.
 pub const MESSAGE_IN_OUTCOMES: [&str; 4] = ["accepted", "buffer_full", "bad_frame", "rate_limited"];
+/// Label `outcome` of `seawall_audit_records_total`.
+pub const AUDIT_OUTCOMES: [&str; 4] = ["stored", "kept", "lost", "unrecorded"];
 /// Label `outcome` of `seawall_messages_total` for messages to devices.
 pub const MESSAGE_OUT_OUTCOMES: [&str; 5] = ["acked", "sent", "device_offline", "mailbox_full", "refused"];
 /// Label `occasion` of `seawall_resume_tokens_total`.
@@ -389,6 +392,15 @@ impl Metrics {
                 "outcome",
                 &MESSAGE_OUT_OUTCOMES,
             ),
+            audit_records: names.family(
+                "seawall_audit_records_total",
+                "Audit records of changes that are not in the database: drains, disconnects, messages. `kept`: on this \
+                 node's disk until the database takes it. `lost`: neither could take it; it is in the log. \
+                 `unrecorded`: a message beyond the burst.",
+                &[],
+                "outcome",
+                &AUDIT_OUTCOMES,
+            ),
             event_loop_lag_seconds: names.histogram(
                 "seawall_event_loop_lag_seconds",
                 "Delay between the wake-up of a task and its run, behind everything else that was ready to run.",
@@ -604,7 +616,7 @@ const DOCUMENT_HEAD: &str = "\
 `GET /metrics` on the ops listener, in the Prometheus exposition format, without a token. [OPERATIONS](OPERATIONS.md#metrics-to-alert-on) says which to alert on.
 
 - Base units.
-- Label sets are closed: a device id, an address or a raw firmware text is never a label.
+- Label sets are closed: a device id, an address or a raw firmware text is never a label. There are two exceptions, each bounded at 50 values: `cohort`, and `rule`, which is the id of a rule that an operator made.
 - Histograms have fixed buckets, so that they can be summed over nodes.
 
 | name | kind | what | labels |

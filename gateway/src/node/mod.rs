@@ -27,6 +27,7 @@ use crate::{
     },
     fleet::{
         alarms::Alarms,
+        audit_journal::AuditJournal,
         breaker::CohortBreaker,
         cohorts::Cohorts,
         events::Events,
@@ -75,6 +76,8 @@ pub struct State {
     pub resume: Arc<Resume>,
     pub registry_index_wanted: Wanted,
     pub rules: Arc<Rules>,
+    /// Audit records that wait for the database.
+    pub audit_journal: Arc<AuditJournal>,
     /// Running staged changes of rules, with their evidence.
     pub rollouts: Rollouts,
     pub sessions: Sessions,
@@ -170,21 +173,15 @@ pub struct Readiness {
 }
 
 impl State {
-    /// The node is ready from the first contact with rules, revocations and registry, unless it drains. A registry with
-    /// far fewer devices than this node knew at its start does not count as contact until an operator confirms it.
-    /// Overload, an alarm or a database lost later never make the node unready: that would move the storm to other
-    /// nodes.
+    /// The node is ready from the first contact with rules, revocations and registry, unless it drains. Overload, an
+    /// alarm, a registry that is not believed, or a database lost later never make the node unready: that would move the
+    /// storm to other nodes.
     #[must_use]
     pub fn readiness(&self) -> Readiness {
         let mut reasons = Vec::new();
         let had_contact = self.lookups.had_contact() && self.rules.is_confirmed() && self.resume.had_contact();
         if !had_contact {
             reasons.push("registry_not_reached_yet");
-        }
-        // A registry that was never believed may be the wrong one: load balancers should use other nodes.
-        let is_suspect = had_contact && !self.lookups.believes_absence() && !self.registry.was_believed();
-        if is_suspect {
-            reasons.push(Fault::RegistryShrunken.as_str());
         }
         if self.departures.is_leaving() {
             reasons.push("draining");
@@ -199,11 +196,7 @@ impl State {
             reasons.push("database_connections_scarce");
         }
         let lasting = Fault::ALL.into_iter().filter(|fault| self.faults.is_on(*fault));
-        reasons.extend(
-            lasting
-                .filter(|fault| !(is_suspect && *fault == Fault::RegistryShrunken))
-                .map(Fault::as_str),
-        );
+        reasons.extend(lasting.map(Fault::as_str));
         if self.plan.get().is_some_and(|report| report.is_alarm()) {
             reasons.push("plan_alarm");
         }

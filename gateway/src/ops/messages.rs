@@ -148,7 +148,10 @@ fn record(api: &Arc<Api>, audit: Audit, device: DeviceId, mut details: serde_jso
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .take(now);
-    let Some(unrecorded) = taken else { return };
+    let Some(unrecorded) = taken else {
+        api.state.metrics.audit_records.increment("unrecorded");
+        return;
+    };
     if unrecorded > 0 {
         details["unrecorded_before"] = unrecorded.into();
     }

@@ -56,7 +56,7 @@ use axum::{
     middleware::{self, Next},
     response::Response,
 };
-use tokio::sync::Semaphore;
+use tokio::{sync::Semaphore, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use utoipa::{
     Modify, OpenApi,
@@ -71,7 +71,7 @@ use self::problem::{Code, Problem};
 pub use self::server::serve;
 use crate::{
     node::{Shared, State as Gateway},
-    store::{Audit, Change},
+    store::{Audit, AuditEntry, Change},
 };
 
 /// Space for the JSON around a message's payload, in bytes.
@@ -155,16 +155,53 @@ impl Api {
     }
 }
 
+/// Maximum time for the database to take an audit record. Then it waits on disk.
+const RECORD_MAX: Duration = Duration::from_millis(250);
+
 /// Records a change that is not one of the database.
 ///
-/// An operator must be able to make it while the database is unavailable. Then the record is in the log.
+/// An operator must be able to make it while the database is unavailable. Then the record waits on this node's disk. If
+/// that cannot take it either, it is in the log.
 async fn record_change(gateway: &Gateway, audit: &Audit, change: Change) {
-    if let Err(error) = gateway.store.audit_append(audit, change.clone()).await {
-        let Change { subject, before, after } = change;
-        let (before, after) = (before.unwrap_or_default(), after.unwrap_or_default());
-        let id = call::current_id();
-        tracing::warn!(%error, request.id = &*id, actor = audit.actor, action = audit.action, subject, %before, %after, "audit record not written");
-    }
+    let entry = AuditEntry::new(audit, change);
+    let is_away = gateway.store.is_away();
+    let stored = !is_away
+        && matches!(
+            timeout(RECORD_MAX, gateway.store.audit_append(&entry)).await,
+            Ok(Ok(()))
+        );
+    let (journal, kept) = (Arc::clone(&gateway.audit_journal), entry.clone());
+    let outcome = if stored {
+        "stored"
+    } else {
+        // A record whose outcome is not known has the same id there, and is taken once.
+        match tokio::task::spawn_blocking(move || journal.keep(kept)).await {
+            Ok(Ok(())) => "kept",
+            Ok(Err(error)) => {
+                lose(&entry, &error);
+                "lost"
+            }
+            Err(error) => {
+                lose(&entry, &error);
+                "lost"
+            }
+        }
+    };
+    gateway.metrics.audit_records.increment(outcome);
+}
+
+fn lose(entry: &AuditEntry, error: &dyn std::fmt::Display) {
+    let AuditEntry {
+        actor,
+        action,
+        subject,
+        before,
+        after,
+        ..
+    } = entry;
+    let (before, after) = (before.clone().unwrap_or_default(), after.clone().unwrap_or_default());
+    let id = call::current_id();
+    tracing::warn!(%error, request.id = &*id, actor, action, subject, %before, %after, "audit record not written");
 }
 
 #[derive(OpenApi)]

@@ -35,6 +35,7 @@ use crate::{
     },
     fleet::{
         alarms::Alarms,
+        audit_journal::AuditJournal,
         breaker::CohortBreaker,
         cohorts::Cohorts,
         events::Events,
@@ -225,7 +226,7 @@ async fn start_with(config: Config, overrides: Overrides, life: &Lifecycle) -> R
     let departures = Arc::new(Departures::new(config.session.age_max(), clock));
     let lookups = Lookups::start(
         config.admission.clone(),
-        keys.slots,
+        keys.slots.with_issuer(&node_name(&config)),
         &store,
         clock,
         Dependencies {
@@ -273,6 +274,7 @@ async fn start_with(config: Config, overrides: Overrides, life: &Lifecycle) -> R
         resume,
         registry_index_wanted: registry_index::Wanted::default(),
         rules,
+        audit_journal: Arc::new(AuditJournal::open(data_dir.path())),
         restricted: RestrictedSessions::new(bounds.connections),
         rollouts: Rollouts::default(),
         sessions: Sessions::new(ids),
@@ -396,6 +398,7 @@ fn spawn_tasks(state: &Shared, life: &Lifecycle, follows_memory: bool) {
     }
     helper!("rules", tasks::rules::follow);
     helper!("rule journal", tasks::rule_journal::follow);
+    helper!("audit journal", tasks::audit_journal::follow);
     helper!("rollouts", tasks::rollouts::run);
     helper!("departures", tasks::departures::run);
     helper!("device counts", tasks::census::publish);

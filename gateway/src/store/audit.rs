@@ -1,7 +1,9 @@
 //! The audit log: each change writes a record in its transaction. It is read newest first.
 
-use seawall_proto::time::WallTime;
+use seawall_proto::{id::DeviceId, time::WallTime};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
+use uuid::Uuid;
 
 use super::{
     Store,
@@ -9,6 +11,7 @@ use super::{
     error::StoreError,
     failures::Operation,
     model::{Audit, AuditRecord, PAGE_MAX, Page, from_ms, to_ms},
+    rule_journal,
 };
 
 const INSERT: Sql =
@@ -56,6 +59,48 @@ impl Change {
     }
 }
 
+/// A record of a change that is not in the database itself, such as a drain. It may wait in a node's journal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditEntry {
+    /// The database takes a record with the same id once.
+    pub id: Uuid,
+    pub at: WallTime,
+    pub actor: String,
+    pub action: String,
+    pub subject: String,
+    pub before: Option<Json>,
+    pub after: Option<Json>,
+}
+
+impl AuditEntry {
+    #[must_use]
+    pub fn new(audit: &Audit, change: Change) -> Self {
+        Self {
+            id: audit.id,
+            at: audit.at,
+            actor: audit.actor.clone(),
+            action: audit.action.to_owned(),
+            subject: change.subject,
+            before: change.before,
+            after: change.after,
+        }
+    }
+
+    /// A line as [`rule_journal::note`] takes it.
+    fn line(&self) -> Json {
+        let text = |json: &Option<Json>| json.as_ref().map(Json::to_string);
+        json!({
+            "id": self.id.simple().to_string(),
+            "at": to_ms(self.at),
+            "actor": self.actor,
+            "action": self.action,
+            "subject": self.subject,
+            "before": text(&self.before),
+            "after": text(&self.after),
+        })
+    }
+}
+
 /// A record of the audit log, as a statement takes it.
 #[derive(Debug)]
 pub(super) struct Record<'a> {
@@ -100,11 +145,34 @@ impl Store {
     /// # Errors
     /// The database is unavailable or full.
     #[tracing::instrument(name = "db.audit.insert", level = "debug", skip_all)]
-    pub async fn audit_append(&self, audit: &Audit, change: Change) -> Result<(), StoreError> {
+    pub async fn audit_append(&self, entry: &AuditEntry) -> Result<(), StoreError> {
         self.bounded(Operation::Write, async {
             let mut held = self.writes().take().await?;
             held.begin().await?;
-            record(&mut held, audit, change).await?;
+            rule_journal::note(&mut held, &[entry.line()], None).await?;
+            held.commit().await
+        })
+        .await
+    }
+
+    /// Takes records that waited in a node's journal, without those that it has already, in one transaction.
+    ///
+    /// # Errors
+    /// The database is unavailable or full.
+    #[tracing::instrument(name = "db.audit.arrive", level = "debug", skip_all)]
+    pub async fn audit_arrive(&self, entries: &[AuditEntry], arrived_at: WallTime) -> Result<(), StoreError> {
+        self.bounded(Operation::Write, async {
+            let mut held = self.writes().take().await?;
+            held.begin().await?;
+            let ids: Vec<DeviceId> = entries.iter().map(|entry| DeviceId::from_uuid(entry.id)).collect();
+            let made = held.all(rule_journal::MADE, &[Value::Keys(&ids)]).await?;
+            let made: Vec<Uuid> = made.iter().map(|row| row.uuid("id")).collect::<Result<_, _>>()?;
+            let missing = entries.iter().filter(|entry| !made.contains(&entry.id));
+            let lines: Vec<Json> = missing.map(AuditEntry::line).collect();
+            if lines.is_empty() {
+                return held.rollback().await;
+            }
+            rule_journal::note(&mut held, &lines, Some(arrived_at)).await?;
             held.commit().await
         })
         .await

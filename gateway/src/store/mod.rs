@@ -40,7 +40,7 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 
 pub use self::{
-    audit::{AUDIT_PRUNE_MAX, Change},
+    audit::{AUDIT_PRUNE_MAX, AuditEntry, Change},
     counts::{CountedNode, RuleCheck},
     error::StoreError,
     failures::{Operation, Trouble},

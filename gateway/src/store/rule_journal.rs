@@ -18,7 +18,7 @@ use super::{
 };
 
 /// Index: rule_writes' primary key.
-const MADE: Sql = Sql {
+pub(super) const MADE: Sql = Sql {
     sqlite: "SELECT id FROM rule_writes WHERE id IN (SELECT unhex(value) FROM json_each($1))",
     postgres: "SELECT id FROM rule_writes WHERE id = ANY($1)",
 };
@@ -114,7 +114,7 @@ impl Store {
                     .iter()
                     .map(|write| Ok(line(write, action(write), seen_before(write)?, wanted(write)?)))
                     .collect::<Result<Vec<_>, StoreError>>()?;
-                note(&mut held, &lines, arrived_at).await?;
+                note(&mut held, &lines, Some(arrived_at)).await?;
             }
             // What the last author saw is a form that the database never had.
             let before = if earlier.is_empty() || settlement.is_conflict() {
@@ -162,9 +162,14 @@ fn line(write: &LocalWrite, action: &str, before: Option<Json>, after: Option<Js
     })
 }
 
-async fn note(connection: &mut Connection, lines: &[Json], arrived_at: WallTime) -> Result<(), StoreError> {
+/// Writes lines of [`NOTE`] into the open transaction. `arrived_at` is `None` for those that did not wait.
+pub(super) async fn note(
+    connection: &mut Connection,
+    lines: &[Json],
+    arrived_at: Option<WallTime>,
+) -> Result<(), StoreError> {
     let lines = json!(lines).to_string();
-    let values = [Value::from(lines.as_str()), Value::Int(Some(to_ms(arrived_at)))];
+    let values = [Value::from(lines.as_str()), Value::Int(arrived_at.map(to_ms))];
     connection.run(NOTE, &values).await.map(drop)
 }
 
@@ -198,7 +203,7 @@ async fn apply(
         wanted
     };
     if write.written(settlement).is_none() && settlement != Settlement::Deleted {
-        return note(connection, &[line(last, action, before, after)], arrived_at).await;
+        return note(connection, &[line(last, action, before, after)], Some(arrived_at)).await;
     }
     let record = record(&audit, write.rule, before, after);
     match (settlement, write.written(settlement)) {

@@ -1,6 +1,7 @@
 //! Background tasks of a running node. Each loop acts on the whole [`Node`](crate::node).
 
 pub mod attempts_summary;
+pub mod audit_journal;
 pub mod census;
 pub mod cohorts;
 pub mod departures;

@@ -41,9 +41,6 @@ pub async fn may_believe(state: &State, kept: usize) -> bool {
         let is_same = kept >= believable_len(known, 0)
             || kept >= believable_len(known, changed(state).await?.filter(|device| index.has(*device)).count());
         state.registry.is_another.store(!is_same, Ordering::Release);
-        if is_same {
-            state.registry.was_believed.store(true, Ordering::Release);
-        }
         conclude(state, (!is_same).then(|| lacks(kept, known)));
         Ok::<_, StoreError>(is_same)
     };
@@ -115,7 +112,6 @@ fn prove(state: &State, last_doubt: u64) -> Belief {
     state.registry.is_another.store(false, Ordering::Release);
     // First, so that no device that was missing before is refused once the registry is believed.
     state.lookups.settle_doubts(last_doubt);
-    state.registry.was_believed.store(true, Ordering::Release);
     conclude(state, None);
     Belief::Proven
 }

@@ -1,4 +1,5 @@
-//! Changes of rules that wait for the database, on disk: one line each, oldest first. Start with [`Journal`].
+//! Changes that wait for the database, on disk: one line each, oldest first. Start with [`Journal`]. Changes of rules
+//! have one, and [records of the audit log](crate::fleet::audit_journal) another.
 //!
 //! A line is a checksum and JSON. It is on disk when [`Journal::append`] has returned. A last line without its end was
 //! never acknowledged, and is dropped. Before any other invalid line is removed from the file, the whole file is
@@ -13,15 +14,34 @@ use std::{
 
 use data_encoding::HEXLOWER;
 use seawall_proto::rules::LocalWrite;
+use serde::{Serialize, de::DeserializeOwned};
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
 use crate::runtime::data_dir::{read_bounded, write_atomically};
 
-/// File of the journal in the data directory.
-pub const FILE: &str = "rules-journal.jsonl";
-/// Name of a copy of a journal that could not be read completely, followed by the first free number.
-const DAMAGED_FILE: &str = "rules-journal.damaged";
+/// A change, as a line of a journal.
+pub(crate) trait Entry: Clone + PartialEq + Serialize + DeserializeOwned {
+    /// File of the journal in the data directory.
+    const FILE: &'static str;
+    /// Name of a copy of a journal that could not be read completely, followed by the first free number.
+    const DAMAGED_FILE: &'static str;
+    /// What the journal is of, for people.
+    const OF: &'static str;
+
+    fn id(&self) -> Uuid;
+}
+
+impl Entry for LocalWrite {
+    const FILE: &'static str = "rules-journal.jsonl";
+    const DAMAGED_FILE: &'static str = "rules-journal.damaged";
+    const OF: &'static str = "rules";
+
+    fn id(&self) -> Uuid {
+        self.id
+    }
+}
+
 /// Maximum number of waiting changes. A further one is refused.
 pub const WRITES_MAX: usize = 1_000;
 /// Maximum length of the file, in bytes. A change that does not fit is refused.
@@ -34,7 +54,7 @@ const SUM_LEN: usize = 16;
 pub enum JournalError {
     #[error("the disk of the data directory is full: free space")]
     DiskFull,
-    #[error("{WRITES_MAX} changes of rules, or {} MiB of them, wait already", BYTES_MAX >> 20)]
+    #[error("{WRITES_MAX} changes, or {} MiB of them, wait already", BYTES_MAX >> 20)]
     Full,
     #[error("the rule was changed meanwhile: read it again")]
     Changed,
@@ -46,20 +66,20 @@ pub enum JournalError {
 
 /// The file and its content.
 #[derive(Debug)]
-pub(super) struct Journal {
+pub(crate) struct Journal<T = LocalWrite> {
     path: PathBuf,
     /// Length of the complete lines.
     len: u64,
-    writes: Vec<LocalWrite>,
+    writes: Vec<T>,
     /// The file has unreadable lines and must be copied before it is rewritten.
     is_uncopied: bool,
 }
 
-impl Journal {
+impl<T: Entry> Journal<T> {
     /// Reads the journal of an earlier process. The text describes unreadable lines, if any.
     pub fn open(data_dir: &Path) -> (Self, Option<String>) {
         let mut journal = Self {
-            path: data_dir.join(FILE),
+            path: data_dir.join(T::FILE),
             len: 0,
             writes: Vec::new(),
             is_uncopied: false,
@@ -74,7 +94,7 @@ impl Journal {
         };
         let end = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
         if end < bytes.len() {
-            tracing::warn!(file = %journal.path.display(), "last change in the journal of rules was incomplete and never acknowledged: dropped");
+            tracing::warn!(file = %journal.path.display(), of = T::OF, "last change in the journal was incomplete and never acknowledged: dropped");
         }
         let (mut lines, mut bad) = (0, 0);
         for line in bytes[..end].split_inclusive(|byte| *byte == b'\n') {
@@ -88,21 +108,22 @@ impl Journal {
         let damage = (bad > 0).then(|| {
             journal.is_uncopied = true;
             let copied = journal.replace(journal.writes.clone()).err().map_or_else(
-                || format!("a copy is kept beside it as {DAMAGED_FILE}-1, or with the highest number"),
+                || format!("a copy is kept beside it as {}-1, or with the highest number", T::DAMAGED_FILE),
                 |error| format!("it could not be copied yet: {error}"),
             );
             let damage = format!(
-                "{bad} of the {lines} lines in the journal of rules ({}) are damaged, or of a later version: {copied}. Check which changes are missing and repeat them",
+                "{bad} of the {lines} lines in the journal of {} ({}) are damaged, or of a later version: {copied}. Check which changes are missing and repeat them",
+                T::OF,
                 journal.path.display()
             );
-            tracing::error!(damage, "journal of rules is damaged");
+            tracing::error!(damage, "journal is damaged");
             damage
         });
         (journal, damage)
     }
 
     /// Waiting changes, oldest first.
-    pub fn writes(&self) -> &[LocalWrite] {
+    pub fn writes(&self) -> &[T] {
         &self.writes
     }
 
@@ -110,9 +131,9 @@ impl Journal {
     ///
     /// # Errors
     /// It could not be written.
-    pub fn append(&mut self, write: LocalWrite) -> Result<(), JournalError> {
+    pub fn append(&mut self, write: T) -> Result<(), JournalError> {
         let line = line(&write);
-        if parse(&line).as_ref() != Some(&write) {
+        if parse::<T>(&line).as_ref() != Some(&write) {
             return Err(JournalError::Unreadable);
         }
         if self.writes.len() >= WRITES_MAX || self.len + line.len() as u64 > BYTES_MAX {
@@ -151,17 +172,17 @@ impl Journal {
     /// # Errors
     /// The file cannot be written. They stay: the database applies none of them twice.
     pub fn drop_moved(&mut self, moved: &[Uuid]) -> Result<(), JournalError> {
-        let rest = self.writes.iter().filter(|write| !moved.contains(&write.id));
+        let rest = self.writes.iter().filter(|write| !moved.contains(&write.id()));
         let rest = rest.cloned().collect();
         self.replace(rest)
     }
 
-    fn replace(&mut self, writes: Vec<LocalWrite>) -> Result<(), JournalError> {
+    fn replace(&mut self, writes: Vec<T>) -> Result<(), JournalError> {
         if self.is_uncopied {
             self.copy_aside().map_err(|error| self.failed(error))?;
             self.is_uncopied = false;
         }
-        let text: Vec<u8> = writes.iter().flat_map(line).collect();
+        let text: Vec<u8> = writes.iter().flat_map(|write| line(write)).collect();
         let replaced = if writes.is_empty() {
             match fs::remove_file(&self.path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -183,9 +204,9 @@ impl Journal {
 
     /// A free name beside the journal.
     fn free_name(&self) -> PathBuf {
-        let names = (1_u32..).map(|number| self.path.with_file_name(format!("{DAMAGED_FILE}-{number}")));
+        let names = (1_u32..).map(|number| self.path.with_file_name(format!("{}-{number}", T::DAMAGED_FILE)));
         let mut free = names.skip_while(|name| name.symlink_metadata().is_ok());
-        free.next().unwrap_or_else(|| self.path.with_file_name(DAMAGED_FILE))
+        free.next().unwrap_or_else(|| self.path.with_file_name(T::DAMAGED_FILE))
     }
 
     fn copy_aside(&self) -> io::Result<()> {
@@ -204,16 +225,17 @@ impl Journal {
         let kept = match fs::rename(&self.path, &name) {
             Ok(()) => name,
             Err(error) => {
-                tracing::error!(%error, "damaged journal of rules could not be renamed: it takes no changes");
+                tracing::error!(%error, of = T::OF, "damaged journal could not be renamed: it takes no changes");
                 self.len = BYTES_MAX;
                 self.path.clone()
             }
         };
         let damage = format!(
-            "the journal of rules can't be read ({why}): it is kept as {}, check which changes are missing and repeat them",
+            "the journal of {} can't be read ({why}): it is kept as {}, check which changes are missing and repeat them",
+            T::OF,
             kept.display()
         );
-        tracing::error!(damage, "journal of rules is damaged");
+        tracing::error!(damage, "journal is damaged");
         damage
     }
 
@@ -228,7 +250,7 @@ impl Journal {
     }
 }
 
-fn line(write: &LocalWrite) -> Vec<u8> {
+fn line(write: &impl Serialize) -> Vec<u8> {
     // Texts and numbers have a JSON form.
     let json = serde_json::to_vec(write).unwrap_or_default();
     [sum(&json).as_bytes(), b" ", &json, b"\n"].concat()
@@ -240,7 +262,7 @@ fn sum(json: &[u8]) -> String {
     sum
 }
 
-fn parse(line: &[u8]) -> Option<LocalWrite> {
+fn parse<T: DeserializeOwned>(line: &[u8]) -> Option<T> {
     let (found, json) = line.strip_suffix(b"\n")?.split_at_checked(SUM_LEN)?;
     let json = json.strip_prefix(b" ")?;
     (found == sum(json).as_bytes())
@@ -257,6 +279,9 @@ mod tests {
     };
 
     use super::*;
+
+    const FILE: &str = LocalWrite::FILE;
+    const DAMAGED_FILE: &str = LocalWrite::DAMAGED_FILE;
 
     fn write(number: u128) -> LocalWrite {
         LocalWrite {

@@ -8,7 +8,7 @@ use seawall_gateway::{
     fleet::{faults::Fault, registry::ACCEPT_FILE, registry_index::FILE},
     node::Shared,
     runtime::config::DatabaseUrl,
-    store::{Change, DatabaseStatus, OnOtherCredential, StoreError},
+    store::{AuditEntry, Change, DatabaseStatus, OnOtherCredential, StoreError},
 };
 use seawall_proto::{id::RuleId, resume::Generation, slots::RegistryIndex};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, SqliteConnection};
@@ -424,7 +424,8 @@ async fn database_file_that_is_deleted_or_replaced_is_an_alarm_and_takes_no_writ
     assert!(matches!(refused, Err(StoreError::FileChanged("deleted"))));
     assert!(!path.exists(), "no new registry in its place");
     let store = &gateway.shared.store;
-    let recorded = store.audit_append(&audit("drain.start"), Change::of("node")).await;
+    let entry = AuditEntry::new(&audit("drain.start"), Change::of("node"));
+    let recorded = store.audit_append(&entry).await;
     assert!(
         matches!(recorded, Err(StoreError::FileChanged("deleted"))),
         "{recorded:?}"

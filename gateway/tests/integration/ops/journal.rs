@@ -27,6 +27,8 @@ use crate::harness::{
 
 /// Name of the admin token in the audit log.
 const ADMIN: &str = "admin.token";
+/// Maximum time of the answer to another change.
+const RECORD_MAX: Duration = Duration::from_millis(1_200);
 /// Maximum time of the answer to a change of a rule.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 
@@ -282,6 +284,64 @@ async fn change_elsewhere(url: &DatabaseUrl, rules: [&str; 3]) {
             .unwrap()
             .is_some()
     );
+}
+
+#[test]
+fn staged_change_without_the_database_is_refused_at_once() {
+    let (_outside, cluster, url) = cluster();
+    let gateway = started_on(&url);
+    let made = gateway.post("/api/v1/rules", rule("2.*"));
+    let id = text(&made.json()["id"]);
+    cluster.kill().unwrap();
+    gateway.eventually(|| gateway.state().store.is_away());
+
+    let mut staged = rule("3.*");
+    staged["rollout"] = json!({});
+    for answer in [
+        timed(|| gateway.post(&format!("/api/v1/rules/{id}/release"), json!({}))),
+        timed(|| gateway.patch(&format!("/api/v1/rules/{id}/rollout"), json!({"state": "paused"}))),
+        timed(|| gateway.post("/api/v1/rules", staged)),
+    ] {
+        let (status, detail) = answer.problem();
+        assert_eq!(status, 503, "{detail}");
+        assert!(
+            answer.json()["detail"].as_str().unwrap().contains("staged change"),
+            "{detail}"
+        );
+    }
+    assert_eq!(listed(&gateway), said(&[("2.*", "enforced")]));
+}
+
+#[test]
+fn drain_and_disconnect_without_the_database_are_answered_at_once_and_recorded_later() {
+    let (_outside, cluster, url) = cluster();
+    let gateway = started_on(&url);
+    cluster.freeze().unwrap();
+    for action in ["start", "cancel", "start", "cancel"] {
+        let begun = Instant::now();
+        let answer = match action {
+            "start" => gateway.post("/api/v1/drain", json!({"deadline": "1h", "rate_per_second": 0.001})),
+            _ => gateway.delete("/api/v1/drain"),
+        };
+        assert!(matches!(answer.status, 200 | 201), "{answer:?}");
+        assert!(begun.elapsed() < RECORD_MAX, "{:?}", begun.elapsed());
+    }
+    assert_eq!(gateway.metric("seawall_audit_records_total{outcome=\"kept\""), 4);
+    let file = journal(&gateway).with_file_name("audit-journal.jsonl");
+    assert!(file.exists());
+
+    cluster.thaw().unwrap();
+
+    gateway.eventually(|| !file.exists());
+    let records = gateway.all("/api/v1/audit?", 100);
+    let drains = records
+        .iter()
+        .filter(|record| text(&record["action"]).starts_with("drain."));
+    let drains: Vec<_> = drains
+        .map(|record| (text(&record["action"]), record["arrived_at"].is_string()))
+        .collect();
+    let expected = ["cancel", "start", "cancel", "start"].map(|action| (format!("drain.{action}"), true));
+    assert_eq!(drains, expected);
 }
 
 #[test]

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use seawall_gateway::store::{
-    AUDIT_PRUNE_MAX, AuditRecord, Change, DeviceChange, ImportLine, ImportRow, NewToken, OnOtherCredential, Role,
-    Rotation, StoreError, TOKENS_MAX,
+    AUDIT_PRUNE_MAX, AuditEntry, AuditRecord, Change, DeviceChange, ImportLine, ImportRow, NewToken, OnOtherCredential,
+    Role, Rotation, StoreError, TOKENS_MAX,
 };
 use seawall_proto::{id::SecretHash, record::DeviceState, time::WallTime};
 use serde_json::json;
@@ -114,10 +114,17 @@ async fn every_change_is_in_the_audit_log(fixture: &Fixture) {
         .token_revoke(Uuid::from_u128(1), &audit("token.revoke", 6))
         .await
         .unwrap();
-    store
-        .audit_append(&audit("drain.start", 7), Change::to("node", json!({"rate": 5})))
-        .await
-        .unwrap();
+    let entry = AuditEntry::new(&audit("drain.start", 7), Change::to("node", json!({"rate": 5})));
+    store.audit_append(&entry).await.unwrap();
+    // As if its outcome were not known: the journal has it as well.
+    let waited = AuditEntry::new(&audit("drain.cancel", 8), Change::of("node"));
+    for _ in 0..2 {
+        let arrived_at = WallTime::from_unix_ms(99);
+        store
+            .audit_arrive(&[entry.clone(), waited.clone()], arrived_at)
+            .await
+            .unwrap();
+    }
 
     let mut records = records(fixture).await;
 
@@ -131,8 +138,11 @@ async fn every_change_is_in_the_audit_log(fixture: &Fixture) {
         "token.create",
         "token.revoke",
         "drain.start",
+        "drain.cancel",
     ];
     assert_eq!(actions, expected);
+    let arrived: Vec<_> = records.iter().filter_map(|record| record.arrived_at).collect();
+    assert_eq!(arrived, [WallTime::from_unix_ms(99)], "only one of them waited");
     for (index, record) in records.iter().enumerate() {
         assert_eq!(
             (record.actor.as_str(), record.at.as_unix_ms()),
@@ -227,7 +237,7 @@ async fn audit_pages_are_newest_first(fixture: &Fixture) {
     for number in 1..=5 {
         fixture
             .store
-            .audit_append(&audit("test", number), Change::of("subject"))
+            .audit_append(&AuditEntry::new(&audit("test", number), Change::of("subject")))
             .await
             .unwrap();
     }
