@@ -235,7 +235,7 @@ fn id_of(headers: &HeaderMap) -> Arc<str> {
 /// Checks the host that a request names (RFC 9112 §3.2).
 ///
 /// On loopback, `/metrics` is for this machine alone. A web page can reach it under a name that resolves to 127.0.0.1
-/// (DNS rebinding). So the name must be one of this machine's.
+/// (DNS rebinding). So a browser must name one of this machine's names; other clients may name any.
 fn host_problem(request: &Request, is_loopback: bool, api: &Api) -> Option<Problem> {
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let host = match (hosts.next(), hosts.next()) {
@@ -253,13 +253,28 @@ fn host_problem(request: &Request, is_loopback: bool, api: &Api) -> Option<Probl
     // The host of a target in absolute form takes precedence.
     let authority = request.uri().authority().cloned().or(authority);
     let name = authority.as_ref().map_or("", Authority::host);
-    if is_loopback && request.uri().path() == "/metrics" && !is_of_this_machine(name, &api.state.node) {
+    let is_guarded = is_loopback && request.uri().path() == "/metrics" && is_of_browser(request.headers());
+    if is_guarded && !is_of_this_machine(name, &api.state.node) {
         return Some(Problem::new(
             Code::BadRequest,
-            "Host: on loopback, /metrics is served to localhost, IP addresses and this node's name",
+            "Host: on loopback, /metrics is served to browsers under localhost, IP addresses and this node's name",
         ));
     }
     None
+}
+
+/// Whether a browser has sent the request. Over plain HTTP to an unknown name it sends no `Sec-Fetch-Site`, and with a
+/// simple request no `Origin`. But it always sends its languages, and a page cannot suppress them.
+fn is_of_browser(headers: &HeaderMap) -> bool {
+    let marks = [
+        "origin",
+        "sec-fetch-site",
+        "sec-fetch-mode",
+        "referer",
+        "accept-language",
+    ];
+    let agent = headers.get(header::USER_AGENT).map(HeaderValue::as_bytes);
+    marks.iter().any(|mark| headers.contains_key(*mark)) || agent.is_some_and(|agent| agent.starts_with(b"Mozilla/"))
 }
 
 fn is_of_this_machine(name: &str, node: &str) -> bool {
@@ -353,6 +368,23 @@ mod tests {
         }
         assert_eq!(status_label(StatusCode::SERVICE_UNAVAILABLE), "server_error");
         assert_eq!(status_label(StatusCode::CONFLICT), "client_error");
+    }
+
+    #[test]
+    fn browser_is_told_by_headers_that_a_page_cannot_remove() {
+        let is_of_browser = |name: &'static str, value: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::HOST, HeaderValue::from_static("evil.example"));
+            headers.insert(name, HeaderValue::from_static(value));
+            is_of_browser(&headers)
+        };
+
+        assert!(is_of_browser("origin", "http://evil.example"));
+        assert!(is_of_browser("sec-fetch-site", "cross-site"));
+        assert!(is_of_browser("accept-language", "en"));
+        assert!(is_of_browser("user-agent", "Mozilla/5.0 (X11)"));
+        assert!(!is_of_browser("user-agent", "Prometheus/3.0"));
+        assert!(!is_of_browser("authorization", "Bearer x"));
     }
 
     #[test]

@@ -43,7 +43,8 @@ pub struct DeviceParams {
     tenant: Option<String>,
     /// The registry's model.
     model: Option<String>,
-    /// A range as in rules (`>=3.8.0-b3`) or one version, which the device's last connection had.
+    /// A range as in rules (`>=3.8.0-b3`) or one version, which the device's last connection had. A text that is
+    /// neither is compared as it is.
     firmware: Option<String>,
     /// `enabled`, `disabled`, `revoked`; or `online`, `offline`, `unknown`.
     state: Option<String>,
@@ -58,7 +59,42 @@ pub struct DeviceParams {
 struct Wanted {
     stored: DeviceFilter,
     presence: Option<PresenceState>,
-    firmware: Option<Range>,
+    firmware: Option<FirmwareFilter>,
+}
+
+/// The versions that a list or a stream is about.
+#[derive(Debug)]
+pub enum FirmwareFilter {
+    Range(Range),
+    /// Exactly this text, which is not a range.
+    Text(String),
+}
+
+impl FirmwareFilter {
+    /// A range, or one version, or else a text.
+    ///
+    /// # Errors
+    /// `bad_request`: it begins as a range, and is not valid.
+    pub fn of(text: &str) -> Result<Self, Problem> {
+        let error = match text
+            .parse()
+            .or_else(|error| format!("={text}").parse().map_err(|_| error))
+        {
+            Ok(range) => return Ok(Self::Range(range)),
+            Err(error) => error,
+        };
+        if text.trim_start().starts_with(['<', '>', '=', '!']) {
+            return Err(Problem::new(Code::BadRequest, format!("firmware: {error}")));
+        }
+        Ok(Self::Text(text.trim().to_owned()))
+    }
+
+    pub fn matches(&self, firmware: Option<&str>) -> bool {
+        match self {
+            Self::Range(range) => range.matches(firmware),
+            Self::Text(text) => firmware.is_some_and(|firmware| firmware.trim() == text),
+        }
+    }
 }
 
 /// A page of devices.
@@ -227,7 +263,7 @@ impl Wanted {
                 state: None,
             },
             presence: None,
-            firmware: params.firmware.as_deref().map(range).transpose()?,
+            firmware: params.firmware.as_deref().map(FirmwareFilter::of).transpose()?,
         };
         if let Some(state) = &params.state {
             let stored = seawall_proto::record::DeviceState::ALL;
@@ -279,14 +315,14 @@ impl Wanted {
                 let state = other.map_or_else(|| presence(record.id, gateway).state, |other| other.state);
                 wanted == state
             })
-            && self.firmware.as_ref().is_none_or(|range| {
+            && self.firmware.as_ref().is_none_or(|wanted| {
                 let group = gateway.history.group(record.id);
-                group.is_some_and(|group| range.matches(group.cohort.firmware.as_deref()))
+                group.is_some_and(|group| wanted.matches(group.cohort.firmware.as_deref()))
             })
     }
 
     fn wants_group(&self, group: &Group, labels: Labels) -> bool {
-        let is_version = |range: &Range| range.matches(group.cohort.firmware.as_deref());
+        let is_version = |wanted: &FirmwareFilter| wanted.matches(group.cohort.firmware.as_deref());
         let has_labels = labels == Labels::Registered || self.has_labels(group);
         has_labels && self.firmware.as_ref().is_none_or(is_version)
     }
@@ -299,11 +335,19 @@ impl Wanted {
     }
 }
 
-/// A range, or one version.
-pub fn range(text: &str) -> Result<Range, Problem> {
-    text.parse().or_else(|error| {
-        format!("={text}")
-            .parse()
-            .map_err(|_| Problem::new(Code::BadRequest, format!("firmware: {error}")))
-    })
+#[cfg(test)]
+mod tests {
+    use super::FirmwareFilter;
+
+    #[test]
+    fn firmware_is_a_range_or_one_version_or_else_the_exact_text() {
+        let filter = |wanted: &str| FirmwareFilter::of(wanted).unwrap();
+        let matches = |wanted: &str, firmware: &str| filter(wanted).matches(Some(firmware));
+
+        assert!(matches(">=3.8.0-b3", "3.8.0") && !matches(">=3.8.0-b3", "3.7"));
+        assert!(matches("3.8", "v3.8.0+x") && !matches("3.8", "3.8.1"));
+        assert!(matches("main,x", "main,x") && !matches("main,x", "main") && !matches("main,x", "x"));
+        assert!(!filter("main,x").matches(None));
+        assert!(FirmwareFilter::of(">").is_err() && FirmwareFilter::of("=1,<x,").is_err());
+    }
 }

@@ -8,10 +8,7 @@ use axum::{
     response::sse::{self, KeepAlive, Sse},
 };
 use futures_util::{Stream, stream};
-use seawall_proto::{
-    firmware::Range,
-    id::{DeviceId, Label},
-};
+use seawall_proto::id::{DeviceId, Label};
 use serde::Deserialize;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio_util::sync::CancellationToken;
@@ -21,7 +18,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     Api,
     auth::{Caller, Viewer},
-    device_list::range,
+    device_list::FirmwareFilter,
     devices::not_a_device,
     extract::{Params, label},
     problem::{Code, Problem, ProblemBody},
@@ -61,8 +58,8 @@ pub struct EventParams {
     device: Option<String>,
     /// Only events of devices of this tenant, and `presence_group` of groups with devices of it.
     tenant: Option<String>,
-    /// Only events of devices with this firmware: a range as in rules (`>=3.8.0-b3`) or one version. And all
-    /// `presence_group`: a group may have any firmware.
+    /// Only events of devices with this firmware: a range as in rules (`>=3.8.0-b3`) or one version. A text that
+    /// is neither is compared as it is. And all `presence_group`: a group may have any firmware.
     firmware: Option<String>,
 }
 
@@ -73,7 +70,7 @@ struct Filter {
     names: Vec<&'static str>,
     device: Option<DeviceId>,
     tenant: Option<Label>,
-    firmware: Option<Range>,
+    firmware: Option<FirmwareFilter>,
 }
 
 impl Filter {
@@ -95,7 +92,7 @@ impl Filter {
             names: names.map(name).collect::<Result<_, _>>()?,
             device: params.device.as_ref().map(device).transpose()?,
             tenant: label("tenant", params.tenant.as_deref())?,
-            firmware: params.firmware.as_deref().map(range).transpose()?,
+            firmware: params.firmware.as_deref().map(FirmwareFilter::of).transpose()?,
         })
     }
 
@@ -134,7 +131,7 @@ impl Filter {
 
     fn wants_group(&self, group: &Group) -> bool {
         let is_tenant = |wanted: &Label| wanted.as_str() == &*group.tenant;
-        let is_version = |range: &Range| range.matches(group.cohort.firmware.as_deref());
+        let is_version = |wanted: &FirmwareFilter| wanted.matches(group.cohort.firmware.as_deref());
         self.tenant.as_ref().is_none_or(is_tenant) && self.firmware.as_ref().is_none_or(is_version)
     }
 }
@@ -182,7 +179,11 @@ async fn follow_events(
     })?;
     let newest = api.state.events.subscribe();
     let newest_id = *newest.borrow();
-    let after = match headers.get("last-event-id") {
+    // A reader that has read nothing yet may send an empty one.
+    let last = headers
+        .get("last-event-id")
+        .filter(|id| !id.as_bytes().trim_ascii().is_empty());
+    let after = match last {
         None => newest_id,
         Some(value) => {
             let id = value.to_str().ok().and_then(|text| text.trim().parse::<u64>().ok());

@@ -1,6 +1,6 @@
 //! Extractors with errors in the API's form: bodies, queries, ids in paths, pages.
 
-use std::{borrow::Cow, str::FromStr, sync::Arc, time::Duration};
+use std::{borrow::Cow, convert::Infallible, str::FromStr, sync::Arc, time::Duration};
 
 use axum::{
     Json,
@@ -103,6 +103,47 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Params<T> {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
         let Query(params) = Query::<T>::from_request_parts(parts, state).await?;
         Ok(Self(params))
+    }
+}
+
+/// The revisions that `If-Match` names (RFC 9110 §13.1.1), as `"7"`. Without it, and with `*`, any.
+#[derive(Debug)]
+pub struct IfMatch(Option<Vec<u64>>);
+
+impl IfMatch {
+    /// Checks the present revision.
+    ///
+    /// # Errors
+    /// `precondition_failed`.
+    pub fn check(&self, revision: u64) -> Result<(), Problem> {
+        match &self.0 {
+            Some(wanted) if !wanted.contains(&revision) => Err(Problem::new(
+                Code::PreconditionFailed,
+                format!("If-Match: the revision is \"{revision}\""),
+            )),
+            Some(_) | None => Ok(()),
+        }
+    }
+}
+
+impl FromRequestParts<Arc<Api>> for IfMatch {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _api: &Arc<Api>) -> Result<Self, Infallible> {
+        let values: Vec<&[u8]> = parts
+            .headers
+            .get_all(header::IF_MATCH)
+            .iter()
+            .map(|value| value.as_bytes())
+            .collect();
+        let is_any = values.is_empty() || values.iter().any(|value| value.trim_ascii() == b"*");
+        let tags = values.iter().flat_map(|value| value.split(|byte| *byte == b','));
+        // A weak tag, or another text, is of no revision.
+        let revision = |tag: &[u8]| {
+            let digits = tag.trim_ascii().strip_prefix(b"\"")?.strip_suffix(b"\"")?;
+            std::str::from_utf8(digits).ok()?.parse().ok()
+        };
+        Ok(Self((!is_any).then(|| tags.filter_map(revision).collect())))
     }
 }
 

@@ -165,7 +165,7 @@ async fn list_proposals(
 #[utoipa::path(
     post, path = "/api/v1/proposals/{id}/apply", tag = "firmware", params(("id" = Uuid, Path)), request_body = Option<ApplyBody>,
     responses(
-        (status = 200, description = "The rule, in force on this node", body = RuleViewDoc),
+        (status = 201, description = "The rule, in force on this node", body = RuleViewDoc),
         (status = 202, description = "The rule, in force on this node only, until the database can take it: `state` is `local`", body = RuleViewDoc),
         (status = 409, description = "`needs_confirmation`, with the preview; `conflict` where the proposal is not open", body = ProblemBody, content_type = "application/problem+json"),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
@@ -218,7 +218,7 @@ async fn apply_proposal(
     };
     let place = checked(&api, deadline, permission, write).await?;
     let place = place.ok_or_else(not_open)?;
-    answer(&api.state, rule, place, StatusCode::OK)
+    answer(&api.state, rule, place, StatusCode::CREATED)
 }
 
 /// Dismiss an open proposal: the cohort gets no other for an hour

@@ -23,7 +23,7 @@ use super::{
     auth::{Caller, Operator, Viewer},
     call,
     checked_write::{author, checked, made_or_changed},
-    extract::{Body, Id, Page, PageParams, Params},
+    extract::{Body, Id, IfMatch, Page, PageParams, Params},
     preview::{Basis, Checked, RulePreview},
     problem::{Code, Problem, ProblemBody},
     rollouts,
@@ -206,10 +206,13 @@ async fn preview_rule(
 
 /// Change a rule; `match` is replaced as a whole
 #[utoipa::path(
-    patch, path = "/api/v1/rules/{id}", tag = "rules", params(("id" = Uuid, Path)), request_body = PatchDoc,
+    patch, path = "/api/v1/rules/{id}", tag = "rules",
+    params(("id" = Uuid, Path), ("If-Match" = Option<String>, Header, description = "`\"REVISION\"` of the rule")),
+    request_body = PatchDoc,
     responses(
         (status = 200, description = "The changed rule", body = RuleViewDoc),
         (status = 202, description = "Changed on this node only, until the database can take it: `state` is `local`", body = RuleViewDoc),
+        (status = 412, description = "The rule has another revision than `If-Match` names", body = ProblemBody, content_type = "application/problem+json"),
         (status = 409, description = "`needs_confirmation`, with the preview; `conflict` where it changed meanwhile", body = ProblemBody, content_type = "application/problem+json"),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
@@ -218,6 +221,7 @@ async fn change_rule(
     caller: Caller<Operator>,
     State(api): State<Arc<Api>>,
     Id(id): Id<RuleId>,
+    if_match: IfMatch,
     Body(request): Body<RuleRequest>,
 ) -> Result<(StatusCode, Json<RuleView>), Problem> {
     let rules = api.state.rules.current();
@@ -235,6 +239,7 @@ async fn change_rule(
         .iter()
         .find(|rule| rule.id == id)
         .ok_or_else(no_such_rule)?;
+    if_match.check(before.revision)?;
     let (names, wall) = (&api.state.config.identity, api.state.clock.wall());
     let (spec, is_confirmed) = request.into_change_of(&before.spec, names, wall)?;
     check_allowed(&api.state, &spec, Some(id))?;
@@ -282,10 +287,12 @@ pub struct LocalDeletion {
 
 /// Remove a rule
 #[utoipa::path(
-    delete, path = "/api/v1/rules/{id}", tag = "rules", params(("id" = Uuid, Path)),
+    delete, path = "/api/v1/rules/{id}", tag = "rules",
+    params(("id" = Uuid, Path), ("If-Match" = Option<String>, Header, description = "`\"REVISION\"` of the rule")),
     responses(
         (status = 204, description = "Removed"),
         (status = 202, description = "Removed on this node only, until the database can take it", body = LocalDeletion),
+        (status = 412, description = "The rule has another revision than `If-Match` names", body = ProblemBody, content_type = "application/problem+json"),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
@@ -293,7 +300,14 @@ async fn delete_rule(
     caller: Caller<Operator>,
     State(api): State<Arc<Api>>,
     Id(id): Id<RuleId>,
+    if_match: IfMatch,
 ) -> Result<Response, Problem> {
+    let rules = api.state.rules.current();
+    let unsupported = rules.unsupported().iter().find(|rule| rule.id == id);
+    let revision = rules.get(id).map(|rule| rule.revision);
+    if let Some(revision) = revision.or(unsupported.map(|rule| rule.revision)) {
+        if_match.check(revision)?;
+    }
     let audit = caller.audit(&api, "rule.delete");
     let (gateway, deadline) = (Arc::clone(&api.state), Instant::now() + WRITE_MAX);
     let deleting = api.carry_out(async move {
@@ -391,24 +405,15 @@ fn check_allowed(gateway: &Gateway, spec: &RuleSpec, of: Option<RuleId>) -> Resu
     ))
 }
 
-/// Returns a rule in force that equals `spec` in all but the reason.
+/// Returns a rule in force that equals `spec`, the reason included: devices are told it.
 fn same_rule(gateway: &Gateway, spec: &RuleSpec) -> Option<RuleId> {
     let rules = gateway.rules.current();
     let (lost, wall) = (gateway.rules.lost(), gateway.clock.wall());
-    let is_same = |other: &RuleSpec| {
-        let reason = spec.reason.clone();
-        RuleSpec {
-            reason,
-            ..other.clone()
-        } == *spec
-    };
     let mut stored = rules
         .rules()
         .iter()
         .filter(|rule| !rule.is_expired(wall) && lost.iter().all(|lost| lost.rule.id != rule.id));
-    stored
-        .find(|rule| rule.spec.matches == spec.matches && is_same(&rule.spec))
-        .map(|rule| rule.id)
+    stored.find(|rule| rule.spec == *spec).map(|rule| rule.id)
 }
 
 pub(super) fn no_such_rule() -> Problem {

@@ -121,7 +121,7 @@ fn a_crash_looping_version_is_named_within_a_minute_and_a_person_gates_it() {
 
     let rule = gateway.call_as(&gateway.token("operator"), "POST", &apply, None);
 
-    assert_eq!(rule.status, 200, "{rule:?}");
+    assert_eq!(rule.status, 201, "{rule:?}");
     assert_eq!(rule.json()["admit_percent"], 10);
     assert!(rule.json()["expires_at"].is_string());
     assert_eq!(gateway.post(&apply, json!({})).problem(), (409, "conflict".to_owned()));
