@@ -19,6 +19,8 @@ pub const ACCEPT_FILE: &str = "accept-registry";
 /// State of the registry.
 #[derive(Debug, Default)]
 pub struct Registry {
+    /// Whether this node has decided at least once whether it is believed.
+    pub(crate) was_judged: AtomicBool,
     /// Whether an operator accepted it as it is, until the registry index is next read.
     pub(crate) is_accepted: AtomicBool,
     /// Whether the last reading of the registry did not have most devices of the registry index.
@@ -36,6 +38,11 @@ pub struct IndexRead {
 }
 
 impl Registry {
+    #[must_use]
+    pub fn was_judged(&self) -> bool {
+        self.was_judged.load(Ordering::Acquire)
+    }
+
     /// Reading of the registry index in use. `None` if it was not read since the start.
     #[must_use]
     pub fn index_read(&self) -> Option<IndexRead> {

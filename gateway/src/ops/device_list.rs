@@ -77,7 +77,7 @@ impl FirmwareFilter {
     /// `bad_request`: it begins as a range, and is not valid.
     pub fn of(text: &str) -> Result<Self, Problem> {
         let error = match text
-            .parse()
+            .parse::<Range>()
             .or_else(|error| format!("={text}").parse().map_err(|_| error))
         {
             Ok(range) => return Ok(Self::Range(range)),

@@ -6,7 +6,7 @@ use axum::{
     Json,
     body::HttpBody as _,
     extract::{FromRequest, FromRequestParts, Path, Query, Request},
-    http::{StatusCode, header, request::Parts},
+    http::{HeaderValue, StatusCode, header, request::Parts},
 };
 use bytes::Bytes;
 use seawall_proto::{
@@ -134,7 +134,7 @@ impl FromRequestParts<Arc<Api>> for IfMatch {
             .headers
             .get_all(header::IF_MATCH)
             .iter()
-            .map(|value| value.as_bytes())
+            .map(HeaderValue::as_bytes)
             .collect();
         let is_any = values.is_empty() || values.iter().any(|value| value.trim_ascii() == b"*");
         let tags = values.iter().flat_map(|value| value.split(|byte| *byte == b','));

@@ -177,6 +177,7 @@ fn conclude(state: &State, doubt: Option<String>) {
     if state.lookups.believes_absence() != is_believed {
         state.lookups.set_believes_absence(is_believed);
     }
+    state.registry.was_judged.store(true, Ordering::Release);
     faults::take_note(state, Fault::RegistryShrunken, detail);
 }
 

@@ -182,7 +182,7 @@ impl<T: Entry> Journal<T> {
             self.copy_aside().map_err(|error| self.failed(error))?;
             self.is_uncopied = false;
         }
-        let text: Vec<u8> = writes.iter().flat_map(|write| line(write)).collect();
+        let text: Vec<u8> = writes.iter().flat_map(line).collect();
         let replaced = if writes.is_empty() {
             match fs::remove_file(&self.path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),

@@ -89,8 +89,14 @@ fn mistyped_parameter_of_the_database_url_stops_the_start_in_flag_and_file() {
 #[test]
 fn other_mistakes_of_the_database_url_and_misspelt_variables_stop_the_start() {
     for (url, named) in [
-        ("postgres://fleet@127.0.0.1:5/fleet?sslMode=hidden", "unknown parameter sslMode"),
-        ("postgres://fleet@127.0.0.1:5/fleet?sslrootcert=/hidden/ca.pem", "parameter sslrootcert"),
+        (
+            "postgres://fleet@127.0.0.1:5/fleet?sslMode=hidden",
+            "unknown parameter sslMode",
+        ),
+        (
+            "postgres://fleet@127.0.0.1:5/fleet?sslrootcert=/hidden/ca.pem",
+            "parameter sslrootcert",
+        ),
         ("sqlite:a.db?mode=hidden", "parameter mode"),
         ("sqlite::memory:", "in memory"),
     ] {
