@@ -47,8 +47,8 @@ const SLOT_KEPT: Duration = Duration::from_millis(200);
 /// Minimum time before a slot at which a retry shows that the device does not follow hints. Its time in the virtual
 /// queue is then given to one more device. Its slot stays.
 const SLOT_EARLY_FAR: Duration = Duration::from_secs(2);
-/// Tolerated difference between the wall clocks of two nodes for tokens to have full effect, for tokens of another node.
-/// See docs/design/slots.md.
+/// Tolerated difference between the wall clocks of two nodes, for tokens of another node to have full effect. See
+/// docs/design/slots.md.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(5);
 
 /// A slot of a device.

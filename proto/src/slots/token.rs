@@ -1,8 +1,8 @@
 //! Slot tokens: a slot that the device carries itself, so that any node with the keys knows it, even after a restart.
 //!
 //! A token gives priority at a time, to one device. It never authenticates. 39 bytes, 52 characters of base64url:
-//! `version and issuer 1 | key id 1 | issuer and slot, unix ms 6 | issued, unix s 4 | sealed 11 | MAC 16`. The issuer is
-//! a tag of the node: its low four bits, and its high six bits. The sealed part is `first refusal,
+//! `version and issuer 1 | key id 1 | issuer and slot, unix ms 6 | issued, unix s 4 | sealed 11 | MAC 16`. The issuer
+//! is a tag of the node: its low four bits, and its high six bits. The sealed part is `first refusal,
 //! unix s 4 | refusals 1 | tenant 6`; the tenant of an unknown device is zero. The MAC (HMAC-SHA-256, truncated) covers
 //! the plain text and the device's id, which is not in the token. It is also the nonce of the seal (a synthetic nonce,
 //! as in RFC 5297). Anybody can get a token for any id, and must not learn from it whether the id is registered, or its
