@@ -173,9 +173,9 @@ pub struct Readiness {
 }
 
 impl State {
-    /// The node is ready from the first contact with rules, revocations and registry, unless it drains. The contact with
-    /// the registry ends with the decision whether it is believed. Overload, an alarm, a registry that is not believed, or
-    /// a database lost later never make the node unready: that would move the storm to other nodes.
+    /// The node is ready from the first contact with rules, revocations and registry, unless it drains. The contact
+    /// with the registry ends with the decision whether it is believed. Overload, an alarm, a registry that is not
+    /// believed, or a database lost later never make the node unready: that would move the storm to other nodes.
     #[must_use]
     pub fn readiness(&self) -> Readiness {
         let mut reasons = Vec::new();

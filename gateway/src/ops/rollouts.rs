@@ -345,8 +345,8 @@ async fn find(api: &Api, id: RuleId) -> Result<StoredRollout, Problem> {
     stored.ok_or_else(|| Problem::not_found("rollout"))
 }
 
-/// A staged change keeps its stages, its evidence and the node that drives it in the database. So no journal can keep it:
-/// without the database a node would advance on its own evidence, or take a step that another node takes as well.
+/// A staged change keeps its stages, its evidence and the node that drives it in the database. So no journal can keep
+/// it: without the database a node would advance on its own evidence, or take a step that another node takes as well.
 ///
 /// # Errors
 /// The database is known to be away: the caller must not wait for it.
