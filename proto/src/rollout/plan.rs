@@ -70,8 +70,8 @@ impl Plan {
         Ok(())
     }
 
-    /// The stages above `treated` percent. Default stages begin with enough devices where there are that many. `devices`
-    /// is the number of matched devices, 0 if unknown.
+    /// The stages above `treated` percent. Default stages begin with enough devices where there are that many.
+    /// `devices` is the number of matched devices, 0 if unknown.
     pub(super) fn fitted(mut self, devices: u64, treated: u8) -> Result<Self, PlanError> {
         if self.stages.is_empty() {
             let least = match devices {
