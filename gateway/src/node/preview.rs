@@ -1,6 +1,6 @@
 //! The devices that a rule would match, on all nodes: connected ones, and those that were seen within a day.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::atomic::Ordering, time::Duration};
 
 use seawall_proto::{
     departures::eviction_rate_per_second,
@@ -218,9 +218,9 @@ impl RulePreview {
             Some(refusal(&connected, "connected", unconfirmed.len()))
         } else if is_outage && known.needs_confirmation() {
             Some(refusal(&known, "recently seen", unconfirmed.len()))
-        } else if known.is_blind(registered) {
+        } else if !state.is_presence_restored.load(Ordering::Relaxed) && known.is_blind(registered) {
             Some(format!(
-                "the nodes have seen {} of {registered} registered devices, so the effect of the rule is not known",
+                "this node has not read yet which of {registered} registered devices were seen, and knows {}: the effect of the rule is not known",
                 known.total
             ))
         } else {

@@ -1,6 +1,9 @@
 //! Firmware rules, from their creation to their enforcement.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Value, json};
 
@@ -586,11 +589,23 @@ fn a_rule_that_nobody_can_tell_the_effect_of_must_be_confirmed() {
         gateway.register(json!({}));
     }
     let rule = json!({"match": {"firmware": ">=3.8"}, "effect": "block"});
+    let is_restored = &gateway.state().is_presence_restored;
+    gateway.eventually(|| is_restored.load(Ordering::Relaxed));
+    let of_new_fleet = json!({"match": {"firmware": ">=9"}, "effect": "block"});
+    assert_eq!(
+        gateway.post("/api/v1/rules", of_new_fleet).status,
+        201,
+        "no device was ever seen"
+    );
 
+    is_restored.store(false, Ordering::Relaxed);
     let blind = gateway.post("/api/v1/rules", rule.clone());
     assert_eq!(blind.problem(), (409, "needs_confirmation".into()));
     let detail = blind.json()["detail"].clone();
-    assert!(text(&detail).contains("0 of 20 registered devices"), "{detail}");
+    assert!(
+        text(&detail).contains("20 registered devices were seen, and knows 0"),
+        "{detail}"
+    );
 
     let counts = |firmware: &str| format!(r#"{{"groups":[{{"firmware":"{firmware}","connected":30,"known":30}}]}}"#);
     let write = |counts: &str| {
