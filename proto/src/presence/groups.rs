@@ -500,14 +500,7 @@ impl<M: Member> Groups<M> {
             // What hits so many groups is none of theirs.
             Some(_) if self.held.len() >= HELD_MAX => self.hold(Group::Node, sessions, Cause::Path, false),
             // The others wait: one fault may have silenced several groups, and a step holds one of them.
-            Some((_, count)) => {
-                let cause = if count.group == Group::Node {
-                    Cause::NodeLagging
-                } else {
-                    Cause::Path
-                };
-                self.hold(count.group.clone(), count.members, cause, false);
-            }
+            Some((_, count)) => self.hold(count.group.clone(), count.members, Cause::Path, false),
             None => self.tested_at = self.stepped_at,
         }
     }

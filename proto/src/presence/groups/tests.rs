@@ -241,12 +241,12 @@ fn widest_group_that_is_silent_as_a_whole_is_named() {
     rig.step();
     assert_eq!(rig.held(), [(Group::Tenant(TENANT.into()), Cause::Path, 300)]);
 
-    // The node.
+    // The node: it is well, so its network is not.
     let mut rig = Rig::new(&[100, 100, 100, 100, 100]);
     rig.silence(0..490);
     rig.suspect(0);
     rig.step();
-    assert_eq!(rig.held(), [(Group::Node, Cause::NodeLagging, 490)]);
+    assert_eq!(rig.held(), [(Group::Node, Cause::Path, 490)]);
 
     // A block that is most of its node.
     let mut rig = Rig::new(&[200, 100, 100]);
