@@ -571,15 +571,13 @@ impl<M: Member> Groups<M> {
         }
         let mut room = BTreeMap::new();
         for (id, held) in &mut self.held {
-            held.phase = match held.phase {
-                Phase::Open if held.ends_with_lag && health == 0 => Phase::Asking {
-                    per_step: held.left.div_ceil(ASK_WITHIN_STEPS).max(ASKED_MIN),
-                },
-                Phase::Open if !held.ends_with_lag && now >= held.since + GRACE => Phase::Releasing {
-                    per_step: held.left.div_ceil(RELEASE_WITHIN_STEPS).max(RELEASED_MIN),
-                },
-                phase => phase,
-            };
+            if held.phase == Phase::Open && held.ends_with_lag && health == 0 {
+                let per_step = held.left.div_ceil(ASK_WITHIN_STEPS).max(ASKED_MIN);
+                held.phase = Phase::Asking { per_step };
+            } else if held.phase == Phase::Open && !held.ends_with_lag && now >= held.since + GRACE {
+                let per_step = held.left.div_ceil(RELEASE_WITHIN_STEPS).max(RELEASED_MIN);
+                held.phase = Phase::Releasing { per_step };
+            }
             match held.phase {
                 Phase::Open => {}
                 Phase::Releasing { per_step } => {
