@@ -122,7 +122,11 @@ async fn silent_block_is_one_event_and_a_dead_device_is_offline() {
     let block = Group::AddressBlock(Block::from(IpAddr::from([127, 0, 16, 1])));
     let held = u32::try_from(BLOCK.len()).unwrap();
     assert_eq!(group_states(&gateway), [("held", block.clone(), held, 0)]);
-    assert!(BLOCK.all(|number| presence(&gateway, number) == Presence::Unknown(Cause::Path)));
+    assert!(
+        BLOCK
+            .clone()
+            .all(|number| presence(&gateway, number) == Presence::Unknown(Cause::Path))
+    );
     let later = events(&gateway).split_off(newest_of_start);
     let told = later.iter().filter(|event| matches!(event.body, Body::Presence { .. }));
     let told: Vec<_> = told.filter_map(|event| event.body.device()).collect();
@@ -150,7 +154,12 @@ async fn silent_block_is_one_event_and_a_dead_device_is_offline() {
     for session in rest {
         sessions.spawn(answer(session));
     }
-    eventually(|| BLOCK.all(|number| presence(&gateway, number) == Presence::Online)).await;
+    eventually(|| {
+        BLOCK
+            .clone()
+            .all(|number| presence(&gateway, number) == Presence::Online)
+    })
+    .await;
     eventually(|| {
         let states = group_states(&gateway);
         states.last() == Some(&("released", block.clone(), held, held))
