@@ -21,7 +21,8 @@ pub struct Firmware {
     /// Maximum number of rows to show
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=COHORTS_MAX as u64))]
     limit: u64,
-    /// Count for this long, such as 10s, and show what happened per second [default: show totals since the start]
+    /// Count for this long, such as 10s, and show what happened per second [default: show rates of the last minute and
+    /// hour]
     #[arg(long, value_name = "DURATION", value_parser = during)]
     during: Option<Duration>,
 }
@@ -95,52 +96,62 @@ fn shown_rates(answer: &Value) -> String {
     table::table(&["COHORT", "CONNECTED", "ATTEMPTS/S", "REPEATS/S", "LOOKUPS/S"], rows)
 }
 
+/// Returns the cohorts, those that stand out first, each against the others.
 fn shown(answer: &Value) -> String {
     let rows = table::list(answer).iter().map(|cohort| {
         vec![
             table::at(cohort, "cohort"),
             table::at(cohort, "breaker"),
+            table::at(cohort, "stands_out"),
             table::at(cohort, "connected"),
-            attempts(cohort, "attempts"),
-            table::at(cohort, "repeats"),
-            compared(cohort, "minute.repeats", "compared.repeats"),
-            compared(cohort, "minute.messages", "compared.messages"),
-            compared(cohort, "minute.lookup_ms", "compared.lookup_ms"),
-            table::at(cohort, "minute.session_seconds"),
+            attempts(cohort, "minute.attempts"),
+            rate(cohort, "repeats"),
+            rate(cohort, "errors"),
+            rate(cohort, "messages"),
+            rate(cohort, "lookup_ms"),
+            rate(cohort, "session_seconds"),
         ]
     });
-    table::table(
+    let table = table::table(
         &[
             "COHORT",
             "BREAKER",
+            "STANDS OUT",
             "CONNECTED",
-            "ATTEMPTS SINCE START",
-            "REPEATS",
+            "ATTEMPTS/S",
             "REPEATS/S",
+            "ERRORS/S",
             "MESSAGES/S",
             "LOOKUP MS",
             "SESSION S",
         ],
         rows,
-    )
+    );
+    format!("{table}\nFigures: the last minute | the last hour (the last minute relative to all other cohorts)\n")
 }
 
-/// Returns a figure of the last minute, and how it compares with the rest of the fleet, as in `0.5 (12x)`.
-fn compared(cohort: &Value, figure: &str, ratio: &str) -> String {
-    let ratio = table::at(cohort, ratio);
-    let figure = table::at(cohort, figure);
+/// Returns a figure of the last minute and hour, and how it compares with the rest of the fleet, as in
+/// `0.5 | 0.1 (12x)`.
+fn rate(cohort: &Value, figure: &str) -> String {
+    let at = |path: &str| table::at(cohort, &format!("{path}.{figure}"));
+    let (minute, hour, ratio) = (at("minute"), at("hour"), at("compared"));
     if ratio == "-" || ratio.is_empty() {
-        figure
+        format!("{minute} | {hour}")
     } else {
-        format!("{figure} ({ratio}x)")
+        format!("{minute} | {hour} ({ratio}x)")
     }
 }
 
 /// Returns outcomes that happened, as in `admitted 20, firmware_blocked 3`.
 fn attempts(cohort: &Value, field: &str) -> String {
-    let outcomes = cohort.get(field).and_then(Value::as_object).into_iter().flatten();
+    let pointer = format!("/{}", field.replace('.', "/"));
+    let outcomes = cohort
+        .pointer(&pointer)
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten();
     let shown: Vec<String> = outcomes
-        .filter(|(_, count)| count.as_u64() != Some(0))
+        .filter(|(_, count)| count.as_f64() != Some(0.0))
         .map(|(outcome, count)| format!("{} {}", table::text(outcome), table::cell(count)))
         .collect();
     if shown.is_empty() {
@@ -153,6 +164,31 @@ fn attempts(cohort: &Value, field: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cohorts_are_shown_with_their_rates_and_against_the_rest() {
+        let rates = |repeats: f64| json!({"attempts": {"admitted": 2.5, "overloaded": 0.0}, "repeats": repeats, "errors": 0.0, "messages": 7.0, "lookup_ms": null, "session_seconds": 61.0});
+        let answer = json!({"items": [{"cohort": "box/3.8.0-b3", "breaker": "proposed", "stands_out": 2.5, "connected": 60,
+            "attempts": {"admitted": 977}, "repeats": 955, "minute": rates(0.5), "hour": rates(0.1),
+            "compared": {"repeats": 12.0, "errors": null, "messages": 1.0, "lookup_ms": null}}]});
+
+        let text = shown(&answer);
+
+        for part in [
+            "proposed",
+            "2.5",
+            "admitted 2.5",
+            "0.5 | 0.1 (12",
+            "7.0 | 7.0 (1",
+            "- | -",
+            "61.0 | 61.0",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        for total in ["977", "955", "overloaded"] {
+            assert!(!text.contains(total), "{total}: {text}");
+        }
+    }
 
     #[test]
     fn rates_are_what_happened_in_between() {

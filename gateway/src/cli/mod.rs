@@ -18,6 +18,7 @@ mod devices;
 mod doctor;
 mod drain;
 mod events;
+mod eviction;
 mod failure;
 mod firmware;
 mod log_level;

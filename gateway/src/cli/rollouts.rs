@@ -115,6 +115,14 @@ fn shown_rollout(rollout: &Value) -> String {
         ("treated", counts("treated")),
         ("control", counts("control")),
         (
+            "sent away",
+            format!(
+                "{} of {} did not return in time",
+                number("/evidence/returns/missing"),
+                number("/evidence/returns/expected")
+            ),
+        ),
+        (
             "log likelihood ratio",
             format!("{ratio:.2} (worse at 9.16, not worse at -3)"),
         ),
@@ -142,6 +150,7 @@ mod tests {
             "bake": "10m", "connects_min": 200, "connects_needed": 200,
             "evidence": {
                 "treated": {"connects": 60, "failed": 9}, "control": {"connects": 5_000, "failed": 2},
+                "returns": {"expected": 30, "missing": 4},
                 "log_likelihood_ratio": 20.125,
             },
             "steps": [{"at": "2026-11-21T04:07:08Z", "stage": 1, "percent": 1, "verdict": "started"}],
@@ -152,6 +161,7 @@ mod tests {
             "9 of 60 connects failed",
             "2 of 5000 connects failed",
             "20.12 (worse",
+            "4 of 30 did not return",
             "started",
         ] {
             assert!(text.contains(part), "{part}: {text}");

@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use super::{
     Context, Failure,
     client::{Answer, Method},
-    note,
+    eviction, note,
     rollouts::{self, Action, PlanArgs},
     rule_args::{EffectArgs, RuleArgs, from_file, insert, mode, range, with_confirm},
     rule_view::{local_note, return_of, rule_effect, shown_match, shown_preview, shown_rule, shown_rules},
@@ -73,6 +73,14 @@ pub enum Rules {
         rule: String,
         /// What to do; without it the rollout is shown
         action: Option<Action>,
+    },
+    /// Show how far the eviction of a rule is on this node, or cancel it on all nodes
+    Eviction {
+        /// Id, its beginning or end, or the range as it was given
+        #[arg(value_name = "ID|RANGE")]
+        rule: String,
+        /// What to do; without it the progress is shown
+        action: Option<eviction::Action>,
     },
     /// Remove a rule, named by its id, the beginning or the end of it, or its range
     Unblock {
@@ -166,6 +174,10 @@ pub fn run(ctx: &Context, verb: Rules) -> Result<(), Failure> {
         Rules::Rollout { rule, action } => {
             let rule = find(ctx, &rule, None, None)?;
             rollouts::rollout(ctx, id_of(&rule)?, action)
+        }
+        Rules::Eviction { rule, action } => {
+            let rule = find(ctx, &rule, None, None)?;
+            eviction::run(ctx, id_of(&rule)?, action)
         }
         Rules::Unblock { rule, model, tenant } => unblock(ctx, &rule, model.as_deref(), tenant.as_deref()),
         Rules::Preview { rule } => {

@@ -1,14 +1,11 @@
 //! A device's presence on this node, for as long as its session lives: registered at the beginning, taken back at the
 //! end.
 
-use std::{
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use seawall_proto::{
     close::{EndReason, EndedBy},
-    cohorts::{EventKind, Figure, repeats},
+    cohorts::{EventKind, Figure, Past},
     presence::Evidence,
     rules::Subject,
     time::Instant,
@@ -50,9 +47,9 @@ impl Online {
             let of_replaced = registered
                 .replaced
                 .as_deref()
-                .map(|older| repeats_of(older, EndedBy::Replacement, opened_at));
-            if let Some(repeats) = of_replaced.or(returned) {
-                session.returned.store(repeats.saturating_add(1), Ordering::Relaxed);
+                .map(|older| past_of(older, EndedBy::Replacement, opened_at));
+            if let Some(past) = of_replaced.or(returned) {
+                session.set_returned(past);
             }
         });
         if registered.replaced.is_some() {
@@ -101,8 +98,8 @@ impl Online {
         self.finish(reason, evidence);
     }
 
-    /// Counts a session that ended in its cohort. Returns the number of repeats in a row, this one included.
-    fn account(&self, reason: EndReason, duration: Duration) -> u8 {
+    /// Counts a session that ended in its cohort. Returns the past of its device, this session included.
+    fn account(&self, reason: EndReason, duration: Duration) -> Past {
         let (shared, info) = (&self.shared, &self.session.info);
         info.cohort.count(Figure::SessionsEnded, 1);
         let millis = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
@@ -120,15 +117,15 @@ impl Online {
                 .breaker
                 .handle_event(EventKind::Error, &of, false, shared.sessions.len());
         }
-        let repeats = repeats_of(&self.session, by, info.opened_at + duration);
-        if repeats > 0 {
+        let past = past_of(&self.session, by, info.opened_at + duration);
+        let event = |kind, is_again| shared.breaker.handle_event(kind, &of, is_again, shared.sessions.len());
+        if past.repeats() > 0 {
             info.cohort.count(Figure::Repeats, 1);
-            let is_again = repeats > 1;
-            shared
-                .breaker
-                .handle_event(EventKind::Repeat, &of, is_again, shared.sessions.len());
+            event(EventKind::Repeat, past.repeats() > 1);
+        } else if past.is_in_loop() && by.may_be_crash() {
+            event(EventKind::SlowRepeat, false);
         }
-        repeats
+        past
     }
 
     /// The device left before it was upgraded: there never was a session.
@@ -141,12 +138,12 @@ impl Online {
         self.has_ended = true;
         let shared = &self.shared;
         shared.silence.handle_ended(self.session.id);
-        let mut repeats = 0;
+        let mut past = Past::default();
         if self.is_session {
             let duration = shared.clock.now().saturating_since(self.session.info.opened_at);
             shared.metrics.closes.increment(reason.as_str());
             shared.metrics.session_duration_seconds.record(duration);
-            repeats = self.account(reason, duration);
+            past = self.account(reason, duration);
         }
         shared.breaker.handle_closed(self.session.info.address);
         if shared.rollouts.is_counting() {
@@ -157,11 +154,7 @@ impl Online {
         }
         // A session that was replaced says nothing about its device, which is online in the newer one.
         shared.sessions.unregister(&self.session, || {
-            let ended = Ended {
-                reason,
-                evidence,
-                repeats,
-            };
+            let ended = Ended { reason, evidence, past };
             shared.note_offline(&self.session, ended, shared.clock.wall());
         });
         shared.metrics.sessions.set(len_of(shared));
@@ -182,10 +175,10 @@ impl Drop for Online {
     }
 }
 
-/// Repeats in a row of the device, if this session ended at `now`.
-fn repeats_of(session: &Session, by: EndedBy, now: Instant) -> u8 {
+/// The past of the device, if this session ended at `now`.
+fn past_of(session: &Session, by: EndedBy, now: Instant) -> Past {
     let lived = now.saturating_since(session.info.opened_at);
-    repeats(by, lived, session.returned.load(Ordering::Relaxed))
+    Past::after(session.returned(), by, lived)
 }
 
 /// The device as rules see it.

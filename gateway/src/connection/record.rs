@@ -50,8 +50,8 @@ struct Claims {
     firmware: Option<Label>,
     /// The cohort of an admitted device. It is authenticated, so its cohort may be new.
     cohort: Option<Arc<Cohort>>,
-    /// Time in which the database found it, if it did.
-    lookup_took: Option<Duration>,
+    /// Time in which the database found it, if it did, and the keys of the statement.
+    lookup: Option<(Duration, u32)>,
 }
 
 impl Claims {
@@ -79,12 +79,15 @@ impl AttemptRecord {
 
     /// The hello was read: the attempt is now a device's.
     pub(super) fn is_by(&mut self, hello: &Hello) {
+        if self.shared.rollouts.is_counting() {
+            self.shared.rollouts.arrived(hello.device);
+        }
         self.claims = Some(Claims {
             device: hello.device,
             model: hello.model.clone(),
             firmware: hello.firmware.clone(),
             cohort: None,
-            lookup_took: None,
+            lookup: None,
         });
     }
 
@@ -100,10 +103,10 @@ impl AttemptRecord {
         self.count(Outcome::Restricted);
     }
 
-    /// The device was decided on. Records the time of its lookup, if there was one.
+    /// The device was decided on. Records the work of its lookup, if there was one.
     pub(super) const fn was_looked_up(&mut self, look_up: Option<LookUp>) {
-        if let (Some(claims), Some(LookUp::Found(took))) = (&mut self.claims, look_up) {
-            claims.lookup_took = Some(took);
+        if let (Some(claims), Some(LookUp::Found { took, keys })) = (&mut self.claims, look_up) {
+            claims.lookup = Some((took, keys));
         }
     }
 
@@ -222,8 +225,8 @@ impl AttemptRecord {
                 .breaker
                 .handle_event(EventKind::Error, &of, false, shared.sessions.len());
         }
-        if let Some(took) = claims.lookup_took {
-            cohort.looked_up(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        if let Some((took, keys)) = claims.lookup {
+            cohort.looked_up(u64::try_from(took.as_micros()).unwrap_or(u64::MAX), keys);
         }
         tracing::debug!(
             outcome = outcome.as_str(),

@@ -209,13 +209,17 @@ impl CohortBreaker {
         machine.shown(machine.breaker.get(id)?)
     }
 
-    /// State of a cohort's breaker: `closed`, `proposed` or `open`.
+    /// State of a cohort's breaker: `closed`, `proposed` or `open`; and how far the cohort stands out.
     #[must_use]
-    pub fn state(&self, cohort: &Cohort) -> &'static str {
+    pub fn state(&self, cohort: &Cohort) -> (&'static str, f64) {
         if cohort.is_rest() {
-            return "closed";
+            return ("closed", 0.0);
         }
-        self.lock().breaker.state(cohort.tag())
+        let machine = self.lock();
+        (
+            machine.breaker.state(cohort.tag()),
+            machine.detector.stands_out(cohort.tag()),
+        )
     }
 
     /// Whether a rule matches devices of this cohort only. A cohort without a model shares its versions with models.

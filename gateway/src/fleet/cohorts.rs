@@ -16,7 +16,7 @@ use std::{
 pub use seawall_proto::cohorts::Outcome;
 use seawall_proto::{
     cohort::{CohortTag, choose},
-    cohorts::{Figure, Rates, Totals},
+    cohorts::{Figure, Rates, STATEMENT_PARTS, Totals},
     id::Label,
 };
 
@@ -163,10 +163,11 @@ impl Cohort {
         self.row().figures[figure as usize].fetch_add(count, Ordering::Relaxed);
     }
 
-    /// One device's share of a look-up: it waited `micros` for the database.
-    pub fn looked_up(&self, micros: u64) {
+    /// One device's share of a look-up: it waited `micros` for the database, and its statement had this many keys.
+    pub fn looked_up(&self, micros: u64, keys: u32) {
         self.count(Figure::LookupKeys, 1);
         self.count(Figure::LookupMicros, micros);
+        self.count(Figure::StatementParts, STATEMENT_PARTS / u64::from(keys.max(1)));
     }
 
     /// Total of a figure since the cohort is known.
@@ -175,11 +176,12 @@ impl Cohort {
         self.figures[figure as usize].load(Ordering::Relaxed)
     }
 
-    /// Keys looked up, and the time devices waited for them, in seconds.
+    /// Keys looked up, the time devices waited for them, in seconds, and the statements.
     #[must_use]
-    pub fn lookup_cost(&self) -> (u64, f64) {
+    pub fn lookup_cost(&self) -> (u64, f64, f64) {
         let micros = self.figure(Figure::LookupMicros);
-        (self.figure(Figure::LookupKeys), micros as f64 / 1e6)
+        let statements = self.figure(Figure::StatementParts) as f64 / STATEMENT_PARTS as f64;
+        (self.figure(Figure::LookupKeys), micros as f64 / 1e6, statements)
     }
 
     /// Brings the rates up to date, `seconds` after the last time, and returns what happened since.

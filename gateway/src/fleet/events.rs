@@ -65,7 +65,7 @@ impl Event {
 }
 
 /// Names of all events.
-pub const NAMES: [&str; 8] = [
+pub const NAMES: [&str; 9] = [
     "presence",
     "presence_group",
     "rules",
@@ -73,6 +73,7 @@ pub const NAMES: [&str; 8] = [
     "alarm",
     "proposal",
     "drain",
+    "eviction",
     "message",
 ];
 
@@ -128,6 +129,14 @@ pub enum Body {
     },
     /// The drain started, ended, or was cancelled.
     Drain { state: &'static str },
+    /// The node began to close the sessions that rules evict, other sessions joined them, or it has ended.
+    Eviction {
+        /// `started`, `changed` or `ended`.
+        state: &'static str,
+        /// Sessions to close; 0 at the end.
+        sessions: usize,
+        rate_per_second: f64,
+    },
     /// A message from a device. A plain session's text is a JSON string in `payload`, its binary data stands in
     /// `payload_base64`.
     Message {
@@ -222,6 +231,7 @@ impl Body {
             Self::Alarm(_) => "alarm",
             Self::Proposal { .. } => "proposal",
             Self::Drain { .. } => "drain",
+            Self::Eviction { .. } => "eviction",
             Self::Message { .. } => "message",
         }
     }
@@ -236,7 +246,8 @@ impl Body {
             | Self::Rollout { .. }
             | Self::Alarm(_)
             | Self::Proposal { .. }
-            | Self::Drain { .. } => None,
+            | Self::Drain { .. }
+            | Self::Eviction { .. } => None,
         }
     }
 
@@ -251,7 +262,8 @@ impl Body {
             | Self::Rollout { .. }
             | Self::Alarm(_)
             | Self::Proposal { .. }
-            | Self::Drain { .. } => None,
+            | Self::Drain { .. }
+            | Self::Eviction { .. } => None,
         }
     }
 
@@ -271,7 +283,8 @@ impl Body {
             | Self::Rollout { .. }
             | Self::Alarm(_)
             | Self::Proposal { .. }
-            | Self::Drain { .. } => 0,
+            | Self::Drain { .. }
+            | Self::Eviction { .. } => 0,
         }
     }
 }

@@ -18,7 +18,7 @@ use std::{
 use rand::Rng as _;
 use seawall_proto::{
     close::EndReason,
-    cohorts::RETURN_WITHIN,
+    cohorts::{Past, RETURN_WITHIN},
     id::{DeviceId, SessionId},
     presence::{Cause, Evidence, Known, Presence},
     time::{Instant, WallTime},
@@ -69,8 +69,8 @@ pub struct Offline {
     pub at: Instant,
     pub reason: EndReason,
     pub evidence: Evidence,
-    /// Repeats in a row, this session included; up to 63.
-    pub repeats: u8,
+    /// The device's past, this session included.
+    pub past: Past,
 }
 
 /// A session of a device that begins.
@@ -86,9 +86,9 @@ pub struct Began<'a> {
 /// What a session that begins changed.
 #[derive(Debug, Clone)]
 pub struct CameOnline {
-    /// `Some` if the device had another session until a short time ago: see [`RETURN_WITHIN`]. Then the number of its
-    /// last sessions that were repeats, without one that has not ended.
-    pub returned: Option<u8>,
+    /// `Some` if the device had another session until a short time ago: see [`RETURN_WITHIN`]. Then its past, without a
+    /// session that has not ended.
+    pub returned: Option<Past>,
     /// Whether the device was online in an older session.
     pub was_online: bool,
     /// The session's id, or the epoch by which this node claimed the device.
@@ -226,10 +226,10 @@ impl History {
         self.with(device, |kept| {
             let before = kept.known();
             let returned = match (before.presence, kept.ended()) {
-                (Presence::Offline(_), Some((at, repeats))) => {
-                    (began.at.saturating_since(at) < RETURN_WITHIN).then_some(repeats)
+                (Presence::Offline(_), Some((at, past))) => {
+                    (began.at.saturating_since(at) < RETURN_WITHIN).then_some(past)
                 }
-                (Presence::Online | Presence::Unknown(Cause::Path | Cause::NodeLagging), _) => Some(0),
+                (Presence::Online | Presence::Unknown(Cause::Path | Cause::NodeLagging), _) => Some(Past::default()),
                 (Presence::Offline(_) | Presence::Unknown(_), _) => None,
             };
             let was_online = before.presence == Presence::Online;
@@ -268,7 +268,7 @@ impl History {
             if !self.change(kept, known, offline.reason.into(), None, Writing::Queued) {
                 return None;
             }
-            kept.set_ended(offline.at, offline.repeats);
+            kept.set_ended(offline.at, offline.past);
             kept.change()
         })
     }

@@ -23,6 +23,8 @@ use crate::fleet::history::Offline;
 
 /// A refused device that returns within this time, or within the rule's `retry_after` if that is shorter, has failed.
 const EARLY_RETURN: Duration = Duration::from_secs(120);
+/// Time after the greatest hint by which a device that the rule has sent away is expected back.
+const BACK_LATE: Duration = Duration::from_secs(120);
 /// Maximum number of refused devices of a rollout whose returns are noticed. A return of a further one is counted as
 /// its first.
 const REFUSED_MAX: usize = 10_000;
@@ -58,19 +60,25 @@ impl Rollouts {
     pub fn watch(&self, running: impl IntoIterator<Item = (Rule, Rollout)>, now: Instant) {
         let before = self.0.load();
         let watched = running.into_iter().map(|(rule, rollout)| {
-            let is_same = |other: &&Arc<Watched>| other.rule == rule && other.window == rollout.window();
-            before.iter().find(is_same).cloned().unwrap_or_else(|| {
-                Arc::new(Watched {
-                    window: rollout.window(),
-                    interval: rollout.interval(),
-                    direction: rollout.direction(),
-                    evidence: Mutex::new(Evidence {
-                        counting: Counting::new(now, rollout.short_session()),
-                        refused: HashMap::new(),
-                        models: Vec::new(),
-                    }),
-                    rule,
-                })
+            let earlier = before.iter().find(|other| other.rule.id == rule.id);
+            if let Some(same) = earlier.filter(|other| other.rule == rule && other.window == rollout.window()) {
+                return Arc::clone(same);
+            }
+            let short = rollout.short_session();
+            let counting = match earlier {
+                Some(earlier) => earlier.evidence().counting.next(now, short),
+                None => Counting::new(now, short),
+            };
+            Arc::new(Watched {
+                window: rollout.window(),
+                interval: rollout.interval(),
+                direction: rollout.direction(),
+                evidence: Mutex::new(Evidence {
+                    counting,
+                    refused: HashMap::new(),
+                    models: Vec::new(),
+                }),
+                rule,
             })
         });
         self.0.store(Arc::new(watched.collect()));
@@ -85,6 +93,13 @@ impl Rollouts {
     #[must_use]
     pub fn is_counting(&self) -> bool {
         !self.0.load().is_empty()
+    }
+
+    /// A device connects, whatever becomes of it.
+    pub fn arrived(&self, device: DeviceId) {
+        for watched in self.0.load().iter() {
+            watched.evidence().counting.handle_arrived(device);
+        }
     }
 
     /// A device got a session. `is_repeat`: its last one ended a short time ago, and was not closed by the gateway.
@@ -162,8 +177,20 @@ impl Watched {
         let Some(side) = self.side(subject, &evidence.models) else {
             return;
         };
+        let Some(device) = subject.device else { return };
         let has_failed = reason.is_some_and(|reason| reason.ended_by().is_failure());
-        evidence.counting.handle_ended(side, opened_at, has_failed, now);
+        let counting = &mut evidence.counting;
+        counting.handle_ended((device, side), opened_at, has_failed, now);
+        let is_sent =
+            self.direction == Direction::Rollout && side == Side::Treated && reason == Some(EndReason::Evicted);
+        if is_sent {
+            counting.handle_sent(device, self.back_by(now));
+        }
+    }
+
+    /// When a device that the rule sends away now is expected back at the latest.
+    fn back_by(&self, now: Instant) -> Instant {
+        now + 2 * self.rule.spec.retry_after + BACK_LATE
     }
 
     fn refused(&self, device: DeviceId, now: Instant) {
@@ -177,6 +204,7 @@ impl Watched {
         };
         let has_failed = last.is_some_and(|last| now.saturating_since(last) < early);
         evidence.counting.handle_known(Side::Treated, has_failed);
+        evidence.counting.handle_sent(device, self.back_by(now));
     }
 
     /// The side of a device that has a session; `None` where it is not compared.
@@ -204,6 +232,7 @@ impl Watched {
 #[cfg(test)]
 mod tests {
     use seawall_proto::{
+        cohorts::Past,
         presence::Evidence,
         rollout::{Counts, Plan},
         rules::{Effect, Match, RuleSpec},
@@ -310,7 +339,7 @@ mod tests {
             at: at(seconds),
             reason,
             evidence: Evidence::Reset,
-            repeats: 0,
+            past: Past::default(),
         };
         assert!(is_repeat(Some(&ended(100, EndReason::ClientGone)), at(699)));
         assert!(!is_repeat(Some(&ended(100, EndReason::ClientGone)), at(700)));
@@ -355,6 +384,23 @@ mod tests {
             (totals.treated, totals.near, totals.others),
             (counts(3, 1), counts(1, 0), counts(0, 0))
         );
+    }
+
+    #[test]
+    fn a_device_that_is_refused_or_evicted_is_expected_back_with_any_version() {
+        let (rollouts, watched) = watching(Direction::Rollout, None);
+        let refused: Vec<u128> = devices(&watched, false).take(4).collect();
+        let id = |index: usize| DeviceId::from_uuid(Uuid::from_u128(refused[index]));
+        let evicted = subject(refused[3], "a", "2");
+        rollouts.closed(&evicted, at(90), false, Some(EndReason::Evicted), at(110));
+        (0..3).for_each(|index| rollouts.refused(watched.rule.id, id(index), at(110)));
+
+        rollouts.arrived(id(0));
+        rollouts.arrived(id(3));
+
+        // 15 minutes is the rule's hint, which is twice that at most.
+        assert_eq!(watched.totals(at(110 + 1_919)).returns, counts(2, 0));
+        assert_eq!(watched.totals(at(110 + 1_920)).returns, counts(4, 2));
     }
 
     #[test]

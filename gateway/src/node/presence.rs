@@ -6,6 +6,7 @@ use std::sync::{Arc, atomic::Ordering};
 
 use seawall_proto::{
     close::{EndReason, EndedBy},
+    cohorts::Past,
     id::{DeviceId, Label, SessionId},
     presence::{Cause, Evidence, Known, Presence, groups::Heard},
     time::WallTime,
@@ -26,14 +27,14 @@ use crate::{
 pub struct Ended {
     pub reason: EndReason,
     pub evidence: Evidence,
-    /// Repeats in a row, this session included.
-    pub repeats: u8,
+    /// The device's past, this session included.
+    pub past: Past,
 }
 
 impl State {
-    /// A device has a session, which has `replaced` an older one. Returns whether that is a return: see
+    /// A device has a session, which has `replaced` an older one. Returns its past, if that is a return: see
     /// [`CameOnline::returned`](crate::fleet::history::CameOnline::returned).
-    pub fn note_session(&self, session: &Session, replaced: Option<&Session>) -> Option<u8> {
+    pub fn note_session(&self, session: &Session, replaced: Option<&Session>) -> Option<Past> {
         let mut heard = Heard::NotHeld;
         if let Some(older) = replaced {
             self.silence.handle_heard(older.id, |how| heard = how);
@@ -80,7 +81,7 @@ impl State {
                 at: self.clock.now(),
                 reason: ended.reason,
                 evidence: ended.evidence,
-                repeats: ended.repeats,
+                past: ended.past,
             };
             self.history.went_offline(info.device, session.id, offline)
         };

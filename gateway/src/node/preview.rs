@@ -132,6 +132,29 @@ fn merged<'a>(groups: impl Iterator<Item = Group<'a>>) -> Vec<Group<'a>> {
     groups.collect()
 }
 
+/// Devices of the cohorts that these rules hold back, and of the whole fleet, as far as all nodes count them. `None`
+/// if a node's counts cannot be read.
+///
+/// Of the cohorts all remembered devices count: most of them are away. Of all others those that are connected.
+pub(crate) fn held_back(rules: &[&RuleSpec], check: &RuleCheck, census: &Census, node: &str) -> Option<(u64, u64)> {
+    let others = Others::of(check, node, census.known());
+    if others.unreadable > 0 {
+        return None;
+    }
+    let groups = census.groups().chain(others.live.iter().flat_map(Published::groups));
+    let (mut held, mut fleet) = (0_u64, 0_u64);
+    for Group { subject, counts } in merged(groups) {
+        if rules.iter().any(|rule| rule.is_for(&subject)) {
+            let devices = counts.known.max(counts.connected);
+            held = held.saturating_add(devices);
+            fleet = fleet.saturating_add(devices);
+        } else {
+            fleet = fleet.saturating_add(counts.connected);
+        }
+    }
+    Some((held, fleet))
+}
+
 /// Which devices were counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Basis {

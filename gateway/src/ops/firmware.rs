@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use axum::{Json, extract::State};
-use seawall_proto::cohorts::{Figure, Outcome, Rates, Window};
+use seawall_proto::cohorts::{Figure, Outcome, Rates, STATEMENT_PARTS, Window};
 use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -36,6 +36,9 @@ pub struct CohortRow {
     /// Sessions of under 2 minutes that the device ended, and that began within 10 minutes of another one of it.
     repeats: u64,
     lookup: LookupCost,
+    /// How far it stands out from the rest of the fleet, by its greatest score. From 1 on there is a proposal, if enough
+    /// devices are concerned. 0: not at all.
+    stands_out: f64,
     /// `closed`; `proposed` while a proposal about it is open; `open` while a rule of the breaker holds.
     breaker: &'static str,
     /// Rates of the last minute.
@@ -59,6 +62,8 @@ pub struct RatesView {
     connect_ms: Option<f64>,
     /// Devices looked up per second.
     lookups: f64,
+    /// Statements per second that looked them up.
+    statements: f64,
     /// Mean time that they waited for the database, in milliseconds. Null without lookups.
     lookup_ms: Option<f64>,
     /// Mean duration of the sessions that ended, in seconds. Null if none ended.
@@ -96,6 +101,7 @@ impl RatesView {
             errors: rounded(figure(Figure::Errors)),
             connect_ms: mean(figure(Figure::ConnectMicros), admitted),
             lookups: rounded(figure(Figure::LookupKeys)),
+            statements: rounded(figure(Figure::StatementParts) / STATEMENT_PARTS as f64),
             lookup_ms: mean(figure(Figure::LookupMicros), figure(Figure::LookupKeys)),
             session_seconds: mean(figure(Figure::SessionMillis), figure(Figure::SessionsEnded)),
             messages: rounded(figure(Figure::Messages)),
@@ -156,15 +162,20 @@ fn rounded(figure: f64) -> f64 {
 pub struct LookupCost {
     /// Devices looked up.
     keys: u64,
+    /// Statements that looked them up. A statement for devices of several cohorts counts in parts, by its devices.
+    statements: f64,
     /// Sum of their waiting times for the database.
     seconds: f64,
     /// They cost far more than those of others, so they are isolated: one statement at a time.
     apart: bool,
 }
 
+/// State of a cohort's breaker, and how far it stands out.
+type Judged = (&'static str, f64);
+
 impl CohortRow {
-    fn of(cohort: &Cohort, breaker: &'static str, fleet: &Fleet) -> Self {
-        let (keys, seconds) = cohort.lookup_cost();
+    fn of(cohort: &Cohort, (breaker, stands_out): Judged, fleet: &Fleet) -> Self {
+        let (keys, seconds, statements) = cohort.lookup_cost();
         let rates = cohort.rates();
         Self {
             cohort: cohort.name(),
@@ -175,9 +186,11 @@ impl CohortRow {
             repeats: cohort.figure(Figure::Repeats),
             lookup: LookupCost {
                 keys,
+                statements: rounded(statements),
                 seconds,
                 apart: cohort.is_costly(),
             },
+            stands_out: rounded(stands_out),
             breaker,
             minute: RatesView::of(&rates, Window::Minute),
             hour: RatesView::of(&rates, Window::Hour),
@@ -186,7 +199,8 @@ impl CohortRow {
     }
 }
 
-/// Cohorts, those with a proposal or a rule of the breaker first, then those with most sessions
+/// Cohorts, those with a proposal or a rule of the breaker first, then those that stand out, then those with most
+/// sessions
 ///
 /// The order changes while devices come and go: a row may be missing or come twice across pages.
 #[utoipa::path(
@@ -203,15 +217,19 @@ async fn list_cohorts(
 ) -> Result<Json<Page<CohortRow>>, Problem> {
     let rows = api.state.cohorts.rows();
     let fleet = Fleet::of(&rows);
-    let mut judged: Vec<_> = rows.iter().map(|row| (api.state.breaker.state(row), row)).collect();
+    let mut judged: Vec<(Judged, _)> = rows.iter().map(|row| (api.state.breaker.state(row), row)).collect();
     // Stable: otherwise in the order of sessions.
-    judged.sort_by_key(|(breaker, _)| *breaker == "closed");
+    judged.sort_by(|((left, left_out), _), ((right, right_out), _)| {
+        let is_closed = |breaker: &str| breaker == "closed";
+        let by_breaker = is_closed(left).cmp(&is_closed(right));
+        by_breaker.then(right_out.total_cmp(left_out))
+    });
     let numbered: Vec<_> = judged.into_iter().enumerate().collect();
     let page = Page::of_sorted(numbered, &params, |(number, _)| *number)?;
     let rows = page.items.into_iter();
     Ok(Json(Page {
         items: rows
-            .map(|(_, (breaker, row))| CohortRow::of(row, breaker, &fleet))
+            .map(|(_, (judged, row))| CohortRow::of(row, judged, &fleet))
             .collect(),
         next_cursor: page.next_cursor,
     }))

@@ -27,6 +27,7 @@ mod devices;
 mod discard;
 mod drain;
 mod events;
+mod eviction;
 mod extract;
 mod firmware;
 mod hyper_errors;
@@ -237,6 +238,7 @@ fn documented(message_body_bytes_max: usize) -> (OpenApiRouter<Arc<Api>>, OpenAp
         .merge(devices::routes())
         .merge(messages)
         .merge(rules::routes())
+        .merge(eviction::routes())
         .merge(rollouts::routes())
         .merge(firmware::routes())
         .merge(proposals::routes())

@@ -68,7 +68,8 @@ pub struct RolloutView {
     rule: Uuid,
     /// `release` (the share that the rule admits rises) or `rollout` (the share that it is enforced on rises).
     direction: &'static str,
-    /// `running`, `paused`, `halted` (the treated devices did worse, and it went back one stage), `done` or `reverted`.
+    /// `running`, `paused` (by a person, or for lack of evidence), `halted` (treated devices did worse or
+    /// are missing, so it went back one stage), `done` or `reverted`.
     state: &'static str,
     /// Number of stages reached; 0 before the first.
     stage: u8,
@@ -78,6 +79,8 @@ pub struct RolloutView {
     stages: Vec<u8>,
     /// Minimum time of a stage.
     bake: String,
+    /// Maximum time of a stage without a decision, in seconds. Then it is paused.
+    stage_seconds_max: u64,
     /// As it was ordered.
     connects_min: u32,
     /// Connects of treated devices that this stage needs.
@@ -98,6 +101,17 @@ pub struct EvidenceView {
     control: CountsView,
     /// 9.16 and more: worse. -3 and less: not worse. Between the two: not decided.
     log_likelihood_ratio: f64,
+    returns: ReturnsView,
+}
+
+/// Devices that the rule has refused, restricted or evicted in stages of a `rollout`. Empty while several nodes count.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = RolloutReturns)]
+pub struct ReturnsView {
+    /// Those that are back, or were to be back by now: within twice `retry_after` and 2 minutes.
+    expected: u64,
+    /// Of these, those that did not connect again, with any version.
+    missing: u64,
 }
 
 /// Connects whose outcome is known.
@@ -106,7 +120,8 @@ pub struct EvidenceView {
 pub struct CountsView {
     connects: u64,
     /// Sessions that ended within 120 s (within `bake` if that is shorter), and returns soon after an earlier session.
-    /// Closes by the gateway or an operator are not among them.
+    /// Closes by the gateway or an operator are not among them. A device that leaves after a longer session of this
+    /// stage, and does not return within 10 minutes, is one more failed connect.
     failed: u64,
 }
 
@@ -119,7 +134,9 @@ pub struct StepView {
     /// Number of stages reached after it.
     stage: u8,
     percent: u8,
-    /// `started`, `fine`, `worse`, `paused`, `resumed`, `reverted`, `rule_changed` or `evidence_lost`.
+    /// `started`, `fine`, `worse`, `paused`, `resumed`, `reverted`, `rule_changed`, `evidence_lost`, `missing` or
+    /// `no_evidence`. `missing`: devices that were sent away did not return. `no_evidence`: a stage decided nothing in
+    /// its time.
     verdict: &'static str,
 }
 
@@ -156,12 +173,17 @@ impl RolloutView {
             percent: rollout.percent(),
             stages: plan.stages.clone(),
             bake: humantime::format_duration(plan.bake).to_string(),
+            stage_seconds_max: rollout.stage_max().as_secs(),
             connects_min: plan.connects_min,
             connects_needed: rollout.connects_needed(),
             evidence: EvidenceView {
                 treated: totals.treated.into(),
                 control: totals.control().into(),
                 log_likelihood_ratio: rollout.log_likelihood_ratio(),
+                returns: ReturnsView {
+                    expected: totals.returns.connects,
+                    missing: totals.returns.failed,
+                },
             },
             log_likelihood_ratio: rollout.log_likelihood_ratio(),
             steps: rollout.steps().iter().map(StepView::from).collect(),

@@ -36,7 +36,7 @@ use crate::{
         rule_write::{Permission, Place, WRITE_MAX, WriteError, apply, local_write, tell, write},
     },
     session::census::Census,
-    store::{Consent, RULES_MAX, StoreError},
+    store::{Audit, Consent, RULES_MAX, StoreError},
 };
 
 /// Maximum number of devices in the lists of all rules.
@@ -243,9 +243,20 @@ async fn change_rule(
     let (names, wall) = (&api.state.config.identity, api.state.clock.wall());
     let (spec, is_confirmed) = request.into_change_of(&before.spec, names, wall)?;
     check_allowed(&api.state, &spec, Some(id))?;
+    change_to(&api, before, spec, is_confirmed, caller.audit(&api, "rule.update")).await
+}
+
+/// Replaces what a rule says, and answers with it.
+pub(super) async fn change_to(
+    api: &Api,
+    before: &Rule,
+    spec: RuleSpec,
+    is_confirmed: bool,
+    audit: Audit,
+) -> Result<(StatusCode, Json<RuleView>), Problem> {
+    let (id, deadline) = (before.id, Instant::now() + WRITE_MAX);
     let (revision, hits_others) = (before.revision, spec.is_wider_than(&before.spec));
-    let (deadline, audit) = (Instant::now() + WRITE_MAX, caller.audit(&api, "rule.update"));
-    let (asked, wanted) = (&*api, &spec);
+    let (asked, wanted) = (api, &spec);
     let permission = || async move {
         match (is_confirmed, hits_others) {
             (true, _) => Ok(Permission::Stored(Consent::Given)),
@@ -271,7 +282,7 @@ async fn change_rule(
             Ok(Some(made.await))
         }
     };
-    let place = checked(&api, deadline, permission, write).await?;
+    let place = checked(api, deadline, permission, write).await?;
     let place = place.ok_or_else(no_such_rule)?;
     answer(&api.state, id, place, StatusCode::OK)
 }

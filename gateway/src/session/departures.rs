@@ -11,7 +11,7 @@ use std::{
 };
 
 use seawall_proto::{
-    departures::{self, AlreadyDraining, Departure, DrainOrder, DrainState, NodeLoad, Output, Scan},
+    departures::{self, AlreadyDraining, Departure, DrainOrder, DrainState, EvictionStatus, NodeLoad, Output, Scan},
     refusal::Peers,
     time::WallTime,
 };
@@ -136,6 +136,11 @@ impl Departures {
                 deadline: inner.deadline,
             }
         })
+    }
+
+    #[must_use]
+    pub fn eviction_status(&self) -> EvictionStatus {
+        self.with(|inner| inner.machine.eviction_status())
     }
 
     /// Whether a drain was started: the node is not ready.

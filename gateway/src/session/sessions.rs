@@ -19,6 +19,7 @@ use std::{
 use bytes::Bytes;
 use seawall_proto::{
     close::Close,
+    cohorts::Past,
     epoch::SessionIds,
     id::{CredentialTag, DeviceId, Label, SessionId},
     time::{Instant, Tenths, WallTime},
@@ -67,8 +68,8 @@ impl SessionInfo {
 pub struct Session {
     pub id: SessionId,
     pub info: SessionInfo,
-    /// Set once, where it began soon after another session of the device: repeats in a row before it, plus one.
-    pub returned: AtomicU8,
+    /// Set once, where it began soon after another session of the device: the bits of its past before it, plus one.
+    returned: AtomicU8,
     inbox: Mutex<Inbox>,
 }
 
@@ -177,6 +178,17 @@ pub enum PostError {
 }
 
 impl Session {
+    /// It began soon after another session of the device, with this past.
+    pub fn set_returned(&self, past: Past) {
+        self.returned.store(past.bits() + 1, Ordering::Relaxed);
+    }
+
+    /// The past of its device, if it began soon after another session.
+    pub fn returned(&self) -> Option<Past> {
+        let bits = self.returned.load(Ordering::Relaxed).checked_sub(1)?;
+        Some(Past::of_bits(bits))
+    }
+
     /// Orders the session to end. The first order counts; later ones are ignored.
     pub fn close(&self, order: Close) -> bool {
         let mut inbox = self.inbox();

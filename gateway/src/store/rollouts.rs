@@ -4,7 +4,7 @@
 
 use seawall_proto::{
     id::RuleId,
-    rollout::{Rollout, State, Totals},
+    rollout::{Counts, Rollout, State, Totals},
     rules::{Rule, RuleSpec},
     time::WallTime,
 };
@@ -151,6 +151,10 @@ impl Store {
                 let counts = row.text("counts")?;
                 let counts: Option<Totals> = counts.and_then(|text| serde_json::from_str(&text).ok());
                 stored.totals = stored.totals.plus(&counts.unwrap_or_default());
+            }
+            if rows.len() > 1 {
+                // A device that one node misses may be back on another one.
+                stored.totals.returns = Counts::default();
             }
             Ok(Some(stored))
         })

@@ -1,5 +1,7 @@
 //! Firmware rules and their revision. They have their own connections, so that a storm of lookups never delays them.
 
+use std::time::Duration;
+
 pub use seawall_proto::rules::StoredRules;
 use seawall_proto::{
     id::RuleId,
@@ -121,6 +123,17 @@ const RELEASE: Sql = Sql::both(
     "INSERT INTO meta (key, value) VALUES ('rules_released', $1) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
 );
 
+/// Changes no row if the last automatic rule is too recent. Index: meta's primary key.
+const NOTE_AUTOMATIC: Sql = Sql {
+    sqlite: "INSERT INTO meta (key, value) VALUES ('automatic_rule_at', CAST(CAST(unixepoch('subsec') * 1000 AS INTEGER) AS TEXT)) \
+             ON CONFLICT (key) DO UPDATE SET value = excluded.value \
+             WHERE CAST(meta.value AS INTEGER) <= CAST(excluded.value AS INTEGER) - $1",
+    postgres: "INSERT INTO meta (key, value) \
+               VALUES ('automatic_rule_at', CAST(CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT) AS TEXT)) \
+               ON CONFLICT (key) DO UPDATE SET value = excluded.value \
+               WHERE CAST(meta.value AS BIGINT) <= CAST(excluded.value AS BIGINT) - $1",
+};
+
 impl Store {
     /// Returns the revision of the rule set.
     ///
@@ -185,6 +198,35 @@ impl Store {
     ) -> Result<Rule, StoreError> {
         self.observed(Operation::Rules, RULES_WRITE_TIME_MAX, async {
             let (mut held, revision) = self.begin_insert(consent).await?;
+            let after = as_json(&spec)?;
+            let rule = insert(&mut held, id, spec, after, revision, consent, audit).await?;
+            held.commit().await?;
+            Ok(rule)
+        })
+        .await
+    }
+
+    /// Adds a rule of the breaker that no person has asked for. It was decided on the rules of this revision. At most
+    /// one is added within `interval`, by the database's clock, whatever has become of the last one.
+    ///
+    /// # Errors
+    /// As [`Store::rule_insert`]. [`StoreError::Conflict`]: the last one was added within `interval`.
+    #[tracing::instrument(name = "db.rules.insert", level = "debug", skip_all)]
+    pub async fn rule_insert_automatic(
+        &self,
+        id: RuleId,
+        spec: RuleSpec,
+        revision: u64,
+        interval: Duration,
+        audit: &Audit,
+    ) -> Result<Rule, StoreError> {
+        let consent = Consent::Checked { revision };
+        self.observed(Operation::Rules, RULES_WRITE_TIME_MAX, async {
+            let (mut held, revision) = self.begin_insert(consent).await?;
+            let interval = i64::try_from(interval.as_millis()).unwrap_or(i64::MAX);
+            if held.run(NOTE_AUTOMATIC, &[Value::from(interval)]).await? != 1 {
+                return conflict(held, "the cohort breaker has made another rule a short time ago").await;
+            }
             let after = as_json(&spec)?;
             let rule = insert(&mut held, id, spec, after, revision, consent, audit).await?;
             held.commit().await?;

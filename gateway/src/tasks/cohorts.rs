@@ -1,10 +1,10 @@
 //! Judges the cohorts once a second, tells operators of proposals, and writes the rules of automatic ones. Start with
 //! [`judge`].
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use seawall_proto::{
-    cohorts::{Action, Breaker, BreakerRule, ProposalId, ProposalState, is_of_one_tenant},
+    cohorts::{Action, Breaker, BreakerRule, ProposalId, ProposalState, is_of_one_tenant, may_hold},
     id::RuleId,
     rules::{Rule, RuleSpec},
     time::Instant,
@@ -20,9 +20,12 @@ use crate::{
     },
     node::{
         Shared, State,
+        preview::held_back,
         rule_write::{Author, Place, made_or_changed},
     },
-    store::{Audit, Consent},
+    runtime::lifecycle::blocking,
+    session::census::Census,
+    store::{Audit, Consent, StoreError},
 };
 
 /// Interval at which cohorts are judged.
@@ -120,8 +123,26 @@ fn narrow(state: &Shared, shown: &Shown) {
 /// written rules meanwhile, the limits are checked again.
 async fn apply(state: &Shared, shown: &Shown, spec: RuleSpec, revision: u64, now: Instant) {
     let (id, rule) = (shown.proposal.id, shown.proposal.rule_id());
-    let (consent, audit) = (Consent::Checked { revision }, audit(state, "proposal.apply"));
-    match state.store.rule_insert(rule, spec, consent, &audit).await {
+    let audit = audit(state, "proposal.apply");
+    let made = match is_within_limit(state, &spec).await {
+        Ok(true) => {
+            let interval = Breaker::APPLY_INTERVAL;
+            let inserting = state
+                .store
+                .rule_insert_automatic(rule, spec, revision, interval, &audit);
+            inserting.await
+        }
+        Ok(false) => {
+            state.breaker.handle_failed(id, now);
+            return tracing::warn!(
+                proposal.id = %id.0,
+                cohort = shown.cohort.name(),
+                "cohort not gated: over a fifth of the devices of all nodes would be held back"
+            );
+        }
+        Err(error) => Err(error),
+    };
+    match made {
         Ok(rule) => {
             put_in_force(state, &rule, "created").await;
             applied(state, id, rule.id, true);
@@ -131,6 +152,29 @@ async fn apply(state: &Shared, shown: &Shown, spec: RuleSpec, revision: u64, now
             state.breaker.handle_failed(id, now);
         }
     }
+}
+
+/// Whether the breaker's rules in force, with this one, hold back no more devices of all nodes than is allowed. This
+/// node alone has counted its own before.
+async fn is_within_limit(state: &Shared, spec: &RuleSpec) -> Result<bool, StoreError> {
+    let check = state.store.rule_check(state.run).await?;
+    if check.nodes.iter().all(|node| !node.is_live) {
+        return Ok(true);
+    }
+    let (rules, wall) = (state.rules.current(), state.clock.wall());
+    let (spec, shared) = (spec.clone(), Arc::clone(state));
+    let counted = blocking(move || {
+        let census = Census::of(&shared.sessions, &shared.history);
+        let in_force = rules.rules().iter().filter(|rule| {
+            let own = BreakerRule::of(rule, wall);
+            own.is_some_and(|own| own.holds())
+        });
+        let specs: Vec<&RuleSpec> = in_force.map(|rule| &rule.spec).chain([&spec]).collect();
+        held_back(&specs, &check, &census, &shared.node)
+    });
+    // What cannot be counted is not within the limit.
+    let counted = counted.await.flatten();
+    Ok(counted.is_some_and(|(held, fleet)| may_hold(held, fleet)))
 }
 
 /// The rule of a proposal is in force.
@@ -152,6 +196,21 @@ async fn renew(state: &Shared, shown: &Shown) {
     let Some(rule) = own.find(|rule| Some(rule.id) == shown.proposal.rule) else {
         return;
     };
+    if shown.proposal.is_automatic() {
+        match is_within_limit(state, &rule.spec).await {
+            Ok(true) => {}
+            Ok(false) => {
+                return tracing::warn!(
+                    rule.id = %rule.id,
+                    cohort = shown.cohort.name(),
+                    "rule of a proposal not extended: over a fifth of the devices of all nodes would be held back"
+                );
+            }
+            Err(error) => {
+                return tracing::warn!(%error, rule.id = %rule.id, "rule of a proposal not extended: trying again");
+            }
+        }
+    }
     let spec = RuleSpec {
         expires_at: Some(wall + Breaker::GATE),
         ..rule.spec.clone()

@@ -8,7 +8,8 @@ use rand::{Rng, SeedableRng as _, rngs::SmallRng};
 use seawall_proto::{
     admission::BreakerState,
     close::Close,
-    departures::{Departure, DrainState, NodeLoad, Output, Scan, eviction_rate_per_second},
+    departures::{Departure, DrainState, EvictionStatus, NodeLoad, Output, Scan},
+    id::RuleId,
     refusal::Hint,
     rules::{RuleSet, Subject},
     time::{Instant, WallTime},
@@ -59,12 +60,9 @@ async fn act(state: &Shared, rng: &mut SmallRng) -> Option<Instant> {
             Output::Drain(reached) => report(state, reached),
             Output::Scan(scan) => {
                 let found = find(state, scan).await;
-                let load = load(state);
-                if scan == Scan::Evicted && !found.is_empty() {
-                    let rate_per_second = eviction_rate_per_second(found.len(), load.capacity_per_second);
-                    tracing::info!(sessions = found.len(), rate_per_second, "evicting blocked sessions");
-                }
-                state.departures.handle_found(scan, found, &load);
+                let before = state.departures.eviction_status();
+                state.departures.handle_found(scan, found, &load(state));
+                report_eviction(state, before);
             }
             Output::Close(session, departure) => {
                 close(state, &session, departure, rng);
@@ -104,6 +102,25 @@ fn report(state: &State, reached: DrainState) {
         }
     };
     state.events.notice(state.clock.wall(), Body::Drain { state: event });
+}
+
+/// Reports an eviction that has begun, grown or ended since.
+fn report_eviction(state: &State, before: EvictionStatus) {
+    let now = state.departures.eviction_status();
+    let change = match (before.sessions, now.sessions) {
+        (before, now) if before == now => return,
+        (0, _) => "started",
+        (_, 0) => "ended",
+        _ => "changed",
+    };
+    let (sessions, rate_per_second) = (now.sessions, now.rate_per_second);
+    tracing::info!(sessions, rate_per_second, change, "eviction of blocked sessions");
+    let event = Body::Eviction {
+        state: change,
+        sessions,
+        rate_per_second,
+    };
+    state.events.notice(state.clock.wall(), event);
 }
 
 fn load(state: &State) -> NodeLoad {
@@ -163,6 +180,19 @@ fn evicted(sessions: &Sessions, rules: &RuleSet, wall: WallTime) -> Vec<Arc<Sess
                 Some(true) => rules.evicting(&subject_of(session), wall).is_some(),
             }
     })
+}
+
+/// Number of sessions that this rule evicts and that are not closing yet. Reads every session, so it is to run off the
+/// runtime's workers.
+#[must_use]
+pub fn left_of(state: &State, rule: RuleId) -> usize {
+    let (rules, wall) = (state.rules.current(), state.clock.wall());
+    let left = evicted(&state.sessions, &rules, wall).into_iter();
+    left.filter(|session| {
+        let by = rules.evicting(&subject_of(session), wall);
+        by.is_some_and(|by| by.id == rule)
+    })
+    .count()
 }
 
 fn subject_of(session: &Session) -> Subject<'_> {

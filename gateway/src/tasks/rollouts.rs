@@ -17,7 +17,7 @@ use crate::{
     store::{Audit, RolloutWrite, StoreError, StoredRollout},
 };
 
-/// Alarm while a rollout is halted.
+/// Alarm while a rollout is halted, or paused for lack of evidence.
 const HALTED_ALARM: &str = "rollout_halted";
 /// Actor in the audit log for steps that the gateway takes on its own.
 const ACTOR: &str = "gateway";
@@ -174,7 +174,9 @@ impl Told {
                 tell(state, *rule, rollout, step);
             }
             let subject = rule.to_string();
-            if rollout.state() == Phase::Halted {
+            let is_stuck =
+                rollout.state() == Phase::Paused && last.is_some_and(|last| last.verdict == Verdict::NoEvidence);
+            if rollout.state() == Phase::Halted || is_stuck {
                 let action = format!("seawall rules rollout {rule}").into();
                 state
                     .alarms
@@ -202,7 +204,8 @@ fn tell(state: &Shared, rule: RuleId, rollout: &Rollout, step: Step) {
         verdict: step.verdict.as_str(),
     };
     state.events.notice(state.clock.wall(), body);
-    let evidence = (step.verdict == Verdict::Worse).then(|| compared(rollout));
+    let evidence = matches!(step.verdict, Verdict::Worse | Verdict::Missing | Verdict::NoEvidence);
+    let evidence = evidence.then(|| compared(rollout));
     tracing::info!(
         rule.id = %rule,
         direction = rollout.direction().as_str(),
@@ -220,6 +223,14 @@ fn halted(rule: RuleId, rollout: &Rollout) -> String {
         Direction::Release => "release",
         Direction::Rollout => "rollout",
     };
+    if rollout.state() == Phase::Paused {
+        return format!(
+            "the {what} of rule {rule} was paused at {} %: nothing was decided within {} min ({}). Resume or revert it",
+            rollout.percent(),
+            rollout.stage_max().as_secs() / 60,
+            compared(rollout)
+        );
+    }
     format!(
         "the {what} of rule {rule} was halted, and returned to {} %: {}. Check it, then resume or revert it",
         rollout.percent(),
@@ -230,8 +241,9 @@ fn halted(rule: RuleId, rollout: &Rollout) -> String {
 /// Results of the treated devices and the control.
 fn compared(rollout: &Rollout) -> String {
     let (treated, control) = (rollout.totals().treated, rollout.totals().control());
+    let returns = rollout.totals().returns;
     format!(
-        "{} of {} treated connects failed, and {} of {} of the control",
-        treated.failed, treated.connects, control.failed, control.connects
+        "{} of {} treated connects failed, and {} of {} of the control; {} of {} devices that were sent away did not return",
+        treated.failed, treated.connects, control.failed, control.connects, returns.failed, returns.connects
     )
 }

@@ -187,7 +187,7 @@ fn refused(answer: Conclusion) -> (Cause, Refusal) {
 }
 
 fn is_found(answer: &Conclusion) -> bool {
-    matches!(answer.look_up, Some(LookUp::Found(_))) && matches!(answer.decision, Decision::Admitted(_))
+    matches!(answer.look_up, Some(LookUp::Found { .. })) && matches!(answer.decision, Decision::Admitted(_))
 }
 
 fn is_absent(answer: &Conclusion) -> bool {

@@ -20,8 +20,7 @@ const GATE: Duration = Duration::from_secs(900);
 /// More cohorts than this that begin to stand out within [`COMMON_WITHIN`] have a common cause: none is gated.
 const COMMON_COHORTS_MAX: usize = 3;
 const COMMON_WITHIN: Duration = Duration::from_secs(60);
-/// Least time between two automatic rules.
-const APPLY_INTERVAL: Duration = Duration::from_secs(600);
+
 /// What the breaker does on its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
@@ -218,6 +217,8 @@ impl Breaker {
 
     /// Time for which a rule of the breaker holds: 15 minutes.
     pub const GATE: Duration = GATE;
+    /// Minimum time between two automatic rules, of whichever nodes: 10 minutes.
+    pub const APPLY_INTERVAL: Duration = Duration::from_secs(600);
     /// Share of a gated cohort that is admitted, in percent: a live sample that shows when it is well again.
     pub const ADMIT_PERCENT: u8 = 10;
 
@@ -296,8 +297,11 @@ impl Breaker {
     }
 
     fn may_apply(&self, gates: &[BreakerRule], now: Instant) -> bool {
-        let is_recent = gates.iter().any(|gate| gate.age < APPLY_INTERVAL);
-        !is_recent && self.applied_at.is_none_or(|applied| applied + APPLY_INTERVAL <= now)
+        let is_recent = gates.iter().any(|gate| gate.age < Self::APPLY_INTERVAL);
+        !is_recent
+            && self
+                .applied_at
+                .is_none_or(|applied| applied + Self::APPLY_INTERVAL <= now)
     }
 
     fn share(&self, gates: &[BreakerRule], detector: &Detector) -> Share {

@@ -25,6 +25,9 @@ crate::labels! {
     pub enum EventKind {
         /// A session ended that was a repeat: short, and soon after another one of the device.
         Repeat = "repeat",
+        /// A session of more than two minutes ended, and its device is in a loop; see
+        /// [`Past::is_in_loop`](super::Past::is_in_loop).
+        SlowRepeat = "slow_repeat",
         /// The device broke the protocol or a limit, or its credential was refused.
         Error = "error",
     }
@@ -53,6 +56,7 @@ pub struct Detector {
     cohorts: Vec<Watched>,
     fleet: f64,
     repeats: Watch,
+    slow_repeats: Watch,
     errors: Watch,
     /// Cohorts with look-ups in this second.
     looked_up: Vec<(u32, Lookups)>,
@@ -105,6 +109,7 @@ impl Detector {
         };
         let watch = match event.kind {
             EventKind::Repeat => &mut self.repeats,
+            EventKind::SlowRepeat => &mut self.slow_repeats,
             EventKind::Error => &mut self.errors,
         };
         watch.handle_event(slot, event.domain, event.tenant, event.is_again, self.second);
@@ -116,20 +121,19 @@ impl Detector {
         let elapsed = second.saturating_sub(self.second).clamp(1, ELAPSED_MAX) as f64;
         let mut findings = Vec::new();
         let (cohorts, fleet) = (&self.cohorts, self.fleet);
-        for (signal, watch) in [(Signal::Repeats, &mut self.repeats), (Signal::Errors, &mut self.errors)] {
+        // Only short repeats are a reason to refuse devices without a person.
+        for (signal, level_max, watch) in [
+            (Signal::Repeats, Level::Apply, &mut self.repeats),
+            (Signal::Repeats, Level::Propose, &mut self.slow_repeats),
+            (Signal::Errors, Level::Propose, &mut self.errors),
+        ] {
             let devices = |slot: u32| cohorts[slot as usize].devices;
             watch.handle_second(self.second, elapsed, fleet, devices, |found| {
                 let watched = &cohorts[found.slot as usize];
-                // Only repeats are a reason to refuse devices without a person.
-                let level = if signal == Signal::Repeats {
-                    found.level
-                } else {
-                    Level::Propose
-                };
                 findings.push(Finding {
                     cohort: watched.tag,
                     signal,
-                    level,
+                    level: found.level.min(level_max),
                     evidence: Evidence {
                         observed: found.observed,
                         expected: found.expected,
@@ -155,11 +159,25 @@ impl Detector {
         };
         let watched = &self.cohorts[slot as usize];
         match signal {
-            Signal::Repeats => self.repeats.is_bad(slot),
+            Signal::Repeats => self.repeats.is_bad(slot) || self.slow_repeats.is_bad(slot),
             Signal::Errors => self.errors.is_bad(slot),
             Signal::Cost => watched.cost.is_bad(self.second),
             Signal::Messages => watched.messages.is_bad(),
         }
+    }
+
+    /// How far a cohort stands out at present, by its greatest score: from 1 on a proposal is due, if enough devices
+    /// are concerned. 0: not at all.
+    #[must_use]
+    pub fn stands_out(&self, cohort: CohortTag) -> f64 {
+        let Some(slot) = self.index.get(&cohort).copied() else {
+            return 0.0;
+        };
+        let watched = &self.cohorts[slot as usize];
+        let watches = [&self.repeats, &self.slow_repeats, &self.errors];
+        let of_events = watches.iter().map(|watch| watch.stands_out(slot));
+        let others = [watched.cost.stands_out(self.second), watched.messages.stands_out()];
+        of_events.chain(others).fold(0.0, f64::max)
     }
 
     /// Devices of a cohort, those in a crash loop included.
@@ -240,6 +258,7 @@ impl Detector {
             None => self.cohorts.push(watched),
         }
         self.repeats.reset(slot);
+        self.slow_repeats.reset(slot);
         self.errors.reset(slot);
         let slot = u32::try_from(slot).ok()?;
         self.index.insert(tag, slot);
@@ -250,7 +269,8 @@ impl Detector {
     fn idle_slot(&self) -> Option<usize> {
         let is_idle = |slot: &usize| {
             let looked_up = self.looked_up.iter().any(|(of, _)| *of as usize == *slot);
-            self.cohorts[*slot].devices < 1.0 && self.repeats.is_idle(*slot) && self.errors.is_idle(*slot) && !looked_up
+            let watches = [&self.repeats, &self.slow_repeats, &self.errors];
+            self.cohorts[*slot].devices < 1.0 && watches.iter().all(|watch| watch.is_idle(*slot)) && !looked_up
         };
         let idle = (0..self.cohorts.len()).filter(is_idle);
         idle.min_by_key(|slot| self.cohorts[*slot].seen)

@@ -11,8 +11,8 @@ use crate::{
     time::WallTime,
 };
 
-/// Maximum share of the fleet in cohorts that are gated without a person.
-const FLEET_SHARE_MAX: f64 = 0.2;
+/// Maximum share of the fleet in cohorts that are gated without a person, in percent.
+const FLEET_PERCENT_MAX: u64 = 20;
 
 /// Devices of other tenants in a cohort whose evidence is of one tenant, from which a rule is for this tenant alone: at
 /// least this number, and a fifth of the cohort.
@@ -58,6 +58,12 @@ pub const fn is_of_one_tenant(devices: u64, others: u64) -> bool {
     others >= OTHERS_MIN && others.saturating_mul(OTHERS_PART) >= devices.saturating_add(others)
 }
 
+/// Whether rules of the breaker may hold back cohorts of `held` devices, of `fleet` devices on all nodes.
+#[must_use]
+pub const fn may_hold(held: u64, fleet: u64) -> bool {
+    held.saturating_mul(100) <= fleet.saturating_mul(FLEET_PERCENT_MAX)
+}
+
 fn spec_for(matches: Match, expires_at: WallTime) -> RuleSpec {
     RuleSpec {
         admit_percent: Breaker::ADMIT_PERCENT,
@@ -97,7 +103,9 @@ impl BreakerRule {
         })
     }
 
-    pub(super) const fn holds(&self) -> bool {
+    /// Whether it has not expired.
+    #[must_use]
+    pub const fn holds(&self) -> bool {
         !self.left.is_zero()
     }
 }
@@ -133,7 +141,7 @@ impl Share {
 
     /// Whether the gated cohorts with `more` devices are within the limit.
     pub fn allows(&self, more: f64) -> bool {
-        self.gated + more <= FLEET_SHARE_MAX * self.fleet
+        self.gated + more <= FLEET_PERCENT_MAX as f64 / 100.0 * self.fleet
     }
 }
 

@@ -9,6 +9,7 @@ mod breaker;
 mod detector;
 mod gates;
 mod outcome;
+mod past;
 mod proposal;
 mod rates;
 mod ratio;
@@ -20,16 +21,15 @@ use std::time::Duration;
 pub use self::{
     breaker::{Action, Breaker, Mode},
     detector::{COHORTS_MAX, Detector, Event, EventKind},
-    gates::{BreakerRule, is_of_one_tenant, rule_for},
+    gates::{BreakerRule, is_of_one_tenant, may_hold, rule_for},
     outcome::Outcome,
+    past::{Past, SHORT_SESSION, STEADY_SESSION},
     proposal::{Proposal, ProposalId, ProposalState},
-    rates::{Figure, Rates, Totals, Window},
+    rates::{Figure, Rates, STATEMENT_PARTS, Totals, Window},
     sites::Sites,
 };
-use crate::{close::EndedBy, cohort::CohortTag};
+use crate::cohort::CohortTag;
 
-/// A session shorter than this is short: 2 minutes.
-pub const SHORT_SESSION: Duration = Duration::from_secs(120);
 /// A session that begins within this time of the device's previous one is a return: 10 minutes. A short return is a
 /// repeat.
 pub const RETURN_WITHIN: Duration = Duration::from_secs(600);
@@ -91,17 +91,6 @@ pub struct Evidence {
     pub fleet: f64,
     /// Hash of the tenant that nearly all events are of, if there is one.
     pub tenant: Option<u64>,
-}
-
-/// Repeats in a row of a device whose session has ended, this one included; 0 if it is none. `returned`: the repeats
-/// before it and one more, if it began a short time after another session of the device; else 0.
-#[must_use]
-pub fn repeats(by: EndedBy, lived: Duration, returned: u8) -> u8 {
-    if by.may_be_crash() && lived < SHORT_SESSION {
-        returned
-    } else {
-        0
-    }
 }
 
 /// Share of an exponentially weighted average that is left after `seconds`.

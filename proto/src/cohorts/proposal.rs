@@ -79,6 +79,12 @@ impl Proposal {
         RuleId(self.id.0)
     }
 
+    /// Whether no person has asked for its rule.
+    #[must_use]
+    pub const fn is_automatic(&self) -> bool {
+        self.is_automatic
+    }
+
     /// Whether it is open, and its rule is not being written.
     pub(super) fn is_free(&self, now: Instant) -> bool {
         self.is_open() && self.busy_until <= now

@@ -12,6 +12,9 @@ crate::labels! {
         LookupKeys = "lookup_keys",
         /// Time that they waited for the database, in microseconds.
         LookupMicros = "lookup_micros",
+        /// Their statements, in parts of [`STATEMENT_PARTS`]. A statement counts in equal parts for its keys, which may
+        /// be of several cohorts.
+        StatementParts = "statement_parts",
         /// Repeats: short sessions of devices that had another one a short time before.
         Repeats = "repeats",
         /// Sessions that a device ended by breaking the protocol or a limit, and refused credentials of devices that
@@ -27,6 +30,9 @@ crate::labels! {
         Bytes = "bytes",
     }
 }
+
+/// Parts of a statement in [`Figure::StatementParts`].
+pub const STATEMENT_PARTS: u64 = 1_000_000;
 
 const COUNT: usize = Outcome::COUNT + Figure::ALL.len();
 

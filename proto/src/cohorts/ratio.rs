@@ -31,6 +31,8 @@ const LOUD_FACTOR: f64 = 10.0;
 const LOUD_MESSAGES_MIN: f64 = 20.0;
 /// Time for which a new cohort's message rates are learned, in seconds.
 const LEARN_FIRST: f64 = 3_600.0;
+/// Time in which a learned peak doubles at most, in seconds.
+const DOUBLING: f64 = 86_400.0;
 /// Time constant of the usual peak, in seconds.
 const PEAK: f64 = 86_400.0;
 
@@ -102,6 +104,15 @@ impl Cost {
         }
         let stands_out = self.score.0 > PROPOSE && self.dear >= DEAR_IMPACT_MIN;
         stands_out.then_some((self.own / 1e3, self.others / 1e3, self.score.0))
+    }
+
+    /// Score relative to that of a proposal; 0 without dear look-ups within the last minutes.
+    pub fn stands_out(&self, now: u64) -> f64 {
+        if self.dear(now) >= 1.0 {
+            self.score.0 / PROPOSE
+        } else {
+            0.0
+        }
     }
 
     /// Whether it had dear look-ups within the last minutes.
@@ -188,10 +199,10 @@ impl Messages {
         self.score.add(is_loud, 1.0);
         self.is_loud = is_loud;
         if !is_loud {
-            // Once it is learned, it rises slowly: what begins gradually is not usual within minutes.
+            // Once it is learned, it rises slowly: what grows for hours is not usual for that.
             let is_learned = self.age >= LEARN_FIRST && self.peak > 0.0;
             let peak_max = if is_learned {
-                self.peak * (elapsed / LEARN_FIRST).exp()
+                self.peak * (elapsed / DOUBLING).exp2()
             } else {
                 f64::MAX
             };
@@ -208,5 +219,10 @@ impl Messages {
 
     pub fn is_bad(&self) -> bool {
         self.is_loud && self.score.0 > PROPOSE
+    }
+
+    /// Score relative to that of a proposal; 0 while it is not loud.
+    pub fn stands_out(&self) -> f64 {
+        if self.is_loud { self.score.0 / PROPOSE } else { 0.0 }
     }
 }

@@ -185,6 +185,11 @@ impl Watch {
         }
     }
 
+    /// Score relative to that of a proposal.
+    pub fn stands_out(&self, slot: u32) -> f64 {
+        self.slots[slot as usize].score / PROPOSE
+    }
+
     /// Whether the cohort still has several times the events that are expected.
     pub fn is_bad(&self, slot: u32) -> bool {
         let cohort = &self.slots[slot as usize];

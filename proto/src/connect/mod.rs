@@ -120,8 +120,8 @@ impl Conclusion {
 /// Result of a lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LookUp {
-    /// The registry has the device. Its statement took this long.
-    Found(Duration),
+    /// The registry has the device. Its statement took this long, for this many keys.
+    Found { took: Duration, keys: u32 },
     /// The registry does not have the device.
     Absent,
     /// The registry did not have the device a short time ago, and was not queried again.
@@ -135,7 +135,7 @@ impl LookUp {
     #[must_use]
     pub const fn as_str(self) -> Option<&'static str> {
         match self {
-            Self::Found(_) => Some("found"),
+            Self::Found { .. } => Some("found"),
             Self::Absent => Some("not_found"),
             Self::RememberedAbsent => Some("cached"),
             Self::Refused(Cause::LookupFailed | Cause::LookupUntold) => Some("failed"),
@@ -211,6 +211,8 @@ struct Waiting<T> {
 struct Found {
     record: DeviceRecord,
     took: Duration,
+    /// Keys of its statement.
+    keys: u32,
     as_of: Generation,
 }
 
@@ -363,11 +365,13 @@ impl<T> Connect<T> {
             ..
         } = self;
         let believes_absence = self.believes_absence;
+        let keys = u32::try_from(statement.batch.keys.len()).unwrap_or(u32::MAX);
         // It is called for every key, even if no device waits for it: the result spares later lookups.
         let told = |device| match row(device) {
             Row::Found(record) => Told::Found(Found {
                 record,
                 took,
+                keys,
                 as_of: statement.as_of,
             }),
             Row::Missing => {
@@ -494,7 +498,13 @@ impl<T> Connect<T> {
         let Conditions { now, wall, .. } = *conditions;
         let mut dry_run = waiting.dry_run;
         let device = answered.device();
-        let look_up = found.as_ref().map_or(LookUp::Absent, |found| LookUp::Found(found.took));
+        let look_up = match &found {
+            Some(Found { took, keys, .. }) => LookUp::Found {
+                took: *took,
+                keys: *keys,
+            },
+            None => LookUp::Absent,
+        };
         let right = found.as_ref().filter(|Found { record, .. }| {
             record.accepts(&waiting.credential, wall) && record.state != DeviceState::Revoked
         });

@@ -907,7 +907,7 @@ fn absent_device_is_not_asked_for_again_until_it_is_registered() {
     assert_eq!(first.look_up, Some(LookUp::Absent));
     assert_eq!(second.look_up, Some(LookUp::RememberedAbsent));
     assert_eq!(refusal(second).code, Code::Unauthorized);
-    assert_eq!(third.look_up, Some(LookUp::Found(TOOK)));
+    assert_eq!(third.look_up, Some(LookUp::Found { took: TOOK, keys: 1 }));
     assert_eq!(node.asked, 2);
 }
 

@@ -38,6 +38,8 @@ const TRANSITIONS_MAX: usize = 16;
 pub struct Departures<S> {
     drain: Option<Drain<S>>,
     eviction: Queue<S>,
+    /// Sessions that the eviction under way found first; 0 while there is none.
+    evicting: usize,
     /// `None`: sessions have no maximum age.
     ageing: Option<Ageing<S>>,
     transitions: VecDeque<DrainState>,
@@ -79,6 +81,17 @@ pub enum Departure {
     Eviction,
 }
 
+/// How far the eviction is.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct EvictionStatus {
+    /// Sessions that it began with, or that a change of the rules added to; 0 while there is none.
+    pub sessions: usize,
+    /// Sessions that wait for their close.
+    pub left: usize,
+    /// Sessions closed per second; 0 while there is none.
+    pub rate_per_second: f64,
+}
+
 /// Load of a node at the time of a scan.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NodeLoad {
@@ -97,6 +110,7 @@ impl<S> Departures<S> {
         Self {
             drain: None,
             eviction: Queue::new(now),
+            evicting: 0,
             ageing: life.map(|life| Ageing::new(life, now)),
             transitions: VecDeque::new(),
         }
@@ -176,6 +190,11 @@ impl<S> Departures<S> {
             Scan::Evicted => {
                 let rate = eviction_rate_per_second(found.len(), load.capacity_per_second);
                 self.eviction.set_pace(rate, None, now);
+                self.evicting = if found.is_empty() {
+                    0
+                } else {
+                    self.evicting.max(found.len())
+                };
                 self.eviction.fill(found);
             }
             Scan::Aged(_) => {
@@ -195,6 +214,20 @@ impl<S> Departures<S> {
             sessions: None,
         };
         self.drain.as_ref().map_or(IDLE, Drain::status)
+    }
+
+    /// State of the eviction.
+    #[must_use]
+    pub fn eviction_status(&self) -> EvictionStatus {
+        EvictionStatus {
+            sessions: self.evicting,
+            left: self.eviction.len(),
+            rate_per_second: if self.evicting == 0 {
+                0.0
+            } else {
+                self.eviction.rate_per_second()
+            },
+        }
     }
 
     /// Returns the caller's next action.

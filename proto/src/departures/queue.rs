@@ -41,6 +41,11 @@ impl<S> Queue<S> {
         self.rate_per_second
     }
 
+    /// Sessions that wait.
+    pub fn len(&self) -> usize {
+        self.sessions.len()
+    }
+
     /// Replaces the waiting sessions with the result of a scan.
     pub fn fill(&mut self, found: Vec<S>) {
         self.sessions = found.into();

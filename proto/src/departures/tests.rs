@@ -385,6 +385,51 @@ fn evictions_stay_below_a_tenth_of_the_admission_rate() {
     assert!(node.burst_max() <= 5, "{} at once", node.burst_max());
 }
 
+/// Within a minute, since that is less than a tenth of the admission rate.
+#[test]
+fn ten_thousand_are_evicted_at_the_planned_rate_in_every_second() {
+    let mut node = Node::new(12_000, 2_000.0);
+    node.evict(0..10_000);
+    node.run_for(Duration::from_secs(1));
+    let status = node.departures.eviction_status();
+    let planned = eviction_rate_per_second(10_000, 2_000.0);
+    assert_eq!((status.sessions, status.rate_per_second), (10_000, planned));
+
+    node.run_for(Duration::from_secs(65));
+
+    let closed: Vec<f64> = node.closed.iter().map(|(at, ..)| seconds(*at)).collect();
+    assert_eq!(closed.len(), 10_000);
+    let whole = closed.last().unwrap() - closed[0];
+    assert!((54.0..=66.0).contains(&whole), "{whole} s");
+    for second in 1..59 {
+        let (begins, ends) = (closed[0] + f64::from(second), closed[0] + f64::from(second + 1));
+        let rate = closed.iter().filter(|at| (begins..ends).contains(*at)).count() as f64;
+        assert!(
+            (rate / planned - 1.0).abs() <= 0.1,
+            "second {second}: {rate} of {planned}"
+        );
+    }
+    assert_eq!(node.departures.eviction_status(), EvictionStatus::default());
+}
+
+#[test]
+fn cancelled_eviction_closes_nobody_any_more() {
+    let mut node = Node::new(1_000, 2_000.0);
+    node.evict(0..400);
+    node.run_for(Duration::from_secs(5));
+    let status = node.departures.eviction_status();
+    assert_eq!(status.sessions, 400);
+    assert_eq!(status.left + node.closed.len(), 400);
+
+    // Its rule does not evict any more.
+    node.evict([]);
+    let closed = node.closed.len();
+    node.run_for(Duration::from_secs(60));
+
+    assert_eq!(node.closed.len(), closed);
+    assert_eq!(node.departures.eviction_status(), EvictionStatus::default());
+}
+
 #[test]
 fn changed_rules_evict_others_from_then_on_and_give_nobody_away_in_a_burst() {
     let mut node = Node::new(1_000, 1_000.0);

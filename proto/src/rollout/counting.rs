@@ -1,9 +1,17 @@
 //! Connects of an evidence window. A connect counts once its outcome is known.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
 
 use super::{Counts, Totals};
-use crate::time::Instant;
+use crate::{id::DeviceId, time::Instant};
+
+/// Maximum number of devices of either kind that are expected back. Further ones are not missed.
+const AWAY_MAX: usize = 10_000;
+/// A device whose session has ended is gone if it does not return within this time: 10 minutes.
+const GONE_AFTER: Duration = Duration::from_secs(600);
 
 /// Which side of the comparison a device is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,8 +25,11 @@ pub enum Side {
 
 const SIDES: usize = 3;
 
+/// Devices that are expected back, with the time by which they are.
+type Away = BTreeMap<DeviceId, (Side, Instant)>;
+
 /// Counts of one window: connects whose outcome is known, and open sessions that may still fail. Memory is bounded by
-/// the seconds of a short session.
+/// the seconds of a short session, and by [`AWAY_MAX`].
 #[derive(Debug)]
 pub struct Counting {
     /// Sessions that began before are left out.
@@ -28,6 +39,10 @@ pub struct Counting {
     totals: Totals,
     /// Open sessions by the second of the window in which they began; oldest first.
     young: VecDeque<(u64, [u64; SIDES])>,
+    /// Devices that the rule has sent away.
+    sent: Away,
+    /// Devices that have left, after sessions that began in this window and were not short.
+    left: Away,
 }
 
 impl Counting {
@@ -41,8 +56,35 @@ impl Counting {
                 treated: Counts { connects: 0, failed: 0 },
                 near: Counts { connects: 0, failed: 0 },
                 others: Counts { connects: 0, failed: 0 },
+                returns: Counts { connects: 0, failed: 0 },
             },
             young: VecDeque::new(),
+            sent: Away::new(),
+            left: Away::new(),
+        }
+    }
+
+    /// The next window, which expects the same devices back.
+    #[must_use]
+    pub fn next(&self, since: Instant, short: Duration) -> Self {
+        Self {
+            sent: self.sent.clone(),
+            ..Self::new(since, short)
+        }
+    }
+
+    /// The rule has refused a device, restricted it or closed its session. It is expected back by this time.
+    pub fn handle_sent(&mut self, device: DeviceId, back_by: Instant) {
+        if self.sent.len() < AWAY_MAX || self.sent.contains_key(&device) {
+            self.sent.insert(device, (Side::Treated, back_by));
+        }
+    }
+
+    /// A device connects, whatever becomes of it and whichever version it has.
+    pub fn handle_arrived(&mut self, device: DeviceId) {
+        self.left.remove(&device);
+        if self.sent.remove(&device).is_some() {
+            self.totals.returns.connects += 1;
         }
     }
 
@@ -72,10 +114,22 @@ impl Counting {
         }
     }
 
-    /// The session that began at `opened_at` has ended. If it was short and did not fail, it says nothing and is left
-    /// out.
-    pub fn handle_ended(&mut self, side: Side, opened_at: Instant, has_failed: bool, now: Instant) {
-        if opened_at < self.since || now.saturating_since(opened_at) >= self.short {
+    /// The session of `device` that began at `opened_at` has ended. If it was short and did not fail, it says nothing
+    /// and is left out. If it was not short, its device is expected back: otherwise that is one more failed connect.
+    pub fn handle_ended(
+        &mut self,
+        (device, side): (DeviceId, Side),
+        opened_at: Instant,
+        has_failed: bool,
+        now: Instant,
+    ) {
+        if opened_at < self.since {
+            return;
+        }
+        if now.saturating_since(opened_at) >= self.short {
+            if has_failed && self.left.len() < AWAY_MAX {
+                self.left.insert(device, (side, now + GONE_AFTER));
+            }
             return;
         }
         let second = self.second(opened_at);
@@ -94,6 +148,12 @@ impl Counting {
     /// Connects whose outcome is known by now.
     pub fn totals(&mut self, now: Instant) -> Totals {
         self.settle(now);
+        let missing = overdue(&mut self.sent, now).len() as u64;
+        self.totals.returns.connects += missing;
+        self.totals.returns.failed += missing;
+        for side in overdue(&mut self.left, now) {
+            self.handle_known(side, true);
+        }
         self.totals
     }
 
@@ -115,4 +175,17 @@ impl Counting {
     fn second(&self, at: Instant) -> u64 {
         at.saturating_since(self.since).as_secs()
     }
+}
+
+/// Removes the devices that are not back in time. Returns their sides.
+fn overdue(away: &mut Away, now: Instant) -> Vec<Side> {
+    let mut sides = Vec::new();
+    away.retain(|_, (side, back_by)| {
+        let is_overdue = *back_by <= now;
+        if is_overdue {
+            sides.push(*side);
+        }
+        !is_overdue
+    });
+    sides
 }

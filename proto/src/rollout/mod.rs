@@ -23,6 +23,11 @@ use crate::time::WallTime;
 
 /// Time without a sign of the driving node after which another one takes over, and evidence starts again: 15 s.
 pub const SILENCE_MAX: Duration = Duration::from_secs(15);
+/// Time of a stage without a decision after which it is paused: this multiple of the bake, and at least 4 hours.
+const STAGE_BAKES_MAX: u32 = 24;
+const STAGE_MAX_MIN: Duration = Duration::from_secs(4 * 60 * 60);
+/// Gaps in the evidence of one stage after which it is paused.
+const GAPS_MAX: usize = 10;
 /// Steps that are remembered: the newest.
 pub const STEPS_MAX: usize = 100;
 /// Bakes that a stage of few devices waits for its connects.
@@ -76,6 +81,10 @@ crate::labels! {
         RuleChanged = "rule_changed",
         /// There was a gap in the evidence, so that the stage's evidence starts again.
         EvidenceLost = "evidence_lost",
+        /// Too many of the devices that the rule has sent away did not return in time: one stage back.
+        Missing = "missing",
+        /// The stage had no decisive evidence in its time: paused.
+        NoEvidence = "no_evidence",
     }
 }
 
@@ -314,6 +323,11 @@ impl Rollout {
         }
         if is_silent {
             self.driver = Some(by);
+            let gaps = self.steps.iter().rev();
+            let gaps = gaps.take_while(|step| step.verdict == Verdict::EvidenceLost).count();
+            if gaps >= GAPS_MAX {
+                return Handled::Stepped(self.give_up(now));
+            }
             return Handled::Stepped(self.step(Verdict::EvidenceLost, now));
         }
         self.driver = Some(by);
@@ -322,11 +336,8 @@ impl Rollout {
         let interval = (self.plan.bake / 10).clamp(Duration::from_secs(1), Duration::from_secs(60));
         let needed = self.connects_needed();
         match self.test.handle_totals(&totals, needed, interval, now) {
-            Finding::Worse => {
-                self.state = State::Halted;
-                self.stage = self.stage.saturating_sub(1);
-                Handled::Stepped(self.step(Verdict::Worse, now))
-            }
+            Finding::Worse => Handled::Stepped(self.halt(Verdict::Worse, now)),
+            Finding::Fine | Finding::Open if totals.are_missing() => Handled::Stepped(self.halt(Verdict::Missing, now)),
             Finding::Fine | Finding::Open if now.saturating_since(self.since) < self.plan.bake => Handled::Noted,
             Finding::Fine if totals.treated.connects >= needed => Handled::Stepped(self.advance(now)),
             Finding::Fine => self.advance_if(self.is_done_waiting(now), now),
@@ -338,9 +349,28 @@ impl Rollout {
     fn advance_if(&mut self, may_advance: bool, now: WallTime) -> Handled {
         if may_advance {
             Handled::Stepped(self.advance(now))
+        } else if now.saturating_since(self.since) >= self.stage_max() {
+            Handled::Stepped(self.give_up(now))
         } else {
             Handled::Noted
         }
+    }
+
+    /// Maximum time of a stage without a decision.
+    #[must_use]
+    pub fn stage_max(&self) -> Duration {
+        (self.plan.bake * STAGE_BAKES_MAX).max(STAGE_MAX_MIN)
+    }
+
+    fn halt(&mut self, verdict: Verdict, now: WallTime) -> Step {
+        self.state = State::Halted;
+        self.stage = self.stage.saturating_sub(1);
+        self.step(verdict, now)
+    }
+
+    fn give_up(&mut self, now: WallTime) -> Step {
+        self.state = State::Paused;
+        self.step(Verdict::NoEvidence, now)
     }
 
     fn advance(&mut self, now: WallTime) -> Step {

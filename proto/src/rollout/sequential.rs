@@ -30,6 +30,10 @@ const MARGIN_MIN: f64 = 0.01;
 const INTERVAL_WEIGHT: f64 = 50.0;
 /// Most intervals that are kept apart. Then each two become one.
 const INTERVALS_MAX: usize = 32;
+/// Share of the devices sent away by a rule that do not return in time: as is usual at worst, and if the rule is at
+/// fault.
+const MISSING_P0: f64 = 0.1;
+const MISSING_P1: f64 = 0.5;
 /// Connects with which the nearer control is large enough to be used by itself.
 const NEAR_MIN: u64 = 100;
 
@@ -72,6 +76,10 @@ pub struct Totals {
     pub near: Counts,
     /// All other devices that may be compared.
     pub others: Counts,
+    /// Devices that the rule has sent away: those that were expected back by now, and those of them that are missing.
+    /// Only of one node, since a device may return to another one.
+    #[serde(default)]
+    pub returns: Counts,
 }
 
 impl Totals {
@@ -100,7 +108,15 @@ impl Totals {
             treated: self.treated.plus(other.treated),
             near: self.near.plus(other.near),
             others: self.others.plus(other.others),
+            returns: self.returns.plus(other.returns),
         }
+    }
+
+    /// Whether too many of the devices that the rule has sent away do not return.
+    pub(crate) fn are_missing(&self) -> bool {
+        let (expected, missing) = self.returns.figures();
+        let of_returned = ((1.0 - MISSING_P1) / (1.0 - MISSING_P0)).ln();
+        missing * (MISSING_P1 / MISSING_P0).ln() + (expected - missing) * of_returned >= WORSE
     }
 
     /// What came since `earlier`.
@@ -109,6 +125,7 @@ impl Totals {
             treated: self.treated.since(earlier.treated),
             near: self.near.since(earlier.near),
             others: self.others.since(earlier.others),
+            returns: Counts::default(),
         }
     }
 }
@@ -216,7 +233,9 @@ impl Sequential {
 
 impl From<Totals> for Interval {
     fn from(totals: Totals) -> Self {
-        let Totals { treated, near, others } = totals;
+        let Totals {
+            treated, near, others, ..
+        } = totals;
         [
             treated.connects,
             treated.failed,
@@ -235,6 +254,7 @@ impl From<Interval> for Totals {
             treated: counts(treated, treated_failed),
             near: counts(near, near_failed),
             others: counts(others, others_failed),
+            returns: Counts::default(),
         }
     }
 }

@@ -32,6 +32,7 @@ fn totals(treated: (u64, u64), others: (u64, u64)) -> Totals {
         treated: counts(treated.0, treated.1),
         near: Counts::default(),
         others: counts(others.0, others.1),
+        ..Totals::default()
     }
 }
 
@@ -160,6 +161,7 @@ fn the_nearer_control_is_used_where_it_is_large_enough() {
         treated: counts(300, 30),
         near: counts(near, near / 10),
         others: counts(10_000, 0),
+        ..Totals::default()
     };
     let state = |near| {
         let mut rollout = release(plan(&[1, 100], 600, 200));
@@ -372,6 +374,127 @@ fn plans_that_make_no_sense_are_refused() {
     assert!(serde_json::from_str::<Plan>(r#"{"stages":[]}"#).is_err());
     assert_eq!(serde_json::from_str::<Plan>("{}").unwrap(), Plan::default());
     assert!(serde_json::from_str::<Plan>(r#"{"stages":[5],"bakes":"90s"}"#).is_err());
+}
+
+// === Time and returns ===
+
+#[test]
+fn a_stage_without_a_decision_is_paused_after_four_hours_or_24_bakes() {
+    for (bake, hours) in [(600, 4), (7_200, 48)] {
+        let mut rollout = release(plan(&[1, 100], bake, 200));
+        let mut paused = None;
+        for second in (0..hours * 3_600 + 60).step_by(10) {
+            // Far too few devices come.
+            let handled = rollout.handle_evidence(NODE, totals((5, 0), (50, 0)), 0, at(second));
+            if let Handled::Stepped(step) = handled {
+                assert_eq!((step.verdict, step.stage, step.percent), (Verdict::NoEvidence, 1, 1));
+                paused = Some(second);
+                break;
+            }
+        }
+        assert_eq!(paused, Some(hours * 3_600));
+        assert_eq!(rollout.state(), State::Paused);
+        // A person resumes it, and its time begins again.
+        rollout.resume(at(180_000)).unwrap();
+        let handled = rollout.handle_evidence(NODE, totals((5, 0), (50, 0)), 0, at(180_010));
+        assert_eq!((handled, rollout.state()), (Handled::Noted, State::Running));
+    }
+}
+
+#[test]
+fn a_stage_whose_evidence_is_lost_again_and_again_is_paused() {
+    let mut rollout = release(plan(&[1, 100], 600, 200));
+    let mut verdicts = Vec::new();
+
+    for gap in 1..=20 {
+        let at = at(gap * 60);
+        if let Handled::Stepped(step) = rollout.handle_evidence(NODE, Totals::default(), 0, at) {
+            verdicts.push(step.verdict);
+        }
+    }
+
+    assert_eq!(verdicts.pop(), Some(Verdict::NoEvidence));
+    assert_eq!(verdicts, [Verdict::EvidenceLost; GAPS_MAX]);
+    assert_eq!((rollout.state(), rollout.stage()), (State::Paused, 1));
+}
+
+#[test]
+fn devices_that_are_sent_away_and_do_not_return_halt_it() {
+    let with_returns = |expected, missing| Totals {
+        returns: counts(expected, missing),
+        ..totals((300, 0), (300, 0))
+    };
+    // (expected, missing, whether it is halted)
+    for (expected, missing, is_halted) in [
+        (5, 5, false),
+        (6, 6, true),
+        (20, 9, false),
+        (20, 10, true),
+        (1_000, 100, false),
+        (1_000, 200, false),
+        (1_000, 400, true),
+    ] {
+        let mut rollout = Rollout::begin(Direction::Rollout, plan(&[5, 50, 100], 600, 200), 0, 10_000, NOON).unwrap();
+        let handled = rollout.handle_evidence(NODE, with_returns(expected, missing), 0, at(10));
+
+        if is_halted {
+            let Handled::Stepped(step) = handled else {
+                panic!("{expected} {missing}: {handled:?}")
+            };
+            assert_eq!(
+                (step.verdict, step.percent),
+                (Verdict::Missing, 0),
+                "{expected} {missing}"
+            );
+            assert_eq!((rollout.state(), rollout.admit_percent()), (State::Halted, 100));
+        } else {
+            assert_eq!(handled, Handled::Noted, "{expected} {missing}");
+        }
+    }
+}
+
+fn device(number: u128) -> crate::id::DeviceId {
+    crate::id::DeviceId::from_uuid(Uuid::from_u128(number))
+}
+
+fn instant(seconds: u64) -> crate::time::Instant {
+    crate::time::Instant::from_micros(seconds * 1_000_000)
+}
+
+#[test]
+fn a_device_that_was_sent_away_is_back_in_time_or_missing() {
+    let mut counting = Counting::new(instant(0), SHORT_SESSION);
+    (1..=4).for_each(|number| counting.handle_sent(device(number), instant(100)));
+    counting.handle_arrived(device(1));
+    counting.handle_arrived(device(9));
+    assert_eq!(counting.totals(instant(99)).returns, counts(1, 0));
+    // It is refused again.
+    counting.handle_sent(device(1), instant(200));
+
+    // The next stage expects them as well.
+    let mut counting = counting.next(instant(99), SHORT_SESSION);
+    counting.handle_arrived(device(2));
+
+    assert_eq!(counting.totals(instant(100)).returns, counts(3, 2));
+    assert_eq!(counting.totals(instant(199)).returns, counts(3, 2));
+    assert_eq!(counting.totals(instant(200)).returns, counts(4, 3));
+}
+
+#[test]
+fn a_device_that_comes_and_then_is_gone_for_good_has_failed() {
+    let mut counting = Counting::new(instant(1_000), SHORT_SESSION);
+    for number in 1..=3 {
+        counting.handle_opened(Side::Treated, instant(1_000));
+        let of = (device(number), Side::Treated);
+        counting.handle_ended(of, instant(1_000), number < 3, instant(1_300));
+    }
+    counting.handle_ended((device(4), Side::Treated), instant(999), true, instant(1_300));
+    counting.handle_arrived(device(2));
+
+    assert_eq!(counting.totals(instant(1_899)).treated, counts(3, 0));
+    // Of the others one was closed by the gateway, and one began before.
+    assert_eq!(counting.totals(instant(1_900)).treated, counts(4, 1));
+    assert_eq!(counting.totals(instant(9_900)).treated, counts(4, 1));
 }
 
 // === Virtual time ===
@@ -595,7 +718,7 @@ proptest! {
             match event {
                 Event::Evidence { by, totals: [t, tf, n, nf, o, of] } => {
                     let by = if by { NODE } else { OTHER_NODE };
-                    let totals = Totals { treated: counts(t, tf), near: counts(n, nf), others: counts(o, of) };
+                    let totals = Totals { treated: counts(t, tf), near: counts(n, nf), others: counts(o, of), ..Totals::default() };
                     let handled = rollout.handle_evidence(by, totals, revision, now);
                     if handled == Handled::Ignored {
                         prop_assert_eq!(&rollout, &before);

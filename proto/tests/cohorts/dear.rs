@@ -87,6 +87,74 @@ fn a_version_that_is_only_dear_is_named_within_ten_seconds_and_never_gated() {
     assert!(!fleet.detector.is_bad(tag(7), Signal::Cost));
 }
 
+/// Its lookups take twice as long every half an hour, and it never fails.
+#[test]
+fn a_version_that_becomes_dear_slowly_is_named() {
+    let mut fleet = Fleet::new(4);
+
+    for second in 0..8 * 3_600 {
+        let dear = (f64::from(second) / 1_800.0).exp2();
+        let findings = fleet.step(|cohort, rng| (millis(rng) * if cohort == 7 { dear } else { 1.0 }, 0));
+
+        if let [found] = findings[..] {
+            assert_eq!((found.cohort, found.signal), (tag(7), Signal::Cost));
+            println!("named at {dear:.1} times the time of the others");
+            assert!(dear < 12.0, "{dear}");
+            return;
+        }
+        assert_eq!(findings, [], "{second} s");
+    }
+    panic!("it was never named");
+}
+
+/// The lookups of one tenant's devices, a tenth of the version's, are 100 times as dear.
+#[test]
+fn a_version_that_is_dear_for_one_tenant_only_is_named() {
+    let mut fleet = Fleet::new(5);
+    for _ in 0..300 {
+        assert_eq!(fleet.step(|_, rng| (millis(rng), 0)), []);
+    }
+
+    for second in 0.. {
+        let dear = |cohort, rng: &mut SmallRng| {
+            let is_of_tenant = cohort == 7 && rng.random_bool(0.1);
+            (millis(rng) * if is_of_tenant { 100.0 } else { 1.0 }, 0)
+        };
+        let findings = fleet.step(dear);
+
+        if let [found] = findings[..] {
+            assert_eq!((found.cohort, found.signal), (tag(7), Signal::Cost));
+            println!("named after {second} s");
+            return;
+        }
+        assert!(findings.is_empty() && second < 600, "{second} s: {findings:?}");
+    }
+}
+
+/// The messages of a version's devices double every two hours.
+#[test]
+fn a_version_that_sends_more_and_more_is_named() {
+    let mut fleet = Fleet::new(6);
+    let begins = 3 * 3_600;
+
+    for second in 0..begins + 24 * 3_600 {
+        let grown = (f64::from(second.max(begins) - begins) / 7_200.0).exp2();
+        let findings = fleet.step(|cohort, rng| {
+            let usual = f64::from(rng.random_range(0..10_u32));
+            (2.0, (usual * if cohort == 5 { grown } else { 1.0 }) as u64)
+        });
+
+        if let [found] = findings[..] {
+            assert_eq!((found.cohort, found.signal), (tag(5), Signal::Messages));
+            println!("named at {grown:.0} times the usual messages");
+            assert!(grown < 25.0, "{grown}");
+            return;
+        }
+        assert_eq!(findings, [], "{second} s");
+    }
+    panic!("it was never named");
+}
+
 #[test]
 fn a_slow_database_accuses_nobody() {
     let mut fleet = Fleet::new(2);

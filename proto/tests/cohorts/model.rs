@@ -1,15 +1,19 @@
 //! A fleet of 200,000 devices in 1,000 cohorts as the detector sees it: repeats, second by second, in virtual time.
 //!
 //! Sizes follow Zipf's law. Repeats are rare (5 % of the devices' sessions, which last 6 hours), and unevenly spread:
-//! every 10 minutes each cohort draws an exponential factor. There is a daily cycle. Storms multiply all repeats by 20
-//! to 100 for 90 s, three times a day. Twenty times a day the power flickers at one site of a cohort.
+//! every 10 minutes each cohort draws an exponential factor. Slow repeats are half as frequent. There is a daily cycle.
+//! Storms multiply all repeats by 20 to 100 for 90 s, three times a day. Twenty times a day the power flickers at one
+//! site of a cohort.
 
 use std::time::Duration;
 
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use seawall_proto::{
+    close::EndedBy,
     cohort::CohortTag,
-    cohorts::{Action, Breaker, BreakerRule, Detector, Event, EventKind, Mode, ProposalId, Signal},
+    cohorts::{
+        Action, Breaker, BreakerRule, Detector, Event, EventKind, Mode, Past, ProposalId, STEADY_SESSION, Signal,
+    },
     id::RuleId,
     time::Instant,
 };
@@ -38,6 +42,8 @@ pub struct Loop {
     pub tenant: u64,
     /// Number of crashes of a device.
     pub crashes: u32,
+    /// Whether its devices were never seen before.
+    pub is_new: bool,
 }
 
 /// What troubles the fleet without any bad version.
@@ -107,9 +113,17 @@ struct Member {
     device: u64,
     next: f64,
     period: f64,
-    crashes: u32,
+    past: Past,
     left: u32,
     tenant: u64,
+}
+
+impl Member {
+    /// Its session, which began with its last crash, ends with the next one.
+    fn end_session(&mut self) {
+        let lived = Duration::from_secs_f64(self.period);
+        self.past = Past::after(Some(self.past), EndedBy::Device, lived);
+    }
 }
 
 pub fn tag(cohort: usize) -> CohortTag {
@@ -145,7 +159,12 @@ impl Fleet {
                 device: 1_000_000 + device as u64,
                 next: joins + of.period,
                 period: of.period,
-                crashes: 0,
+                // It was connected for long, and has just restarted.
+                past: if of.is_new {
+                    Past::default()
+                } else {
+                    Past::after(None, EndedBy::Device, STEADY_SESSION)
+                },
                 left: of.crashes,
                 tenant: of.tenant,
             });
@@ -186,7 +205,11 @@ impl Fleet {
             let cohort = self.sums.partition_point(|sum| *sum <= place);
             let device = self.rng.random_range(0..self.sizes[cohort] as u64 + 1);
             let is_again = self.rng.random_bool(0.3);
-            self.repeat(cohort, device / DEVICES_A_SITE, 7, is_again);
+            let site = device / DEVICES_A_SITE;
+            self.event(EventKind::Repeat, cohort, site, 7, is_again);
+            if self.rng.random_bool(0.5) {
+                self.event(EventKind::SlowRepeat, cohort, site + 1, 7, false);
+            }
         }
         self.flicker();
         self.crash();
@@ -229,7 +252,8 @@ impl Fleet {
         for (cohort, site, left) in &mut cuts {
             let repeats = poisson((*left / 6.0).max(1.0), &mut self.rng);
             for _ in 0..repeats {
-                self.repeat(*cohort, *site, 7, true);
+                self.event(EventKind::Repeat, *cohort, *site, 7, true);
+                self.event(EventKind::SlowRepeat, *cohort, *site, 7, false);
             }
             *left -= f64::from(repeats);
         }
@@ -242,10 +266,21 @@ impl Fleet {
         let mut loops = std::mem::take(&mut self.loops);
         for member in &mut loops {
             if member.next < end && member.left > 0 {
+                member.end_session();
                 if !self.is_gated(member.cohort) || member.device.is_multiple_of(10) {
-                    self.repeat(member.cohort, member.device, member.tenant, member.crashes > 0);
+                    let Member {
+                        cohort,
+                        device,
+                        tenant,
+                        past,
+                        ..
+                    } = *member;
+                    if past.repeats() > 0 {
+                        self.event(EventKind::Repeat, cohort, device, tenant, past.repeats() > 1);
+                    } else if past.is_in_loop() {
+                        self.event(EventKind::SlowRepeat, cohort, device, tenant, false);
+                    }
                 }
-                member.crashes += 1;
                 member.left -= 1;
                 member.next += member.period * self.rng.random_range(0.95..1.05);
             }
@@ -258,9 +293,9 @@ impl Fleet {
         rules.any(|(of, .., ends)| *of == cohort && *ends > self.second)
     }
 
-    fn repeat(&mut self, cohort: usize, site: u64, tenant: u64, is_again: bool) {
+    fn event(&mut self, kind: EventKind, cohort: usize, site: u64, tenant: u64, is_again: bool) {
         self.detector.handle_event(&Event {
-            kind: EventKind::Repeat,
+            kind,
             cohort: tag(cohort),
             domain: (cohort as u64) << 40 ^ site,
             tenant,

@@ -82,7 +82,7 @@ fn counting_a_connect_takes_under_a_microsecond() {
             let address = IpAddr::from(number.to_be_bytes());
             cohort.attempted(Outcome::Admitted);
             cohort.count(Figure::ConnectMicros, 300);
-            cohort.looked_up(900);
+            cohort.looked_up(900, 7);
             breaker.handle_opened(address);
             breaker.handle_closed(address);
             cohort.count(Figure::SessionsEnded, 1);

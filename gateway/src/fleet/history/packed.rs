@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use seawall_proto::{
+    cohorts::Past,
     id::{DeviceId, SessionId},
     presence::{Cause, Evidence, Known, Presence},
     time::{Instant, WallTime},
@@ -18,9 +19,9 @@ use crate::{
 const UNSAVED: u8 = 0x80;
 /// First of the states whose cause is not known.
 const UNKNOWN: u8 = 8;
-/// Bits of [`Kept::ended`] for the repeats; the others are seconds since the start, plus one.
-const REPEATS_BITS: u32 = 6;
-const REPEATS_MAX: u32 = (1 << REPEATS_BITS) - 1;
+/// Bits of [`Kept::ended`] for the device's past; the others are seconds since the start, plus one.
+const PAST_BITS: u32 = 6;
+const _: () = assert!(Past::BITS_MAX as u32 == (1 << PAST_BITS) - 1);
 /// Bits of the detail of a silence for its length in milliseconds; the others are its pings.
 const SILENCE_BITS: u32 = 26;
 const SILENCE_MS_MAX: u32 = (1 << SILENCE_BITS) - 1;
@@ -36,8 +37,8 @@ pub(super) struct Kept {
     /// Presence, and [`UNSAVED`].
     state: u8,
     reason: Reason,
-    /// When its last session ended, and how many repeats it was the last of. 0: it did not end here. While it is not
-    /// offline: see [`session`](Self::session).
+    /// When its last session ended, and the device's past with it. 0: it did not end here. While it is not offline: see
+    /// [`session`](Self::session).
     ended: u32,
     /// Of the evidence: the close code, the silence, or the time that was waited. While it is not offline: see
     /// [`session`](Self::session).
@@ -179,18 +180,18 @@ impl Kept {
     }
 
     /// Its last session ended here.
-    pub fn set_ended(&mut self, at: Instant, repeats: u8) {
+    pub fn set_ended(&mut self, at: Instant, past: Past) {
         let seconds = u32::try_from(at.as_micros() / 1_000_000).unwrap_or(u32::MAX);
-        let seconds = (seconds.saturating_add(1)).min(u32::MAX >> REPEATS_BITS);
-        self.ended = seconds << REPEATS_BITS | u32::from(repeats).min(REPEATS_MAX);
+        let seconds = (seconds.saturating_add(1)).min(u32::MAX >> PAST_BITS);
+        self.ended = seconds << PAST_BITS | u32::from(past.bits());
     }
 
-    /// When its last session ended here, in whole seconds, and how many repeats it was the last of. For a device that is
-    /// offline.
-    pub fn ended(&self) -> Option<(Instant, u8)> {
-        let seconds = (self.ended >> REPEATS_BITS).checked_sub(1)?;
+    /// When its last session ended here, in whole seconds, and the device's past with it. For a device that is offline.
+    pub fn ended(&self) -> Option<(Instant, Past)> {
+        let seconds = (self.ended >> PAST_BITS).checked_sub(1)?;
         let at = Instant::ZERO + Duration::from_secs(seconds.into());
-        Some((at, u8::try_from(self.ended & REPEATS_MAX).unwrap_or(u8::MAX)))
+        let [bits, ..] = self.ended.to_le_bytes();
+        Some((at, Past::of_bits(bits)))
     }
 
     pub fn push(&mut self, attempt: Attempt) {
@@ -222,12 +223,12 @@ impl Kept {
         let offline = match known.presence {
             Presence::Offline(evidence) => {
                 let ended = self.ended().zip(self.reason.end());
-                ended.map(|((at, repeats), reason)| Offline {
+                ended.map(|((at, past), reason)| Offline {
                     since: known.since,
                     at,
                     reason,
                     evidence,
-                    repeats,
+                    past,
                 })
             }
             Presence::Online | Presence::Unknown(_) => None,
@@ -338,10 +339,11 @@ mod tests {
         };
         kept.set(known(Presence::Offline(Evidence::Reset)), Reason::OTHER);
         assert_eq!(kept.ended(), None);
-        kept.set_ended(Instant::from_micros(90_500_000), 200);
-        assert_eq!(kept.ended(), Some((Instant::from_micros(90_000_000), 63)));
-        kept.set_ended(Instant::ZERO, 0);
-        assert_eq!(kept.ended(), Some((Instant::ZERO, 0)));
+        kept.set_ended(Instant::from_micros(90_500_000), Past::of_bits(63));
+        let past = Past::of_bits(63);
+        assert_eq!(kept.ended(), Some((Instant::from_micros(90_000_000), past)));
+        kept.set_ended(Instant::ZERO, Past::default());
+        assert_eq!(kept.ended(), Some((Instant::ZERO, Past::default())));
         kept.set(known(Presence::Online), Reason::OTHER);
         assert_eq!(kept.session(), SessionId(7));
     }

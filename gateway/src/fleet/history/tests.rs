@@ -32,7 +32,7 @@ impl Rig {
     }
 
     fn online(&self, device: DeviceId, epoch: u64, ms: u64) -> Option<u8> {
-        self.came(device, epoch, ms).returned
+        self.came(device, epoch, ms).returned.map(Past::bits)
     }
 
     fn came(&self, device: DeviceId, session: u64, ms: u64) -> CameOnline {
@@ -46,13 +46,13 @@ impl Rig {
         self.history.came_online(device, began, after)
     }
 
-    fn offline(&self, device: DeviceId, epoch: u64, ms: u64, repeats: u8) -> bool {
+    fn offline(&self, device: DeviceId, epoch: u64, ms: u64, past: u8) -> bool {
         let offline = Offline {
             since: WallTime::from_unix_ms(ms),
             at: Instant::from_micros(ms * 1_000),
             reason: EndReason::ClientGone,
             evidence: Evidence::Reset,
-            repeats,
+            past: Past::of_bits(past),
         };
         self.history.went_offline(device, SessionId(epoch), offline).is_some()
     }
@@ -149,7 +149,10 @@ fn device_that_was_held_was_not_online_when_it_returns_in_a_new_session() {
     assert!(rig.history.handle(device(1), held, Cause::Path.into()).is_some());
     let returned = rig.came(device(1), 2, 2);
 
-    assert!(!returned.was_online && returned.returned == Some(0), "{returned:?}");
+    assert!(
+        !returned.was_online && returned.returned == Some(Past::default()),
+        "{returned:?}"
+    );
     assert!(rig.came(device(1), 3, 3).was_online);
 }
 

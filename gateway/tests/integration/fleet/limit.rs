@@ -55,7 +55,7 @@ async fn storm(gateway: &Gateway, length: Duration) -> Storm {
                 };
                 let conclusion = shared.lookups.connect(attempt).await;
                 match (conclusion.look_up, conclusion.decision) {
-                    (Some(LookUp::Found(_)), Decision::Admitted(_)) => found += 1,
+                    (Some(LookUp::Found { .. }), Decision::Admitted(_)) => found += 1,
                     (Some(LookUp::Refused(_)), _) => tokio::time::sleep(Duration::from_millis(10)).await,
                     other => panic!("it is registered, and no rule is in force: {other:?}"),
                 }

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::rig::{Gateway, text};
 
 /// Calls with the minimum role of each. The bodies change nothing.
-const CALLS: [(&str, &str, &str); 34] = [
+const CALLS: [(&str, &str, &str); 36] = [
     ("GET", "/api/v1/devices", "viewer"),
     ("GET", "/api/v1/devices/{id}", "viewer"),
     ("GET", "/api/v1/devices/{id}/history", "viewer"),
@@ -24,6 +24,8 @@ const CALLS: [(&str, &str, &str); 34] = [
     ("PATCH", "/api/v1/rules/{id}", "operator"),
     ("DELETE", "/api/v1/rules/{id}", "operator"),
     ("POST", "/api/v1/rules/{id}/release", "operator"),
+    ("GET", "/api/v1/rules/{id}/eviction", "viewer"),
+    ("DELETE", "/api/v1/rules/{id}/eviction", "operator"),
     ("GET", "/api/v1/rules/{id}/rollout", "viewer"),
     ("PATCH", "/api/v1/rules/{id}/rollout", "operator"),
     ("GET", "/api/v1/firmware", "viewer"),

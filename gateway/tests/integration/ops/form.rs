@@ -224,6 +224,7 @@ fn a_node_tells_how_it_is() {
         (&json!(1), &json!(1))
     );
     assert_eq!((&row["repeats"], &row["lookup"]["keys"]), (&json!(0), &json!(1)));
+    assert_eq!(row["lookup"]["statements"], json!(1.0));
 }
 
 #[test]

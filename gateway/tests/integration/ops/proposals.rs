@@ -14,14 +14,29 @@ use crate::harness::{
     pg,
 };
 
-/// Devices with good versions, which stay connected.
-const GOOD: u32 = 270;
-/// Devices that crash two seconds after each connect: under a fifth of the fleet.
-const BAD: u32 = 60;
 const BAD_VERSION: &str = "3.8.0-b3";
+/// The devices that crash are under a fifth of the fleet.
+const FLEET: Fleet = Fleet {
+    first: 0,
+    good: 270,
+    bad: 60,
+    bad_version: BAD_VERSION,
+};
 const CRASH_AFTER: Duration = Duration::from_secs(2);
 /// A bad version is named within this time.
 const NAMED_WITHIN: Duration = Duration::from_secs(60);
+
+/// Devices of one node.
+#[derive(Clone, Copy)]
+struct Fleet {
+    /// Number of the first device.
+    first: u32,
+    /// Devices with good versions, which stay connected.
+    good: u32,
+    /// Devices that crash two seconds after each connect.
+    bad: u32,
+    bad_version: &'static str,
+}
 
 struct Incident {
     gateway: Gateway,
@@ -37,23 +52,30 @@ impl Incident {
     fn begin(mode: &str) -> Self {
         let database = pg::shared();
         let database = tokio::runtime::Runtime::new().unwrap().block_on(database.database());
-        Self::begin_on(&database.unwrap(), mode)
+        Self::begin_on(&database.unwrap(), mode, FLEET)
     }
 
-    fn begin_on(database: &DatabaseUrl, mode: &str) -> Self {
+    fn begin_on(database: &DatabaseUrl, mode: &str, fleet: Fleet) -> Self {
+        let Fleet {
+            first,
+            good,
+            bad,
+            bad_version,
+        } = fleet;
+        let (first_bad, end) = (first + good, first + good + bad);
         let settings = format!("breaker = {{ mode = \"{mode}\" }}");
         let gateway = Gateway::start_on(Some(database), &settings);
-        gateway.block_on(register(&gateway.state().store, 0..GOOD + BAD));
+        gateway.block_on(register(&gateway.state().store, first..end));
         let address = gateway.device_address();
-        let good = (0..GOOD).map(|number| {
+        let good = (first..first_bad).map(|number| {
             let version = if number % 3 == 0 { "3.7.2" } else { "3.8.0-b2" };
             device(number).firmware(version)
         });
         let steady = gateway.block_on(persist_all(address, good.collect::<Vec<_>>()));
         let mut loops = JoinSet::new();
         gateway.block_on(async {
-            for number in GOOD..GOOD + BAD {
-                let device = device(number).firmware(BAD_VERSION);
+            for number in first_bad..end {
+                let device = device(number).firmware(bad_version);
                 loops.spawn(async move {
                     loop {
                         let crash_after = CRASH_AFTER + Duration::from_millis(u64::from(number % 10) * 50);
@@ -156,7 +178,7 @@ fn a_person_gates_a_version_while_the_database_is_away() {
     let outside = tokio::runtime::Runtime::new().unwrap();
     let cluster = pg::Cluster::start().unwrap();
     let database = outside.block_on(cluster.database()).unwrap();
-    let incident = Incident::begin_on(&database, "propose");
+    let incident = Incident::begin_on(&database, "propose", FLEET);
     let gateway = &incident.gateway;
     let proposal = incident.proposal(|proposal| proposal["state"] == "open");
     let id = proposal["id"].as_str().unwrap();
@@ -199,8 +221,73 @@ fn a_crash_looping_version_is_gated_without_a_person_where_that_is_allowed() {
     assert_eq!(record["actor"], "gateway");
     assert_eq!(gateway.metric("seawall_proposals{state=\"applied\"}"), 1);
     assert_eq!(gateway.all("/api/v1/proposals?", 10).len(), 1, "nobody else is accused");
-    assert!(gateway.state().sessions.len() >= GOOD as usize, "good devices stay");
+    assert!(
+        gateway.state().sessions.len() >= FLEET.good as usize,
+        "good devices stay"
+    );
     incident.end();
+}
+
+/// A version begins to crash on each of two nodes at the same time.
+#[test]
+fn two_nodes_make_one_rule_in_ten_minutes() {
+    let outside = tokio::runtime::Runtime::new().unwrap();
+    let database = outside.block_on(pg::shared().database()).unwrap();
+    let other = Fleet {
+        first: 1_000,
+        bad_version: "4.0.0-rc1",
+        ..FLEET
+    };
+    let incidents = [FLEET, other].map(|fleet| Incident::begin_on(&database, "apply", fleet));
+    let applied = |incident: &Incident| {
+        let proposals = incident.gateway.all("/api/v1/proposals?", 10);
+        proposals.iter().any(|proposal| proposal["state"] == "applied")
+    };
+    for incident in &incidents {
+        incident.proposal(|proposal| ["open", "applied"].contains(&proposal["state"].as_str().unwrap()));
+    }
+    incidents[0].gateway.eventually(|| incidents.iter().any(applied));
+
+    // Both keep crashing, and the other node would make its rule any second.
+    std::thread::sleep(Duration::from_secs(25));
+
+    for incident in &incidents {
+        let rules = incident.gateway.all("/api/v1/rules?", 10);
+        assert_eq!(rules.len(), 1, "{rules:?}");
+    }
+    assert_eq!(incidents.iter().filter(|incident| applied(incident)).count(), 1);
+    let audit = incidents[0].gateway.get("/api/v1/audit").json();
+    let is_apply = |record: &&Value| record["action"] == "proposal.apply";
+    assert_eq!(audit["items"].as_array().unwrap().iter().filter(is_apply).count(), 1);
+    for incident in incidents {
+        incident.end();
+    }
+}
+
+/// The bad version is under a fifth of the devices of one node, and over a fifth of those of both.
+#[test]
+fn a_version_that_is_over_a_fifth_of_all_nodes_devices_is_left_to_a_person() {
+    let outside = tokio::runtime::Runtime::new().unwrap();
+    let database = outside.block_on(pg::shared().database()).unwrap();
+    let other = Fleet {
+        first: 1_000,
+        good: 10,
+        bad: 120,
+        ..FLEET
+    };
+    // With no rest to compare with, this node itself accuses nobody.
+    let second = Incident::begin_on(&database, "apply", other);
+    let first = Incident::begin_on(&database, "apply", FLEET);
+    first.proposal(|proposal| proposal["state"] == "open");
+
+    std::thread::sleep(Duration::from_secs(25));
+
+    let proposals = first.gateway.all("/api/v1/proposals?", 10);
+    assert_eq!((proposals.len(), &proposals[0]["state"]), (1, &json!("open")));
+    assert_eq!(proposals[0]["cohort"], format!("(none)/{BAD_VERSION}"));
+    assert_eq!(first.gateway.get("/api/v1/rules").json()["items"], json!([]));
+    first.end();
+    second.end();
 }
 
 #[test]

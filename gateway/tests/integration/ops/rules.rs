@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::rig::{Gateway, V1, text};
 use crate::harness::{
+    devices::{attempt, device, persist_all, register},
     pg,
     raw::{ask, request},
 };
@@ -459,6 +460,70 @@ fn a_rule_with_evict_closes_the_sessions_that_it_matches() {
     );
     gateway.block_on(other.text(r#"{"type":"message","id":"1","topic":"t","payload":1}"#));
     assert_eq!(gateway.block_on(other.frame()).text(), r#"{"type":"ack","id":"1"}"#);
+}
+
+/// 160 sessions are closed at the least rate.
+#[test]
+fn an_eviction_shows_its_progress_and_is_cancelled_in_its_middle() {
+    const RATE: f64 = 20.0;
+    let gateway = Gateway::start();
+    gateway.block_on(register(&gateway.state().store, 0..200));
+    let bad = (0..160).map(|number| device(number).firmware("3.8.0-b3"));
+    let good = (160..200).map(|number| device(number).firmware("3.8.0"));
+    let sessions = persist_all(gateway.device_address(), bad.chain(good).collect::<Vec<_>>());
+    let _sessions = gateway.block_on(sessions);
+    let rule = json!({"match": {"firmware": "=3.8.0-b3"}, "effect": "block", "evict": true, "confirm": true});
+    let id = text(&gateway.post("/api/v1/rules", rule).json()["id"]);
+    let path = format!("/api/v1/rules/{id}/eviction");
+    let read = || (Instant::now(), gateway.get(&path).json());
+    let evicted = |view: &Value| view["evicted"].as_u64().unwrap();
+
+    gateway.eventually(|| evicted(&read().1) >= 10);
+    let (begun, first) = read();
+    gateway.eventually(|| evicted(&read().1) >= 90);
+    let (ended, second) = read();
+
+    let rate = (evicted(&second) - evicted(&first)) as f64 / (ended - begun).as_secs_f64();
+    assert!((rate / RATE - 1.0).abs() <= 0.1, "{rate} per second");
+    assert_eq!((&second["state"], &second["rate"]), (&json!("running"), &json!(RATE)));
+    assert_eq!(evicted(&second) + second["left"].as_u64().unwrap(), 160, "{second}");
+    assert!(second["eta_seconds"].as_f64() <= Some(70.0 / RATE), "{second}");
+
+    let viewer = gateway.token("viewer");
+    assert_eq!(gateway.call_as(&viewer, "DELETE", &path, None).status, 403);
+    let cancelled = gateway.call_as(&gateway.token("operator"), "DELETE", &path, None);
+
+    assert_eq!(cancelled.status, 200, "{cancelled:?}");
+    let cancelled = cancelled.json();
+    assert_eq!((&cancelled["state"], &cancelled["left"]), (&json!("off"), &json!(0)));
+    std::thread::sleep(Duration::from_secs(2));
+    let left = gateway.state().sessions.len() as u64;
+    assert_eq!(left, 200 - evicted(&read().1), "the others stay");
+    assert!(left > 40 + 50, "{left}");
+    assert_eq!(gateway.delete(&path).problem(), (409, "conflict".into()));
+    let audit = gateway.get("/api/v1/audit").json();
+    let record = &audit["items"][0];
+    assert_eq!(
+        (
+            &record["action"],
+            &record["subject"],
+            &record["before"]["evict"],
+            &record["after"]["evict"]
+        ),
+        (&json!("eviction.cancel"), &json!(id), &json!(true), &json!(false))
+    );
+
+    // Those that were evicted are refused, and cost no query.
+    let statements = || gateway.metric("seawall_lookup_statements_total");
+    let before = statements();
+    for number in 0..160 {
+        let returned = gateway.block_on(attempt(gateway.device_address(), device(number).firmware("3.8.0-b3")));
+        returned.refused_with(403, "firmware_blocked");
+    }
+    assert_eq!(statements(), before);
+    let events = gateway.state().events.after(0, usize::MAX, usize::MAX).events;
+    let of_eviction = events.iter().filter(|event| event.body.name() == "eviction");
+    assert_eq!(of_eviction.count(), 2, "its beginning and its end");
 }
 
 #[test]

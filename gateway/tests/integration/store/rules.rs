@@ -26,6 +26,7 @@ on_both!(
     older_version_works_beside_rows_and_columns_of_a_newer_one,
     unconfirmed_rules_are_known_until_somebody_confirms_them,
     rule_that_was_checked_beside_older_ones_is_not_written,
+    automatic_rules_of_all_nodes_are_ten_minutes_apart_even_if_the_last_one_is_gone,
     counts_of_other_runs_are_read_with_their_age,
     changes_and_audit_stand_together,
     writes_side_by_side_each_have_a_revision,
@@ -73,6 +74,28 @@ async fn rule_is_read_back_as_it_was_written(fixture: &Fixture) {
     assert_eq!(made.spec, spec(">=3.8.0-b3"));
     let stored = fixture.store.rules().await.unwrap();
     assert_eq!((stored.revision, stored.rules), (1, vec![made]));
+}
+
+async fn automatic_rules_of_all_nodes_are_ten_minutes_apart_even_if_the_last_one_is_gone(fixture: &Fixture) {
+    let store = &fixture.store;
+    let interval = Duration::from_secs(600);
+    let insert = async |number, revision, interval| {
+        let audit = audit("proposal.apply", 1);
+        store
+            .rule_insert_automatic(id(number), spec("1.*"), revision, interval, &audit)
+            .await
+    };
+    let outdated = insert(1, 7, interval).await;
+    assert!(matches!(outdated, Err(StoreError::Outdated)), "{outdated:?}");
+    insert(1, 0, interval).await.unwrap();
+    store.rule_delete(id(1), &audit("rule.delete", 2)).await.unwrap();
+
+    let second = insert(2, 2, interval).await;
+
+    assert!(matches!(second, Err(StoreError::Conflict(_))), "{second:?}");
+    assert_eq!(store.rules_revision().await.unwrap(), 2, "nothing was written");
+    insert(2, 2, Duration::ZERO).await.unwrap();
+    assert_eq!(store.rules().await.unwrap().rules.len(), 1);
 }
 
 async fn every_change_moves_the_revision_by_one(fixture: &Fixture) {
