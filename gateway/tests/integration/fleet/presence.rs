@@ -8,6 +8,7 @@ use seawall_gateway::{
 };
 use seawall_proto::{
     close::{Close, EndReason},
+    cohorts::Past,
     presence::{Evidence, Presence},
 };
 use sqlx::{Connection as _, Executor as _, PgConnection};
@@ -139,7 +140,7 @@ fn change(gateway: &Gateway, number: u32, is_reset: bool) {
                 by_device: true,
             }
         },
-        repeats: 0,
+        past: Past::default(),
     };
     shared.history.went_offline(id(number), session, offline).unwrap();
 }
