@@ -23,9 +23,10 @@ use crate::time::WallTime;
 
 /// Time without a sign of the driving node after which another one takes over, and evidence starts again: 15 s.
 pub const SILENCE_MAX: Duration = Duration::from_secs(15);
-/// Time of a stage without a decision after which it is paused: this multiple of the bake, and at least 4 hours.
+/// Time of a stage without a decision after which it is paused: this multiple of the bake, and at least a day.
+/// A version that is worse by 1 % may take many hours to show it at the first stage.
 const STAGE_BAKES_MAX: u32 = 24;
-const STAGE_MAX_MIN: Duration = Duration::from_secs(4 * 60 * 60);
+const STAGE_MAX_MIN: Duration = Duration::from_secs(24 * 60 * 60);
 /// Gaps in the evidence of one stage after which it is paused.
 const GAPS_MAX: usize = 10;
 /// Steps that are remembered: the newest.

@@ -379,8 +379,8 @@ fn plans_that_make_no_sense_are_refused() {
 // === Time and returns ===
 
 #[test]
-fn a_stage_without_a_decision_is_paused_after_four_hours_or_24_bakes() {
-    for (bake, hours) in [(600, 4), (7_200, 48)] {
+fn a_stage_without_a_decision_is_paused_after_a_day_or_24_bakes() {
+    for (bake, hours) in [(600, 24), (7_200, 48)] {
         let mut rollout = release(plan(&[1, 100], bake, 200));
         let mut paused = None;
         for second in (0..hours * 3_600 + 60).step_by(10) {

@@ -255,7 +255,10 @@ async fn eviction_begins_once_for_each_change_of_the_rules() {
     for device in fleet(&gateway, home.path(), "3.8.0") {
         sessions.push(connect(&gateway, &device).await);
     }
-    let begins = |log: &str| log.matches("evicting blocked sessions").count();
+    let begins = |log: &str| {
+        let evictions = log.lines().filter(|line| line.contains("eviction of blocked sessions"));
+        evictions.filter(|line| line.contains("started")).count()
+    };
 
     let block = ["rules", "block", "=3.8.0", "--reason", "storms", "--confirm", "--evict"];
     done(&mut gateway.operator(&block));

@@ -101,7 +101,7 @@ fn heads_off_a_socket() {
             let read = timeout(TIME_MAX, read).await;
             prop_assert!(read.is_ok());
             if let Ok(Ok(complete)) = read {
-                prop_assert!(complete.parsed.0.len() <= 8 * 1024 && complete.parsed.1 <= 64);
+                prop_assert!(complete.parsed.0.len() <= 8 * 1024 && complete.parsed.1 <= 8 * 1024 / 3);
                 prop_assert!(
                     input
                         .windows(complete.leftover.len().max(1))

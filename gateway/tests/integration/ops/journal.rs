@@ -138,7 +138,8 @@ fn changes_while_postgresql_is_frozen_are_in_force_here_and_move_when_it_is_back
     }
     assert_eq!(gateway.get("/api/v1/node").json()["rules"]["local"], 4);
     gateway.eventually(|| gateway.metric("seawall_rules_local") == 4);
-    let same = json!({"match": {"firmware": "=3"}, "effect": "block", "evict": true});
+    let mut same = rule("=3");
+    same["evict"] = json!(true);
     assert_eq!(gateway.post("/api/v1/rules", same).problem(), (409, "conflict".into()));
     // Other changes need the database.
     assert_eq!(gateway.post("/api/v1/devices", json!({})).status, 503);

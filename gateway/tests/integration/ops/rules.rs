@@ -754,10 +754,12 @@ fn a_rule_that_says_what_another_says_is_refused_with_its_id() {
     let rule = |reason: &str| json!({"match": {"firmware": "=9"}, "effect": "block", "reason": reason});
     let first = text(&gateway.post("/api/v1/rules", rule("a")).json()["id"]);
 
-    let again = gateway.post("/api/v1/rules", rule("b"));
+    let again = gateway.post("/api/v1/rules", rule("a"));
 
     assert_eq!(again.problem(), (409, "conflict".into()));
     assert!(text(&again.json()["detail"]).contains(&first), "{again:?}");
+    // Devices are told the reason.
+    assert_eq!(gateway.post("/api/v1/rules", rule("b")).status, 201);
     let mut evicting = rule("b");
     evicting["evict"] = Value::Bool(true);
     assert_eq!(gateway.post("/api/v1/rules", evicting).status, 201);
