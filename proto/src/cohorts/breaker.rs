@@ -253,7 +253,10 @@ impl Breaker {
                     return None;
                 }
                 ProposalState::Applied => {
-                    proposal.bad_at = now;
+                    // What may only be proposed does not renew a rule that no person has asked for.
+                    if finding.level == Level::Apply || !proposal.is_automatic {
+                        proposal.bad_at = now;
+                    }
                     return None;
                 }
                 ProposalState::Dismissed if proposal.changed_at + DISMISSED > now => return None,

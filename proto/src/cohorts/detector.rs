@@ -151,7 +151,8 @@ impl Detector {
         findings
     }
 
-    /// Whether a cohort is still bad by this signal: far above what is expected, if perhaps on few devices.
+    /// Whether a cohort is still bad by this signal: far above what is expected, if perhaps on few devices. Slow
+    /// repeats are left out: two of them would renew a rule that holds devices back for short ones.
     #[must_use]
     pub fn is_bad(&self, cohort: CohortTag, signal: Signal) -> bool {
         let Some(slot) = self.index.get(&cohort).copied() else {
@@ -159,7 +160,7 @@ impl Detector {
         };
         let watched = &self.cohorts[slot as usize];
         match signal {
-            Signal::Repeats => self.repeats.is_bad(slot) || self.slow_repeats.is_bad(slot),
+            Signal::Repeats => self.repeats.is_bad(slot),
             Signal::Errors => self.errors.is_bad(slot),
             Signal::Cost => watched.cost.is_bad(self.second),
             Signal::Messages => watched.messages.is_bad(),

@@ -25,6 +25,8 @@ const IMPACT_SHARE: f64 = 0.02;
 const IMPACT_ENOUGH: f64 = 100.0;
 /// Time constant of the impact, in seconds. A failure domain counts once in that time.
 const IMPACT: f64 = 60.0;
+/// Minimum impact of a cohort that is still bad: fewer repeats come by chance, where few devices are left.
+const STILL_BAD_MIN: f64 = 3.0;
 /// Above this multiple of its usual rate the rest of the fleet is in a storm as well.
 const STORM: f64 = 4.0;
 /// Time constant of that multiple, in seconds.
@@ -193,7 +195,7 @@ impl Watch {
     /// Whether the cohort still has several times the events that are expected.
     pub fn is_bad(&self, slot: u32) -> bool {
         let cohort = &self.slots[slot as usize];
-        cohort.impact >= (RATIO / 2.0 * cohort.expected * IMPACT).max(2.0)
+        cohort.impact >= (RATIO / 2.0 * cohort.expected * IMPACT).max(STILL_BAD_MIN)
     }
 
     /// Ends a second, `elapsed` seconds after the last one. `devices` returns the devices of a cohort, of `fleet` in
