@@ -226,6 +226,14 @@ impl Cluster {
         // The parent first: a stopped or dead one starts no more children.
         let server = self.server();
         kill_process(server, signal)?;
+        if signal == Signal::STOP {
+            // It may still be at a child that it has begun.
+            let deadline = Instant::now() + START_MAX;
+            while stat(server.as_raw_nonzero().get()).is_some_and(|stat| stat.state != 'T') {
+                ensure!(Instant::now() < deadline, "the server does not stop");
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
         for child in family(server)? {
             // A child may end on its own meanwhile.
             let _ = kill_process(child, signal);
