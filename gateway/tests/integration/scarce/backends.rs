@@ -45,7 +45,9 @@ async fn database_without_free_connections_is_an_outage_with_an_end() {
         device.slot = attempt.refused().slot.clone();
         device
     });
-    assert_eq!(persist_all(gateway.devices, returning).await.len(), 59);
+    // Held: so many devices that leave at once are an alarm.
+    let sessions = persist_all(gateway.devices, returning).await;
+    assert_eq!(sessions.len(), 59);
     assert_alive(&mut live).await;
     eventually(|| gateway.shared.readiness().reasons.is_empty()).await;
 }
