@@ -279,6 +279,7 @@ fn admitted(conclusion: Conclusion) -> Admitted {
 pub struct Node {
     admission: Admission<(), ()>,
     slots: Slots,
+    credential: Credential,
     devices: u128,
     now: Instant,
     rng: SmallRng,
@@ -293,6 +294,8 @@ impl Node {
         let mut node = Self {
             slots: Slots::new(&config.slots(), SlotKeys::new(1, [7; 32])),
             admission: Admission::new(config, Instant::ZERO),
+            // The hash of a secret is made where the request is parsed, and counted there.
+            credential: SecretHash::of(b"a secret").into(),
             devices: 0,
             now: Instant::ZERO,
             rng: SmallRng::seed_from_u64(1),
@@ -307,7 +310,7 @@ impl Node {
         let arrival = Arrival {
             device: device(number),
             cohort: CohortTag::of(Some("camera"), Some("3.8.0-b2")),
-            credential: (&Credential::from(SecretHash::of(b"a secret"))).into(),
+            credential: (&self.credential).into(),
             network: Network::V4(1),
             slot_token,
             arrived: self.now,
