@@ -55,7 +55,8 @@ pub enum WriteError {
 }
 
 /// Makes a change of a rule: by `direct` in the database, or else in the journal. In force when this returns. The
-/// database is not asked while earlier changes wait in the journal, so that they reach it in order.
+/// database is not asked while earlier changes wait in the journal, so that they reach it in order. Only `direct` knows
+/// the revision that the rule has in the database. For the journal, this node's must be `expected`.
 ///
 /// # Errors
 /// It is neither here nor there. After a timeout that is not known.
@@ -64,6 +65,7 @@ pub async fn write<T>(
     change: LocalWrite,
     permission: Permission,
     deadline: Instant,
+    expected: impl FnOnce(u64) -> bool,
     direct: impl AsyncFnOnce(Consent) -> Result<T, StoreError>,
 ) -> Result<Place<T>, WriteError> {
     let waits = !state.rules.local().writes.is_empty();
@@ -84,6 +86,12 @@ pub async fn write<T>(
             }
         }
     };
+    let revision = state.rules.current().get(change.rule).map(|rule| rule.revision);
+    if let Some(revision) = revision
+        && !expected(revision)
+    {
+        return Err(WriteError::Store(StoreError::OtherRevision(revision)));
+    }
     let kept = state.rules.write_local(change, &state.clock, &state.events);
     match kept.await {
         Ok(()) => Ok(Place::Journal),

@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::{
     Api,
     auth::{Caller, Operator, Viewer},
-    extract::Id,
+    extract::{Id, IfMatch},
     problem::{Code, Problem, ProblemBody},
     rules::{change_to, no_such_rule},
 };
@@ -119,6 +119,14 @@ async fn cancel_eviction(
         evict: false,
         ..before.spec.clone()
     };
-    let (status, _) = change_to(&api, &before, spec, false, caller.audit(&api, "eviction.cancel")).await?;
+    let (status, _) = change_to(
+        &api,
+        &before,
+        spec,
+        false,
+        &IfMatch::ANY,
+        caller.audit(&api, "eviction.cancel"),
+    )
+    .await?;
     Ok((status, Json(EvictionView::read(&api, id).await?)))
 }

@@ -23,6 +23,7 @@ use super::{
     call::Call,
     problem::{Code, Problem},
 };
+use crate::store::StoreError;
 
 /// Default number of items of a page.
 pub const PAGE_DEFAULT: u32 = 100;
@@ -107,22 +108,30 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Params<T> {
 }
 
 /// The revisions that `If-Match` names (RFC 9110 §13.1.1), as `"7"`. Without it, and with `*`, any.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct IfMatch(Option<Vec<u64>>);
 
 impl IfMatch {
-    /// Checks the present revision.
-    ///
-    /// # Errors
-    /// `precondition_failed`.
-    pub fn check(&self, revision: u64) -> Result<(), Problem> {
-        match &self.0 {
-            Some(wanted) if !wanted.contains(&revision) => Err(Problem::new(
-                Code::PreconditionFailed,
-                format!("If-Match: the revision is \"{revision}\""),
-            )),
-            Some(_) | None => Ok(()),
+    /// Any revision.
+    pub const ANY: Self = Self(None);
+
+    /// The revisions. `None`: any.
+    pub fn revisions(&self) -> Option<&[u64]> {
+        self.0.as_deref()
+    }
+
+    pub fn has(&self, revision: u64) -> bool {
+        self.revisions().is_none_or(|wanted| wanted.contains(&revision))
+    }
+
+    /// The problem of a change that was not made, since the object has this revision: `precondition_failed` if that is
+    /// not one of these.
+    pub fn problem(&self, revision: u64) -> Problem {
+        if self.has(revision) {
+            return StoreError::OtherRevision(revision).into();
         }
+        let detail = format!("If-Match: the revision is \"{revision}\"");
+        Problem::new(Code::PreconditionFailed, detail)
     }
 }
 

@@ -270,7 +270,7 @@ impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::Conflict(detail) => Self::new(Code::Conflict, detail),
-            StoreError::Outdated => Self::new(Code::Conflict, error.to_string()),
+            StoreError::OtherRevision(_) | StoreError::Outdated => Self::new(Code::Conflict, error.to_string()),
             StoreError::Invalid(detail) => Self::invalid(detail),
             StoreError::TimedOut => Self::new(
                 Code::DatabaseUnavailable,

@@ -203,7 +203,7 @@ async fn apply_proposal(
             }
             let store = gateway.store.clone();
             let direct = async |consent| store.rule_insert(rule, spec.clone(), consent, &audit).await;
-            match write(&gateway, change, permission, deadline, direct).await {
+            match write(&gateway, change, permission, deadline, |_| true, direct).await {
                 Ok(place) => {
                     let place = made_or_changed(&gateway, rule, place, &spec, &audit, "created").await;
                     tasks::cohorts::applied(&gateway, id, rule, false);

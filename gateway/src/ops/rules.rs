@@ -163,7 +163,7 @@ async fn create_rule(
             let place = match (rollout, permission) {
                 (None, _) => {
                     let direct = async |consent| store.rule_insert(id, spec.clone(), consent, &audit).await;
-                    write(&gateway, change, permission, deadline, direct).await?
+                    write(&gateway, change, permission, deadline, |_| true, direct).await?
                 }
                 // The journal has no place for its evidence.
                 (Some(rollout), Permission::Stored(consent)) => {
@@ -239,11 +239,11 @@ async fn change_rule(
         .iter()
         .find(|rule| rule.id == id)
         .ok_or_else(no_such_rule)?;
-    if_match.check(before.revision)?;
     let (names, wall) = (&api.state.config.identity, api.state.clock.wall());
     let (spec, is_confirmed) = request.into_change_of(&before.spec, names, wall)?;
     check_allowed(&api.state, &spec, Some(id))?;
-    change_to(&api, before, spec, is_confirmed, caller.audit(&api, "rule.update")).await
+    let audit = caller.audit(&api, "rule.update");
+    change_to(&api, before, spec, is_confirmed, &if_match, audit).await
 }
 
 /// Replaces what a rule says, and answers with it.
@@ -252,6 +252,7 @@ pub(super) async fn change_to(
     before: &Rule,
     spec: RuleSpec,
     is_confirmed: bool,
+    if_match: &IfMatch,
     audit: Audit,
 ) -> Result<(StatusCode, Json<RuleView>), Problem> {
     let (id, deadline) = (before.id, Instant::now() + WRITE_MAX);
@@ -267,23 +268,28 @@ pub(super) async fn change_to(
     let write = |permission| {
         let change = local_write(id, &audit, is_confirmed, Some(before.spec.clone()), Some(spec.clone()));
         let (audit, spec, gateway) = (audit.clone(), spec.clone(), Arc::clone(&api.state));
+        let if_match = if_match.clone();
         async move {
             let store = gateway.store.clone();
             let direct = async |consent| {
                 let changed = store.rule_update(id, revision, spec.clone(), consent, &audit);
                 changed.await
             };
-            let place = match write(&gateway, change, permission, deadline, direct).await? {
-                Place::Database(None) => return Ok(None),
-                Place::Database(Some(rule)) => Place::Database(rule),
-                Place::Journal => Place::Journal,
+            let expected = |revision| if_match.has(revision);
+            let place = match write(&gateway, change, permission, deadline, expected, direct).await {
+                Ok(Place::Database(None)) => return Ok(Err(no_such_rule())),
+                Ok(Place::Database(Some(rule))) => Place::Database(rule),
+                Ok(Place::Journal) => Place::Journal,
+                Err(WriteError::Store(StoreError::OtherRevision(revision))) => {
+                    return Ok(Err(if_match.problem(revision)));
+                }
+                Err(error) => return Err(error),
             };
             let made = made_or_changed(&gateway, id, place, &spec, &audit, "changed");
-            Ok(Some(made.await))
+            Ok(Ok(made.await))
         }
     };
-    let place = checked(api, deadline, permission, write).await?;
-    let place = place.ok_or_else(no_such_rule)?;
+    let place = checked(api, deadline, permission, write).await??;
     answer(&api.state, id, place, StatusCode::OK)
 }
 
@@ -313,27 +319,26 @@ async fn delete_rule(
     Id(id): Id<RuleId>,
     if_match: IfMatch,
 ) -> Result<Response, Problem> {
-    let rules = api.state.rules.current();
-    let unsupported = rules.unsupported().iter().find(|rule| rule.id == id);
-    let revision = rules.get(id).map(|rule| rule.revision);
-    if let Some(revision) = revision.or(unsupported.map(|rule| rule.revision)) {
-        if_match.check(revision)?;
-    }
     let audit = caller.audit(&api, "rule.delete");
+    let expected = if_match.clone();
     let (gateway, deadline) = (Arc::clone(&api.state), Instant::now() + WRITE_MAX);
     let deleting = api.carry_out(async move {
         let (rules, lost) = (gateway.rules.current(), gateway.rules.lost());
         let before = rules.rules().iter().find(|rule| rule.id == id).map(|rule| &rule.spec);
         let store = gateway.store.clone();
         let direct = async |_| match lost.iter().find(|lost| lost.rule.id == id) {
-            Some(lost) => store.rule_release(&lost.rule, &audit).await.map(Some),
-            None => store.rule_delete(id, &audit).await,
+            Some(lost) => {
+                let released = store.rule_release(&lost.rule, expected.revisions(), &audit);
+                released.await.map(Some)
+            }
+            None => store.rule_delete_at(id, expected.revisions(), &audit).await,
         };
         let place = match before {
             Some(before) => {
                 let change = local_write(id, &audit, true, Some(before.clone()), None);
                 let permission = Permission::Stored(Consent::Given);
-                write(&gateway, change, permission, deadline, direct).await?
+                let is_expected = |revision| expected.has(revision);
+                write(&gateway, change, permission, deadline, is_expected, direct).await?
             }
             // This version can't read it, so it can't wait in the journal. It refuses nobody here.
             None => Place::Database(direct(Consent::Given).await.map_err(WriteError::Store)?),
@@ -353,11 +358,13 @@ async fn delete_rule(
     // A write that takes longer continues.
     match timeout_at(deadline, deleting)
         .await
-        .map_err(|_| StoreError::TimedOut)???
+        .map_err(|_| StoreError::TimedOut)??
     {
-        None => Err(no_such_rule()),
-        Some(false) => Ok(StatusCode::NO_CONTENT.into_response()),
-        Some(true) => {
+        Err(WriteError::Store(StoreError::OtherRevision(revision))) => Err(if_match.problem(revision)),
+        Err(error) => Err(error.into()),
+        Ok(None) => Err(no_such_rule()),
+        Ok(Some(false)) => Ok(StatusCode::NO_CONTENT.into_response()),
+        Ok(Some(true)) => {
             let state = RuleState::Local;
             Ok((StatusCode::ACCEPTED, Json(LocalDeletion { id, state })).into_response())
         }

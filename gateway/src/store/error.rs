@@ -67,6 +67,9 @@ pub enum StoreError {
     /// A value does not have the type of its column.
     #[error("a row can't be read: {0}")]
     Undecodable(#[source] sqlx::Error),
+    /// The rule has this revision, which is not the one that the change was decided on.
+    #[error("the rule was changed meanwhile: look at it again")]
+    OtherRevision(u64),
     /// Other rules were written since the check.
     #[error("other rules were written at this moment: try again")]
     Outdated,
@@ -104,6 +107,7 @@ impl StoreError {
             | Self::Damaged(_)
             | Self::Invalid(_)
             | Self::Conflict(_)
+            | Self::OtherRevision(_)
             | Self::Undecodable(_)
             | Self::Outdated
             | Self::Corrupt { .. }
@@ -118,7 +122,10 @@ impl StoreError {
     /// Whether the database or the connection is at fault, and not the caller's request.
     #[must_use]
     pub fn is_failure(&self) -> bool {
-        !matches!(self, Self::Invalid(_) | Self::Conflict(_) | Self::Outdated)
+        !matches!(
+            self,
+            Self::Invalid(_) | Self::Conflict(_) | Self::OtherRevision(_) | Self::Outdated
+        )
     }
 
     /// Whether the database gave no answer: it is unavailable, frozen or too slow.
@@ -167,6 +174,7 @@ impl StoreError {
             | Self::Locked(_)
             | Self::Invalid(_)
             | Self::Conflict(_)
+            | Self::OtherRevision(_)
             | Self::Outdated => None,
         }
     }
@@ -196,7 +204,7 @@ impl StoreError {
             Self::NotADatabase(_) => "not_a_database",
             Self::Damaged(_) => "damaged",
             Self::Invalid(_) => "invalid",
-            Self::Conflict(_) | Self::Outdated => "conflict",
+            Self::Conflict(_) | Self::OtherRevision(_) | Self::Outdated => "conflict",
             Self::Undecodable(_) | Self::Corrupt { .. } => "corrupt",
             Self::Unusable(_) => "unusable",
             Self::FileChanged(_) => "file_changed",

@@ -253,7 +253,8 @@ impl Store {
     /// Replaces a rule's spec, if the rule has not changed since the caller read it. `Ok(None)`: there is no such rule.
     ///
     /// # Errors
-    /// [`StoreError::Conflict`]: the rule is no longer at `seen_revision`, or is not one of this version.
+    /// [`StoreError::OtherRevision`]: the rule is no longer at `seen_revision`. [`StoreError::Conflict`]: it is not one
+    /// of this version.
     /// [`StoreError::Outdated`]: rules were written since it was checked. Not done within 1.7 s.
     #[tracing::instrument(name = "db.rules.update", level = "debug", skip_all)]
     pub async fn rule_update(
@@ -283,7 +284,8 @@ impl Store {
                 .await;
             };
             if before.revision != seen_revision {
-                return conflict(held, CHANGED).await;
+                held.rollback().await?;
+                return Err(StoreError::OtherRevision(before.revision));
             }
             let record = record(audit, id, Some(as_json(&before.spec)?), Some(as_json(&spec)?));
             let text = as_text(&spec)?;
@@ -310,6 +312,20 @@ impl Store {
     /// Not done within 1.7 s.
     #[tracing::instrument(name = "db.rules.delete", level = "debug", skip_all)]
     pub async fn rule_delete(&self, id: RuleId, audit: &Audit) -> Result<Option<u64>, StoreError> {
+        self.rule_delete_at(id, None, audit).await
+    }
+
+    /// As [`rule_delete`](Self::rule_delete), if the rule has one of these revisions. `None`: any.
+    ///
+    /// # Errors
+    /// [`StoreError::OtherRevision`]: it has another one. Not done within 1.7 s.
+    #[tracing::instrument(name = "db.rules.delete_at", level = "debug", skip_all)]
+    pub async fn rule_delete_at(
+        &self,
+        id: RuleId,
+        revisions: Option<&[u64]>,
+        audit: &Audit,
+    ) -> Result<Option<u64>, StoreError> {
         self.observed(Operation::Rules, RULES_WRITE_TIME_MAX, async {
             let mut held = self.rules_connection().await?;
             let Next { revision, .. } = begin(&mut held).await?;
@@ -317,10 +333,11 @@ impl Store {
                 held.rollback().await?;
                 return Ok(None);
             };
-            let before = match rule(&row)? {
-                Ok(rule) => as_json(&rule.spec)?,
-                Err(unsupported) => as_written(&unsupported.spec),
+            let (before, found) = match rule(&row)? {
+                Ok(rule) => (as_json(&rule.spec)?, rule.revision),
+                Err(unsupported) => (as_written(&unsupported.spec), unsupported.revision),
             };
+            let mut held = check_revision(held, found, revisions).await?;
             let record = record(audit, id, Some(before), None);
             held.run(DELETE, &values(&record, audit, None, &[Value::Uuid(id.0)]))
                 .await?;
@@ -331,15 +348,22 @@ impl Store {
     }
 
     /// Removes a rule that the database has lost, or whose row is damaged, on every node that keeps it in force.
-    /// Returns the new revision of the rule set.
+    /// Returns the new revision of the rule set. `revisions`: see [`rule_delete_at`](Self::rule_delete_at).
     ///
     /// # Errors
-    /// Not done within 1.7 s.
+    /// As [`rule_delete_at`](Self::rule_delete_at).
     #[tracing::instrument(name = "db.rules.release", level = "debug", skip_all)]
-    pub async fn rule_release(&self, lost: &Rule, audit: &Audit) -> Result<u64, StoreError> {
+    pub async fn rule_release(&self, lost: &Rule, revisions: Option<&[u64]>, audit: &Audit) -> Result<u64, StoreError> {
         self.observed(Operation::Rules, RULES_WRITE_TIME_MAX, async {
             let mut held = self.rules_connection().await?;
             let Next { revision, .. } = begin(&mut held).await?;
+            let row = held.first(FIND, &[Value::Uuid(lost.id.0)]).await?;
+            let found = match row.as_ref().map(rule).transpose()? {
+                Some(Ok(rule)) => rule.revision,
+                Some(Err(unsupported)) => unsupported.revision,
+                None => lost.revision,
+            };
+            let mut held = check_revision(held, found, revisions).await?;
             release(&mut held, lost.id).await?;
             let record = record(audit, lost.id, Some(as_json(&lost.spec)?), None);
             let deleted = [Value::Uuid(lost.id.0)];
@@ -366,6 +390,15 @@ pub(super) async fn release(connection: &mut Connection, id: RuleId) -> Result<(
 
 /// Why a change of a rule is not made that was decided on another form of it.
 pub(super) const CHANGED: &str = "the rule was changed meanwhile: look at it again";
+
+/// Ends the transaction unless the rule has one of the revisions that the caller names.
+async fn check_revision(held: Held, found: u64, revisions: Option<&[u64]>) -> Result<Held, StoreError> {
+    if revisions.is_some_and(|revisions| !revisions.contains(&found)) {
+        held.rollback().await?;
+        return Err(StoreError::OtherRevision(found));
+    }
+    Ok(held)
+}
 
 pub(super) async fn conflict<T>(held: Held, why: &str) -> Result<T, StoreError> {
     held.rollback().await?;

@@ -193,7 +193,7 @@ async fn released_rule_stays_out_of_force_whatever_reloads_come_meanwhile() {
             for _ in 0..round {
                 tokio::task::yield_now().await;
             }
-            let revision = store.rule_release(&lost, &audit).await.unwrap();
+            let revision = store.rule_release(&lost, None, &audit).await.unwrap();
             let deleted = Written::Deleted {
                 rule: lost.id,
                 revision,

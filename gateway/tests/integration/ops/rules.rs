@@ -5,6 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use seawall_gateway::store::{Audit, Consent};
+use seawall_proto::id::RuleId;
 use serde_json::{Value, json};
 
 use super::rig::{Gateway, V1, text};
@@ -58,6 +60,48 @@ fn a_rule_is_made_changed_and_removed() {
         (404, "not_found".into())
     );
     assert_eq!(gateway.get("/api/v1/node").json()["rules"]["revision"], 3);
+}
+
+#[test]
+fn condition_of_a_write_is_checked_with_the_stored_revision_and_not_with_what_this_node_has_read() {
+    let gateway = Gateway::start();
+    let store = &gateway.state().store;
+    let by = |action| Audit {
+        id: uuid::Uuid::now_v7(),
+        at: gateway.state().clock.wall(),
+        actor: "another node".into(),
+        action,
+    };
+    for method in ["PATCH", "DELETE"] {
+        let asked = json!({"match": {"firmware": "=9"}, "effect": "block"});
+        let path = gateway.post("/api/v1/rules", asked).header("location").to_owned();
+        let id = RuleId(path.rsplit('/').next().unwrap().parse().unwrap());
+        let write = |revision: &str| {
+            let bearer = format!("Bearer {}", gateway.admin);
+            let headers = [
+                ("authorization", bearer.as_str()),
+                ("content-type", "application/json"),
+                ("if-match", revision),
+            ];
+            let body = if method == "PATCH" { "{\"reason\": \"x\"}" } else { "" };
+            gateway.raw(method, &path, &headers, body)
+        };
+        let seen = gateway.get(&path).json()["revision"].as_u64().unwrap();
+        let read = gateway.state().rules.current();
+        let spec = read.get(id).unwrap().spec.clone();
+        // Another node changes it, and this one has not read that yet.
+        let by = by("rule.update");
+        let changed = store.rule_update(id, seen, spec, Consent::Given, &by);
+        let changed = gateway.block_on(changed).unwrap().unwrap().revision;
+
+        let refused = write(&format!("\"{seen}\""));
+
+        assert_eq!(refused.problem(), (412, "precondition_failed".into()), "{method}");
+        let detail = text(&refused.json()["detail"]);
+        assert!(detail.contains(&format!("\"{changed}\"")), "{detail}");
+        gateway.eventually(|| gateway.get(&path).json()["revision"] == json!(changed));
+        assert!(write(&format!("\"{seen}\", \"{changed}\"")).status < 300, "{method}");
+    }
 }
 
 #[test]

@@ -21,6 +21,7 @@ on_both!(
     rule_is_read_back_as_it_was_written,
     every_change_moves_the_revision_by_one,
     change_of_a_rule_seen_at_another_revision_is_a_conflict,
+    rule_of_another_revision_is_not_deleted_and_changes_nothing,
     failed_change_leaves_the_revision,
     rule_that_cannot_be_enforced_stops_no_other_and_can_be_deleted,
     older_version_works_beside_rows_and_columns_of_a_newer_one,
@@ -140,8 +141,32 @@ async fn change_of_a_rule_seen_at_another_revision_is_a_conflict(fixture: &Fixtu
         .rule_update(id(1), 1, spec("3.*"), Consent::Given, &audit("rule.update", 3))
         .await;
 
-    assert!(matches!(late, Err(StoreError::Conflict(_))), "{late:?}");
+    assert!(matches!(late, Err(StoreError::OtherRevision(2))), "{late:?}");
     assert_eq!(store.rules().await.unwrap().rules[0].spec, spec("2.*"));
+}
+
+async fn rule_of_another_revision_is_not_deleted_and_changes_nothing(fixture: &Fixture) {
+    let store = &fixture.store;
+    store
+        .rule_insert(id(1), spec("1.*"), Consent::Given, &audit("rule.create", 1))
+        .await
+        .unwrap();
+    store
+        .rule_update(id(1), 1, spec("2.*"), Consent::Given, &audit("rule.update", 2))
+        .await
+        .unwrap();
+    let seen = store.rules().await.unwrap();
+    let by = audit("rule.delete", 3);
+
+    let late = store.rule_delete_at(id(1), Some(&[1]), &by).await;
+    assert!(matches!(late, Err(StoreError::OtherRevision(2))), "{late:?}");
+    let late = store.rule_release(&seen.rules[0], Some(&[1]), &by).await;
+    assert!(matches!(late, Err(StoreError::OtherRevision(2))), "{late:?}");
+    assert_eq!(store.rules().await.unwrap(), seen);
+    assert_eq!(store.audit_page(None, 10).await.unwrap().items.len(), 2);
+
+    assert_eq!(store.rule_delete_at(id(1), Some(&[1, 2]), &by).await.unwrap(), Some(3));
+    assert!(store.rules().await.unwrap().rules.is_empty());
 }
 
 async fn failed_change_leaves_the_revision(fixture: &Fixture) {
