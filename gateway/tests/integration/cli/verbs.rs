@@ -495,3 +495,29 @@ fn closed_standard_output_is_no_panic() {
         (Some(0), "")
     );
 }
+
+#[test]
+fn events_end_after_their_count_and_continue_after_an_id() {
+    let gateway = GatewayProcess::start(&[]).unwrap();
+    let mut first = gateway.operator(&["events", "--count", "2", "--type", "rules", "--json", "--after", "0"]);
+    for range in ["=1", "=2", "=3"] {
+        done(&mut gateway.operator(&["rules", "block", range]));
+    }
+
+    let parsed = |shown: &str| -> Vec<serde_json::Value> {
+        let events = shown.lines().map(|line| serde_json::from_str(line).unwrap());
+        events
+            .filter(|event: &serde_json::Value| event["event"] != "missed")
+            .collect()
+    };
+    let events = parsed(&done(&mut first));
+    let id = |event: &serde_json::Value| event["id"].as_str().unwrap().parse::<u64>().unwrap();
+    assert_eq!(events.len(), 2);
+    assert!(events.iter().all(|event| event["event"] == "rules"));
+    let last = events[1]["id"].as_str().unwrap();
+    let next = ["events", "--count", "1", "--type", "rules", "--json", "--after", last];
+    let next = parsed(&done(&mut gateway.operator(&next)));
+    assert_eq!(next.len(), 1);
+    assert!(id(&events[0]) < id(&events[1]) && id(&events[1]) < id(&next[0]));
+    assert_eq!(done(&mut gateway.operator(&["events", "--count", "0"])), "");
+}

@@ -205,6 +205,21 @@ fn a_reader_from_before_the_start_is_told_that_it_missed_something_once() {
 }
 
 #[test]
+fn empty_last_event_id_is_that_of_a_reader_which_has_read_nothing() {
+    let gateway = Gateway::start();
+    let (_, _before) = gateway.connected(&[V1]);
+    gateway.eventually(|| gateway.state().history.known_len() == 1);
+
+    for last_id in ["", "  "] {
+        let mut stream = Stream::open(&gateway, Some(last_id));
+        let (id, _device) = gateway.connected(&[V1]);
+
+        let first = stream.event();
+        assert_eq!((first.name.as_str(), &first.data["device"]), ("presence", &json!(id)));
+    }
+}
+
+#[test]
 fn readers_are_bounded_and_leave_room_when_they_go() {
     let gateway = Gateway::start_with("[ops]\nevent_readers_max = 2\n");
     let first = Stream::open(&gateway, None);
