@@ -119,6 +119,9 @@ pub enum Devices {
         /// Maximum number of rows to show
         #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000))]
         limit: u32,
+        /// Show the page that begins there
+        #[arg(long)]
+        cursor: Option<String>,
     },
     /// Register a device; its secret is shown this once
     Add {
@@ -244,16 +247,18 @@ pub fn run(common: &Common, verb: Devices) -> Result<(), Failure> {
             warn_of_memory(&device);
             ctx.show(&device, shown)
         }
-        Devices::History { id, limit } => {
-            let answer = ctx
-                .client
-                .get(&format!("{}/history", path(&id)), &[("limit", limit.to_string())])?;
+        Devices::History { id, limit, cursor } => {
+            let mut query = vec![("limit", limit.to_string())];
+            query.extend(cursor.map(|cursor| ("cursor", cursor)));
+            let answer = ctx.client.get(&format!("{}/history", path(&id)), &query)?;
             if answer["source"] == MEMORY {
                 note(
                     "warning: the database does not answer. These are the newest changes only, from the memory of one node",
                 );
             }
-            ctx.show(&answer, |answer| table::items(answer, &HISTORY_COLUMNS))
+            ctx.show(&answer, |answer| table::items(answer, &HISTORY_COLUMNS))?;
+            ctx.note_next_page(&answer);
+            Ok(())
         }
         Devices::Add { id, tenant, model } => add(&ctx, id.as_ref(), tenant, model),
         Devices::Import { file, update } => import(&ctx, &file, update),

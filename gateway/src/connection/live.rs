@@ -410,7 +410,7 @@ impl Live {
         }
         let len = u64::try_from(len).unwrap_or(u64::MAX);
         self.online.shared().metrics.session_bytes.add(direction, len);
-        self.online.session().info.cohort.count(Figure::Bytes, len);
+        self.online.session().info.cohort().count(Figure::Bytes, len);
     }
 
     fn tick(&mut self) {
@@ -474,7 +474,7 @@ impl Live {
     fn store(&mut self, received: Received) {
         self.messages_in = self.messages_in.saturating_add(1);
         let info = &self.online.session().info;
-        info.cohort.count(Figure::Messages, 1);
+        info.cohort().count(Figure::Messages, 1);
         let (device, external_id) = (info.device, info.external_id.as_deref());
         let id = received.id.clone();
         let shared = self.online.shared();
@@ -528,7 +528,7 @@ impl Live {
             reason = reason.as_str(),
             device.id = %session.info.device,
             session.id = %session.id,
-            firmware.version = session.info.cohort.firmware.as_deref(),
+            firmware.version = session.info.cohort().firmware.as_deref(),
             peer.addr = %session.info.peer(),
             duration_ms = now.saturating_since(session.info.opened_at).as_millis(),
             messages_in = self.messages_in,

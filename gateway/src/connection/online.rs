@@ -101,18 +101,18 @@ impl Online {
     /// Counts a session that ended in its cohort. Returns the past of its device, this session included.
     fn account(&self, reason: EndReason, duration: Duration) -> Past {
         let (shared, info) = (&self.shared, &self.session.info);
-        info.cohort.count(Figure::SessionsEnded, 1);
+        info.cohort().count(Figure::SessionsEnded, 1);
         let millis = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-        info.cohort.count(Figure::SessionMillis, millis);
+        info.cohort().count(Figure::SessionMillis, millis);
         let of = Of {
             device: info.device,
             address: info.address,
-            cohort: &info.cohort,
-            tenant: Some(&info.tenant),
+            cohort: info.cohort(),
+            tenant: Some(info.tenant()),
         };
         let by = reason.ended_by();
         if by == EndedBy::Fault {
-            info.cohort.count(Figure::Errors, 1);
+            info.cohort().count(Figure::Errors, 1);
             shared
                 .breaker
                 .handle_event(EventKind::Error, &of, false, shared.sessions.len());
@@ -120,7 +120,7 @@ impl Online {
         let past = past_of(&self.session, by, info.opened_at + duration);
         let event = |kind, is_again| shared.breaker.handle_event(kind, &of, is_again, shared.sessions.len());
         if past.repeats() > 0 {
-            info.cohort.count(Figure::Repeats, 1);
+            info.cohort().count(Figure::Repeats, 1);
             event(EventKind::Repeat, past.repeats() > 1);
         } else if past.is_in_loop() && by.may_be_crash() {
             event(EventKind::SlowRepeat, false);
@@ -185,9 +185,9 @@ fn past_of(session: &Session, by: EndedBy, now: Instant) -> Past {
 fn subject(session: &Session) -> Subject<'_> {
     Subject {
         device: Some(session.info.device),
-        firmware: session.info.cohort.firmware.as_deref(),
-        model: session.info.cohort.model.as_deref(),
-        tenant: Some(&session.info.tenant),
+        firmware: session.info.cohort().firmware.as_deref(),
+        model: session.info.cohort().model.as_deref(),
+        tenant: Some(session.info.tenant()),
     }
 }
 

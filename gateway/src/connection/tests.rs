@@ -184,9 +184,11 @@ fn session_of(shared: &Shared, peer: SocketAddr) -> SessionInfo {
     SessionInfo {
         device: device(),
         external_id: None,
-        tenant: "default".into(),
+        group: shared
+            .history
+            .groups()
+            .of(&shared.cohorts.intern(None, Some("1.0")), &"default".into(), None),
         credential: (&Credential::from(SecretHash::of(b"secret"))).into(),
-        cohort: shared.cohorts.intern(None, Some("1.0")),
         speaks_v1: true,
         address: peer.ip(),
         port: peer.port(),

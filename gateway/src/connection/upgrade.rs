@@ -56,9 +56,11 @@ pub(super) async fn upgrade(
         SessionInfo {
             device: hello.device,
             external_id: hello.external_id.map(Box::new),
-            tenant: Arc::clone(&tenant),
+            group: shared
+                .history
+                .groups()
+                .of(&cohort, &tenant, admitted.grant.model.as_deref()),
             credential: (&admitted.grant.credential).into(),
-            cohort: Arc::clone(&cohort),
             speaks_v1: kind == SessionKind::V1,
             address: record.peer().ip(),
             port: record.peer().port(),

@@ -77,8 +77,7 @@ pub struct Offline {
 #[derive(Debug, Clone, Copy)]
 pub struct Began<'a> {
     pub session: SessionId,
-    pub cohort: &'a Arc<Cohort>,
-    pub tenant: &'a Arc<str>,
+    pub group: &'a Arc<Group>,
     pub since: WallTime,
     pub at: Instant,
 }
@@ -222,7 +221,7 @@ impl History {
         began: Began<'_>,
         above: impl FnOnce(SessionId) -> SessionId,
     ) -> CameOnline {
-        let group = self.groups.of(began.cohort, began.tenant);
+        let group = Arc::clone(began.group);
         self.with(device, |kept| {
             let before = kept.known();
             let returned = match (before.presence, kept.ended()) {
@@ -310,7 +309,7 @@ impl History {
     /// Takes what the database has of a device whose socket is lost. It is not written again, unless the device is unknown
     /// now.
     pub fn restore(&self, stored: Stored<'_>, lost: Lost) -> Restored {
-        let group = self.groups.of(stored.cohort, stored.tenant);
+        let group = Arc::clone(stored.group);
         self.with(stored.device, |kept| {
             let before = kept.known();
             if before.is_held() {
@@ -358,15 +357,46 @@ impl History {
         let known = kept.known();
         // Nobody else waits for it.
         if known.given_up(known.since).is_some() {
-            if let Some(group) = kept.group.take() {
-                self.groups.remove(&group, kept.state());
-            }
-            let never = Known {
-                epoch: known.epoch,
-                ..Known::NEVER_SEEN
-            };
-            kept.set(never, Reason::OTHER);
+            self.drop_state(kept);
         }
+    }
+
+    /// Leaves a device to the node of a newer session, if `has_moved` holds for what is known of it. Its attempts are
+    /// kept.
+    pub fn leave_moved(&self, device: DeviceId, has_moved: impl FnOnce(&Known) -> bool) {
+        let mut shard = self.shard(device);
+        let Ok(index) = find(&shard, device) else { return };
+        let kept = &mut shard[index];
+        if kept.group.is_some() && has_moved(&kept.known()) {
+            self.drop_state(kept);
+        }
+    }
+
+    /// The device is no longer counted here. Its epoch stays.
+    fn drop_state(&self, kept: &mut Kept) {
+        if let Some(group) = kept.group.take() {
+            self.groups.remove(&group, kept.state());
+        }
+        let never = Known {
+            epoch: kept.known().epoch,
+            ..Known::NEVER_SEEN
+        };
+        kept.set(never, Reason::OTHER);
+    }
+
+    /// The registry has a device with this tenant and model: from now on it is counted and listed by them.
+    pub fn handle_registered(&self, device: DeviceId, tenant: &Arc<str>, model: Option<&str>) {
+        let mut shard = self.shard(device);
+        let Ok(index) = find(&shard, device) else { return };
+        let kept = &mut shard[index];
+        let is_other = |group: &&Arc<Group>| group.tenant != *tenant || group.model.as_deref() != model;
+        let Some(before) = kept.group.as_ref().filter(is_other) else {
+            return;
+        };
+        let after = self.groups.of(&before.cohort, tenant, model);
+        self.groups.remove(before, kept.state());
+        self.groups.add(&after, kept.state());
+        kept.group = Some(after);
     }
 
     /// Queues the states of all devices whose sockets are here, at the pace of the writer: another node may have
@@ -442,6 +472,20 @@ impl History {
         wanted: impl Fn(&Group) -> bool,
     ) -> Vec<DeviceId> {
         let wanted = self.groups.matching(wanted);
+        self.ids(first, len, |kept| {
+            let is_in = state.is_none_or(|state| kept.state() == state);
+            is_in && kept.group.as_ref().is_some_and(|group| wanted.has(group))
+        })
+    }
+
+    /// Known devices from `first` on without a socket here, in the order of ids, at most `len`. It takes as long as
+    /// [`page`](Self::page).
+    #[must_use]
+    pub fn away(&self, first: Option<DeviceId>, len: usize) -> Vec<DeviceId> {
+        self.ids(first, len, |kept| kept.group.is_some() && !kept.known().is_held())
+    }
+
+    fn ids(&self, first: Option<DeviceId>, len: usize, is_wanted: impl Fn(&Kept) -> bool) -> Vec<DeviceId> {
         // The greatest is on top: what is greater can't be on the page, once that is full.
         let mut page = BinaryHeap::with_capacity(len + 1);
         for shard in &self.shards {
@@ -452,8 +496,7 @@ impl History {
                 if is_full && page.peek().is_none_or(|last| kept.device >= *last) {
                     break;
                 }
-                let is_in = state.is_none_or(|state| kept.state() == state);
-                if is_in && kept.group.as_ref().is_some_and(|group| wanted.has(group)) {
+                if is_wanted(kept) {
                     if is_full {
                         page.pop();
                     }
@@ -633,8 +676,7 @@ pub struct Stored<'a> {
     pub device: DeviceId,
     pub known: Known,
     pub reason: Reason,
-    pub cohort: &'a Arc<Cohort>,
-    pub tenant: &'a Arc<str>,
+    pub group: &'a Arc<Group>,
 }
 
 fn find(shard: &[Kept], device: DeviceId) -> Result<usize, usize> {

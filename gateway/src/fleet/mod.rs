@@ -10,6 +10,7 @@ pub mod faults;
 pub mod history;
 pub mod last_known_good;
 pub mod panics;
+pub mod registered;
 pub mod registry;
 pub mod registry_index;
 pub mod resume;

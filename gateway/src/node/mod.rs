@@ -34,6 +34,7 @@ use crate::{
         faults::{Fault, Faults},
         history::History,
         panics::Panics,
+        registered::Registered,
         registry::Registry,
         registry_index::Wanted,
         resume::Resume,
@@ -75,6 +76,8 @@ pub struct State {
     pub lookups: Lookups,
     pub resume: Arc<Resume>,
     pub registry_index_wanted: Wanted,
+    /// Registered devices by tenant and model.
+    pub registered: Registered,
     pub rules: Arc<Rules>,
     /// Audit records that wait for the database.
     pub audit_journal: Arc<AuditJournal>,

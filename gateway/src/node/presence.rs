@@ -42,8 +42,7 @@ impl State {
         let info = &session.info;
         let began = Began {
             session: session.id,
-            cohort: &info.cohort,
-            tenant: &info.tenant,
+            group: &info.group,
             since: info.since,
             at: info.opened_at,
         };
@@ -92,7 +91,7 @@ impl State {
                 since: at,
             },
             reason: ended.reason.into(),
-            group: self.history.groups().of(&info.cohort, &info.tenant),
+            group: Arc::clone(&info.group),
         });
         self.count_change(&change);
         if ended.reason.ended_by() != EndedBy::Gateway {

@@ -17,13 +17,12 @@ use super::{
     auth::{Caller, Viewer},
     device_view::{Device, Source, presence, registry_unavailable, unless_unavailable},
     extract::{Params, label, page_cursor, page_limit},
-    presence::elsewhere,
+    presence::{SeenElsewhere, elsewhere},
     problem::{Code, Problem, ProblemBody},
 };
 use crate::{
     fleet::history::groups::Group,
     node::State as Gateway,
-    session::presence::Presence,
     store::{DeviceFilter, DeviceRow, PresenceState},
 };
 
@@ -193,7 +192,7 @@ async fn registered(api: &Arc<Api>, request: &ListRequest) -> Result<DevicePage,
             }
             let mut device = Device::of(row, gateway);
             if let Some(other) = other {
-                device.take_presence(other);
+                device.take(other);
             }
             items.push(device);
         }
@@ -229,7 +228,7 @@ async fn remembered(api: &Arc<Api>, request: &ListRequest) -> Result<DevicePage,
 enum Labels {
     /// With the registry, afterwards.
     Registered,
-    /// With those of the device's last session.
+    /// With what this node knows of the registry.
     OfGroup,
 }
 
@@ -303,8 +302,8 @@ impl Wanted {
         in_memory <= registered
     }
 
-    /// `other`: presence of the device, if another node knows more of it.
-    fn wants(&self, row: &DeviceRow, other: Option<&Presence>, gateway: &Gateway) -> bool {
+    /// `other`: what another node knows of the device, if that is more.
+    fn wants(&self, row: &DeviceRow, other: Option<&SeenElsewhere>, gateway: &Gateway) -> bool {
         let record = &row.record;
         let is_same =
             |wanted: &Option<_>, stored: Option<&_>| wanted.as_ref().is_none_or(|wanted| stored == Some(wanted));
@@ -312,12 +311,15 @@ impl Wanted {
             && is_same(&self.stored.model, record.model.as_ref())
             && self.stored.state.is_none_or(|state| state == record.state)
             && self.presence.is_none_or(|wanted| {
-                let state = other.map_or_else(|| presence(record.id, gateway).state, |other| other.state);
+                let state = other.map_or_else(|| presence(record.id, gateway).state, |other| other.presence.state);
                 wanted == state
             })
-            && self.firmware.as_ref().is_none_or(|wanted| {
-                let group = gateway.history.group(record.id);
-                group.is_some_and(|group| wanted.matches(group.cohort.firmware.as_deref()))
+            && self.firmware.as_ref().is_none_or(|wanted| match other {
+                Some(other) => wanted.matches(other.firmware.as_deref()),
+                None => {
+                    let group = gateway.history.group(record.id);
+                    group.is_some_and(|group| wanted.matches(group.cohort.firmware.as_deref()))
+                }
             })
     }
 
@@ -331,7 +333,7 @@ impl Wanted {
         let is_same = |wanted: &Option<Label>, known: Option<&str>| {
             wanted.as_ref().is_none_or(|wanted| known == Some(wanted.as_str()))
         };
-        is_same(&self.stored.tenant, Some(&group.tenant)) && is_same(&self.stored.model, group.cohort.model.as_deref())
+        is_same(&self.stored.tenant, Some(&group.tenant)) && is_same(&self.stored.model, group.model.as_deref())
     }
 }
 

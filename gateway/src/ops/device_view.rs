@@ -9,7 +9,10 @@ use seawall_proto::{
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::problem::{Code, Problem};
+use super::{
+    presence::SeenElsewhere,
+    problem::{Code, Problem},
+};
 use crate::{
     node::State as Gateway,
     session::presence::{Presence, Seer},
@@ -35,10 +38,10 @@ pub struct Device {
     /// The device's name, if it is not a UUID (`identity.namespace`).
     #[schema(value_type = Option<String>)]
     external_id: Option<Label>,
-    /// From memory: the tenant of its last session on this node.
+    /// From memory: as this node knows it from the device's last session.
     #[schema(value_type = Option<String>)]
     tenant: Option<Label>,
-    /// The registry's model. From memory: the model of its last session on this node.
+    /// The registry's model, whatever the device claims. From memory: as this node knows it from its last session.
     #[schema(value_type = Option<String>)]
     model: Option<Label>,
     /// The version of its last connection.
@@ -71,7 +74,7 @@ impl Device {
             .as_ref()
             .and_then(|session| session.info.external_id.as_deref().cloned());
         let firmware = match session {
-            Some(session) => session.info.cohort.firmware.clone(),
+            Some(session) => session.info.cohort().firmware.clone(),
             None => gateway
                 .history
                 .record(record.id)
@@ -104,23 +107,18 @@ impl Device {
         if session.is_none() && record.is_none() {
             return None;
         }
-        let last = record.and_then(|record| record.group);
-        let (tenant, cohort) = match &session {
-            Some(session) => (Some(&session.info.tenant), Some(&session.info.cohort)),
-            None => (
-                last.as_ref().map(|last| &last.tenant),
-                last.as_ref().map(|last| &last.cohort),
-            ),
-        };
+        let known = record.and_then(|record| record.group);
+        let group = known.or_else(|| session.as_ref().map(|session| Arc::clone(&session.info.group)));
+        let group = group.as_deref();
         let label = |text: &str| Label::parse(text).ok().flatten();
         Some(Self {
             id,
             external_id: session
                 .as_ref()
                 .and_then(|session| session.info.external_id.as_deref().cloned()),
-            tenant: tenant.and_then(|tenant| label(tenant)),
-            model: cohort.and_then(|cohort| label(cohort.model.as_deref()?)),
-            firmware: cohort.and_then(|cohort| cohort.firmware.clone()),
+            tenant: group.and_then(|group| label(&group.tenant)),
+            model: group.and_then(|group| label(group.model.as_deref()?)),
+            firmware: group.and_then(|group| group.cohort.firmware.clone()),
             state: None,
             presence: presence(id, gateway),
             created_at: None,
@@ -131,8 +129,9 @@ impl Device {
     }
 
     /// Takes what another node has stored, where that is newer.
-    pub fn take_presence(&mut self, presence: Presence) {
-        self.presence = presence;
+    pub fn take(&mut self, seen: SeenElsewhere) {
+        self.presence = seen.presence;
+        self.firmware = seen.firmware;
     }
 }
 

@@ -84,7 +84,7 @@ async fn show_device(
         Some(row) => {
             let mut device = Device::of(row.ok_or_else(no_such_device)?, &api.state);
             if let Some(newer) = elsewhere(&api.state, &[id]).await.remove(&id) {
-                device.take_presence(newer);
+                device.take(newer);
             }
             device
         }
@@ -169,6 +169,7 @@ async fn register_device(
             state.lookups.forget(new.id);
             if let Ok(row) = &row {
                 state.lookups.learn(new.id, &row.record.tenant);
+                state.registered.ask();
             }
             row
         })
@@ -378,7 +379,8 @@ pub async fn offline_or_unknown(api: &Api, id: DeviceId) -> Problem {
     }
 }
 
-fn no_such_device() -> Problem {
+/// 404 for a device that is not registered.
+pub fn no_such_device() -> Problem {
     Problem::not_found("device")
 }
 
@@ -401,6 +403,7 @@ async fn make_change<T: Send + 'static>(
                 gateway.resume.revoke(id).await;
             }
             if let Ok(Some(done)) = &changed {
+                gateway.registered.ask();
                 match row(done) {
                     Some(row) => {
                         gateway.lookups.learn(id, &row.record.tenant);

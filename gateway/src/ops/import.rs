@@ -110,6 +110,7 @@ async fn import_devices(
             // Even after an error: the import may have been made nevertheless.
             state.lookups.forget_all();
             state.registry_index_wanted.ask();
+            state.registered.ask();
             if let Err(error) = state.resume.poll(&state.store, &state.clock).await {
                 tracing::warn!(%error, "revocations of the import not read yet");
             }

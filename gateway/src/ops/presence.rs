@@ -1,11 +1,11 @@
 //! `GET /presence` and `GET /devices/{id}/history`: counts of devices by presence, and what changed for one of them.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, fmt, str::FromStr, sync::Arc};
 
 use axum::{Json, extract::State};
 use seawall_proto::{
     epoch::node_of,
-    id::DeviceId,
+    id::{DeviceId, SessionId},
     presence::{
         Known,
         gone::{Sign, doubt, fate},
@@ -20,15 +20,20 @@ use super::{
     Api,
     auth::{Caller, Viewer},
     device_view::{Source, registry_unavailable, unless_unavailable},
-    extract::{Id, Params, page_limit},
+    devices::no_such_device,
+    extract::{Id, Params, page_cursor, page_limit},
     problem::{Problem, ProblemBody},
 };
 use crate::{
-    fleet::history::{groups::By, queue::Transition},
+    fleet::history::{
+        Record,
+        groups::{By, Registered},
+        queue::Transition,
+    },
     node::State as Gateway,
     session::presence::Presence,
     store::{EvidenceText, PresenceState, Reason, StoredPresence, cause_of},
-    tasks::presence_returns::is_alone,
+    tasks::presence_returns::{is_alone, leave},
 };
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
@@ -51,9 +56,10 @@ pub struct CountParams {
 #[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum CountBy {
+    /// The registry's tenant.
     #[default]
     Tenant,
-    /// The model of the last session.
+    /// The registry's model, whatever the device claims.
     Model,
     /// The firmware version of the last session.
     Firmware,
@@ -69,18 +75,23 @@ pub struct PresenceCounts {
     items: Vec<PresenceCount>,
 }
 
-/// Devices of one tenant, model or firmware version that had a session on this node.
+/// Devices of one tenant, model or firmware version.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct PresenceCount {
-    /// Null for devices that name none.
+    /// Null for devices without one. No firmware version is known of a device that was never seen.
     #[schema(value_type = Option<String>)]
     key: Option<Arc<str>>,
     online: u64,
     offline: u64,
+    /// Those that were never seen are among them.
     unknown: u64,
 }
 
-/// How many devices are online, offline and unknown: those that had a session on this node, counted in its memory
+/// How many devices are online, offline and unknown, counted in memory
+///
+/// These are the devices whose last session was on this node, and registered devices that no node has seen. Tenant,
+/// model and firmware mean the same as in the filters of `GET /devices`. The registry is counted again within a second
+/// of a change through this node, and every minute.
 #[utoipa::path(
     get, path = "/api/v1/presence", tag = "devices", params(CountParams),
     responses(
@@ -98,7 +109,13 @@ async fn count_presence(
         CountBy::Model => By::Model,
         CountBy::Firmware => By::Firmware,
     };
-    let counts = api.state.history.groups().by(by);
+    let counted = api.state.registered.get();
+    let registered = if is_alone(&api.state) {
+        Registered::All(&counted)
+    } else {
+        Registered::NeverSeen(&counted)
+    };
+    let counts = api.state.history.groups().by_with(by, &registered);
     let items = counts.into_iter().map(|(key, counts)| PresenceCount {
         key,
         online: counts.online,
@@ -119,6 +136,8 @@ pub struct HistoryParams {
     /// Maximum number of items: 1 to 1,000. Default 100.
     #[param(minimum = 1, maximum = 1000)]
     limit: Option<u32>,
+    /// `next_cursor` of the previous page. Default: the newest changes.
+    cursor: Option<String>,
 }
 
 /// Changes of a device's presence.
@@ -132,10 +151,12 @@ pub struct DeviceHistory {
     source: Source,
     /// Newest first.
     items: Vec<PresenceChange>,
+    /// The `cursor` of the next page; null on the last page.
+    next_cursor: Option<String>,
 }
 
 /// A change of a device's presence.
-#[derive(Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct PresenceChange {
     state: PresenceState,
     /// RFC 3339.
@@ -166,11 +187,36 @@ impl PresenceChange {
     }
 }
 
+/// Place of a change in the history of its device: epoch and number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Place(SessionId, u64);
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(epoch, number) = self;
+        write!(f, "{epoch}-{number}")
+    }
+}
+
+/// The text is not a place.
+struct NotAPlace;
+
+impl FromStr for Place {
+    type Err = NotAPlace;
+
+    fn from_str(text: &str) -> Result<Self, NotAPlace> {
+        let (epoch, number) = text.split_once('-').ok_or(NotAPlace)?;
+        let epoch = u64::from_str_radix(epoch, 16).map_err(|_| NotAPlace)?;
+        Ok(Self(SessionId(epoch), number.parse().map_err(|_| NotAPlace)?))
+    }
+}
+
 /// Changes of a device's presence, newest first, for as long as `presence.history_seconds` keeps them
 #[utoipa::path(
     get, path = "/api/v1/devices/{id}/history", tag = "devices", params(("id" = uuid::Uuid, Path), HistoryParams),
     responses(
-        (status = 200, description = "The changes; none if no node has seen the device", body = DeviceHistory),
+        (status = 200, description = "A page; empty if no node has seen the device", body = DeviceHistory),
+        (status = 404, description = "The device is not registered", body = ProblemBody, content_type = "application/problem+json"),
         (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
     ),
 )]
@@ -181,39 +227,63 @@ async fn list_history(
     Params(params): Params<HistoryParams>,
 ) -> Result<Json<DeviceHistory>, Problem> {
     let limit = page_limit(params.limit)?;
+    let from: Option<Place> = page_cursor(params.cursor.as_deref())?;
+    let gateway = &api.state;
     // Read first: what is written meanwhile is in both.
-    let waiting = waiting(&api.state, device);
-    let stored = async { Ok(api.state.store.presence_history(device, limit).await?) };
-    let (mut items, source) = match unless_unavailable(&api.state, stored).await? {
-        Some(stored) => {
-            let stored = stored
-                .iter()
-                .map(|stored| PresenceChange::of(stored.known, stored.known.since, stored.reason));
-            let stored: Vec<PresenceChange> = stored.collect();
-            let mut items: Vec<PresenceChange> = waiting.into_iter().filter(|item| !stored.contains(item)).collect();
-            items.extend(stored);
-            (items, Source::Database)
+    let mut changes = waiting(gateway, device);
+    changes.retain(|place, _| from.is_none_or(|from| *place <= from));
+    let stored = async {
+        if gateway.store.present_among(&[device]).await?.is_empty() {
+            return Err(no_such_device());
         }
-        None if waiting.is_empty() => {
-            let record = api.state.history.record(device).filter(|record| record.group.is_some());
-            let record = record.ok_or_else(registry_unavailable)?;
-            let newest = PresenceChange::of(record.known, record.known.since, record.reason);
-            (vec![newest], Source::Memory)
-        }
-        None => (waiting, Source::Memory),
+        let from = from.map(|Place(epoch, number)| (epoch, number));
+        Ok(gateway.store.presence_history(device, from, limit + 1).await?)
     };
-    items.truncate(limit as usize);
+    let source = match unless_unavailable(gateway, stored).await? {
+        Some(stored) => {
+            for stored in stored {
+                let (known, place) = (stored.known, Place(stored.known.epoch, stored.number));
+                changes.insert(place, PresenceChange::of(known, known.since, stored.reason));
+            }
+            Source::Database
+        }
+        None => {
+            if changes.is_empty() {
+                let record = gateway.history.record(device);
+                let newest = record.filter(|record| record.group.is_some() && from.is_none());
+                let Record { known, reason, .. } = newest.ok_or_else(registry_unavailable)?;
+                let newest = PresenceChange::of(known, known.since, reason);
+                changes.insert(Place(known.epoch, 0), newest);
+            }
+            Source::Memory
+        }
+    };
+    let mut changes = changes.into_iter().rev();
+    let items = changes
+        .by_ref()
+        .take(limit as usize)
+        .map(|(_, change)| change)
+        .collect();
     Ok(Json(DeviceHistory {
         device,
-        as_of: api.state.clock.wall().to_rfc3339(),
+        as_of: gateway.clock.wall().to_rfc3339(),
         source,
         items,
+        next_cursor: changes.next().map(|(place, _)| place.to_string()),
     }))
 }
 
+/// A device as another node has seen it.
+#[derive(Debug)]
+pub struct SeenElsewhere {
+    pub presence: Presence,
+    /// Of its last session.
+    pub firmware: Option<Arc<str>>,
+}
+
 /// What the database has of devices, where this node knows less: those without a socket here that another node has
-/// seen, or that this node does not remember. None if the database does not answer.
-pub async fn elsewhere(gateway: &Gateway, devices: &[DeviceId]) -> BTreeMap<DeviceId, Presence> {
+/// seen, or that this node does not remember. None if the database does not answer. This node counts them no longer.
+pub async fn elsewhere(gateway: &Gateway, devices: &[DeviceId]) -> BTreeMap<DeviceId, SeenElsewhere> {
     let is_alone = is_alone(gateway);
     let is_held = |device: DeviceId| gateway.sessions.get(device).is_some();
     let is_known_best = |device: DeviceId| is_held(device) || (is_alone && gateway.history.group(device).is_some());
@@ -229,6 +299,9 @@ pub async fn elsewhere(gateway: &Gateway, devices: &[DeviceId]) -> BTreeMap<Devi
         return BTreeMap::new();
     };
     let signs: Vec<Sign> = nodes.iter().map(|node| node.sign).collect();
+    if !is_alone {
+        leave(gateway, &stored, &signs);
+    }
     let now = gateway.clock.wall();
     let newer = stored.into_iter().filter(|stored| {
         let (epoch, known) = (stored.known.epoch, gateway.history.epoch(stored.device));
@@ -251,14 +324,27 @@ pub async fn elsewhere(gateway: &Gateway, devices: &[DeviceId]) -> BTreeMap<Devi
         let lost = cause.and_then(|cause| Some((stored.known.left_behind(cause, as_of)?, cause.into())));
         let (known, reason) = lost.unwrap_or((stored.known, stored.reason));
         let node = holder.map_or("", |node| node.node.as_str());
-        (stored.device, Presence::known(known, reason, node, as_of))
+        let seen = SeenElsewhere {
+            presence: Presence::known(known, reason, node, as_of),
+            firmware: stored.firmware.map(Arc::from),
+        };
+        (stored.device, seen)
     };
     newer.map(presence).collect()
 }
 
-/// Changes that are not written yet, newest first.
-fn waiting(gateway: &Gateway, device: DeviceId) -> Vec<PresenceChange> {
-    let transitions = gateway.history.queue().of(device).into_iter().rev();
-    let change = |transition: Transition| PresenceChange::of(transition.known, transition.at, transition.reason);
+/// Changes that are not written yet.
+fn waiting(gateway: &Gateway, device: DeviceId) -> BTreeMap<Place, PresenceChange> {
+    let transitions = gateway.history.queue().of(device).into_iter();
+    let change = |transition: Transition| {
+        let Transition {
+            known,
+            at,
+            reason,
+            number,
+            ..
+        } = transition;
+        (Place(known.epoch, number), PresenceChange::of(known, at, reason))
+    };
     transitions.map(change).collect()
 }

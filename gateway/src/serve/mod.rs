@@ -43,6 +43,7 @@ use crate::{
         history::{History, KNOWN_MAX, queue::QUEUE_LEN_MAX},
         last_known_good,
         panics::Panics,
+        registered::Registered,
         registry::Registry,
         registry_index,
         resume::Resume,
@@ -273,6 +274,7 @@ async fn start_with(config: Config, overrides: Overrides, life: &Lifecycle) -> R
         lookups,
         resume,
         registry_index_wanted: registry_index::Wanted::default(),
+        registered: Registered::default(),
         rules,
         audit_journal: Arc::new(AuditJournal::open(data_dir.path())),
         restricted: RestrictedSessions::new(bounds.connections),
@@ -416,6 +418,7 @@ fn spawn_tasks(state: &Shared, life: &Lifecycle, follows_memory: bool) {
     helper!("certificates", tasks::tls::follow);
     helper!("presence", tasks::presence::write);
     helper!("stored presence", tasks::presence_returns::follow);
+    helper!("registered devices", tasks::registered::count);
     helper!("silence", tasks::silence::watch);
     helper!("registry", tasks::registry::guard);
     helper!("faults", tasks::faults::follow);

@@ -64,7 +64,7 @@ impl Census {
     #[must_use]
     pub fn of_connected(sessions: &Sessions) -> Self {
         let mut census = Self::default();
-        sessions.for_each(|session| census.counts(&session.info.cohort, &session.info.tenant).connected += 1);
+        sessions.for_each(|session| census.counts(session.info.cohort(), session.info.tenant()).connected += 1);
         census
     }
 

@@ -52,8 +52,12 @@ impl Presence {
     pub fn of(device: DeviceId, seer: Seer<'_>) -> Self {
         match seer.history.record(device) {
             Some(record) if record.group.is_some() => Self::known(record.known, record.reason, seer.node, seer.as_of),
-            Some(_) | None => {
-                let cause = if seer.is_restored {
+            record => {
+                let was_seen = record.is_some_and(|record| record.known.epoch != Known::NEVER_SEEN.epoch);
+                let cause = if was_seen {
+                    // It was left to another node, which only the database knows of.
+                    Cause::NodeLost
+                } else if seer.is_restored {
                     Cause::NeverSeen
                 } else {
                     Cause::NodeRestarted

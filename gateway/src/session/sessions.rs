@@ -26,7 +26,7 @@ use seawall_proto::{
 };
 use tokio::sync::oneshot;
 
-use crate::fleet::cohorts::Cohort;
+use crate::fleet::{cohorts::Cohort, history::groups::Group};
 
 /// Messages to one device that wait for its session task. A full mailbox answers 429 to the sender (`mailbox_full` in
 /// `seawall_messages_total`).
@@ -40,11 +40,11 @@ pub struct SessionInfo {
     pub device: DeviceId,
     /// What the device calls itself, where that is not a UUID. Boxed, since few do.
     pub external_id: Option<Box<Label>>,
-    pub tenant: Arc<str>,
+    /// Tenant, model and firmware version, shared by all devices that are alike. The registry may have given the device
+    /// another tenant or model since it connected.
+    pub group: Arc<Group>,
     /// What it has shown.
     pub credential: CredentialTag,
-    /// Model and firmware version, interned: every session of a cohort shares one.
-    pub cohort: Arc<Cohort>,
     /// The device speaks `seawall.v1`; otherwise its session is plain.
     pub speaks_v1: bool,
     /// Where it comes from, with [`port`](Self::port): 20 bytes, where a [`SocketAddr`] has 32.
@@ -56,6 +56,18 @@ pub struct SessionInfo {
 }
 
 impl SessionInfo {
+    /// Model and firmware version that it claims.
+    #[must_use]
+    pub fn cohort(&self) -> &Arc<Cohort> {
+        &self.group.cohort
+    }
+
+    /// The registry's tenant when it connected.
+    #[must_use]
+    pub fn tenant(&self) -> &Arc<str> {
+        &self.group.tenant
+    }
+
     /// Where it comes from.
     #[must_use]
     pub const fn peer(&self) -> SocketAddr {
@@ -387,7 +399,7 @@ impl Sessions {
     /// must be quick, and not ask for sessions.
     pub fn register(&self, info: SessionInfo, known: SessionId, tell: impl FnOnce(&Registered)) -> Registered {
         let device = info.device;
-        info.cohort.session_opened();
+        info.cohort().session_opened();
         let mut shard = self.shard(device);
         // Behind the lock: whichever session of the device comes later has the greater id.
         let id = {
@@ -405,7 +417,7 @@ impl Sessions {
         shard.insert(ByDevice(Arc::clone(&session)), Tenths::FAR_FUTURE);
         match &replaced {
             Some(older) => {
-                older.info.cohort.session_closed();
+                older.info.cohort().session_closed();
                 older.close(Close::Replaced);
             }
             None => {
@@ -428,7 +440,7 @@ impl Sessions {
             .is_some_and(|(newest, _)| newest.0.id == session.id);
         if is_newest {
             shard.remove(&session.info.device);
-            session.info.cohort.session_closed();
+            session.info.cohort().session_closed();
             self.len.fetch_sub(1, Ordering::Relaxed);
             tell();
         }
@@ -518,7 +530,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::fleet::cohorts::Cohorts;
+    use crate::fleet::{cohorts::Cohorts, history::groups::Groups};
 
     #[test]
     fn a_second_session_replaces_the_first() {
@@ -564,11 +576,11 @@ mod tests {
         let first = sessions.register(info(&cohorts, 1), SessionId(0), |_| {}).session;
         let second = sessions.register(info(&cohorts, 1), SessionId(0), |_| {}).session;
 
-        assert_eq!(second.info.cohort.sessions(), 1);
+        assert_eq!(second.info.cohort().sessions(), 1);
         sessions.unregister(&first, || {});
-        assert_eq!(second.info.cohort.sessions(), 1);
+        assert_eq!(second.info.cohort().sessions(), 1);
         sessions.unregister(&second, || {});
-        assert_eq!(second.info.cohort.sessions(), 0);
+        assert_eq!(second.info.cohort().sessions(), 0);
     }
 
     #[test]
@@ -646,9 +658,8 @@ mod tests {
         SessionInfo {
             external_id: None,
             device: device(n),
-            tenant: "default".into(),
+            group: Groups::default().of(&cohorts.intern(None, Some("1.0")), &"default".into(), None),
             credential: (&Credential::from(SecretHash::of(b"secret"))).into(),
-            cohort: cohorts.intern(None, Some("1.0")),
             speaks_v1: true,
             address: IpAddr::from([127, 0, 0, 1]),
             port: 1,

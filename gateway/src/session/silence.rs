@@ -24,7 +24,7 @@ pub struct SilentSession(pub Arc<Session>);
 
 impl Member for SilentSession {
     fn tenant(&self) -> &Arc<str> {
-        &self.0.info.tenant
+        self.0.info.tenant()
     }
 
     fn address(&self) -> IpAddr {
@@ -143,7 +143,7 @@ fn count(sessions: &Sessions, groups: Vec<Group>) -> Vec<Count> {
     }
     if !(tenants.is_empty() && blocks.is_empty() && sites.is_empty()) {
         sessions.for_each(|session| {
-            if let Some(members) = tenants.get_mut(&session.info.tenant) {
+            if let Some(members) = tenants.get_mut(session.info.tenant()) {
                 *members += 1;
             }
             if let Some(members) = blocks.get_mut(&Block::from(session.info.address)) {

@@ -49,8 +49,8 @@ pub use self::{
     lookup::{Answer, KEYS_MAX, LookupWorker},
     migrations::SCHEMA_VERSION,
     model::{
-        Audit, AuditRecord, DEFAULT_TENANT, DeviceChange, DeviceFilter, DeviceRow, DeviceRows, NewDevice, NewToken,
-        PAGE_MAX, Page, Role, Rotated, Rotation, TokenRow, UNKNOWN_ROLE,
+        Audit, AuditRecord, DEFAULT_TENANT, DEVICE_KINDS_MAX, DeviceChange, DeviceFilter, DeviceKind, DeviceKinds,
+        DeviceRow, DeviceRows, NewDevice, NewToken, PAGE_MAX, Page, Role, Rotated, Rotation, TokenRow, UNKNOWN_ROLE,
     },
     plan::PlanReport,
     presence::{

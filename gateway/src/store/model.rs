@@ -1,6 +1,6 @@
 //! The values that the store takes and returns.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use seawall_proto::{
     id::{DeviceId, Label, SecretHash},
@@ -15,6 +15,9 @@ pub const DEFAULT_TENANT: &str = "default";
 
 /// Shown for a role that this version does not know.
 pub const UNKNOWN_ROLE: &str = "unknown";
+
+/// Maximum number of kinds of devices that are counted apart: as many as [groups](crate::fleet::history::groups).
+pub const DEVICE_KINDS_MAX: u32 = 16_384;
 
 /// Maximum number of items of a page.
 pub const PAGE_MAX: u32 = 1_000;
@@ -101,6 +104,23 @@ pub struct DeviceFilter {
     pub tenant: Option<Label>,
     pub model: Option<Label>,
     pub state: Option<DeviceState>,
+}
+
+/// Numbers of registered devices by tenant and model.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceKinds {
+    /// The kinds with most devices, at most [`DEVICE_KINDS_MAX`].
+    pub kinds: Vec<DeviceKind>,
+    /// Devices of further kinds.
+    pub rest: u64,
+}
+
+/// Devices of one tenant and model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceKind {
+    pub tenant: Arc<str>,
+    pub model: Option<Arc<str>>,
+    pub devices: u64,
 }
 
 /// A new credential.

@@ -60,8 +60,11 @@ pub struct StoredPresence {
     /// Order of the transitions of one session.
     pub number: u64,
     pub reason: Reason,
-    /// Of its last session.
+    /// Of the registry.
     pub tenant: String,
+    /// Of the registry.
+    pub registered_model: Option<String>,
+    /// Of its last session.
     pub model: Option<String>,
     pub firmware: Option<String>,
 }
@@ -71,6 +74,8 @@ pub struct StoredPresence {
 pub struct StoredTransition {
     /// `since` is when it happened.
     pub known: Known,
+    /// Order of the transitions of one session.
+    pub number: u64,
     pub reason: Reason,
 }
 
@@ -140,23 +145,27 @@ const FORGET_HISTORY: Sql = Sql {
     postgres: "DELETE FROM presence_history WHERE device = ANY($1)",
 };
 
-/// Index: presence's primary key.
+/// Indexes: the primary keys of presence and devices.
 const PAGE: Sql = Sql::both(
-    "SELECT device, epoch, number, state, since, reason, evidence, tenant, model, firmware FROM presence WHERE device >= $1 \
-     ORDER BY device LIMIT $2",
+    "SELECT p.device, p.epoch, p.number, p.state, p.since, p.reason, p.evidence, d.tenant, d.model AS registered_model, \
+     p.model, p.firmware FROM presence AS p JOIN devices AS d ON d.id = p.device WHERE p.device >= $1 \
+     ORDER BY p.device LIMIT $2",
 );
 
-/// Index: presence's primary key.
+/// Indexes: the primary keys of presence and devices.
 const AMONG: Sql = Sql {
-    sqlite: "SELECT device, epoch, number, state, since, reason, evidence, tenant, model, firmware FROM presence \
-             WHERE device IN (SELECT unhex(value) FROM json_each($1))",
-    postgres: "SELECT device, epoch, number, state, since, reason, evidence, tenant, model, firmware FROM presence WHERE device = ANY($1)",
+    sqlite: "SELECT p.device, p.epoch, p.number, p.state, p.since, p.reason, p.evidence, d.tenant, \
+             d.model AS registered_model, p.model, p.firmware FROM presence AS p JOIN devices AS d ON d.id = p.device \
+             WHERE p.device IN (SELECT unhex(value) FROM json_each($1))",
+    postgres: "SELECT p.device, p.epoch, p.number, p.state, p.since, p.reason, p.evidence, d.tenant, \
+               d.model AS registered_model, p.model, p.firmware FROM presence AS p JOIN devices AS d ON d.id = p.device \
+               WHERE p.device = ANY($1)",
 };
 
 /// Index: presence_history's primary key, from its end.
 const HISTORY: Sql = Sql::both(
-    "SELECT device, epoch, state, at AS since, reason, evidence FROM presence_history WHERE device = $1 \
-     ORDER BY epoch DESC, number DESC LIMIT $2",
+    "SELECT device, epoch, number, state, at AS since, reason, evidence FROM presence_history \
+     WHERE device = $1 AND (epoch, number) <= ($2, $3) ORDER BY epoch DESC, number DESC LIMIT $4",
 );
 
 /// Index: presence_history_by_at, and the primary key or the place of the rows.
@@ -400,22 +409,36 @@ impl Store {
         .await
     }
 
-    /// Returns stored transitions of a device, newest first, at most [`PRESENCE_HISTORY_MAX`]. Rows that can't be read are
-    /// left out.
+    /// Returns stored transitions of a device, newest first, at most one more than [`PRESENCE_HISTORY_MAX`]. `from`:
+    /// epoch and number of the first; `None` for the newest. Rows that can't be read are left out.
     ///
     /// # Errors
     /// The database is unavailable.
     #[tracing::instrument(name = "db.presence_history.page", level = "debug", skip_all)]
-    pub async fn presence_history(&self, device: DeviceId, limit: u32) -> Result<Vec<StoredTransition>, StoreError> {
-        let limit = limit.min(PRESENCE_HISTORY_MAX);
-        let values = [device.into(), Value::from(i64::from(limit))];
+    pub async fn presence_history(
+        &self,
+        device: DeviceId,
+        from: Option<(SessionId, u64)>,
+        limit: u32,
+    ) -> Result<Vec<StoredTransition>, StoreError> {
+        let limit = limit.min(PRESENCE_HISTORY_MAX + 1);
+        let (epoch, number) = from.map_or((i64::MAX, i64::MAX), |(epoch, number)| {
+            (to_number(epoch), i64::try_from(number).unwrap_or(i64::MAX))
+        });
+        let values = [
+            device.into(),
+            Value::from(epoch),
+            Value::from(number),
+            Value::from(i64::from(limit)),
+        ];
         self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
             let rows = held.all(HISTORY, &values).await?;
             held.release();
             let transition = |row: &Row| {
                 let (known, reason) = state(row)?;
-                Ok(StoredTransition { known, reason })
+                let number = number_of(row)?;
+                Ok(StoredTransition { known, number, reason })
             };
             Ok(self.readable(&rows, transition))
         })
@@ -459,12 +482,17 @@ fn presence(row: &Row) -> Result<StoredPresence, StoreError> {
     Ok(StoredPresence {
         device: DeviceId::from_uuid(row.uuid("device")?),
         known,
-        number: u64::try_from(row.int("number")?.unwrap_or_default()).unwrap_or_default(),
+        number: number_of(row)?,
         reason,
         tenant: row.text("tenant")?.unwrap_or_default(),
+        registered_model: row.text("registered_model")?,
         model: row.text("model")?,
         firmware: row.text("firmware")?,
     })
+}
+
+fn number_of(row: &Row) -> Result<u64, StoreError> {
+    Ok(u64::try_from(row.int("number")?.unwrap_or_default()).unwrap_or_default())
 }
 
 fn state(row: &Row) -> Result<(Known, Reason), StoreError> {

@@ -1,6 +1,6 @@
 //! The registered devices, in pages, for the registry index of every node.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use seawall_proto::{id::DeviceId, resume::Generation, time::WallTime};
 
@@ -9,7 +9,7 @@ use super::{
     connection::{Row, Sql, Value},
     error::StoreError,
     failures::Operation,
-    model::{DEFAULT_TENANT, Page, to_ms},
+    model::{DEFAULT_TENANT, DEVICE_KINDS_MAX, DeviceKind, DeviceKinds, Page, to_ms},
 };
 
 /// Number of rows of a page.
@@ -31,6 +31,19 @@ const PAGE: Sql =
 
 /// Index: any of devices.
 const COUNT: Sql = Sql::both("SELECT count(*) AS number FROM (SELECT 1 FROM devices LIMIT $1) AS counted");
+
+/// Index: devices_by_tenant_and_model alone, of which every entry is read.
+const KINDS: Sql = Sql::both(
+    "SELECT tenant, model, count(*) AS number, CAST(sum(count(*)) OVER () AS BIGINT) AS total FROM devices \
+     GROUP BY tenant, model ORDER BY number DESC, tenant, model LIMIT $1",
+);
+
+/// As [`KINDS`], for devices that no node has seen. Index: presence's primary key as well.
+const KINDS_NEVER_SEEN: Sql = Sql::both(
+    "SELECT tenant, model, count(*) AS number, CAST(sum(count(*)) OVER () AS BIGINT) AS total FROM devices \
+     WHERE NOT EXISTS (SELECT 1 FROM presence WHERE presence.device = devices.id) \
+     GROUP BY tenant, model ORDER BY number DESC, tenant, model LIMIT $1",
+);
 
 /// Reads the table, which pruning keeps small.
 const CHANGED: Sql = Sql::both("SELECT DISTINCT device FROM revocations WHERE at >= $1");
@@ -58,6 +71,36 @@ impl Store {
             held.release();
             let number = row.map(|row| row.int("number")).transpose()?.flatten();
             Ok(usize::try_from(number.unwrap_or_default()).unwrap_or_default())
+        })
+        .await
+    }
+
+    /// Counts registered devices by tenant and model; of `never_seen`, only those whose presence no node has written.
+    ///
+    /// # Errors
+    /// The database is unavailable, or slow.
+    #[tracing::instrument(name = "db.devices.kinds", level = "debug", skip_all)]
+    pub async fn device_kinds(&self, never_seen: bool) -> Result<DeviceKinds, StoreError> {
+        let sql = if never_seen { KINDS_NEVER_SEEN } else { KINDS };
+        self.bounded(Operation::Read, async {
+            let mut held = self.reads().take().await?;
+            let rows = held.all(sql, &[Value::from(i64::from(DEVICE_KINDS_MAX))]).await?;
+            held.release();
+            let unsigned = |row: &Row, column| Ok::<_, StoreError>(row.int(column)?.unwrap_or_default().unsigned_abs());
+            let kind = |row: &Row| {
+                Ok(DeviceKind {
+                    tenant: row.text("tenant")?.unwrap_or_else(|| DEFAULT_TENANT.to_owned()).into(),
+                    model: row.text("model")?.map(Arc::from),
+                    devices: unsigned(row, "number")?,
+                })
+            };
+            let kinds = self.readable(&rows, kind);
+            let total = rows.first().map_or(Ok(0), |row| unsigned(row, "total"))?;
+            let counted: u64 = kinds.iter().map(|kind| kind.devices).sum();
+            Ok(DeviceKinds {
+                kinds,
+                rest: total.saturating_sub(counted),
+            })
         })
         .await
     }

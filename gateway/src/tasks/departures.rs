@@ -162,8 +162,8 @@ type Asked = HashMap<(*const Cohort, Arc<str>), (Arc<Cohort>, Option<bool>)>;
 fn evicted(sessions: &Sessions, rules: &RuleSet, wall: WallTime) -> Vec<Arc<Session>> {
     let mut asked = Asked::new();
     sessions.matching(|session| {
-        let cohort = &session.info.cohort;
-        let key = (Arc::as_ptr(cohort), Arc::clone(&session.info.tenant));
+        let cohort = session.info.cohort();
+        let key = (Arc::as_ptr(cohort), Arc::clone(session.info.tenant()));
         let (_, has_share) = asked.entry(key).or_insert_with(|| {
             let all = Subject {
                 device: None,
@@ -198,9 +198,9 @@ pub fn left_of(state: &State, rule: RuleId) -> usize {
 fn subject_of(session: &Session) -> Subject<'_> {
     Subject {
         device: Some(session.info.device),
-        firmware: session.info.cohort.firmware.as_deref(),
-        model: session.info.cohort.model.as_deref(),
-        tenant: Some(&session.info.tenant),
+        firmware: session.info.cohort().firmware.as_deref(),
+        model: session.info.cohort().model.as_deref(),
+        tenant: Some(session.info.tenant()),
     }
 }
 

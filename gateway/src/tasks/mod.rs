@@ -12,6 +12,7 @@ pub mod memory;
 pub mod plan_guard;
 pub mod presence;
 pub mod presence_returns;
+pub mod registered;
 pub mod registry;
 pub mod registry_index;
 pub mod resume;

@@ -15,7 +15,7 @@ use seawall_proto::{
     id::{DeviceId, Label, SessionId},
     presence::{
         Cause,
-        gone::{Awaited, Peers, Return, fate, returned},
+        gone::{Awaited, Peers, Return, Sign, fate, has_moved, returned},
         known::RETURN_GRACE,
     },
 };
@@ -26,6 +26,7 @@ use super::presence::{RETRY_MAX, note_run, signs};
 use crate::{
     fleet::history::{Lost, Restored, Stored},
     node::{Shared, State},
+    runtime::lifecycle::blocking,
     store::{DatabaseStatus, StoreError, StoredPresence},
 };
 
@@ -33,6 +34,8 @@ use crate::{
 const NOTE_INTERVAL: Duration = Duration::from_secs(10);
 /// Interval at which devices that did not return are given up.
 const STEP_INTERVAL: Duration = Duration::from_secs(1);
+/// Maximum number of devices in a step that are checked for another node.
+const AWAY_MAX: usize = 2_000;
 /// Rest between two pages.
 const PAGE_REST: Duration = Duration::from_millis(20);
 /// Interval of checks whether the queue has room.
@@ -54,6 +57,9 @@ pub async fn follow(state: Shared, stop: CancellationToken) {
             if let Err(error) = returns.give_up(&state).await {
                 tracing::debug!(%error, "devices that did not return are not given up: trying again");
             }
+            if let Err(error) = returns.leave_moved(&state).await {
+                tracing::debug!(%error, "devices of other nodes are not looked for: trying again");
+            }
         }
         let _ = stop.run_until_cancelled(sleep(STEP_INTERVAL)).await;
     }
@@ -69,6 +75,8 @@ struct Returns {
     /// All that is stored was read once.
     has_read: bool,
     retry_at: Instant,
+    /// The next device that is checked for another node.
+    next_away: Option<DeviceId>,
 }
 
 impl Returns {
@@ -80,6 +88,7 @@ impl Returns {
             is_due: true,
             has_read: false,
             retry_at: Instant::now(),
+            next_away: None,
         }
     }
 
@@ -188,6 +197,8 @@ impl Returns {
             // No session could be newer.
             known.epoch = SessionId(0);
         }
+        let model = stored.registered_model.as_deref();
+        let group = state.history.groups().of(&cohort, &tenant, model);
         let lost = Lost {
             cause,
             at: if cause == Cause::NodeRestarted {
@@ -201,8 +212,7 @@ impl Returns {
             Stored {
                 known,
                 reason: stored.reason,
-                cohort: &cohort,
-                tenant: &tenant,
+                group: &group,
                 device: stored.device,
             },
             lost,
@@ -233,6 +243,34 @@ impl Returns {
         settle(state, &devices).await?;
         self.awaited.remove(&over);
         Ok(())
+    }
+
+    /// Checks the next devices without a socket here, and leaves those to other nodes that have seen them since.
+    async fn leave_moved(&mut self, state: &Shared) -> Result<(), StoreError> {
+        if is_alone(state) {
+            return Ok(());
+        }
+        let (shared, first) = (Arc::clone(state), self.next_away);
+        let mut away = blocking(move || shared.history.away(first, AWAY_MAX + 1))
+            .await
+            .unwrap_or_default();
+        let next = away.get(AWAY_MAX).copied();
+        away.truncate(AWAY_MAX);
+        let stored = state.store.presence_among(&away).await?;
+        if !stored.is_empty() {
+            leave(state, &stored, &signs(state).await?);
+        }
+        self.next_away = next;
+        Ok(())
+    }
+}
+
+/// Leaves devices to other nodes that have seen them since, by what is stored. They are counted there alone from now on.
+pub fn leave(state: &State, stored: &[StoredPresence], signs: &[Sign]) {
+    let believed = newest_believed(state.clock.wall());
+    for row in stored.iter().filter(|row| row.known.epoch <= believed) {
+        let history = &state.history;
+        history.leave_moved(row.device, |known| has_moved(known, &row.known, state.boot, signs));
     }
 }
 

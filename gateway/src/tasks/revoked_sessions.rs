@@ -96,8 +96,12 @@ fn is_seen(state: &State, device: DeviceId) -> bool {
 }
 
 /// Ends the session of a device that may not connect, or not with the credential that it has shown: the client may have
-/// stolen that. `record` comes from the registry.
+/// stolen that. `record` comes from the registry. From now on the device is counted by its tenant and model.
 pub fn end_revoked_session(state: &State, device: DeviceId, record: &DeviceRecord) {
+    let tenant = state.cohorts.tenant(&record.tenant);
+    state
+        .history
+        .handle_registered(device, &tenant, record.model.as_deref());
     let Some(session) = state.sessions.get(device) else {
         return;
     };

@@ -83,6 +83,16 @@ pub fn claims(stored: &Known, signs: &[Sign]) -> bool {
     !stored.is_held() || doubt(stored.epoch, signs).is_some()
 }
 
+/// Whether a device of which this node has the state `known` belongs to another node since, by what is stored: it had a
+/// newer session there, or its node is back.
+#[must_use]
+pub fn has_moved(known: &Known, stored: &Known, boot: Boot, signs: &[Sign]) -> bool {
+    let is_newer = stored.epoch > known.epoch;
+    let is_back =
+        stored.epoch == known.epoch && node_of(stored.epoch) != boot.node && doubt(stored.epoch, signs).is_none();
+    !known.is_held() && (is_newer || is_back)
+}
+
 /// What has become of a device that did not return to this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Return {
@@ -289,6 +299,42 @@ mod tests {
         assert!(!claims(&known(Presence::Online), &live));
         assert!(!claims(&known(Presence::Unknown(Cause::Path)), &live));
         assert!(claims(&known(Presence::Online), &[sign(2, Some(7), true)]));
+    }
+
+    #[test]
+    fn device_moved_if_a_newer_session_is_elsewhere_or_its_node_is_back_and_never_while_its_socket_is_here() {
+        let (mine, live) = (boot(1, NOON), [sign(2, Some(7), false)]);
+        let after = |ms: u64| WallTime::from_unix_ms(NOON.as_unix_ms() + ms);
+        let known = |epoch, presence| Known {
+            epoch,
+            presence,
+            since: NOON,
+        };
+        let (here, there) = (session(1, after(5)), session(2, after(9)));
+        let lost = Presence::Unknown(Cause::NodeLost);
+        let moved = |known: Known, stored: Known, signs: &[Sign]| has_moved(&known, &stored, mine, signs);
+
+        for presence in [RESET, lost, Presence::Unknown(Cause::NodeRestarted)] {
+            assert!(moved(known(here, presence), known(there, Presence::Online), &live));
+            assert!(
+                !moved(known(there, presence), known(here, RESET), &live),
+                "it was here last"
+            );
+        }
+        assert!(!moved(
+            known(here, Presence::Online),
+            known(there, Presence::Online),
+            &live
+        ));
+        assert!(!moved(known(here, RESET), known(here, RESET), &live), "its own");
+
+        // This node concluded that the other one is lost.
+        assert!(moved(known(there, lost), known(there, Presence::Online), &live));
+        assert!(!moved(
+            known(there, lost),
+            known(there, Presence::Online),
+            &[sign(2, None, true)]
+        ));
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Devices that are alike: one tenant, model and firmware version. Each group counts its devices by presence, so that
-//! counts of the whole fleet cost a walk through groups and not through devices.
+//! Devices that are alike: one cohort, and one tenant and model in the registry. Each group counts its devices by
+//! presence, so that counts of the whole fleet cost a walk through groups and not through devices.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -9,7 +9,10 @@ use std::{
     },
 };
 
-use crate::{fleet::cohorts::Cohort, store::PresenceState};
+use crate::{
+    fleet::cohorts::Cohort,
+    store::{DeviceKinds, PresenceState},
+};
 
 /// Maximum number of groups with a row of their own. Devices of further ones are counted in a row without names, and
 /// each keeps its group itself.
@@ -50,11 +53,15 @@ impl Counts {
     }
 }
 
-/// Devices of one tenant, model and firmware version.
+/// Devices of one cohort, and of one tenant and model in the registry.
 #[derive(Debug)]
 pub struct Group {
+    /// What its devices claim, by which rules judge them.
     pub cohort: Arc<Cohort>,
+    /// The registry's tenant.
     pub tenant: Arc<str>,
+    /// The registry's model, by which devices are listed and counted. Their claim may differ.
+    pub model: Option<Arc<str>>,
     /// Its place in [`Matching`], less than [`GROUPS_MAX`]. `None` if there was no room for a row of its own.
     number: Option<usize>,
     counts: [AtomicUsize; PresenceState::ALL.len()],
@@ -68,6 +75,15 @@ pub enum By {
     Firmware,
 }
 
+/// Which registered devices were counted.
+#[derive(Clone, Copy, Debug)]
+pub enum Registered<'a> {
+    /// All. Those that this node does not know were seen by none.
+    All(&'a DeviceKinds),
+    /// Those that no node has seen.
+    NeverSeen(&'a DeviceKinds),
+}
+
 /// The groups of this node.
 #[derive(Debug, Default)]
 pub struct Groups {
@@ -78,19 +94,26 @@ pub struct Groups {
 
 #[derive(Debug, Default)]
 struct Rows {
-    /// By the address of the cohort, which each group keeps.
-    by_name: HashMap<(usize, Arc<str>), Arc<Group>>,
+    by_name: HashMap<Name, Arc<Group>>,
     /// Numbers of groups that were forgotten.
     free: Vec<usize>,
     /// Groups that found no room.
     missed: usize,
 }
 
+/// The address of the cohort, which each group keeps; tenant and model.
+type Name = (usize, Arc<str>, Option<Arc<str>>);
+
 impl Groups {
-    /// The group of a device.
-    pub fn of(&self, cohort: &Arc<Cohort>, tenant: &Arc<str>) -> Arc<Group> {
+    /// The group of a device. `tenant` and `model` are the registry's.
+    pub fn of(&self, cohort: &Arc<Cohort>, tenant: &Arc<str>, model: Option<&str>) -> Arc<Group> {
+        // Most devices claim the registry's model.
+        let model = match (&cohort.model, model) {
+            (Some(claimed), Some(model)) if **claimed == *model => Some(Arc::clone(claimed)),
+            (_, model) => model.map(Arc::from),
+        };
         let mut rows = self.rows();
-        let name = (Arc::as_ptr(cohort).addr(), Arc::clone(tenant));
+        let name = (Arc::as_ptr(cohort).addr(), Arc::clone(tenant), model.clone());
         if let Some(group) = rows.by_name.get(&name) {
             return Arc::clone(group);
         }
@@ -98,6 +121,7 @@ impl Groups {
         let group = Arc::new(Group {
             cohort: Arc::clone(cohort),
             tenant: Arc::clone(tenant),
+            model,
             number,
             counts: Default::default(),
         });
@@ -154,7 +178,7 @@ impl Groups {
         for (group, counts) in groups {
             let key = match by {
                 By::Tenant => Some(Arc::clone(&group.tenant)),
-                By::Model => group.cohort.model.clone(),
+                By::Model => group.model.clone(),
                 By::Firmware => group.cohort.firmware.clone(),
             };
             let row = found.entry(key).or_default();
@@ -164,6 +188,40 @@ impl Groups {
             let row = found.entry(None).or_default();
             *row = row.plus(extra);
         }
+        found
+    }
+
+    /// As [`by`](Self::by), with the devices that no node has seen: they are unknown, and have no firmware version.
+    #[must_use]
+    pub fn by_with(&self, by: By, registered: &Registered<'_>) -> BTreeMap<Option<Arc<str>>, Counts> {
+        let mut found = self.by(by);
+        let mut seen: HashMap<(Arc<str>, Option<Arc<str>>), u64> = HashMap::new();
+        let (kinds, rest) = match registered {
+            Registered::NeverSeen(kinds) => (kinds, kinds.rest),
+            Registered::All(kinds) => {
+                let (groups, extra) = self.all();
+                for (group, counts) in groups {
+                    let kind = (Arc::clone(&group.tenant), group.model.clone());
+                    *seen.entry(kind).or_default() += counts.total();
+                }
+                (kinds, kinds.rest.saturating_sub(extra.total()))
+            }
+        };
+        let mut add = |key: Option<&Arc<str>>, devices: u64| {
+            if devices > 0 {
+                found.entry(key.cloned()).or_default().unknown += devices;
+            }
+        };
+        for kind in &kinds.kinds {
+            let seen = seen.get(&(Arc::clone(&kind.tenant), kind.model.clone()));
+            let key = match by {
+                By::Tenant => Some(&kind.tenant),
+                By::Model => kind.model.as_ref(),
+                By::Firmware => None,
+            };
+            add(key, kind.devices.saturating_sub(seen.copied().unwrap_or(0)));
+        }
+        add(None, rest);
         found
     }
 
@@ -245,7 +303,7 @@ fn read(counts: &[AtomicUsize; PresenceState::ALL.len()]) -> Counts {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::cohorts::Cohorts;
+    use crate::{fleet::cohorts::Cohorts, store::DeviceKind};
 
     #[test]
     fn counts_are_by_tenant_model_and_firmware() {
@@ -255,11 +313,11 @@ mod tests {
             cohorts.intern(Some("m"), Some("1")),
             cohorts.intern(Some("m"), Some("2")),
         );
-        groups.add(&groups.of(&old, &a), PresenceState::Online);
-        groups.add(&groups.of(&new, &a), PresenceState::Offline);
-        groups.add(&groups.of(&new, &b), PresenceState::Unknown);
-        groups.add(&groups.of(&new, &b), PresenceState::Online);
-        groups.remove(&groups.of(&new, &b), PresenceState::Online);
+        groups.add(&groups.of(&old, &a, Some("m")), PresenceState::Online);
+        groups.add(&groups.of(&new, &a, Some("m")), PresenceState::Offline);
+        groups.add(&groups.of(&new, &b, Some("m")), PresenceState::Unknown);
+        groups.add(&groups.of(&new, &b, Some("m")), PresenceState::Online);
+        groups.remove(&groups.of(&new, &b, Some("m")), PresenceState::Online);
 
         let of = |by, key: &str| groups.by(by)[&Some(Arc::from(key))];
         let counts = |online, offline, unknown| Counts {
@@ -274,12 +332,59 @@ mod tests {
     }
 
     #[test]
+    fn model_is_the_registry_s_whatever_devices_claim() {
+        let (groups, cohorts) = (Groups::default(), Cohorts::new());
+        let (tenant, claimed): (Arc<str>, _) = ("a".into(), cohorts.intern(Some("claimed"), Some("1")));
+        for model in [Some("registered"), None, Some("claimed")] {
+            groups.add(&groups.of(&claimed, &tenant, model), PresenceState::Online);
+        }
+
+        let by = groups.by(By::Model);
+        let keys: Vec<_> = by.keys().map(Option::as_deref).collect();
+        assert_eq!(keys, [None, Some("claimed"), Some("registered")]);
+        assert!(by.values().all(|counts| counts.online == 1));
+    }
+
+    #[test]
+    fn devices_that_no_node_has_seen_are_unknown() {
+        let (groups, cohorts) = (Groups::default(), Cohorts::new());
+        let (a, b): (Arc<str>, Arc<str>) = ("a".into(), "b".into());
+        let cohort = cohorts.intern(Some("claimed"), Some("1"));
+        groups.add(&groups.of(&cohort, &a, Some("m")), PresenceState::Online);
+        groups.add(&groups.of(&cohort, &a, Some("m")), PresenceState::Offline);
+        let kind = |tenant: &Arc<str>, model: Option<&str>, devices| DeviceKind {
+            tenant: Arc::clone(tenant),
+            model: model.map(Arc::from),
+            devices,
+        };
+        let kinds = DeviceKinds {
+            // Counted before the device of "n" was registered.
+            kinds: vec![kind(&a, Some("m"), 5), kind(&a, None, 1), kind(&b, Some("m"), 2)],
+            rest: 7,
+        };
+        groups.add(&groups.of(&cohort, &b, Some("n")), PresenceState::Online);
+
+        let shown = |by, registered| {
+            let rows = groups.by_with(by, &registered).into_iter();
+            rows.map(|(key, counts)| (key.as_deref().unwrap_or("-").to_owned(), counts.total(), counts.unknown))
+                .collect::<Vec<_>>()
+        };
+        let row = |key: &str, total, unknown| (key.to_owned(), total, unknown);
+        let all = Registered::All(&kinds);
+        assert_eq!(shown(By::Tenant, all), [row("-", 7, 7), row("a", 6, 4), row("b", 3, 2)]);
+        assert_eq!(shown(By::Model, all), [row("-", 8, 8), row("m", 7, 5), row("n", 1, 0)]);
+        assert_eq!(shown(By::Firmware, all), [row("-", 13, 13), row("1", 3, 0)]);
+        let never_seen = Registered::NeverSeen(&kinds);
+        assert_eq!(shown(By::Tenant, never_seen)[1], row("a", 8, 6));
+    }
+
+    #[test]
     fn groups_beyond_the_maximum_are_counted_without_a_name() {
         let (groups, cohorts) = (Groups::default(), Cohorts::new());
         let cohort = cohorts.intern(None, Some("1"));
         let held: Vec<_> = (0..GROUPS_MAX + 10)
             .map(|n| {
-                let group = groups.of(&cohort, &n.to_string().into());
+                let group = groups.of(&cohort, &n.to_string().into(), None);
                 groups.add(&group, PresenceState::Online);
                 group
             })
@@ -295,7 +400,7 @@ mod tests {
 
         drop((held, matching));
         for _ in 0..MISSES_PER_SEARCH {
-            groups.of(&cohort, &"new".into());
+            groups.of(&cohort, &"new".into(), None);
         }
         assert_eq!(groups.rows().by_name.len(), 1, "what nobody belongs to makes room");
     }
@@ -304,9 +409,9 @@ mod tests {
     fn page_that_began_before_a_clean_up_takes_no_group_for_another() {
         let (groups, cohorts) = (Groups::default(), Cohorts::new());
         let cohort = cohorts.intern(None, Some("1"));
-        let kept = groups.of(&cohort, &"kept".into());
+        let kept = groups.of(&cohort, &"kept".into(), None);
         let mut held: Vec<_> = (1..GROUPS_MAX)
-            .map(|n| groups.of(&cohort, &n.to_string().into()))
+            .map(|n| groups.of(&cohort, &n.to_string().into(), None))
             .collect();
         let matching = groups.matching(|group| group.tenant.starts_with('7') || &*group.tenant == "kept");
 
@@ -314,7 +419,7 @@ mod tests {
         held.clear();
         let number = kept.number;
         let newer: Vec<_> = (0..3 * GROUPS_MAX)
-            .map(|n| groups.of(&cohort, &format!("newer-{n}").into()))
+            .map(|n| groups.of(&cohort, &format!("newer-{n}").into(), None))
             .collect();
 
         assert!(matching.has(&kept) && kept.number == number);
@@ -326,12 +431,12 @@ mod tests {
         let (groups, cohorts) = (Groups::default(), Cohorts::new());
         let cohort = cohorts.intern(None, Some("1"));
         let _held: Vec<_> = (0..GROUPS_MAX)
-            .map(|n| groups.of(&cohort, &n.to_string().into()))
+            .map(|n| groups.of(&cohort, &n.to_string().into(), None))
             .collect();
         let begun = std::time::Instant::now();
 
         for n in 0..20_000 {
-            groups.of(&cohort, &format!("extra-{n}").into());
+            groups.of(&cohort, &format!("extra-{n}").into(), None);
         }
 
         // A search for each of them takes a minute.

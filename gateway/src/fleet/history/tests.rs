@@ -14,8 +14,7 @@ const RESET: Presence = Presence::Offline(Evidence::Reset);
 /// A table with devices of one kind.
 struct Rig {
     history: History,
-    cohort: Arc<Cohort>,
-    tenant: Arc<str>,
+    group: Arc<Group>,
 }
 
 impl Rig {
@@ -24,10 +23,11 @@ impl Rig {
     }
 
     fn with_bounds(known_max: usize, queue_len_max: usize) -> Self {
+        let history = History::with_bounds(known_max, queue_len_max);
+        let cohort = Cohorts::new().intern(Some("m"), Some("1.0"));
         Self {
-            history: History::with_bounds(known_max, queue_len_max),
-            cohort: Cohorts::new().intern(Some("m"), Some("1.0")),
-            tenant: "default".into(),
+            group: history.groups().of(&cohort, &"default".into(), Some("m")),
+            history,
         }
     }
 
@@ -38,8 +38,7 @@ impl Rig {
     fn came(&self, device: DeviceId, session: u64, ms: u64) -> CameOnline {
         let began = Began {
             session: SessionId(session),
-            cohort: &self.cohort,
-            tenant: &self.tenant,
+            group: &self.group,
             since: WallTime::from_unix_ms(ms),
             at: Instant::from_micros(ms * 1_000),
         };
@@ -72,8 +71,7 @@ impl Rig {
                 since: WallTime::from_unix_ms(5),
             },
             reason: Reason::CONNECTED,
-            cohort: &self.cohort,
-            tenant: &self.tenant,
+            group: &self.group,
         }
     }
 
@@ -192,8 +190,7 @@ fn counts_follow_a_device_to_its_new_version() {
     let newer = Cohorts::new().intern(Some("m"), Some("2.0"));
     let began = Began {
         session: SessionId(2),
-        cohort: &newer,
-        tenant: &rig.tenant,
+        group: &rig.history.groups().of(&newer, &rig.group.tenant, Some("m")),
         since: WallTime::from_unix_ms(3),
         at: Instant::ZERO,
     };
@@ -205,6 +202,45 @@ fn counts_follow_a_device_to_its_new_version() {
     assert_eq!(rig.history.groups().total().total(), 1);
     rig.history.forget(device(1));
     assert_eq!(rig.history.groups().total().total(), 0);
+}
+
+#[test]
+fn counts_follow_a_device_to_its_new_tenant_and_model_in_the_registry() {
+    let rig = Rig::new();
+    rig.online(device(1), 1, 1);
+
+    rig.history.handle_registered(device(1), &"other".into(), Some("n"));
+    rig.history.handle_registered(device(2), &"other".into(), Some("n"));
+
+    let groups = rig.history.groups();
+    assert_eq!(groups.by(By::Tenant)[&Some("other".into())].online, 1);
+    assert_eq!(groups.by(By::Model)[&Some("n".into())].online, 1);
+    assert_eq!((groups.total().total(), groups.by(By::Tenant).len()), (1, 1));
+    // Its session began before.
+    assert!(rig.offline(device(1), 1, 2, 0));
+    assert_eq!(groups.by(By::Model)[&Some("n".into())].offline, 1);
+}
+
+#[test]
+fn device_that_moved_to_another_node_is_not_counted_unless_its_socket_is_here() {
+    let rig = Rig::new();
+    for number in 1..=3 {
+        rig.online(device(number), 1, 1);
+    }
+    rig.offline(device(1), 1, 2, 0);
+    rig.offline(device(2), 1, 2, 0);
+    assert_eq!(rig.history.away(None, 9), [device(1), device(2)]);
+    assert_eq!(rig.history.away(Some(device(2)), 9), [device(2)]);
+
+    for number in [1, 3] {
+        rig.history.leave_moved(device(number), |known| !known.is_held());
+    }
+
+    let total = rig.history.groups().total();
+    assert_eq!((total.online, total.offline, total.unknown), (1, 1, 0));
+    assert_eq!(rig.history.epoch(device(1)), SessionId(1), "its next session is newer");
+    rig.online(device(1), 3, 5);
+    assert_eq!(rig.history.groups().total().online, 2);
 }
 
 #[test]
@@ -556,8 +592,11 @@ fn paged_and_counted(devices: u128) -> ([Duration; 3], Duration) {
         let index = usize::try_from(n).unwrap();
         let began = Began {
             session: SessionId(1),
-            cohort: &versions[index % versions.len()],
-            tenant: &tenants[index / 7 % tenants.len()],
+            group: &rig.history.groups().of(
+                &versions[index % versions.len()],
+                &tenants[index / 7 % tenants.len()],
+                Some("m"),
+            ),
             since: WallTime::from_unix_ms(1),
             at: Instant::ZERO,
         };

@@ -103,7 +103,12 @@ async fn slow_database_gets_all_in_order_and_the_newest_state_of_what_found_no_r
     assert!(history.queue().dropped() > 0);
 
     for number in 0..CHANGING + DROPPED {
-        let stored = gateway.shared.store.presence_history(id(number), 100).await.unwrap();
+        let stored = gateway
+            .shared
+            .store
+            .presence_history(id(number), None, 100)
+            .await
+            .unwrap();
         let newest = gateway.shared.store.presence_among(&[id(number)]).await.unwrap();
         let known = history.record(id(number)).unwrap().known;
         assert_eq!((newest[0].known, stored[0].known.presence), (known, known.presence));
@@ -122,8 +127,10 @@ fn change(gateway: &Gateway, number: u32, is_reset: bool) {
     let session = shared.sessions.ids().next(at);
     let began = Began {
         session,
-        cohort: &shared.cohorts.intern(None, Some("1.0.0")),
-        tenant: &Arc::from("default"),
+        group: &shared
+            .history
+            .groups()
+            .of(&shared.cohorts.intern(None, Some("1.0.0")), &Arc::from("default"), None),
         since: at,
         at: shared.clock.now(),
     };

@@ -121,8 +121,9 @@ fn devices_come_from_memory_while_the_database_does_not_answer() {
     let database = tokio::runtime::Runtime::new().unwrap().block_on(cluster.database());
     let gateway = Gateway::start_on(Some(&database.unwrap()), "");
     gateway.eventually(|| gateway.state().readiness().ready);
-    let (online, _device) = gateway.connected(&["Seawall-Firmware: 3.8.0-b2", "Seawall-Model: box"]);
-    let (offline, leaving) = gateway.connected(&["Seawall-Firmware: 3.9"]);
+    let (online, secret) = gateway.register(json!({"model": "box"}));
+    let _device = gateway.connect(&online, &secret, &["Seawall-Firmware: 3.8.0-b2"]);
+    let (offline, leaving) = gateway.connected(&["Seawall-Firmware: 3.9", "Seawall-Model: box"]);
     drop(leaving);
     gateway.eventually(|| gateway.state().sessions.len() == 1);
     let (never_seen, _) = gateway.register(json!({}));

@@ -32,7 +32,7 @@ pub fn states(history: &Value) -> Vec<String> {
         .collect()
 }
 
-fn counts(gateway: &Gateway, by: &str, key: &str) -> Value {
+pub fn counts(gateway: &Gateway, by: &str, key: &str) -> Value {
     let answer = gateway.get(&format!("/api/v1/presence?by={by}")).json();
     assert!(
         answer["as_of"].is_string() && answer["observer_lag_ms"].is_u64(),
@@ -159,6 +159,81 @@ fn devices_are_counted_by_tenant_model_and_firmware() {
 }
 
 #[test]
+fn history_is_paged_and_an_unknown_device_has_none() {
+    let gateway = Gateway::start();
+    let (id, secret) = gateway.register(json!({}));
+    for _ in 0..4 {
+        drop(gateway.connect(&id, &secret, &[V1]));
+        gateway.eventually(|| gateway.state().sessions.is_empty());
+    }
+    let path = format!("/api/v1/devices/{id}/history");
+    let all = history(&gateway, &id);
+    assert_eq!(states(&all), ["offline", "online"].repeat(4));
+    assert_eq!(all["next_cursor"], Value::Null);
+
+    // From memory and the database, and then from the database alone.
+    for _ in 0..2 {
+        for limit in [1, 3, 8] {
+            assert_eq!(json!(gateway.all(&format!("{path}?"), limit)), all["items"], "{limit}");
+        }
+        gateway.eventually(|| gateway.state().history.queue().is_empty());
+    }
+
+    for cursor in ["x", "18ec1a7d80c1a340", "-1", "1-x"] {
+        assert_eq!(
+            gateway.get(&format!("{path}?cursor={cursor}")).problem().0,
+            400,
+            "{cursor}"
+        );
+    }
+    let unknown = gateway.get("/api/v1/devices/7a0e7a3c-5f62-4e3c-8f0e-8d9a1f8b7c11/history");
+    assert_eq!(unknown.problem(), (404, "not_found".into()));
+}
+
+#[test]
+fn filters_counts_and_lists_mean_the_registry_s_tenant_and_model_and_count_devices_that_were_never_seen() {
+    let gateway = Gateway::start();
+    let (id, secret) = gateway.register(json!({"tenant": "a", "model": "cam"}));
+    for _ in 0..2 {
+        gateway.register(json!({"tenant": "a", "model": "cam"}));
+    }
+    gateway.register(json!({"tenant": "b"}));
+    let claims = [V1, "Seawall-Model: claimed", "Seawall-Firmware: 1.0"];
+    let device = gateway.connect(&id, &secret, &claims);
+    // Whatever a filter lists, the same key counts.
+    let agrees = |by: &str, key: &str, expected: [u64; 3]| {
+        gateway.eventually(|| counts(&gateway, by, key) == json!(expected));
+        for (state, count) in ["online", "offline", "unknown"].into_iter().zip(expected) {
+            let listed = gateway.all(&format!("/api/v1/devices?{by}={key}&state={state}&"), 1);
+            assert_eq!(listed.len() as u64, count, "{by} {key} {state}");
+        }
+    };
+
+    agrees("tenant", "a", [1, 0, 2]);
+    agrees("tenant", "b", [0, 0, 1]);
+    agrees("model", "cam", [1, 0, 2]);
+    agrees("firmware", "1.0", [1, 0, 0]);
+    assert_eq!(counts(&gateway, "model", "claimed"), Value::Null);
+    let of_no_version = gateway.get("/api/v1/presence?by=firmware").json()["items"][0].clone();
+    assert_eq!(
+        of_no_version,
+        json!({"key": null, "online": 0, "offline": 0, "unknown": 3})
+    );
+
+    // A change of the registry counts at once, while the session continues.
+    let change = json!({"tenant": "c", "model": "lamp"});
+    assert_eq!(gateway.patch(&format!("/api/v1/devices/{id}"), change).status, 200);
+    agrees("tenant", "c", [1, 0, 0]);
+    agrees("model", "lamp", [1, 0, 0]);
+    agrees("model", "cam", [0, 0, 2]);
+    drop(device);
+    agrees("model", "lamp", [0, 1, 0]);
+    let gateway = gateway.restart_on(None, || {});
+    gateway.eventually(|| counts(&gateway, "model", "lamp") == json!([0, 1, 0]));
+    gateway.eventually(|| counts(&gateway, "tenant", "a") == json!([0, 0, 2]));
+}
+
+#[test]
 fn events_are_filtered_by_name_device_tenant_and_firmware() {
     let gateway = Gateway::start();
     let (id, secret) = gateway.register(json!({"tenant": "acme"}));
@@ -200,7 +275,8 @@ fn deleted_device_leaves_nothing_behind() {
     drop(device);
 
     gateway.eventually(|| gateway.state().sessions.is_empty() && gateway.state().history.queue().is_empty());
-    assert_eq!(history(&gateway, &id)["items"], json!([]));
+    let history = gateway.get(&format!("/api/v1/devices/{id}/history"));
+    assert_eq!(history.problem(), (404, "not_found".into()));
     assert_eq!(gateway.state().history.groups().total().total(), 0);
 }
 

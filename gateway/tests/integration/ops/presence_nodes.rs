@@ -16,7 +16,7 @@ use seawall_proto::{
 use serde_json::{Value, json};
 
 use super::{
-    presence::{history, presence, states},
+    presence::{counts, history, presence, states},
     rig::{Gateway, V1},
 };
 use crate::harness::pg;
@@ -56,12 +56,15 @@ fn restore(gateway: &Gateway, id: &str, cause: Cause, concluded_from: Option<u64
     let row = stored(gateway, id);
     let state = gateway.state();
     let cohort = state.cohorts.intern(row.model.as_deref(), row.firmware.as_deref());
+    let group = state
+        .history
+        .groups()
+        .of(&cohort, &row.tenant.as_str().into(), row.registered_model.as_deref());
     let stored = Stored {
         device: row.device,
         known: row.known,
         reason: row.reason,
-        cohort: &cohort,
-        tenant: &row.tenant.as_str().into(),
+        group: &group,
     };
     let at = state.clock.wall();
     state.history.restore(
@@ -198,4 +201,53 @@ fn device_that_did_not_return_is_offline_unless_another_node_has_seen_it() {
     assert_eq!(states(&history(&here, &away)), ["offline", "unknown", "online"]);
     assert_eq!(states(&history(&here, &moved)), ["online", "unknown", "online"]);
     assert_eq!(here.metric("seawall_presence_changes_total{state=\"offline\"}"), 1);
+}
+
+#[test]
+fn device_that_moved_to_another_node_is_counted_there_alone_before_any_grace_ends() {
+    let (here, other) = two_nodes();
+    let devices: Vec<_> = (0..2).map(|_| here.register(json!({}))).collect();
+    let mut connections = Vec::new();
+    for (id, secret) in &devices {
+        connections.push(here.connect(id, secret, &[V1, "Seawall-Firmware: 1.0"]));
+    }
+    is_written(&here);
+    // One left, and one is waited for after a restart.
+    connections.clear();
+    here.eventually(|| here.state().sessions.is_empty());
+    is_written(&here);
+    let lost = parsed(&devices[1].0);
+    here.state().history.forget(lost);
+    is_written(&here);
+    let restarted = PresenceWrite {
+        device: lost,
+        known: Known {
+            epoch: SessionIds::new(here.state().boot.node, None).next(here.state().started - HOUR),
+            presence: Presence::Online,
+            since: here.state().started,
+        },
+        at: here.state().started,
+        reason: Reason::CONNECTED,
+        number: 4,
+        tenant: "default",
+        model: None,
+        firmware: None,
+    };
+    here.block_on(here.state().store.presence_write(&[restarted], SessionId(u64::MAX)))
+        .unwrap();
+    restore(&here, &devices[1].0, Cause::NodeRestarted, None);
+    assert_eq!(counts(&here, "tenant", "default"), json!([0, 1, 1]));
+
+    for (id, secret) in &devices {
+        connections.push(other.connect(id, secret, &[V1, "Seawall-Firmware: 2.0"]));
+    }
+    is_written(&other);
+
+    here.eventually(|| counts(&here, "tenant", "default") == Value::Null);
+    assert_eq!(counts(&other, "tenant", "default"), json!([2, 0, 0]));
+    for (id, _) in &devices {
+        assert_eq!(presence(&here, id)["state"], "online");
+        let shown = here.get(&format!("/api/v1/devices/{id}")).json();
+        assert_eq!(shown["firmware"], "2.0", "as the other node has seen it");
+    }
 }

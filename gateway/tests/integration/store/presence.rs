@@ -138,7 +138,7 @@ async fn history_is_complete_in_order_and_written_once(fixture: &Fixture) {
     put(fixture, &transitions[..3]).await;
     put(fixture, &transitions).await;
 
-    let history = fixture.store.presence_history(device(1), 100).await.unwrap();
+    let history = fixture.store.presence_history(device(1), None, 100).await.unwrap();
     let presences: Vec<Presence> = history.iter().map(|row| row.known.presence).collect();
     let path = Presence::Unknown(Cause::NodeLost);
     assert_eq!(presences[0], Presence::Online);
@@ -146,7 +146,15 @@ async fn history_is_complete_in_order_and_written_once(fixture: &Fixture) {
     // The reason is what names a cause, and this one was written with another.
     assert_eq!(presences[2..], [path, Presence::Online]);
     assert_eq!(history[0].known.since, WallTime::from_unix_ms(NOON - 3_600_000));
-    assert_eq!(fixture.store.presence_history(device(1), 2).await.unwrap().len(), 2);
+    assert_eq!(
+        fixture.store.presence_history(device(1), None, 2).await.unwrap().len(),
+        2
+    );
+    for (index, row) in history.iter().enumerate() {
+        let from = Some((row.known.epoch, row.number));
+        let rest = fixture.store.presence_history(device(1), from, 100).await.unwrap();
+        assert_eq!(rest, history[index..]);
+    }
     assert_eq!(PresenceState::of(silent), PresenceState::Offline);
     assert!(matches!(
         EvidenceText::of(silent),
@@ -171,7 +179,7 @@ async fn old_transitions_are_deleted_and_states_stay(fixture: &Fixture) {
 
     assert_eq!(prune(150).await.unwrap(), 150);
     assert_eq!(prune(150).await.unwrap(), 0);
-    let left = fixture.store.presence_history(device(1), 1_000).await.unwrap();
+    let left = fixture.store.presence_history(device(1), None, 1_000).await.unwrap();
     assert_eq!(left.len(), 50);
     prune(500).await.unwrap();
     assert_eq!(stored(fixture, 1).await, Some(transitions[199].known));
@@ -202,13 +210,16 @@ async fn history_of_a_device_is_cut(fixture: &Fixture) {
     let deleted = fixture.store.presence_trim(&[device(1), device(2)]).await.unwrap();
 
     assert_eq!(deleted, 500);
-    let left = fixture.store.presence_history(device(1), 1_000).await.unwrap();
+    let left = fixture.store.presence_history(device(1), None, 1_000).await.unwrap();
     assert_eq!(
         (left.len(), left[999].known.epoch),
         (1_000, SessionId(2)),
         "the newest stay"
     );
-    assert_eq!(fixture.store.presence_history(device(2), 9).await.unwrap().len(), 1);
+    assert_eq!(
+        fixture.store.presence_history(device(2), None, 9).await.unwrap().len(),
+        1
+    );
     assert_eq!(fixture.store.presence_trim(&[device(1)]).await.unwrap(), 0);
 }
 
@@ -226,7 +237,14 @@ async fn late_write_of_another_node_does_not_bring_a_deleted_device_back(fixture
     let outdone = put(fixture, &late).await;
 
     assert_eq!((outdone, stored(fixture, 1).await), (Vec::new(), None));
-    assert!(fixture.store.presence_history(device(1), 9).await.unwrap().is_empty());
+    assert!(
+        fixture
+            .store
+            .presence_history(device(1), None, 9)
+            .await
+            .unwrap()
+            .is_empty()
+    );
     assert_eq!(stored(fixture, 2).await, Some(late[1].known), "others are written");
 }
 
@@ -286,7 +304,14 @@ async fn row_that_cannot_be_read_is_left_out(fixture: &Fixture) {
             .len(),
         1
     );
-    assert!(fixture.store.presence_history(device(2), 9).await.unwrap().is_empty());
+    assert!(
+        fixture
+            .store
+            .presence_history(device(2), None, 9)
+            .await
+            .unwrap()
+            .is_empty()
+    );
 }
 
 async fn node_that_was_found_gone_is_told(fixture: &Fixture) {
@@ -320,12 +345,25 @@ async fn what_is_forgotten_is_gone(fixture: &Fixture) {
     fixture.store.presence_forget(&[device(1)]).await.unwrap();
 
     assert_eq!(stored(fixture, 1).await, None);
-    assert!(fixture.store.presence_history(device(1), 9).await.unwrap().is_empty());
+    assert!(
+        fixture
+            .store
+            .presence_history(device(1), None, 9)
+            .await
+            .unwrap()
+            .is_empty()
+    );
     let page = fixture.store.presence_page(None).await.unwrap();
     assert_eq!(page.items.iter().map(|row| row.device).collect::<Vec<_>>(), [device(2)]);
+    let left = &page.items[0];
     assert_eq!(
-        (page.items[0].tenant.as_str(), page.items[0].firmware.as_deref()),
-        ("acme", Some("3.8.0"))
+        (left.tenant.as_str(), left.registered_model.as_deref()),
+        ("default", None),
+        "of the registry"
+    );
+    assert_eq!(
+        (left.model.as_deref(), left.firmware.as_deref()),
+        (Some("m"), Some("3.8.0"))
     );
 }
 
