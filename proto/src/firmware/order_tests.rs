@@ -195,6 +195,15 @@ fn builds_patches_single_letters_and_git_describe_sort_after_the_release() {
         "1.1.1 Update 4",
         "1.1.1-hf12",
         "1.1.1-hf12-final",
+        "1.1.1-h6",
+        "1.1.1 SR2",
+        "1.1.1SU9",
+        "1.1.1(4)",
+        "1.1.1(25g)",
+        "1.1.1(4)20",
+        "1.1.1-RELEASE-p3",
+        "1.1.1-final-4",
+        "1.1.1-lts.4",
         "1.1.1-4-g0a1b2c3 (stable)",
         "1.1.1+x",
     ] {
@@ -218,6 +227,8 @@ fn builds_patches_single_letters_and_git_describe_sort_after_the_release() {
         "1.1.1d-rc1",
         "1.1.1-patched",
         "1.1.1-final-b1",
+        "1.1.1-h",
+        "1.1.1-sr",
         "1.1.1-build",
         "1.1.1-update",
         "1.1.1-4-rc1",
@@ -258,6 +269,10 @@ fn commit_hash_at_the_end_is_not_compared() {
         "1.4.4-1234567",
     ]);
     assert_ascending(&[
+        "1.4.4 = 1.4.4 07a3ca9 = 1.4.4@07a3ca9 = 1.4.4#07a3ca9 = 1.4.4 g6d2a586",
+        "1.4.4 1234567",
+    ]);
+    assert_ascending(&[
         "9.0.0.4.386.41615-g7c2264e = 9.0.0.4.386.41615",
         "9.0.0.4.386.41616-g0c2264e",
     ]);
@@ -290,6 +305,36 @@ fn remark_in_round_brackets_at_the_end_is_not_compared() {
     ]);
     assert_ascending(&["7.1 (alpha", "7.1 (stable = 7.1 stable) = 7.1"]);
     assert_ascending(&["7.1 (a~b)", "7.1"]);
+}
+
+#[test]
+fn number_in_brackets_directly_behind_a_digit_is_compared() {
+    assert_ascending(&[
+        "9.8 = 9.8 (4) = 9.8(x4) = 9.8()",
+        "9.8(2)",
+        "9.8(4) = 9.8(4) (5) = 9.8(4)(asa)",
+        "9.8(4)20",
+        "9.8(10)",
+    ]);
+    assert_ascending(&["7.0(3)I7(9) = 7.0(3)i7(09)", "7.0(3)I7(9w)", "7.0(3)I7(10)"]);
+    assert_ascending(&["1.0 = 1.0(25gx)", "1.0(25)", "1.0(25g)"]);
+}
+
+#[test]
+fn hexadecimal_number_is_one_release_number() {
+    assert_ascending(&[
+        "9",
+        "0x9",
+        "0x0a = 0XA = fw-0x000a",
+        "10",
+        "0x10-rc1",
+        "0x10",
+        "0x10-4",
+        "0x264a0700",
+        "0x26500700",
+        "0x264a07000",
+    ]);
+    assert_ascending(&["0x26z", "0xg1", "0", "0x0"]);
 }
 
 #[test]
@@ -390,6 +435,180 @@ fn lists_from_the_field_sort_as_people_mean() {
     ]);
 }
 
+/// Versions of public firmware in the order of their release, as their source lists them.
+#[test]
+fn histories_of_public_firmware_sort_as_they_were_released() {
+    for (source, history) in HISTORIES {
+        println!("{source}");
+        assert_ascending(&history.split(" < ").collect::<Vec<_>>());
+    }
+}
+
+/// Where a history is published, and its versions.
+const HISTORIES: [(&str, &str); 34] = [
+    (
+        "ESPHome, changelogs",
+        "1.20.4 < 2021.8.0-dev < 2021.8.0b1 < 2021.8.0b3 < 2021.8.0 < 2021.8.2 < 2021.10.0b1 < 2021.10.0 < \
+         2021.12.3 < 2022.2.5 < 2023.12.9 < 2024.2.0",
+    ),
+    (
+        "Tasmota, CHANGELOG.md",
+        "9.5.0 < 9.5.0.8 < 9.5.0.9 < 10.0.0(tasmota) = 10.0.0 < 10.0.0.4 < 10.1.0 < 10.1.0.8 < 11.0.0 < \
+         11.0.0.6(tasmota32) < 11.1.0 < 13.2.0(tasmota32-DE)",
+    ),
+    (
+        "OpenWrt, release history",
+        "19.07.0-rc1 < 19.07.0-rc2 < 19.07.0 < 19.07.10 < 21.02.0-rc4 < 21.02.0 < 22.03.0-rc6 < 22.03.0 < \
+         22.03.7 < 23.05-SNAPSHOT < 23.05.0-rc4 < 23.05.0 < 24.10.0-rc7 < 24.10.0",
+    ),
+    (
+        "Shelly, firmware archive of the first generation",
+        "20190821-095324/v1.5.2@4148d2b7 < 20200309-104554/v1.6.0@43056d58 < \
+         20230503-101129/v1.13.0-g9aed950 < 20230913-113421/v1.14.0-gcb84623 < \
+         20231107-164219/v1.14.1-rc1-g0617c15",
+    ),
+    (
+        "Shelly, change log of the second generation",
+        "0.14.1 < 1.0.0-beta1 < 1.0.0-beta6 < 1.0.0 < 1.0.8 < 1.4.4-beta1-g6d2a586 < \
+         1.4.4 = 1.4.4-g6d2a586 < 1.5.0-beta1 < 1.5.0",
+    ),
+    (
+        "Ubiquiti EdgeOS, release notes",
+        "v1.10.11 < v2.0.8 < v2.0.8-hotfix.1 < v2.0.9 < v2.0.9-hotfix.1.5371034.210122.1014 < \
+         v2.0.9-hotfix.2 < v2.0.9-hotfix.6.5574651.221230.1015 < v2.0.9-hotfix.7 < v3.0.0",
+    ),
+    (
+        "Ubiquiti UniFi access points, release notes",
+        "4.3.20.11298 < 4.3.28.11361 < 5.43.23.12533 < 5.60.1.12923 < 6.0.21.13673 < 6.5.28.14491",
+    ),
+    (
+        "Cisco ASA, release notes",
+        "9.8(2) < 9.8(4) < 9.8(4)20 < 9.8(4)41 < 9.12(4) < 9.14(3)9 < 9.16(3) < 9.16(3)19 < 9.16(4) < \
+         9.16(4)19",
+    ),
+    (
+        "Cisco NX-OS of the Nexus 3000 and 9000, recommended releases",
+        "7.0(3)I4(8b) < 7.0(3)I7(5a) < 7.0(3)I7(6) < 7.0(3)I7(7) < 7.0(3)I7(8) < 7.0(3)I7(9) < \
+         7.0(3)I7(9w) < 7.0(3)I7(10) < 9.2(1) < 9.2(2) < 9.2(2t) < 9.2(3) < 9.3(8) < 9.3(10)",
+    ),
+    (
+        "Cisco IOS of Catalyst switches, release notes",
+        "12.2(55)SE < 12.2(55)SE1 < 12.2(55)SE12 < 15.0(2)SE < 15.0(2)SE11 < 15.2(4)E < 15.2(4)E10 < \
+         15.2(7)E < 15.2(7)E0a < 15.2(7)E1 < 15.2(7)E10",
+    ),
+    (
+        "Cisco IOS 12.4, release notes",
+        "12.4(1) < 12.4(1a) < 12.4(8) < 12.4(12) < 12.4(25) < 12.4(25g)",
+    ),
+    (
+        "Cisco IOS XE, release notes",
+        "16.9.1 < 16.9.1s < 16.12.05 < 16.12.05b < 17.03.04 < 17.03.04a < 17.09.04a",
+    ),
+    (
+        "Cisco IP Phone 8800, release notes",
+        "10.3(1) < 10.3(1)SR5 < 11.0(1) < 12.5(1) < 12.5(1)SR1 < 12.8(1) < 12.8(1)SR1 < 12.8(1)SR2 < \
+         14.0(1)SR3",
+    ),
+    (
+        "Cisco Unified Communications Manager, release notes",
+        "11.5(1) < 11.5(1)SU1 < 11.5(1)SU9 < 11.5(1)SU10 < 12.5(1) < 12.5(1)SU7",
+    ),
+    (
+        "Juniper Junos, release notes",
+        "18.4R1.8 < 18.4R1-S1 < 18.4R2.7 < 18.4R2-S10 < 18.4R3.3 < 18.4R3-S9.2 < 19.4R3-S2.2 < 20.2R1.10 < \
+         21.4R3-S5.4",
+    ),
+    (
+        "Palo Alto Networks PAN-OS, release notes",
+        "10.1.0-b6 < 10.1.0 < 10.1.5 < 10.1.5-h1 < 10.1.5-h3 < 10.1.6 < 10.1.6-h3 < 10.1.6-h6 < 10.1.6-h7 < \
+         10.1.7 < 10.2.0 < 10.2.0-h1 < 10.2.1",
+    ),
+    (
+        "pfSense, release notes",
+        "2.4.3-RELEASE < 2.4.3-RELEASE-p1 < 2.4.4-RELEASE < 2.4.4-RELEASE-p1 < 2.4.4-RELEASE-p3 < 2.4.5-RC < \
+         2.4.5-RELEASE = 2.4.5 < 2.4.5-RELEASE-p1 < 2.5.0-RELEASE",
+    ),
+    (
+        "FreeBSD, security advisories",
+        "12.1-BETA1 < 12.1-RC2 < 12.1-RELEASE < 12.1-RELEASE-p1 < 12.1-RELEASE-p10 < 12.2-RELEASE < \
+         13.0-CURRENT < 13.0-RELEASE",
+    ),
+    (
+        "TrueNAS, release notes",
+        "11.3-RC2 < 11.3-RELEASE < 11.3-U1 < 11.3-U4.1 < 11.3-U5 < 12.0-BETA1 < 12.0-RC1 < 12.0-RELEASE < \
+         12.0-U1 < 12.0-U1.1 < 12.0-U8.1 < 13.0-U5.3 < 13.0-U6.1 < 22.12.3.3",
+    ),
+    (
+        "MikroTik RouterOS, change log",
+        "6.48.6 (long-term) < 6.49beta54 (testing) < 6.49 (stable) < 6.49.10 (long-term) < \
+         7.1beta6 (development) < 7.1rc1 < 7.1rc7 < 7.1 (stable) < 7.12rc1 (testing) < 7.12 (stable) < \
+         7.12.1 (stable)",
+    ),
+    (
+        "Asuswrt-Merlin, changelog",
+        "384.13 < 384.13_4 < 384.13_10 < 384.19_beta1 < 384.19 < 386.7 < 386.7_2 < 388.2 < 388.2_2 < \
+         3004.388.4 < 3004.388.8_2 < 3004.388.8_4",
+    ),
+    (
+        "Raspberry Pi bootloader, release notes of rpi-eeprom",
+        "2020-09-03 < 2020-12-14 < 2021-04-29 < 2022-04-26 < 2023-01-11 < 2024-04-15",
+    ),
+    (
+        "Sonos, device descriptions of S1 and S2",
+        "54.2-72031 < 57.2-77280 < 57.3-77280 < 57.16-41110 < 79.1-53080",
+    ),
+    (
+        "Hikvision, firmware downloads",
+        "V5.4.5 build 170124 < V5.5.53 build 180730 < V5.5.82 build 190220 < V5.5.82 build 190909 < \
+         V5.5.82build190910 < V5.5.82 build 191205 < V5.6.3",
+    ),
+    (
+        "Synology DSM, release notes",
+        "6.2.4-25556 < 6.2.4-25556 Update 2 < 7.0-41890 < 7.1.1-42962 < 7.1.1-42962 Update 1 < \
+         7.1.1-42962 Update 9 < 7.2-64561 < 7.2-64570 < 7.2-64570 Update 1 < 7.2.1-69057 Update 5",
+    ),
+    (
+        "QNAP QTS, release notes",
+        "4.3.6.0993 Build 20190704 < 5.0.1.2277 build 20230112 < 5.1.0.2348 build 20230325 < \
+         5.1.0.2399 build 20230515",
+    ),
+    (
+        "dresden elektronik ConBee II, firmware changelog: Zigbee file versions",
+        "0x26420700 < 0x264a0700 = 0x264A0700 = deCONZ_ConBeeII_0x264a0700 < 0x26570700 < 0x26580700 < \
+         0x26650700 < 0x26660700 < 0x26680700 < 0x266b0700 < 0x26780700",
+    ),
+    (
+        "WLED, releases",
+        "0.14.4 < 0.15.0-b1 < 0.15.0-b2 < 0.15.0-b7 < 0.15.0-rc1 < 0.15.0 < 0.15.1",
+    ),
+    (
+        "Victron Venus OS, change log",
+        "v2.90~3 < v2.90~25 < v2.90 < v2.92 < v3.00~1 < v3.00~34 < v3.00",
+    ),
+    (
+        "Particle Device OS, releases",
+        "0.9.0 < 1.5.0-rc.1 < 1.5.0-rc.2 < 1.5.0 < 1.5.4-rc.1 < 1.5.4 < 2.0.0-rc.1 < 2.0.0-rc.4 < 2.0.0 < \
+         3.0.0-beta.1 < 3.0.0-rc.1 < 3.0.0",
+    ),
+    (
+        "ChromeOS, platform versions of the stable channel",
+        "R96-14268.94.0 < R97-14324.80.0 < R99-14469.59.0 < R100-14526.111.0 < R102-14695.85.0",
+    ),
+    (
+        "Android Things, artifacts of its library",
+        "0.1-devpreview < 0.5-devpreview < 0.5.1-devpreview < 0.8-devpreview < 1.0",
+    ),
+    (
+        "Tesla, car_version of the vehicle API",
+        "2019.40.2.1 38f55d9f9205 = 2019.40.2.1 < 2019.40.50.7 ad132c7b057e < 2020.4.1 4a4ad401858f < \
+         2020.12.5 e2179e0650f0",
+    ),
+    (
+        "Alfen chargers, boot notifications (OCPP), and a version behind the protocol's",
+        "1.6J-2.3.4 < 1.6J-2.3.10 < 1.6J-2.10.0 < 4.14.0-3398 < 5.8.1-4123 < 6.5.0-4230 < 7.4.5-4415",
+    ),
+];
+
 #[test]
 fn the_documented_list_is_in_order() {
     let page = include_str!("../../../docs/VERSIONS.md");
@@ -435,6 +654,8 @@ fn long_texts_take_time_in_proportion() {
         "-07a3ca9",
         "-9-07a3ca9",
         "(1)",
+        "(1a)",
+        "-final1",
     ] {
         let long = format!("2025{}", piece.repeat(200_000));
         assert!(compare(&long, &long).is_eq());
@@ -496,6 +717,10 @@ fn pieces() -> impl Strategy<Value = String> {
         "build",
         "sp",
         "u",
+        "h",
+        "0x",
+        "0x2a",
+        "(4a)",
         "-9-gabcdef",
         "d",
         "x",

@@ -41,7 +41,7 @@ pub(crate) enum Exact {
 }
 
 /// The versions from `start` (included) to `end` (excluded). A missing end is open.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Span {
     pub(crate) start: Option<Cut>,
     pub(crate) end: Option<Cut>,
@@ -84,6 +84,16 @@ impl Range {
             Holds::Spans(spans) => Version::of(firmware)
                 .numbered()
                 .is_some_and(|version| spans.iter().any(|span| span.holds(&version))),
+        }
+    }
+
+    /// Whether both ranges contain the same versions, however they are written: `>= 3.8` and `>=v3.8.0`.
+    #[must_use]
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        match (&self.holds, &other.holds) {
+            (Holds::Exact(left), Holds::Exact(right)) => left == right,
+            (Holds::Spans(left), Holds::Spans(right)) => left == right,
+            (Holds::Exact(_), Holds::Spans(_)) | (Holds::Spans(_), Holds::Exact(_)) => false,
         }
     }
 
@@ -381,7 +391,8 @@ fn wildcard(operand: &str) -> Option<Span> {
         return None;
     }
     let first = Version::of(release).numbered()?;
-    if !first.suffix.is_empty() {
+    // A hexadecimal number is the whole release.
+    if !first.suffix.is_empty() || first.release.contains(['x', 'X']) {
         return None;
     }
     let next = next_release(first.release);

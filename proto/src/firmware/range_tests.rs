@@ -160,11 +160,31 @@ fn a_broken_range_says_what_is_wrong_and_where() {
         "3.8+x.*",
         "=3.8.0+*",
         "3.8..*",
+        "0x26.*",
     ] {
         assert!(said(text).contains("`*` stands only for"), "{text}: {}", said(text));
     }
     for text in ["==1", "^1", "~1", "~>1", "<>1", "!1", "1,", ",", "=", "!=", "3.8.* 4"] {
         assert!(text.parse::<Range>().is_err(), "{text}");
+    }
+}
+
+#[test]
+fn ranges_that_hold_the_same_versions_are_the_same() {
+    for (left, right, is_same) in [
+        (">=3.8", " >= v3.8.0+x ", true),
+        (">=3.8,<3.9", "<3.9,>=3.8", true),
+        ("!=3.8.5,3.8.*", "3.8.*,!=3.8.5", true),
+        ("=main", "=MAIN", true),
+        ("=(none)", "= (NONE)", true),
+        (">=2,<1", ">3,<3", true),
+        (">=3.8", ">3.8", false),
+        (">=3.8", ">=3.8-b1", false),
+        ("=main", "=(none)", false),
+        ("3.8.*", ">=3.8,<3.9", false),
+        ("!=main", "=main", false),
+    ] {
+        assert_eq!(range(left).is_same_as(&range(right)), is_same, "{left} {right}");
     }
 }
 
@@ -266,6 +286,13 @@ fn release_with_a_hash_or_a_remark_is_held_as_the_release() {
         ("<=1.16.0", "v1.16.0-1234567", false),
         ("=3.8", "3.8.0.Final", true),
         (">3.8", "3.8u2", true),
+        ("<=9.16(3)19", "9.16(3)", true),
+        ("<=9.16(3)19", "9.16(4)", false),
+        ("=9.16(4)", "9.16(3)", false),
+        ("9.16.*", "9.16(4)19", true),
+        (">=2.4.4-RELEASE", "2.4.4-RELEASE-p3", true),
+        ("<0x26500700", "0x264a0700", true),
+        ("<0x26500700", "deCONZ_ConBeeII_0x26780700.bin", false),
     ] {
         let parsed: Range = range.parse().unwrap();
 

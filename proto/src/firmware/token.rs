@@ -9,13 +9,13 @@ const EARLY_WORDS: [&str; 3] = ["dev", "nightly", "snapshot"];
 const POST_WORDS: [&str; 7] = ["fix", "hotfix", "p", "patch", "post", "r", "rev"];
 
 /// Words that mark a build made after the release if a number follows them.
-const NUMBERED_POST_WORDS: [&str; 5] = ["build", "hf", "sp", "u", "update"];
+const NUMBERED_POST_WORDS: [&str; 8] = ["build", "h", "hf", "sp", "sr", "su", "u", "update"];
 
 /// Pre-release word of two letters. Directly after a digit it is not a patch level such as OpenSSL's `1.0.2za`.
 const SHORT_PRE_WORD: &str = "rc";
 
 /// Words that mark the release itself. At the end they are not compared.
-const RELEASE_WORDS: [&str; 6] = ["final", "ga", "lts", "prod", "release", "stable"];
+const RELEASE_WORDS: [&str; 7] = ["final", "ga", "lts", "prod", "rel", "release", "stable"];
 
 /// Number of hexadecimal digits of a commit hash after a `g`, and without one.
 const MARKED_HASH_LEN: RangeInclusive<usize> = 6..=40;
@@ -109,10 +109,10 @@ pub(super) fn compare_tokens(mut left: Tokens<'_>, mut right: Tokens<'_>) -> Ord
     }
 }
 
-/// Compares runs of ASCII digits as numbers, of any length.
+/// Compares runs of digits, decimal or hexadecimal, as numbers of any length.
 pub(super) fn compare_numbers(left: &str, right: &str) -> Ordering {
     let (left, right) = (left.trim_start_matches('0'), right.trim_start_matches('0'));
-    left.len().cmp(&right.len()).then_with(|| left.cmp(right))
+    left.len().cmp(&right.len()).then_with(|| compare_text(left, right))
 }
 
 /// Compares character by character, in lower case.
@@ -131,6 +131,12 @@ pub(super) fn compare_text(left: &str, right: &str) -> Ordering {
 /// Whether this word marks a build made after the release. `next` is the piece after the word.
 pub(super) fn is_post_word(word: &str, next: Option<Token<'_>>) -> bool {
     is_one_of(&POST_WORDS, word) || (is_one_of(&NUMBERED_POST_WORDS, word) && matches!(next, Some(Token::Number(_))))
+}
+
+/// Whether this word marks the release itself, so that what follows it tells whether a build was made before or after
+/// the release: `2.4.4-RELEASE-p3` was made after it, `3.8.0-final-rc2` before.
+pub(super) fn is_release_word(word: &str) -> bool {
+    is_one_of(&RELEASE_WORDS, word)
 }
 
 /// Whether a word directly after a digit, and at the end, is a patch level, as in `1.1.1d` and `1.0.2za`.
@@ -160,6 +166,9 @@ pub(super) fn counted(part: &str) -> &str {
 }
 
 /// The text before a remark in round brackets at the end of `text`.
+///
+/// A number in brackets directly after a digit, with or without one letter, is a part of the version instead:
+/// `9.16(4)` and `12.4(25g)`.
 pub(super) fn without_remark(text: &str) -> Option<&str> {
     let mut open = 0_usize;
     for (at, byte) in text.bytes().enumerate().rev() {
@@ -168,7 +177,7 @@ pub(super) fn without_remark(text: &str) -> Option<&str> {
             b'~' => return None,
             // The first character seen is the last one of the text.
             _ if open == 0 => return None,
-            b'(' if open == 1 => return Some(&text[..at]),
+            b'(' if open == 1 => return (!is_number_in_brackets(text, at)).then(|| &text[..at]),
             b'(' => open -= 1,
             _ => {}
         }
@@ -176,12 +185,21 @@ pub(super) fn without_remark(text: &str) -> Option<&str> {
     None
 }
 
-/// The text before a commit hash at the end of `text`. The hash of `git describe` belongs to a count of commits, and
-/// stays.
+/// Whether the brackets from byte `at` to the end of `text` directly follow a digit, and hold digits and at most one
+/// letter. A text that begins with them is a suffix, and so follows the digits of the release.
+fn is_number_in_brackets(text: &str, at: usize) -> bool {
+    let (head, inside) = (&text.as_bytes()[..at], &text.as_bytes()[at + 1..text.len() - 1]);
+    let digits = run(inside, |byte| byte.is_ascii_digit());
+    let is_number = digits > 0 && matches!(&inside[digits..], [] | [b'a'..=b'z' | b'A'..=b'Z']);
+    is_number && head.last().is_none_or(u8::is_ascii_digit)
+}
+
+/// The text before a commit hash at the end of `text`, behind a character that only separates. The hash of
+/// `git describe` belongs to a count of commits, and stays.
 fn without_hash(text: &str) -> Option<&str> {
     let longest = text.len() - text.len().min(*HASH_LEN.end() + 2);
     let tail = &text.as_bytes()[longest..];
-    let at = longest + tail.iter().rposition(|byte| b"-._".contains(byte))?;
+    let at = longest + tail.iter().rposition(|byte| is_separator(char::from(*byte)))?;
     let (head, hash) = (&text[..at], &text.as_bytes()[at + 1..]);
     let is_hash = match hash {
         [b'g' | b'G', digits @ ..] if is_hexadecimal(digits, &MARKED_HASH_LEN) => !ends_in_count(head),

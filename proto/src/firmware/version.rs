@@ -7,8 +7,11 @@ use std::{cmp::Ordering, fmt};
 
 use super::token::{
     Token, Tokens, compare_numbers, compare_text, compare_tokens, counted, is_patch_level, is_post_word,
-    starts_with_git_hash, without_remark,
+    is_release_word, starts_with_git_hash, without_remark,
 };
+
+/// Marks a hexadecimal number.
+const HEXADECIMAL: &str = "0x";
 
 /// Compares two firmware texts as [`Version`]s. Total for any text, never fails, allocates nothing, takes time in
 /// proportion to the length of the texts.
@@ -107,7 +110,10 @@ impl<'a> Numbered<'a> {
     pub(super) fn of(text: &'a str) -> Self {
         // A commit hash after a dot, or after the hyphen of a date, would look like a release number.
         let first = counted(text.split('~').next().unwrap_or_default());
-        let (release_len, ends_in_build_number) = scan_release(first.as_bytes());
+        let (release_len, ends_in_build_number) = match hexadecimal(first) {
+            Some(digits) => (HEXADECIMAL.len() + digits.len(), false),
+            None => scan_release(first.as_bytes()),
+        };
         let (release, suffix) = text.split_at(release_len);
         let stage = stage_of(suffix, ends_in_build_number);
         Self { release, stage, suffix }
@@ -115,6 +121,9 @@ impl<'a> Numbered<'a> {
 
     /// `3.8=`, `3.8<.b.3`, `3.8>.4`: release numbers without trailing zeros, the stage, and the pieces of the suffix.
     fn write_canonical(&self, text: &mut impl fmt::Write) -> fmt::Result {
+        if hexadecimal(self.release).is_some() {
+            text.write_str(HEXADECIMAL)?;
+        }
         let mut zeros = 0;
         let mut separator = "";
         for digits in release_numbers(self.release) {
@@ -124,7 +133,7 @@ impl<'a> Numbered<'a> {
             }
             for part in std::iter::repeat_n("0", std::mem::take(&mut zeros)).chain([digits]) {
                 text.write_str(separator)?;
-                text.write_str(part)?;
+                write_lower_case(part, text)?;
                 separator = ".";
             }
         }
@@ -238,6 +247,17 @@ fn scan_release(bytes: &[u8]) -> (usize, bool) {
     }
 }
 
+/// The digits of a version that is one hexadecimal number, as Zigbee's file versions are: `0x264a0700`. None where
+/// other letters or digits follow directly.
+fn hexadecimal(text: &str) -> Option<&str> {
+    let marked = text.get(..HEXADECIMAL.len())?.eq_ignore_ascii_case(HEXADECIMAL);
+    let digits = &text[HEXADECIMAL.len()..];
+    let len = digits.find(|character: char| !character.is_ascii_hexdigit());
+    let (digits, rest) = digits.split_at(len.unwrap_or(digits.len()));
+    let is_glued = rest.starts_with(|character: char| character.is_alphanumeric() || !character.is_ascii());
+    (marked && !digits.is_empty() && !is_glued).then_some(digits)
+}
+
 /// Stage of a version, by the text after its release numbers up to a `~`.
 ///
 /// `after_build_number`: a hyphen precedes the last release number, so a hash after it is that of `git describe`.
@@ -254,6 +274,9 @@ fn stage_of(suffix: &str, after_build_number: bool) -> Stage {
             Some(Token::Word(word)) => {
                 let is_glued = ahead.starts_with(word);
                 let next = tokens.clone().next();
+                if is_release_word(word) && matches!(next, Some(Token::Number(_) | Token::Word(_))) {
+                    continue;
+                }
                 let is_last = matches!(next, None | Some(Token::Tilde));
                 let is_level = is_glued && is_last && is_patch_level(word);
                 let hash = &ahead[ahead.len() - tokens.rest().len() - word.len()..];
@@ -270,19 +293,23 @@ fn stage_of(suffix: &str, after_build_number: bool) -> Stage {
 
 /// The numbers of a release without leading zeros; zero is the empty text.
 fn release_numbers(release: &str) -> impl Iterator<Item = &str> {
-    release
-        .split(|character: char| !character.is_ascii_digit())
+    let (numbers, radix) = match hexadecimal(release) {
+        Some(digits) => (digits, 16),
+        None => (release, 10),
+    };
+    numbers
+        .split(move |character: char| !character.is_digit(radix))
         .filter(|digits| !digits.is_empty())
         .map(|digits| digits.trim_start_matches('0'))
 }
 
-/// Compares number by number; a missing number is zero.
+/// Compares number by number; a missing number is zero. Of the same digits, decimal ones sort first.
 fn compare_releases(left: &str, right: &str) -> Ordering {
-    let (mut left, mut right) = (release_numbers(left), release_numbers(right));
+    let (mut lefts, mut rights) = (release_numbers(left), release_numbers(right));
     loop {
-        let (a, b) = (left.next(), right.next());
+        let (a, b) = (lefts.next(), rights.next());
         if a.is_none() && b.is_none() {
-            return Ordering::Equal;
+            return hexadecimal(left).is_some().cmp(&hexadecimal(right).is_some());
         }
         let order = compare_numbers(a.unwrap_or_default(), b.unwrap_or_default());
         if order.is_ne() {
