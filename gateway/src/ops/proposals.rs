@@ -99,7 +99,11 @@ impl ProposalView {
         let rules = gateway.rules.current();
         let applied = rules.rules().iter().find(|rule| Some(rule.id) == proposal.rule);
         let rule = match (applied, proposal.rule) {
-            (Some(rule), _) => Some(serde_json::json!(RuleView::of(rule, &gateway.rules))),
+            (Some(rule), _) => Some(serde_json::json!(RuleView::of(
+                rule,
+                &gateway.rules,
+                gateway.clock.wall()
+            ))),
             (None, Some(id)) => Some(serde_json::json!({ "id": id })),
             (None, None) => shown.rule(gateway.clock.wall()).map(|spec| serde_json::json!(spec)),
         };

@@ -155,6 +155,8 @@ pub enum State {
     Enforced,
     /// It counts what it would do until it expires.
     DryRun,
+    /// It is over: it matches nothing.
+    Expired,
     /// It is stored, and this version can't enforce it: it refuses no device here.
     Unsupported,
     /// It is in force, and the database has lost it.
@@ -221,7 +223,7 @@ pub struct RuleViewDoc {
 
 impl RuleView {
     /// As this node enforces it.
-    pub fn of(rule: &Rule, rules: &Rules) -> Self {
+    pub fn of(rule: &Rule, rules: &Rules, wall: WallTime) -> Self {
         let hits = rules.hits();
         let count = |hit| hits.of(rule.id).map_or(0, |hits| hits.get(hit));
         let is_lost = rules.lost().iter().any(|lost| lost.rule.id == rule.id);
@@ -231,6 +233,7 @@ impl RuleView {
             created_at: rule.created_at.to_rfc3339(),
             revision: rule.revision,
             state: match (rules.local().has(rule.id), is_lost, rule.spec.mode) {
+                _ if rule.is_expired(wall) => State::Expired,
                 (true, ..) => State::Local,
                 (false, true, _) => State::Lost,
                 (false, false, Mode::Enforce) => State::Enforced,
@@ -342,7 +345,7 @@ impl RuleRequest {
         if !plan.is_object() {
             return Err(Problem::invalid("rollout: expected an object"));
         }
-        let plan: Plan = serde_json::from_value(plan)
+        let plan: Plan = serde_path_to_error::deserialize(plan)
             .map_err(|error| Problem::invalid(format!("rollout: {}", shortened(&error.to_string()))))?;
         plan.validate().map_err(rollouts::invalid)?;
         Ok(Some(plan))
@@ -362,7 +365,8 @@ fn spec(fields: Map<String, Value>, wall: WallTime) -> Result<RuleSpec, Problem>
     if matches!(fields.get("match"), Some(Value::Array(_))) {
         return Err(Problem::invalid("match: expected an object"));
     }
-    let spec: RuleSpec = serde_json::from_value(Value::Object(fields))
+    // Its errors name the field.
+    let spec: RuleSpec = serde_path_to_error::deserialize(Value::Object(fields))
         .map_err(|error| Problem::invalid(shortened(&error.to_string())))?;
     spec.validate()
         .and_then(|()| spec.validate_expiry(wall))
@@ -404,7 +408,7 @@ mod tests {
         new.sort();
 
         let home = tempfile::tempdir().unwrap();
-        let mut shown = serde_json::to_value(RuleView::of(&rule, &Rules::open(home.path()))).unwrap();
+        let mut shown = serde_json::to_value(RuleView::of(&rule, &Rules::open(home.path()), NOW)).unwrap();
         shown["problem"] = Value::Null;
 
         assert_eq!(documented(RuleDoc::schema()), new);

@@ -80,7 +80,7 @@ async fn list_rules(
 /// Returns the rule with this id, and the number of devices in `census` that it matches.
 fn view(gateway: &Gateway, rules: &RuleSet, id: RuleId, census: &Census) -> Option<RuleView> {
     if let Some(rule) = rules.rules().iter().find(|rule| rule.id == id) {
-        let shown = RuleView::of(rule, &gateway.rules);
+        let shown = RuleView::of(rule, &gateway.rules, gateway.clock.wall());
         return Some(shown.with_connected(census.matched(&rule.spec)));
     }
     rules
@@ -128,12 +128,7 @@ async fn create_rule(
     let plan = request.take_rollout()?;
     let (spec, is_confirmed) = request.into_new(&api.state.config.identity, api.state.clock.wall())?;
     check_allowed(&api.state, &spec, None)?;
-    if let Some(other) = same_rule(&api.state, &spec) {
-        return Err(Problem::new(
-            Code::Conflict,
-            format!("rule {other} is the same: change or delete that one"),
-        ));
-    }
+    check_new(&api.state, &spec, None, plan.is_some())?;
     let id = RuleId(Uuid::now_v7());
     let rollout = match plan {
         Some(plan) => Some(rollouts::of_new(&api, &spec, plan).await?),
@@ -242,6 +237,9 @@ async fn change_rule(
     let (names, wall) = (&api.state.config.identity, api.state.clock.wall());
     let (spec, is_confirmed) = request.into_change_of(&before.spec, names, wall)?;
     check_allowed(&api.state, &spec, Some(id))?;
+    if !spec.is_same_as(&before.spec) {
+        check_new(&api.state, &spec, Some(id), false)?;
+    }
     let audit = caller.audit(&api, "rule.update");
     change_to(&api, before, spec, is_confirmed, &if_match, audit).await
 }
@@ -379,12 +377,15 @@ pub(super) fn answer(
     stored: StatusCode,
 ) -> Result<(StatusCode, Json<RuleView>), Problem> {
     match place {
-        Place::Database(rule) => Ok((stored, Json(RuleView::of(&rule, &gateway.rules)))),
+        Place::Database(rule) => Ok((stored, Json(RuleView::of(&rule, &gateway.rules, gateway.clock.wall())))),
         Place::Journal => {
             let rules = gateway.rules.current();
             let rule = rules.rules().iter().find(|rule| rule.id == id);
             let rule = rule.ok_or_else(no_such_rule)?;
-            Ok((StatusCode::ACCEPTED, Json(RuleView::of(rule, &gateway.rules).local())))
+            Ok((
+                StatusCode::ACCEPTED,
+                Json(RuleView::of(rule, &gateway.rules, gateway.clock.wall()).local()),
+            ))
         }
     }
 }
@@ -423,15 +424,28 @@ fn check_allowed(gateway: &Gateway, spec: &RuleSpec, of: Option<RuleId>) -> Resu
     ))
 }
 
-/// Returns a rule in force that equals `spec`, the reason included: devices are told it.
-fn same_rule(gateway: &Gateway, spec: &RuleSpec) -> Option<RuleId> {
+/// Checks that no rule in force is the same, its reason included: devices are told it. `of` is the rule that changes.
+/// A staged rule is the same as one with any share: two with shares of their own would refuse more than either.
+fn check_new(gateway: &Gateway, spec: &RuleSpec, of: Option<RuleId>, is_staged: bool) -> Result<(), Problem> {
     let rules = gateway.rules.current();
     let (lost, wall) = (gateway.rules.lost(), gateway.clock.wall());
-    let mut stored = rules
-        .rules()
-        .iter()
-        .filter(|rule| !rule.is_expired(wall) && lost.iter().all(|lost| lost.rule.id != rule.id));
-    stored.find(|rule| rule.spec == *spec).map(|rule| rule.id)
+    let is_in_force =
+        |rule: &Rule| !rule.is_expired(wall) && Some(rule.id) != of && lost.iter().all(|lost| lost.rule.id != rule.id);
+    let mut others = rules.rules().iter().filter(|rule| is_in_force(rule));
+    let mut spec = spec.clone();
+    let is_same = |rule: &&Rule| {
+        if is_staged {
+            spec.admit_percent = rule.spec.admit_percent;
+        }
+        rule.spec.is_same_as(&spec)
+    };
+    match others.find(is_same) {
+        None => Ok(()),
+        Some(other) => Err(Problem::new(
+            Code::Conflict,
+            format!("rule {} is the same: change or delete that one", other.id),
+        )),
+    }
 }
 
 pub(super) fn no_such_rule() -> Problem {

@@ -171,6 +171,23 @@ impl RuleSpec {
                 .is_none_or(|range| range.matches(subject.firmware))
     }
 
+    /// Whether both rules do the same to the same devices, and tell them the same. Their ranges may be written
+    /// differently.
+    #[must_use]
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        let is_same_range = match (&self.matches.firmware, &other.matches.firmware) {
+            (None, None) => true,
+            (Some(own), Some(range)) => own.is_same_as(range),
+            (Some(_), None) | (None, Some(_)) => false,
+        };
+        if !is_same_range {
+            return false;
+        }
+        let mut rewritten = self.clone();
+        rewritten.matches.firmware.clone_from(&other.matches.firmware);
+        rewritten == *other
+    }
+
     /// Whether the rule refuses no device, whatever it matches: it is in dry-run mode, or admits all of them.
     #[must_use]
     pub fn is_harmless(&self) -> bool {

@@ -134,10 +134,13 @@ async fn device_that_never_closes_is_dropped_within_a_minute() {
     gateway.add_rule(restrict_firmware("3.8.*")).await;
 
     let _idle = gateway.connect(&device(1).firmware("3.8.0")).await.admitted();
+    let mut busy = gateway.connect(&device(2).firmware("3.8.0")).await.admitted();
     let begun = Instant::now();
-    eventually(|| gateway.shared.restricted.len() == 1).await;
+    eventually(|| gateway.shared.restricted.len() == 2).await;
     while !gateway.shared.restricted.is_empty() {
         assert!(begun.elapsed() < Duration::from_secs(60));
+        // It sends for as long as it can, and never closes either.
+        let _ = busy.send_json(&json!({"type": "heartbeat"})).await;
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 

@@ -140,8 +140,9 @@ fn rules_that_say_something_wrong_are_refused_by_field() {
             let answer = gateway.post(path, rule.clone());
 
             assert_eq!(answer.problem(), (422, "invalid".into()), "{rule}");
+            let detail = text(&answer.json()["detail"]);
             assert!(
-                !answer.json()["detail"].as_str().unwrap().contains(char::is_control),
+                !detail.contains(char::is_control) && detail.contains(field),
                 "{answer:?}"
             );
         }
@@ -807,6 +808,57 @@ fn a_rule_that_says_what_another_says_is_refused_with_its_id() {
     let mut evicting = rule("b");
     evicting["evict"] = Value::Bool(true);
     assert_eq!(gateway.post("/api/v1/rules", evicting).status, 201);
+    for range in ["= 9", "=v9.0.0", ">=9,<=9"] {
+        let mut rewritten = rule("a");
+        rewritten["match"]["firmware"] = range.into();
+        assert_eq!(
+            gateway.post("/api/v1/rules", rewritten).problem(),
+            (409, "conflict".into()),
+            "{range}"
+        );
+    }
+    // A repeated request makes no second staged rule, which would refuse a share of its own.
+    let mut staged = rule("c");
+    staged["rollout"] = json!({"bake": "1h"});
+    assert_eq!(gateway.post("/api/v1/rules", staged.clone()).status, 201);
+    assert_eq!(
+        gateway.post("/api/v1/rules", staged).problem(),
+        (409, "conflict".into())
+    );
+}
+
+#[test]
+fn a_rule_is_not_changed_to_what_another_says() {
+    let gateway = Gateway::start();
+    let rule = |reason: &str| json!({"match": {"firmware": "=9"}, "effect": "block", "reason": reason});
+    let first = text(&gateway.post("/api/v1/rules", rule("a")).json()["id"]);
+    let second = gateway.post("/api/v1/rules", rule("b")).json();
+    let path = format!("/api/v1/rules/{}", text(&second["id"]));
+
+    let changed = gateway.patch(&path, json!({"reason": "a"}));
+
+    assert_eq!(changed.problem(), (409, "conflict".into()));
+    assert!(text(&changed.json()["detail"]).contains(&first), "{changed:?}");
+    assert_eq!(
+        gateway.patch(&path, json!({"reason": "b", "confirm": true})).status,
+        200
+    );
+    assert_eq!(gateway.patch(&path, json!({"match": {"firmware": "=9.0"}})).status, 200);
+}
+
+#[test]
+fn a_rule_that_is_over_says_so() {
+    let gateway = Gateway::start();
+    let expires_at = gateway.state().clock.wall() + std::time::Duration::from_millis(500);
+    let rule = json!({"match": {"firmware": "=9"}, "effect": "block", "expires_at": expires_at.to_rfc3339()});
+    let rule = gateway.post("/api/v1/rules", rule).json();
+    assert_eq!(rule["state"], "enforced");
+    let path = format!("/api/v1/rules/{}", text(&rule["id"]));
+
+    gateway.eventually(|| gateway.get(&path).json()["state"] == "expired");
+    assert_eq!(gateway.all("/api/v1/rules?", 10)[0]["state"], "expired");
+    let renewed = gateway.patch(&path, json!({"expires_at": null}));
+    assert_eq!((renewed.status, &renewed.json()["state"]), (200, &json!("enforced")));
 }
 
 #[test]
