@@ -48,7 +48,7 @@ pub struct Event {
 
 /// Judges each cohort against the rest of the fleet. To be called with every event, and once a second.
 ///
-/// Memory: about 400 bytes per cohort, and 32 bytes per failure domain with an event within the last minute. A cohort
+/// Memory: about 700 bytes per cohort, and 32 bytes per failure domain with an event within the last minute. A cohort
 /// has at most 512 of these.
 #[derive(Debug, Default)]
 pub struct Detector {

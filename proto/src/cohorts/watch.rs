@@ -18,6 +18,11 @@ const LEARN_MAX: f64 = APPLY / 2.0;
 const RATE_MIN: f64 = 1.0 / 600.0;
 /// Time constant of the usual rates, in seconds.
 const USUAL: f64 = 3_600.0;
+/// Minimum time in which the greatest usual rate of a device doubles, in seconds. So what grows within hours does not
+/// become usual, and what returns every day does. The first day of a cohort is free.
+const DOUBLING: f64 = 86_400.0;
+/// Time constant with which that rate falls, in seconds.
+const PEAK_OVER: f64 = 14.0 * 86_400.0;
 /// Least impact: failure domains with an event within the last minute.
 const IMPACT_MIN: f64 = 20.0;
 /// The same as a share of the cohort's devices, up to [`IMPACT_ENOUGH`].
@@ -66,6 +71,13 @@ struct Slot {
     /// Usual rate, per second, at `usual_at`.
     usual: f64,
     usual_at: u64,
+    /// Greatest usual rate of one device, per second, at `peak_at`.
+    peak: f64,
+    peak_at: u64,
+    /// When that rate last rose.
+    risen_at: u64,
+    /// When its first event was.
+    began: Option<u64>,
     storm: f64,
     impact: f64,
     impact_again: f64,
@@ -105,6 +117,26 @@ pub(super) struct Found {
 impl Slot {
     fn usual(&self, now: u64) -> f64 {
         self.usual * decay(now.saturating_sub(self.usual_at) as f64, USUAL)
+    }
+
+    /// The usual rate, as far as it can be expected of so many devices by their greatest usual rate.
+    fn bounded_usual(&mut self, devices: f64, now: u64) -> f64 {
+        let usual = self.usual(now);
+        let of_one = usual / devices.max(1.0);
+        let elapsed = |since: u64| now.saturating_sub(since) as f64;
+        self.peak *= decay(elapsed(self.peak_at), PEAK_OVER);
+        self.peak_at = now;
+        if of_one > self.peak {
+            let is_young = elapsed(*self.began.get_or_insert(now)) < DOUBLING;
+            let growth = (elapsed(self.risen_at) / DOUBLING).min(1.0).exp2();
+            self.peak = if is_young {
+                of_one
+            } else {
+                of_one.min(self.peak * growth)
+            };
+            self.risen_at = now;
+        }
+        usual.min(self.peak * devices.max(1.0))
     }
 
     /// Learns the events of this second, without those of an outlier. Returns what the usual rate rose by.
@@ -211,7 +243,8 @@ impl Watch {
         let total: f64 = self.awake.iter().map(|slot| self.slots[*slot as usize].fresh).sum();
         let usual_total = self.usual * decay(now.saturating_sub(self.usual_at) as f64, USUAL);
         let awake = std::mem::take(&mut self.awake);
-        let parts: Vec<_> = awake.iter().map(|slot| self.part(*slot, now, devices(*slot))).collect();
+        let parts = awake.iter().map(|slot| self.part(*slot, now, devices(*slot)));
+        let parts: Vec<_> = parts.collect();
         let suspects = self.suspects(&parts);
         for own in &parts {
             let out = Part::others(&suspects, own, fleet);
@@ -232,7 +265,8 @@ impl Watch {
         let (mut rise, kept_impact) = (0.0, decay(elapsed, IMPACT));
         let storm = |before: f64, own: &Part, out: &Part| {
             let rest = (total - own.fresh - out.fresh).max(0.0) / elapsed;
-            let usual_rest = (usual_total - own.usual - out.usual).max(STORM_RATE_MIN);
+            let usual_rest = usual_total - own.usual - own.unusual - out.usual - out.unusual;
+            let usual_rest = usual_rest.max(STORM_RATE_MIN);
             let kept = decay(elapsed, STORM_OVER);
             before * kept + rest / usual_rest * (1.0 - kept)
         };
@@ -268,12 +302,14 @@ impl Watch {
         self.settle(now);
     }
 
-    fn part(&self, slot: u32, now: u64, devices: f64) -> Part {
-        let cohort = &self.slots[slot as usize];
+    fn part(&mut self, slot: u32, now: u64, devices: f64) -> Part {
+        let cohort = &mut self.slots[slot as usize];
+        let usual = cohort.bounded_usual(devices, now);
         Part {
             slot,
             fresh: cohort.fresh,
-            usual: cohort.usual(now),
+            usual,
+            unusual: cohort.usual(now) - usual,
             devices,
         }
     }
@@ -335,6 +371,8 @@ struct Part {
     slot: u32,
     fresh: f64,
     usual: f64,
+    /// Part of the learned rate that is not taken for usual.
+    unusual: f64,
     devices: f64,
 }
 
@@ -344,6 +382,7 @@ impl Part {
             slot: 0,
             fresh: sum.fresh + part.fresh,
             usual: sum.usual + part.usual,
+            unusual: sum.unusual + part.unusual,
             devices: sum.devices + part.devices,
         })
     }
@@ -362,6 +401,7 @@ impl Part {
 
 /// Share of the fleet's events that is expected of a part: by what is usual, and at least by its devices.
 fn share_of(part: &Part, usual_total: f64, fleet: f64) -> f64 {
+    let usual_total = usual_total - part.unusual;
     let by_usual = if usual_total > 0.0 {
         part.usual / usual_total
     } else {

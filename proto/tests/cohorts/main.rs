@@ -5,7 +5,7 @@ mod dear;
 mod gates;
 mod model;
 
-use model::{COHORTS, DEVICES, Fleet, Loop, Noise, USUAL};
+use model::{COHORTS, DEVICES, Fleet, Leak, Loop, Noise, USUAL};
 use seawall_proto::cohorts::Signal;
 
 /// The fleet is calm, but for the usual repeats.
@@ -107,6 +107,38 @@ fn a_version_that_is_rolled_out_slowly_is_named_while_few_have_it() {
     // A leak: within six hours each of the 11,134 devices begins to crash.
     let hours_6 = named_within(0, |bad| bad.ramp = 21_600.0, 900).unwrap();
     assert!(hours_6 <= 360, "1.7 % of them: {hours_6} s");
+}
+
+/// Repeats that grow so slowly that each hour looks like the one before.
+#[test]
+fn repeats_that_double_within_two_hours_are_named() {
+    const HOUR: u64 = 3_600;
+    let mut fleet = Fleet::new(40, CALM);
+    let begins = 26 * HOUR;
+    // 1,452 devices.
+    fleet.leak = Some(Leak {
+        cohort: 20,
+        begins,
+        doubles_in: 7_200.0,
+    });
+
+    fleet.run(begins + 15 * HOUR);
+
+    let after = fleet.outcome.named_after(20, begins).map(|seconds| seconds / 60);
+    println!("named after {after:?} min");
+    assert!(after.is_some(), "{:?}", fleet.outcome);
+    assert_eq!(fleet.outcome.accused(&[20]), 0, "{:?}", fleet.outcome);
+}
+
+/// 11,134 devices have sixty times their repeats every morning, by design.
+#[test]
+fn what_returns_every_day_becomes_usual() {
+    let mut fleet = Fleet::new(41, CALM);
+    fleet.mornings = Some((0, 60.0));
+
+    fleet.run(3 * 86_400);
+
+    assert_eq!(fleet.outcome.named_after(0, 86_400), None, "{:?}", fleet.outcome);
 }
 
 #[test]

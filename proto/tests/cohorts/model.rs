@@ -46,6 +46,16 @@ pub struct Loop {
     pub is_new: bool,
 }
 
+/// Repeats of a cohort that grow slowly.
+#[derive(Clone, Copy)]
+pub struct Leak {
+    pub cohort: usize,
+    /// In seconds.
+    pub begins: u64,
+    /// Time in which all repeats double, in seconds.
+    pub doubles_in: f64,
+}
+
 /// What troubles the fleet without any bad version.
 #[derive(Clone, Copy)]
 pub struct Noise {
@@ -103,6 +113,9 @@ pub struct Fleet {
     storm: (f64, f64),
     cuts: Vec<(usize, u64, f64)>,
     loops: Vec<Member>,
+    pub leak: Option<Leak>,
+    /// Devices that have repeats every day, for five hours in the morning: cohort, and their rate relative to others.
+    pub mornings: Option<(usize, f64)>,
     ids: u128,
     /// Rules: cohort, id, when it was made, when it ends. They admit a tenth.
     pub rules: Vec<(usize, RuleId, u64, u64)>,
@@ -146,6 +159,8 @@ impl Fleet {
             storm: (0.0, 1.0),
             cuts: Vec::new(),
             loops: Vec::new(),
+            leak: None,
+            mornings: None,
             ids: 0,
             rules: Vec::new(),
         }
@@ -213,6 +228,7 @@ impl Fleet {
         }
         self.flicker();
         self.crash();
+        self.grow();
         self.storm.0 -= 1.0;
         self.judge();
         self.second += 1;
@@ -286,6 +302,26 @@ impl Fleet {
             }
         }
         self.loops = loops;
+    }
+
+    fn grow(&mut self) {
+        let elapsed = |leak: Leak| self.second.checked_sub(leak.begins).map(|seconds| seconds as f64);
+        let leak = self.leak.and_then(|leak| {
+            let factor = (elapsed(leak)? / leak.doubles_in).exp2() - 1.0;
+            Some((leak.cohort, factor.min(1_000.0)))
+        });
+        let hour = (self.second as f64 / 3_600.0) % 24.0;
+        let mornings = self.mornings.map(|(cohort, factor)| {
+            let share = (-((hour - 7.0) / 2.5).powi(2)).exp();
+            (cohort, factor * share)
+        });
+        for (cohort, factor) in [leak, mornings].into_iter().flatten() {
+            for _ in 0..poisson(self.sizes[cohort] * BASE * factor, &mut self.rng) {
+                let device = self.rng.random_range(0..self.sizes[cohort] as u64);
+                let is_again = self.rng.random_bool(0.5);
+                self.event(EventKind::Repeat, cohort, device / DEVICES_A_SITE, 7, is_again);
+            }
+        }
     }
 
     pub fn is_gated(&self, cohort: usize) -> bool {
