@@ -114,7 +114,17 @@ impl Connection {
     /// # Cancel safety
     /// Dropped, it gives the attempt up.
     pub async fn open(url: &str, config: &DeviceConfig) -> Result<Self, OpenError> {
-        let target = Target::resolve_trusting(url, &config.trust).await?;
+        Self::open_at(&Target::resolve_trusting(url, &config.trust).await?, config).await
+    }
+
+    /// The same, to an address that was looked up before. The target's authorities verify it, not those of `config`.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    ///
+    /// # Cancel safety
+    /// Dropped, it gives the attempt up.
+    pub async fn open_at(target: &Target, config: &DeviceConfig) -> Result<Self, OpenError> {
         let hello = Hello {
             device: config.id,
             external_id: config.external_id.as_deref(),
@@ -126,7 +136,7 @@ impl Connection {
             resume: config.resume.as_deref(),
             protocols: config.protocols.as_deref(),
         };
-        let mut request = hello.request(&target)?;
+        let mut request = hello.request(target)?;
         for (name, value) in &config.headers {
             let name: HeaderName = name.parse().map_err(|_| OpenError::BadHello)?;
             let value = HeaderValue::from_str(value).map_err(|_| OpenError::BadHello)?;
@@ -136,7 +146,7 @@ impl Connection {
             source: config.source,
             is_slow: false,
         };
-        let opening = async { upgrade(open(&target, options).await?, request).await };
+        let opening = async { upgrade(open(target, options).await?, request).await };
         let (socket, protocol) = timeout(config.open_timeout, opening)
             .await
             .map_err(|_| OpenError::TimedOut(config.open_timeout))??;

@@ -7,12 +7,14 @@
 //! - [`identity`], [`mix`]: ids and versions of the devices; [`messages`]: what they send on their own.
 //! - [`connection`]: one connection by hand, for tests and tools.
 //! - [`tls`]: how devices verify the gateway.
+//! - [`files`]: the sockets that this process may open.
 //! - [`target`]: the gateway's URL, and the local addresses that devices connect from.
 
 pub mod backoff;
 pub mod connection;
 pub mod device;
 pub mod driver;
+pub mod files;
 pub mod fleet;
 mod handshake;
 pub mod identity;

@@ -146,7 +146,7 @@ impl Observer for Recorder {
                 *stats.refused.entry(code_of(refused)).or_default() += 1;
                 entry.move_to(Status::Waiting, stats);
             }
-            Event::Failed => {
+            Event::Failed { .. } => {
                 stats.failed += 1;
                 entry.move_to(Status::Waiting, stats);
             }

@@ -30,7 +30,11 @@ impl Trust {
         path.map_or(Self::System, Self::File)
     }
 
-    fn authorities(&self) -> Result<Vec<CertificateDer<'static>>, TrustError> {
+    /// Their certificates.
+    ///
+    /// # Errors
+    /// The file can't be read, or holds no certificate.
+    pub fn authorities(&self) -> Result<Vec<CertificateDer<'static>>, TrustError> {
         let Self::File(path) = self else {
             return Ok(rustls_native_certs::load_native_certs().certs);
         };

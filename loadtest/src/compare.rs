@@ -3,7 +3,7 @@
 use std::{fmt, fs, path::Path};
 
 use anyhow::{Context, Result, ensure};
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 
 /// Greatest report, in bytes: ten million devices leave no more than a few hundred of them a second.
 const FILE_BYTES_MAX: u64 = 256 * 1024 * 1024;
@@ -44,18 +44,26 @@ pub struct Line {
     pub is_judged: bool,
 }
 
+/// Reads a file of JSON that is not too big.
+///
+/// # Errors
+/// The file can't be read, or is not such JSON.
+pub(crate) fn read_bounded<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let reading = || format!("reading {}", path.display());
+    let bytes = fs::metadata(path).with_context(reading)?.len();
+    ensure!(
+        bytes <= FILE_BYTES_MAX,
+        "{}: {bytes} bytes are not a report",
+        path.display()
+    );
+    serde_json::from_slice(&fs::read(path).with_context(reading)?).with_context(reading)
+}
+
 impl Side {
     /// # Errors
     /// The file can't be read, or is not a report.
     pub fn from_file(path: &Path) -> Result<Self> {
-        let reading = || format!("reading {}", path.display());
-        let bytes = fs::metadata(path).with_context(reading)?.len();
-        ensure!(
-            bytes <= FILE_BYTES_MAX,
-            "{}: {bytes} bytes are not a report",
-            path.display()
-        );
-        let side: Self = serde_json::from_slice(&fs::read(path).with_context(reading)?).with_context(reading)?;
+        let side: Self = read_bounded(path)?;
         ensure!(
             !side.scenario.is_empty(),
             "{}: no report: it names no scenario",

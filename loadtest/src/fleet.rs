@@ -2,7 +2,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use anyhow::{Context as _, Result};
 use firmware_sim::{
     device::CODE_REPLACED,
     driver::{DeviceHandle, DeviceSpec, Driver, Event, Observer},
@@ -12,6 +11,7 @@ use firmware_sim::{
 use seawall_proto::{id::DeviceId, time::Instant};
 
 use crate::{
+    generator::Lateness,
     plan::Device,
     recorder::{self, Recorder},
 };
@@ -26,15 +26,16 @@ pub struct Fleet {
 impl Fleet {
     /// Makes the devices; they wait for [`Self::connect`].
     ///
-    /// # Errors
-    /// `url` is not of the form `ws://HOST:PORT`, or HOST has no address.
-    pub async fn start(devices: &[Device], url: &str, recorder: Arc<Recorder>, seed: u64) -> Result<Self> {
-        let target = Target::resolve(url).await.context("looking for the gateway")?;
+    /// # Panics
+    /// Outside a tokio runtime.
+    #[must_use]
+    pub fn start(devices: &[Device], target: &Target, recorder: Arc<Recorder>, lateness: Lateness, seed: u64) -> Self {
         let sources = Sources::default();
         let driver = Driver::new(
             target.clone(),
             Arc::new(Reporter {
                 recorder,
+                lateness,
                 has_twin: devices.iter().map(|device| device.has_twin).collect(),
             }),
         );
@@ -45,7 +46,7 @@ impl Fleet {
                 driver.spawn(DeviceSpec {
                     number,
                     identity: Identity {
-                        external_id: None,
+                        external_id: device.external_id.clone(),
                         id: DeviceId::from_uuid(device.id),
                         secret: device.secret.as_str().into(),
                         tenant: device.tenant.as_deref().map(Arc::from),
@@ -54,7 +55,7 @@ impl Fleet {
                     firmware: Some(device.firmware.as_str().into()),
                     profile: device.profile,
                     first_attempt_after: None,
-                    source: sources.of(number, &target),
+                    source: sources.of(number, target),
                     seed: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(number as u64),
                     patience: device.patience,
                     messages_every: device.messages_every,
@@ -62,7 +63,7 @@ impl Fleet {
                 })
             })
             .collect();
-        Ok(Self { driver, devices })
+        Self { driver, devices }
     }
 
     /// The device makes its first attempt.
@@ -114,16 +115,25 @@ impl Fleet {
 /// Passes what devices do to the recorder.
 struct Reporter {
     recorder: Arc<Recorder>,
+    lateness: Lateness,
     has_twin: Vec<bool>,
 }
 
 impl Observer for Reporter {
-    fn observe(&self, device: usize, event: Event<'_>, _: Instant) {
+    fn observe(&self, device: usize, event: Event<'_>, now: Instant) {
         let event = match event {
-            Event::Attempt { .. } => recorder::Event::Attempt,
+            Event::Attempt { intended } => {
+                self.lateness.attempt(now.saturating_since(intended));
+                recorder::Event::Attempt
+            }
             Event::Connected => recorder::Event::Connected,
             Event::Refused(refused) => recorder::Event::Refused(refused.known_code()),
-            Event::Failed => recorder::Event::Failed,
+            Event::Failed { is_local } => {
+                if is_local {
+                    self.lateness.local_failure();
+                }
+                recorder::Event::Failed
+            }
             Event::Closed { by_device: true, .. } => recorder::Event::Left,
             Event::Closed {
                 code: Some(CODE_REPLACED),
@@ -151,7 +161,7 @@ mod tests {
     use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
     use super::*;
-    use crate::recorder::Counters;
+    use crate::{generator::Gauge, recorder::Counters};
 
     const OVERLOADED: &str = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nSeawall-Retry-After-Ms: 120\r\nSeawall-Slot: token\r\n\
         Content-Length: 21\r\nConnection: close\r\n\r\n{\"code\":\"overloaded\"}";
@@ -267,6 +277,7 @@ mod tests {
         recorder.due(0, now, true);
         let device = Device {
             id: uuid::Uuid::new_v4(),
+            external_id: None,
             secret: "s".repeat(64),
             firmware: "3.8.0-b2".to_owned(),
             profile: Profile::WellBehaved,
@@ -277,8 +288,10 @@ mod tests {
             messages_every: None,
             resumes: false,
         };
+        let target = Target::resolve(url).await.unwrap();
+        let lateness = Gauge::start().lateness();
         (
-            Fleet::start(&[device], url, Arc::clone(&recorder), 1).await.unwrap(),
+            Fleet::start(&[device], &target, Arc::clone(&recorder), lateness, 1),
             recorder,
         )
     }

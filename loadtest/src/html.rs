@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::report::{Report, Run, Second};
+use crate::report::{Report, Run, Second, Verdict};
 
 const WIDTH: f64 = 920.0;
 const HEIGHT: f64 = 180.0;
@@ -35,10 +35,11 @@ pub fn page(report: &Report) -> String {
 }
 
 fn write(report: &Report, out: &mut String) -> std::fmt::Result {
-    let verdict = if report.passed {
-        ("ok", "passed")
-    } else {
-        ("bad", "failed")
+    let verdict = match report.verdict {
+        Verdict::Passed => ("ok", "passed"),
+        Verdict::Failed => ("bad", "failed"),
+        Verdict::Inconclusive => ("bad", "inconclusive"),
+        Verdict::Stopped => ("bad", "stopped"),
     };
     write!(
         out,
@@ -53,7 +54,9 @@ fn write(report: &Report, out: &mut String) -> std::fmt::Result {
         seed = report.seed,
         started = escape(&report.started_at),
     )?;
+    origin(report, out)?;
     thresholds(report, out)?;
+    baseline(report, out)?;
     for run in &report.runs {
         write!(out, "<h2>Run {}</h2>", escape(&run.name))?;
         summary(run, out)?;
@@ -61,6 +64,57 @@ fn write(report: &Report, out: &mut String) -> std::fmt::Result {
         phases(run, out)?;
     }
     out.push_str("</html>\n");
+    Ok(())
+}
+
+/// Where it comes from, and why it has no verdict.
+fn origin(report: &Report, out: &mut String) -> std::fmt::Result {
+    for (what, reason) in report
+        .stopped
+        .iter()
+        .map(|reason| ("Stopped before its end", reason))
+        .chain(
+            report
+                .inconclusive
+                .iter()
+                .map(|reason| ("The generator was the limit", reason)),
+        )
+    {
+        write!(out, "<p class=bad>{what}: {}</p>", escape(reason))?;
+    }
+    if let Some(target) = &report.target {
+        write!(out, "<p>Target: <code>{}</code></p>", escape(target))?;
+    }
+    write!(out, "<p>loadtest {}", escape(report.version))?;
+    if let Some(command) = &report.command {
+        write!(out, ", repeated with <code>{}</code>", escape(command))?;
+    }
+    out.push_str("</p>");
+    Ok(())
+}
+
+fn baseline(report: &Report, out: &mut String) -> std::fmt::Result {
+    let Some(baseline) = &report.baseline else {
+        return Ok(());
+    };
+    write!(
+        out,
+        "<h2>Baseline</h2><p>{}</p><table><tr><th>figure<th>measured<th>median<th>bound<th>result</tr>",
+        escape(&baseline.rule())
+    )?;
+    for figure in &baseline.figures {
+        let class = if figure.is_regressed() { "bad" } else { "ok" };
+        write!(
+            out,
+            "<tr><td class=text>{}<td>{}<td>{}<td>{}<td class={class}>{}</tr>",
+            escape(&figure.figure),
+            number(figure.value),
+            number(figure.median),
+            number(figure.bound),
+            escape(&figure.result_text()),
+        )?;
+    }
+    out.push_str("</table>");
     Ok(())
 }
 
@@ -371,6 +425,7 @@ mod tests {
                 };
                 3
             ],
+            stopped: None,
         };
         let report = Report {
             scenario: "s".to_owned(),
@@ -378,17 +433,16 @@ mod tests {
             seed: 1,
             devices: 7,
             started_at: String::new(),
-            passed: false,
-            summary: Summary::default(),
+            verdict: Verdict::Failed,
+            command: Some("loadtest run '<x>'".to_owned()),
             thresholds: vec![Outcome {
                 expression: "a < 1".to_owned(),
                 left: None,
                 right: Some(1.0),
                 passed: false,
             }],
-            not_judged: Vec::new(),
-            simulation: None,
             runs: vec![run],
+            ..Report::default()
         };
 
         let page = page(&report);

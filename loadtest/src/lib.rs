@@ -5,19 +5,25 @@
 //!
 //! Nothing here depends on the gateway's code: it is started, watched and judged from outside, like any other program.
 
+pub mod baseline;
 pub mod bench;
 pub mod compare;
 pub mod demo;
 pub mod drift;
+pub mod exit;
 pub mod fleet;
 pub mod follow;
+pub mod generator;
 pub mod guard;
+pub mod harm;
 pub mod html;
+pub mod junit;
 pub mod metrics;
 pub mod naive;
 pub mod phases;
 pub mod plan;
 pub mod postgres;
+pub mod preflight;
 pub mod process;
 pub mod programs;
 pub mod progress;
@@ -30,4 +36,6 @@ pub mod signals;
 pub mod simulate;
 pub mod slow;
 pub mod storage;
+pub mod summary;
+pub mod target;
 pub mod threshold;

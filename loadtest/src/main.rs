@@ -1,31 +1,40 @@
 //! `loadtest`: runs a scenario of real devices against a real gateway, and says whether it held.
 
 use std::{
-    fs,
+    env, fs, io,
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context, Result, anyhow, bail};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use firmware_sim::identity::{Identity, Lines, read_devices};
 use loadtest::{
+    baseline::Baseline,
     bench::{self, Database},
     compare::{Comparison, Side},
-    guard, html,
+    exit::{Exit, Failure},
+    generator, guard, html, junit,
     naive::Naive,
     progress::Progress,
     report::{self, Report},
     run::{Job, With, run},
-    scenario::{self, Changes, Executor, Scenario},
-    server::{External, NAIVE_DATABASE},
+    scenario::{self, Changes, Executor, Means, Scenario},
+    server::NAIVE_DATABASE,
     signals,
     simulate::{SimulateError, simulate},
     storage::ServerUrl,
+    summary,
+    target::Asked,
 };
 use tokio_util::sync::CancellationToken;
 
 /// Load tests for Seawall.
+///
+/// Exit status 0: all thresholds hold. 1: one does not. 2: wrong use. 3: the run could not be made, or was stopped.
+/// 4: inconclusive, the generator was the limit.
 #[derive(Parser)]
 #[command(name = "loadtest", version)]
 struct Cli {
@@ -35,10 +44,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run a scenario with real sockets. Exit 0 only if all of its thresholds hold, 1 if not, 2 for a wrong scenario.
-    Run(RunArguments),
-    /// Put two reports of one scenario side by side. Exit 0 if they agree in t99 and attempts a device, 1 if not, 2 where they can't be
-    /// compared.
+    /// Run a scenario with real sockets, against servers of its own or a gateway that runs already.
+    Run(Box<RunArguments>),
+    /// Put two reports of one scenario side by side. Exit 0 if they agree in t99 and attempts per device, 1 if not, 2
+    /// where they can't be compared.
     Compare(CompareArguments),
     /// Run a scenario in virtual time, with production's decisions and a model of the rest. Exits as `run` does.
     Simulate(ScenarioArguments),
@@ -64,6 +73,9 @@ struct ScenarioArguments {
     /// Devices, instead of the scenario's number.
     #[arg(long)]
     devices: Option<u32>,
+    /// Devices at most: a scenario that has more runs with these.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_devices: Option<u32>,
     /// Seed, instead of the scenario's.
     #[arg(long)]
     seed: Option<u64>,
@@ -82,21 +94,59 @@ struct ScenarioArguments {
     /// Write the report as a page with charts.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Write the verdict as JUnit XML, a case for each threshold. A run that could not be made writes it as well.
+    #[arg(long, value_name = "FILE")]
+    junit: Option<PathBuf>,
+    /// Write a summary in Markdown.
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// Print annotations for this service, and add the summary to that of its job.
+    #[arg(long, value_enum, value_name = "SERVICE")]
+    annotate: Option<Service>,
+    /// Fail if a figure is worse than in these reports: files that `--json` wrote, or arrays of such reports. May be
+    /// repeated. Figures that fewer than three runs have are not judged.
+    #[arg(long, value_name = "FILE")]
+    baseline: Vec<PathBuf>,
+    /// What a figure may be above the median of the baseline, as a part of it.
+    #[arg(long, value_name = "PART", default_value_t = 0.1)]
+    tolerance: f64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Service {
+    Github,
 }
 
 #[derive(Args)]
 struct RunArguments {
     #[command(flatten)]
     what: ScenarioArguments,
-    /// Use the gateway that runs here, such as ws://127.0.0.1:8080, and start none.
-    #[arg(long, value_name = "URL", requires = "ops")]
-    gateway: Option<String>,
-    /// The ops address of that gateway, such as http://127.0.0.1:8081.
-    #[arg(long, value_name = "URL", requires = "gateway")]
+    /// Drive the gateway or cluster that runs here, such as wss://staging.example/v1/connect, and start none.
+    #[arg(long, visible_alias = "gateway", value_name = "URL", requires = "ops")]
+    target: Option<String>,
+    /// Its API, such as https://staging.example:8081.
+    #[arg(long, value_name = "URL", requires = "target")]
     ops: Option<String>,
-    /// File with an admin's token of that gateway [default: the token in SEAWALL_TOKEN]
-    #[arg(long, value_name = "FILE", requires = "gateway")]
+    /// File with a token of it: an admin's, or with --devices-file an operator's [default: the token in SEAWALL_TOKEN]
+    #[arg(long, value_name = "FILE", requires = "target")]
     token_file: Option<PathBuf>,
+    /// Devices that are registered there, as `seawall devices seed --out` writes them. Without it the load test
+    /// registers its own.
+    #[arg(long, value_name = "FILE", requires = "target")]
+    devices_file: Option<PathBuf>,
+    /// Allow a target that is not on loopback. Whatever runs there may be harmed.
+    #[arg(long, requires = "target")]
+    confirm_target: bool,
+    /// Attempts per second at most: more are not scheduled, and stop the run [default outside loopback: 1000]
+    #[arg(long, value_name = "N", requires = "target", value_parser = rate)]
+    max_per_second: Option<f64>,
+    /// Authorities that the target is verified by, as PEM [default: those of this machine]
+    #[arg(long, value_name = "FILE", requires = "target")]
+    ca: Option<PathBuf>,
+    /// Lag of the generator, at its 99th percentile, above which the run is inconclusive [default: 250ms, outside
+    /// loopback 50ms]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    max_lag: Option<Duration>,
     /// Use the PostgreSQL that runs at this address: in a database of the load test's own, which is created, and dropped at the end. In
     /// the environment its password is in no list of processes.
     #[arg(
@@ -104,7 +154,7 @@ struct RunArguments {
         value_name = "URL",
         env = "SEAWALL_LOADTEST_DATABASE",
         hide_env_values = true,
-        conflicts_with = "gateway"
+        conflicts_with = "target"
     )]
     database: Option<String>,
 }
@@ -177,82 +227,145 @@ struct NaiveArguments {
 fn main() -> ExitCode {
     guard::serve_if_asked();
     let done = match Cli::parse().command {
-        Command::Run(arguments) => run_scenario(arguments),
-        Command::Compare(arguments) => Ok(compare(&arguments)),
-        Command::Simulate(arguments) => simulate_scenario(&arguments),
+        Command::Run(arguments) => noted(&arguments.what, run_scenario(&arguments)),
+        Command::Compare(arguments) => compare(&arguments),
+        Command::Simulate(arguments) => noted(&arguments, simulate_scenario(&arguments)),
         Command::Bench(arguments) => measure(&arguments),
         Command::Scale(arguments) => scale(&arguments),
         Command::BenchPool(arguments) => serve_bench_pool(&arguments),
         Command::BenchPeer(arguments) => serve_bench_peer(&arguments),
         Command::NaiveServer(arguments) => serve_naive(&arguments),
     };
-    done.unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
-        ExitCode::FAILURE
-    })
+    match done {
+        Ok(exit) => exit.code(),
+        Err(failure) => {
+            eprintln!("error: {:#}", failure.error());
+            failure.code()
+        }
+    }
 }
 
-fn run_scenario(arguments: RunArguments) -> Result<ExitCode> {
-    let asked = with(&arguments).and_then(|with| {
-        let scenario = read(&arguments.what, Executor::Run)?;
-        scenario
-            .check_means(with.means(), &scenario.thresholds()?)
-            .with_context(|| arguments.what.scenario.display().to_string())?;
-        Ok((with, scenario))
-    });
-    let (with, scenario) = match asked {
-        Ok(asked) => asked,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            return Ok(ExitCode::from(2));
+/// Writes a run that could not be made to the JUnit file, so that a pipeline shows the reason.
+fn noted(arguments: &ScenarioArguments, done: Result<Exit, Failure>) -> Result<Exit, Failure> {
+    if let (Err(failure), Some(path)) = (&done, &arguments.junit) {
+        let name = arguments.scenario.file_stem().unwrap_or_default().to_string_lossy();
+        let page = junit::failure(&name, &format!("{:#}", failure.error()));
+        if let Err(error) = fs::write(path, page) {
+            eprintln!("error: writing {}: {error}", path.display());
         }
+    }
+    done
+}
+
+fn run_scenario(arguments: &RunArguments) -> Result<Exit, Failure> {
+    let what = &arguments.what;
+    check_outputs(what)?;
+    let identities = arguments.devices_file.as_deref().map(identities).transpose()?;
+    let in_file = identities
+        .as_ref()
+        .and_then(|devices| u32::try_from(devices.len()).ok());
+    let devices_max = [what.max_devices, in_file].into_iter().flatten().min();
+    let scenario = read(what, devices_max, Executor::Run).map_err(Failure::WrongUse)?;
+    if let Some(devices) = scenario.bounded_from {
+        eprintln!(
+            "note: {} of the scenario's {devices} devices, as --max-devices or --devices-file bounds them",
+            scenario.devices
+        );
+    }
+    check_identities(identities.as_deref(), &scenario).map_err(Failure::WrongUse)?;
+    let baseline = baseline(what, &scenario, Executor::Run, arguments.target.is_some())?;
+    let asked = asked(arguments, identities)?;
+    let means = match (&asked, &arguments.database) {
+        (Some(_), _) => Means::RunningGateway,
+        (None, Some(_)) => Means::LentDatabase,
+        (None, None) => Means::Own,
+    };
+    let thresholds = scenario.thresholds().map_err(Failure::wrong_use)?;
+    scenario
+        .check_means(means, &thresholds)
+        .with_context(|| what.scenario.display().to_string())
+        .map_err(Failure::WrongUse)?;
+    generator::check_files(scenario.devices).map_err(Failure::Inconclusive)?;
+    let database = match &arguments.database {
+        Some(url) => Some(
+            url.parse::<ServerUrl>()
+                .context("--database")
+                .map_err(Failure::WrongUse)?,
+        ),
+        None => None,
+    };
+    let runtime = runtime()?;
+    let with = match (asked, database) {
+        (Some(asked), _) => With::Gateway(Box::new(runtime.block_on(asked.resolve(&scenario))?)),
+        (None, Some(server)) => With::Database(server),
+        (None, None) => With::Nothing,
     };
     guard::start().context("starting the guard that cleans up")?;
     let job = Job {
         scenario,
         with,
         interrupted: CancellationToken::new(),
+        lag_max: arguments.max_lag,
     };
-    let report = runtime()?.block_on(async {
+    let mut report = runtime.block_on(async {
         tokio::spawn(signals::cancel(job.interrupted.clone()));
         run(&job, &Progress::new()).await
     })?;
-    publish(&report, &arguments.what)
+    let mut command = what.repeat("run", report.seed);
+    arguments.add_to(&mut command);
+    report.command = Some(command.join(" "));
+    publish(report, what, baseline.as_ref())
 }
 
-/// What a run is done with.
-fn with(arguments: &RunArguments) -> Result<With> {
-    let RunArguments {
-        gateway,
-        ops,
-        token_file,
-        database,
-        ..
-    } = arguments;
-    if let (Some(gateway), Some(ops)) = (gateway, ops) {
-        return Ok(With::Gateway(External {
-            gateway: gateway.clone(),
-            ops: ops.clone(),
-            token: admin_token(token_file.as_deref())?,
-        }));
+/// What the command line says about a gateway that runs already.
+fn asked(arguments: &RunArguments, identities: Option<Vec<Identity>>) -> Result<Option<Asked>, Failure> {
+    let (Some(target), Some(ops)) = (&arguments.target, &arguments.ops) else {
+        return Ok(None);
+    };
+    let token = token(arguments.token_file.as_deref()).map_err(Failure::WrongUse)?;
+    Ok(Some(Asked {
+        target: target.clone(),
+        ops: ops.clone(),
+        token,
+        identities: identities.map(Arc::from),
+        ca: arguments.ca.clone(),
+        is_confirmed: arguments.confirm_target,
+        devices_max: arguments.what.max_devices,
+        per_second_max: arguments.max_per_second,
+    }))
+}
+
+/// Devices of a file.
+fn identities(path: &Path) -> Result<Vec<Identity>, Failure> {
+    let named = || format!("--devices-file: {}", path.display());
+    let file = fs::File::open(path).with_context(named).map_err(Failure::WrongUse)?;
+    let lines = Lines {
+        limit: usize::try_from(scenario::DEVICES_MAX).unwrap_or(usize::MAX),
+        ..Lines::default()
+    };
+    read_devices(file, lines).with_context(named).map_err(Failure::WrongUse)
+}
+
+/// Published presence is compared by UUID, and which one the gateway makes of another name is not known here.
+fn check_identities(identities: Option<&[Identity]>, scenario: &Scenario) -> Result<()> {
+    let has_names = identities.is_some_and(|all| all.iter().any(|identity| identity.external_id.is_some()));
+    if has_names && scenario.presence.is_some() {
+        bail!("--devices-file: a scenario with [presence] takes devices whose ids are UUIDs");
     }
-    match database {
-        Some(url) => Ok(With::Database(url.parse::<ServerUrl>().context("--database")?)),
-        None => Ok(With::Nothing),
-    }
+    Ok(())
 }
 
 /// The token of a file, else of the environment. Never of an argument: every user of a machine can list those.
-fn admin_token(file: Option<&Path>) -> Result<String> {
+fn token(file: Option<&Path>) -> Result<String> {
     let (token, source) = match file {
         Some(path) => {
             let token = fs::read_to_string(path).with_context(|| format!("--token-file: {}", path.display()))?;
             (token, "--token-file")
         }
         None => {
-            let token = std::env::var("SEAWALL_TOKEN")
+            let token = env::var("SEAWALL_TOKEN")
                 .ok()
-                .context("--gateway needs --token-file or SEAWALL_TOKEN")?;
+                .context("--target needs --token-file or SEAWALL_TOKEN")?;
             (token, "SEAWALL_TOKEN")
         }
     };
@@ -263,55 +376,197 @@ fn admin_token(file: Option<&Path>) -> Result<String> {
     Ok(token.to_owned())
 }
 
-fn simulate_scenario(arguments: &ScenarioArguments) -> Result<ExitCode> {
-    let done = read(arguments, Executor::Simulate).and_then(|scenario| match simulate(&scenario) {
-        Ok(report) => Ok(Ok(report)),
-        Err(SimulateError::Scenario(error)) => Err(error.into()),
-        Err(SimulateError::Broken(broken)) => Ok(Err(broken)),
-    });
-    match done {
-        Ok(Ok(report)) => publish(&report, arguments),
-        Ok(Err(broken)) => Err(broken.into()),
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            Ok(ExitCode::from(2))
+fn simulate_scenario(arguments: &ScenarioArguments) -> Result<Exit, Failure> {
+    check_outputs(arguments)?;
+    let scenario = read(arguments, arguments.max_devices, Executor::Simulate).map_err(Failure::WrongUse)?;
+    let baseline = baseline(arguments, &scenario, Executor::Simulate, false)?;
+    match simulate(&scenario) {
+        Ok(mut report) => {
+            report.command = Some(arguments.repeat("simulate", report.seed).join(" "));
+            publish(report, arguments, baseline.as_ref())
+        }
+        Err(SimulateError::Scenario(error)) => Err(Failure::wrong_use(error)),
+        // An invariant is a bound that every scenario has.
+        Err(SimulateError::Broken(broken)) => {
+            let problem = format!("{:#}", anyhow::Error::from(broken));
+            eprintln!("error: {problem}");
+            if let Some(path) = &arguments.junit {
+                let page = junit::failure(&scenario.name, &problem);
+                fs::write(path, page).with_context(|| format!("writing {}", path.display()))?;
+            }
+            Ok(Exit::Missed)
         }
     }
+}
+
+/// Reads the baseline, before a minute is spent on a run that can't be compared with it.
+fn baseline(
+    arguments: &ScenarioArguments,
+    scenario: &Scenario,
+    executor: Executor,
+    has_target: bool,
+) -> Result<Option<Baseline>, Failure> {
+    if arguments.baseline.is_empty() {
+        return Ok(None);
+    }
+    Baseline::read(&arguments.baseline, arguments.tolerance, scenario, executor, has_target)
+        .map(Some)
+        .map_err(Failure::WrongUse)
+}
+
+/// Files that the report goes to can be written, as far as that shows before the run.
+fn check_outputs(arguments: &ScenarioArguments) -> Result<(), Failure> {
+    let files = [&arguments.json, &arguments.html, &arguments.junit, &arguments.markdown];
+    for path in files.into_iter().flatten() {
+        check_output(path).map_err(Failure::WrongUse)?;
+    }
+    Ok(())
+}
+
+fn check_output(path: &Path) -> Result<()> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    if path.is_dir() || !folder.is_dir() {
+        bail!("{} can't be written: it is a folder, or is in none", path.display());
+    }
+    Ok(())
 }
 
 /// Prints the report, and writes it where it was asked for.
-fn publish(report: &Report, arguments: &ScenarioArguments) -> Result<ExitCode> {
+fn publish(mut report: Report, arguments: &ScenarioArguments, baseline: Option<&Baseline>) -> Result<Exit, Failure> {
+    if let Some(baseline) = baseline {
+        report.baseline = Some(baseline.judge(&report));
+        report.conclude();
+    }
     print!("{}", report.to_text());
-    if let Some(path) = &arguments.json {
-        let json = serde_json::to_vec_pretty(report).context("writing the report")?;
-        fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;
+    let json = serde_json::to_string_pretty(&report).context("writing the report")?;
+    for (path, text) in [
+        (&arguments.json, json),
+        (&arguments.html, html::page(&report)),
+        (&arguments.junit, junit::page(&report)),
+        (&arguments.markdown, summary::markdown(&report)),
+    ] {
+        if let Some(path) = path {
+            fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
+        }
     }
-    if let Some(path) = &arguments.html {
-        fs::write(path, html::page(report)).with_context(|| format!("writing {}", path.display()))?;
+    if arguments.annotate == Some(Service::Github) {
+        print!("{}", summary::annotations(&report));
+        if let Some(path) = env::var_os("GITHUB_STEP_SUMMARY") {
+            append(Path::new(&path), &summary::markdown(&report))
+                .with_context(|| format!("adding the summary to {}", path.display()))?;
+        }
     }
-    Ok(verdict(report))
+    Ok(report.verdict.exit())
 }
 
-fn compare(arguments: &CompareArguments) -> ExitCode {
-    let comparison = Side::from_file(&arguments.first)
-        .and_then(|first| Comparison::new(&first, &Side::from_file(&arguments.second)?, arguments.tolerance));
-    match comparison {
-        Ok(comparison) => {
-            print!("{comparison}");
-            ExitCode::from(u8::from(!comparison.agrees()))
+fn append(path: &Path, text: &str) -> io::Result<()> {
+    use io::Write as _;
+    fs::File::options()
+        .append(true)
+        .create(true)
+        .open(path)?
+        .write_all(text.as_bytes())
+}
+
+impl ScenarioArguments {
+    /// The command that repeats a run, in words that a shell takes as they are.
+    fn repeat(&self, verb: &str, seed: u64) -> Vec<String> {
+        let mut words = vec![
+            "loadtest".to_owned(),
+            verb.to_owned(),
+            quoted(&self.scenario.to_string_lossy()),
+        ];
+        let mut add = |option: &str, value: Option<String>| {
+            words.push(option.to_owned());
+            words.extend(value);
+        };
+        if self.short {
+            add("--short", None);
         }
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::from(2)
+        if let Some(devices) = self.devices {
+            add("--devices", Some(devices.to_string()));
+        }
+        if let Some(devices) = self.max_devices {
+            add("--max-devices", Some(devices.to_string()));
+        }
+        add("--seed", Some(seed.to_string()));
+        for (phase, seconds) in &self.seconds {
+            add("--seconds", Some(quoted(&format!("{phase}={seconds}"))));
+        }
+        if self.without_naive {
+            add("--without-naive", None);
+        }
+        for file in &self.baseline {
+            add("--baseline", Some(quoted(&file.to_string_lossy())));
+        }
+        if !self.baseline.is_empty() {
+            add("--tolerance", Some(self.tolerance.to_string()));
+        }
+        words
+    }
+}
+
+impl RunArguments {
+    /// The rest of the command that repeats it. What may hold a secret is left out.
+    fn add_to(&self, words: &mut Vec<String>) {
+        if self.database.is_some() {
+            words.insert(0, "SEAWALL_LOADTEST_DATABASE=…".to_owned());
+        }
+        let path = |path: &PathBuf| quoted(&path.to_string_lossy());
+        let without_query = |url: &String| match url.split_once('?') {
+            Some((address, _)) => quoted(&format!("{address}?…")),
+            None => quoted(url),
+        };
+        let options = [
+            ("--target", self.target.as_ref().map(without_query)),
+            ("--ops", self.ops.as_ref().map(without_query)),
+            ("--token-file", self.token_file.as_ref().map(path)),
+            ("--devices-file", self.devices_file.as_ref().map(path)),
+            ("--ca", self.ca.as_ref().map(path)),
+            ("--max-per-second", self.max_per_second.map(|rate| rate.to_string())),
+            (
+                "--max-lag",
+                self.max_lag
+                    .map(|lag| quoted(&humantime::format_duration(lag).to_string())),
+            ),
+        ];
+        for (option, value) in options {
+            if let Some(value) = value {
+                words.extend([option.to_owned(), value]);
+            }
+        }
+        if self.confirm_target {
+            words.push("--confirm-target".to_owned());
         }
     }
+}
+
+/// A word as a shell takes it.
+fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@%+".contains(c);
+    if !word.is_empty() && word.chars().all(is_plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
+}
+
+fn compare(arguments: &CompareArguments) -> Result<Exit, Failure> {
+    let comparison = Side::from_file(&arguments.first)
+        .and_then(|first| Comparison::new(&first, &Side::from_file(&arguments.second)?, arguments.tolerance))
+        .map_err(Failure::WrongUse)?;
+    print!("{comparison}");
+    Ok(if comparison.agrees() { Exit::Held } else { Exit::Missed })
 }
 
 /// Everything that can be wrong before a minute is spent on it.
-fn read(arguments: &ScenarioArguments, executor: Executor) -> Result<Scenario> {
+fn read(arguments: &ScenarioArguments, devices_max: Option<u32>, executor: Executor) -> Result<Scenario> {
     let changes = Changes {
         is_short: arguments.short,
         devices: arguments.devices,
+        devices_max,
         seed: arguments.seed,
         seconds: arguments.seconds.clone(),
         is_without_naive: arguments.without_naive,
@@ -331,15 +586,16 @@ fn phase_seconds(text: &str) -> Result<(String, f64), String> {
     parsed.ok_or_else(|| "expected PHASE=SECONDS, such as steady=600".to_owned())
 }
 
-fn verdict(report: &Report) -> ExitCode {
-    if report.passed {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+/// Attempts per second.
+fn rate(text: &str) -> Result<f64, String> {
+    let rate = text.parse().ok().filter(|rate: &f64| rate.is_finite() && *rate > 0.0);
+    rate.ok_or_else(|| "expected a number above 0".to_owned())
 }
 
-fn measure(arguments: &BenchArguments) -> Result<ExitCode> {
+fn measure(arguments: &BenchArguments) -> Result<Exit, Failure> {
+    if let Some(path) = &arguments.write {
+        check_output(path).map_err(Failure::WrongUse)?;
+    }
     let options = bench::Options {
         devices: arguments.devices,
         database: arguments.database,
@@ -350,7 +606,10 @@ fn measure(arguments: &BenchArguments) -> Result<ExitCode> {
     write_page(arguments.write.as_deref(), || report.page())
 }
 
-fn scale(arguments: &ScaleArguments) -> Result<ExitCode> {
+fn scale(arguments: &ScaleArguments) -> Result<Exit, Failure> {
+    if let Some(path) = &arguments.write {
+        check_output(path).map_err(Failure::WrongUse)?;
+    }
     let options = bench::scale::Options {
         devices: arguments.devices,
         hold: arguments.hold,
@@ -372,24 +631,24 @@ fn interruptible<T>(measure: impl AsyncFnOnce(&Progress) -> Result<T>) -> Result
     })
 }
 
-fn write_page(path: Option<&Path>, page: impl FnOnce() -> String) -> Result<ExitCode> {
+fn write_page(path: Option<&Path>, page: impl FnOnce() -> String) -> Result<Exit, Failure> {
     if let Some(path) = path {
         fs::write(path, page()).with_context(|| format!("writing {}", path.display()))?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(Exit::Held)
 }
 
-fn serve_bench_pool(arguments: &bench::scale::PoolArguments) -> Result<ExitCode> {
+fn serve_bench_pool(arguments: &bench::scale::PoolArguments) -> Result<Exit, Failure> {
     runtime()?.block_on(bench::scale::serve(arguments))?;
-    Ok(ExitCode::SUCCESS)
+    Ok(Exit::Held)
 }
 
-fn serve_bench_peer(arguments: &BenchPeerArguments) -> Result<ExitCode> {
+fn serve_bench_peer(arguments: &BenchPeerArguments) -> Result<Exit, Failure> {
     runtime()?.block_on(bench::peer::serve(arguments.kind, &arguments.address))?;
-    Ok(ExitCode::SUCCESS)
+    Ok(Exit::Held)
 }
 
-fn serve_naive(arguments: &NaiveArguments) -> Result<ExitCode> {
+fn serve_naive(arguments: &NaiveArguments) -> Result<Exit, Failure> {
     let database = std::env::var(NAIVE_DATABASE).with_context(|| format!("{NAIVE_DATABASE} is not set"))?;
     // The text of the parser's error may repeat a part of the password.
     let database = database
@@ -407,7 +666,7 @@ fn serve_naive(arguments: &NaiveArguments) -> Result<ExitCode> {
         let addresses = serde_json::json!({"devices": naive.devices(), "ops": naive.ops()});
         fs::write(&arguments.addresses, addresses.to_string()).context("writing the addresses")?;
         ended.cancelled().await;
-        Ok(ExitCode::SUCCESS)
+        Ok(Exit::Held)
     })
 }
 

@@ -4,7 +4,9 @@
 
 use std::{
     collections::BTreeMap,
+    fmt,
     io::{BufRead, BufReader},
+    net::SocketAddr,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -16,6 +18,15 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use rustix::process::Pid;
 use serde::Deserialize;
+use ureq::{
+    config::Config,
+    http::Uri,
+    tls::TlsConfig,
+    unversioned::{
+        resolver::{ResolvedSocketAddrs, Resolver},
+        transport::{DefaultConnector, NextTimeout},
+    },
+};
 
 use crate::{process, recorder::presence::Counts};
 
@@ -33,11 +44,37 @@ const IMPORT_TIME_MAX: Duration = Duration::from_secs(600);
 const BODY_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 /// The ops side of a server: base address, and the token where it asks for one.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Ops {
     url: String,
     token: Option<String>,
     agent: ureq::Agent,
+}
+
+impl fmt::Debug for Ops {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ops").field("url", &self.url).finish_non_exhaustive()
+    }
+}
+
+/// Answers each look-up with the same addresses.
+#[derive(Debug)]
+struct Pinned(Vec<SocketAddr>);
+
+/// Addresses of a name that are tried.
+const ADDRESSES_MAX: usize = 16;
+
+impl Resolver for Pinned {
+    fn resolve(&self, _: &Uri, _: &Config, _: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let mut found = self.empty();
+        for address in self.0.iter().take(ADDRESSES_MAX) {
+            found.push(*address);
+        }
+        if found.is_empty() {
+            return Err(ureq::Error::HostNotFound);
+        }
+        Ok(found)
+    }
 }
 
 /// Values of `/metrics` by their full name, labels included, as they stand in the text.
@@ -80,6 +117,33 @@ struct ListedDevice {
     id: uuid::Uuid,
 }
 
+/// What of a node, or of an alarm, [`Ops::state`] reads.
+#[derive(Debug, Deserialize)]
+struct Page<T> {
+    items: Vec<T>,
+}
+
+#[derive(Debug, Deserialize)]
+struct NodeRow {
+    sessions: u64,
+}
+
+#[derive(Debug, Deserialize)]
+struct AlarmRow {
+    kind: String,
+    subject: String,
+    severity: String,
+}
+
+/// How a gateway is: what the rule of [`harm`](crate::harm) looks at.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    /// Sessions of all nodes, those of other devices included.
+    pub sessions: u64,
+    /// Active critical alarms, as `kind (subject)`.
+    pub critical_alarms: Vec<String>,
+}
+
 #[derive(Debug, Deserialize)]
 struct PresenceItem {
     online: u64,
@@ -108,6 +172,25 @@ impl Ops {
             url: url.trim_end_matches('/').to_owned(),
             token,
             agent,
+        }
+    }
+
+    /// A server that runs already, at these addresses whatever its name leads to later. It is asked nowhere else:
+    /// redirects are not followed.
+    #[must_use]
+    pub fn pinned(url: &str, token: String, addresses: Vec<SocketAddr>, tls: Option<TlsConfig>) -> Self {
+        let config = ureq::Agent::config_builder()
+            .timeout_global(Some(ANSWER_TIME_MAX))
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .proxy(None)
+            .tls_config(tls.unwrap_or_default())
+            .build();
+        Self {
+            url: url.trim_end_matches('/').to_owned(),
+            token: Some(token),
+            agent: ureq::Agent::with_parts(config, DefaultConnector::default(), Pinned(addresses)),
         }
     }
 
@@ -197,6 +280,55 @@ impl Ops {
         Ok(BufReader::new(answer.into_body().into_reader()))
     }
 
+    /// Blocks. Status and body of any answer. `shows_token`: not before it is known who is asked.
+    ///
+    /// # Errors
+    /// No answer in time.
+    pub fn answer(&self, path: &str, shows_token: bool) -> Result<(u16, String), ureq::Error> {
+        let mut request = self.agent.get(format!("{}{path}", self.url));
+        if shows_token {
+            request = self.with_token(request);
+        }
+        let mut answer = request.call()?;
+        let status = answer.status().as_u16();
+        let body = answer.body_mut().with_config().limit(BODY_BYTES_MAX).read_to_string()?;
+        Ok((status, body))
+    }
+
+    /// Blocks.
+    ///
+    /// # Errors
+    /// No answer in time, none of 200, or no such fields.
+    pub fn state(&self) -> Result<State> {
+        let nodes: Page<NodeRow> =
+            serde_json::from_str(&self.get("/api/v1/nodes?limit=1000")?).context("reading the nodes")?;
+        let alarms: Page<AlarmRow> =
+            serde_json::from_str(&self.get("/api/v1/alarms?limit=1000")?).context("reading the alarms")?;
+        let critical = alarms.items.into_iter().filter(|alarm| alarm.severity == "critical");
+        Ok(State {
+            sessions: nodes.items.iter().map(|node| node.sessions).sum(),
+            critical_alarms: critical
+                .map(|alarm| format!("{} ({})", alarm.kind, alarm.subject))
+                .collect(),
+        })
+    }
+
+    /// Blocks. Connected devices that a rule on this range would match now.
+    ///
+    /// # Errors
+    /// It was refused, or there was no answer in time.
+    pub fn preview(&self, range: &str) -> Result<u64> {
+        let path = "/api/v1/rules/preview";
+        let rule = serde_json::json!({"match": {"firmware": range}, "effect": "block", "reason": "load test"});
+        let request = self.with_token(self.agent.post(format!("{}{path}", self.url)));
+        let answer = request
+            .send_json(&rule)
+            .with_context(|| format!("previewing a rule at {}", self.url))?;
+        let answer: serde_json::Value = serde_json::from_str(&read(path, answer)?).context("reading the preview")?;
+        let connected = answer.get("connected").and_then(serde_json::Value::as_u64);
+        connected.context("no `connected` in the preview of a rule")
+    }
+
     /// Blocks. Does the server take devices now?
     #[must_use]
     pub fn is_ready(&self) -> bool {
@@ -227,17 +359,29 @@ impl Ops {
         .map(drop)
     }
 
-    /// Blocks. Makes a rule that blocks; returns its id.
+    /// Blocks. Makes a rule that blocks; returns its id. `expires_after`: it ends by itself then, whatever becomes of
+    /// this process.
     ///
     /// # Errors
     /// It was refused, or there was no answer in time.
-    pub fn block(&self, range: &str, reason: &str, evict: bool, retry_after: Option<&str>) -> Result<String> {
+    pub fn block(
+        &self,
+        range: &str,
+        reason: &str,
+        evict: bool,
+        retry_after: Option<&str>,
+        expires_after: Option<Duration>,
+    ) -> Result<String> {
         let path = "/api/v1/rules";
         let mut rule = serde_json::json!({
             "match": {"firmware": range}, "effect": "block", "reason": reason, "evict": evict, "confirm": true,
         });
         if let Some(retry_after) = retry_after {
             rule["retry_after"] = retry_after.into();
+        }
+        if let Some(after) = expires_after {
+            let at = std::time::SystemTime::now() + after;
+            rule["expires_at"] = humantime::format_rfc3339_seconds(at).to_string().into();
         }
         let request = self.with_token(self.agent.post(format!("{}{path}", self.url)));
         let answer = request

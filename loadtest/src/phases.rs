@@ -9,10 +9,13 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use rand::{Rng, rngs::StdRng};
+use seawall_proto::firmware::Range;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     fleet::Fleet,
+    generator::{Gauge, Generator},
+    harm::Watch,
     metrics::{STATEMENTS, Sampler},
     plan::Plan,
     postgres::Postgres,
@@ -26,6 +29,12 @@ use crate::{
 
 /// Time between two checks of whether the phase is over. The progress is updated then.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Rules at a gateway that runs already end by themselves this long after the longest time that the run can take. So
+/// nothing of it stays, even if the load test is killed.
+const RULE_LEFT_OVER_MAX: Duration = Duration::from_secs(600);
+/// How often a rule is previewed at most, before it is taken to match devices of others, and the time in between.
+const PREVIEWS_MAX: u32 = 5;
+const PREVIEW_EVERY: Duration = Duration::from_secs(1);
 /// Maximum number of random draws for a connected device of a group.
 const DRAWS_MAX: u32 = 64;
 
@@ -41,6 +50,14 @@ pub struct Runner<'a> {
     pub storage: Option<&'a mut Storage>,
     pub progress: &'a Progress,
     pub interrupted: &'a CancellationToken,
+    pub gauge: &'a Gauge,
+    /// What the generator did in each phase so far.
+    pub loads: Vec<Generator>,
+    /// Watches a gateway that is not ours, and cancels `stop` where the run harms it.
+    pub watch: Option<&'a Watch>,
+    pub stop: &'a CancellationToken,
+    /// Why the run was stopped before its end.
+    pub stopped: Option<String>,
     pub rng: StdRng,
     /// Number of devices that have been told to connect, from the first on.
     pub begun: usize,
@@ -85,6 +102,10 @@ impl Runner<'_> {
             self.phase(phase)
                 .await
                 .with_context(|| format!("in phase `{}` of run `{}`", phase.name, self.run))?;
+            self.loads.push(self.gauge.end_phase());
+            if self.stopped.is_some() {
+                break;
+            }
         }
         Ok(())
     }
@@ -119,7 +140,7 @@ impl Runner<'_> {
             .note(&format!("{}: {} ({})", self.run, phase.name, describe(&phase.action)));
         let mut agenda = self.begin(phase).await?;
         let mut look_at = agenda.started;
-        loop {
+        while self.stopped.is_none() {
             let now = Instant::now();
             let end = agenda.started + agenda.length;
             let is_over = now >= end;
@@ -137,6 +158,10 @@ impl Runner<'_> {
             tokio::select! {
                 () = tokio::time::sleep_until(wake.into()) => {}
                 () = self.interrupted.cancelled() => bail!("interrupted"),
+                () = self.stop.cancelled() => {
+                    let reason = self.watch.and_then(Watch::reason).unwrap_or("it was harmed");
+                    self.stopped = Some(format!("the run harms the gateway: {reason}"));
+                }
             }
         }
         if matches!(phase.action, Action::Database(_))
@@ -211,13 +236,22 @@ impl Runner<'_> {
             } => {
                 // The naive server has no rules: there the phase is time alone, as it was for those on call in 2020.
                 if self.run == crate::report::MAIN_RUN {
+                    let mut expires_after = None;
+                    if self.server.is_external() {
+                        if let Some(harm) = self.hits_others(range).await? {
+                            self.stopped = Some(harm);
+                            return Ok(agenda);
+                        }
+                        expires_after = Some(self.scenario.time_max() + RULE_LEFT_OVER_MAX);
+                    }
                     let ops = self.server.ops().clone();
                     let (range, reason, evict, retry_after) =
                         (range.clone(), reason.clone(), *evict, retry_after.clone());
-                    let id =
-                        tokio::task::spawn_blocking(move || ops.block(&range, &reason, evict, retry_after.as_deref()))
-                            .await
-                            .context("the task that makes the rule")??;
+                    let id = tokio::task::spawn_blocking(move || {
+                        ops.block(&range, &reason, evict, retry_after.as_deref(), expires_after)
+                    })
+                    .await
+                    .context("the task that makes the rule")??;
                     self.rules.push(id);
                 }
             }
@@ -228,6 +262,34 @@ impl Runner<'_> {
         agenda.power_cut_next = first(phase.power_cuts_per_second);
         agenda.close_next = first(phase.closes_per_second);
         Ok(agenda)
+    }
+
+    /// Why a rule on this range must not be made, if it would match devices that are not ours.
+    async fn hits_others(&self, range: &str) -> Result<Option<String>> {
+        let mut harm = None;
+        for attempt in 0..PREVIEWS_MAX {
+            if attempt > 0 {
+                // The gateway counts its sessions by version about once a second.
+                tokio::time::sleep(PREVIEW_EVERY).await;
+            }
+            let (ops, text) = (self.server.ops().clone(), range.to_owned());
+            let matched = tokio::task::spawn_blocking(move || ops.preview(&text))
+                .await
+                .context("the task that previews the rule")??;
+            // A range that does not parse was refused by the preview.
+            let ours = range.parse::<Range>().map_or(0, |range| {
+                let devices = self.plan.devices.iter().enumerate();
+                let matching = devices.filter(|(_, device)| range.matches(Some(&device.firmware)));
+                matching.filter(|(index, _)| self.recorder.is_connected(*index)).count()
+            });
+            if usize::try_from(matched).unwrap_or(usize::MAX) <= ours {
+                return Ok(None);
+            }
+            harm = Some(format!(
+                "the rule `{range}` would refuse {matched} connected devices, and only {ours} of them are the load test's"
+            ));
+        }
+        Ok(harm)
     }
 
     /// Removes the rules that this run has made.

@@ -2,10 +2,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Duration,
 };
 
-use firmware_sim::{device::Patience, messages, profile::Profile};
+use firmware_sim::{device::Patience, identity::Identity, messages, profile::Profile};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use uuid::Uuid;
 
@@ -15,6 +16,8 @@ use crate::scenario::Scenario;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Device {
     pub id: Uuid,
+    /// What it calls itself, where that is not a UUID.
+    pub external_id: Option<Arc<str>>,
     pub secret: String,
     pub firmware: String,
     pub profile: Profile,
@@ -53,6 +56,7 @@ impl Plan {
             for (firmware, profile) in versions.into_iter().zip(profiles) {
                 devices.push(Device {
                     id: uuid(&mut rng),
+                    external_id: None,
                     secret: secret(&mut rng),
                     firmware: firmware.to_owned(),
                     // A scenario that has been checked names no other.
@@ -73,6 +77,32 @@ impl Plan {
             devices,
             bystanders,
             seed: scenario.seed,
+        }
+    }
+
+    /// Gives the devices these identities, which are registered already. Devices that share an id get the same one.
+    /// Devices beyond their number keep their own.
+    pub fn adopt(&mut self, identities: &[Identity]) {
+        let mut left = identities.iter();
+        let mut adopted: BTreeMap<Uuid, &Identity> = BTreeMap::new();
+        for device in &mut self.devices {
+            let identity = match adopted.get(&device.id) {
+                Some(identity) => identity,
+                None => match left.next() {
+                    Some(identity) => {
+                        adopted.insert(device.id, identity);
+                        identity
+                    }
+                    None => continue,
+                },
+            };
+            device.id = identity.id.as_uuid();
+            device.external_id.clone_from(&identity.external_id);
+            device.secret = identity.secret.to_string();
+            device.tenant = identity.tenant.as_deref().map(str::to_owned);
+            if let Some(model) = &identity.model {
+                device.model = Some(model.to_string());
+            }
         }
     }
 
@@ -186,6 +216,30 @@ fn secret(rng: &mut impl Rng) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn devices_of_a_file_replace_those_of_the_plan_and_twins_share_one() {
+        let mut scenario = scenario(1);
+        scenario.devices = 4;
+        let mut plan = Plan::new(&scenario);
+        (plan.devices[1].id, plan.devices[3].id) = (plan.devices[0].id, Uuid::from_u128(7));
+        let text = "id,secret,tenant,model\nfirst one,secret-of-16-bytes,acme,m9\n\
+            00000000-0000-4000-8000-000000000002,secret-2-of-16-bytes,,\n";
+        let identities = firmware_sim::identity::read_devices(text.as_bytes(), Default::default()).unwrap();
+        let model = plan.devices[2].model.clone();
+
+        plan.adopt(&identities);
+
+        let of = |index: usize| (&plan.devices[index].id, plan.devices[index].secret.as_str());
+        assert_eq!(of(0), of(1));
+        assert_eq!(plan.devices[0].external_id.as_deref(), Some("first one"));
+        assert_eq!(
+            (plan.devices[0].tenant.as_deref(), plan.devices[0].model.as_deref()),
+            (Some("acme"), Some("m9"))
+        );
+        assert_eq!((of(2).1, &plan.devices[2].model), ("secret-2-of-16-bytes", &model));
+        assert_eq!(*of(3).0, Uuid::from_u128(7), "the file has no third");
+    }
 
     #[test]
     fn parts_add_up_to_the_whole() {

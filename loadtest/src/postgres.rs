@@ -316,7 +316,14 @@ fn account_in(passwd: &str) -> Option<Account> {
 /// Folder with `initdb` and `postgres`: `SEAWALL_PG_BIN`, Debian's newest, or on the path.
 fn programs() -> Result<PathBuf> {
     if let Some(folder) = env::var_os("SEAWALL_PG_BIN") {
-        return Ok(folder.into());
+        let folder = PathBuf::from(folder);
+        if !folder.join("initdb").exists() {
+            bail!(
+                "SEAWALL_PG_BIN names {}, and there is no `initdb` in it",
+                folder.display()
+            );
+        }
+        return Ok(folder);
     }
     let mut debian: Vec<(u32, PathBuf)> = fs::read_dir("/usr/lib/postgresql")
         .into_iter()

@@ -13,18 +13,21 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     fleet::Fleet,
     follow::Follower,
+    generator::{self, Gauge},
     guard::TempDir,
+    harm::Watch,
     metrics::{SAMPLE_EVERY, Sample, Sampler},
     phases::{Runner, describe},
     plan::Plan,
-    programs,
+    preflight, programs,
     progress::Progress,
     recorder::{PhaseFigures, Recorder},
     report::{self, Drift, MAIN_RUN, PhaseReport, Report, Run, Second, Summary},
     scenario::{Means, Scenario},
-    server::{External, Server},
+    server::Server,
     slow,
     storage::{ServerUrl, Storage},
+    target::External,
 };
 
 /// A load test to do.
@@ -32,6 +35,8 @@ pub struct Job {
     pub scenario: Scenario,
     pub with: With,
     pub interrupted: CancellationToken,
+    /// Lag of the generator above which its figures say nothing. `None`: as [`generator`] has it for these means.
+    pub lag_max: Option<Duration>,
 }
 
 /// What a load test is done with. Everything that is not given is started and stopped.
@@ -41,7 +46,7 @@ pub enum With {
     /// A PostgreSQL that runs already: the registry is a database of its own there, which is dropped at the end.
     Database(ServerUrl),
     /// A gateway that runs already.
-    Gateway(External),
+    Gateway(Box<External>),
 }
 
 impl With {
@@ -89,13 +94,39 @@ pub async fn run(job: &Job, progress: &Progress) -> Result<Report> {
     let mut report = Report::new(scenario, &judged, started_at, runs);
     report.not_judged = others.iter().map(ToString::to_string).collect();
     report.not_judged.extend(scenario.not_judged.iter().cloned());
+    let lag_max = job.lag_max.unwrap_or(match &job.with {
+        With::Gateway(external) if external.is_far => generator::LAG_MAX_ALONE,
+        With::Gateway(_) | With::Nothing | With::Database(_) => generator::LAG_MAX_SHARED,
+    });
+    report.inconclusive = limits(&report, lag_max);
+    if let With::Gateway(external) = &job.with {
+        report.target = Some(external.name.clone());
+    }
+    report.conclude();
     Ok(report)
 }
 
+/// Why the generator was the limit of the main run. The naive server is meant to collapse, and may starve its devices.
+fn limits(report: &Report, lag_max: Duration) -> Vec<String> {
+    let main = report.runs.iter().filter(|run| run.name == MAIN_RUN);
+    main.flat_map(|run| &run.phases)
+        .filter_map(|phase| Some((phase, phase.generator?)))
+        .flat_map(|(phase, generator)| generator.limits(&phase.name, phase.seconds, lag_max))
+        .collect()
+}
+
 async fn against(external: &External, job: &Job, plan: &Plan, progress: &Progress) -> Result<Run> {
-    let server = Server::external(external)?;
-    import(&server, plan, progress).await?;
-    through_phases(MAIN_RUN, job, plan.clone(), server, None, progress).await
+    progress.note(&format!("asking {} what it is", external.name));
+    preflight::check(external).await?;
+    let server = Server::external(external);
+    let mut plan = plan.clone();
+    match &external.identities {
+        Some(identities) => plan.adopt(identities),
+        None => import(&server, &plan, progress).await.context(
+            "registering devices, which takes an admin's token; --devices-file names devices that are registered",
+        )?,
+    }
+    through_phases(MAIN_RUN, job, plan, server, None, progress).await
 }
 
 async fn with_own_servers(
@@ -197,7 +228,20 @@ async fn through_phases(
         None => None,
     };
     let sampler = Sampler::start(server.ops().clone(), server.pid());
-    let fleet = Fleet::start(&plan.devices, server.url(), Arc::clone(&recorder), scenario.seed).await?;
+    let stop = CancellationToken::new();
+    let watch = match &job.with {
+        With::Gateway(external) => Some(Watch::start(server.ops(), &recorder, external.per_second_max, &stop).await?),
+        With::Nothing | With::Database(_) => None,
+    };
+    let gauge = Gauge::start();
+    let target = server.target().await?;
+    let fleet = Fleet::start(
+        &plan.devices,
+        &target,
+        Arc::clone(&recorder),
+        gauge.lateness(),
+        scenario.seed,
+    );
     let mut runner = Runner {
         run: name,
         scenario,
@@ -209,26 +253,44 @@ async fn through_phases(
         storage,
         progress,
         interrupted: &job.interrupted,
+        gauge: &gauge,
+        loads: Vec::new(),
+        watch: watch.as_ref(),
+        stop: &stop,
+        stopped: None,
         rng: StdRng::seed_from_u64(scenario.seed ^ 0x5ea_3a11),
         begun: 0,
         rules: Vec::new(),
         away: VecDeque::new(),
     };
-    runner.run().await?;
+    let done = runner.run().await;
     let ended = Instant::now();
-    let (phases, seconds) = recorder.finish(ended, runner.counters().await?);
+    let counters = runner.counters().await;
+    let (loads, stopped) = (std::mem::take(&mut runner.loads), runner.stopped.take());
+    // A gateway that keeps running after us keeps nothing of ours, however the run ended.
+    let removed = if runner.server.pid().is_none() {
+        runner.remove_rules().await
+    } else {
+        Ok(())
+    };
+    let figures = counters.map(|counters| recorder.finish(ended, counters));
     let presence = recorder.presence(ended);
     drop(follower);
-    if runner.server.pid().is_none() {
-        // A gateway that keeps running after us keeps nothing of ours.
-        runner.remove_rules().await?;
+    if done.is_ok() && stopped.is_none() {
+        tokio::time::sleep(2 * SAMPLE_EVERY).await;
     }
-    tokio::time::sleep(2 * SAMPLE_EVERY).await;
     let samples = sampler.all();
     drop(sampler);
     fleet.stop().await;
+    done?;
+    removed?;
+    let (phases, seconds) = figures?;
     server.stop().await;
     let mut run = assemble(name, scenario, started, phases, seconds, &samples);
+    for (phase, load) in run.phases.iter_mut().zip(loads) {
+        phase.generator = Some(load);
+    }
+    run.stopped = stopped;
     run.summary.presence = presence;
     Ok(run)
 }
@@ -266,6 +328,7 @@ fn assemble(
             seconds: figures.seconds,
             summary,
             drift: Some(Drift::of(&seconds, figures.starts_seconds, figures.seconds)),
+            generator: None,
             groups: figures.groups,
         });
     }
@@ -275,6 +338,7 @@ fn assemble(
         summary,
         phases: reports,
         samples: seconds,
+        stopped: None,
     }
 }
 
@@ -459,6 +523,7 @@ mod tests {
             scenario,
             with: With::Nothing,
             interrupted: CancellationToken::new(),
+            lag_max: None,
         };
 
         let run = through_phases(MAIN_RUN, &job, plan, server, Some(&mut storage), &Progress::new())

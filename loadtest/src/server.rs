@@ -4,7 +4,8 @@
 
 use std::{fs, net::SocketAddr, path::Path, process::Command, time::Duration};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
+use firmware_sim::target::Target;
 use rustix::process::{Pid, Signal};
 use serde::Deserialize;
 
@@ -13,6 +14,7 @@ use crate::{
     process::{self, Process, Slowness},
     programs,
     scenario::{Naive, Trouble},
+    target::External,
 };
 
 const START_TIME_MAX: Duration = Duration::from_secs(30);
@@ -26,21 +28,12 @@ pub const NAIVE_DATABASE: &str = "SEAWALL_NAIVE_DATABASE";
 pub struct Server {
     /// `ws://…`, without a path.
     url: String,
+    /// Where it runs already. None: it is ours.
+    target: Option<Target>,
     ops: Ops,
     /// None: not ours.
     process: Option<Process>,
     slowness: Option<Slowness>,
-}
-
-/// A gateway or cluster that runs already.
-#[derive(Clone, Debug)]
-pub struct External {
-    /// `ws://HOST:PORT`.
-    pub gateway: String,
-    /// `http://HOST:PORT`.
-    pub ops: String,
-    /// Of an admin.
-    pub token: String,
 }
 
 /// What a server writes of where it listens.
@@ -97,6 +90,7 @@ impl Server {
         .await?;
         Ok(Self {
             url: format!("ws://{}", addresses.devices),
+            target: None,
             ops,
             process: Some(process),
             slowness: None,
@@ -125,23 +119,40 @@ impl Server {
         let ops = Ops::new(&format!("http://{}", addresses.ops), None);
         Ok(Self {
             url: format!("ws://{}", addresses.devices),
+            target: None,
             ops,
             process: Some(process),
             slowness: None,
         })
     }
 
-    /// # Errors
-    /// It does not answer.
-    pub fn external(external: &External) -> Result<Self> {
-        let ops = Ops::new(&external.ops, Some(external.token.clone()));
-        ensure!(ops.is_ready(), "{} is not ready", ops.url());
-        Ok(Self {
-            url: external.gateway.trim_end_matches('/').to_owned(),
-            ops,
+    /// A server that runs already, and continues to run afterwards.
+    #[must_use]
+    pub fn external(external: &External) -> Self {
+        Self {
+            url: external.name.clone(),
+            target: Some(external.devices.clone()),
+            ops: external.ops.clone(),
             process: None,
             slowness: None,
-        })
+        }
+    }
+
+    /// Where devices connect.
+    ///
+    /// # Errors
+    /// Its address can't be read.
+    pub async fn target(&self) -> Result<Target> {
+        match &self.target {
+            Some(target) => Ok(target.clone()),
+            None => Target::resolve(&self.url).await.context("looking for the gateway"),
+        }
+    }
+
+    /// Whether it is not ours.
+    #[must_use]
+    pub const fn is_external(&self) -> bool {
+        self.target.is_some()
     }
 
     /// A server that a test runs itself.
@@ -150,6 +161,7 @@ impl Server {
         let ops = Ops::new(&format!("http://{ops}"), None);
         Self {
             url: format!("ws://{devices}"),
+            target: None,
             ops,
             process: None,
             slowness: None,

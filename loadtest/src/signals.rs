@@ -15,7 +15,7 @@ pub async fn cancel(interrupted: CancellationToken) {
             _ = interrupt.recv() => {}
         }
         if is_last {
-            std::process::exit(1);
+            std::process::exit(3);
         }
         interrupted.cancel();
     }

@@ -41,7 +41,8 @@ pub enum Event<'a> {
     /// The gateway refused it.
     Refused(&'a Refused),
     /// No answer: no TCP connection, a reset, silence, no HTTP; or the attempt was given up on an order.
-    Failed,
+    /// `is_local`: this machine had no socket left for it, so that the gateway never saw it.
+    Failed { is_local: bool },
     /// A session ended. `code`: of the close frame that came; `None` where none did. `by_device`: the device ended it, as its
     /// profile does or by an order; otherwise the gateway or the network did, or the device took them for gone.
     Closed { code: Option<u16>, by_device: bool },

@@ -85,7 +85,7 @@ impl DeviceTask {
         }
         // `Abort` asks for what the end of the attempt does: its socket goes with it.
         self.device.poll_action();
-        self.report(Event::Failed);
+        self.report(Event::Failed { is_local: false });
         None
     }
 
@@ -104,7 +104,9 @@ impl DeviceTask {
             Err(error) => {
                 tracing::trace!(device.id = %self.id, %error, "attempt failed");
                 self.device.handle_failed(now, &mut self.rng);
-                self.report(Event::Failed);
+                self.report(Event::Failed {
+                    is_local: error.is_local(),
+                });
                 None
             }
         }

@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::io::Errno;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
@@ -157,6 +158,22 @@ pub enum OpenError {
 }
 
 impl OpenError {
+    /// Whether this machine is the cause, not the gateway: no open file, port or memory was left for the socket.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        const LOCAL: [Errno; 5] = [
+            Errno::MFILE,
+            Errno::NFILE,
+            Errno::NOBUFS,
+            Errno::NOMEM,
+            Errno::ADDRNOTAVAIL,
+        ];
+        let Self::Unreachable(error) = self else {
+            return false;
+        };
+        Errno::from_io_error(error).is_some_and(|errno| LOCAL.contains(&errno))
+    }
+
     /// The gateway's answer, where there was one.
     #[must_use]
     pub fn refused(&self) -> Option<&Refused> {

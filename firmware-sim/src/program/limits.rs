@@ -1,24 +1,14 @@
 //! How many devices this process can hold.
 
 use anyhow::{Error, ensure};
-use firmware_sim::{fleet::DEVICES_PER_PROCESS_MAX, mix::Mix, profile::Profile};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use firmware_sim::{files, fleet::DEVICES_PER_PROCESS_MAX, mix::Mix, profile::Profile};
 
 /// Files that the program needs beside its sockets: runtime, standard streams, libraries.
 const FILES_OF_OUR_OWN: u64 = 128;
 
 /// Raises the limit of open files as far as it goes, and says how many devices then fit.
 pub fn devices_per_process(profiles: &Mix) -> Result<usize, Error> {
-    let limit = getrlimit(Resource::Nofile);
-    // Where it can't be raised, the limit as it is decides.
-    let _ = setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: limit.maximum,
-            maximum: limit.maximum,
-        },
-    );
-    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let files = files::raise_limit();
     ensure!(
         files > FILES_OF_OUR_OWN,
         "only {files} files may be open: raise `ulimit -n`"

@@ -102,7 +102,7 @@ async fn gateway(schedule: &Schedule<'_>, folder: &Path, postgres: Option<&Postg
     let (ops, csv) = (server.ops().clone(), device::csv(schedule.accounts));
     tokio::task::spawn_blocking(move || {
         ops.import(&csv)?;
-        ops.block("=9.0.0", "measured", false, None)
+        ops.block("=9.0.0", "measured", false, None, None)
     })
     .await
     .context("the task that registers devices")??;

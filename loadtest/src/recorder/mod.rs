@@ -251,6 +251,12 @@ impl Recorder {
         standing
     }
 
+    /// Attempts of all devices so far.
+    #[must_use]
+    pub fn attempts(&self) -> u64 {
+        self.records().attempts()
+    }
+
     /// Whether the device is connected, as far as it reported.
     #[must_use]
     pub fn is_connected(&self, index: usize) -> bool {

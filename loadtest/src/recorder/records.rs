@@ -216,6 +216,12 @@ impl Records {
         }
     }
 
+    /// The first group has every device.
+    pub(super) fn attempts(&self) -> u64 {
+        let of_all = self.phases.iter().filter_map(|phase| phase.groups.first());
+        of_all.map(|counts| counts.attempts).sum()
+    }
+
     fn missing(&self) -> u64 {
         self.devices.iter().map(|device| u64::from(device.due.is_some())).sum()
     }

@@ -16,6 +16,9 @@ use serde::Serialize;
 use self::figures::figures;
 pub use self::watch::{Drift, Presence, Spread};
 use crate::{
+    baseline::Judged,
+    exit::Exit,
+    generator::Generator,
     scenario::{Action, FieldError, Scenario},
     threshold::{Figures, Outcome, Threshold},
 };
@@ -27,8 +30,22 @@ pub const NAIVE_RUN: &str = "naive";
 /// Greatest latency that a histogram tells apart: six hours, in microseconds.
 const LATENCY_MAX_US: u64 = 21_600_000_000;
 
-/// A load test, judged.
-#[derive(Clone, Debug, Serialize)]
+/// What a load test came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// All thresholds hold, and no figure is worse than the baseline.
+    #[default]
+    Passed,
+    Failed,
+    /// The generator was the limit: the figures say nothing about the server.
+    Inconclusive,
+    /// The run was stopped before its end.
+    Stopped,
+}
+
+/// A load test, judged. docs/report.schema.json describes its JSON.
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
     pub scenario: String,
     pub about: String,
@@ -36,6 +53,21 @@ pub struct Report {
     pub devices: u32,
     pub started_at: String,
     pub passed: bool,
+    pub verdict: Verdict,
+    /// Why the run was stopped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stopped: Option<String>,
+    /// Why the generator was the limit.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub inconclusive: Vec<String>,
+    /// Version of `loadtest`.
+    pub version: &'static str,
+    /// The command that repeats it. It holds no secret.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub command: Option<String>,
+    /// Device address of the gateway that ran already.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
     /// Figures of the run `seawall`.
     #[serde(flatten)]
     pub summary: Summary,
@@ -43,6 +75,9 @@ pub struct Report {
     /// Thresholds on figures that this way of testing doesn't have.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub not_judged: Vec<String>,
+    /// Comparison with earlier runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<Judged>,
     /// Where the time was virtual: what else is to be known of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub simulation: Option<Simulation>,
@@ -69,6 +104,9 @@ pub struct Run {
     pub summary: Summary,
     pub phases: Vec<PhaseReport>,
     pub samples: Vec<Second>,
+    /// Why it was stopped before its end.
+    #[serde(skip)]
+    pub stopped: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Serialize)]
@@ -82,6 +120,9 @@ pub struct PhaseReport {
     /// None: time was virtual.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub drift: Option<Drift>,
+    /// What the generator itself did. None: time was virtual.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generator: Option<Generator>,
     pub groups: BTreeMap<String, Group>,
 }
 
@@ -215,6 +256,29 @@ impl Latency {
     }
 }
 
+impl Verdict {
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Passed => "passed",
+            Self::Failed => "FAILED",
+            Self::Inconclusive => "INCONCLUSIVE",
+            Self::Stopped => "STOPPED",
+        }
+    }
+
+    /// How the program ends with it.
+    #[must_use]
+    pub const fn exit(self) -> Exit {
+        match self {
+            Self::Passed => Exit::Held,
+            Self::Failed => Exit::Missed,
+            Self::Inconclusive => Exit::Inconclusive,
+            Self::Stopped => Exit::Stopped,
+        }
+    }
+}
+
 impl Report {
     /// Judges the runs.
     #[must_use]
@@ -226,19 +290,37 @@ impl Report {
             .find(|run| run.name == MAIN_RUN)
             .map(|run| run.summary.clone())
             .unwrap_or_default();
-        Self {
+        let mut report = Self {
             scenario: scenario.name.clone(),
             about: scenario.about.clone(),
             seed: scenario.seed,
             devices: scenario.devices,
             started_at,
-            passed: outcomes.iter().all(|outcome| outcome.passed),
+            version: env!("CARGO_PKG_VERSION"),
+            stopped: runs.iter().find_map(|run| run.stopped.clone()),
             summary,
             thresholds: outcomes,
-            not_judged: Vec::new(),
-            simulation: None,
             runs,
-        }
+            ..Self::default()
+        };
+        report.conclude();
+        report
+    }
+
+    /// Draws the verdict. A run that was stopped, or whose generator was the limit, is not judged by its thresholds.
+    pub fn conclude(&mut self) {
+        let holds = self.thresholds.iter().all(|outcome| outcome.passed)
+            && !self.baseline.as_ref().is_some_and(Judged::is_regressed);
+        self.verdict = if self.stopped.is_some() {
+            Verdict::Stopped
+        } else if !self.inconclusive.is_empty() {
+            Verdict::Inconclusive
+        } else if holds {
+            Verdict::Passed
+        } else {
+            Verdict::Failed
+        };
+        self.passed = self.verdict == Verdict::Passed;
     }
 
     /// Every figure by its flat name.
@@ -348,6 +430,7 @@ mod tests {
             summary: summary.clone(),
             phases: vec![phase.clone()],
             samples: Vec::new(),
+            stopped: None,
         });
 
         let figures = figures(&runs);

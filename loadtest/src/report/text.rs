@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use super::Report;
+use crate::generator::Generator;
 
 impl Report {
     /// The report for people.
@@ -23,6 +24,9 @@ impl Report {
                 "simulated: {:.1} s of virtual time, {} nodes, {} events, trace {}, at most {} attempts a device",
                 s.virtual_seconds, s.nodes, s.events, s.trace, s.attempts_max
             )?;
+        }
+        if let Some(target) = &self.target {
+            writeln!(out, "at {target}, which ran already")?;
         }
         for run in &self.runs {
             let s = &run.summary;
@@ -66,6 +70,24 @@ impl Report {
                     p.closes,
                     p.closed_offline,
                     seconds(p.closed_offline_seconds.max),
+                )?;
+            }
+            let worst = run
+                .phases
+                .iter()
+                .filter_map(|phase| phase.generator)
+                .reduce(Generator::worse);
+            if let Some(g) = worst {
+                writeln!(
+                    out,
+                    "  generator, in its worst phase: lag p99 {} ms (max {}), {:.0} % of {} cores, {} of {} files, {} attempts without a socket",
+                    millis(g.lag_p99_ms),
+                    millis(g.lag_max_ms),
+                    g.cpu * 100.0,
+                    g.cores,
+                    g.open_files_max,
+                    g.open_files_limit,
+                    g.local_failures,
                 )?;
             }
             writeln!(
@@ -117,7 +139,16 @@ impl Report {
         for threshold in &self.not_judged {
             writeln!(out, "  not judged {threshold}")?;
         }
-        writeln!(out, "\n{}", if self.passed { "passed" } else { "FAILED" })
+        if let Some(baseline) = &self.baseline {
+            write!(out, "\n{baseline}")?;
+        }
+        if let Some(reason) = &self.stopped {
+            writeln!(out, "\nstopped before its end: {reason}")?;
+        }
+        for reason in &self.inconclusive {
+            writeln!(out, "\nthe generator was the limit: {reason}")?;
+        }
+        writeln!(out, "\n{}", self.verdict.as_str())
     }
 }
 

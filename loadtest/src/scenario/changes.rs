@@ -9,6 +9,8 @@ pub struct Changes {
     /// Whether the scenario's `[short]` applies.
     pub is_short: bool,
     pub devices: Option<u32>,
+    /// Devices at most: a scenario that has more runs with these.
+    pub devices_max: Option<u32>,
     pub seed: Option<u64>,
     /// Lengths of phases by name, in seconds. 0 leaves a phase out.
     pub seconds: Vec<(String, f64)>,
@@ -35,6 +37,10 @@ impl Scenario {
         }
         if let Some(devices) = changes.devices {
             self.set_devices(devices, executor);
+        }
+        if let Some(most) = changes.devices_max.filter(|most| self.devices > *most) {
+            self.bounded_from = Some(self.devices);
+            self.set_devices(most, executor);
         }
         self.seed = changes.seed.unwrap_or(self.seed);
         for (phase, seconds) in &changes.seconds {

@@ -20,7 +20,7 @@ impl Means {
         match self {
             Self::Own => "run",
             Self::LentDatabase => "--database",
-            Self::RunningGateway => "--gateway",
+            Self::RunningGateway => "--target",
         }
     }
 

@@ -71,6 +71,9 @@ pub struct Scenario {
     /// What the simulator assumes. `run` ignores it.
     #[serde(default)]
     pub simulate: Settings,
+    /// Devices that it would have without a bound.
+    #[serde(skip)]
+    pub bounded_from: Option<u32>,
     /// Whether the naive server goes through the phases at the same time as the gateway, on the same machine.
     #[serde(skip)]
     pub is_naive_beside: bool,

@@ -93,6 +93,7 @@ pub fn simulate(scenario: &Scenario) -> Result<Report, SimulateError> {
         summary: of_run(scenario, &phases),
         phases,
         samples,
+        stopped: None,
     };
     let mut runs = Vec::new();
     if scenario.presence.is_some() {

@@ -392,6 +392,7 @@ impl Phase {
             seconds: ended.saturating_since(self.started).as_secs_f64(),
             summary,
             drift: None,
+            generator: None,
             groups: names
                 .iter()
                 .zip(&self.groups)

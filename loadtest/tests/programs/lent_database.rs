@@ -158,7 +158,7 @@ async fn interrupted_run_drops_its_database() {
     kill_process(Pid::from_child(&child), Signal::INT).unwrap();
     let done = ended(child).await;
 
-    assert_eq!(done.status.code(), Some(1), "{}", told(&done));
+    assert_eq!(done.status.code(), Some(3), "{}", told(&done));
     assert!(told(&done).contains("interrupted"), "{}", told(&done));
     assert_eq!(databases(&postgres).await, before);
     postgres.stop().await;
@@ -234,7 +234,7 @@ async fn account_that_may_create_no_database_is_told_so() {
     let refused = run(&scenario).env(VARIABLE, url).output().unwrap();
 
     let told = told(&refused);
-    assert_eq!(refused.status.code(), Some(1), "{told}");
+    assert_eq!(refused.status.code(), Some(3), "{told}");
     assert!(
         told.contains("CREATEDB") && told.contains("permission denied"),
         "{told}"

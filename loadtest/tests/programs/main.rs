@@ -5,8 +5,11 @@
 mod agreement;
 mod bench;
 mod lent_database;
+mod outcomes;
 mod running_gateway;
 mod scale;
+mod schema;
+mod target;
 
 use std::{
     path::{Path, PathBuf},

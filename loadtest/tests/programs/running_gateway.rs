@@ -74,25 +74,31 @@ const SCENARIO: &str = r#"
     action = { block = { range = ">=3", evict = true, retry_after = "1s" } }
 "#;
 
-struct Gateway {
-    process: Process,
-    url: String,
-    ops: String,
-    token: String,
+pub struct Gateway {
+    pub process: Process,
+    pub url: String,
+    pub ops: String,
+    pub token: String,
 }
 
 impl Gateway {
-    async fn start(folder: &Path) -> Self {
+    pub async fn start(folder: &Path) -> Self {
         Self::start_on(folder, None).await
     }
 
     async fn start_on(folder: &Path, database: Option<&str>) -> Self {
+        Self::start_with(folder, database, &[]).await
+    }
+
+    /// With these arguments more, such as those of TLS for devices.
+    pub async fn start_with(folder: &Path, database: Option<&str>, arguments: &[&str]) -> Self {
         let data = folder.join("data");
         let mut command = Command::new(seawall());
         without_settings(&mut command)
             .args(["serve", "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"])
             .arg("--data-dir")
-            .arg(&data);
+            .arg(&data)
+            .args(arguments);
         if let Some(database) = database {
             command.env("SEAWALL_DATABASE", database);
         }
@@ -122,6 +128,16 @@ impl Gateway {
             token: token.trim().to_owned(),
         }
     }
+
+    /// Items of an answer of its API.
+    pub fn items(&self, path: &str) -> serde_json::Value {
+        let text = get(&format!("{}/api/v1/{path}", self.ops), Some(&self.token)).unwrap();
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()["items"].clone()
+    }
+
+    pub async fn stop(mut self) {
+        self.process.stop(Signal::TERM, Duration::from_secs(30)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -141,21 +157,17 @@ async fn a_gateway_that_runs_already_is_driven_and_keeps_no_rule() {
         (&true.into(), &"running".into())
     );
     gateway.process.check().unwrap();
-    let ask = |path: &str| {
-        let text = get(&format!("{}/api/v1/{path}", gateway.ops), Some(&gateway.token)).unwrap();
-        serde_json::from_str::<serde_json::Value>(&text).unwrap()["items"].clone()
-    };
-    assert_eq!(ask("rules"), serde_json::json!([]));
+    assert_eq!(gateway.items("rules"), serde_json::json!([]));
     // 48 with ids of their own, and 12 in pairs.
-    assert_eq!(ask("devices?limit=100").as_array().unwrap().len(), 54);
-    gateway.process.stop(Signal::TERM, Duration::from_secs(30)).await;
+    assert_eq!(gateway.items("devices?limit=100").as_array().unwrap().len(), 54);
+    gateway.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gateway_on_postgresql_is_driven_by_a_scenario_that_asks_for_one() {
     let folder = tempfile::tempdir().unwrap();
     let postgres = Postgres::start(None).await.unwrap();
-    let mut gateway = Gateway::start_on(folder.path(), Some(&postgres.url())).await;
+    let gateway = Gateway::start_on(folder.path(), Some(&postgres.url())).await;
     let scenario = folder.path().join("running.toml");
     let text = with_database("kind = \"postgres\"\n registered = 80");
     fs::write(
@@ -177,14 +189,14 @@ async fn a_gateway_on_postgresql_is_driven_by_a_scenario_that_asks_for_one() {
         .unwrap();
     // Of 60, 12 share ids in pairs.
     assert_eq!(devices, 54 + 20);
-    gateway.process.stop(Signal::TERM, Duration::from_secs(30)).await;
+    gateway.stop().await;
     postgres.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_token_that_is_none_and_what_needs_a_database_of_its_own_are_refused_in_words() {
     let folder = tempfile::tempdir().unwrap();
-    let mut gateway = Gateway::start(folder.path()).await;
+    let gateway = Gateway::start(folder.path()).await;
     let file = folder.path().join("scenario.toml");
     let json = folder.path().join("report.json");
     let refused = |scenario: &str, token: &str| {
@@ -194,8 +206,8 @@ async fn a_token_that_is_none_and_what_needs_a_database_of_its_own_are_refused_i
     };
 
     let (status, why) = refused(SCENARIO, "not-a-token");
-    assert_eq!(status, Some(1));
-    assert!(why.contains("401"), "{why}");
+    assert_eq!(status, Some(3));
+    assert!(why.contains("401") && why.contains("--token-file"), "{why}");
     let frozen =
         with_database("kind = \"postgres\"").replace("action = \"drop-all\"", "action = { database = \"frozen\" }");
     for (scenario, named) in [
@@ -210,10 +222,10 @@ async fn a_token_that_is_none_and_what_needs_a_database_of_its_own_are_refused_i
         let (status, why) = refused(&scenario, &gateway.token);
 
         assert_eq!(status, Some(2), "{why}");
-        assert!(why.contains(named) && why.contains("--gateway"), "{why}");
+        assert!(why.contains(named) && why.contains("--target"), "{why}");
     }
     assert!(!json.exists());
-    gateway.process.stop(Signal::TERM, Duration::from_secs(30)).await;
+    gateway.stop().await;
 }
 
 /// The scenario with this `[database]`.
