@@ -11,12 +11,14 @@ pub mod close;
 
 pub mod cohort;
 pub mod cohorts;
+pub mod config_source;
 pub mod connect;
 pub mod departures;
 pub mod duplicates;
 pub mod epoch;
 pub mod firmware;
 pub mod frame;
+pub mod freshness;
 pub mod hello;
 mod hint;
 pub mod id;

@@ -16,30 +16,13 @@ pub enum ConfigVerb {
 pub fn run(common: &Common, verb: ConfigVerb) -> Result<(), Failure> {
     let config = match verb {
         ConfigVerb::Default => Config::default(),
-        ConfigVerb::Show(args) => shown(args.load(common.data_dir.as_ref())?),
+        ConfigVerb::Show(args) => args.load_kept(common.data_dir.as_ref())?.without_secrets(),
     };
     if common.json {
         let json = serde_json::to_value(&config).map_err(Failure::failed)?;
         return table::print(&table::json(&json));
     }
     table::print(&toml::to_string(&config).map_err(Failure::failed)?)
-}
-
-/// Returns the configuration without the password of the database URL, and without the path of the webhook: receivers
-/// put a token there.
-fn shown(mut config: Config) -> Config {
-    // `Display` leaves the password out.
-    config.database.url = config.database_url().to_string().parse().ok();
-    config.webhook.url = config.webhook.url.as_deref().map(origin);
-    config
-}
-
-/// Scheme, host and port of a URL.
-fn origin(url: &str) -> String {
-    let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
-    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
-    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
-    format!("{scheme}://{host}/…")
 }
 
 #[cfg(test)]
@@ -57,7 +40,7 @@ mod tests {
     fn password_of_the_database_is_not_shown() {
         let config = Config::from_toml("[database]\nurl = \"postgres://u:hunter2@db.example:6432/seawall\"\n").unwrap();
 
-        let text = toml::to_string(&shown(config)).unwrap();
+        let text = toml::to_string(&config.without_secrets()).unwrap();
 
         assert!(text.contains("db.example:6432") && !text.contains("hunter2"), "{text}");
     }
@@ -72,7 +55,7 @@ mod tests {
             let mut config = Config::default();
             config.webhook.url = Some(url.to_owned());
 
-            let shown = shown(config).webhook.url;
+            let shown = config.without_secrets().webhook.url;
 
             assert_eq!(shown.as_deref(), Some("https://hooks.example:8443/…"));
         }

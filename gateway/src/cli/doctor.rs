@@ -82,7 +82,7 @@ impl Findings {
 pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
     let mut findings = Findings::default();
     let mut is_listening = false;
-    match args.load(common.data_dir.as_ref()) {
+    match args.load_kept(common.data_dir.as_ref()) {
         Ok(config) => {
             findings.fine("configuration: every setting is known and within its bounds");
             machine(&config, &mut findings);

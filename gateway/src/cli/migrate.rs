@@ -4,7 +4,7 @@ use super::{Common, Failure, ServeArgs, serve, table};
 use crate::{runtime::data_dir::DataDir, serve::StartError, store::Store};
 
 pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
-    let config = args.load(common.data_dir.as_ref())?;
+    let config = args.load_kept(common.data_dir.as_ref())?;
     let url = config.database_url();
     // Creates the data directory if the file is in it, as `serve` does.
     let is_inside = config.database.url.is_none();

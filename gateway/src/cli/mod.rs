@@ -40,6 +40,7 @@ mod webhook;
 
 pub use serve::ServeArgs;
 
+use crate::runtime::config::is_long_form;
 use client::Client;
 use failure::{DONE, Failure, complain, note, usage};
 
@@ -344,7 +345,12 @@ fn typos(left: &str, right: &str) -> usize {
 fn is_unknown(name: &str, known: &[String]) -> bool {
     let is_for_others = name.starts_with("SEAWALL_LOADTEST_") || name == "SEAWALL_PG_BIN";
     let is_of_kubernetes = name.ends_with("_PORT") || name.contains("_PORT_") || name.contains("_SERVICE_");
-    name.starts_with("SEAWALL_") && !is_for_others && !is_of_kubernetes && !known.iter().any(|one| one == name)
+    // The long forms of settings are checked where they are read.
+    name.starts_with("SEAWALL_")
+        && !is_long_form(name)
+        && !is_for_others
+        && !is_of_kubernetes
+        && !known.iter().any(|one| one == name)
 }
 
 #[cfg(test)]
@@ -359,6 +365,7 @@ mod tests {
             ("SEAWALL_LISTENN", true),
             ("SEAWALL_LISTEN", false),
             ("SEAWALL_LOADTEST_DATABASE", false),
+            ("SEAWALL_LIMITS__HEAD_BYTES_MAX", false),
             ("SEAWALL_PORT", false),
             ("SEAWALL_PORT_8080_TCP_ADDR", false),
             ("SEAWALL_OPS_SERVICE_HOST", false),

@@ -6,11 +6,13 @@ use clap::Args;
 
 use super::{Common, Failure};
 use crate::{
+    fleet::shared_config::{Fetched, SharedConfig},
     runtime::{
         config::{Config, ConfigError, DatabaseUrl, LogFormat, SettingError, listen},
         telemetry,
     },
     serve::{self, StartError},
+    tasks::configuration::Reloads,
 };
 
 /// Maximum time for blocking work after the gateway has stopped.
@@ -59,15 +61,12 @@ impl ServeArgs {
         !is_from_environment && url.is_some_and(|url| url.has_password())
     }
 
-    /// Reads the file, applies the flags, and validates the result.
+    /// Reads what nodes share, the file and the environment, applies the flags, and validates the result.
     ///
     /// # Errors
     /// A setting is wrong; the message is one line that names it.
-    pub fn load(&self, data_dir: Option<&PathBuf>) -> Result<Config, ConfigError> {
-        let mut config = self
-            .config
-            .as_deref()
-            .map_or_else(|| Ok(Config::default()), Config::from_file)?;
+    fn load(&self, data_dir: Option<&PathBuf>, shared: Option<&str>) -> Result<Config, ConfigError> {
+        let mut config = Config::from_layers(shared, self.config.as_deref(), std::env::vars_os())?;
         if let Some(url) = &self.database {
             config.database.url = Some(
                 url.parse()
@@ -101,6 +100,47 @@ impl ServeArgs {
     }
 }
 
+impl ServeArgs {
+    /// The configuration with what nodes share as an earlier start kept it: nothing is fetched.
+    ///
+    /// # Errors
+    /// A setting is wrong; the message is one line that names it.
+    pub fn load_kept(&self, data_dir: Option<&PathBuf>) -> Result<Config, ConfigError> {
+        let config = self.load(data_dir, None)?;
+        let shared = SharedConfig::open(&config.source, &config.server.data_dir);
+        match shared.as_ref().and_then(SharedConfig::text) {
+            Some(text) => self.load(data_dir, Some(text)),
+            None => Ok(config),
+        }
+    }
+
+    /// The configuration of a start, what it is read from again, and what its log should say of that.
+    ///
+    /// # Errors
+    /// A setting is wrong, or what nodes share was never read. The message is one line.
+    fn load_fetched(self, data_dir: Option<PathBuf>) -> Result<(Config, Reloads, Vec<Fetched>), ConfigError> {
+        let mut config = self.load(data_dir.as_ref(), None)?;
+        let mut shared = SharedConfig::open(&config.source, &config.server.data_dir);
+        let mut failed = Vec::new();
+        let mut is_confirmed = shared.is_none();
+        if let Some(shared) = &mut shared {
+            failed = shared.fetch(true, |text| self.load(data_dir.as_ref(), Some(text)).map(drop));
+            is_confirmed = failed.last().is_some_and(|fetched| fetched.outcome.is_contact());
+            failed.retain(|fetched| !fetched.outcome.is_contact());
+            let Some(text) = shared.text() else {
+                return Err(ConfigError::Away {
+                    problem: failed.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "),
+                });
+            };
+            config = self.load(data_dir.as_ref(), Some(text))?;
+        }
+        let file = self.config.clone();
+        let load = move |text: Option<&str>| self.load(data_dir.as_ref(), text);
+        let reloads = Reloads::new(Box::new(load), file, shared, is_confirmed);
+        Ok((config, reloads, failed))
+    }
+}
+
 /// A number of bytes, or one of KiB, MiB, GiB or TiB: `1073741824`, `1048576K`, `1024M`, `1G`, `1GiB`.
 fn bytes(text: &str) -> Result<u64, &'static str> {
     let wrong = "expected a number of bytes, or one with K, M, G or T, as in 512M";
@@ -127,7 +167,10 @@ fn replace<T>(setting: &mut T, given: Option<T>) {
 
 impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Self {
-        Self::WrongUse(error.to_string())
+        match error {
+            ConfigError::Away { .. } => Self::failed(error),
+            _ => Self::WrongUse(error.to_string()),
+        }
     }
 }
 
@@ -142,7 +185,8 @@ impl From<StartError> for Failure {
 }
 
 pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
-    let config = args.load(common.data_dir.as_ref())?;
+    let shows_password = args.shows_password();
+    let (config, reloads, failed) = args.load_fetched(common.data_dir.clone())?;
     let unknown = super::unknown_variables();
     if let Some((name, meant)) = unknown.iter().find_map(|one| Some((&one.name, one.meant.as_ref()?))) {
         return Err(Failure::WrongUse(format!(
@@ -153,15 +197,16 @@ pub fn run(common: &Common, args: ServeArgs) -> Result<(), Failure> {
     for one in unknown {
         tracing::warn!(name = one.name, "unknown environment variable: not a setting");
     }
-    if args.shows_password() {
+    for fetched in failed {
+        tracing::warn!(%fetched, "shared configuration not read from here");
+    }
+    if shows_password {
         tracing::warn!(
             "database password in the list of processes: give the address in SEAWALL_DATABASE or in the configuration file"
         );
     }
-    let data_dir = common.data_dir.clone();
-    let reload = move || args.load(data_dir.as_ref()).map(|config| config.logging.level);
     let runtime = runtime()?;
-    let outcome = runtime.block_on(serve::until_signal(config, reload));
+    let outcome = runtime.block_on(serve::until_signal(config, reloads));
     // A blocked thread, such as a write to a disk that hangs, must not keep the process.
     runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
     let Err(error) = outcome else { return Ok(()) };

@@ -84,7 +84,7 @@ const LATE_NODE: Hold = Hold {
 };
 
 /// Every kind of alarm, with its usual action. docs/OPERATIONS.md has a runbook for each.
-const KINDS: [(&str, Severity, Option<&str>, Hold); 29] = [
+const KINDS: [(&str, Severity, Option<&str>, Hold); 31] = [
     ("lookups_fail", Critical, Some("seawall doctor"), AT_ONCE),
     ("database_refuses", Critical, Some("seawall doctor"), AT_ONCE),
     ("database_file", Critical, Some("seawall doctor"), AT_ONCE),
@@ -97,8 +97,10 @@ const KINDS: [(&str, Severity, Option<&str>, Hold); 29] = [
     ("disk_read_only", Critical, Some("seawall doctor"), AT_ONCE),
     ("memory_short", Critical, Some("seawall nodes"), AT_ONCE),
     ("bad_cohort", Critical, Some("seawall proposals list"), AT_ONCE),
+    ("config_stale", Critical, Some("seawall nodes"), AT_ONCE),
     ("admission_ceiling", Warning, Some("seawall config show"), END_LATER),
     ("certificate_expires", Warning, Some("seawall config show"), AT_ONCE),
+    ("config_refused", Warning, Some("seawall nodes"), AT_ONCE),
     ("costly_cohort", Warning, Some("seawall firmware"), AT_ONCE),
     ("duplicate_id", Warning, None, AT_ONCE),
     ("node_lagging", Warning, Some("seawall nodes"), LATE_NODE),

@@ -89,6 +89,11 @@ impl CohortBreaker {
         }
     }
 
+    /// Changes what happens to a bad cohort from now on. Rules in force end at their own times.
+    pub fn set_mode(&self, mode: Mode) {
+        self.lock().breaker.set_mode(mode);
+    }
+
     /// A session began. Takes no lock.
     pub fn handle_opened(&self, address: IpAddr) {
         self.sites.handle_opened(Network::from(address));

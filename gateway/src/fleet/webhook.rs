@@ -13,20 +13,22 @@ use std::{
     time::Duration,
 };
 
-use rustls_native_certs::load_native_certs;
 use seawall_proto::{
     time::{Instant, WallTime},
     webhook::{Answer, Delivery, InvalidSecret, Message, Outbox, Secret},
 };
 use serde_json::{Value as Json, json};
 use tokio::sync::Notify;
-use ureq::{
-    Agent,
-    tls::{Certificate, RootCerts, TlsConfig},
-};
+use ureq::Agent;
 use uuid::Uuid;
 
-use crate::runtime::{config::WebhookSettings, data_dir::read_bounded};
+use crate::{
+    fleet::http,
+    runtime::{
+        config::{WebhookSettings, origin},
+        data_dir::read_bounded,
+    },
+};
 
 /// Maximum time of one attempt.
 const ATTEMPT_MAX: Duration = Duration::from_secs(10);
@@ -99,7 +101,7 @@ impl Webhook {
             return Ok(Self::default());
         };
         let receiver = Receiver {
-            agent: agent(),
+            agent: http::agent(CONNECT_MAX, ATTEMPT_MAX),
             url: url.as_str().into(),
             secret_file: secret_file.clone(),
         };
@@ -180,12 +182,7 @@ impl Receiver {
     /// Scheme, host and port. The rest of a URL may be a secret.
     #[must_use]
     pub fn origin(&self) -> String {
-        let uri: Option<ureq::http::Uri> = self.url.parse().ok();
-        let origin = uri.and_then(|uri| {
-            let host = uri.authority()?.as_str().rsplit('@').next()?.to_owned();
-            Some(format!("{}://{host}", uri.scheme_str()?))
-        });
-        origin.unwrap_or_default()
+        origin(&self.url)
     }
 
     /// Sends a message, signed for this time. Blocks for at most 10 s.
@@ -233,27 +230,4 @@ impl Receiver {
         let text = std::str::from_utf8(&bytes).map_err(|_| problem(InvalidSecret.to_string()))?;
         Secret::parse(text).map_err(|error| problem(error.to_string()))
     }
-}
-
-fn agent() -> Agent {
-    let authorities: Vec<_> = load_native_certs()
-        .certs
-        .iter()
-        .map(|der| Certificate::from_der(der).to_owned())
-        .collect();
-    let tls = TlsConfig::builder()
-        .root_certs(RootCerts::Specific(Arc::new(authorities)))
-        .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .build();
-    Agent::config_builder()
-        .http_status_as_error(false)
-        .max_redirects(0)
-        .max_redirects_will_error(false)
-        .proxy(None)
-        .user_agent(concat!("seawall/", env!("CARGO_PKG_VERSION")))
-        .timeout_connect(Some(CONNECT_MAX))
-        .timeout_global(Some(ATTEMPT_MAX))
-        .tls_config(tls)
-        .build()
-        .into()
 }

@@ -201,6 +201,12 @@ impl Lookups {
         self.0.lock().connect.settle_doubts(last);
     }
 
+    /// Changes the maximum rate of lookups, and the maximum number of keys in flight.
+    pub fn set_bounds(&self, lookups_per_second_max: u32, keys_in_flight_max: u32) {
+        self.0
+            .change(|connect, now| connect.set_bounds(lookups_per_second_max, keys_in_flight_max, now));
+    }
+
     /// The plan guard found, or no longer finds, a lookup that reads a whole table: the limit is cut to 2 keys.
     pub fn set_limit_cut(&self, is_cut: bool) {
         self.0.change(|connect, now| connect.set_limit_cut(is_cut, now));

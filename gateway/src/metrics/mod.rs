@@ -12,6 +12,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use seawall_proto::{
     admission::{BreakerState, LimitReason},
     close::EndReason,
+    config_source::Outcome,
     connect::ResumeOutcome,
     refusal::{Code, Limit},
     resume::Finding,
@@ -114,6 +115,8 @@ pub struct Metrics {
     pub memory_bytes: GaugeFamily,
     pub memory_alarm: Gauge,
     pub memory_refusals: Counter,
+    pub config_fetches: Family,
+    pub config_age_seconds: Gauge,
     pub tls_reloads: Family,
     pub tls_certificate_seconds: GaugeFamily,
     pub tls_revocation_list_seconds: Gauge,
@@ -528,6 +531,17 @@ impl Metrics {
             memory_refusals: names.counter(
                 "seawall_memory_refusals_total",
                 "Devices refused with `overloaded` because they did not fit into memory.",
+            ),
+            config_fetches: names.family(
+                "seawall_config_fetches_total",
+                "Requests for the configuration that nodes share (`[source]`). `taken`: a new one is in use. `unchanged`: the one in use is confirmed. All others change nothing.",
+                &[],
+                "outcome",
+                &Outcome::ALL.map(Outcome::as_str),
+            ),
+            config_age_seconds: names.gauge(
+                "seawall_config_age_seconds",
+                "Time since a URL of `[source]` confirmed the configuration in use; 0 without such a URL.",
             ),
             tls_reloads: names.family(
                 "seawall_tls_reloads_total",

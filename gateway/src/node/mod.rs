@@ -40,6 +40,7 @@ use crate::{
         resume::Resume,
         rollouts::Rollouts,
         rules::{LOCAL_ALARM, LOST_ALARM, Rules, UNSUPPORTED_ALARM},
+        settings::Settings,
         webhook::Webhook,
     },
     lookup::Lookups,
@@ -59,7 +60,10 @@ pub mod rule_write;
 
 /// The parts of a gateway.
 pub struct State {
+    /// The configuration of the start.
     pub config: Arc<Config>,
+    /// The configuration as it was last read, for the few settings that a running node changes.
+    pub settings: Settings,
     pub clock: Clock,
     /// Start time of this process.
     pub started: WallTime,

@@ -95,7 +95,8 @@ async fn start_drain(
     State(api): State<Arc<Api>>,
     OptionalBody(body): OptionalBody<DrainBody>,
 ) -> Result<(StatusCode, Json<DrainView>), Problem> {
-    let config = &api.state.config.drain;
+    let current = api.state.settings.current();
+    let config = &current.drain;
     let configured = (config.rate_per_second > 0).then(|| f64::from(config.rate_per_second));
     let order = DrainOrder {
         rate_per_second: body.rate_per_second.or(configured),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::{Json, extract::State};
-use seawall_proto::presence::groups::Held;
+use seawall_proto::{freshness::Freshness, presence::groups::Held};
 use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -15,7 +15,13 @@ use super::{
     extract::{Page, PageParams, Params},
     problem::{Problem, ProblemBody},
 };
-use crate::{fleet::faults::Fault, node::State as Gateway, runtime::telemetry, store::PlanReport};
+use crate::{
+    fleet::faults::Fault,
+    node::State as Gateway,
+    runtime::{config::Config, telemetry},
+    store::PlanReport,
+    tasks::configuration,
+};
 
 /// This gateway in the audit log.
 pub const SUBJECT: &str = "node";
@@ -44,6 +50,7 @@ pub struct Node {
     restricted: RestrictedView,
     admission: AdmissionView,
     database: DatabaseView,
+    config: ConfigView,
     rules: RulesView,
     resume: ResumeView,
     #[serde(rename = "roster")]
@@ -166,6 +173,47 @@ pub struct DatabaseView {
     plan: Option<String>,
 }
 
+/// The configuration in use.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ConfigView {
+    /// When a URL of `[source]` last confirmed it. `fresh`: within 60 s; `stale`: before; `grace`: more than 15 minutes
+    /// ago; `expired`: more than 8 hours ago. Nothing changes for devices. Always `fresh` without a URL.
+    state: &'static str,
+    /// Time since then; since the start, if no URL has answered.
+    age_seconds: f64,
+    /// Number of configurations so far that this process used.
+    revision: u64,
+    /// Digest of the settings that are meant to be equal on all nodes: all but `[server]`, `[source]`, `ops.listen` and
+    /// secrets.
+    digest: String,
+    /// Settings that are not the defaults.
+    items: usize,
+    /// `peer`: a URL of `[source]`; `disk`: files of this node.
+    source: &'static str,
+    /// Why the configuration that was last read is not used; null if it is.
+    refused: Option<String>,
+    /// Settings that were changed since the start, and wait for a restart.
+    restart_needed: Vec<String>,
+}
+
+impl ConfigView {
+    fn of(gateway: &Gateway) -> Self {
+        let (status, config) = (gateway.settings.status(), gateway.settings.current());
+        let age = configuration::age(gateway, gateway.clock.now());
+        let is_of_url = status.is_shared && status.confirmed.is_some();
+        Self {
+            state: Freshness::of(age).as_str(),
+            age_seconds: age.as_secs_f64(),
+            revision: status.revision,
+            digest: config.digest_hex(),
+            items: Config::default().changes(&config).len(),
+            source: if is_of_url { "peer" } else { "disk" },
+            refused: status.refused,
+            restart_needed: status.restart_needed,
+        }
+    }
+}
+
 /// The firmware rules in force.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct RulesView {
@@ -253,6 +301,7 @@ impl Node {
                     PlanReport::Alarm(what) => what,
                 }),
             },
+            config: ConfigView::of(gateway),
             rules: RulesView {
                 revision: rules.revision(),
                 digest: rules.digest_hex(),

@@ -49,6 +49,7 @@ use crate::{
         resume::Resume,
         rollouts::Rollouts,
         rules::Rules,
+        settings::Settings,
         webhook::{Webhook, WebhookError},
     },
     lookup::{Dependencies, Lookups},
@@ -58,19 +59,18 @@ use crate::{
     runtime::{
         capacity,
         clock::Clock,
-        config::{Config, ConfigError},
+        config::Config,
         data_dir::{self, Addresses, DataDir, DataDirError},
         keys::{self, KeysError},
         lifecycle::{Asked, HARD_STOP_TIMEOUT, Lifecycle, Signals, blocking},
         memory::{Memory, Sources},
-        telemetry,
     },
     session::{
         departures::Departures, ids, observer::ObserverClock, restricted::RestrictedSessions, sessions::Sessions,
         silence::Silence, socket::SocketLimits,
     },
     store::{Store, StoreError},
-    tasks::{self, supervise::spawn_helper},
+    tasks::{self, configuration::Reloads, supervise::spawn_helper},
     tokens::{Tokens, TokensError},
 };
 
@@ -259,6 +259,7 @@ async fn start_with(config: Config, overrides: Overrides, life: &Lifecycle) -> R
         node: ids.node(),
         epoch: ids.next(started),
     };
+    let config = Arc::new(config);
     let state = Arc::new(State {
         node: node_name(&config).into(),
         run: Uuid::now_v7(),
@@ -267,7 +268,8 @@ async fn start_with(config: Config, overrides: Overrides, life: &Lifecycle) -> R
         memory,
         session_limits: Arc::new(session_limits(&config)),
         socket_limits: Arc::new(SocketLimits::of(&config.limits)),
-        config: Arc::new(config),
+        settings: Settings::new(Arc::clone(&config)),
+        config,
         clock,
         started,
         store,
@@ -467,7 +469,8 @@ impl Running {
     /// # Errors
     /// A part of the gateway had failed.
     pub async fn leave(self, expedite: impl Future<Output = ()>) -> Result<(), StartError> {
-        let settings = &self.state.config.drain;
+        let current = self.state.settings.current();
+        let settings = &current.drain;
         let deadline = settings.deadline();
         let rate = (settings.rate_per_second > 0).then_some(f64::from(settings.rate_per_second));
         // A drain that an operator started continues; the deadline below applies to it as well.
@@ -537,15 +540,11 @@ impl Running {
     }
 }
 
-/// Runs a gateway until SIGTERM or Ctrl-C. At SIGHUP `reload` returns the log level, and certificates are reloaded.
+/// Runs a gateway until SIGTERM or Ctrl-C. At SIGHUP its configuration and its certificates are read again.
 ///
 /// # Errors
 /// The start failed, or a part of the gateway did.
-pub async fn until_signal(
-    config: Config,
-    reload: impl Fn() -> Result<String, ConfigError> + Send + Sync + 'static,
-) -> Result<(), StartError> {
-    let reload = Arc::new(reload);
+pub async fn until_signal(config: Config, reloads: Reloads) -> Result<(), StartError> {
     let mut signals = Signals::listen().map_err(|source| StartError::System {
         what: "listening to signals",
         source,
@@ -563,6 +562,8 @@ pub async fn until_signal(
         // A start that waits for a lock must end with the process that started it.
         () = signals.leave() => return Ok(()),
     };
+    let reloads = Arc::new(reloads);
+    follow_configuration(&running, &reloads);
     loop {
         let asked = tokio::select! {
             asked = signals.next() => asked,
@@ -571,9 +572,10 @@ pub async fn until_signal(
         match asked {
             Asked::Leave => break,
             Asked::Reload => {
+                reloads.ask();
                 // A file system that hangs must not keep the gateway from leaving.
                 tokio::select! {
-                    () = take_settings(&reload, &running.state) => {}
+                    () = tasks::tls::reload_now(&running.state) => {}
                     () = signals.leave() => break,
                     () = running.broken() => break,
                 }
@@ -584,28 +586,17 @@ pub async fn until_signal(
     running.leave(signals.leave()).await
 }
 
-/// Reads the files of SIGHUP off the runtime's workers: the log level of the configuration, and certificates.
-async fn take_settings<R>(reload: &Arc<R>, state: &Shared)
-where
-    R: Fn() -> Result<String, ConfigError> + Send + Sync + 'static,
-{
-    let reload = Arc::clone(reload);
-    // Cancelled only when the runtime ends; a panic in it is logged.
-    if let Ok(level) = tokio::task::spawn_blocking(move || reload()).await {
-        apply_level(level);
+/// Reads the configuration again when it changes.
+fn follow_configuration(running: &Running, reloads: &Arc<Reloads>) {
+    if reloads.is_confirmed() {
+        running.state.settings.handle_confirmed(running.state.clock.now());
     }
-    tasks::tls::reload_now(state).await;
-}
-
-/// Applies the log level of the configuration. An invalid configuration changes nothing.
-fn apply_level(level: Result<String, ConfigError>) {
-    match level {
-        Ok(level) => match telemetry::set_level(&level) {
-            // `set_level` logs a change itself.
-            Ok(change) if change.is_change() => {}
-            Ok(change) => tracing::info!(to = change.to, "log level unchanged: already the configured one"),
-            Err(error) => tracing::error!(error = %error, "log level not changed"),
-        },
-        Err(error) => tracing::error!(error = %error, "configuration not usable: log level unchanged"),
-    }
+    let (reloads, state, hard) = (
+        Arc::clone(reloads),
+        Arc::clone(&running.state),
+        running.life.hard().clone(),
+    );
+    spawn_helper(&running.life, &running.state.panics, "configuration", move || {
+        tasks::configuration::follow(Arc::clone(&reloads), Arc::clone(&state), hard.clone())
+    });
 }

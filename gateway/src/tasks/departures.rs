@@ -84,7 +84,7 @@ fn report(state: &State, reached: DrainState) {
             "cancelled"
         }
         DrainState::Announced => {
-            let announce_seconds = state.config.drain.announce().as_secs();
+            let announce_seconds = state.settings.current().drain.announce().as_secs();
             tracing::info!(
                 announce_seconds,
                 "drain announced: not ready, devices are still admitted"

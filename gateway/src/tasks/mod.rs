@@ -4,6 +4,7 @@ pub mod attempts_summary;
 pub mod audit_journal;
 pub mod census;
 pub mod cohorts;
+pub mod configuration;
 pub mod departures;
 pub mod faults;
 pub mod gauges;

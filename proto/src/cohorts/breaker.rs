@@ -84,6 +84,11 @@ impl Breaker {
         }
     }
 
+    /// Changes what happens to findings from now on. Rules in force end at their own times.
+    pub const fn set_mode(&mut self, mode: Mode) {
+        self.mode = mode;
+    }
+
     /// Takes in a second's findings, and all rules of the breaker that are in force. `new_id` returns a fresh id,
     /// greater than those before.
     pub fn handle_second(

@@ -709,6 +709,12 @@ impl<T> Connect<T> {
         self.slots.set_registry_index(registry_index)
     }
 
+    /// See [`Admission::set_bounds`].
+    pub fn set_bounds(&mut self, lookups_per_second_max: u32, keys_in_flight_max: u32, now: Instant) {
+        self.admission
+            .set_bounds(lookups_per_second_max, keys_in_flight_max, now);
+    }
+
     /// See [`Admission::set_limit_cut`].
     pub fn set_limit_cut(&mut self, is_cut: bool, now: Instant) {
         self.admission.set_limit_cut(is_cut, now);

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::{
     BreakerSettings, Config, Database, Drain, Limits, Logging, Ops, PresenceSettings, ProxySettings, ResumeTokens,
-    RulesSync, Server, Session, TlsSettings, WebhookSettings,
+    RulesSync, Server, Session, SourceSettings, TlsSettings, WebhookSettings,
     section::{Field, Section},
 };
 
@@ -16,10 +16,11 @@ const HEAD: &str = "\
 `seawall serve --config FILE` reads a TOML file with the sections below. `SEAWALL_CONFIG` names one as well.
 Every setting has a default for production, so an empty file, or none, is a valid configuration.
 
-- A flag overrides the environment, the environment overrides the file, and the file overrides the default.
+- A flag overrides the environment, the environment overrides the file, the file overrides what nodes share (`[source]`), and that overrides the default.
+- Every setting has a variable: `SEAWALL_`, the section, two underscores and the key, as in `SEAWALL_LIMITS__HEAD_BYTES_MAX=16384`. Values are as in the file; a text needs no quotes. With `_FILE` behind it, it names a file with the value, such as a mounted secret: `SEAWALL_DATABASE__URL_FILE=/run/secrets/database`. The short names below, such as `SEAWALL_LISTEN`, override it.
 - A setting that is unknown, of the wrong kind or out of its bounds stops the start with one line that names it, exit 2.
 - `seawall doctor` checks a configuration without starting anything.
-- SIGHUP makes a running gateway read `logging.level` and the files of certificates and keys again. Flags and variables of the start still override the file. Every other setting needs a restart.
+- A running gateway reads the configuration again at SIGHUP, and within ten seconds of a change of its file. It also does if a URL of `[source]` has a new one. It uses at once `logging.level`, `[drain]`, `breaker.mode`, `admission.lookups_per_second_max` and `admission.keys_in_flight_max`, and reads the files of certificates and keys again at SIGHUP. Other changed settings wait for a restart: the log and `config.restart_needed` of `GET /node` name them. A configuration that cannot be used changes nothing.
 
 ```toml
 [server]
@@ -73,6 +74,7 @@ pub fn markdown() -> String {
 /// Every section, in the order of [`Config`].
 fn sections() -> Vec<Section> {
     vec![
+        SourceSettings::describe(),
         Server::describe(),
         TlsSettings::describe(),
         ProxySettings::describe(),
@@ -90,6 +92,13 @@ fn sections() -> Vec<Section> {
         WebhookSettings::describe(),
         Logging::describe(),
     ]
+}
+
+/// Whether a section has a setting of this name.
+#[must_use]
+pub fn is_setting(section: &str, key: &str) -> bool {
+    let has_key = |one: &Section| one.name == section && one.fields.iter().any(|field| field.name == key);
+    sections().iter().any(has_key)
 }
 
 fn shown(value: &toml::Value, unit: &str) -> String {
@@ -191,6 +200,21 @@ mod tests {
             page == markdown(),
             "docs/CONFIG.md is out of date: run this test with UPDATE=1"
         );
+    }
+
+    #[test]
+    fn settings_that_a_reload_changes_are_named() {
+        for field in Drain::describe().fields {
+            assert!(Config::is_reloaded(&format!("drain.{}", field.name)));
+        }
+        let named = HEAD.split("uses at once").nth(1).unwrap().lines().next().unwrap();
+        for section in sections() {
+            for field in section.fields {
+                let path = format!("{}.{}", section.name, field.name);
+                let is_named = named.contains(&format!("`{path}`")) || section.name == "drain";
+                assert_eq!(Config::is_reloaded(&path), is_named, "{path}");
+            }
+        }
     }
 
     #[test]

@@ -4,14 +4,18 @@
 //! [`Config::validate`] checks the settings alone. docs/CONFIG.md is generated from this module.
 
 use std::{
-    fmt,
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
+    fmt::{self, Write as _},
     path::{Path, PathBuf},
 };
 
 use seawall_proto::{admission::AdmissionConfig, hello::IdentityNames};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
+use sha2::{Digest as _, Sha256};
 
 pub mod docs;
+mod layers;
 mod level;
 pub mod listen;
 mod proxies;
@@ -19,11 +23,12 @@ pub mod section;
 mod sections;
 mod url;
 
+pub use layers::is_long_form;
 pub use level::{InvalidLevel, parse_level};
 pub use proxies::Proxies;
 pub use sections::{
     BreakerMode, BreakerSettings, Database, Drain, Limits, LogFormat, Logging, Ops, PresenceSettings, ProxySettings,
-    ResumeTokens, RulesSync, Server, Session, TlsSettings, WebhookSettings,
+    ResumeTokens, RulesSync, Server, Session, SourceSettings, TlsSettings, WebhookSettings,
 };
 pub use url::{DatabaseKind, DatabaseUrl, InvalidDatabaseUrl};
 
@@ -40,6 +45,7 @@ const PATH_LEN_MAX: usize = 64;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
+    pub source: SourceSettings,
     pub server: Server,
     pub tls: TlsSettings,
     pub proxy: ProxySettings,
@@ -66,21 +72,38 @@ impl Config {
     /// # Errors
     /// The file cannot be read, is not TOML, or has an unknown key or a value of the wrong type.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
-        let unreadable = |source| ConfigError::Unreadable {
-            path: path.to_owned(),
-            source,
-        };
-        let length = std::fs::metadata(path).map_err(unreadable)?.len();
-        if length > FILE_BYTES_MAX {
-            return Err(unreadable(std::io::Error::other(format!(
-                "{length} bytes: no configuration is greater than 1 MiB"
-            ))));
-        }
-        let text = std::fs::read_to_string(path).map_err(unreadable)?;
+        let text = text_of(path)?;
         Self::from_toml(&text).map_err(|problem| ConfigError::Invalid {
             path: path.to_owned(),
             problem,
         })
+    }
+
+    /// Reads a configuration from its layers, each over the one before: the defaults, what nodes share, the file, and
+    /// the long forms of the environment. Does not validate, because flags override it first.
+    ///
+    /// # Errors
+    /// A layer cannot be read, or has an unknown key or a value of the wrong type.
+    pub fn from_layers(
+        shared: Option<&str>,
+        file: Option<&Path>,
+        variables: impl IntoIterator<Item = (OsString, OsString)>,
+    ) -> Result<Self, ConfigError> {
+        let mut settings = shared.map_or_else(|| Ok(toml::Table::new()), layers::shared)?;
+        if let Some(path) = file {
+            let invalid = |problem| ConfigError::Invalid {
+                path: path.to_owned(),
+                problem,
+            };
+            let text = text_of(path)?;
+            Self::from_toml(&text).map_err(invalid)?;
+            let file = toml::from_str(&text).map_err(|error| invalid(one_line(&text, &error)))?;
+            layers::overlay(&mut settings, file);
+        }
+        layers::overlay(&mut settings, layers::of_environment(variables)?);
+        // Each layer is a configuration by itself, so all together are one.
+        let text = settings.to_string();
+        Self::from_toml(&text).map_err(|problem| ConfigError::Shared { problem })
     }
 
     /// Parses TOML over the defaults.
@@ -111,6 +134,7 @@ impl Config {
     /// # Errors
     /// The first invalid setting, by its path.
     pub fn validate(&self) -> Result<(), SettingError> {
+        self.source.check_bounds()?;
         self.server.check_bounds()?;
         self.tls.check_bounds()?;
         self.ops.check_bounds()?;
@@ -140,6 +164,56 @@ impl Config {
             .unwrap_or_else(|| DatabaseUrl::sqlite(&self.server.data_dir.join("seawall.db")))
     }
 
+    /// The configuration without the password of the database's URL, and without the paths of other URLs: tokens stand
+    /// there.
+    #[must_use]
+    pub fn without_secrets(&self) -> Self {
+        let mut shown = self.clone();
+        // `Display` leaves the password out.
+        shown.database.url = self.database_url().to_string().parse().ok();
+        let hide = |url: &String| format!("{}/…", origin(url));
+        shown.webhook.url = self.webhook.url.as_ref().map(hide);
+        shown.source.urls = self.source.urls.iter().map(hide).collect();
+        shown
+    }
+
+    /// The settings that differ, by their paths.
+    #[must_use]
+    pub fn changes(&self, other: &Self) -> BTreeSet<String> {
+        let (ours, theirs) = (settings(self), settings(other));
+        let all: BTreeSet<&String> = ours.keys().chain(theirs.keys()).collect();
+        let differs = |path: &&&String| ours.get(**path) != theirs.get(**path);
+        all.iter().filter(differs).map(|path| (*path).clone()).collect()
+    }
+
+    /// Whether a running gateway uses a change of a setting at once. All others need a restart.
+    #[must_use]
+    pub fn is_reloaded(path: &str) -> bool {
+        let alone = [
+            "logging.level",
+            "breaker.mode",
+            "admission.lookups_per_second_max",
+            "admission.keys_in_flight_max",
+        ];
+        path.starts_with("drain.") || alone.contains(&path)
+    }
+
+    /// Digest of the settings that are meant to be equal on all nodes: all but `[server]`, `[source]` and
+    /// `ops.listen`. Passwords and paths of URLs are not part of it, so that it tells nothing about them. 16
+    /// hexadecimal digits.
+    #[must_use]
+    pub fn digest_hex(&self) -> String {
+        let mut text = String::new();
+        for (path, value) in settings(&self.without_secrets()) {
+            if !path.starts_with("server.") && !path.starts_with("source.") && path != "ops.listen" {
+                // Writing to a text never fails.
+                let _ = writeln!(text, "{path} = {value}");
+            }
+        }
+        let digest: [u8; 32] = Sha256::digest(text.as_bytes()).into();
+        data_encoding::HEXLOWER.encode(&digest[..8])
+    }
+
     fn check_texts(&self) -> Result<(), SettingError> {
         if let Some(node) = &self.server.node
             && !matches!(seawall_proto::id::Label::parse(node), Ok(Some(_)))
@@ -160,6 +234,9 @@ impl Config {
     fn check_together(&self) -> Result<(), SettingError> {
         if let Some((setting, problem)) = self.tls.mismatch() {
             return Err(SettingError::new(setting, problem));
+        }
+        if let Some(problem) = self.source.mismatch() {
+            return Err(SettingError::new("source.urls", problem));
         }
         if let Some((setting, problem)) = self.webhook.mismatch() {
             return Err(SettingError::new(setting, problem));
@@ -211,6 +288,66 @@ impl Config {
         }
         Ok(())
     }
+}
+
+/// Reads a number of seconds, or a text such as `30s` or `8h`.
+fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Given {
+        Seconds(u64),
+        Text(String),
+    }
+    let expected = || D::Error::custom("expected a number of seconds, or text such as \"30s\"");
+    match Given::deserialize(deserializer).map_err(|_| expected())? {
+        Given::Seconds(seconds) => Ok(seconds),
+        Given::Text(text) => {
+            let time = humantime::parse_duration(&text).map_err(|_| expected())?;
+            if time.subsec_nanos() == 0 {
+                Ok(time.as_secs())
+            } else {
+                Err(expected())
+            }
+        }
+    }
+}
+
+/// Every setting that has a value, by its path.
+fn settings(config: &Config) -> BTreeMap<String, toml::Value> {
+    let sections = toml::Table::try_from(config).unwrap_or_default();
+    let keys = sections.into_iter().filter_map(|(section, keys)| match keys {
+        toml::Value::Table(keys) => Some((section, keys)),
+        _ => None,
+    });
+    keys.flat_map(|(section, keys)| {
+        keys.into_iter()
+            .map(move |(key, value)| (format!("{section}.{key}"), value))
+    })
+    .collect()
+}
+
+/// Scheme, host and port of a URL. The rest may be a secret.
+#[must_use]
+pub fn origin(url: &str) -> String {
+    let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    format!("{scheme}://{host}")
+}
+
+/// The text of a configuration file.
+fn text_of(path: &Path) -> Result<String, ConfigError> {
+    let unreadable = |source| ConfigError::Unreadable {
+        path: path.to_owned(),
+        source,
+    };
+    let length = std::fs::metadata(path).map_err(unreadable)?.len();
+    if length > FILE_BYTES_MAX {
+        return Err(unreadable(std::io::Error::other(format!(
+            "{length} bytes: no configuration is greater than 1 MiB"
+        ))));
+    }
+    std::fs::read_to_string(path).map_err(unreadable)
 }
 
 /// The message of a TOML error with its line number and the path of the key there, without any value of the file.
@@ -311,6 +448,12 @@ pub enum ConfigError {
     /// The file is not TOML, or has an unknown key or a value of the wrong type.
     #[error("{}: {problem}", path.display())]
     Invalid { path: PathBuf, problem: String },
+    /// What nodes share is not a configuration, or has a setting of one node.
+    #[error("the configuration from source.urls: {problem}")]
+    Shared { problem: String },
+    /// Nothing was read from `source.urls`, now or before.
+    #[error("no configuration: {problem}, and the data directory has none from an earlier start")]
+    Away { problem: String },
     /// A setting is out of its bounds, or contradicts another.
     #[error(transparent)]
     Setting(#[from] SettingError),
@@ -346,6 +489,58 @@ mod tests {
         );
         let elsewhere = home.path().join("none.toml");
         assert_eq!(Config::locate(error.clone(), &elsewhere).to_string(), error.to_string());
+    }
+
+    #[test]
+    fn environment_overrides_the_file_and_the_file_what_nodes_share() {
+        let home = tempfile::tempdir().unwrap();
+        let file = home.path().join("seawall.toml");
+        std::fs::write(&file, "[drain]\nrate_per_second = 2\nannounce_seconds = 2\n").unwrap();
+        let shared = "[drain]\nrate_per_second = 1\nannounce_seconds = 1\ndeadline_seconds = 100\n";
+        let variables = [("SEAWALL_DRAIN__RATE_PER_SECOND".into(), "3".into())];
+
+        let config = Config::from_layers(Some(shared), Some(&file), variables).unwrap();
+
+        assert_eq!(config.drain.rate_per_second, 3);
+        assert_eq!(config.drain.announce_seconds, 2);
+        assert_eq!(config.drain.deadline_seconds, 100);
+        let none = Config::from_layers(None, None, []).unwrap();
+        assert_eq!(none, Config::default());
+    }
+
+    #[test]
+    fn time_is_seconds_or_a_text_with_a_unit() {
+        for (text, seconds) in [("30", 30), ("\"30s\"", 30), ("\"5m\"", 300)] {
+            let config = Config::from_toml(&format!("[source]\nrefresh = {text}\n")).unwrap();
+            assert_eq!(config.source.refresh, seconds);
+        }
+        for text in ["\"soon\"", "\"100ms\"", "-1", "true"] {
+            let problem = Config::from_toml(&format!("[source]\nrefresh = {text}\n")).unwrap_err();
+            assert!(
+                problem.contains("source.refresh") && problem.contains("seconds"),
+                "{problem}"
+            );
+        }
+    }
+
+    #[test]
+    fn changes_name_what_differs_and_the_digest_leaves_out_what_is_of_one_node_or_secret() {
+        let mut other = Config::default();
+        other.server.node = Some("b".into());
+        other.ops.listen.set_port(1);
+        other.source.urls = vec!["https://a.example/x?token=1".into()];
+        assert_eq!(other.digest_hex(), Config::default().digest_hex());
+        assert_eq!(
+            Config::default().changes(&other).into_iter().collect::<Vec<_>>(),
+            ["ops.listen", "server.node", "source.urls"]
+        );
+        other.database.url = Some("postgres://u:one@h/d".parse().unwrap());
+        let digest = other.digest_hex();
+        assert_ne!(digest, Config::default().digest_hex());
+        other.database.url = Some("postgres://u:other@h/d".parse().unwrap());
+        assert_eq!(other.digest_hex(), digest);
+        let shown = toml::to_string(&other.without_secrets()).unwrap();
+        assert!(!shown.contains("other@") && !shown.contains("token"), "{shown}");
     }
 
     #[test]

@@ -14,6 +14,49 @@ use serde::{Deserialize, Serialize};
 use super::{section::section, url::DatabaseUrl};
 
 section! {
+    /// Configuration that nodes share, from one or two URLs with the same TOML file. The file of a node, its
+    /// environment and its flags override it. It may have every setting but `[source]` and `server.data_dir`. Whatever
+    /// a URL answers, the configuration in use stays until a complete, valid and other one arrives. It is kept in
+    /// `shared-config.toml` of the data directory for the next start. `seawall_config_fetches_total` counts the
+    /// answers.
+    pub struct SourceSettings = "source" {
+        /// One or two URLs: `https://…`, or `http://…` on this machine. The second is asked where the first does not
+        /// answer as it should; the one that did is asked first the next time. ETags are used, redirects are not
+        /// followed. A token may stand in the path or the query: only scheme and host are logged.
+        pub urls: Vec<String> = Vec::new();
+        /// Time between two requests, drawn between 90 % and 110 % of it: a number of seconds, or text such as `"30s"`.
+        #[serde(deserialize_with = "super::seconds")]
+        pub refresh: u64 = 30, "s", 5..=3_600;
+    }
+}
+
+impl SourceSettings {
+    /// A problem of the URLs.
+    #[must_use]
+    pub fn mismatch(&self) -> Option<&'static str> {
+        if self.urls.len() > 2 {
+            return Some("expected one or two URLs");
+        }
+        let uris = self.urls.iter().map(|url| url.parse::<ureq::http::Uri>().ok());
+        uris.into_iter().find_map(|uri| {
+            let uri = uri.as_ref();
+            let parts = uri.and_then(|uri| Some((uri.scheme_str()?, uri.host().filter(|host| !host.is_empty())?)));
+            let authority = uri.and_then(ureq::http::Uri::authority);
+            let has_name = authority.is_some_and(|authority| authority.as_str().contains('@'));
+            match parts {
+                Some(("https" | "http", _)) if has_name => Some("expected a URL without a name and a password"),
+                Some(("https", _)) => None,
+                Some(("http", host)) if is_loopback(host) => None,
+                Some(("http", _)) => {
+                    Some("would cross the network in clear text: use https://, or a server on this machine")
+                }
+                Some(_) | None => Some("expected https://HOST/PATH"),
+            }
+        })
+    }
+}
+
+section! {
     /// Device listener and files.
     pub struct Server = "server" {
         /// Address for devices: `IP:PORT`, `HOST:PORT` or `:PORT`. Of a host, the first address is used, IPv4 before
@@ -421,8 +464,8 @@ section! {
         /// `json`. Flag `--log-format`, environment `SEAWALL_LOG_FORMAT`.
         pub format: LogFormat = LogFormat::Auto;
         /// `error`, `warn`, `info`, `debug` or `trace` (a release build has nothing below `debug`), or directives such
-        /// as `info,seawall_gateway::lookup=debug`. SIGHUP loads it again; `seawall log-level` changes it until then.
-        /// Flag `--log-level`, environment `SEAWALL_LOG_LEVEL`.
+        /// as `info,seawall_gateway::lookup=debug`. `seawall log-level` changes it until the configuration is read
+        /// again. Flag `--log-level`, environment `SEAWALL_LOG_LEVEL`.
         pub level: String = "info".to_owned();
     }
 }
@@ -442,6 +485,31 @@ pub enum LogFormat {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn source_is_one_or_two_urls_that_nobody_can_change_on_the_way() {
+        let is_wrong = |urls: &[&str]| {
+            let urls = urls.iter().map(|url| (*url).to_owned()).collect();
+            SourceSettings { urls, refresh: 30 }.mismatch().is_some()
+        };
+
+        assert!(!is_wrong(&[]));
+        assert!(!is_wrong(&[
+            "https://a.example/seawall.toml?token=1",
+            "http://127.0.0.1:9/x"
+        ]));
+        for urls in [
+            &["https://a/x", "https://b/x", "https://c/x"][..],
+            &["http://a.example/x"],
+            &["https://a/x", "ftp://127.0.0.1/x"],
+            &["https://u:p@a/x"],
+            &["a.example"],
+            &["https://"],
+            &[""],
+        ] {
+            assert!(is_wrong(urls), "{urls:?}");
+        }
+    }
 
     #[test]
     fn webhook_needs_a_secret_and_https_outside_this_machine() {

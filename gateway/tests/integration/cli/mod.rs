@@ -10,6 +10,7 @@ use serde_json::Value;
 use crate::harness::process::{run, seawall};
 
 mod allocator;
+mod configuration;
 mod devices;
 mod leave;
 mod log;
