@@ -53,6 +53,39 @@ impl CohortTag {
     }
 }
 
+/// What an authenticated device is, for comparisons between versions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kind {
+    /// Model and version, as devices that name both claim it.
+    pub named: CohortTag,
+    /// The version alone, as devices that leave their model to the registry claim it.
+    pub unnamed: CohortTag,
+    pub model: ModelTag,
+}
+
+/// A model, in eight bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ModelTag(u64);
+
+impl ModelTag {
+    #[must_use]
+    pub fn of(model: Option<&str>) -> Self {
+        Self(CohortTag::of(model, None).0)
+    }
+}
+
+impl Kind {
+    /// `model` is the device's claim, otherwise the registry's.
+    #[must_use]
+    pub fn of(model: Option<&str>, firmware: Option<&str>) -> Self {
+        Self {
+            named: CohortTag::of(model, firmware),
+            unnamed: CohortTag::of(None, firmware),
+            model: ModelTag::of(model),
+        }
+    }
+}
+
 struct Hashed(SipHasher13);
 
 impl fmt::Write for Hashed {

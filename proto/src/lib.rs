@@ -26,6 +26,7 @@ mod keyring;
 mod labels;
 pub mod memory;
 pub mod presence;
+pub mod proving;
 mod rate;
 pub mod record;
 pub mod refusal;

@@ -259,6 +259,16 @@ impl Refusal {
         )
     }
 
+    /// 503: the firmware version is new to the fleet, and few of its devices are admitted until it has proved itself.
+    #[must_use]
+    pub const fn unproven(hint: Hint) -> Self {
+        Self::hinted(
+            Code::Overloaded,
+            "this firmware version is new here, and few devices with it are admitted: return at the given time",
+            hint,
+        )
+    }
+
     /// 503: no device can be verified now.
     #[must_use]
     pub const fn registry_unavailable(hint: Hint) -> Self {

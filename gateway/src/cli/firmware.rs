@@ -5,10 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use clap::Args;
+use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::{Context, Failure, table};
+use super::{Context, Failure, client::Method, table};
 
 /// Maximum number of rows. A node knows no more cohorts.
 const COHORTS_MAX: usize = 10_000;
@@ -17,7 +17,10 @@ const DURING_MIN: Duration = Duration::from_secs(1);
 const DURING_MAX: Duration = Duration::from_mins(10);
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Firmware {
+    #[command(subcommand)]
+    action: Option<Action>,
     /// Maximum number of rows to show
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=COHORTS_MAX as u64))]
     limit: u64,
@@ -25,6 +28,18 @@ pub struct Firmware {
     /// hour]
     #[arg(long, value_name = "DURATION", value_parser = during)]
     during: Option<Duration>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// End the test of a version that is new to the fleet: it is proven, and no longer limited
+    Clear {
+        /// The version, as its devices claim it [default: the devices that name none]
+        version: Option<String>,
+        /// The model, as the devices claim it [default: the devices that leave it to the registry]
+        #[arg(long)]
+        model: Option<String>,
+    },
 }
 
 fn during(text: &str) -> Result<Duration, String> {
@@ -37,6 +52,14 @@ fn during(text: &str) -> Result<Duration, String> {
 }
 
 pub fn run(ctx: &Context, args: &Firmware) -> Result<(), Failure> {
+    if let Some(Action::Clear { version, model }) = &args.action {
+        let body = json!({ "model": model, "firmware": version });
+        let cleared = ctx.client.send(Method::Post, "/api/v1/firmware/clear", Some(&body))?;
+        return ctx.show(&cleared, |cleared| {
+            let (cohort, before) = (table::at(cleared, "cohort"), table::at(cleared, "before"));
+            format!("{cohort} is proven; it was {before}\n")
+        });
+    }
     let limit = usize::try_from(args.limit).unwrap_or(COHORTS_MAX);
     let list = |limit| ctx.client.list("/api/v1/firmware", &[], limit);
     let Some(during) = args.during else {
@@ -103,6 +126,7 @@ fn shown(answer: &Value) -> String {
             table::at(cohort, "cohort"),
             table::at(cohort, "breaker"),
             table::at(cohort, "stands_out"),
+            version(cohort),
             table::at(cohort, "connected"),
             attempts(cohort, "minute.attempts"),
             rate(cohort, "repeats"),
@@ -117,6 +141,7 @@ fn shown(answer: &Value) -> String {
             "COHORT",
             "BREAKER",
             "STANDS OUT",
+            "VERSION",
             "CONNECTED",
             "ATTEMPTS/S",
             "REPEATS/S",
@@ -128,6 +153,21 @@ fn shown(answer: &Value) -> String {
         rows,
     );
     format!("{table}\nFigures: the last minute | the last hour (the last minute relative to all other cohorts)\n")
+}
+
+/// Returns the state of the version, and its sessions that have not proved themselves, as in `unproven (20 of 20)`.
+fn version(cohort: &Value) -> String {
+    let of = |path: &str| table::at(cohort, path);
+    if cohort.get("version").is_none_or(Value::is_null) {
+        "proven".to_owned()
+    } else {
+        format!(
+            "{} ({} of {})",
+            of("version.state"),
+            of("version.young"),
+            of("version.room")
+        )
+    }
 }
 
 /// Returns a figure of the last minute and hour, and how it compares with the rest of the fleet, as in
@@ -168,7 +208,7 @@ mod tests {
     #[test]
     fn cohorts_are_shown_with_their_rates_and_against_the_rest() {
         let rates = |repeats: f64| json!({"attempts": {"admitted": 2.5, "overloaded": 0.0}, "repeats": repeats, "errors": 0.0, "messages": 7.0, "lookup_ms": null, "session_seconds": 61.0});
-        let answer = json!({"items": [{"cohort": "box/3.8.0-b3", "breaker": "proposed", "stands_out": 2.5, "connected": 60,
+        let answer = json!({"items": [{"cohort": "box/3.8.0-b3", "breaker": "proposed", "stands_out": 2.5, "connected": 60, "version": {"state": "unproven", "young": 3, "room": 20},
             "attempts": {"admitted": 977}, "repeats": 955, "minute": rates(0.5), "hour": rates(0.1),
             "compared": {"repeats": 12.0, "errors": null, "messages": 1.0, "lookup_ms": null}}]});
 
@@ -177,6 +217,7 @@ mod tests {
         for part in [
             "proposed",
             "2.5",
+            "unproven (3 of 20)",
             "admitted 2.5",
             "0.5 | 0.1 (12",
             "7.0 | 7.0 (1",

@@ -44,6 +44,8 @@ use crate::runtime::config::is_long_form;
 use client::Client;
 use failure::{DONE, Failure, complain, note, usage};
 
+use crate::fleet::alarms::quoted;
+
 /// Shown under `seawall --help`.
 const EXAMPLES: &str = "\
 Examples:
@@ -281,16 +283,6 @@ fn next_command(args: impl Iterator<Item = String>, cursor: &str) -> String {
     }
     words.extend(["--cursor".to_owned(), quoted(cursor)]);
     words.join(" ")
-}
-
-/// Quotes a word for a POSIX shell.
-fn quoted(word: &str) -> String {
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./:=@%+,".contains(&byte);
-    if !word.is_empty() && word.bytes().all(is_plain) {
-        word.to_owned()
-    } else {
-        format!("'{}'", word.replace('\'', "'\\''"))
-    }
 }
 
 /// Maximum number of wrong characters in the name of a variable that is taken for a misspelt setting.

@@ -7,6 +7,7 @@ use seawall_proto::{
     close::{EndReason, EndedBy},
     cohorts::{EventKind, Figure, Past},
     presence::Evidence,
+    proving::Member,
     rules::Subject,
     time::Instant,
 };
@@ -59,6 +60,7 @@ impl Online {
         }
         let session = registered.session;
         shared.breaker.handle_opened(session.info.address);
+        shared.lookups.handle_session_opened(member(&session));
         shared.metrics.sessions.set(len_of(shared));
         if is_counting {
             shared
@@ -146,9 +148,13 @@ impl Online {
             past = self.account(reason, duration);
         }
         shared.breaker.handle_closed(self.session.info.address);
+        let told = self.is_session.then_some(reason);
+        let opened_at = self.session.info.opened_at;
+        shared
+            .lookups
+            .handle_session_ended(member(&self.session), opened_at, told);
         if shared.rollouts.is_counting() {
-            let told = self.is_session.then_some(reason);
-            let (opened_at, now) = (self.session.info.opened_at, shared.clock.now());
+            let now = shared.clock.now();
             let subject = subject(&self.session);
             shared.rollouts.closed(&subject, opened_at, self.is_repeat, told, now);
         }
@@ -179,6 +185,14 @@ impl Drop for Online {
 fn past_of(session: &Session, by: EndedBy, now: Instant) -> Past {
     let lived = now.saturating_since(session.info.opened_at);
     Past::after(session.returned(), by, lived)
+}
+
+/// The device, for tests of its firmware version.
+fn member(session: &Session) -> Member {
+    Member {
+        device: session.info.device,
+        kind: session.info.cohort().kind(),
+    }
 }
 
 /// The device as rules see it.

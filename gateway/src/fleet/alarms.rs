@@ -84,7 +84,7 @@ const LATE_NODE: Hold = Hold {
 };
 
 /// Every kind of alarm, with its usual action. docs/OPERATIONS.md has a runbook for each.
-const KINDS: [(&str, Severity, Option<&str>, Hold); 31] = [
+const KINDS: [(&str, Severity, Option<&str>, Hold); 33] = [
     ("lookups_fail", Critical, Some("seawall doctor"), AT_ONCE),
     ("database_refuses", Critical, Some("seawall doctor"), AT_ONCE),
     ("database_file", Critical, Some("seawall doctor"), AT_ONCE),
@@ -98,6 +98,7 @@ const KINDS: [(&str, Severity, Option<&str>, Hold); 31] = [
     ("memory_short", Critical, Some("seawall nodes"), AT_ONCE),
     ("bad_cohort", Critical, Some("seawall proposals list"), AT_ONCE),
     ("config_stale", Critical, Some("seawall nodes"), AT_ONCE),
+    ("version_worse", Critical, Some("seawall firmware"), AT_ONCE),
     ("admission_ceiling", Warning, Some("seawall config show"), END_LATER),
     ("certificate_expires", Warning, Some("seawall config show"), AT_ONCE),
     ("config_refused", Warning, Some("seawall nodes"), AT_ONCE),
@@ -121,6 +122,7 @@ const KINDS: [(&str, Severity, Option<&str>, Hold); 31] = [
     ),
     ("task_failed", Warning, None, AT_ONCE),
     ("tls_files", Warning, Some("seawall config show"), AT_ONCE),
+    ("version_waiting", Warning, Some("seawall firmware"), AT_ONCE),
 ];
 
 /// Names of all kinds.
@@ -306,6 +308,17 @@ impl Alarms {
 
     fn lock(&self) -> MutexGuard<'_, Conditions> {
         self.conditions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Quotes a word of a command for a POSIX shell.
+#[must_use]
+pub fn quoted(word: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./:=@%+,".contains(&byte);
+    if !word.is_empty() && word.bytes().all(is_plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
     }
 }
 

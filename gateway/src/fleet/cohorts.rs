@@ -15,7 +15,7 @@ use std::{
 
 pub use seawall_proto::cohorts::Outcome;
 use seawall_proto::{
-    cohort::{CohortTag, choose},
+    cohort::{CohortTag, Kind, choose},
     cohorts::{Figure, Rates, STATEMENT_PARTS, Totals},
     id::Label,
 };
@@ -47,6 +47,7 @@ pub struct Cohort {
     pub model: Option<Arc<str>>,
     pub firmware: Option<Arc<str>>,
     tag: CohortTag,
+    kind: Kind,
     /// Whether some of its devices name their model, by which admission tells them apart.
     names_model: AtomicBool,
     /// Whether some of its devices leave their model to the registry.
@@ -89,6 +90,7 @@ impl Cohort {
             model: model.map(Into::into),
             firmware: firmware.map(Into::into),
             tag: CohortTag::confirmed(model, firmware),
+            kind: Kind::of(model, firmware),
             names_model: AtomicBool::new(false),
             leaves_model: AtomicBool::new(false),
             counted_in,
@@ -113,11 +115,7 @@ impl Cohort {
         if self.is_rest {
             return OTHER.to_owned();
         }
-        format!(
-            "{}/{}",
-            part(self.model.as_deref(), true),
-            part(self.firmware.as_deref(), false)
-        )
+        name_of(self.model.as_deref(), self.firmware.as_deref())
     }
 
     /// Hands out the attempts that were not shown yet, and notes them as shown: in series of its own, or elsewhere.
@@ -224,6 +222,12 @@ impl Cohort {
         self.tag
     }
 
+    /// The cohort for comparisons between versions.
+    #[must_use]
+    pub const fn kind(&self) -> Kind {
+        self.kind
+    }
+
     /// Notes that one of its devices was looked up under `claimed`.
     pub fn claimed_as(&self, claimed: CohortTag) {
         let is_named = claimed == self.tag.claimed();
@@ -240,7 +244,7 @@ impl Cohort {
     pub fn is_claimed_as(&self, claimed: CohortTag) -> bool {
         let is_noted = |noted: &AtomicBool| noted.load(Ordering::Relaxed);
         (is_noted(&self.names_model) && claimed == self.tag.claimed())
-            || (is_noted(&self.leaves_model) && claimed == CohortTag::of(None, self.firmware.as_deref()))
+            || (is_noted(&self.leaves_model) && claimed == self.kind.unnamed)
     }
 
     /// Attempts by outcome, those that never happened left out.
@@ -463,6 +467,12 @@ fn named(attempts: &[u64; OUTCOMES]) -> Vec<(&'static str, u64)> {
         .map(|outcome| (outcome.as_str(), attempts[outcome.index()]))
         .filter(|(_, n)| *n > 0)
         .collect()
+}
+
+/// `model/version`, as operators read it.
+#[must_use]
+pub fn name_of(model: Option<&str>, firmware: Option<&str>) -> String {
+    format!("{}/{}", part(model, true), part(firmware, false))
 }
 
 /// A model or a version within a cohort's name: what would make two cohorts look alike is percent-encoded.

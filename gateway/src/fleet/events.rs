@@ -65,13 +65,14 @@ impl Event {
 }
 
 /// Names of all events.
-pub const NAMES: [&str; 9] = [
+pub const NAMES: [&str; 10] = [
     "presence",
     "presence_group",
     "rules",
     "rollout",
     "alarm",
     "proposal",
+    "version",
     "drain",
     "eviction",
     "message",
@@ -126,6 +127,13 @@ pub enum Body {
         signal: &'static str,
         state: &'static str,
         rule: Option<RuleId>,
+    },
+    /// A firmware version is new to the fleet, is proven, or was found worse than others.
+    Version {
+        /// `model/version`, as devices claim it.
+        cohort: String,
+        /// `proven`, `unproven` or `worse`.
+        state: &'static str,
     },
     /// The drain started, ended, or was cancelled.
     Drain { state: &'static str },
@@ -230,6 +238,7 @@ impl Body {
             Self::Rollout { .. } => "rollout",
             Self::Alarm(_) => "alarm",
             Self::Proposal { .. } => "proposal",
+            Self::Version { .. } => "version",
             Self::Drain { .. } => "drain",
             Self::Eviction { .. } => "eviction",
             Self::Message { .. } => "message",
@@ -246,6 +255,7 @@ impl Body {
             | Self::Rollout { .. }
             | Self::Alarm(_)
             | Self::Proposal { .. }
+            | Self::Version { .. }
             | Self::Drain { .. }
             | Self::Eviction { .. } => None,
         }
@@ -262,6 +272,7 @@ impl Body {
             | Self::Rollout { .. }
             | Self::Alarm(_)
             | Self::Proposal { .. }
+            | Self::Version { .. }
             | Self::Drain { .. }
             | Self::Eviction { .. } => None,
         }
@@ -283,6 +294,7 @@ impl Body {
             | Self::Rollout { .. }
             | Self::Alarm(_)
             | Self::Proposal { .. }
+            | Self::Version { .. }
             | Self::Drain { .. }
             | Self::Eviction { .. } => 0,
         }

@@ -2,7 +2,10 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -43,6 +46,8 @@ pub(super) struct Driver {
     rearm: Notify,
     pub(super) clock: Clock,
     pub(super) dependencies: Dependencies,
+    /// Whether any version is tested, so that sessions need to be reported.
+    is_testing: AtomicBool,
 }
 
 /// State behind the mutex.
@@ -99,7 +104,13 @@ impl Driver {
             rearm: Notify::new(),
             clock,
             dependencies,
+            is_testing: AtomicBool::new(false),
         }
+    }
+
+    /// Whether sessions need to be reported.
+    pub(super) fn is_testing(&self) -> bool {
+        self.is_testing.load(Ordering::Relaxed)
     }
 
     /// A panic while the lock was held is a bug that ends the gateway elsewhere. Waiting devices still get their
@@ -114,6 +125,7 @@ impl Driver {
             resume,
             rules,
             departures,
+            sessions,
             ..
         } = &self.dependencies;
         let rules = rules.current();
@@ -122,6 +134,7 @@ impl Driver {
                 rules: &rules,
                 verifier,
                 draining: departures.peers(),
+                sessions: sessions.load(Ordering::Relaxed),
                 now: self.clock.now(),
                 wall: self.clock.wall(),
             })
@@ -132,7 +145,15 @@ impl Driver {
     /// before may be older than those that the machine knows.
     fn act<T>(&self, act: impl FnOnce(&mut Core, &Conditions<'_>) -> T) -> T {
         let core = &mut *self.lock();
-        self.by_conditions(|conditions| act(core, conditions))
+        let acted = self.by_conditions(|conditions| act(core, conditions));
+        self.note_testing(core);
+        acted
+    }
+
+    /// To be called under the lock that a version may have come or gone under.
+    pub(super) fn note_testing(&self, core: &Core) {
+        self.is_testing
+            .store(core.connect.proving().is_testing(), Ordering::Relaxed);
     }
 
     pub(super) fn enter(self: &Arc<Self>, attempt: Attempt<'_>) -> Entered {

@@ -6,14 +6,23 @@
 //!
 //! Start with [`Lookups`]. No policy is here.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use seawall_proto::{
     admission::{AdmissionConfig, AdmissionState, Costly, Registry, STATEMENTS_IN_FLIGHT_MAX},
+    close::EndReason,
     connect::{Attempt, Conclusion},
     id::{CredentialTag, DeviceId, Network},
+    proving::{Change, Member, Tested},
     refusal::{Hint, Refusal},
     slots::{RegistryIndex, SlotKeys, SlotsState},
+    time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -26,7 +35,7 @@ use crate::{
     metrics::Metrics,
     runtime::{clock::Clock, lifecycle::Lifecycle},
     session::departures::Departures,
-    store::Store,
+    store::{Store, StoredVersion, StoredVersions},
 };
 
 /// Dependencies of decisions, beside the registry.
@@ -35,6 +44,8 @@ pub struct Dependencies {
     pub resume: Arc<Resume>,
     pub rules: Arc<Rules>,
     pub departures: Arc<Departures>,
+    /// Number of sessions of this node.
+    pub sessions: Arc<AtomicUsize>,
 }
 
 /// Decides on connecting devices, and looks them up. Clones share one service.
@@ -230,6 +241,66 @@ impl Lookups {
     #[must_use]
     pub fn k_ref(&self) -> f64 {
         self.state().k_ref
+    }
+
+    /// Takes stored versions. Versions are limited from the first call on.
+    pub fn handle_versions(&self, stored: &StoredVersions) {
+        let now = self.0.clock.now();
+        let mut core = self.0.lock();
+        let proving = core.connect.proving_mut();
+        for version in &stored.versions {
+            proving.handle_stored(version.model.as_ref(), version.firmware.as_ref(), version.state, now);
+        }
+        proving.handle_loaded(stored.is_young);
+        self.0.note_testing(&core);
+    }
+
+    /// Takes the state of a version that was stored.
+    pub fn handle_version(&self, version: &StoredVersion) {
+        let now = self.0.clock.now();
+        let mut core = self.0.lock();
+        let proving = core.connect.proving_mut();
+        proving.handle_stored(version.model.as_ref(), version.firmware.as_ref(), version.state, now);
+        self.0.note_testing(&core);
+    }
+
+    /// Looks at the evidence about unproven versions; once a second. Returns what changed.
+    #[must_use]
+    pub fn judge_versions(&self) -> Vec<Change> {
+        let sessions = self.0.dependencies.sessions.load(Ordering::Relaxed);
+        let now = self.0.clock.now();
+        let mut core = self.0.lock();
+        core.connect.handle_second(sessions, now);
+        let proving = core.connect.proving_mut();
+        let changes = std::iter::from_fn(|| proving.poll_change()).collect();
+        self.0.note_testing(&core);
+        changes
+    }
+
+    /// The versions under test, and the number of attempts refused for one so far.
+    #[must_use]
+    pub fn tested_versions(&self) -> (Vec<Tested>, u64) {
+        let now = self.0.clock.now();
+        let core = self.0.lock();
+        let proving = core.connect.proving();
+        (proving.tested(now).collect(), proving.refused())
+    }
+
+    /// A session began. Takes a lock only while a version is tested.
+    pub fn handle_session_opened(&self, member: Member) {
+        if self.0.is_testing() {
+            let now = self.0.clock.now();
+            self.0.lock().connect.proving_mut().handle_opened(member, now);
+        }
+    }
+
+    /// The session that began at `opened_at` ended. `None`: the device never heard of it.
+    pub fn handle_session_ended(&self, member: Member, opened_at: Instant, reason: Option<EndReason>) {
+        if self.0.is_testing() {
+            let now = self.0.clock.now();
+            let mut core = self.0.lock();
+            core.connect.proving_mut().handle_ended(member, opened_at, reason, now);
+        }
     }
 
     /// Isolated cohorts, whose lookups cost far more than those of others.

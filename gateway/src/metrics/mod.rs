@@ -100,6 +100,8 @@ pub struct Metrics {
     pub handshakes_under_way: GaugeFamily,
     pub accept_pauses: Counter,
     pub proposals: GaugeFamily,
+    pub versions_tested: GaugeFamily,
+    pub version_refusals: Counter,
     pub lookup_cohorts_apart: Gauge,
     pub plan_alarm: Gauge,
     pub database_errors: Family,
@@ -459,6 +461,16 @@ impl Metrics {
                 "Proposals of the cohort breaker. `open`: a person decides. `applied`: the rule holds.",
                 "state",
                 &["open", "applied"],
+            ),
+            versions_tested: names.gauges(
+                "seawall_versions_tested",
+                "Firmware versions whose devices are limited. `unproven`: there is no verdict yet. `worse`: they fail more often than others.",
+                "state",
+                &["unproven", "worse"],
+            ),
+            version_refusals: names.counter(
+                "seawall_version_refusals_total",
+                "Attempts refused because the firmware version has not proved itself. They are `overloaded` in seawall_handshakes_total.",
             ),
             lookup_cohorts_apart: names.gauge(
                 "seawall_lookup_cohorts_apart",

@@ -3,21 +3,32 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use axum::{Json, extract::State};
-use seawall_proto::cohorts::{Figure, Outcome, Rates, STATEMENT_PARTS, Window};
-use serde::Serialize;
+use seawall_proto::{
+    cohort::CohortTag,
+    cohorts::{Figure, Outcome, Rates, STATEMENT_PARTS, Window},
+    id::Label,
+    proving::{Tested, VersionState},
+    rollout::Counts,
+};
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     Api,
-    auth::{Caller, Viewer},
-    extract::{Page, PageParams, Params},
+    auth::{Caller, Operator, Viewer},
+    extract::{Body, Page, PageParams, Params},
     problem::{Problem, ProblemBody},
 };
-use crate::fleet::cohorts::Cohort;
+use crate::{
+    fleet::cohorts::{Cohort, name_of},
+    store::StoredVersion,
+};
 
 pub fn routes() -> OpenApiRouter<Arc<Api>> {
-    OpenApiRouter::new().routes(routes!(list_cohorts))
+    OpenApiRouter::new()
+        .routes(routes!(list_cohorts))
+        .routes(routes!(clear_version))
 }
 
 /// Figures of one cohort on this node, since its start.
@@ -41,12 +52,96 @@ pub struct CohortRow {
     stands_out: f64,
     /// `closed`; `proposed` while a proposal about it is open; `open` while a rule of the breaker holds.
     breaker: &'static str,
+    /// Test of a version that is new to the fleet. Null if the version is proven.
+    version: Option<VersionView>,
     /// Rates of the last minute.
     minute: RatesView,
     /// Rates of the last hour.
     hour: RatesView,
     /// Its figures of the last minute relative to those of all other cohorts. 1: as the others.
     compared: Compared,
+}
+
+/// Test of a version that is new to the fleet: few of its devices are admitted at a time. Its figures are this node's.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct VersionView {
+    /// `unproven`: there is no verdict yet. `worse`: its devices fail more often than others.
+    state: &'static str,
+    /// Open sessions of under 2 minutes.
+    young: u32,
+    /// Maximum of `young`.
+    room: u32,
+    /// Attempts that were refused for lack of room.
+    refused: u64,
+    /// Devices have been refused for 15 minutes, without a verdict.
+    waiting: bool,
+    /// Sessions of the version that are too young to count, whether they are open or not.
+    pending: VersionCounts,
+    /// Sessions of the version that count.
+    sessions: VersionCounts,
+    /// Sessions of the same minutes that they are compared with.
+    control: VersionCounts,
+    /// 9.16 and more: worse. -3 and less: not worse. Between the two: not decided.
+    log_likelihood_ratio: f64,
+}
+
+/// Sessions of a test. Those that the gateway, an operator or a newer session ended before 2 minutes are left out.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct VersionCounts {
+    began: u64,
+    /// The device or its network ended them before 2 minutes.
+    failed: u64,
+}
+
+impl From<Counts> for VersionCounts {
+    fn from(counts: Counts) -> Self {
+        Self {
+            began: counts.connects,
+            failed: counts.failed,
+        }
+    }
+}
+
+impl VersionView {
+    /// The test of a cohort: of its model and version, otherwise of its version as devices without a model claim it.
+    fn of(cohort: &Cohort, tested: &BTreeMap<CohortTag, Tested>) -> Option<Self> {
+        let kind = cohort.kind();
+        let is_rest = cohort.is_rest();
+        let tested = tested.get(&kind.named).or_else(|| tested.get(&kind.unnamed));
+        let tested = tested.filter(|_| !is_rest)?;
+        Some(Self {
+            state: tested.state.as_str(),
+            young: tested.young,
+            room: tested.room,
+            refused: tested.refused,
+            waiting: tested.is_waiting,
+            pending: tested.pending.into(),
+            sessions: tested.evidence.0.into(),
+            control: tested.evidence.1.into(),
+            log_likelihood_ratio: rounded(tested.log_likelihood_ratio),
+        })
+    }
+}
+
+/// A version whose test is ended.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ClearBody {
+    /// As devices claim it; left out where they leave it to the registry.
+    model: Option<String>,
+    /// As devices claim it; left out for those that name none.
+    firmware: Option<String>,
+}
+
+/// A version whose test was ended.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ClearedVersion {
+    /// `model/version`.
+    cohort: String,
+    /// `unproven` or `worse`.
+    before: &'static str,
+    /// `proven`.
+    state: &'static str,
 }
 
 /// Rates of a cohort: averages in which recent events weigh more.
@@ -174,7 +269,7 @@ pub struct LookupCost {
 type Judged = (&'static str, f64);
 
 impl CohortRow {
-    fn of(cohort: &Cohort, (breaker, stands_out): Judged, fleet: &Fleet) -> Self {
+    fn of(cohort: &Cohort, (breaker, stands_out): Judged, fleet: &Fleet, tested: &BTreeMap<CohortTag, Tested>) -> Self {
         let (keys, seconds, statements) = cohort.lookup_cost();
         let rates = cohort.rates();
         Self {
@@ -192,6 +287,7 @@ impl CohortRow {
             },
             stands_out: rounded(stands_out),
             breaker,
+            version: VersionView::of(cohort, tested),
             minute: RatesView::of(&rates, Window::Minute),
             hour: RatesView::of(&rates, Window::Hour),
             compared: fleet.compare(cohort),
@@ -199,8 +295,8 @@ impl CohortRow {
     }
 }
 
-/// Cohorts, those with a proposal or a rule of the breaker first, then those that stand out, then those with most
-/// sessions
+/// Cohorts, those with a proposal, a rule of the breaker or an unproven version first, then those that stand out, then
+/// those with most sessions
 ///
 /// The order changes while devices come and go: a row may be missing or come twice across pages.
 #[utoipa::path(
@@ -217,20 +313,68 @@ async fn list_cohorts(
 ) -> Result<Json<Page<CohortRow>>, Problem> {
     let rows = api.state.cohorts.rows();
     let fleet = Fleet::of(&rows);
+    let (tested, _) = api.state.lookups.tested_versions();
+    let tag = |version: &Tested| CohortTag::of(version.model.as_deref(), version.firmware.as_deref());
+    let tested: BTreeMap<_, _> = tested.into_iter().map(|version| (tag(&version), version)).collect();
     let mut judged: Vec<(Judged, _)> = rows.iter().map(|row| (api.state.breaker.state(row), row)).collect();
     // Stable: otherwise in the order of sessions.
-    judged.sort_by(|((left, left_out), _), ((right, right_out), _)| {
-        let is_closed = |breaker: &str| breaker == "closed";
-        let by_breaker = is_closed(left).cmp(&is_closed(right));
-        by_breaker.then(right_out.total_cmp(left_out))
+    judged.sort_by(|((left, left_out), left_row), ((right, right_out), right_row)| {
+        let is_usual = |breaker: &str, row: &Cohort| breaker == "closed" && VersionView::of(row, &tested).is_none();
+        let by_state = is_usual(left, left_row).cmp(&is_usual(right, right_row));
+        by_state.then(right_out.total_cmp(left_out))
     });
     let numbered: Vec<_> = judged.into_iter().enumerate().collect();
     let page = Page::of_sorted(numbered, &params, |(number, _)| *number)?;
     let rows = page.items.into_iter();
     Ok(Json(Page {
         items: rows
-            .map(|(_, (judged, row))| CohortRow::of(row, judged, &fleet))
+            .map(|(_, (judged, row))| CohortRow::of(row, judged, &fleet, &tested))
             .collect(),
         next_cursor: page.next_cursor,
+    }))
+}
+
+/// End the test of a firmware version: it is proven, and no longer limited
+#[utoipa::path(
+    post, path = "/api/v1/firmware/clear", tag = "firmware", request_body = ClearBody,
+    responses(
+        (status = 200, description = "The version. Other nodes follow within 10 s", body = ClearedVersion),
+        (status = 404, description = "No such version is tested", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "default", description = "An error", body = ProblemBody, content_type = "application/problem+json"),
+    ),
+)]
+async fn clear_version(
+    caller: Caller<Operator>,
+    State(api): State<Arc<Api>>,
+    Body(body): Body<ClearBody>,
+) -> Result<Json<ClearedVersion>, Problem> {
+    let label = |text: Option<&str>, field: &str| {
+        let label = text.map(Label::parse).transpose();
+        let label = label.map_err(|error| Problem::invalid(format!("{field}: {error}")))?;
+        Ok::<_, Problem>(label.flatten())
+    };
+    let version = StoredVersion {
+        model: label(body.model.as_deref(), "model")?,
+        firmware: label(body.firmware.as_deref(), "firmware")?,
+        state: VersionState::Proven,
+    };
+    let cohort = name_of(version.model.as_deref(), version.firmware.as_deref());
+    let audit = caller.audit(&api, "firmware.clear");
+    let (gateway, subject) = (Arc::clone(&api.state), cohort.clone());
+    let cleared = api
+        .carry_out(async move {
+            let name = (version.model.as_deref(), version.firmware.as_deref());
+            let before = gateway.store.version_clear(name, &subject, &audit).await?;
+            if before.is_some() {
+                gateway.lookups.handle_version(&version);
+            }
+            Ok::<_, Problem>(before)
+        })
+        .await??;
+    let before = cleared.ok_or_else(|| Problem::not_found("firmware version under test"))?;
+    Ok(Json(ClearedVersion {
+        cohort,
+        before: before.as_str(),
+        state: VersionState::Proven.as_str(),
     }))
 }

@@ -225,6 +225,15 @@ async fn start_with(config: Config, overrides: Overrides, life: &Lifecycle) -> R
     let resume = Arc::new(Resume::open(data_dir.path(), keys.resume, config.resume.life()));
     let rules = Arc::new(Rules::open(data_dir.path()));
     let departures = Arc::new(Departures::new(config.session.age_max(), clock));
+    let mut ids = ids::load(data_dir.path(), started);
+    let queue_len_max = overrides.presence_queue_len_max.unwrap_or(QUEUE_LEN_MAX);
+    let history = History::with_bounds(KNOWN_MAX, queue_len_max);
+    history.queue().set_boot(started.max(ids.last_mark()));
+    let boot = Boot {
+        node: ids.node(),
+        epoch: ids.next(started),
+    };
+    let sessions = Sessions::new(ids);
     let lookups = Lookups::start(
         config.admission.clone(),
         keys.slots.with_issuer(&node_name(&config)),
@@ -235,6 +244,7 @@ async fn start_with(config: Config, overrides: Overrides, life: &Lifecycle) -> R
             resume: Arc::clone(&resume),
             rules: Arc::clone(&rules),
             departures: Arc::clone(&departures),
+            sessions: sessions.counter(),
         },
         life,
     );
@@ -251,14 +261,6 @@ async fn start_with(config: Config, overrides: Overrides, life: &Lifecycle) -> R
     let alarms = Arc::new(Alarms::new(Arc::clone(&events), Arc::clone(&webhook), clock));
     let panics = Arc::new(Panics::new(metrics.task_panics.clone(), Arc::clone(&alarms)));
     let breaker = CohortBreaker::new(config.breaker.mode.into());
-    let mut ids = ids::load(data_dir.path(), started);
-    let queue_len_max = overrides.presence_queue_len_max.unwrap_or(QUEUE_LEN_MAX);
-    let history = History::with_bounds(KNOWN_MAX, queue_len_max);
-    history.queue().set_boot(started.max(ids.last_mark()));
-    let boot = Boot {
-        node: ids.node(),
-        epoch: ids.next(started),
-    };
     let config = Arc::new(config);
     let state = Arc::new(State {
         node: node_name(&config).into(),
@@ -281,7 +283,7 @@ async fn start_with(config: Config, overrides: Overrides, life: &Lifecycle) -> R
         audit_journal: Arc::new(AuditJournal::open(data_dir.path())),
         restricted: RestrictedSessions::new(bounds.connections),
         rollouts: Rollouts::default(),
-        sessions: Sessions::new(ids),
+        sessions,
         observer: start_observer(clock, life)?,
         silence: Silence::default(),
         lost: AtomicU64::new(0),
@@ -427,6 +429,7 @@ fn spawn_tasks(state: &Shared, life: &Lifecycle, follows_memory: bool) {
     helper!("webhook", tasks::webhook::deliver);
     helper!("attempts summary", tasks::attempts_summary::run);
     helper!("cohorts", tasks::cohorts::judge);
+    helper!("versions", tasks::versions::follow);
 }
 
 async fn follow_tokens(state: Shared, stop: CancellationToken) {

@@ -339,7 +339,7 @@ fn wake(inbox: MutexGuard<'_, Inbox>) {
 pub struct Sessions {
     shards: Box<[Mutex<Shard>]>,
     ids: Mutex<SessionIds>,
-    len: AtomicUsize,
+    len: Arc<AtomicUsize>,
 }
 
 /// Sessions by device, each with the time at which it is to be called.
@@ -383,8 +383,14 @@ impl Sessions {
         Self {
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             ids: Mutex::new(ids),
-            len: AtomicUsize::new(0),
+            len: Arc::default(),
         }
+    }
+
+    /// The number of sessions, to be shared.
+    #[must_use]
+    pub fn counter(&self) -> Arc<AtomicUsize> {
+        Arc::clone(&self.len)
     }
 
     /// The source of ids. Locked for as long as it is held.

@@ -80,6 +80,12 @@ const VERSIONS: &[Version] = &[
         sqlite: include_str!("../../../migrations/sqlite/0008_presence.sql"),
         postgres: include_str!("../../../migrations/postgres/0008_presence.sql"),
     },
+    Version {
+        number: 9,
+        name: "firmware_versions",
+        sqlite: include_str!("../../../migrations/sqlite/0009_firmware_versions.sql"),
+        postgres: include_str!("../../../migrations/postgres/0009_firmware_versions.sql"),
+    },
 ];
 
 /// The newest version of the schema that this binary knows.

@@ -30,6 +30,7 @@ mod rule_journal;
 mod rules;
 mod sqlite;
 mod tokens;
+mod versions;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
@@ -64,6 +65,7 @@ pub use self::{
     rule_journal::{Seen, Settled},
     rules::{Consent, RULES_MAX, StoredRules},
     tokens::TOKENS_MAX,
+    versions::{StoredVersion, StoredVersions, VersionName},
 };
 use self::{
     connection::{Connector, Sql},

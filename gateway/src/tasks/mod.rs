@@ -27,4 +27,5 @@ pub mod silence;
 pub mod supervise;
 pub mod timer;
 pub mod tls;
+pub mod versions;
 pub mod webhook;

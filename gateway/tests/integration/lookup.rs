@@ -83,6 +83,7 @@ impl Fixture {
                 )),
                 rules: Arc::clone(&rules),
                 departures: Arc::new(Departures::new(None, clock)),
+                sessions: Arc::default(),
             },
             &life,
         );

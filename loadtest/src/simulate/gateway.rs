@@ -96,6 +96,7 @@ impl World<'_> {
             },
             // As the gateway, which knows of no others.
             draining: at.is_out.then_some(Peers::None),
+            sessions: 0,
             now,
             wall,
         };

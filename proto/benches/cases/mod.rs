@@ -220,6 +220,7 @@ impl ConnectPath {
                 is_stale: false,
             },
             draining: None,
+            sessions: 0,
             now: self.now,
             wall: WALL,
         };

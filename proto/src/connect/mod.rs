@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! draining? ─▶ rules on claims ─▶ credential present? ─▶ resume token ─▶          screen
-//! throttles ─▶ admission ─▶ [lookup] ─▶ credential ─▶ disabled? ─▶
+//! throttles ─▶ unproven version? ─▶ admission ─▶ [lookup] ─▶ credential ─▶ disabled? ─▶
 //! rules on registry data ─▶ draining? ─▶ Admitted | Refused                       Connect
 //! ```
 //!
@@ -14,7 +14,7 @@
 //! a request, come before.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -40,6 +40,7 @@ use crate::{
     },
     cohort::CohortTag,
     id::{Credential, CredentialTag, DeviceId, Label, Network, RuleId, SessionId},
+    proving::{self, Proving},
     record::{DeviceRecord, DeviceState},
     refusal::{Hint, Peers, Refusal},
     resume::{Generation, Grant, Verifier},
@@ -57,6 +58,8 @@ pub struct Conditions<'a> {
     pub verifier: Verifier<'a>,
     /// Set while this node is draining.
     pub draining: Option<Peers>,
+    /// Sessions of this node.
+    pub sessions: usize,
     pub now: Instant,
     pub wall: WallTime,
 }
@@ -203,6 +206,8 @@ struct Waiting<T> {
     is_paid: bool,
     /// Throttles do not refuse it, because it returned at its slot.
     is_exempt: bool,
+    /// Its version had not proved itself when it came.
+    is_limited: bool,
     caller: T,
 }
 
@@ -231,6 +236,7 @@ pub struct Connect<T> {
     believes_absence: bool,
     doubts: Doubts,
     has_doubt: bool,
+    proving: Proving,
 }
 
 impl<T> Connect<T> {
@@ -247,6 +253,7 @@ impl<T> Connect<T> {
             believes_absence: true,
             doubts: Doubts::default(),
             has_doubt: false,
+            proving: Proving::default(),
         }
     }
 
@@ -298,12 +305,28 @@ impl<T> Connect<T> {
                 return Step::Concluded(concluded(Decision::Refused(refusal), dry_run));
             }
         }
+        let cohort = CohortTag::of(attempt.model.map(Label::as_str), attempt.firmware.map(Label::as_str));
+        let is_limited = self.proving.is_limited(cohort);
+        // Other devices are left to admission, because anybody can name an id and a version.
+        let is_asked = is_limited && (is_resumed || self.slots.is_known(device, attempt.slot, now, wall));
+        let proving = is_asked.then(|| proving::Asking {
+            cohort,
+            sessions: conditions.sessions,
+            k_ref: self.admission.k_ref(now),
+        });
+        if let Some(refusal) = proving.and_then(|asking| self.not_proven_yet(asking, &attempt, (now, wall), rng)) {
+            return Step::Concluded(concluded(Decision::Refused(refusal), dry_run));
+        }
         if let Standing::Resumed(admitted) = standing {
+            if let Some(asking) = proving {
+                self.proving.handle_admitted(attempt.model, attempt.firmware, now);
+                self.proving.handle_entered(asking, now);
+            }
             return Step::Concluded(self.let_in(admitted, None, dry_run, conditions, rng));
         }
         let arrival = Arrival {
             device: attempt.device,
-            cohort: CohortTag::of(attempt.model.map(Label::as_str), attempt.firmware.map(Label::as_str)),
+            cohort,
             slot_token: attempt.slot,
             arrived: attempt.arrived,
             is_known_absent: self.absences.contains(attempt.device, now),
@@ -317,13 +340,19 @@ impl<T> Connect<T> {
             dry_run,
             is_paid: throttle.is_some(),
             is_exempt,
+            is_limited,
             caller: caller(),
         };
         match self
             .admission
             .attempt(&arrival, waiting, &mut self.slots, (now, wall), rng)
         {
-            admission::Decision::Queued(ticket) => Step::Waiting(ticket),
+            admission::Decision::Queued(ticket) => {
+                if let Some(asking) = proving {
+                    self.proving.handle_entered(asking, now);
+                }
+                Step::Waiting(ticket)
+            }
             admission::Decision::Refused(refused) => {
                 Step::Concluded(self.not_looked_up(refused, Some(attempt.device), dry_run, now))
             }
@@ -551,7 +580,13 @@ impl<T> Connect<T> {
             let throttled = |throttle| self.throttled(throttle, asking, conditions, rng);
             let refused = || throttle.and_then(throttled).map(Decision::Refused);
             match ruled.decision.or_else(refused) {
-                None => return self.let_in(admitted, Some(look_up), dry_run, conditions, rng),
+                None => {
+                    if waiting.is_limited {
+                        let OwnedSubject { model, firmware, .. } = &waiting.claims;
+                        self.proving.handle_admitted(model.as_ref(), firmware.as_ref(), now);
+                    }
+                    return self.let_in(admitted, Some(look_up), dry_run, conditions, rng);
+                }
                 Some(decision) => decision,
             }
         };
@@ -597,6 +632,23 @@ impl<T> Connect<T> {
         let reason = conditions.rules.get(throttle.rule);
         let reason = reason.map_or("", |rule| rule.spec.reason.as_str());
         Some(Refusal::throttled_by(throttle.rule, reason, after))
+    }
+
+    /// The refusal of a device whose version has not proved itself, if there is no room for it now. Neither a resume
+    /// token nor a due slot makes a difference: they say nothing about the firmware.
+    fn not_proven_yet(
+        &mut self,
+        asking: proving::Asking,
+        attempt: &Attempt<'_>,
+        (now, wall): (Instant, WallTime),
+        rng: &mut impl Rng,
+    ) -> Option<Refusal> {
+        let at = self.proving.ask(asking, now).err()?;
+        let hint = self
+            .slots
+            .refuse_until(attempt.device, attempt.slot, at, (now, wall), rng);
+        self.throttles.handle_refused(attempt.device, hint.after, now);
+        Some(Refusal::unproven(hint))
     }
 
     fn not_looked_up(
@@ -713,6 +765,26 @@ impl<T> Connect<T> {
     pub fn set_bounds(&mut self, lookups_per_second_max: u32, keys_in_flight_max: u32, now: Instant) {
         self.admission
             .set_bounds(lookups_per_second_max, keys_in_flight_max, now);
+    }
+
+    /// The versions that have not proved themselves.
+    #[must_use]
+    pub const fn proving(&self) -> &Proving {
+        &self.proving
+    }
+
+    /// As [`proving`](Self::proving), to report what is stored and which sessions begin and end.
+    pub const fn proving_mut(&mut self) -> &mut Proving {
+        &mut self.proving
+    }
+
+    /// Looks at the evidence about versions; once a second. `sessions`: of this node.
+    pub fn handle_second(&mut self, sessions: usize, now: Instant) {
+        if self.proving.is_testing() {
+            let costly: BTreeSet<CohortTag> = self.costly().map(|costly| costly.cohort.claimed()).collect();
+            self.proving
+                .handle_second(sessions, |cohort| costly.contains(&cohort), now);
+        }
     }
 
     /// See [`Admission::set_limit_cut`].

@@ -13,6 +13,8 @@ use crate::{
     slots::RegistryIndexBuilder,
 };
 
+mod proving;
+
 const WALL: WallTime = WallTime::from_unix_ms(1_000);
 const RESUME_KEYS: ResumeKeys = ResumeKeys::new(1, [3; 32]);
 const TOOK: Duration = Duration::from_millis(3);
@@ -116,6 +118,7 @@ struct Node {
     registry: Vec<DeviceRecord>,
     /// Number of keys that were looked up.
     asked: usize,
+    sessions: usize,
     rng: SmallRng,
     now: Instant,
 }
@@ -130,6 +133,7 @@ impl Node {
             revoked: none_revoked(),
             registry: registry.into_iter().collect(),
             asked: 0,
+            sessions: 0,
             rng: SmallRng::seed_from_u64(11),
             now: Instant::ZERO,
         }
@@ -162,6 +166,7 @@ impl Node {
                 is_stale: false,
             },
             draining: self.draining,
+            sessions: self.sessions,
             now: self.now,
             wall: WALL,
         };

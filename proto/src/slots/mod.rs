@@ -296,6 +296,26 @@ impl Slots {
         self.refuse(device, &standing, at_least, pace, (now, wall), rng)
     }
 
+    /// Gives a slot to a device that may not return before a time. A slot that is still ahead is kept, and
+    /// otherwise the time is its slot. No tenant's queue moves.
+    pub(crate) fn refuse_until(
+        &mut self,
+        device: DeviceId,
+        token: Option<&str>,
+        at: Instant,
+        (now, wall): (Instant, WallTime),
+        rng: &mut impl Rng,
+    ) -> Hint {
+        let standing = self.standing(device, token, now, wall);
+        let mut own = QueueEnd::empty(1.0);
+        let pace = Pace::Isolated {
+            queue_end: &mut own,
+            rate: 1.0,
+        };
+        let at_least = at.saturating_since(now);
+        self.refuse(device, &standing, at_least, pace, (now, wall), rng)
+    }
+
     /// Returns when a refused device should return: at the slot that it has, if that is still ahead, otherwise at a
     /// new one, not before `now + at_least`.
     pub(crate) fn refuse(

@@ -335,6 +335,9 @@ section! {
         /// rule admits 10 % of the cohort for 15 minutes, and is extended while they are bad. The cluster makes at most
         /// one such rule in 10 minutes, and a node none for more than 20 % of its own devices.
         pub mode: BreakerMode = BreakerMode::Propose;
+        /// Admits few devices at a time with a firmware version that is new to the fleet. The limit ends on its own,
+        /// after about 2 minutes, if their sessions are not worse than those of others.
+        pub limit_unproven: bool = true;
     }
 }
 

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::rig::{Gateway, text};
 
 /// Calls with the minimum role of each. The bodies change nothing.
-const CALLS: [(&str, &str, &str); 36] = [
+const CALLS: [(&str, &str, &str); 37] = [
     ("GET", "/api/v1/devices", "viewer"),
     ("GET", "/api/v1/devices/{id}", "viewer"),
     ("GET", "/api/v1/devices/{id}/history", "viewer"),
@@ -29,6 +29,7 @@ const CALLS: [(&str, &str, &str); 36] = [
     ("GET", "/api/v1/rules/{id}/rollout", "viewer"),
     ("PATCH", "/api/v1/rules/{id}/rollout", "operator"),
     ("GET", "/api/v1/firmware", "viewer"),
+    ("POST", "/api/v1/firmware/clear", "operator"),
     ("GET", "/api/v1/node", "viewer"),
     ("PUT", "/api/v1/node/log-level", "operator"),
     ("GET", "/api/v1/nodes", "viewer"),

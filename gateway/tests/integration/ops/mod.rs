@@ -19,4 +19,5 @@ mod proposals;
 mod rig;
 mod rollouts;
 mod rules;
+mod versions;
 mod webhook;

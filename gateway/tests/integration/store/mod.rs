@@ -17,6 +17,7 @@ mod rules;
 mod scarce;
 mod schema;
 mod server;
+mod versions;
 
 use std::{future::Future, time::Duration};
 

@@ -28,6 +28,7 @@ async fn both_schemas_have_the_same_tables_columns_and_keys() {
             "audit",
             "device_counts",
             "devices",
+            "firmware_versions",
             "meta",
             "presence",
             "presence_history",
