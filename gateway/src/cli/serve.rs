@@ -167,9 +167,10 @@ fn replace<T>(setting: &mut T, given: Option<T>) {
 
 impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Self {
-        match error {
-            ConfigError::Away { .. } => Self::failed(error),
-            _ => Self::WrongUse(error.to_string()),
+        if matches!(error, ConfigError::Away { .. }) {
+            Self::failed(error)
+        } else {
+            Self::WrongUse(error.to_string())
         }
     }
 }

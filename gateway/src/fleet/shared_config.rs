@@ -196,11 +196,16 @@ impl SharedConfig {
     }
 
     fn failed(&self, url: usize, error: &ureq::Error, otherwise: Outcome) -> (Response, Option<String>) {
-        let outcome = match error {
-            ureq::Error::Timeout(_) => Outcome::TimedOut,
-            ureq::Error::Io(error) if error.kind() == io::ErrorKind::TimedOut => Outcome::TimedOut,
-            ureq::Error::BodyExceedsLimit(_) => Outcome::TooLarge,
-            _ => otherwise,
+        let is_late = match error {
+            ureq::Error::Io(error) => error.kind() == io::ErrorKind::TimedOut,
+            error => matches!(error, ureq::Error::Timeout(_)),
+        };
+        let outcome = if is_late {
+            Outcome::TimedOut
+        } else if matches!(error, ureq::Error::BodyExceedsLimit(_)) {
+            Outcome::TooLarge
+        } else {
+            otherwise
         };
         // Some errors repeat the URL.
         let url = &*self.urls[url];

@@ -315,9 +315,12 @@ fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> 
 /// Every setting that has a value, by its path.
 fn settings(config: &Config) -> BTreeMap<String, toml::Value> {
     let sections = toml::Table::try_from(config).unwrap_or_default();
-    let keys = sections.into_iter().filter_map(|(section, keys)| match keys {
-        toml::Value::Table(keys) => Some((section, keys)),
-        _ => None,
+    let keys = sections.into_iter().filter_map(|(section, keys)| {
+        if let toml::Value::Table(keys) = keys {
+            Some((section, keys))
+        } else {
+            None
+        }
     });
     keys.flat_map(|(section, keys)| {
         keys.into_iter()
