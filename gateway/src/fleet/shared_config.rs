@@ -196,9 +196,10 @@ impl SharedConfig {
     }
 
     fn failed(&self, url: usize, error: &ureq::Error, otherwise: Outcome) -> (Response, Option<String>) {
-        let is_late = match error {
-            ureq::Error::Io(error) => error.kind() == io::ErrorKind::TimedOut,
-            error => matches!(error, ureq::Error::Timeout(_)),
+        let is_late = if let ureq::Error::Io(error) = error {
+            error.kind() == io::ErrorKind::TimedOut
+        } else {
+            matches!(error, ureq::Error::Timeout(_))
         };
         let outcome = if is_late {
             Outcome::TimedOut
