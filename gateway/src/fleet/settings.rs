@@ -21,7 +21,7 @@ pub struct Settings {
 pub struct Status {
     /// Number of configurations so far that were used, that of the start included.
     pub revision: u64,
-    /// When it was last confirmed: its URL answered as it should, or the file was read. `None`: not since the start.
+    /// When a URL last answered as it should. `None`: not since the start.
     pub confirmed: Option<Instant>,
     /// Whether it is confirmed by a URL, which may be away. A file is always there.
     pub is_shared: bool,
@@ -71,10 +71,10 @@ impl Settings {
         changed
     }
 
-    /// The configuration in use was read or confirmed.
-    pub fn handle_confirmed(&self, now: Instant) {
+    /// The configuration in use was read; and at this time a URL confirmed it, if one did.
+    pub fn handle_confirmed(&self, at: Option<Instant>) {
         let mut status = self.lock();
-        status.confirmed = Some(now);
+        status.confirmed = at.or(status.confirmed);
         status.refused = None;
     }
 

@@ -592,7 +592,7 @@ pub async fn until_signal(config: Config, reloads: Reloads) -> Result<(), StartE
 /// Reads the configuration again when it changes.
 fn follow_configuration(running: &Running, reloads: &Arc<Reloads>) {
     if reloads.is_confirmed() {
-        running.state.settings.handle_confirmed(running.state.clock.now());
+        running.state.settings.handle_confirmed(Some(running.state.clock.now()));
     }
     let (reloads, state, hard) = (
         Arc::clone(reloads),

@@ -184,25 +184,23 @@ fn handle(state: &State, reading: Reading, logged: &mut Logged) {
         (Some(_), true) | (None, false) => {}
     }
     logged.is_unkept = reading.unkept.is_some();
+    let is_read = reading.config.is_some();
     match reading.config {
-        Some(Ok(config)) => {
-            use_changes(state, config);
-            state.settings.handle_confirmed(now);
-        }
+        Some(Ok(config)) => use_changes(state, config),
         Some(Err(error)) => {
             tracing::error!(%error, "configuration not usable: nothing is changed");
-            state.settings.handle_refused(error.to_string());
+            return state.settings.handle_refused(error.to_string());
         }
-        None if reading.fetched.iter().any(|fetched| fetched.outcome.is_contact()) => {
-            state.settings.handle_confirmed(now);
-        }
-        None => {
-            let refused = reading.fetched.into_iter().find(|fetched| is_refusal(fetched.outcome));
-            if let Some(refused) = refused {
-                let problem = refused.problem.unwrap_or_else(|| refused.outcome.as_str().to_owned());
-                state.settings.handle_refused(format!("{}: {problem}", refused.origin));
-            }
-        }
+        None => {}
+    }
+    let is_contact = reading.fetched.iter().any(|fetched| fetched.outcome.is_contact());
+    let refused = reading.fetched.iter().find(|fetched| is_refusal(fetched.outcome));
+    match refused {
+        Some(refused) if !is_contact => state.settings.handle_refused(refused.to_string()),
+        Some(_) | None if is_contact => state.settings.handle_confirmed(Some(now)),
+        // The files of this node are good; its URLs were not asked, or did not answer.
+        Some(_) | None if is_read => state.settings.handle_confirmed(None),
+        Some(_) | None => {}
     }
 }
 
