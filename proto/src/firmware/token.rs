@@ -112,7 +112,10 @@ pub(super) fn compare_tokens(mut left: Tokens<'_>, mut right: Tokens<'_>) -> Ord
 /// Compares runs of digits, decimal or hexadecimal, as numbers of any length.
 pub(super) fn compare_numbers(left: &str, right: &str) -> Ordering {
     let (left, right) = (left.trim_start_matches('0'), right.trim_start_matches('0'));
-    left.len().cmp(&right.len()).then_with(|| compare_text(left, right))
+    let lower_case = |byte: u8| byte.to_ascii_lowercase();
+    left.len()
+        .cmp(&right.len())
+        .then_with(|| left.bytes().map(lower_case).cmp(right.bytes().map(lower_case)))
 }
 
 /// Compares character by character, in lower case.

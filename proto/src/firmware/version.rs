@@ -10,7 +10,7 @@ use super::token::{
     is_release_word, starts_with_git_hash, without_remark,
 };
 
-/// Marks a hexadecimal number.
+/// Marks a hexadecimal number, in either letter case.
 const HEXADECIMAL: &str = "0x";
 
 /// Compares two firmware texts as [`Version`]s. Total for any text, never fails, allocates nothing, takes time in
@@ -250,12 +250,15 @@ fn scan_release(bytes: &[u8]) -> (usize, bool) {
 /// The digits of a version that is one hexadecimal number, as Zigbee's file versions are: `0x264a0700`. None where
 /// other letters or digits follow directly.
 fn hexadecimal(text: &str) -> Option<&str> {
-    let marked = text.get(..HEXADECIMAL.len())?.eq_ignore_ascii_case(HEXADECIMAL);
-    let digits = &text[HEXADECIMAL.len()..];
+    // Hardly any version is marked, and each comparison asks.
+    let digits = match text.as_bytes() {
+        [b'0', b'x' | b'X', ..] => &text[HEXADECIMAL.len()..],
+        _ => return None,
+    };
     let len = digits.find(|character: char| !character.is_ascii_hexdigit());
     let (digits, rest) = digits.split_at(len.unwrap_or(digits.len()));
     let is_glued = rest.starts_with(|character: char| character.is_alphanumeric() || !character.is_ascii());
-    (marked && !digits.is_empty() && !is_glued).then_some(digits)
+    (!digits.is_empty() && !is_glued).then_some(digits)
 }
 
 /// Stage of a version, by the text after its release numbers up to a `~`.
@@ -293,12 +296,11 @@ fn stage_of(suffix: &str, after_build_number: bool) -> Stage {
 
 /// The numbers of a release without leading zeros; zero is the empty text.
 fn release_numbers(release: &str) -> impl Iterator<Item = &str> {
-    let (numbers, radix) = match hexadecimal(release) {
-        Some(digits) => (digits, 16),
-        None => (release, 10),
-    };
-    numbers
-        .split(move |character: char| !character.is_digit(radix))
+    let marked = hexadecimal(release);
+    let is_hexadecimal = marked.is_some();
+    marked
+        .unwrap_or(release)
+        .split(move |character: char| !(character.is_ascii_digit() || is_hexadecimal && character.is_ascii_hexdigit()))
         .filter(|digits| !digits.is_empty())
         .map(|digits| digits.trim_start_matches('0'))
 }
