@@ -24,9 +24,9 @@ const TICK: Duration = Duration::from_millis(10);
 const COUNT_EVERY: Duration = Duration::from_secs(1);
 /// Files beside the devices' sockets: runtime, logs, requests to the server, an ended device's socket.
 const FILES_OF_OUR_OWN: u64 = 256;
-/// Greatest lag at the 99th percentile where servers and database run on this machine: they share its processors, and
-/// return times of a storm are seconds.
-pub const LAG_MAX_SHARED: Duration = Duration::from_millis(250);
+/// Greatest lag at the 99th percentile where servers and database run on this machine. They share its processors. In a
+/// storm of 15,000 devices on two cores the lag is some hundred milliseconds; devices return within seconds.
+pub const LAG_MAX_SHARED: Duration = Duration::from_secs(2);
 /// The same where the target runs elsewhere.
 pub const LAG_MAX_ALONE: Duration = Duration::from_millis(50);
 /// Greatest part of the processor time of all its cores.

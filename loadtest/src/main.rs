@@ -143,7 +143,7 @@ struct RunArguments {
     /// Authorities that the target is verified by, as PEM [default: those of this machine]
     #[arg(long, value_name = "FILE", requires = "target")]
     ca: Option<PathBuf>,
-    /// Lag of the generator, at its 99th percentile, above which the run is inconclusive [default: 250ms, outside
+    /// Lag of the generator, at its 99th percentile, above which the run is inconclusive [default: 2s, outside
     /// loopback 50ms]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     max_lag: Option<Duration>,

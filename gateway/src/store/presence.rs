@@ -162,6 +162,14 @@ const AMONG: Sql = Sql {
                WHERE p.device = ANY($1)",
 };
 
+/// Index: the primary key of presence. The registry is not read: looking devices up there is for admission alone.
+const SESSIONS_AMONG: Sql = Sql {
+    sqlite: "SELECT device, epoch, number, state, since, reason, evidence, tenant, NULL AS registered_model, model, \
+             firmware FROM presence WHERE device IN (SELECT unhex(value) FROM json_each($1))",
+    postgres: "SELECT device, epoch, number, state, since, reason, evidence, tenant, NULL AS registered_model, model, \
+               firmware FROM presence WHERE device = ANY($1)",
+};
+
 /// Index: presence_history's primary key, from its end.
 const HISTORY: Sql = Sql::both(
     "SELECT device, epoch, number, state, at AS since, reason, evidence FROM presence_history \
@@ -397,12 +405,26 @@ impl Store {
     /// The database is unavailable.
     #[tracing::instrument(name = "db.presence.among", level = "debug", skip_all)]
     pub async fn presence_among(&self, devices: &[DeviceId]) -> Result<Vec<StoredPresence>, StoreError> {
+        self.presence_by(AMONG, devices).await
+    }
+
+    /// The same without the registry: the tenant is that of the last session, and there is no registered model. For
+    /// calls that are made again and again, even while the database is busy.
+    ///
+    /// # Errors
+    /// The database is unavailable.
+    #[tracing::instrument(name = "db.presence.sessions", level = "debug", skip_all)]
+    pub async fn sessions_among(&self, devices: &[DeviceId]) -> Result<Vec<StoredPresence>, StoreError> {
+        self.presence_by(SESSIONS_AMONG, devices).await
+    }
+
+    async fn presence_by(&self, sql: Sql, devices: &[DeviceId]) -> Result<Vec<StoredPresence>, StoreError> {
         if devices.is_empty() {
             return Ok(Vec::new());
         }
         self.bounded(Operation::Read, async {
             let mut held = self.reads().take().await?;
-            let rows = held.all(AMONG, &[Value::Keys(devices)]).await?;
+            let rows = held.all(sql, &[Value::Keys(devices)]).await?;
             held.release();
             Ok(self.readable(&rows, presence))
         })

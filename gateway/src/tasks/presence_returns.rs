@@ -247,7 +247,7 @@ impl Returns {
 
     /// Checks the next devices without a socket here, and leaves those to other nodes that have seen them since.
     async fn leave_moved(&mut self, state: &Shared) -> Result<(), StoreError> {
-        if is_alone(state) {
+        if is_alone(state) || !has_time(state) {
             return Ok(());
         }
         let (shared, first) = (Arc::clone(state), self.next_away);
@@ -256,13 +256,21 @@ impl Returns {
             .unwrap_or_default();
         let next = away.get(AWAY_MAX).copied();
         away.truncate(AWAY_MAX);
-        let stored = state.store.presence_among(&away).await?;
+        let stored = state.store.sessions_among(&away).await?;
         if !stored.is_empty() {
             leave(state, &stored, &signs(state).await?);
         }
         self.next_away = next;
         Ok(())
     }
+}
+
+/// Whether lookups leave the database time.
+pub(super) fn has_time(state: &State) -> bool {
+    let admission = state.lookups.state();
+    admission.breaker == BreakerState::Closed
+        && admission.has_time_to_spare()
+        && state.store.state().status.is_answering()
 }
 
 /// Leaves devices to other nodes that have seen them since, by what is stored. They are counted there alone from now on.

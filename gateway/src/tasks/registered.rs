@@ -2,12 +2,11 @@
 
 use std::time::Duration;
 
-use seawall_proto::admission::BreakerState;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::presence_returns::is_alone;
-use crate::node::{Shared, State};
+use super::presence_returns::{has_time, is_alone};
+use crate::node::Shared;
 
 /// Time after which the registry is counted again: another node may have changed it.
 const INTERVAL: Duration = Duration::from_secs(60);
@@ -39,12 +38,4 @@ pub async fn count(state: Shared, stop: CancellationToken) {
     };
     // Endless: dropped with the gateway.
     let _: Option<std::convert::Infallible> = stop.run_until_cancelled(work).await;
-}
-
-/// Whether lookups leave the database time.
-fn has_time(state: &State) -> bool {
-    let admission = state.lookups.state();
-    admission.breaker == BreakerState::Closed
-        && admission.has_time_to_spare()
-        && state.store.state().status.is_answering()
 }
